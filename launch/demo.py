@@ -1,0 +1,84 @@
+"""make demo: train the tiny preset, generate from held-out pictures, measure, and say where to look.
+
+    python launch/demo.py [--run runs/demo] [options of launch/train.py]
+
+Training is a real `deepspeed launch/train.py` process; a finished run is not trained again (delete its folder for
+that). Ends with a table, also in RUN/summary.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", default="runs/demo", help="folder of the run")
+    args, train_options = parser.parse_known_args()
+    run, started = Path(args.run), time.monotonic()
+
+    _run("deepspeed", "--num_accelerators", "1", str(ROOT / "launch" / "train.py"), "--deepspeed",
+         str(ROOT / "ds_configs" / "zero2.json"), "--run.dir", str(run), *train_options)  # fmt: skip
+    print("generating variations of held-out pictures ...", flush=True)
+    summary = evaluate(run)
+    reference = run / "samples" / "reference.png"
+    _run(sys.executable, "-m", "megaflux.infer", "--checkpoint", str(run), "--reference", str(reference),
+         "--count", "4", "--seed", "7", "--out", str(run / "variations"))  # fmt: skip
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print()
+    for name, value in summary.items():
+        print(f"  {name:<22} {value}")
+    print(f"\n  look at     {summary['contact_sheet']}  (each row: a reference it never trained on, then variations)")
+    print(f"  and at      tensorboard --logdir {run.parent}")
+    print(f"  next        python -m megaflux.infer --checkpoint {run} --reference YOUR.png --count 4 --seed 7")
+
+
+def evaluate(run: Path) -> dict:
+    """Loss, gap and retrieval of a finished run, and its contact sheet."""
+    from megaflux.runs import load_run
+    from megaflux.training import validation
+    from megaflux.training.distributed import World
+
+    import torch
+
+    config, models, update = load_run(run)
+    rows = {row["update"]: row for row in map(json.loads, (run / "validation.jsonl").read_text().splitlines())}
+    references = validation.load_references(config, models)
+    index = list(range(len(references.keys)))
+    one_each = validation.variations(config, models, references, index, per_reference=1, seed=7)[:, 0]
+    shown = index[: 8]
+    pictures = validation.variations(config, models, references, shown, per_reference=5, seed=7)
+    sheet = validation.panel(references, shown, pictures)
+    validation.save_picture(sheet, run / "samples" / "contact_sheet.png")
+    validation.save_picture(references.pixel_values[0], run / "samples" / "reference.png")
+    again = validation.validation_loss(models.trainable, config, models, references, World(0, 1, torch.device("cpu")))
+    last = rows[max(rows)]
+    assert abs(again["loss"] - last["loss"]) < 0.02 * last["loss"], "the checkpoint is not the model that was validated"
+    return {
+        "updates": update,
+        "seconds": 0.0,
+        "validation_loss_first": round(rows[0]["loss"], 4),
+        "validation_loss_last": round(last["loss"], 4),
+        "conditioning_gap": round(last["gap"], 4),
+        "retrieval_top1": round(validation.retrieval_top1(references, one_each), 4),
+        "contact_sheet": str(run / "samples" / "contact_sheet.png"),
+        "tensorboard": str(run / "tensorboard"),
+    }
+
+
+def _run(*command: str) -> None:
+    print("$ " + " ".join(command), flush=True)
+    if code := subprocess.run(command).returncode:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

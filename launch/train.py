@@ -1,0 +1,91 @@
+"""Train Qwen2VL-Flux. Start with `deepspeed launch/train.py`, `torchrun launch/train.py` or plain python.
+
+Without options: the tiny preset on the demo images. The preset's values are overlaid by --config and then by the
+options here. --dry-run prints what a run would do and cost, and what is wrong with it, and loads nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from megaflux.config import Parser, add_config_arguments, parse_config
+from megaflux.errors import UserError, exit_on_user_error
+from megaflux.training.ds_config import load_ds_config
+
+DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
+
+
+def main() -> int | None:
+    """Parse first and import the heavy libraries after, so that bad input is answered at once."""
+    args, config = parse_config(build_parser())
+    ds_config = load_ds_config(args.deepspeed)
+    if args.dry_run:
+        from megaflux.training.dry_run import dry_run
+
+        return dry_run(
+            config, ds_config, args.world_size or visible_ranks(), args.json, args.mfu, args.peak_tflops, args.gpu_memory
+        )
+    if args.json or args.world_size:
+        raise UserError(f"--{'json' if args.json else 'world-size'}: only with --dry-run; add it or drop this")
+    from megaflux.training.loop import train
+
+    train(config, ds_config)
+    return None
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="launch/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="launch/train.py [--preset tiny|dev] [--config FILE.yaml] [--SECTION.FIELD VALUE ...] [--dry-run]",
+    )  # fmt: skip
+    parser.add_argument("--deepspeed", default=str(DS_CONFIG), metavar="FILE.json",
+                        help="sharding, precision and communication (default: ds_configs/zero2.json)")  # fmt: skip
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    dry = parser.add_argument_group("dry run")
+    dry.add_argument("--dry-run", action="store_true", help="print what a run would do and cost; exit code 2: problems")
+    dry.add_argument("--world-size", type=_count, metavar="N", help="GPUs to count with (default: those that are here)")
+    dry.add_argument("--json", metavar="FILE", help="write the same as JSON")
+    dry.add_argument("--mfu", type=_share, default=0.35, metavar="X", help="model FLOPs over peak (default 0.35)")
+    dry.add_argument("--peak-tflops", type=_positive, default=312.0, metavar="X",
+                     help="peak of one GPU, dense bf16 (default 312, an A100)")  # fmt: skip
+    dry.add_argument("--gpu-memory", type=_positive, default=80.0, metavar="GB", help="of one GPU (default 80)")
+    add_config_arguments(parser)
+    return parser
+
+
+def visible_ranks() -> int:
+    """Ranks that the launcher started, else GPUs of this machine, else 1."""
+    started = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS")
+    if started:
+        return int(started)
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def _share(text: str) -> float:
+    if _positive(text) > 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text!r}")
+    return float(text)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,297 @@
+"""The configuration of a run, in three visible layers: preset defaults < --config file < command line.
+
+The fields themselves are in megaflux.schema; whoever needs a configuration imports it from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megaflux import plain_yaml
+from megaflux.errors import UserError
+from megaflux.schema import (
+    ConditionModes,
+    Config,
+    Data,
+    Flow,
+    Model,
+    Monitor,
+    Optim,
+    Run,
+    Section,
+    Stage,
+    Train,
+    Validation,
+)
+
+__all__ = [
+    "ConditionModes", "Config", "Data", "Flow", "Model", "Monitor", "Optim", "Parser", "Run", "Section", "Stage",
+    "Train", "Validation", "add_config_arguments", "build_config", "field_paths", "load_yaml", "merge", "nearest",
+    "parse_config", "set_dotted",
+]  # fmt: skip
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """ "did you mean X?" for the known name closest to `name`: one that ends alike (--lr, --optim.lr), else by letters.
+    A short list of known names is given whole where none is close."""
+    last = name.lstrip("-").rpartition(".")[2]
+    alike = [option for option in known if option.lstrip("-").rpartition(".")[2] == last]
+    few = len(known) <= 12
+    match = alike or difflib.get_close_matches(name, known, n=1, cutoff=0.4 if few else 0.0)
+    return f"did you mean {match[0]}?" if match else "known: " + ", ".join(known)
+
+
+def field_paths(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
+    """Every dotted field of the configuration and its help text."""
+    paths: dict[str, str] = {}
+    for name, field in section.model_fields.items():
+        if _is_section(field.annotation):
+            paths |= field_paths(field.annotation, f"{prefix}{name}.")
+        else:
+            paths[prefix + name] = " ".join((field.description or "").split())
+    return paths
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """A YAML mapping as plain dicts. UserError, naming file and line, for anything else (tags that run code too)."""
+    try:
+        values = plain_yaml.load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; give an existing YAML file") from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"--config {path}{line}: {problem}; write plain `key: value` lines") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: want `section: ...` lines at the top, found a {type(values).__name__}")
+    return values
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, section by section; lists are replaced whole; a section left empty changes nothing."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, dict) and isinstance(value, dict | None):
+            merged[key] = merge(below, value or {})
+        else:
+            merged[key] = value
+    return merged
+
+
+def set_dotted(values: dict[str, Any], path: str, text: str) -> None:
+    """Set `stages.1.share`-like paths in plain nested data. UserError: no such place, or text that is no YAML.
+
+    The field's type decides how the text is read: words stay as typed, lists of words are split at commas (and may be
+    empty), `none` is None where that is allowed; anything else is YAML.
+    """
+    *parents, last = path.split(".")
+    at: Any = values
+    for key in parents:
+        at = _step(at, key, path)
+    if isinstance(at, list):
+        _step(at, last, path)
+        at[int(last)] = _parse_text(path, text)
+    elif isinstance(at, dict):
+        at[last] = _parse_text(path, text)
+    else:
+        raise UserError(f"--{path}: no such field")
+
+
+def _parse_text(path: str, text: str) -> Any:
+    kinds = _kinds(path)
+    nothing = text.strip().lower() in ("", "none", "null", "~")
+    if type(None) in kinds and nothing:
+        return None
+    if str in kinds:
+        return text
+    if "words" in kinds and not text.lstrip().startswith("["):
+        return [] if nothing else [word.strip() for word in text.split(",") if word.strip()]
+    try:
+        return plain_yaml.load(text)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"--{path} {text}: {problem}") from None
+
+
+def _kinds(path: str) -> set[Any]:
+    """What the field at a path may hold: types of its annotation, "words" for a tuple of words; empty if unknown."""
+    section: Any = Config
+    keys = path.split(".")
+    if keys[0] == "stages" and len(keys) > 1:
+        section, keys = Stage, keys[2:]
+    for key in keys[:-1]:
+        field = section.model_fields.get(key)
+        section = field.annotation if field else None
+        if not _is_section(section):
+            return set()
+    field = section.model_fields.get(keys[-1]) if keys else None
+    if field is None:
+        return set()
+    options = get_args(field.annotation) if type(None) in get_args(field.annotation) else (field.annotation,)
+    return {"words" if get_origin(o) is tuple and _of_words(get_args(o)[0]) else o for o in options}
+
+
+def _of_words(annotation: Any) -> bool:
+    return annotation is str or (get_origin(annotation) is Literal and isinstance(get_args(annotation)[0], str))
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _step(at: Any, key: str, path: str) -> Any:
+    if isinstance(at, list):
+        if not (key.isascii() and key.isdigit()) or int(key) >= len(at):
+            raise UserError(f"--{path}: {key!r} is not one of 0 to {len(at) - 1}")
+        return at[int(key)]
+    if isinstance(at, dict):
+        return at.setdefault(key, {})
+    raise UserError(f"--{path}: no such field")
+
+
+def build_config(values: dict[str, Any]) -> Config:
+    """Validate plain nested data. UserError, one line naming each wrong field, otherwise."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        found: dict[str, list[str]] = {}
+        for item in error.errors():
+            where, problem = _explain(item)
+            found.setdefault(where, []).append(problem)
+        # A union reports each of its alternatives: one of them inside the value makes the others beside the point.
+        found = {where: v for where, v in found.items() if not any(w.startswith(f"{where}.") for w in found)}
+        raise UserError("; ".join(f"{w}: {_either(v)}" if w else "; ".join(v) for w, v in found.items())) from None
+
+
+_REWORDED = {"missing": "is missing; set it", "model_type": "must be a section of `key: value` lines",
+             "dict_type": "must be a section of `key: value` lines", "tuple_type": "must be a list",
+             "invalid_key": "must be a word, as every key"}  # fmt: skip
+
+
+def _explain(item: dict[str, Any]) -> tuple[str, str]:
+    """(dotted field, what is wrong with it) of one of pydantic's errors."""
+    where = ".".join(str(part) for part in item["loc"] if not _is_union_branch(part))
+    if item["type"] == "extra_forbidden":
+        return where, f"unknown key, {nearest(where, _siblings(item['loc']))}"
+    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = message.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+    if item["type"] in ("too_long", "too_short"):
+        message = "must have {} values".format(item["ctx"].get("max_length") or item["ctx"].get("min_length"))
+    message = " ".join(_REWORDED.get(item["type"], message).split())
+    if item["type"] in ("value_error", "missing"):
+        return where, message
+    got = repr(item["input"])
+    return where, f"{message}, got {got if len(got) <= 80 else got[:77] + '...'}"
+
+
+def _either(problems: list[str]) -> str:
+    """The problems of one field; those that end in the same `got ...` are alternatives."""
+    parts = [problem.rpartition(", got ") for problem in dict.fromkeys(problems)]
+    if len(parts) > 1 and len({got for _, _, got in parts}) == 1 and all(mark for _, mark, _ in parts):
+        wanted = [parts[0][0], *(text.removeprefix("must be ") for text, _, _ in parts[1:])]
+        return f"{' or '.join(wanted)}, got {parts[0][2]}"
+    return "; ".join(dict.fromkeys(problems))
+
+
+def _is_union_branch(part: Any) -> bool:
+    return isinstance(part, str) and ("[" in part or part in ("constrained-float", "float", "str", "tuple"))
+
+
+def _siblings(location: tuple[Any, ...]) -> list[str]:
+    if len(location) > 1 and location[0] == "stages":
+        return [f"stages.{location[1]}.{name}" for name in Stage.model_fields]
+    return list(field_paths()) + [name for name in Config.model_fields if name not in field_paths()]
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that reports bad input as a UserError of one line and accepts no shortened options."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ").replace("expected one argument", "needs a value")
+        raise UserError(f"{message}; --help lists the options")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """--preset, --config and one dotted option per field, with its help text."""
+    from megaflux.presets import PRESETS
+
+    parser.add_argument("--preset", default=None, help=f"table of default values: {', '.join(PRESETS)} (default tiny)")
+    parser.add_argument("--config", default=None, metavar="FILE.yaml", help="values over the preset's")
+    group = parser.add_argument_group(
+        "configuration", "each also as a nested key in --config; values are YAML; one stage's: --stages.0.share 2"
+    )
+    for path, text in field_paths().items():
+        if path != "preset":
+            group.add_argument(f"--{path}", default=None, metavar="VALUE", help=text.replace("%", "%%"))
+    group.add_argument("--cache", dest="data.cache", default=None, metavar="VALUE", help="same as --data.cache")
+
+
+def parse_config(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, Config]:
+    """Parse the command line and resolve the three layers.
+
+    Options of the form --stages.1.share are accepted beside the declared ones. Raises UserError for unknown options
+    (with the nearest known one), options given twice, unknown presets and invalid values.
+    """
+    from megaflux.presets import PRESETS
+
+    args, rest = parser.parse_known_args(_join_values(parser, sys.argv[1:] if argv is None else argv))
+    overrides = {k: v for k, v in vars(args).items() if ("." in k or k == "stages") and v is not None}
+    known = [option for action in parser._actions for option in action.option_strings]
+    for text in rest:
+        option, equals, value = text.partition("=")
+        if not option.startswith("-"):
+            raise UserError(f"{option}: not expected here; every option has the form --name VALUE")
+        if not option.startswith("--stages."):
+            raise UserError(f"{option}: unknown option, {nearest(option, known)}")
+        if not equals:
+            raise UserError(f"{option}: needs a value")
+        overrides[option[2:]] = value
+    from_file = load_yaml(args.config) if args.config is not None else {}
+    preset = args.preset or from_file.get("preset") or "tiny"
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise UserError(f"--preset {preset}: unknown preset, {nearest(str(preset), list(PRESETS))}")
+    values = merge(PRESETS[preset](), from_file)
+    values["preset"] = preset
+    for path, text in overrides.items():
+        set_dotted(values, path, text)
+    return args, build_config(values)
+
+
+def _join_values(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """`--option value` as `--option=value`, so that -1e-5 and an empty text are values too. UserError: given twice."""
+    valued = {o: a.dest for a in parser._actions for o in a.option_strings if o.startswith("--") and a.nargs is None}
+    joined: list[str] = []
+    seen: set[str] = set()
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        option, equals, _ = word.partition("=")
+        if option in valued or option.startswith("--stages."):
+            name = valued.get(option, option)
+            if name in seen:
+                raise UserError(f"{option}: given twice; give it once")
+            seen.add(name)
+            if not equals and words and not words[0].startswith("--"):
+                word = f"{word}={words.pop(0)}"
+        joined.append(word)
+    return joined

@@ -1,0 +1,63 @@
+"""Samples as stored -> one micro-batch of tensors."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+
+from megaflux.data.buckets import Bucket
+from megaflux.data.shards import from_numpy
+from megaflux.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank. B: samples; all from one bucket. What the shards lack is None."""
+
+    keys: list[str]
+    captions: list[str]
+    bucket: Bucket
+    pixel_values: torch.Tensor | None  # uint8 (B, 3, H, W), RGB
+    latents: torch.Tensor | None  # (B, C, h, w), of cached shards
+    hidden_states: torch.Tensor | None  # (B, S, D), the frozen trunk's output, of cached shards
+
+
+def _decode_image(sample: dict[str, Any], bucket: Bucket) -> torch.Tensor:
+    """The stored image file -> uint8 (3, H, W)."""
+    with Image.open(io.BytesIO(sample["image"])) as image:
+        pixels = np.array(image.convert("RGB"))
+    if pixels.shape[:2] != (bucket.height, bucket.width):
+        size = f"{pixels.shape[1]}x{pixels.shape[0]}"
+        raise UserError(f"sample {sample['key']!r}: an image of {size} in the bucket {bucket}")
+    return rearrange(torch.from_numpy(pixels), "h w rgb -> rgb h w")
+
+
+def collate(samples: Sequence[dict[str, Any]], buckets: Sequence[Bucket]) -> dict[str, Any]:
+    """Samples of one bucket -> the fields of a Batch, with the bucket's number for the bucket.
+
+    Each sample is as MDS gives it (key, caption, and image bytes or arrays) plus its "bucket", a number.
+    Raises RuntimeError for samples of different buckets, UserError for an image of the wrong size.
+    """
+    numbers = {sample["bucket"] for sample in samples}
+    if len(numbers) != 1:
+        raise RuntimeError(f"a batch over several buckets: {[str(buckets[n]) for n in sorted(numbers)]}")
+    number = numbers.pop()
+    fields: dict[str, Any] = {
+        "keys": [sample["key"] for sample in samples],
+        "captions": [sample["caption"] for sample in samples],
+        "bucket": number,
+        "pixel_values": None,
+    }
+    if "image" in samples[0]:
+        fields["pixel_values"] = torch.stack([_decode_image(sample, buckets[number]) for sample in samples])
+    for name in ("latents", "hidden_states"):
+        present = name in samples[0]
+        fields[name] = torch.stack([from_numpy(sample[name]) for sample in samples]) if present else None
+    return fields

@@ -1,0 +1,86 @@
+"""Aspect ratios -> canvas sizes, and which canvas an image belongs on.
+
+A bucket is one canvas size in pixels. Every batch holds images of one bucket only, so nothing is padded.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from megaflux.errors import UserError
+
+ASPECT_RATIOS = ("16:9", "2:1", "2.35:1", "1:1", "1:2")  # width:height, the published recipe's five
+MULTIPLE = 16  # px: the VAE halves three times and FLUX packs 2 x 2 latents
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One canvas: its aspect ratio as written ("16:9") and its size in pixels."""
+
+    name: str
+    width: int
+    height: int
+
+    @property
+    def folder(self) -> str:
+        """The name as a folder's: "16:9" -> "16x9", "2.35:1" -> "2.35x1"."""
+        return self.name.replace(":", "x")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels, Pillow's order."""
+        return self.width, self.height
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.width}x{self.height})"
+
+
+def _parse_ratio(name: str) -> Fraction:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", name)
+    if not match or not (Fraction(match[1]) and Fraction(match[2])):
+        raise UserError(f"aspect ratio {name!r} is not WIDTH:HEIGHT, as in 16:9 or 2.35:1")
+    return Fraction(match[1]) / Fraction(match[2])
+
+
+def _round_half_up(length: Fraction, multiple: int) -> int:
+    return max(multiple, multiple * math.floor(length / multiple + Fraction(1, 2)))
+
+
+def make_buckets(
+    aspect_ratios: Sequence[str], longest_side: int, multiple: int = MULTIPLE
+) -> tuple[Bucket, ...]:
+    """The canvas of each aspect ratio, in the order given.
+
+    The longer side is `longest_side` pixels, the shorter one is rounded, half up, to a multiple of
+    `multiple` pixels. At 1024: 1024x576, 1024x512, 1024x432, 1024x1024, 512x1024.
+
+    Raises UserError when a ratio cannot be read, when `longest_side` is not a positive multiple of
+    `multiple`, and when two ratios fall on the same size (naming both).
+    """
+    if longest_side < multiple or longest_side % multiple:
+        raise UserError(f"longest side {longest_side} px is not a positive multiple of {multiple} px")
+    if not aspect_ratios:
+        raise UserError("no aspect ratios given; the default is " + ",".join(ASPECT_RATIOS))
+    buckets: dict[tuple[int, int], Bucket] = {}
+    for name in aspect_ratios:
+        ratio = _parse_ratio(name)
+        if ratio >= 1:
+            bucket = Bucket(name, longest_side, _round_half_up(longest_side / ratio, multiple))
+        else:
+            bucket = Bucket(name, _round_half_up(longest_side * ratio, multiple), longest_side)
+        if (other := buckets.setdefault(bucket.size, bucket)) is not bucket:
+            raise UserError(
+                f"aspect ratios {other.name} and {name} both become {bucket.width}x{bucket.height} at a "
+                f"longest side of {longest_side} px; drop one or raise the longest side"
+            )
+    return tuple(buckets.values())
+
+
+def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
+    """The bucket whose aspect is nearest to width / height on a log scale; the earlier one on a tie."""
+    aspect = math.log(width / height)
+    return min(buckets, key=lambda bucket: abs(math.log(bucket.width / bucket.height) - aspect))

@@ -1,0 +1,196 @@
+"""Image bytes of unknown origin -> an RGB picture at a bucket's size, or a named reason why not."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from megaflux.data.buckets import Bucket
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns until twice as much; here it refuses
+MAX_ASPECT = 4.0  # beyond it a crop to the widest usual canvas (2.35:1, 1:2) would keep less than half
+MIN_SIDE = 16  # px; below it there is nothing to learn from, whatever the upscaling
+ENCODINGS = ("png", "jpeg", "webp")
+
+# Raster formats that Pillow decodes itself. Left out on purpose: EPS (runs Ghostscript), WMF, FITS, PDF.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+
+REASONS = {
+    "empty": "the file has no bytes",
+    "not_an_image": "not an image in a known format",
+    "damaged": "cut short or corrupted",
+    "too_many_pixels": "more pixels than the limit",
+    "extreme_ratio": f"one side more than {MAX_ASPECT:g} times the other",
+    "too_small": "would have to be enlarged",
+    "missing_image": "a caption without an image",
+    "bad_caption": "the caption is not UTF-8 text, or its JSON cannot be read",
+    "duplicate_key": "an earlier item has the same key",
+    "unreadable": "the file cannot be opened",
+}
+
+
+class BadImage(Exception):
+    """An image (or its caption) that cannot be used. `reason` is one of REASONS, `detail` says more."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        assert reason in REASONS, reason
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.reason, self.detail)
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, list[str]]:
+    """Decode image bytes to an upright RGB picture on white.
+
+    EXIF orientation is applied, CMYK converted, 16-bit rescaled to 8, transparency composited on white,
+    of several frames the first is taken. Returns the picture (mode RGB) and notes, each of
+    "first_frame", "rotated", "transparent", "rescaled", saying what was done.
+
+    Raises BadImage, with a reason of REASONS, when there is no usable picture in `data`. The number of
+    pixels is judged by the header, before anything of that size is allocated.
+    """
+    if not data:
+        raise BadImage("empty")
+    notes: list[str] = []
+    with _strict_pillow(max_pixels):
+        image = _open(data, max_pixels)
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a still and its preview
+            notes.append("first_frame")
+        try:
+            # open() reads the header only: a file that was cut short shows here.
+            image.seek(0) if "first_frame" in notes else None
+            image.load()
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise BadImage("too_many_pixels", str(error)) from None
+        except Exception as error:  # noqa: BLE001  decoders raise OSError, SyntaxError, ValueError, zlib.error...
+            raise BadImage("damaged", _short(error)) from None
+        image = _upright(image, notes)
+        return _to_rgb(image, notes), notes
+
+
+def fit(image: Image.Image, bucket: Bucket, allow_upscale: bool = False) -> tuple[Image.Image, list[str]]:
+    """Resize (Lanczos) to cover the bucket's canvas and crop around the centre.
+
+    Returns the picture at exactly the bucket's size, and notes (["upscaled"] or []). Raises
+    BadImage("too_small") if it would have to be enlarged and `allow_upscale` is false.
+    """
+    width, height = image.size
+    scale = max(bucket.width / width, bucket.height / height)
+    if min(width, height) < MIN_SIDE or (scale > 1 and not allow_upscale):
+        raise BadImage("too_small", f"{width}x{height} for {bucket}")
+    if (width, height) == bucket.size:
+        return image, []
+    # The crop in the source's own coordinates, so that resizing and cropping are one resampling.
+    crop_width, crop_height = bucket.width / scale, bucket.height / scale
+    left, top = (width - crop_width) / 2, (height - crop_height) / 2
+    box = (max(left, 0.0), max(top, 0.0), min(left + crop_width, width), min(top + crop_height, height))
+    resized = image.resize(bucket.size, Image.Resampling.LANCZOS, box=box)
+    return resized, ["upscaled"] if scale > 1 else []
+
+
+def encode(image: Image.Image, encoding: str, quality: int) -> bytes:
+    """RGB picture -> file bytes, the same bytes for the same picture.
+
+    `encoding` is one of ENCODINGS; `quality` (1 to 100) counts for jpeg and webp. PNG is written at the
+    fastest level: the shards are compressed again as a whole.
+    """
+    buffer = io.BytesIO()
+    if encoding == "png":
+        image.save(buffer, "PNG", compress_level=1)
+    elif encoding == "jpeg":
+        image.save(buffer, "JPEG", quality=quality, subsampling=0)
+    elif encoding == "webp":
+        image.save(buffer, "WEBP", quality=quality, method=4)
+    else:
+        raise ValueError(f"unknown image encoding {encoding!r}, one of {ENCODINGS}")
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _strict_pillow(max_pixels: int) -> Iterator[None]:
+    """Pillow with our pixel limit as an error, and never filling up truncated files with grey."""
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broken EXIF and the like: the picture decides
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise BadImage("not_an_image", f"starts with {data[:12]!r}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage("too_many_pixels", str(error)) from None
+    except Exception as error:  # noqa: BLE001  as above: format plug-ins raise anything on a broken header
+        raise BadImage("damaged", _short(error)) from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage("too_many_pixels", f"{width}x{height}, the limit is {max_pixels} pixels")
+    if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadImage("extreme_ratio", f"{width}x{height}")
+    return image
+
+
+def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
+    try:
+        turned = image.getexif().get(0x0112, 1) not in (0, 1)
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001  unreadable EXIF says nothing about the picture: keep it as stored
+        return image
+    if turned:
+        notes.append("rotated")
+    return image
+
+
+def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        notes.append("rescaled")
+        return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        if layer.getchannel("A").getextrema() != (255, 255):
+            notes.append("transparent")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Grey values of more than 8 bits (uint16, int32 or float32) -> uint8 of the same shape.
+
+    Pillow's own conversion clips: it saturates all but the lowest 256 of 65,536 grey levels. Integers
+    are taken as 16-bit and divided by 257. Floats carry no fixed range: 0..1, 0..255 and 0..65535 are
+    recognised. What fits none of these is stretched from its own minimum to its maximum.
+    """
+    integers = values.dtype.kind in "iu"
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise BadImage("damaged", "pixel values that are not finite")
+    low, high = values.min(), values.max()
+    if not integers and low >= 0 and high <= 1:
+        scaled = values * 255
+    elif not integers and low >= 0 and high <= 255:
+        scaled = values
+    elif low >= 0 and high <= 65535:
+        scaled = values / 257
+    else:
+        scaled = (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
+    return np.rint(scaled).astype(np.uint8)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,286 @@
+"""MDS shards -> an endless sequence of micro-batches, each of one bucket, resumable to the batch.
+
+One stream per bucket, drawn from with streaming's `per_stream` method: at every step all ranks get
+batches of the same bucket. That method drops what does not fill a global micro-batch (micro-batch x
+ranks), so each bucket is filled up with repeats of its own samples; how many is logged and in `repeats`.
+Everything else is seen exactly once an epoch.
+
+    global micro-batch b of an epoch: samples b*G .. b*G + G-1 of the epoch's order, G = micro-batch x ranks
+    on one node, rank r gets those at positions r, r + ranks, r + 2*ranks, ...
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from megaflux import compat  # noqa: F401  before streaming, which imports torchvision
+
+# isort: split
+from streaming import Stream, StreamingDataset
+
+from megaflux.data import remote as remote_data
+from megaflux.data.batches import Batch, collate
+from megaflux.data.buckets import Bucket
+from megaflux.data.index import column_encodings, fingerprint, inspect_index, raise_problems
+from megaflux.data.shards import DatasetInfo, read_dataset_info
+from megaflux.data.ranks import World, as_streaming_sees, barrier, detect_world
+from megaflux.data.shared_memory import exclusive_set_up, release, remove_leftovers
+from megaflux.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Streaming warns of dropped samples where it only fills up the last round of workers with nothing. What
+# is drawn divides evenly here, and a short epoch is an error below.
+logging.getLogger("streaming.base.batching.per_stream").setLevel(logging.ERROR)
+
+SHUFFLE_BLOCK = 4_000_000  # samples over which a shard's samples are spread, streaming's own default
+
+
+def build_loader(
+    path: str | Path,
+    *,
+    micro_batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+    remote: str | None = None,
+    cache_limit: str | None = None,
+    split: str = "train",
+    prefetch_factor: int = 2,
+    shuffle: bool = True,
+) -> BucketLoader:
+    """Open a dataset of megaflux.data.prepare (or one derived from it) for training.
+
+    path: the dataset's folder; with `remote`, the local folder that caches it. micro_batch_size: samples
+    per rank and batch. seed: of the order, which it and the world size determine. num_workers: loading
+    processes per rank, 0: load in this process. remote: where the dataset is, anything that
+    mosaicml-streaming reads (s3://, gs://, a path, ...). cache_limit: of the cache, as "100gb"; None: no
+    limit. prefetch_factor: batches each worker loads ahead. shuffle: False for the stored order.
+
+    Call it after torch.distributed is initialised, on every rank. Raises UserError if the dataset is
+    missing, incomplete, damaged (every problem at once) or has no samples in this split.
+    """
+    path = Path(path)
+    if micro_batch_size < 1:
+        raise UserError(f"micro-batch size {micro_batch_size}: at least 1 sample")
+    if cache_limit and not remote:
+        # Streaming makes room by deleting shards, and without a remote there is nowhere to get them back.
+        raise UserError(
+            f"a cache limit ({cache_limit}) needs a remote; it would delete the only copy in {path}"
+        )
+    world = detect_world()
+    if remote:
+        if world.local_rank == 0:
+            remote_data.fetch_indexes(remote, path, split)
+        barrier()
+    info = read_dataset_info(path)
+    shards = _read_streams(path, info, split, check_files=remote is None)
+    with exclusive_set_up(world), as_streaming_sees(world):
+        if world.local_rank == 0:
+            stale = remove_leftovers(os.path.abspath(path / split / bucket.folder) for bucket in shards)
+            if stale:
+                logger.info("removed shared memory that killed runs had left: %s", ", ".join(stale))
+        barrier()
+        return BucketLoader(
+            path, split, shards, world,
+            micro_batch_size=micro_batch_size, seed=seed, num_workers=num_workers, remote=remote,
+            cache_limit=cache_limit, prefetch_factor=prefetch_factor, shuffle=shuffle,
+        )  # fmt: skip
+
+
+def _read_streams(path: Path, info: DatasetInfo, split: str, check_files: bool) -> dict[Bucket, list[dict]]:
+    """The checked shard entries of every bucket that has samples; UserError with all problems."""
+    streams, problems = {}, []
+    for bucket in info.buckets:
+        count = info.counts.get(split, {}).get(bucket.name, 0)
+        if not count:
+            logger.info("bucket %s has no %s samples and is left out", bucket, split)
+            continue
+        streams[bucket], found = inspect_index(path / split / bucket.folder, check_files, count)
+        problems += found
+    raise_problems(problems)
+    if not streams:
+        raise UserError(f"{path}: no samples in the split {split!r}, which has {info.samples(split)}")
+    columns = [set(column_encodings(shards)) for shards in streams.values()]
+    for found in columns:
+        if not {"key", "caption"} <= found or not {"image", "latents"} & found:
+            raise UserError(
+                f"{path}: columns {', '.join(sorted(found))}; key, caption and image or latents are needed"
+            )
+        if found != columns[0]:
+            raise UserError(f"{path}: the buckets have different columns; build the dataset again")
+    return streams
+
+
+class _BucketDataset(StreamingDataset):
+    """A StreamingDataset whose samples say which stream (bucket) they come from."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from super().__iter__()
+        except GeneratorExit:
+            # Abandoned within an epoch: streaming's own thread would wait for ever for a shard that is no
+            # longer being fetched, and its process would not end.
+            if hasattr(self, "_event"):
+                self._event.set()
+            raise
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        shard, _ = self.spanner[sample_id]
+        return {**super().get_item(sample_id, retry), "bucket": int(self.stream_per_shard[shard])}
+
+
+class BucketLoader:
+    """Micro-batches without end, epoch after epoch; made by build_loader.
+
+    buckets: those that have samples. samples_per_epoch: drawn in an epoch over all ranks, the repeats
+    included. repeats: bucket name -> samples that are drawn once more than the others in an epoch.
+    batches_per_epoch: micro-batches of each rank.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        split: str,
+        shards: dict[Bucket, list[dict]],
+        world: World,
+        *,
+        micro_batch_size: int,
+        seed: int,
+        num_workers: int,
+        remote: str | None,
+        cache_limit: str | None,
+        prefetch_factor: int,
+        shuffle: bool,
+    ) -> None:
+        self.buckets = tuple(shards)
+        self.global_batch = micro_batch_size * world.size  # G
+        counts = {bucket: sum(shard["samples"] for shard in shards[bucket]) for bucket in self.buckets}
+        drawn = {bucket: -(-n // self.global_batch) * self.global_batch for bucket, n in counts.items()}
+        self.repeats = {bucket.name: drawn[bucket] - counts[bucket] for bucket in self.buckets}
+        self.samples_per_epoch = sum(drawn.values())
+        self.batches_per_epoch = self.samples_per_epoch // self.global_batch
+        if world.rank == 0:
+            for bucket, n in counts.items():
+                logger.info(
+                    "bucket %s: %d samples, %d repeats an epoch", bucket, n, self.repeats[bucket.name]
+                )
+        # Canonical nodes fix which shards a node needs. One, where all nodes see all shards anyway, makes
+        # the order independent of how ranks are spread over nodes.
+        self._canonical_nodes = world.nodes if remote else 1
+        self._nodes = world.nodes
+        self._identity = {
+            "dataset": fingerprint({bucket.name: entries for bucket, entries in shards.items()}),
+            "split": split,
+            "seed": seed,
+            "shuffle": shuffle,
+            "micro_batch_size": micro_batch_size,
+            "world_size": world.size,
+        }
+        self._epoch, self._batches, self._started, self._closed = 0, 0, False, False
+        self._iterator: Iterator[dict[str, Any]] | None = None
+        self._dataset = _BucketDataset(
+            streams=[
+                Stream(
+                    remote=f"{remote.rstrip('/')}/{split}/{bucket.folder}" if remote else None,
+                    local=str(path / split / bucket.folder),
+                    choose=drawn[bucket],
+                )
+                for bucket in self.buckets
+            ],
+            validate_hash="xxh64",
+            batch_size=micro_batch_size,
+            batching_method="per_stream",
+            shuffle=shuffle,
+            shuffle_seed=seed,
+            # Streaming scales the block by each stream's share, and dies where that is less than one sample.
+            shuffle_block_size=max(SHUFFLE_BLOCK, self.samples_per_epoch // min(drawn.values()) + 1),
+            num_canonical_nodes=self._canonical_nodes,
+            cache_limit=cache_limit,
+        )
+        self._loader = DataLoader(
+            self._dataset,
+            batch_size=micro_batch_size,
+            num_workers=num_workers,
+            collate_fn=partial(collate, buckets=self.buckets),
+            persistent_workers=num_workers > 0,
+            prefetch_factor=prefetch_factor if num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the current position on, without end. Only one iteration per loader.
+
+        Raises UserError when an epoch ends before its last batch: streaming ends it silently when a shard
+        is missing or damaged.
+        """
+        if self._started or self._closed:
+            raise RuntimeError("a loader is iterated once; build a new one and load the state")
+        self._started = True
+        return self._iterate()
+
+    def _iterate(self) -> Iterator[Batch]:
+        while True:
+            self._iterator = iter(self._loader)
+            while not self._closed and (fields := next(self._iterator, None)) is not None:
+                self._batches += 1  # before the yield: whoever holds the batch may ask for the state
+                fields["bucket"] = self.buckets[fields["bucket"]]
+                yield Batch(**fields)
+            if self._closed:
+                return
+            if self._batches != self.batches_per_epoch:
+                raise UserError(
+                    f"epoch {self._epoch} ended after {self._batches} of {self.batches_per_epoch} batches: a "
+                    "shard is missing or damaged; python -m megaflux.data.verify names it"
+                )
+            self._epoch, self._batches = self._epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the batches yielded so far, whatever workers have loaded ahead.
+
+        JSON-able; the same on all ranks that have taken equally many batches.
+        """
+        epoch, batches = self._epoch, self._batches
+        if batches == self.batches_per_epoch:
+            epoch, batches = epoch + 1, 0
+        return {**self._identity, "epoch": epoch, "batches": batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken; call it on every rank, before the iteration.
+
+        Raises UserError if the state is of other data, another seed, micro-batch or world size.
+        """
+        if self._started:
+            raise RuntimeError("load the state before the iteration; streaming ignores it afterwards")
+        for name, mine in self._identity.items():
+            if state.get(name) != mine:
+                raise UserError(
+                    f"the saved data position is of {name} {state.get(name)!r}, this run has {mine!r}; "
+                    "resume with the same, or start a new run"
+                )
+        self._epoch, self._batches = int(state["epoch"]), int(state["batches"])
+        self._dataset.load_state_dict(
+            {
+                "epoch": self._epoch,
+                "sample_in_epoch": self._batches * self.global_batch,
+                "num_canonical_nodes": self._canonical_nodes,
+                "shuffle_seed": self._identity["seed"],
+                "initial_physical_nodes": self._nodes,
+            }
+        )
+
+    def close(self) -> None:
+        """End the workers and give the shared memory back. The loader cannot be used afterwards."""
+        if self._closed:
+            return
+        self._closed = True
+        self._iterator = None
+        self._loader = None  # with its iterator, which ends the workers as it goes
+        release(self._dataset)

@@ -1,0 +1,47 @@
+"""Fetching a remote dataset's description, so that it is checked before streaming relies on it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megaflux import compat  # noqa: F401  before streaming, which imports torchvision
+
+# isort: split
+from streaming.base.storage import CloudDownloader
+
+from megaflux.data.index import INDEX
+from megaflux.data.shards import read_dataset_info
+from megaflux.errors import UserError
+
+
+def fetch_indexes(remote: str, cache: Path, split: str) -> None:
+    """Bring dataset.json and the split's index files from `remote` into the folder `cache`.
+
+    Raises UserError if they cannot be had, or if the cache holds those of another dataset.
+    """
+    if "://" not in remote and os.path.abspath(remote) == os.path.abspath(cache):
+        raise UserError(
+            f"remote {remote} is the cache folder itself; give another cache folder, or no remote"
+        )
+    _fetch(remote, "dataset.json", cache)
+    info = read_dataset_info(cache)
+    for bucket in info.buckets:
+        if info.counts.get(split, {}).get(bucket.name, 0):
+            _fetch(remote, f"{split}/{bucket.folder}/{INDEX}", cache)
+
+
+def _fetch(remote: str, name: str, cache: Path) -> None:
+    target = cache / name
+    arriving = target.with_name(f".{target.name}.{os.getpid()}.arriving")
+    arriving.unlink(missing_ok=True)
+    try:
+        CloudDownloader.direct_download(f"{remote.rstrip('/')}/{name}", str(arriving))
+    except Exception as error:  # noqa: BLE001  each storage client raises its own errors
+        raise UserError(f"{remote.rstrip('/')}/{name}: cannot be fetched ({str(error)[:200]})") from None
+    if target.exists() and target.read_bytes() != arriving.read_bytes():
+        arriving.unlink()
+        raise UserError(
+            f"{target}: differs from {remote}; the cache is of another dataset, give an empty folder"
+        )
+    os.replace(arriving, target)

@@ -1,0 +1,274 @@
+"""The dataset on disk: MDS shards by split and bucket, and dataset.json beside them.
+
+    ROOT/dataset.json                          what the dataset is; written last, so it marks completeness
+    ROOT/index.json                            all shards of all splits and buckets
+    ROOT/<split>/<bucket>/index.json           the shards of one stream: train/16x9, held_out/1x1, ...
+    ROOT/<split>/<bucket>/.../*.mds.zstd
+
+Columns of prepared images: key (str), caption (str), image (bytes of a png, jpeg or webp file at the
+bucket's size). A derived dataset has the same layout and other columns: latents and hidden_states as
+arrays. NumPy has no bfloat16, so those bits are stored as uint16.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megaflux import compat  # noqa: F401  before streaming, which imports torchvision
+
+# isort: split
+from streaming import MDSWriter
+from streaming.base.compression import decompress
+from streaming.base.format import reader_from_json
+from streaming.base.hashing import get_hash, is_hash
+
+from megaflux.data.buckets import Bucket
+from megaflux.data.index import (
+    inspect_index,
+    raise_problems,
+    read_index,
+    stored_file,
+    with_prefix,
+    write_index,
+    write_json,
+)
+from megaflux.errors import UserError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "held_out")
+IMAGE_COLUMNS = {"key": "str", "caption": "str", "image": "bytes"}
+COMPRESSION = "zstd"
+HASHES = ["sha1", "xxh64"]  # sha1: what identifies the content; xxh64: fast enough to check on every read
+SHARD_SIZE = 1 << 26  # bytes before compression
+
+_ARRAY_TYPES = {
+    torch.bfloat16: "uint16",  # the same bits; uint16 means bfloat16 in these columns, always
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.uint8: "uint8",
+}
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """dataset.json. counts: split -> bucket name -> samples. bad: reason -> images that were skipped."""
+
+    longest_side: int
+    buckets: tuple[Bucket, ...]
+    counts: dict[str, dict[str, int]]
+    columns: dict[str, str]
+    settings: dict[str, Any] = field(default_factory=dict)
+    bad: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+    attribution: str | None = None
+
+    def samples(self, split: str) -> int:
+        """Samples of one split over all buckets."""
+        return sum(self.counts.get(split, {}).values())
+
+
+def read_dataset_info(path: str | Path) -> DatasetInfo:
+    """Read `path`/dataset.json. Raises UserError if it is missing, unreadable or of a newer format."""
+    file = Path(path) / "dataset.json"
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{file}: missing, so there is no complete dataset here; make one with "
+            f"python -m megaflux.data.prepare SOURCE {path}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
+    try:
+        version = content.pop("format_version")
+        if version > FORMAT_VERSION:
+            raise UserError(
+                f"{file}: format version {version}, this code reads up to {FORMAT_VERSION}; update it"
+            )
+        buckets = tuple(Bucket(**bucket) for bucket in content.pop("buckets"))
+        return DatasetInfo(buckets=buckets, **content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not a dataset description ({type(error).__name__}: {error})") from None
+
+
+def write_dataset(root: str | Path, info: DatasetInfo) -> None:
+    """Complete a dataset whose buckets are written: the merged index.json, then dataset.json.
+
+    Raises UserError, before anything is written, if the buckets' indexes do not agree with `info`.
+    """
+    root = Path(root)
+    merged, problems = [], []
+    for split, bucket, count in _streams(info):
+        folder = f"{split}/{bucket.folder}"
+        shards, found = inspect_index(root / folder, expected_samples=count)
+        problems += found
+        merged += [with_prefix(shard, folder) for shard in shards] if not found else []
+    raise_problems(problems)
+    write_index(root, merged)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "longest_side": info.longest_side,
+        "buckets": [{"name": b.name, "width": b.width, "height": b.height} for b in info.buckets],
+        "counts": info.counts,
+        "columns": info.columns,
+        "settings": info.settings,
+        "bad": info.bad,
+        "notes": info.notes,
+        "attribution": info.attribution,
+    }
+    write_json(root / "dataset.json", content)
+
+
+def open_writer(folder: Path, columns: dict[str, str], shard_size: int = SHARD_SIZE) -> MDSWriter:
+    """A writer of compressed and hashed shards into a new folder; the same samples give the same bytes."""
+    return MDSWriter(
+        out=str(folder), columns=columns, compression=COMPRESSION, hashes=HASHES, size_limit=shard_size,
+        max_workers=4,
+    )  # fmt: skip
+
+
+def write_bucket(
+    root: str | Path,
+    split: str,
+    bucket: Bucket,
+    samples: Iterable[dict[str, Any]],
+    shard_size: int = SHARD_SIZE,
+) -> tuple[int, dict[str, str]]:
+    """Write one bucket of a derived dataset, replacing what is there: `root`/<split>/<bucket>/.
+
+    `samples` have the same fields throughout: str, bytes, or tensors of one dtype and shape per field,
+    whose encodings are taken from the first sample. Returns the number of samples and the columns. An
+    interrupted call leaves a folder whose name begins with a dot. After all buckets: write_dataset.
+    """
+    folder = Path(root) / split / bucket.folder
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    writer, columns, count = None, {}, 0
+    for sample in samples:
+        if writer is None:
+            columns = {name: _encoding(name, value) for name, value in sample.items()}
+            unfinished.parent.mkdir(parents=True, exist_ok=True)
+            writer = open_writer(unfinished, columns, shard_size)
+        arrays = {name: to_numpy(v) if isinstance(v, torch.Tensor) else v for name, v in sample.items()}
+        writer.write(arrays)
+        count += 1
+    shutil.rmtree(folder, ignore_errors=True)
+    if writer is not None:
+        writer.finish()
+        unfinished.rename(folder)
+    return count, columns
+
+
+def read_split(
+    root: str | Path, split: str, bucket: Bucket, limit: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """The samples of one bucket in stored order (at most `limit`), arrays as tensors.
+
+    Reads the files directly: no shared memory, nothing written, each shard held against its hash. An
+    absent bucket has no samples. Raises UserError for a damaged index or shard.
+    """
+    folder = Path(root) / split / bucket.folder
+    if not folder.exists():
+        return
+    given = 0
+    for shard in read_index(folder):
+        data = _read_shard(folder, shard)
+        reader = reader_from_json(str(folder), None, shard)
+        offsets = np.frombuffer(data, np.uint32, shard["samples"] + 1, offset=4)
+        for begin, end in itertools.pairwise(offsets):
+            if given == limit:
+                return
+            given += 1
+            sample = reader.decode_sample(data[begin:end])
+            yield {name: from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in sample.items()}
+
+
+def verify_dataset(root: str | Path) -> DatasetInfo:
+    """Read every shard and hold it against its index: size, hashes, sample count. Takes a full read.
+
+    Returns the dataset's description; raises UserError with all problems at once.
+    """
+    root = Path(root)
+    info = read_dataset_info(root)
+    problems = []
+    for split, bucket, count in _streams(info):
+        folder = root / split / bucket.folder
+        shards, found = inspect_index(folder, expected_samples=count)
+        problems += found
+        for shard in shards if not found else []:
+            try:
+                _read_shard(folder, shard)
+            except UserError as error:
+                problems.append(str(error))
+    raise_problems(problems)
+    return info
+
+
+def ndarray_encoding(tensor: torch.Tensor) -> str:
+    """The MDS encoding of a tensor's dtype and shape: bfloat16 (8, 16, 16) -> "ndarray:uint16:8,16,16".
+
+    Raises ValueError for a dtype that has no lossless form here.
+    """
+    if tensor.dtype not in _ARRAY_TYPES:
+        raise ValueError(f"no shard column for tensors of {tensor.dtype}; one of {list(_ARRAY_TYPES)}")
+    return f"ndarray:{_ARRAY_TYPES[tensor.dtype]}:{','.join(map(str, tensor.shape))}"
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's values as an array of the same bits; bfloat16 becomes uint16."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy()
+    return tensor.numpy()
+
+
+def from_numpy(array: np.ndarray) -> torch.Tensor:
+    """The inverse of to_numpy: uint16 becomes bfloat16 of the same bits. Copies."""
+    tensor = torch.from_numpy(array.copy())
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+
+def _encoding(name: str, value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return ndarray_encoding(value)
+    if isinstance(value, str | bytes):
+        return type(value).__name__
+    raise ValueError(f"column {name}: a {type(value).__name__}, not str, bytes or a tensor")
+
+
+def _streams(info: DatasetInfo) -> Iterator[tuple[str, Bucket, int]]:
+    """(split, bucket, samples) of every bucket that has any."""
+    for split in SPLITS:
+        for bucket in info.buckets:
+            if count := info.counts.get(split, {}).get(bucket.name, 0):
+                yield split, bucket, count
+
+
+def _read_shard(folder: Path, shard: dict[str, Any]) -> bytes:
+    """The uncompressed bytes of a shard, held against its hash and sample count."""
+    stored = stored_file(shard)
+    path = folder / stored["basename"]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    for algorithm, digest in stored["hashes"].items():
+        if not is_hash(algorithm) or get_hash(algorithm, data) != digest:
+            raise UserError(f"{path}: damaged, its {algorithm} is not the one in the index")
+    if shard["zip_data"]:
+        data = decompress(shard["compression"], data)
+    count = int.from_bytes(data[:4], "little")
+    if count != shard["samples"]:
+        raise UserError(f"{path}: holds {count} samples, the index says {shard['samples']}")
+    return data

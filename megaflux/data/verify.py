@@ -1,0 +1,27 @@
+"""Read every shard of a dataset and hold it against its index: python -m megaflux.data.verify PATH
+
+exit codes: 0 sound; 2 damaged, with every problem named on one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from megaflux.data.merge import describe
+from megaflux.data.shards import verify_dataset
+from megaflux.errors import exit_on_user_error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; raises UserError for exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megaflux.data.verify", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("path", metavar="PATH", help="the dataset's folder")
+    print(describe(verify_dataset(parser.parse_args(arguments).path)))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,40 @@
+"""The errors a person can mend, and the exit codes they leave with.
+
+0   done
+2   bad input: configuration, command line, checkpoint or data; one line says what and how to mend it
+3   `megaflux.data.prepare` refused more images than `--max-bad`
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: the file or field, what is wrong with it, and the mend.
+
+    every_rank: for what one rank alone may see (a file missing on its machine); otherwise rank 0 speaks for all.
+    """
+
+    def __init__(self, message: str, every_rank: bool = False):
+        super().__init__(message)
+        self.every_rank = every_rank
+
+
+class FrozenParameterError(RuntimeError):
+    """A gradient reached a parameter that the active stage keeps frozen. Always a bug, never skipped."""
+
+
+def exit_on_user_error(main: Callable[[], int | None]) -> None:
+    """Run a command's `main`, print a UserError as one line on stderr (from rank 0), and leave with its exit code."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or error.every_rank:
+            line = " ".join(str(error).split())
+            print(f"error: {line}" if rank == "0" else f"error: rank {rank}: {line}", file=sys.stderr)
+        code = 2
+    sys.exit(code)

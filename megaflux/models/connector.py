@@ -1,0 +1,21 @@
+"""The connector: one Linear(3584 -> 4096, bias) that puts Qwen2-VL's tokens where T5's went."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def build_connector(vlm_hidden_size: int, joint_attention_dim: int, seed: int) -> nn.Linear:
+    """A fresh connector with seeded weights: (B, T, vlm_hidden_size) -> (B, T, joint_attention_dim).
+
+    Weights are normal with variance 1 / vlm_hidden_size and no bias at first, so that unit-RMS tokens (they come out
+    of an RMSNorm) stay of unit RMS.
+    """
+    connector = nn.Linear(vlm_hidden_size, joint_attention_dim, bias=True)
+    if connector.weight.device.type != "meta":
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            connector.weight.copy_(torch.randn(connector.weight.shape, generator=generator) / vlm_hidden_size**0.5)
+            connector.bias.zero_()
+    return connector

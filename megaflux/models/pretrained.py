@@ -1,0 +1,355 @@
+"""Modules of a run: loaded from published layouts, strictly, or built from nothing with seeded weights.
+
+Loading reads safetensors only. A missing or unexpected key, a wrong shape, a truncated or a pickle file is a
+UserError that names it; no weight is ever left random in silence.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from megaflux import compat  # noqa: F401  (before diffusers and transformers)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    Qwen2TokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorFast,
+    Qwen2VLModel,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+from transformers.utils import cached_file
+
+from megaflux.config import Config
+from megaflux.errors import UserError
+from megaflux.models.connector import build_connector
+from megaflux.models.qwen2vl_flux import Qwen2VLFlux
+from megaflux.models.vlm import Trunk, split_vlm
+
+ASSETS = Path(__file__).parent.parent / "assets"
+TINY = ASSETS / "tiny"
+
+
+@dataclass
+class Models:
+    """Everything a run needs, on one device."""
+
+    trainable: Qwen2VLFlux
+    trunk: Trunk
+    vae: AutoencoderKL
+    scheduler: FlowMatchEulerDiscreteScheduler
+    pooled_projections: Tensor
+    """(1, P): CLIP's pooled vector of the empty prompt."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Models:
+        """Move and cast; RoPE's frequencies stay float32."""
+        for module in (self.trainable, self.trunk.vlm, self.vae):
+            cast(module, device, dtype)
+        self.pooled_projections = self.pooled_projections.to(device, dtype)
+        return self
+
+
+def cast(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Move a module, casting its parameters but not its buffers: RoPE's inv_freq loses its angles in bf16."""
+    module.to(device)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def load_models(config: Config) -> Models:
+    """The models of a configuration, on the CPU: loaded where it names a source, else built from its seed."""
+    model, seed = config.model, config.run.seed
+    dtype = torch.bfloat16 if model.flux else torch.float32  # published weights are bf16; casting up comes later
+    if model.flux:
+        transformer = load_transformer(model.flux, dtype)
+        scheduler = load_scheduler(model.flux)
+        pooled = empty_prompt_pooled(*load_clip(model.flux))
+    else:
+        transformer = build_transformer(model.flux_config, seed)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        pooled = empty_prompt_pooled(*build_clip(model.clip_config, seed))
+    vae = load_vae(model.vae, model.flux)
+    vlm, processor = load_vlm(model.vlm, model.attention) if model.vlm else build_vlm(model.vlm_config, seed)
+    connector = build_connector(vlm.config.text_config.hidden_size, transformer.config.joint_attention_dim, seed)
+    return assemble(
+        transformer, connector.to(transformer.dtype), vlm, processor, vae, scheduler, pooled,
+        model.vlm_max_tokens, model.caption_max_tokens,
+    )  # fmt: skip
+
+
+def assemble(
+    transformer: FluxTransformer2DModel, connector: nn.Linear, vlm: Qwen2VLModel, processor: Qwen2VLProcessor,
+    vae: AutoencoderKL, scheduler: FlowMatchEulerDiscreteScheduler, pooled: Tensor,
+    max_image_tokens: int, max_caption_tokens: int,
+) -> Models:  # fmt: skip
+    """Cut the VLM, put the connector between, check that the parts fit each other. UserError where they don't."""
+    flux = transformer.config
+    if vae.config.latent_channels * 4 != flux.in_channels:
+        raise UserError(
+            f"model.vae: {vae.config.latent_channels} latent channels pack to {vae.config.latent_channels * 4}, "
+            f"but the transformer reads {flux.in_channels}; use the VAE that belongs to it"
+        )
+    if pooled.shape[-1] != flux.pooled_projection_dim:
+        raise UserError(
+            f"model: CLIP's pooled vector has {pooled.shape[-1]} channels, the transformer reads "
+            f"{flux.pooled_projection_dim}"
+        )
+    ends = (vlm.config.text_config.hidden_size, flux.joint_attention_dim)
+    if (connector.in_features, connector.out_features) != ends:
+        raise UserError(
+            f"connector: {connector.in_features} -> {connector.out_features} channels, but Qwen2-VL gives "
+            f"{ends[0]} and the transformer reads {ends[1]}"
+        )
+    trunk_model, tail = split_vlm(vlm)
+    trunk = Trunk(trunk_model, processor, max_image_tokens, max_caption_tokens)
+    vae.requires_grad_(False).eval()
+    return Models(Qwen2VLFlux(tail, connector, transformer), trunk, vae, scheduler, pooled.detach())
+
+
+# --- published layouts ----------------------------------------------------------------------------------------------
+
+
+def load_transformer(source: str, dtype: torch.dtype) -> FluxTransformer2DModel:
+    """`transformer/` of a FLUX.1 folder or hub name in diffusers' layout."""
+    return _load_strict(FluxTransformer2DModel, source, subfolder="transformer", torch_dtype=dtype)
+
+
+def load_vae(source: str | None, flux: str | None) -> AutoencoderKL:
+    """The VAE of `source` (a VAE folder, or `tiny` for the shipped one), else `vae/` of the FLUX folder."""
+    if source == "tiny":
+        return _load_strict(AutoencoderKL, str(TINY / "vae"), torch_dtype=torch.float32)
+    if source:
+        return _load_strict(AutoencoderKL, source, torch_dtype=torch.float32)
+    if not flux:
+        raise UserError("model.vae: a model built from nothing needs a VAE; set model.vae to a folder or to tiny")
+    return _load_strict(AutoencoderKL, flux, subfolder="vae", torch_dtype=torch.float32)
+
+
+def load_scheduler(source: str) -> FlowMatchEulerDiscreteScheduler:
+    with _named(f"{source}/scheduler"):
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(source, subfolder="scheduler")
+
+
+def load_clip(source: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """`text_encoder/` and `tokenizer/` of a FLUX.1 folder."""
+    # The published file also carries position_ids, a buffer that transformers no longer registers.
+    clip = _load_strict(
+        CLIPTextModel, source, subfolder="text_encoder", dtype=torch.float32,
+        allow_unexpected=lambda key: key.endswith("embeddings.position_ids"),
+    )  # fmt: skip
+    with _named(f"{source}/tokenizer"):
+        return clip, CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
+
+
+def load_vlm(source: str, attention: str = "sdpa", dtype: torch.dtype = torch.bfloat16):
+    """(Qwen2VLModel, Qwen2VLProcessor) of a Qwen2-VL folder or hub name. lm_head is read and let go: nothing uses it."""
+    whole = _load_strict(
+        Qwen2VLForConditionalGeneration, source, dtype=dtype, attn_implementation=attention,
+        allow_missing=lambda key: key == "lm_head.weight", allow_unexpected=lambda key: key == "lm_head.weight",
+    )  # fmt: skip
+    with _named(source):
+        processor = Qwen2VLProcessor.from_pretrained(source, use_fast=True)
+    return whole.model, processor
+
+
+def load_connector(file: Path) -> nn.Linear:
+    """The connector of an export: a safetensors file of `weight` (joint, D) and `bias` (joint,)."""
+    tensors = read_tensors(file, {"weight", "bias"})
+    if tensors["weight"].ndim != 2 or tensors["bias"].shape != tensors["weight"].shape[:1]:
+        raise UserError(f"{file}: wrong shape: weight {tuple(tensors['weight'].shape)}, bias {tuple(tensors['bias'].shape)}")
+    with torch.device("meta"):
+        connector = nn.Linear(*reversed(tensors["weight"].shape))
+    connector.load_state_dict(tensors, assign=True)
+    return connector
+
+
+def read_tensors(file: Path, keys: set[str]) -> dict[str, Tensor]:
+    """A safetensors file of exactly these keys. UserError naming the file, and the key, otherwise."""
+    if not file.is_file():
+        raise UserError(f"{file}: missing")
+    with _named(str(file)):
+        tensors = load_file(file)
+    for what, found in (("missing key", keys - set(tensors)), ("unexpected key", set(tensors) - keys)):
+        if found:
+            raise UserError(f"{file}: {what} {_some(sorted(found))}")
+    return tensors
+
+
+def read_lm_head(source: str) -> Tensor | None:
+    """lm_head.weight of a Qwen2-VL folder or hub name, or None where it holds none (it is tied, or was left out)."""
+    with _named(source):
+        try:
+            index = json.loads(Path(cached_file(source, "model.safetensors.index.json")).read_text())
+            name = index["weight_map"].get("lm_head.weight")
+        except OSError:  # one file, no index
+            name = "model.safetensors"
+        if name is None:
+            return None
+        with safe_open(cached_file(source, name), "pt") as file:
+            return file.get_tensor("lm_head.weight") if "lm_head.weight" in file.keys() else None
+
+
+def _load_strict(
+    cls: type,
+    source: str,
+    allow_missing: Callable[[str], bool] = lambda key: False,
+    allow_unexpected: Callable[[str], bool] = lambda key: False,
+    **kwargs: Any,
+):
+    where = "/".join(filter(None, (source, kwargs.get("subfolder"))))
+    with _named(where):
+        model, info = cls.from_pretrained(source, use_safetensors=True, output_loading_info=True, **kwargs)
+    problems = {
+        "missing key": [key for key in info["missing_keys"] if not allow_missing(key)],
+        "unexpected key": [key for key in info["unexpected_keys"] if not allow_unexpected(key)],
+        "wrong shape": [str(item[0] if isinstance(item, tuple | list) else item) for item in info["mismatched_keys"]],
+        "error": list(info.get("error_msgs") or ()),
+    }
+    found = [f"{what} {_some(sorted(keys))}" for what, keys in problems.items() if keys]
+    if found:
+        raise UserError(f"{where}: {'; '.join(found)}; the files do not belong to a {cls.__name__} of their config.json")
+    return model
+
+
+class _named:
+    """Turn a library's loading error into a UserError of one line that names the source."""
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
+            return False
+        line = " ".join(str(error).split())
+        raise UserError(f"{self.where}: cannot be loaded: {line[:400]}") from error
+
+
+def _some(items: Iterable[str], most: int = 3) -> str:
+    items = list(items)
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+# --- built from nothing ---------------------------------------------------------------------------------------------
+
+
+def build_transformer(flux_config: dict[str, Any], seed: int) -> FluxTransformer2DModel:
+    """FLUX with seeded weights for training from nothing.
+
+    proj_out is zero, so that the first velocity is 0; the AdaLN modulations are zero too, so that each block starts
+    as the identity (DiT, 2212.09748, section 3.2); linears are Xavier-uniform.
+    """
+    with _seeded(seed), _named("model.flux_config"):
+        transformer = FluxTransformer2DModel(**flux_config)
+        for name, module in transformer.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+                if name == "proj_out" or name.rpartition(".")[2] == "linear":
+                    nn.init.zeros_(module.weight)
+    return transformer
+
+
+def build_vlm(vlm_config: dict[str, Any], seed: int) -> tuple[Qwen2VLModel, Qwen2VLProcessor]:
+    """Qwen2-VL of the given sizes with seeded random weights, with the shipped tokenizer in Qwen's format."""
+    processor = tiny_processor()
+    with _seeded(seed), _named("model.vlm_config"):
+        return Qwen2VLModel(vlm_configuration(vlm_config, processor.tokenizer)), processor
+
+
+def vlm_configuration(vlm_config: dict[str, Any], tokenizer=None) -> Qwen2VLConfig:
+    """Qwen2VLConfig from the two nested dicts of `model.vlm_config`; a tokenizer sets vocabulary and special ids."""
+    values = copy.deepcopy(vlm_config)
+    special: dict[str, int] = {}
+    if tokenizer is not None:
+        values["text_config"].setdefault("vocab_size", len(tokenizer))
+        names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+                 "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
+        special = {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
+    return Qwen2VLConfig(**values, **special)
+
+
+def tiny_processor() -> Qwen2VLProcessor:
+    """Qwen2-VL's processor around the shipped tokenizer."""
+    tokenizer = Qwen2TokenizerFast.from_pretrained(TINY / "tokenizer")
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessorFast(), tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor(),
+        chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+
+
+def build_clip(clip_config: dict[str, Any], seed: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """CLIP's text model of the given sizes with seeded random weights, and the shipped byte tokenizer."""
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "clip_tokenizer")
+    with _seeded(seed), _named("model.clip_config"):
+        config = CLIPTextConfig(
+            vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, **clip_config,
+        )  # fmt: skip
+        return CLIPTextModel(config).eval(), tokenizer
+
+
+@torch.no_grad()
+def empty_prompt_pooled(clip: CLIPTextModel, tokenizer: CLIPTokenizer) -> Tensor:
+    """CLIP's pooled vector of the empty prompt, as FLUX is fed when T5's place is taken: (1, P)."""
+    tokens = tokenizer("", padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    return clip(input_ids=tokens["input_ids"]).pooler_output
+
+
+class _seeded:
+    """Build modules under their own seed, leaving the global random state as it was."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.state = torch.get_rng_state()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_rng_state(self.state)
+
+
+def meta_models(config: Config) -> tuple[Qwen2VLFlux, Qwen2VLModel]:
+    """(trainable module, frozen trunk) on the meta device: names and shapes, no memory. Sizes are those of local
+    folders where the configuration names them, else its own tables."""
+    model = config.model
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(**_local_config(model.flux, "transformer", model.flux_config))
+        vlm = Qwen2VLModel(_local_vlm_config(model.vlm, model.vlm_config))
+        width = vlm.config.text_config.hidden_size
+        connector = build_connector(width, transformer.config.joint_attention_dim, config.run.seed)
+    trunk, tail = split_vlm(vlm)
+    return Qwen2VLFlux(tail, connector, transformer), trunk
+
+
+def _local_config(source: str | None, subfolder: str, default: dict[str, Any]) -> dict[str, Any]:
+    if source is None or not (Path(source) / subfolder / "config.json").is_file():
+        return default
+    with _named(f"{source}/{subfolder}/config.json"):
+        values = FluxTransformer2DModel.load_config(source, subfolder=subfolder)
+    return {key: value for key, value in values.items() if not key.startswith("_")}
+
+
+def _local_vlm_config(source: str | None, default: dict[str, Any]) -> Qwen2VLConfig:
+    if source is not None and (Path(source) / "config.json").is_file():
+        with _named(f"{source}/config.json"):
+            return Qwen2VLConfig.from_pretrained(source)
+    tokenizer = None if source else Qwen2TokenizerFast.from_pretrained(TINY / "tokenizer")
+    return vlm_configuration(default, tokenizer)

@@ -1,0 +1,235 @@
+"""Qwen2-VL as the condition's encoder: a frozen trunk, then one trainable last layer and the frozen final norm.
+
+A chat turn is cut after the last token that the condition reads. Qwen's attention is causal, so what would follow
+(the question, the generation prompt) cannot change those tokens, and cutting it is exact.
+
+Shapes: B batch, S tokens of the cut chat turn, T tokens of the condition (T <= S), D Qwen's width.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Mode = Literal["image", "image_text", "text"]
+QUESTION = "Describe this image."  # the released code's turn without a prompt
+_CAPTION = "\N{WHITE SQUARE}caption\N{WHITE SQUARE}"  # stands in for a caption when the chat template is rendered
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Trunk output of a batch and what the last layer and FLUX need to read it."""
+
+    hidden_states: Tensor
+    """(B, S, D): output of the frozen trunk."""
+    position_ids: Tensor
+    """(3, B, S) int64: M-RoPE positions (time, row, column)."""
+    select: Tensor
+    """(B, T) int64: which of the S tokens are the condition, image tokens first, then the caption's."""
+    attention_mask: Tensor | None = None
+    """(B, S) int64, 0 at the padding of a chat turn; None: no padding."""
+    select_mask: Tensor | None = None
+    """(B, T) bool, False at the padding of the condition; None: no padding."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Condition:
+        move = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
+        return Condition(**(move | {"hidden_states": move["hidden_states"].to(dtype)}))
+
+    def rolled(self, shift: int = 1) -> Condition:
+        """The same conditions, each given to the next sample: a shuffled reference."""
+        dims = {"position_ids": 1}
+        rolled = {k: None if v is None else v.roll(shift, dims.get(k, 0)) for k, v in vars(self).items()}
+        return Condition(**rolled)
+
+    def repeated(self, times: int) -> Condition:
+        """Each sample's condition `times` times in a row."""
+        dims = {"position_ids": 1}
+        return Condition(**{k: None if v is None else v.repeat_interleave(times, dims.get(k, 0))
+                            for k, v in vars(self).items()})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One cut chat turn as tokens."""
+
+    input_ids: list[int]
+    select: list[int]
+    grid: tuple[int, int] | None
+    """Rows and columns of image tokens; None: no image."""
+    image_start: int = 0
+
+
+def split_vlm(vlm) -> tuple[nn.Module, nn.Module]:
+    """Cut a Qwen2VLModel into (trunk, tail): all layers but the last, without final norm; the last layer and the norm.
+
+    Both keep transformers' own classes and forward: the trunk is the given model with its last layer taken off, the
+    tail a Qwen2VLTextModel of one layer without token embeddings. The tail starts with shared rotary buffers.
+    """
+    text = vlm.language_model
+    config = copy.deepcopy(text.config)
+    config.num_hidden_layers = 1
+    config.layer_types = [text.config.layer_types[-1]]
+    with torch.device("meta"):
+        tail = type(text)(config)
+    tail.embed_tokens = None
+    tail.layers = nn.ModuleList([text.layers[-1]])
+    tail.layers[0].self_attn.layer_idx = 0
+    tail.norm = text.norm
+    tail.rotary_emb = copy.deepcopy(text.rotary_emb)
+    text.layers = text.layers[:-1]
+    text.norm = nn.Identity()
+    vlm.requires_grad_(False).eval()
+    return vlm, tail
+
+
+def join_vlm(trunk_model: nn.Module, tail: nn.Module) -> nn.Module:
+    """The inverse of `split_vlm`: the tail's layer and norm back in the trunk, which is returned whole.
+
+    Uses up both parts: the trunk would now give another output, so nothing that holds it may encode any more.
+    """
+    text = trunk_model.language_model
+    layer = tail.layers[0]
+    layer.self_attn.layer_idx = len(text.layers)
+    text.layers.append(layer)
+    text.norm = tail.norm
+    return trunk_model
+
+
+def mrope_position_ids(length: int, image_start: int, grid: tuple[int, int] | None) -> Tensor:
+    """Positions of one turn with at most one image: (3, length) int64.
+
+    Text counts up on all three axes; image tokens share one time step and count rows and columns from it; the text
+    after them goes on from the largest position used (Qwen2-VL, 2409.12191, section 2.1).
+    """
+    positions = torch.arange(length).expand(3, length).clone()
+    if grid is not None:
+        rows, columns = grid
+        end = image_start + rows * columns
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        positions[0, image_start:end] = image_start
+        positions[1, image_start:end] = image_start + row.flatten()
+        positions[2, image_start:end] = image_start + column.flatten()
+        positions[:, end:] = torch.arange(length - end) + image_start + max(rows, columns)
+    return positions
+
+
+class Trunk:
+    """The frozen part: pictures and captions -> Condition. Not a module: nothing of it trains or is saved."""
+
+    def __init__(self, vlm, processor, max_image_tokens: int = 512, max_caption_tokens: int = 256):
+        self.vlm = vlm
+        self.processor = processor
+        self.max_caption_tokens = max_caption_tokens
+        self.merge = vlm.config.vision_config.spatial_merge_size
+        self.cell = vlm.config.vision_config.patch_size * self.merge  # pixels per image token, each way
+        self.limits = {"min_pixels": 4 * self.cell**2, "max_pixels": max_image_tokens * self.cell**2}
+        self.image_token = processor.tokenizer.convert_ids_to_tokens(vlm.config.image_token_id)
+        self.pad_token_id = processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        self._grid = lru_cache(maxsize=256)(self._measure_grid)
+        self._template = lru_cache(maxsize=None)(self._render_template)
+
+    @torch.no_grad()
+    def encode(self, pixel_values: Tensor | None, captions: list[str] | None = None, mode: Mode = "image") -> Condition:
+        """Run the trunk. pixel_values: uint8 (B, 3, H, W), not read in mode text; captions: B strings, not read in
+        mode image. The result is on the trunk's device and in its dtype."""
+        batch = len(captions) if pixel_values is None or mode == "text" else pixel_values.shape[0]
+        size = None if mode == "text" else tuple(pixel_values.shape[-2:])
+        turns = [self.turn(mode, size, captions[i] if captions and mode != "image" else "") for i in range(batch)]
+        input_ids, layout = self.collate(turns)
+        images = {}
+        if mode != "text":
+            images = self.processor.image_processor(images=list(pixel_values), return_tensors="pt", **self.limits)
+            images = {"pixel_values": images["pixel_values"].to(self.device, self.dtype),
+                      "image_grid_thw": images["image_grid_thw"].to(self.device)}  # fmt: skip
+        hidden_states = self.vlm(
+            input_ids=input_ids, position_ids=layout["position_ids"], attention_mask=layout["attention_mask"],
+            use_cache=False, return_dict=True, **images,
+        ).last_hidden_state  # fmt: skip
+        return Condition(hidden_states, **layout)
+
+    def from_cache(self, hidden_states: Tensor, height: int, width: int) -> Condition:
+        """A Condition of mode image around trunk output (B, S, D) computed before, for pictures of height x width px."""
+        _, layout = self.collate([self.turn("image", (height, width))] * hidden_states.shape[0])
+        return Condition(hidden_states.to(self.device), **layout)
+
+    def caption_tokens(self, caption: str) -> int:
+        """How many tokens a caption has before it is cut to `max_caption_tokens`; 0: it says nothing."""
+        return len(self._ids(self._clean(caption)))
+
+    def turn(self, mode: Mode, size: tuple[int, int] | None = None, caption: str = "") -> Turn:
+        """The cut chat turn of one sample; size: (height, width) of its picture, px."""
+        before, between, after = (self._ids(text) for text in self._template(mode))
+        words = self._ids(self._clean(caption))[: self.max_caption_tokens] if mode != "image" else []
+        if mode == "text" and not words:
+            words = after[:1]  # an empty caption still needs one token: the end of the turn
+        if mode == "text":
+            return Turn(before + words, list(range(len(before), len(before) + len(words))), None)
+        rows, columns = self._grid(*size)
+        head = before + words + between
+        start = len(head)
+        image = range(start, start + rows * columns)
+        select = [*image, *range(len(before), len(before) + len(words))]
+        return Turn(head + [self.vlm.config.image_token_id] * len(image), select, (rows, columns), start)
+
+    def collate(self, turns: list[Turn]) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Pad turns on the right: input_ids (B, S) and the fields of Condition but hidden_states, on the device."""
+        lengths, counts = [len(t.input_ids) for t in turns], [len(t.select) for t in turns]
+        S, T = max(lengths), max(counts)
+        input_ids = torch.full((len(turns), S), self.pad_token_id)
+        position_ids = torch.ones(3, len(turns), S, dtype=torch.long)
+        select = torch.zeros(len(turns), T, dtype=torch.long)
+        for i, t in enumerate(turns):
+            input_ids[i, : lengths[i]] = torch.tensor(t.input_ids)
+            position_ids[:, i, : lengths[i]] = mrope_position_ids(lengths[i], t.image_start, t.grid)
+            select[i, : counts[i]] = torch.tensor(t.select)
+        attention_mask = _length_mask(lengths).long() if min(lengths) < S else None
+        select_mask = _length_mask(counts) if min(counts) < T else None
+        layout = {"position_ids": position_ids, "select": select, "attention_mask": attention_mask,
+                  "select_mask": select_mask}  # fmt: skip
+        moved = {name: None if value is None else value.to(self.device) for name, value in layout.items()}
+        return input_ids.to(self.device), moved
+
+    @property
+    def device(self) -> torch.device:
+        return self.vlm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vlm.dtype
+
+    def _render_template(self, mode: Mode) -> tuple[str, str, str]:
+        """Chat text before the caption, between caption and image tokens, and after them."""
+        words, image = {"type": "text", "text": _CAPTION}, {"type": "image"}
+        content = {"image": [image, {"type": "text", "text": QUESTION}], "image_text": [words, image], "text": [words]}
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content[mode]}], tokenize=False, add_generation_prompt=True
+        )
+        before, _, rest = text.partition(_CAPTION) if mode != "image" else ("", "", text)
+        if mode == "text":
+            return before, "", rest
+        between, _, after = rest.partition(self.image_token)
+        return (before, between, after) if mode == "image_text" else (between, "", after)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _clean(self, caption: str) -> str:
+        # A caption must not forge the turn's structure, nor melt into the newline before it.
+        for token in self.processor.tokenizer.all_special_tokens:
+            caption = caption.replace(token, " ")
+        return " ".join(caption.encode("utf-8", "replace").decode().replace("\0", " ").split())
+
+    def _measure_grid(self, height: int, width: int) -> tuple[int, int]:
+        blank = torch.zeros(3, height, width, dtype=torch.uint8)
+        out = self.processor.image_processor(images=[blank], return_tensors="pt", **self.limits)
+        _, rows, columns = out["image_grid_thw"][0].tolist()
+        return rows // self.merge, columns // self.merge
+
+
+def _length_mask(lengths: list[int]) -> Tensor:
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]

@@ -1,0 +1,138 @@
+"""Run folders as a source of finished models: what `infer` and `export` share."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from megaflux.config import Config, build_config, load_yaml
+from megaflux.errors import UserError
+from megaflux.generation.pipeline import MANIFEST, Qwen2VLFluxPipeline, Settings, device_and_dtype
+from megaflux.models.pretrained import Models, cast, load_models
+from megaflux.training import checkpoint
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """One complete checkpoint of a run, its files verified; no weights read yet."""
+
+    config: Config
+    checkpoint: Path
+    manifest: dict[str, Any]
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where the weights come from, as plain data to store with what is made of them."""
+        return {
+            "run": self.config.run.dir,
+            "update": self.manifest["update"],
+            "stage": self.manifest["stage_name"],
+            "weights_sha256": self.manifest["files"][checkpoint.WEIGHTS]["sha256"],
+        }
+
+
+def find(path: str | Path, update: int | None = None) -> TrainedRun:
+    """A run's newest checkpoint, or the one after `update` updates.
+
+    UserError, naming the file, where there is none or it is not whole: an older one is never taken in silence.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; give a run or an export")
+    if (root / checkpoint.WEIGHTS).is_file() or (root / "manifest.json").is_file():
+        number = root.name.removeprefix("update-").lstrip("0") or "0"
+        raise UserError(f"{root}: one checkpoint of a run; give the run's folder and --update {number}")
+    if not (root / "config.yaml").is_file():
+        raise UserError(f"{root}: neither a run (no config.yaml) nor an export (no {MANIFEST})")
+    config = build_config(load_yaml(str(root / "config.yaml")))
+    folder = checkpoint.folder(root)
+    found = sorted(folder.glob("update-*")) if folder.is_dir() else []
+    if not found:
+        raise UserError(f"{folder}: holds no complete checkpoint; train until the first one is written")
+    chosen = found[-1] if update is None else folder / f"update-{update:07d}"
+    if chosen not in found:
+        known = ", ".join(str(int(p.name.removeprefix("update-"))) for p in found)
+        raise UserError(f"{chosen}: no such checkpoint; the run has {known}")
+    manifest = checkpoint.verify(chosen)
+    missing = {"update", "stage", "stage_name", "identity"} - set(manifest)
+    if missing or checkpoint.WEIGHTS not in manifest["files"]:
+        what = sorted(missing) or [checkpoint.WEIGHTS]
+        raise UserError(f"{chosen}/manifest.json: says nothing of {', '.join(what)}; this is not a whole checkpoint")
+    changed = [k for k, value in checkpoint.identity(config).items() if manifest["identity"].get(k) != value]
+    if changed:
+        raise UserError(
+            f"{root}/config.yaml: {', '.join(changed)} is not what {chosen.name} was trained with; restore it"
+        )
+    return TrainedRun(config, chosen, manifest)
+
+
+def load(
+    run: TrainedRun, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Models:  # fmt: skip
+    """The run's models with the checkpoint's weights in them. dtype None: each part's own, and float32 for what
+    trains where the checkpoint holds float32. UserError where a trained weight is missing or does not fit."""
+    models = load_models(run.config)
+    weights = run.checkpoint / checkpoint.WEIGHTS
+    with safe_open(weights, "pt") as file:
+        names = set(file.keys())
+        full = any(file.get_slice(name).get_dtype() == "F32" for name in names)
+    missing = checkpoint.trained_names(run.config, models.trainable, run.manifest["stage"]) - names
+    if missing:
+        raise UserError(f"{weights}: missing key {sorted(missing)[0]} (of {len(missing)}); it was trained")
+    # Cast first: what was trained in float32 would lose bits on its way through a bfloat16 base.
+    if dtype is not None:
+        models.to(device, dtype)
+    elif full:
+        cast(models.trainable, device, torch.float32)
+    checkpoint.load_weights(run.checkpoint, models.trainable)
+    return models
+
+
+def load_pipeline(
+    path: str | Path,
+    update: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Qwen2VLFluxPipeline:
+    """The pipeline of a run folder (its newest checkpoint, or the one after `update` updates) or an export folder.
+
+    dtype None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if there is one. UserError for a folder
+    that is neither, or not whole.
+    """
+    if is_export(path):
+        if update is not None:
+            raise UserError(f"--update {update}: {path} is an export, which holds one set of weights; leave it out")
+        return Qwen2VLFluxPipeline.from_pretrained(path, dtype, device)
+    run = find(path, update)
+    device, dtype = device_and_dtype(device, dtype)
+    return Qwen2VLFluxPipeline(load(run, device, dtype), Settings.of(run.config), run.source)
+
+
+def is_export(path: str | Path) -> bool:
+    """Whether the folder looks like an export, whole or not."""
+    return any((Path(path) / name).is_file() for name in (MANIFEST, "model_index.json"))
+
+
+def attribution(config: Config) -> str | None:
+    """The credit that the run's training pictures ask for, where their folder is at hand."""
+    try:
+        return json.loads((Path(config.data.path) / "dataset.json").read_text()).get("attribution")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """What made a file: this project and the libraries its numbers depend on."""
+    names = ("megaflux", "torch", "diffusers", "transformers")
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {"megaflux": "unknown"} | found

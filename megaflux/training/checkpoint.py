@@ -1,0 +1,230 @@
+"""Checkpoints of a run: written under a temporary name, completed by a manifest, then renamed.
+
+    RUN/checkpoints/update-0000400/
+        manifest.json          format, update, stage, world size, data position; size and SHA-256 of every file below
+        weights.safetensors    every parameter that has trained so far, by Qwen2VLFlux's names
+        deepspeed/...          DeepSpeed's shards: fp32 masters and Adam's moments of the active stage
+        rng-rank0000.pt        global random state of each rank
+
+A folder without manifest.json is not a checkpoint. The learning rate is a function of the update and needs no state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from megaflux.config import Config
+from megaflux.errors import UserError
+from megaflux.training import distributed, stages
+from megaflux.training.distributed import World
+from megaflux.training.engine import StageEngine
+
+log = logging.getLogger("megaflux")
+FORMAT = 1
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk, its files verified."""
+
+    path: Path
+    update: int
+    """Updates done."""
+    stage: int
+    """Index of the stage whose optimizer it holds."""
+    world_size: int
+    data: dict[str, Any]
+    """Position of the loader."""
+
+
+def folder(run_dir: str | Path) -> Path:
+    return Path(run_dir) / "checkpoints"
+
+
+def save(config: Config, engine: StageEngine, update: int, data: dict[str, Any], world: World) -> Path:
+    """Write a checkpoint after `update` updates; returns its folder. Collective."""
+    final = folder(config.run.dir) / f"update-{update:07d}"
+    partial = final.with_name(f".{final.name}.partial")
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    distributed.barrier(world)
+    engine.deepspeed.save_checkpoint(
+        str(partial), tag="deepspeed", client_state={}, save_latest=False, exclude_frozen_parameters=True
+    )
+    torch.save(distributed.rng_state(), partial / f"rng-rank{world.rank:04d}.pt")
+    weights = trained_weights(config, engine)
+    if world.is_main:
+        save_file(weights, partial / WEIGHTS)
+    distributed.barrier(world)
+    if world.is_main:
+        manifest = {
+            "format": FORMAT, "update": update, "stage": engine.stage, "stage_name": config.stages[engine.stage].name,
+            "world_size": world.size, "data": data, "identity": identity(config), "files": _inventory(partial),
+        }  # fmt: skip
+        _write_durably(partial / "manifest.json", json.dumps(manifest, indent=1))
+        if final.exists():  # written by the run this one was resumed from, and never worse than this one
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync_folder(final.parent)
+        prune(config)
+    distributed.barrier(world)
+    return final
+
+
+def trained_weights(config: Config, engine: StageEngine) -> dict[str, torch.Tensor]:
+    """Every parameter that any stage so far has trained, on the host, by name. Collective under ZeRO-3."""
+    names = trained_names(config, engine.module, engine.stage)
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        if name in names:
+            with _gathered(parameter, engine.zero_stage):
+                weights[name] = parameter.detach().cpu().contiguous().clone()
+    return weights
+
+
+def trained_names(config: Config, module: nn.Module, stage: int) -> set[str]:
+    return {name for s in config.stages[: stage + 1] for name in stages.trainable_names(module, s)}
+
+
+def resolve(config: Config, world_size: int) -> Checkpoint | None:
+    """The newest checkpoint of the run folder, verified; None where the run folder holds no trace of any.
+
+    Raises UserError for one that cannot be used: a run never starts over silently.
+    """
+    root = folder(config.run.dir)
+    found = sorted(root.glob("update-*")) if root.is_dir() else []
+    if config.run.resume == "never" and found:
+        raise UserError(f"run.dir: {config.run.dir} holds checkpoints and run.resume is never; give another --run.dir")
+    if not found:
+        if root.is_dir() and any(root.glob(".update-*.partial")):
+            log.warning("%s holds only an unfinished checkpoint; it is left alone and the run starts at update 0", root)
+        if config.run.resume == "must":
+            raise UserError(f"run.dir: {config.run.dir} holds no checkpoint and run.resume is must")
+        return None
+    manifest = verify(found[-1])
+    if manifest["world_size"] != world_size:
+        raise UserError(
+            f"{found[-1]}: saved by {manifest['world_size']} ranks, this run has {world_size}; start it with "
+            f"{manifest['world_size']} (resuming on another number is not done yet)"
+        )
+    changed = [key for key, value in identity(config).items() if manifest["identity"].get(key) != value]
+    if changed:
+        raise UserError(
+            f"run.dir: {config.run.dir} holds a run with other {', '.join(changed)}; restore the old values "
+            f"(they are in {config.run.dir}/config.yaml) or give another --run.dir"
+        )
+    return Checkpoint(found[-1], manifest["update"], manifest["stage"], manifest["world_size"], manifest["data"])
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files all match it. UserError naming the first that doesn't."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}/manifest.json: {getattr(error, 'strerror', None) or error}; this is not a complete checkpoint; "
+            f"move {path.name} away to go on from the one before"
+        ) from None
+    if manifest["format"] > FORMAT:
+        raise UserError(f"{path}: format {manifest['format']} is newer than this code's {FORMAT}; update megaflux")
+    for name, expected in files.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{path}/manifest.json: {name} lies outside the checkpoint; do not use it")
+        if not file.is_file():
+            raise UserError(f"{file}: missing; move {path.name} away to go on from the checkpoint before")
+        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise UserError(f"{file}: damaged (not what the manifest says); move {path.name} away to go on "
+                            "from the checkpoint before")  # fmt: skip
+    return manifest
+
+
+def load_weights(checkpoint: Path, module: nn.Module) -> None:
+    """Put a checkpoint's weights into the module, before an engine is built on it.
+
+    UserError if a name or shape does not fit the module.
+    """
+    weights, parameters = load_file(checkpoint / WEIGHTS), dict(module.named_parameters())
+    for name, tensor in weights.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise UserError(f"{checkpoint / WEIGHTS}: {name} does not fit this model; check model.* of the configuration")
+        with torch.no_grad():
+            parameters[name].copy_(tensor)
+
+
+def load_training_state(checkpoint: Checkpoint, engine: StageEngine, world: World) -> None:
+    """Optimizer and random state into an engine of the same stage. Collective."""
+    path, _ = engine.deepspeed.load_checkpoint(
+        str(checkpoint.path), tag="deepspeed", load_module_strict=False, load_lr_scheduler_states=False
+    )
+    if path is None:  # DeepSpeed's way of saying that it found nothing
+        raise UserError(f"{checkpoint.path}/deepspeed: cannot be loaded; move {checkpoint.path.name} away")
+    state = torch.load(checkpoint.path / f"rng-rank{world.rank:04d}.pt", weights_only=True)
+    distributed.set_rng_state(state)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What must be the same for a checkpoint to continue a run, as plain data."""
+    values = config.model_dump(mode="json")
+    kept = {f"model.{key}": value for key, value in values["model"].items() if key != "activation_checkpointing"}
+    kept |= {f"data.{key}": values["data"][key] for key in ("longest_side", "aspect_ratios", "condition")}
+    kept |= {f"train.{key}": values["train"][key] for key in ("updates", "global_batch_size", "micro_batch_size")}
+    return kept | {"stages": values["stages"], "run.seed": values["run"]["seed"], "flow": values["flow"]}
+
+
+def prune(config: Config) -> None:
+    """Delete old checkpoints: the newest `keep_checkpoints` and each stage's last stay."""
+    ends = set(config.stage_ends())
+    found = sorted(folder(config.run.dir).glob("update-*"))
+    for path in found[: -config.train.keep_checkpoints]:
+        if int(path.name.removeprefix("update-")) not in ends:
+            shutil.rmtree(path)
+
+
+def _inventory(path: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_durably(file: Path, text: str) -> None:
+    with file.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _gathered(parameter: nn.Parameter, zero_stage: int):
+    import contextlib
+
+    if zero_stage < 3:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])

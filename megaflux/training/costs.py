@@ -1,0 +1,288 @@
+"""Parameters and FLOPs of a configuration, freezing counted in; from module shapes alone, no weights needed.
+
+Symbols: B images per micro-batch, L image tokens of FLUX, T condition tokens, S tokens of the cut chat turn,
+P patches of Qwen's ViT, W FLUX's width. FLOPs are 2 x multiply-adds of matrix products; element-wise work is not
+counted. Everything is for the condition of mode `image`.
+
+What a step of one image costs (Qwen2VLFlux: Qwen layer -> connector -> FLUX):
+- forward: 2 in out tokens for every linear, 4 (T + L)^2 W for each FLUX block's attention, 4 S^2 D for Qwen's.
+- dX, the gradient to inputs: as much as the forward of the linear, for all of FLUX: the Qwen layer and the connector
+  lie upstream of every block and train in every stage. Not for what no trainable parameter lies upstream of:
+  `x_embedder`, the modulation linears while `time_text_embed` is frozen, the first block's image q, k, v while
+  that block's modulation and `x_embedder` are frozen.
+- dW, the gradient to weights: as much again, for trainable linears only.
+- attention backward: twice its forward (dQ, dK, dV, dP). A flash kernel computes QK^T a second time, half a forward
+  more; activation checkpointing a whole forward of every FLUX block and of the Qwen layer more. Both are `recompute`,
+  which MFU leaves out and hardware FLOPs count.
+- frozen: the trunk's and the VAE encoder's forward, where data.cache does not hold them. Causal attention is counted
+  in full, as torch's FlopCounterMode does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import weakref
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from megaflux.config import Config, Stage
+from megaflux.data.buckets import Bucket
+from megaflux.errors import UserError
+from megaflux.models.latents import TOKEN_PIXELS
+from megaflux.models.pretrained import TINY, AutoencoderKL, meta_models
+from megaflux.training.stages import locate, trainable_names
+
+TURN_PREFIX = 15  # tokens of Qwen2-VL's chat template before the image
+MODULATION = re.compile(r"transformer\.(.*\.(norm1|norm1_context|norm)|norm_out)\.linear")
+FIRST_IMAGE_QKV = re.compile(r"transformer\.transformer_blocks\.0\.attn\.to_[qkv]")
+
+# config.json of black-forest-labs/FLUX.1-dev, vae/
+FLUX_VAE = {
+    "in_channels": 3, "out_channels": 3, "latent_channels": 16, "layers_per_block": 2, "norm_num_groups": 32,
+    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4, "mid_block_add_attention": True,
+    "use_quant_conv": False, "use_post_quant_conv": False,
+}  # fmt: skip
+
+# Dense bf16 peak, TFLOP/s, by what the GPU's name holds; from the makers' data sheets, without sparsity.
+PEAK_TFLOPS = {
+    "A10": 125, "A10G": 70, "A30": 165, "A40": 150, "A100": 312, "A800": 312, "H20": 148, "H100": 989,
+    "H100 PCIe": 756, "H100 NVL": 835, "H800": 989, "H200": 989, "GH200": 989, "B200": 2250, "GB200": 2500,
+    "L4": 121, "L40": 181, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165, "RTX A6000": 155, "MI250X": 383,
+    "MI300X": 1307,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """One row of the stage table."""
+
+    name: str
+    updates: int
+    blocks: list[int]
+    """FLUX blocks that train, double ones first; "all" as every index."""
+    trainable: dict[str, int]
+    """Trainable parameters of flux, connector and vlm."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Lengths of the sequences that one image of a bucket makes."""
+
+    image: int
+    """L, of 16 x 16 px."""
+    condition: int
+    """T, image tokens of Qwen2-VL."""
+    turn: int
+    """S, with the chat template before them."""
+    patches: int
+    """P, of the ViT."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one image in one training step; the module's docstring says what each is."""
+
+    forward_linear: int
+    forward_attention: int
+    backward_inputs: int
+    backward_weights: int
+    backward_attention: int
+    frozen: int
+    recompute: int
+
+    @property
+    def model(self) -> int:
+        """What MFU counts: all but recomputation."""
+        trained = self.forward_linear + self.forward_attention + self.backward_inputs + self.backward_weights
+        return trained + self.backward_attention + self.frozen
+
+    @property
+    def hardware(self) -> int:
+        """What the device computes."""
+        return self.model + self.recompute
+
+
+# --- parameters -----------------------------------------------------------------------------------------------------
+
+
+def stage_table(config: Config, module: nn.Module) -> list[StageCosts]:
+    """The stages in force and what each trains. module: Qwen2VLFlux, the meta device will do. UserError where a listed
+    block matches no parameter."""
+    num_double = len(module.transformer.transformer_blocks)
+    num_blocks = num_double + len(module.transformer.single_transformer_blocks)
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    table = []
+    for stage, updates in zip(config.stages, config.stage_updates(), strict=True):
+        trainable = dict.fromkeys(("flux", "connector", "vlm"), 0)
+        for name in trainable_names(module, stage):
+            trainable[locate(name, num_double).group] += sizes[name]
+        blocks = list(range(num_blocks)) if stage.blocks == "all" else list(stage.blocks)
+        table.append(StageCosts(stage.name, updates, blocks, trainable))
+    return table
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------------------------
+
+
+def token_counts(config: Config, bucket: Bucket) -> Tokens:
+    """Sequence lengths of a bucket whose picture is also the reference."""
+    vision = config.model.vlm_config.get("vision_config", {})
+    patch, merge = vision.get("patch_size", 14), vision.get("spatial_merge_size", 2)
+    rows, columns = condition_grid(bucket.height, bucket.width, config.model.vlm_max_tokens, patch * merge)
+    image = (bucket.height // TOKEN_PIXELS) * (bucket.width // TOKEN_PIXELS)
+    return Tokens(image, rows * columns, rows * columns + TURN_PREFIX, rows * columns * merge**2)
+
+
+def condition_grid(height: int, width: int, max_tokens: int, cell: int = 28) -> tuple[int, int]:
+    """Rows and columns of image tokens of a reference of height x width px: Qwen2-VL's `smart_resize` to multiples of
+    `cell` px, between 4 and max_tokens tokens."""
+    rows, columns = max(1, round(height / cell)), max(1, round(width / cell))
+    if rows * columns > max_tokens:
+        shrink = math.sqrt(height * width / (max_tokens * cell**2))
+        rows, columns = (max(1, math.floor(side / shrink / cell)) for side in (height, width))
+    elif rows * columns < 4:
+        grow = math.sqrt(4 * cell**2 / (height * width))
+        rows, columns = (math.ceil(side * grow / cell) for side in (height, width))
+    return rows, columns
+
+
+def training_flops(config: Config, module: nn.Module, stage: Stage, tokens: Tokens, frozen: int = 0) -> Flops:
+    """FLOPs of one image in one step of a stage. module: Qwen2VLFlux, the meta device will do. frozen: FLOPs of the
+    frozen networks, as `frozen_flops` counts them."""
+    trainable = set(trainable_names(module, stage))
+    linear = dx = dw = blocks = 0
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        cost = 2 * layer.in_features * layer.out_features * _tokens_seen(name, tokens)
+        linear += cost
+        dx += cost if _needs_input_gradient(name, trainable) else 0
+        dw += cost if f"{name}.weight" in trainable else 0
+        # Checkpointing stops at the last tensor that the backward reads, which comes before the layer's last linear.
+        recomputed = "transformer_blocks" in name or (name.startswith("vlm.") and not name.endswith("down_proj"))
+        blocks += cost if recomputed else 0
+    transformer, text = module.transformer, module.vlm.config
+    num_blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+    attention = 4 * num_blocks * (tokens.condition + tokens.image) ** 2 * transformer.inner_dim
+    attention += 4 * len(module.vlm.layers) * tokens.turn**2 * text.hidden_size
+    recompute = attention // 2 + (blocks + attention if config.model.activation_checkpointing else 0)
+    return Flops(linear, attention, dx, dw, 2 * attention, frozen, recompute)
+
+
+def frozen_flops(config: Config, trunk: nn.Module | None, bucket: Bucket) -> int:
+    """Forward of the trunk and the VAE's encoder for one image, without what data.cache holds. trunk: Qwen2VLModel
+    without its last layer, the meta device will do; None: built from the configuration if needed."""
+    flops = 0
+    if "trunk" not in config.data.cache:
+        flops += trunk_flops(meta_models(config)[1] if trunk is None else trunk, token_counts(config, bucket))
+    if "latents" not in config.data.cache:
+        flops += vae_encode_flops(json.dumps(vae_config(config)), bucket.height, bucket.width)
+    return flops
+
+
+def trunk_flops(trunk: nn.Module, tokens: Tokens) -> int:
+    """Forward of Qwen2-VL's ViT (each patch sees all P) and decoder layers (no lm_head) for one image."""
+    flops = 0
+    for name, layer in trunk.named_modules():
+        if isinstance(layer, nn.Linear):
+            seen = tokens.turn
+            if name.startswith("visual."):
+                seen = tokens.condition if "merger" in name else tokens.patches
+            flops += 2 * layer.in_features * layer.out_features * seen
+        elif isinstance(layer, nn.Conv3d):  # patches do not overlap: one product each
+            flops += 2 * layer.in_channels * layer.out_channels * math.prod(layer.kernel_size) * tokens.patches
+    vision, text = trunk.config.vision_config, trunk.config.text_config
+    flops += 4 * len(trunk.visual.blocks) * tokens.patches**2 * vision.embed_dim
+    return flops + 4 * len(trunk.language_model.layers) * tokens.turn**2 * text.hidden_size
+
+
+@lru_cache(maxsize=64)
+def vae_encode_flops(config_json: str, height: int, width: int) -> int:
+    """Forward of AutoencoderKL's encoder, run on the meta device, for one picture of height x width px."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        encoder = AutoencoderKL(**json.loads(config_json)).encoder
+        encoder(torch.empty(1, encoder.conv_in.in_channels, height, width))
+    return counter.get_total_flops()
+
+
+def vae_config(config: Config) -> dict[str, Any]:
+    """Arguments of AutoencoderKL: of the local folder that the configuration names, else FLUX.1's published ones."""
+    model = config.model
+    folder = TINY / "vae" if model.vae == "tiny" else Path(model.vae or f"{model.flux}/vae")
+    if model.vae != "tiny" and not (folder / "config.json").is_file():
+        return FLUX_VAE
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'}: cannot be read ({error}); restore the VAE's folder") from None
+    return {key: value for key, value in values.items() if not key.startswith("_")}
+
+
+_counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple, int]] = weakref.WeakKeyDictionary()
+
+
+def train_flops_per_image(
+    config: Config, module: nn.Module, stage: Stage | int, bucket: Bucket, trunk: nn.Module | None = None
+) -> int:
+    """Model FLOPs of one image of a bucket in a stage (itself or its index), for MFU: forward, dX, dW of what trains
+    and attention's backward; no recomputation. The trunk and the VAE count only where data.cache does not hold their
+    output. Remembered per module: cheap to call for every micro-batch."""
+    stage = config.stages[stage] if isinstance(stage, int) else stage
+    known = _counted.setdefault(module, {})
+    key = (stage.blocks, stage.components, bucket.size, config.data.cache, config.model.vlm_max_tokens)
+    if key not in known:
+        frozen = frozen_flops(config, trunk, bucket)
+        known[key] = training_flops(config, module, stage, token_counts(config, bucket), frozen).model
+    return known[key]
+
+
+def _tokens_seen(name: str, tokens: Tokens) -> int:
+    """Tokens per image that a linear of Qwen2VLFlux sees."""
+    if name.startswith("vlm."):
+        return tokens.turn
+    if name == "connector" or name == "transformer.context_embedder":
+        return tokens.condition
+    if MODULATION.fullmatch(name) or ".time_text_embed." in name:
+        return 1
+    if ".single_transformer_blocks." in name:
+        return tokens.condition + tokens.image
+    text = re.search(r"\.(attn\.add_|attn\.to_add_out|ff_context\.)", name)
+    return tokens.condition if text else tokens.image
+
+
+def _needs_input_gradient(name: str, trainable: set[str]) -> bool:
+    """Whether a trainable parameter lies upstream of a linear's input."""
+    embeds_time = any(other.startswith("transformer.time_text_embed.") for other in trainable)
+    if name == "transformer.x_embedder":
+        return False
+    if ".time_text_embed." in name:
+        return embeds_time and name.endswith("linear_2")
+    if MODULATION.fullmatch(name):
+        return embeds_time
+    if FIRST_IMAGE_QKV.fullmatch(name):
+        upstream = ("transformer.x_embedder.weight", "transformer.transformer_blocks.0.norm1.linear.weight")
+        return not trainable.isdisjoint(upstream)
+    return True
+
+
+# --- speed ----------------------------------------------------------------------------------------------------------
+
+
+def images_per_second(flops: float, mfu: float, peak_tflops: float) -> float:
+    """Images/s of one device at a model FLOPs utilisation: mfu x peak / model FLOPs per image."""
+    return mfu * peak_tflops * 1e12 / flops
+
+
+def peak_tflops_for(device_name: str) -> float | None:
+    """Dense bf16 peak of a GPU by the longest known name in its name ("NVIDIA A100-SXM4-80GB" -> 312); None: unknown."""
+    found = [name for name in PEAK_TFLOPS if re.search(rf"\b{re.escape(name)}\b", device_name, re.IGNORECASE)]
+    return float(PEAK_TFLOPS[max(found, key=len)]) if found else None

@@ -1,0 +1,128 @@
+"""Ranks, devices and random numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import socket
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+log = logging.getLogger("megaflux")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(quiet: bool = True) -> World:
+    """Join the process group that deepspeed, torchrun or srun describes in the environment, or make one of one.
+
+    Must come before any streaming dataset (mosaicml/streaming #307).
+    """
+    _describe_lone_process()
+    import deepspeed
+
+    # DeepSpeed's CPU backend would compile a shared-memory all-reduce (25 s the first time, 66 MiB left in /dev/shm
+    # per rank) that only its inference engine calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING if quiet else logging.INFO)
+    deepspeed.init_distributed(verbose=not quiet)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    level = logging.INFO if rank == 0 else logging.WARNING
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(level)
+    return World(rank, size, device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _describe_lone_process() -> None:
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        # srun --ntasks-per-node=GPUS: Slurm numbers the tasks, the launch script exports MASTER_ADDR and MASTER_PORT.
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("SLURM_NTASKS_PER_NODE", "1")
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    os.environ.update(alone)
+
+
+def barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """The tensor's sum over all ranks, in place."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators. Training draws from `generator_for` instead; this is for what libraries draw."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, torch.Tensor | list]:
+    """Global random state of this rank, in types that `torch.load(weights_only=True)` accepts."""
+    kind, keys, *rest = np.random.get_state()
+    version, numbers, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8),
+        "numpy": [kind, keys.tolist(), *rest],
+        "python": [version, list(numbers), gauss],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    """The inverse of `rng_state`."""
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+
+
+def generator_for(*parts: object) -> torch.Generator:
+    """A CPU generator whose numbers are a function of the parts alone, on any machine.
+
+    What is drawn for a sample depends on (seed, update, micro-batch, key) only: not on ranks, workers, devices or
+    what was drawn before. That makes resuming exact without any state, and other world sizes comparable.
+    """
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,184 @@
+"""`--dry-run`: what a configuration would do and cost, and everything wrong with it. Nothing is loaded or allocated."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from megaflux.config import Config, Stage
+from megaflux.data.buckets import Bucket, make_buckets
+from megaflux.errors import UserError
+from megaflux.models.pretrained import meta_models
+from megaflux.training.checks import find_notes, find_problems
+from megaflux.training.costs import (
+    Flops,
+    StageCosts,
+    frozen_flops,
+    images_per_second,
+    stage_table,
+    token_counts,
+    training_flops,
+)
+from megaflux.training.ds_config import uses_bf16, zero_stage
+from megaflux.training.memory import Memory, memory_per_gpu
+
+GIGA, TERA = 1e9, 1e12
+
+
+def dry_run(
+    config: Config,
+    ds_config: dict[str, Any],
+    world_size: int,
+    json_path: str | None = None,
+    mfu: float = 0.35,
+    peak_tflops: float = 312,
+    gpu_memory_gb: float = 80,
+) -> int:
+    """Print the resolved configuration, stage table, FLOPs, memory, speed and problems; exit code 0, or 2 with
+    problems.
+
+    json_path: a file for the same as JSON. mfu: model FLOPs over peak, assumed. peak_tflops: of one GPU. UserError
+    where the JSON file cannot be written.
+    """
+    print(config.to_yaml())
+    problems = find_problems(config, ds_config, world_size)
+    report: dict[str, Any] = {"stages": [], "flops_per_image": None, "memory_gb_per_gpu": None}
+    try:
+        report |= _costs(config, ds_config, world_size, mfu, peak_tflops, gpu_memory_gb, problems)
+    except UserError as error:
+        problems.append(str(error))
+    notes = find_notes(config)
+    for note in notes:
+        print(f"note: {note}")
+    for problem in problems:
+        print(f"problem: {problem}")
+    print(f"{len(problems)} problem{'s' * (len(problems) != 1)} found")
+    if json_path:
+        _write_json(json_path, report | {"world_size": world_size, "notes": notes, "problems": problems})
+    return 2 if problems else 0
+
+
+def _costs(
+    config: Config, ds_config: dict[str, Any], world_size: int, mfu: float, peak_tflops: float, gpu_memory_gb: float,
+    problems: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Print what the configuration costs and return it for the JSON file; a problem more where it does not fit."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    try:
+        module, trunk = meta_models(config)
+    except UserError:
+        raise
+    except Exception as error:  # sizes that a library refuses, in its own words
+        raise UserError(f"model: the networks cannot be built: {' '.join(str(error).split())[:200]}") from error
+    buckets = make_buckets(config.data.aspect_ratios, config.data.longest_side)
+    table = stage_table(config, module)
+    flops = [_flops_by_bucket(config, module, trunk, stage, buckets) for stage in config.stages]
+    means = [_mean([f.model for f in row.values()]) for row in flops]
+    updates = [row.updates for row in table]
+    flops_per_image = sum(m * u for m, u in zip(means, updates, strict=True)) / sum(updates)
+    memory = memory_per_gpu(config, ds_config, world_size, module, trunk, buckets)
+    speed = world_size * images_per_second(flops_per_image, mfu, peak_tflops)
+    days = config.train.updates * config.train.global_batch_size / speed / 86400
+
+    _print_stages(config, table, means)
+    _print_flops(config, buckets, flops)
+    _print_memory(config, ds_config, world_size, memory)
+    print(
+        f"\nSpeed at {mfu:.0%} MFU of {peak_tflops:g} TFLOP/s a GPU: {speed:.3g} images/s on {world_size} "
+        f"GPU{'s' * (world_size > 1)}; {config.train.updates} updates of {config.train.global_batch_size} images take "
+        f"{days:.3g} days\n"
+    )
+    if memory.total / GIGA > gpu_memory_gb:
+        problems.append(
+            f"memory: {memory.total / GIGA:.1f} GB per GPU is more than {gpu_memory_gb:g} GB; lower "
+            "train.micro_batch_size, turn model.activation_checkpointing on, use more GPUs or ds_configs/zero3.json"
+        )
+    return {
+        "stages": [asdict(row) | {"flops_per_image": mean} for row, mean in zip(table, means, strict=True)],
+        "flops_per_image": flops_per_image,
+        "flops": {
+            stage.name: {str(b): asdict(f) | {"model": f.model, "hardware": f.hardware} for b, f in row.items()}
+            for stage, row in zip(config.stages, flops, strict=True)
+        },
+        "memory_gb_per_gpu": memory.total / GIGA,
+        "memory": asdict(memory),
+        "images_per_second": speed,
+        "days": days,
+        "mfu": mfu,
+        "peak_tflops": peak_tflops,
+    }
+
+
+def _flops_by_bucket(
+    config: Config, module: nn.Module, trunk: nn.Module, stage: Stage, buckets: Sequence[Bucket]
+) -> dict[Bucket, Flops]:
+    return {
+        bucket: training_flops(
+            config, module, stage, token_counts(config, bucket), frozen_flops(config, trunk, bucket)
+        )
+        for bucket in buckets
+    }
+
+
+def _print_stages(config: Config, table: list[StageCosts], means: list[float]) -> None:
+    print(f"{'stage':<10}{'updates':>9}  {'set':<10}{'FLUX':>15}{'connector':>13}{'Qwen2-VL':>13}{'TFLOP/image':>13}")
+    for stage, row, mean in zip(config.stages, table, means, strict=True):
+        counts = row.trainable
+        print(
+            f"{row.name:<10}{row.updates:>9}  {stage.components:<10}{counts['flux']:>15,}{counts['connector']:>13,}"
+            f"{counts['vlm']:>13,}{_si(mean):>13}"
+        )
+        print(f"{'':<10}blocks: {'all' if stage.blocks == 'all' else ' '.join(map(str, row.blocks))}")
+
+
+def _print_flops(config: Config, buckets: Sequence[Bucket], flops: list[dict[Bucket, Flops]]) -> None:
+    print("\nTFLOP per image (forward, dX, dW and attention's backward; frozen networks where not cached; recomputation")
+    print("is hardware's alone and not in the model's sum; the mean above weighs the buckets alike)")
+    head = ("forward", "dX", "dW", "attn bwd", "frozen", "model", "hardware")
+    print(f"{'stage':<10}{'bucket':<20}{'tokens':>12}" + "".join(f"{name:>10}" for name in head))
+    for stage, row in zip(config.stages, flops, strict=True):
+        for bucket in buckets:
+            f, tokens = row[bucket], token_counts(config, bucket)
+            values = (f.forward_linear + f.forward_attention, f.backward_inputs, f.backward_weights,
+                      f.backward_attention, f.frozen, f.model, f.hardware)  # fmt: skip
+            lengths = f"{tokens.image}+{tokens.condition}"
+            print(f"{stage.name:<10}{bucket!s:<20}{lengths:>12}" + "".join(f"{_si(v):>10}" for v in values))
+
+
+def _print_memory(config: Config, ds_config: dict[str, Any], world_size: int, memory: Memory) -> None:
+    precision = "bfloat16" if uses_bf16(ds_config) else "float32"
+    print(
+        f"\nGB per GPU: {world_size} GPU{'s' * (world_size > 1)}, ZeRO-{zero_stage(ds_config)}, {precision}, "
+        f"micro-batch {config.train.micro_batch_size}, activation checkpointing "
+        f"{'on' if config.model.activation_checkpointing else 'off'}; at its peak in {memory.stage}, {memory.bucket}"
+    )
+    lines = {f"weights, {name}": size for name, size in memory.weights.items()}
+    lines |= {"gradients": memory.gradients, "optimizer shard": memory.optimizer, "activations": memory.activations,
+              "or, when larger: VAE encode, optimizer step": memory.transient,
+              "CUDA and libraries": memory.runtime}  # fmt: skip
+    for name, size in lines.items():
+        print(f"  {name:<46}{size / GIGA:>9.3f}")
+    print(f"  {'total':<46}{memory.total / GIGA:>9.3f}")
+    if memory.host_optimizer:
+        print(f"  {'on the host: optimizer shard':<46}{memory.host_optimizer / GIGA:>9.3f}")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _si(flops: float) -> str:
+    return f"{flops / TERA:.4g}"
+
+
+def _write_json(path: str, report: dict[str, Any]) -> None:
+    try:
+        Path(path).write_text(json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}; give a file in a folder that can be written") from None

@@ -1,0 +1,128 @@
+"""DeepSpeed's file: sharding, precision and communication. Sizes and rates come from the run's configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaflux.config import Config
+from megaflux.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# Key of DeepSpeed's file -> the field of the run's configuration that decides it.
+OWNED = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "optim.max_grad_norm",
+    "optimizer": "optim",
+    "scheduler": "optim.warmup_fraction and optim.plateau_fraction",
+}
+
+
+def load_ds_config(path: str | Path) -> dict[str, Any]:
+    """DeepSpeed's configuration as a dict.
+
+    UserError for a missing file, bad JSON, "auto" values (DeepSpeed alone cannot resolve them), fp16 (its loss scale
+    would need steps that this code does not take), and keys that the run's configuration owns.
+    """
+    where = f"--deepspeed {path}"
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}; give a file as ds_configs/zero2.json") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}); give a file as ds_configs/zero2.json") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: want an object {{...}}, found a {type(values).__name__}")
+    for key in values.keys() & OWNED.keys():
+        raise UserError(f"{where}: {key} comes from the run's configuration ({OWNED[key]}): remove it")
+    for key, value in _leaves(values):
+        if value == "auto":
+            raise UserError(f'{where}: {key} is "auto", which nothing resolves: remove it or give a value')
+    for name in ("fp16", "bf16", "zero_optimization"):
+        if not isinstance(values.get(name, {}), dict):
+            raise UserError(f"{where}: {name} must be an object {{...}}")
+    if values.get("fp16", {}).get("enabled"):
+        raise UserError(f"{where}: fp16 is not supported: use bf16, or neither for float32")
+    if zero_stage(values) not in (0, 1, 2, 3):
+        raise UserError(f"{where}: zero_optimization.stage must be 0, 1, 2 or 3, got {zero_stage(values)!r}")
+    return values
+
+
+def resolve_ds_config(ds_config: dict[str, Any], config: Config, world_size: int) -> dict[str, Any]:
+    """The dict for deepspeed.initialize: batch sizes, accumulation and clipping filled in.
+
+    UserError where the global batch does not divide; see accumulation_steps.
+    """
+    return ds_config | {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(config, world_size),
+        "gradient_clipping": config.optim.max_grad_norm,
+    }
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Micro-batches per update: global / (micro x ranks). UserError, saying what would work, if that is not whole."""
+    problem = batch_problem(config.train.global_batch_size, config.train.micro_batch_size, world_size)
+    if problem:
+        raise UserError(problem)
+    return config.train.global_batch_size // (config.train.micro_batch_size * world_size)
+
+
+def batch_problem(global_batch: int, micro_batch: int, world_size: int) -> str | None:
+    """One line on a global batch that its ranks cannot share, with the nearest sizes that they can; else None."""
+    step = micro_batch * world_size
+    if global_batch % step == 0:
+        return None
+    below, above = global_batch // step * step, -(-global_batch // step) * step
+    sizes = " or ".join(str(size) for size in (below, above) if size)
+    if global_batch % world_size:
+        micro = ""
+    else:
+        share = global_batch // world_size
+        fitting = [m for m in range(1, share + 1) if share % m == 0]
+        nearest = sorted(sorted(fitting, key=lambda m: abs(m - micro_batch))[:3])
+        micro = f", or train.micro_batch_size to {' or '.join(map(str, nearest))}"
+    return (
+        f"train.global_batch_size: {global_batch} is not a multiple of {step} (micro batch {micro_batch} x {world_size} "
+        f"rank{'s' * (world_size > 1)}); set it to {sizes}{micro}"
+    )
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """0 (nothing sharded), 1 (optimizer), 2 (gradients too) or 3 (weights too)."""
+    return ds_config.get("zero_optimization", {}).get("stage", 0)
+
+
+def uses_bf16(ds_config: dict[str, Any]) -> bool:
+    """Whether weights and activations are bfloat16; float32 otherwise."""
+    return bool(ds_config.get("bf16", {}).get("enabled"))
+
+
+def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """Type of weights and activations: torch.bfloat16 or torch.float32."""
+    import torch  # late, so that the checks of the command line stay fast
+
+    return torch.bfloat16 if uses_bf16(ds_config) else torch.float32
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return values
+
+
+def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, dict | list):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, values

@@ -1,0 +1,163 @@
+"""One DeepSpeed engine per stage, and Adam's memory carried from one to the next by parameter name.
+
+DeepSpeed collects the trainable parameters when an engine is built: unfreezing later trains nothing, and a changed
+set makes loading an optimizer fail. So a stage change builds a new engine on the same module.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaflux.config import Config
+from megaflux.training import optim, stages
+from megaflux.training.ds_config import resolve_ds_config
+
+log = logging.getLogger("megaflux")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Carried:
+    """What a stage hands to the next: Adam's moments and fp32 masters by name, on the host, and steps by group."""
+
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """parameter name -> {"master", "exp_avg", "exp_avg_sq"} -> float32, the parameter's shape."""
+    steps: dict[int, Tensor] = field(default_factory=dict)
+    """first stage of a group -> Adam steps it has taken."""
+
+
+class StageEngine:
+    """The engine of one stage: `forward`, `backward` and `step` are DeepSpeed's, the freezing hooks come with it."""
+
+    def __init__(self, module: nn.Module, config: Config, ds_config: dict[str, Any], stage: int, world_size: int,
+                 carried: Carried | None = None):  # fmt: skip
+        import deepspeed
+
+        self.module, self.stage, self.config = module, stage, config
+        self.first_stage = stages.first_stages(module, config.stages, stage)
+        self.hooks = stages.FreezingHooks(module, self.first_stage)
+        optimizer = optim.build_optimizer(optim.parameter_groups(module, self.first_stage), config.optim)
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=resolve_ds_config(ds_config, config, world_size)
+        )
+        _restore_buffers(module, buffers)
+        self.zero_stage = self.deepspeed.zero_optimization_stage()
+        if carried is not None and carried.tensors:
+            self._take_over(carried)
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.deepspeed(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of loss / accumulation, summed over micro-batches and averaged over ranks."""
+        self.deepspeed.backward(loss)
+
+    def step(self) -> None:
+        """Call after every backward; the optimizer moves at the last micro-batch of an update."""
+        self.hooks.check()
+        self.deepspeed.step()
+
+    def set_learning_rate(self, update: int) -> float:
+        return optim.set_learning_rate(self.deepspeed.optimizer, update, self.config)
+
+    def grad_norm(self) -> float:
+        """Global norm of the last step's gradient before clipping; nan if that step was skipped."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of this engine that an overflow made it drop; DeepSpeed does so without a word (#8415)."""
+        return self.deepspeed.skipped_steps
+
+    def grad_norms(self) -> dict[str, float]:
+        """Norms by part and FLUX block of the gradient that the next step would take (before clipping).
+
+        After the last backward of an update and before its step; every rank must call it.
+        """
+        from deepspeed.utils import safe_get_full_grad
+
+        num_double = len(self.module.transformer.transformer_blocks)
+        squares: dict[str, float] = {}
+        for name, parameter in self.module.named_parameters():
+            if name in self.first_stage:
+                place = stages.locate(name, num_double)
+                square = float(safe_get_full_grad(parameter).float().square().sum())
+                for label in (place.group, f"block{place.block:02d}" if place.block is not None else None):
+                    if label:
+                        squares[label] = squares.get(label, 0.0) + square
+        return {label: square**0.5 for label, square in squares.items()}
+
+    def carry(self, names: set[str]) -> Carried:
+        """Adam's memory of the parameters named, gathered on every rank's host. Collective; leaves the engine whole."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        carried = Carried()
+        inner = self.deepspeed.optimizer.optimizer
+        for group, flat in zip(inner.param_groups, self._flat_groups()):
+            if "step" in inner.state.get(flat, {}):
+                carried.steps[group["first_stage"]] = inner.state[flat]["step"].clone()
+        if not carried.steps:  # not one step taken (all were skipped): nothing to carry
+            return carried
+        for name, parameter in self.module.named_parameters():
+            if name in names and name in self.first_stage:
+                tensors = {"master": safe_get_full_fp32_param(parameter)}
+                tensors |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+                carried.tensors[name] = {key: tensor.float().cpu() for key, tensor in tensors.items()}
+        return carried
+
+    def close(self) -> None:
+        """Take the engine and the hooks off the module, which stays usable and keeps its weights."""
+        self.deepspeed.destroy()
+        self.hooks.remove()
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        self.deepspeed = None
+        gc.collect()
+
+    def _flat_groups(self) -> list[Tensor]:
+        """This rank's fp32 partition of each group, the tensors that the inner optimizer steps."""
+        zero = self.deepspeed.optimizer
+        if self.zero_stage == 3:
+            return list(zero.fp32_partitioned_groups_flat)
+        return list(zero.single_partition_of_fp32_groups)
+
+    def _take_over(self, carried: Carried) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        zero = self.deepspeed.optimizer
+        # torch creates Adam's state at the first step; create it now, for there is something to put in.
+        for group, flat in zip(zero.optimizer.param_groups, self._flat_groups()):
+            step = carried.steps.get(group["first_stage"])
+            if step is not None:
+                zero.optimizer.state[flat] = {"step": step.clone(), **{key: torch.zeros_like(flat) for key in MOMENTS}}
+            elif self.zero_stage < 3:
+                zero.optimizer.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                                              **{key: torch.zeros_like(flat) for key in MOMENTS}}  # fmt: skip
+        if self.zero_stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.module.named_parameters():
+            if name in carried.tensors:
+                tensors = carried.tensors[name]
+                safe_set_full_fp32_param(parameter, tensors["master"].to(parameter.device))
+                for key in MOMENTS:
+                    safe_set_full_optimizer_state(parameter, tensors[key].to(parameter.device), key)
+        log.info("carried Adam's moments of %d parameters into stage %s", len(carried.tensors),
+                 self.config.stages[self.stage].name)  # fmt: skip
+
+
+def _restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    # DeepSpeed casts buffers to bf16 with the parameters; RoPE's inv_freq then turns tokens by the wrong angles.
+    for name, buffer in module.named_buffers():
+        buffer.data = buffers[name].to(buffer.device)

@@ -1,0 +1,127 @@
+"""What a person sees of a run: TensorBoard and one progress bar. Rank 0 writes, all ranks are counted in.
+
+MFU = model FLOPs per second / peak. Model FLOPs: forward, backward through all of FLUX, weight gradients of what
+trains only, attention's backward twice its forward; recomputation is not counted (costs.py).
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from megaflux.config import Config
+from megaflux.data.buckets import Bucket
+from megaflux.training import costs
+from megaflux.training.distributed import World, sum_over_ranks
+
+T_BUCKETS = 8
+
+
+class Monitor:
+    """Collects over `monitor.every` updates, then writes one point per curve."""
+
+    def __init__(self, config: Config, world: World, module, start_update: int):
+        self.config, self.world, self.module = config, world, module
+        self.writer = SummaryWriter(Path(config.run.dir) / "tensorboard") if world.is_main else None
+        if self.writer and start_update == 0:
+            self.writer.add_text("config", f"```yaml\n{config.to_yaml()}```")
+        self.bar = tqdm(
+            total=config.train.updates, initial=start_update, unit="upd", disable=not world.is_main,
+            mininterval=0.5 if sys.stderr.isatty() else 15, dynamic_ncols=True,
+        )  # fmt: skip
+        self.peak = _peak_flops(config, world)
+        self.shown: dict[str, str] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self.loss = torch.zeros(T_BUCKETS, 2, dtype=torch.float64, device=self.world.device)  # sum, count by t
+        self.images = self.flops = 0.0
+        self.data_wait = 0.0
+        self.since = time.perf_counter()
+
+    def micro_batch(self, loss: Tensor, t: Tensor, bucket: Bucket, stage: int) -> None:
+        """Count one micro-batch of this rank: losses (B,), times (B,)."""
+        which = (t * T_BUCKETS).long().clamp(max=T_BUCKETS - 1)
+        self.loss[:, 0].index_add_(0, which, loss.detach().double())
+        self.loss[:, 1].index_add_(0, which, torch.ones_like(loss, dtype=torch.float64))
+        self.images += len(loss)
+        self.flops += len(loss) * costs.train_flops_per_image(self.config, self.module, stage, bucket)
+
+    def excluded(self, seconds: float) -> None:
+        """Leave time spent on validation, panels or checkpoints out of images/s."""
+        self.since += seconds
+
+    def update(self, update: int, learning_rate: float, grad_norm: float, skipped_steps: int) -> None:
+        """After each update; `update` counts those done. Writes a point every `monitor.every`."""
+        self.bar.update()
+        if update % self.config.monitor.every:
+            return
+        seconds = time.perf_counter() - self.since
+        sums = sum_over_ranks(self.loss.clone(), self.world).cpu()
+        images = self.images * self.world.size
+        mean = (sums[:, 0].sum() / sums[:, 1].sum()).item()
+        scalars = {
+            "train/loss": mean,
+            "train/learning_rate": learning_rate,
+            "train/grad_norm": grad_norm,
+            "train/skipped_steps": skipped_steps,
+            "speed/images_per_second": images / seconds,
+            "speed/data_wait_fraction": self.data_wait / seconds,
+            "speed/mfu": self.flops / seconds / self.peak,
+            "memory/peak_gb": peak_memory_gb(self.world),
+        }
+        scalars |= {f"train/loss_t{j}": (s / n).item() for j, (s, n) in enumerate(sums) if n > 0}
+        self.scalars(scalars, update)
+        self.show(loss=f"{mean:.3f}", lr=f"{learning_rate:.1e}", img_s=f"{images / seconds:.1f}")
+        self._reset()
+
+    def scalars(self, values: dict[str, float], update: int) -> None:
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, update)
+
+    def picture(self, name: str, sheet: Tensor, update: int) -> None:
+        """uint8 (3, H, W)."""
+        if self.writer:
+            self.writer.add_image(name, sheet, update)
+
+    def show(self, **numbers: str) -> None:
+        """Put numbers into the progress bar."""
+        self.shown |= numbers
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
+
+
+def peak_memory_gb(world: World) -> float:
+    """Most memory so far, GB: allocated on the GPU, or resident in this process on a CPU."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _peak_flops(config: Config, world: World) -> float:
+    """FLOP/s of one device: configured, known by the GPU's name, or the best of a few 2048^3 bf16 products here."""
+    if config.monitor.peak_tflops:
+        return config.monitor.peak_tflops * 1e12
+    known = costs.peak_tflops_for(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
+    if known:
+        return known * 1e12
+    n = 2048
+    a = torch.ones(n, n, dtype=torch.bfloat16, device=world.device)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        (a @ a).sum().item()
+        seconds.append(time.perf_counter() - started)
+    return 2 * n**3 / min(seconds)

@@ -1,0 +1,41 @@
+"""What an update draws at random: t, noise and the kind of condition; each a function of seed, update and sample."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from megaflux import flow
+from megaflux.config import ConditionModes, Flow
+from megaflux.models.vlm import Mode
+from megaflux.training.distributed import generator_for
+
+
+def draw_time_and_noise(
+    config: Flow, seed: int, update: int, micro: int, keys: list[str], latents: Tensor, num_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """t (B,) float32 and noise like latents (B, C, h, w), on latents' device, one generator per sample.
+
+    keys: the samples' names; a key that occurs twice in the batch (a bucket smaller than a batch) gets two draws.
+    num_tokens: image tokens per sample, for the resolution shift.
+    """
+    seen: Counter[str] = Counter()
+    z, noise = [], []
+    for key in keys:
+        generator = generator_for(seed, "noise", update, micro, key, seen[key])
+        seen[key] += 1
+        z.append(torch.randn((), generator=generator))
+        noise.append(torch.randn(latents.shape[1:], generator=generator))
+    t = flow.time_from_normal(torch.stack(z), config.density, config.logit_mean, config.logit_std)
+    t = flow.shift_time(t, flow.shift_factor(config.shift, num_tokens))
+    return t.to(latents.device), torch.stack(noise).to(latents.device, latents.dtype)
+
+
+def draw_mode(modes: ConditionModes, seed: int, update: int, micro: int) -> Mode:
+    """The kind of condition of one global micro-batch, alike on all ranks, so that no rank skips a parameter."""
+    u = torch.rand((), generator=generator_for(seed, "mode", update, micro)).item()
+    if u < modes.image:
+        return "image"
+    return "image_text" if u < modes.image + modes.image_text else "text"

@@ -1,0 +1,183 @@
+"""Staged training: which parameters a stage trains, and the hooks that keep all others still.
+
+A parameter's name decides, by exactly one row of PATTERNS; a name that no row or more than one matches is an error,
+and so is a stage that matches nothing. Names are those of Qwen2VLFlux: transformer.* (diffusers' FLUX), connector.*,
+vlm.* (Qwen2-VL's last layer and final norm).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from megaflux.config import Stage
+from megaflux.errors import FrozenParameterError, UserError
+
+# (part, pattern): what a parameter belongs to. Ordered for reading; the patterns exclude each other.
+PATTERNS: tuple[tuple[str, str], ...] = (
+    ("vlm", r"vlm\.layers\.0\.(?P<component>.+)"),  # trains in every stage
+    ("vlm_norm", r"vlm\.norm\.(?P<component>.+)"),  # never trains
+    ("connector", r"connector\.(?P<component>.+)"),  # trains in every stage
+    ("double", r"transformer\.transformer_blocks\.(?P<block>\d+)\.(?P<component>.+)"),
+    ("single", r"transformer\.single_transformer_blocks\.(?P<block>\d+)\.(?P<component>.+)"),
+    ("context_embedder", r"transformer\.context_embedder\.(?P<component>.+)"),  # trains in every component set
+    ("embedder", r"transformer\.(?P<component>(x_embedder|time_text_embed|norm_out|proj_out)\..+)"),  # set model only
+)
+
+# The component set `attention`: the released code's list, narrower than whole blocks.
+ATTENTION = {
+    "double": re.compile(r"(attn\.(to_q|to_k|to_v|to_out\.0)|norm1\.linear|norm1_context\.linear)\.(weight|bias)"),
+    "single": re.compile(r"(attn\.(to_q|to_k|to_v)|norm\.linear)\.(weight|bias)"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter sits."""
+
+    part: str
+    """A row of PATTERNS."""
+    component: str
+    block: int | None = None
+    """Index over all FLUX blocks, double ones first; None outside the blocks."""
+
+    @property
+    def group(self) -> str:
+        """The part named in tables and TensorBoard: flux, connector or vlm."""
+        return {"vlm": "vlm", "vlm_norm": "vlm", "connector": "connector"}.get(self.part, "flux")
+
+
+def locate(name: str, num_double: int) -> Place:
+    """A parameter's place. num_double: FLUX's double blocks, numbered before the single ones. ValueError for a name
+    that does not match exactly one pattern."""
+    found = [(part, match) for part, pattern in PATTERNS if (match := re.fullmatch(pattern, name))]
+    if len(found) != 1:
+        raise ValueError(f"parameter {name} matches {len(found)} freezing patterns; it must match exactly one")
+    part, match = found[0]
+    block = match.groupdict().get("block")
+    if block is not None:
+        block = int(block) + (num_double if part == "single" else 0)
+    return Place(part, match["component"], block)
+
+
+def trains(place: Place, stage: Stage) -> bool:
+    """Whether a parameter trains in a stage."""
+    if place.part in ("vlm", "connector", "context_embedder"):
+        return True
+    if place.block is None:
+        return place.part == "embedder" and stage.components == "model"
+    if stage.blocks != "all" and place.block not in stage.blocks:
+        return False
+    return stage.components != "attention" or bool(ATTENTION[place.part].fullmatch(place.component))
+
+
+def trainable_names(module: nn.Module, stage: Stage) -> list[str]:
+    """Names of the parameters that a stage trains, in the module's order.
+
+    Raises UserError where a listed block or the whole list matches no parameter.
+    """
+    num_double = len(module.transformer.transformer_blocks)
+    places = {name: locate(name, num_double) for name, _ in module.named_parameters()}
+    names = [name for name, place in places.items() if trains(place, stage)]
+    matched = {places[name].block for name in names}
+    missing = [b for b in stage.blocks if b not in matched] if stage.blocks != "all" else []
+    if missing or (stage.blocks == "all" and matched == {None}):
+        raise UserError(f"stage {stage.name!r}: block {missing[0] if missing else 'list'} matches no parameter")
+    return names
+
+
+def first_stages(module: nn.Module, stages: Iterable[Stage], upto: int) -> dict[str, int]:
+    """For each parameter that stage `upto` trains: the first of the consecutive stages, ending there, that train it.
+
+    Adam's moments are carried over exactly those stages, so parameters with the same value took the same number of
+    steps. A function of the configuration alone, so that a resumed run groups parameters as the first one did.
+    """
+    sets = [set(trainable_names(module, stage)) for stage in list(stages)[: upto + 1]]
+    firsts = {}
+    for name in trainable_names(module, list(stages)[upto]):
+        first = upto
+        while first > 0 and name in sets[first - 1]:
+            first -= 1
+        firsts[name] = first
+    return firsts
+
+
+class FreezingHooks:
+    """Holds every parameter but the given ones still, on one module.
+
+    Three kinds of hook: a forward pre-hook on the module that applies the mask before the first graph is built, a
+    guard on every frozen parameter that raises by name when a gradient reaches it, and, when asked, hooks that label
+    each FLUX block for torch.profiler. `remove()` leaves the module as it was found.
+    """
+
+    def __init__(self, module: nn.Module, trainable: Iterable[str], label_blocks: bool = False):
+        self.module = module
+        self.trainable = frozenset(trainable)
+        self.found = {name: p.requires_grad for name, p in module.named_parameters()}
+        unknown = self.trainable - set(self.found)
+        if unknown:
+            raise ValueError(f"no parameter named {sorted(unknown)[0]}; freezing patterns must match parameters")
+        self.handles: list = []
+        self.applied = False
+        for name, parameter in module.named_parameters():
+            if name not in self.trainable:
+                # PyTorch takes hooks only on tensors that need a gradient: register first, freeze after.
+                parameter.requires_grad_(True)
+                self.handles.append(parameter.register_hook(partial(_refuse_gradient, name)))
+        self.handles.append(module.register_forward_pre_hook(self._apply_once))
+        if label_blocks:
+            self._label_blocks()
+        self.apply()
+
+    def apply(self) -> None:
+        """Set requires_grad of every parameter by the mask, and drop gradients that frozen ones hold."""
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(name in self.trainable)
+            if name not in self.trainable:
+                parameter.grad = None
+        self.applied = True
+
+    def check(self) -> None:
+        """Before each optimizer step: raise FrozenParameterError where a frozen parameter holds a gradient."""
+        for name, parameter in self.module.named_parameters():
+            if name not in self.trainable and parameter.grad is not None:
+                _refuse_gradient(name, parameter.grad)
+
+    def remove(self) -> None:
+        """Take all hooks off and give every parameter the requires_grad it had."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(self.found[name])
+
+    def _apply_once(self, module: nn.Module, args: tuple) -> None:
+        # Once per stage: a parameter unfrozen later is a bug that the guard must name, not one to hide.
+        if not self.applied:
+            self.apply()
+
+    def _label_blocks(self) -> None:
+        transformer = self.module.transformer
+        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        for index, block in enumerate(blocks):
+            running: list[torch.profiler.record_function] = []
+            self.handles.append(block.register_forward_pre_hook(partial(_enter_label, f"flux.block{index}", running)))
+            self.handles.append(block.register_forward_hook(partial(_leave_label, running), always_call=True))
+
+
+def _refuse_gradient(name: str, gradient: Tensor) -> None:
+    raise FrozenParameterError(f"a gradient reached {name}, which this stage keeps frozen; something unfroze it")
+
+
+def _enter_label(label: str, running: list, module: nn.Module, args: tuple) -> None:
+    running.append(torch.profiler.record_function(label).__enter__())
+
+
+def _leave_label(running: list, module: nn.Module, args: tuple, output: object) -> None:
+    if running:
+        running.pop().__exit__(None, None, None)

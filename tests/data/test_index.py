@@ -1,0 +1,173 @@
+"""A damaged index is refused before streaming sees it, with everything that is wrong in one message."""
+
+import copy
+import json
+import shutil
+
+import pytest
+
+from megaflux.data.buckets import Bucket
+from megaflux.data.index import MAX_PROBLEMS, inspect_index, read_index
+from megaflux.data.shards import read_dataset_info, read_split, verify_dataset
+from megaflux.errors import UserError
+
+SQUARE = Bucket("1:1", 64, 64)
+
+
+@pytest.fixture
+def folder(small_dataset, tmp_path):
+    """A private copy of one bucket: train/1x1 with three shards."""
+    shutil.copytree(small_dataset, tmp_path / "dataset", ignore=shutil.ignore_patterns("*.mds"))
+    return tmp_path / "dataset" / "train" / "1x1"
+
+
+def edit(folder, change):
+    path = folder / "index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+def problems(folder, **options):
+    return "; ".join(inspect_index(folder, **options)[1])
+
+
+def test_a_sound_index(folder):
+    shards = read_index(folder, expected_samples=37)
+    assert [shard["samples"] for shard in shards] == [16, 16, 5]
+
+
+CASES = {
+    "zip_data basename '../../x' does not stay": lambda i: i["shards"][0]["zip_data"].update(
+        basename="../../x"
+    ),
+    "raw_data basename '/etc/x' does not stay": lambda i: i["shards"][0]["raw_data"].update(
+        basename="/etc/x"
+    ),
+    "'a/../../x' does not stay": lambda i: i["shards"][1]["raw_data"].update(basename="a/../../x"),
+    "'..\\\\\\\\x' does not stay": lambda i: i["shards"][1]["raw_data"].update(basename="..\\x"),
+    "'index.json' does not stay": lambda i: i["shards"][1]["raw_data"].update(basename="index.json"),
+    "basename 5 does not stay": lambda i: i["shards"][1]["raw_data"].update(basename=5),
+    "is there twice": lambda i: i["shards"].append(copy.deepcopy(i["shards"][0])),
+    "encoding 'pkl', which is not allowed": lambda i: i["shards"][0]["column_encodings"].__setitem__(
+        1, "pkl"
+    ),
+    "samples = 0": lambda i: i["shards"][0].update(samples=0),
+    "samples = -3": lambda i: i["shards"][0].update(samples=-3),
+    "samples = '16'": lambda i: i["shards"][0].update(samples="16"),
+    "38 samples, but dataset.json counts 37": lambda i: i["shards"][0].update(samples=17),
+    "36 samples, but dataset.json counts 37": lambda i: i["shards"][0].update(samples=15),
+    "do not fit into": lambda i: i["shards"][0].update(samples=10**6),
+    "21 samples, but dataset.json counts 37": lambda i: i["shards"].pop(0),
+    "bytes = -1": lambda i: i["shards"][0]["zip_data"].update(bytes=-1),
+    "the index says 99999": lambda i: i["shards"][0]["zip_data"].update(bytes=99999),
+    "has no hashes": lambda i: i["shards"][0]["zip_data"].update(hashes={}),
+    "not in MDS format": lambda i: i["shards"][0].update(format="csv"),
+    "compression and zip_data": lambda i: i["shards"][0].update(zip_data=None),
+    "shard 0: not an object": lambda i: i["shards"].__setitem__(0, 7),
+    "raw_data is not an object": lambda i: i["shards"][0].pop("raw_data"),
+    "names and encodings do not match": lambda i: i["shards"][0]["column_names"].pop(),
+    "different columns": lambda i: i["shards"][0]["column_names"].__setitem__(0, "title"),
+    "no shards": lambda i: i["shards"].clear(),
+    "not an MDS index of version 2": lambda i: i.update(version=3),
+}
+
+
+@pytest.mark.parametrize("message", CASES)
+def test_each_fault_is_named(folder, message):
+    edit(folder, CASES[message])
+    assert message.replace("\\\\\\\\", "\\\\") in problems(folder, expected_samples=37)
+
+
+@pytest.mark.parametrize("content", ["", '{"version": 2, "shards": [', "[]", "null", '{"version": 2}'])
+def test_an_index_that_is_partial_or_something_else(folder, content):
+    (folder / "index.json").write_text(content)
+    with pytest.raises(UserError, match=r"index\.json"):
+        read_index(folder)
+
+
+def test_files_that_are_missing_cut_or_empty(folder):
+    stored = sorted(folder.rglob("*.zstd"))
+    stored[0].unlink()
+    stored[1].write_bytes(stored[1].read_bytes()[:100])
+    stored[2].write_bytes(b"")
+    message = problems(folder)
+    assert f"{stored[0]}: missing" in message
+    assert f"{stored[1]}: 100 bytes" in message
+    assert f"{stored[2]}: 0 bytes" in message
+    assert not problems(folder, check_files=False)
+
+
+def test_an_unpacked_shard_of_the_wrong_size(folder):
+    (folder / "chunk-00000" / "shard.00000.mds").write_bytes(b"short")
+    assert "shard.00000.mds: 5 bytes" in problems(folder)
+
+
+def test_all_problems_at_once(folder):
+    def change(index):
+        index["shards"][0]["samples"] = 0
+        index["shards"][1]["raw_data"]["basename"] = "../x"
+        index["shards"][2]["column_encodings"][0] = "pkl"
+
+    edit(folder, change)
+    with pytest.raises(UserError) as caught:
+        read_index(folder)
+    message = str(caught.value)
+    assert all(text in message for text in ("samples = 0", "'../x'", "'pkl'"))
+    assert "\n" not in message
+
+
+def test_many_problems_are_cut_to_a_number(folder):
+    edit(folder, lambda index: index["shards"].extend([None] * 100))
+    with pytest.raises(UserError, match=f"and {100 - MAX_PROBLEMS} more"):
+        read_index(folder)
+
+
+def test_a_flipped_byte_is_found_by_the_full_check(folder):
+    root = folder.parent.parent
+    assert verify_dataset(root).samples("train") == 61
+    path = min(folder.rglob("*.zstd"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert not problems(folder)  # the size is right: only the content tells
+    with pytest.raises(UserError, match=r"shard\.00000\.mds\.zstd: damaged"):
+        verify_dataset(root)
+    with pytest.raises(UserError, match="damaged"):
+        list(read_split(root, "train", SQUARE))
+
+
+def test_a_count_that_disagrees_with_the_shard_itself(folder):
+    root = folder.parent.parent
+
+    def move_one(index):
+        index["shards"][0]["samples"] += 1
+        index["shards"][1]["samples"] -= 1
+
+    edit(folder, move_one)
+    assert not problems(folder, expected_samples=37)
+    with pytest.raises(UserError, match="holds 16 samples, the index says 17"):
+        verify_dataset(root)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format_version=99), "format version 99"),
+        (lambda c: c.pop("buckets"), "not a dataset description"),
+        (lambda c: c.update(surprise=1), "not a dataset description"),
+    ],
+)
+def test_dataset_json(folder, change, message):
+    path = folder.parent.parent / "dataset.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        read_dataset_info(path.parent)
+    path.write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_dataset_info(path.parent)
+    path.unlink()
+    with pytest.raises(UserError, match=r"megaflux\.data\.prepare"):
+        read_dataset_info(path.parent)

@@ -1,0 +1,401 @@
+"""Batches are of one bucket, every sample comes once an epoch, and a resumed run sees what it would have."""
+
+import itertools
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, write_folder
+
+from megaflux.data import loader as loader_module
+from megaflux.data.buckets import make_buckets
+from megaflux.data.loader import build_loader
+from megaflux.data.prepare import Options, prepare
+from megaflux.data.shards import DatasetInfo, read_split, write_bucket, write_dataset
+from megaflux.data.shared_memory import remove_leftovers
+from megaflux.errors import UserError
+
+BATCHES = 17  # of 4 in an epoch of the small dataset: 10 square, 6 wide, 1 tall
+
+
+@pytest.fixture
+def build(small_dataset):
+    """build_loader on the small dataset, closed at the test's end; nothing may stay in shared memory."""
+    before = shared_memory()
+    opened = []
+
+    def build(path=small_dataset, micro_batch_size=4, seed=3, **options):
+        opened.append(build_loader(path, micro_batch_size=micro_batch_size, seed=seed, **options))
+        return opened[-1]
+
+    yield build
+    for loader in opened:
+        loader.close()
+    assert shared_memory() <= before
+
+
+def shared_memory():
+    return {path.name for path in Path("/dev/shm").glob("[0-9]*_*")}
+
+
+def take(loader, count):
+    return list(itertools.islice(iter(loader), count))
+
+
+def keys_of(batches):
+    return [batch.keys for batch in batches]
+
+
+def all_keys(path, split="train"):
+    buckets = make_buckets(SMALL["aspect_ratios"], 64)
+    return {sample["key"] for bucket in buckets for sample in read_split(path, split, bucket)}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_hold_what_was_stored(build, small_dataset, num_workers):
+    loader = build(num_workers=num_workers)
+    stored = {
+        sample["key"]: (bucket, sample["caption"])
+        for bucket in loader.buckets
+        for sample in read_split(small_dataset, "train", bucket)
+    }
+    for batch in take(loader, BATCHES):
+        assert len(batch.keys) == len(batch.captions) == 4
+        assert batch.pixel_values.dtype == torch.uint8
+        assert batch.pixel_values.shape == (4, 3, batch.bucket.height, batch.bucket.width)
+        assert batch.latents is None
+        assert batch.hidden_states is None
+        for key, caption in zip(batch.keys, batch.captions, strict=True):
+            assert stored[key] == (batch.bucket, caption)  # so every batch is of one bucket
+
+
+def test_pixels_are_those_of_the_stored_image(build, small_dataset):
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    batch = take(build(), 1)[0]
+    images = {s["key"]: s["image"] for s in read_split(small_dataset, "train", batch.bucket)}
+    for key, pixels in zip(batch.keys, batch.pixel_values, strict=True):
+        assert np.array_equal(pixels.permute(1, 2, 0), Image.open(io.BytesIO(images[key])))
+
+
+def test_each_sample_once_an_epoch_but_for_declared_repeats(build, small_dataset):
+    loader = build()
+    assert loader.repeats == {"1:1": 3, "2:1": 3, "1:2": 1}
+    assert (loader.samples_per_epoch, loader.batches_per_epoch) == (68, BATCHES)
+    batches = take(loader, 3 * BATCHES)
+    epochs = [batches[start : start + BATCHES] for start in range(0, 3 * BATCHES, BATCHES)]
+    for epoch in epochs:
+        seen = Counter(key for batch in epoch for key in batch.keys)
+        assert set(seen) == all_keys(small_dataset)
+        assert sum(count - 1 for count in seen.values()) == sum(loader.repeats.values())
+        assert max(seen.values()) == 2
+        assert Counter(batch.bucket.name for batch in epoch) == {"1:1": 10, "2:1": 6, "1:2": 1}
+    assert keys_of(epochs[0]) != keys_of(epochs[1]) != keys_of(epochs[2])
+
+
+def test_a_bucket_smaller_than_a_batch_is_repeated_evenly(build, caplog):
+    caplog.set_level(logging.INFO)
+    loader = build(micro_batch_size=8)
+    assert loader.repeats == {"1:1": 3, "2:1": 3, "1:2": 5}
+    assert "bucket 1:2 (32x64): 3 samples, 5 repeats an epoch" in caplog.text
+    (tall,) = [b for b in take(loader, loader.batches_per_epoch) if b.bucket.name == "1:2"]
+    assert sorted(Counter(tall.keys).values()) == [2, 3, 3]
+
+
+def test_the_seed_makes_the_order(build):
+    first, same, other = (keys_of(take(build(seed=seed), BATCHES)) for seed in (3, 3, 4))
+    assert first == same != other
+    stored = keys_of(take(build(shuffle=False), BATCHES))
+    assert stored != first
+    assert min(itertools.chain(*stored)) == "000.png"
+
+
+def test_the_number_of_workers_does_not_change_the_order(build):
+    plain = keys_of(take(build(), 2 * BATCHES + 3))
+    for num_workers in (1, 2, 3):
+        assert keys_of(take(build(num_workers=num_workers), 2 * BATCHES + 3)) == plain, num_workers
+
+
+RESUME = """
+import itertools, json, sys
+from megaflux.data.loader import build_loader
+path, states, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+found = []
+for num_workers, state in states:
+    loader = build_loader(path, micro_batch_size=4, seed=3, num_workers=num_workers)
+    loader.load_state_dict(state)
+    found.append([batch.keys for batch in itertools.islice(iter(loader), count)])
+    loader.close()
+print("KEYS" + json.dumps(found))
+"""
+
+
+def test_exact_resume_in_a_new_process(build, small_dataset):
+    """Stopped within an epoch, at its end and in a later one; with 0 and 2 workers."""
+    uninterrupted = keys_of(take(build(), 70))
+    stops, jobs = [1, 6, BATCHES, 40], []
+    for num_workers in (0, 2):
+        for stop in stops:
+            loader = build(num_workers=num_workers)
+            take(loader, stop)
+            jobs.append((num_workers, json.loads(json.dumps(loader.state_dict()))))
+            loader.close()
+    assert (jobs[2][1]["epoch"], jobs[2][1]["batches"]) == (1, 0)
+    command = [sys.executable, "-c", RESUME, str(small_dataset), json.dumps(jobs), "30"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = json.loads(output.partition("KEYS")[2])
+    for (num_workers, _), stop, keys in zip(jobs, stops * 2, found, strict=True):
+        assert keys == uninterrupted[stop : stop + 30], (num_workers, stop)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_each_sample_once_over_resumes(build, small_dataset, num_workers):
+    """Killed and resumed every few batches: still one epoch."""
+    state, seen = None, Counter()
+    for count in (3, 1, 7, 6):
+        loader = build(num_workers=num_workers)
+        if state:
+            loader.load_state_dict(state)
+        seen.update(key for batch in take(loader, count) for key in batch.keys)
+        state = loader.state_dict()
+        loader.close()
+    assert (state["epoch"], state["batches"]) == (1, 0)
+    assert set(seen) == all_keys(small_dataset)
+    assert sum(seen.values()) - len(seen) == 7
+
+
+def test_a_state_of_something_else_is_refused(build, tmp_path):
+    state = build().state_dict()
+    for changed, options in {"seed": {"seed": 4}, "micro_batch_size": {"micro_batch_size": 2}}.items():
+        with pytest.raises(UserError, match=f"position is of {changed}"):
+            build(**options).load_state_dict(state)
+    with pytest.raises(UserError, match="world_size 2, this run has 1"):
+        build().load_state_dict({**state, "world_size": 2})
+    source = write_folder(tmp_path / "source", {(70, 70): 5})
+    prepare(str(source), tmp_path / "other", Options(**SMALL, held_out=0), workers=1, progress=False)
+    with pytest.raises(UserError, match="position is of dataset"):
+        build(tmp_path / "other").load_state_dict(state)
+    with pytest.raises(UserError):
+        build().load_state_dict({})
+
+
+def test_one_iteration_per_loader(build):
+    loader = build()
+    state = loader.state_dict()
+    next(iter(loader))
+    with pytest.raises(RuntimeError, match="iterated once"):
+        iter(loader)
+    with pytest.raises(RuntimeError, match="before the iteration"):
+        loader.load_state_dict(state)
+    loader.close()
+    loader.close()
+
+
+def test_two_loaders_side_by_side(build):
+    one, two = iter(build()), iter(build(seed=4))
+    alone = keys_of(take(build(), 5))
+    assert [next(one).keys for _ in range(5) if next(two)] == alone
+
+
+def test_a_bucket_without_samples_is_left_out(build, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    source = write_folder(tmp_path / "source", {(70, 70): 5, (90, 45): 4})
+    prepare(str(source), tmp_path / "out", Options(**SMALL, held_out=0), workers=1, progress=False)
+    assert [bucket.name for bucket in build(tmp_path / "out").buckets] == ["1:1", "2:1"]
+    assert "bucket 1:2 (32x64) has no train samples" in caplog.text
+    with pytest.raises(UserError, match="no samples in the split 'held_out'"):
+        build(tmp_path / "out", split="held_out")
+
+
+def test_what_is_wrong_is_said_before_streaming_starts(build, small_dataset, tmp_path):
+    with pytest.raises(UserError, match=r"megaflux\.data\.prepare"):
+        build(tmp_path)
+    with pytest.raises(UserError, match="at least 1"):
+        build(micro_batch_size=0)
+    with pytest.raises(UserError, match="needs a remote"):
+        build(cache_limit="1gb")
+    shutil.copytree(small_dataset, tmp_path / "copy")
+    lost = sorted((tmp_path / "copy").rglob("*.zstd"))
+    lost[0].unlink()
+    lost[-1].write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        build(tmp_path / "copy")
+    assert f"{lost[0]}: missing" in str(caught.value)
+    assert f"{lost[-1]}: 0 bytes" in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_shard_damaged_behind_the_index_is_no_short_epoch(build, small_dataset, tmp_path, num_workers):
+    shutil.copytree(small_dataset, tmp_path / "copy", ignore=shutil.ignore_patterns("*.mds"))
+    path = min((tmp_path / "copy" / "train").rglob("*.zstd"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises((UserError, RuntimeError, ValueError), match=r"short|damaged|Background|Checksum"):
+        take(build(tmp_path / "copy", num_workers=num_workers), BATCHES)
+
+
+def test_a_remote_dataset_is_cached(build, small_dataset, tmp_path):
+    local = keys_of(take(build(), BATCHES + 3))
+    remote = build(tmp_path / "cache", remote=str(small_dataset), num_workers=2)
+    assert keys_of(take(remote, BATCHES + 3)) == local
+    cached = list((tmp_path / "cache").rglob("*.mds"))
+    assert len(cached) == len(list((small_dataset / "train").rglob("*.zstd")))
+    remote.close()
+    again = build(tmp_path / "cache", remote=str(small_dataset), cache_limit="10mb")
+    assert keys_of(take(again, 3)) == local[:3]
+
+
+def test_remotes_that_do_not_fit(build, small_dataset, tmp_path):
+    with pytest.raises(UserError, match=r"dataset\.json: cannot be fetched"):
+        build(tmp_path / "cache", remote=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="cache folder itself"):
+        build(small_dataset, remote=str(small_dataset))
+    source = write_folder(tmp_path / "source", {(70, 70): 5})
+    prepare(str(source), tmp_path / "other", Options(**SMALL, held_out=0), workers=1, progress=False)
+    build(tmp_path / "cache", remote=str(tmp_path / "other")).close()
+    with pytest.raises(UserError, match="the cache is of another dataset"):
+        build(tmp_path / "cache", remote=str(small_dataset))
+
+
+def test_cached_latents_and_hidden_states(build, tmp_path):
+    buckets = make_buckets(("1:1", "2:1"), 64)
+    generator = torch.Generator().manual_seed(0)
+    latents = {
+        b.name: torch.randn(6, 8, b.height // 8, b.width // 8, generator=generator).bfloat16()
+        for b in buckets
+    }
+    states = {b.name: torch.randn(6, 5, 16, generator=generator).bfloat16() for b in buckets}
+    counts = {}
+    for bucket in buckets:
+        samples = (
+            {"key": f"{bucket.name} {n}", "caption": "", "latents": latents[bucket.name][n],
+             "hidden_states": states[bucket.name][n]}
+            for n in range(6)
+        )  # fmt: skip
+        counts[bucket.name], columns = write_bucket(tmp_path, "train", bucket, samples)
+    write_dataset(tmp_path, DatasetInfo(64, buckets, {"train": counts}, columns))
+    for batch in take(build(tmp_path, micro_batch_size=3, num_workers=2), 4):
+        assert batch.pixel_values is None
+        rows = [int(key.split()[1]) for key in batch.keys]
+        assert torch.equal(batch.latents, latents[batch.bucket.name][rows])
+        assert torch.equal(batch.hidden_states, states[batch.bucket.name][rows])
+
+
+KILLED = """
+import sys, time
+from megaflux.data.loader import build_loader
+loader = build_loader(sys.argv[1], micro_batch_size=4, seed=3, num_workers=2, remote=sys.argv[2])
+next(iter(loader))
+print("RUNNING", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_run_does_not_stop_the_next(build, small_dataset, tmp_path, monkeypatch):
+    cache, before = tmp_path / "cache", shared_memory()
+    command = [sys.executable, "-c", KILLED, str(cache), str(small_dataset)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert run.stdout.readline() == "RUNNING\n"
+    folders = [str(cache / "train" / "1x1")]
+    assert remove_leftovers(folders) == []  # in use: left alone
+    os.killpg(run.pid, signal.SIGKILL)  # with its workers and Python's resource tracker
+    run.wait()
+    deadline = time.monotonic() + 10
+    while any(str(run.pid) in line for line in running_groups()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (prefix,) = {name[:7] for name in shared_memory() - before}
+    for name in ("barrier", "cache"):  # they would hide the rest; a container's restart removes them
+        (Path(tempfile.gettempdir()) / f"{prefix}{name}_filelock").unlink(missing_ok=True)
+    assert remove_leftovers([str(tmp_path / "other" / "train" / "1x1")]) == []  # not those of other folders
+    with monkeypatch.context() as patched:
+        patched.setattr(loader_module, "remove_leftovers", lambda folders: [])
+        with pytest.raises(ValueError, match="Reused local directory"):
+            build(cache, remote=str(small_dataset))
+    assert len(take(build(cache, remote=str(small_dataset)), 3)) == 3
+
+
+def running_groups():
+    """The process group of every running process, as text."""
+    groups = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            groups.append(fields[2])
+    return groups
+
+
+RANKS = """
+import itertools, json, os, sys
+import torch.distributed as dist
+dist.init_process_group("gloo")
+from megaflux.data.loader import build_loader
+path, out = sys.argv[1:]
+found = {}
+for num_workers in (0, 2):
+    loader = build_loader(path, micro_batch_size=2, seed=3, num_workers=num_workers)
+    iterator = iter(loader)
+    batches = [batch.keys for batch in itertools.islice(iterator, 6)]
+    state = loader.state_dict()
+    loader.close()
+    loader = build_loader(path, micro_batch_size=2, seed=3, num_workers=num_workers)
+    loader.load_state_dict(state)
+    batches += [batch.keys for batch in itertools.islice(iter(loader), 20)]
+    found[num_workers] = batches
+    repeats = loader.repeats
+    loader.close()
+with open(f"{out}/{dist.get_rank()}.json", "w") as file:
+    json.dump({"keys": found, "repeats": repeats, "state": state}, file)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_two_ranks_see_the_batches_of_one(build, small_dataset, tmp_path, nodes):
+    """Two ranks, on one node or on two, resumed in the middle, against one rank of twice the batch."""
+    alone = keys_of(take(build(micro_batch_size=4), 26))
+    (tmp_path / "ranks.py").write_text(RANKS)
+    common = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        "29577",
+    ]
+    script = [str(tmp_path / "ranks.py"), str(small_dataset), str(tmp_path)]
+    launches = [
+        subprocess.Popen(
+            [*common, f"--nnodes={nodes}", f"--node_rank={node}", f"--nproc_per_node={2 // nodes}", *script],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for node in range(nodes)
+    ]
+    assert [launch.wait(timeout=120) for launch in launches] == [0] * nodes
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0]["repeats"] == ranks[1]["repeats"] == {"1:1": 3, "2:1": 3, "1:2": 1}
+    assert ranks[0]["state"] == ranks[1]["state"]
+    for num_workers in ("0", "2"):
+        for first, second, together in zip(
+            ranks[0]["keys"][num_workers], ranks[1]["keys"][num_workers], alone, strict=True
+        ):
+            assert first == together[0::2]  # rank r: positions r, r + ranks, ...
+            assert second == together[1::2]

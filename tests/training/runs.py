@@ -1,0 +1,111 @@
+"""Small real runs for tests: a dataset of a few pictures, a configuration, and processes launched as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = str(ROOT / "launch" / "train.py")
+
+
+def make_dataset(folder: Path, images: int = 40) -> Path:
+    """A prepared dataset of two buckets (64x64, 64x32), every fourth picture held out or so."""
+    from megaflux.data.prepare import Options, prepare
+
+    source, rng = folder / "pictures", np.random.default_rng(0)
+    source.mkdir(parents=True)
+    for i in range(images):
+        height = 64 if i % 2 else 32
+        picture = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(picture).resize((64, height), Image.Resampling.BICUBIC).save(source / f"{i:03d}.png")
+        (source / f"{i:03d}.txt").write_text(f"picture number {i}")
+    options = Options(longest_side=64, aspect_ratios=("1:1", "2:1"), held_out=0.25, encoding="png")
+    prepare(str(source), folder / "data", options, workers=1, progress=False)
+    return folder / "data"
+
+
+def small_config(data: Path, run: Path, **changes) -> dict:
+    """Plain values of a run of seconds: 1 + 2 blocks of width 32, two stages of 3 updates, batch 4."""
+    values = {
+        "run": {"dir": str(run)},
+        "model": {
+            "flux_config": {
+                "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+                "axes_dims_rope": [4, 6, 6], "joint_attention_dim": 48,
+            },
+        },
+        "data": {"path": str(data), "source": None, "longest_side": 64, "aspect_ratios": ["1:1", "2:1"], "cache": []},
+        "stages": [
+            {"name": "base", "share": 1.0, "blocks": "all", "components": "model"},
+            {"name": "one", "share": 1.0, "blocks": [0, 2]},
+        ],
+        "train": {"updates": 6, "global_batch_size": 4, "micro_batch_size": 2, "checkpoint_every": 2,
+                  "keep_checkpoints": 9},
+        "validation": {"every": 0, "panel_every": 0, "samples": 3, "panel_samples": 2, "steps": 2},
+        "monitor": {"every": 1, "grad_norms_every": 2, "peak_tflops": 0.1},
+    }  # fmt: skip
+    for path, value in changes.items():
+        at = values
+        *parents, last = path.split("__")
+        for key in parents:
+            at = at.setdefault(key, {})
+        at[last] = value
+    return values
+
+
+def write_config(values: dict, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def ds_config(folder: Path, precision: str = "bf16", base: str = "zero2.json") -> Path:
+    """One of the shipped DeepSpeed configurations, in the precision asked for."""
+    values = json.loads((ROOT / "ds_configs" / base).read_text())
+    if precision == "fp32":
+        values["bf16"] = {"enabled": False}
+    path = folder / f"{precision}-{base}"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    """One thread per process: workers and ranks share two cores."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    bin_dir = str(Path(sys.executable).parent)
+    return env | {"OMP_NUM_THREADS": "1", "PATH": bin_dir + os.pathsep + env["PATH"], "PYTHONWARNINGS": "ignore"}
+
+
+def launch(*arguments: object, ranks: int = 1, with_: str = "deepspeed", timeout: float = 300):
+    """Run launch/train.py by a launcher; returns the finished process with its output as text."""
+    starters = {
+        "deepspeed": ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())],
+        "torchrun": ["torchrun", "--nproc_per_node", str(ranks), "--master_port", str(free_port())],
+        "python": [sys.executable],
+    }
+    command = [*starters[with_], LAUNCH, *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+
+
+def copy_until(run: Path, to: Path, update: int) -> Path:
+    """A run folder as it stood after `update`: later checkpoints are left out."""
+    shutil.copytree(run, to)
+    for path in (to / "checkpoints").glob("update-*"):
+        if int(path.name.removeprefix("update-")) > update:
+            shutil.rmtree(path)
+    return to

@@ -1,0 +1,280 @@
+"""Counts of parameters, FLOPs and bytes: published figures, an independent counter, and laws that any count obeys."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megaflux.config import Config, build_config
+from megaflux.data.buckets import Bucket, make_buckets
+from megaflux.models.pretrained import meta_models
+from megaflux.models.vlm import Condition
+from megaflux.presets import PRESETS
+from megaflux.training import costs, memory, stages
+from megaflux.training.costs import Tokens, condition_grid, training_flops
+
+ZERO2 = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "communication_data_type": "fp32"}
+SQUARE = Bucket("1:1", 1024, 1024)
+TERA, GB = 1e12, 1e9
+
+
+def dev(components: str = "attention", **stages_or_more) -> Config:
+    values = PRESETS["dev"]()
+    for stage in values["stages"]:
+        stage["components"] = components
+    return build_config(values | stages_or_more)
+
+
+def small(**changes) -> Config:
+    """tiny's sizes without its shipped files: its networks are named as on a hub, so that nothing is read."""
+    values = PRESETS["tiny"]()
+    values["model"] |= {"vlm": "none/vlm", "flux": "none/flux", "vae": None}
+    values["model"]["vlm_config"]["text_config"]["vocab_size"] = 50
+    values["data"]["cache"] = []
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        values[section] = values[section] | {key: value} if key else value
+    return build_config(values)
+
+
+@pytest.fixture(scope="module")
+def dev_models():
+    return meta_models(dev())
+
+
+@pytest.fixture(scope="module")
+def small_models():
+    return meta_models(small())
+
+
+# --- parameters ---
+
+
+@pytest.mark.parametrize(
+    "components, flux",
+    [
+        ("attention", [1_334_221_824, 1_485_265_920, 1_485_265_920]),
+        ("block", [3_127_660_544, 3_467_491_840, 3_467_491_840]),
+    ],
+)
+def test_published_stages_train_the_published_counts(dev_models, components, flux):
+    table = costs.stage_table(dev(components), dev_models[0])
+    assert [row.trainable["flux"] for row in table] == flux
+    assert {row.trainable["connector"] for row in table} == {14_684_160}
+    assert {row.trainable["vlm"] for row in table} == {233_057_792}
+    assert sum(row.updates for row in table) == 100_000
+
+
+def test_another_block_list_is_counted_from_its_layers(dev_models):
+    """One double and two single blocks of width W, by hand."""
+    W, mlp, context = 3072, 4 * 3072, 4096 * 3072 + 3072
+    square = W * W + W
+    attention = (4 * square + 2 * (6 * W * W + 6 * W)) + 2 * (3 * square + 3 * W * W + 3 * W)
+    double = 2 * (6 * W * W + 6 * W) + 8 * square + 4 * 128 + 2 * (W * mlp + mlp + mlp * W + W)
+    single = 3 * W * W + 3 * W + 3 * square + 2 * 128 + (W * mlp + mlp) + (W + mlp) * W + W
+    for components, want in (("attention", attention), ("block", double + 2 * single)):
+        stage = {"name": "mine", "share": 1, "blocks": [30, 3, 19], "components": components}
+        (row,) = costs.stage_table(dev(stages=[stage]), dev_models[0])
+        assert row.trainable["flux"] == want + context
+        assert row.blocks == [30, 3, 19]
+
+
+def test_all_means_every_block(small_models):
+    rows = costs.stage_table(small(), small_models[0])
+    assert rows[0].blocks == [0, 1, 2, 3, 4, 5]
+    assert rows[0].trainable["flux"] == sum(p.numel() for p in small_models[0].transformer.parameters())
+
+
+# --- FLOPs ---
+
+
+@pytest.mark.parametrize("text, linear, attention, dw, plain, full", [(512, 59.5, 14.9, 15.7, 187, 261),
+                                                                      (256, 56.2, 13.3, 14.8, 174, 243)])  # fmt: skip
+def test_flux_at_1024_meets_the_calculated_anchors(dev_models, text, linear, attention, dw, plain, full):
+    """The anchors count FLUX alone; ours has the Qwen layer and the connector on top (0.25 forward)."""
+    flops = training_flops(dev("block"), dev_models[0], dev("block").stages[0], Tokens(4096, text, text + 15, 4 * text))
+    assert flops.forward_linear / TERA == pytest.approx(linear, rel=0.01)
+    assert flops.forward_attention / TERA == pytest.approx(attention, rel=0.01)
+    assert flops.backward_inputs / TERA == pytest.approx(linear, rel=0.01)
+    assert flops.backward_weights / TERA == pytest.approx(dw, rel=0.02)
+    assert flops.backward_attention == 2 * flops.forward_attention
+    assert flops.hardware / TERA == pytest.approx(full, rel=0.01)
+    off = dev("block").model_copy(update={"model": dev().model.model_copy(update={"activation_checkpointing": False})})
+    once = training_flops(off, dev_models[0], off.stages[0], Tokens(4096, text, text + 15, 4 * text))
+    assert once.hardware / TERA == pytest.approx(plain, rel=0.01)
+    assert once.model == flops.model  # recomputing is no progress
+
+
+def test_frozen_networks_meet_the_anchors(dev_models):
+    _, trunk = dev_models
+    tokens = Tokens(4096, 256, 256 + 15, 4 * 256)
+    last_layer = 2 * 233_057_792 * tokens.turn
+    assert (costs.trunk_flops(trunk, tokens) + last_layer) / TERA == pytest.approx(5.2, rel=0.03)
+    visual = costs.trunk_flops(trunk, tokens) - costs.trunk_flops(trunk, Tokens(4096, 0, tokens.turn, 0))
+    assert visual / TERA == pytest.approx(1.5, rel=0.04)
+    assert costs.vae_encode_flops(json.dumps(costs.FLUX_VAE), 1024, 1024) / TERA == pytest.approx(4.9, rel=0.01)
+
+
+@pytest.mark.parametrize("stage, checkpointing", [(0, False), (1, True), (3, False)])
+def test_torch_counts_the_same_flops(stage, checkpointing):
+    """Forward and backward of one image under torch's FlopCounterMode; attention as plain products, so that no flash
+    kernel recomputes. The rotary tables (outer products) are all the difference there may be."""
+    config = small(model=PRESETS["tiny"]()["model"] | {
+        "vlm": "none/vlm", "flux": "none/flux", "vae": None, "activation_checkpointing": checkpointing,
+        "vlm_config": small().model.vlm_config})  # fmt: skip
+    module = meta_models(config)[0].to_empty(device="cpu")
+    tokens = Tokens(image=48, condition=20, turn=35, patches=80)
+    names = set(stages.trainable_names(module, config.stages[stage]))
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in names)
+    module.train()
+    if checkpointing:
+        module.enable_activation_checkpointing()
+    condition = Condition(torch.zeros(1, 35, 128), torch.zeros(3, 1, 35).long(), torch.zeros(1, 20).long())
+    inputs = (condition, torch.zeros(1, 48, 32), torch.zeros(1), torch.zeros(48, 3), torch.zeros(1, 32))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        module(*inputs, guidance=torch.zeros(1)).sum().backward()
+    ours = training_flops(config, module, config.stages[stage], tokens)
+    want = ours.hardware - ours.forward_attention // 2
+    assert counter.get_total_flops() == pytest.approx(want, rel=2e-3)
+
+
+def test_torch_counts_the_same_trunk():
+    """A picture of 4 x 6 image tokens in a turn of 35."""
+    config = small()
+    trunk = meta_models(config)[1].to_empty(device="cpu")
+    ids = torch.full((1, 35), 3)
+    ids[:, 10:34] = trunk.config.image_token_id = 49
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        trunk(
+            input_ids=ids, position_ids=torch.zeros(3, 1, 35).long(), pixel_values=torch.zeros(96, 3 * 2 * 14 * 14),
+            image_grid_thw=torch.tensor([[1, 8, 12]]), use_cache=False,
+        )  # fmt: skip
+    assert counter.get_total_flops() == pytest.approx(costs.trunk_flops(trunk, Tokens(0, 24, 35, 96)), rel=2e-3)
+
+
+def test_flops_grow_with_what_trains_and_with_the_picture(small_models):
+    module, trunk = small_models
+    config = small()
+    bucket, larger = Bucket("1:1", 128, 128), Bucket("1:1", 256, 256)
+    per_stage = [costs.train_flops_per_image(config, module, i, bucket, trunk) for i in range(2)]
+    assert per_stage[0] > per_stage[1]  # base trains everything, stage 1 two blocks
+    assert costs.train_flops_per_image(config, module, 1, larger, trunk) > per_stage[1]
+    cached = small(data__cache=["latents", "trunk"])
+    without = costs.train_flops_per_image(cached, module, 1, bucket, trunk)
+    assert per_stage[1] - without == costs.frozen_flops(config, trunk, bucket) > 0
+
+
+def test_condition_grid_is_qwens_own_resize():
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        height, width = torch.randint(28, 1400, (2,), generator=generator).tolist()
+        if max(height, width) > 190 * min(height, width):
+            continue
+        most = int(torch.randint(4, 700, (), generator=generator))
+        want = smart_resize(height, width, 28, 4 * 28**2, most * 28**2)
+        assert tuple(28 * n for n in condition_grid(height, width, most)) == want
+    assert math.prod(condition_grid(1024, 1024, 512)) == 484
+
+
+# --- memory ---
+
+
+def test_weights_and_optimizer_shards_meet_the_anchors(dev_models):
+    buckets = make_buckets(dev().data.aspect_ratios, 1024)
+    for components, want in (("block", {1: 54, 8: 6.8, 64: 0.84}), ("attention", {1: 25, 8: 3.2, 64: 0.40})):
+        first = dev(components).model_copy(update={"stages": dev(components).stages[:1]})
+        for ranks, shard in want.items():
+            found = memory.memory_per_gpu(first, ZERO2, ranks, *dev_models, buckets)
+            assert found.optimizer / GB == pytest.approx(shard, rel=0.02)
+            assert found.weights["flux"] / GB == pytest.approx(23.8, rel=0.01)
+            assert found.weights["vlm"] / GB == pytest.approx(15.5, rel=0.01)
+    assert found.total < 80 * GB  # the published recipe fits its own GPUs
+
+
+def test_activations_meet_the_anchors(dev_models):
+    config, tokens = dev("block"), Tokens(4096, 512, 527, 2048)
+    full = memory.activation_bytes(config, dev_models[0], config.stages[0], tokens, 2)
+    assert full / GB == pytest.approx(2.24, rel=0.01)
+    off = config.model_copy(update={"model": config.model.model_copy(update={"activation_checkpointing": False})})
+    eager = memory.activation_bytes(off, dev_models[0], config.stages[0], tokens, 2)
+    assert eager / GB == pytest.approx(22, rel=0.02)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_autograd_keeps_what_the_formula_says(stage):
+    """Unique storages that saved-tensor hooks see, in fake float32 (where RMSNorm on a CPU keeps one copy of q and of k
+    more when its weight trains)."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from megaflux.models.pretrained import FluxTransformer2DModel
+
+    config = small()
+    with FakeTensorMode():
+        flux = FluxTransformer2DModel(**config.model.flux_config)
+        module = torch.nn.Module()
+        module.transformer = flux
+        spec = config.stages[stage]
+        trainable = set(stages.trainable_names(module, spec))
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in trainable)
+        weights = {p.untyped_storage()._cdata for p in module.parameters()}
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights and tensor.numel() >= 64 * 32:  # maps, not statistics
+                kept[storage._cdata] = tensor
+            return tensor
+
+        text = torch.empty(1, 512, 160, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = flux(
+                hidden_states=torch.empty(1, 1024, 32), encoder_hidden_states=text * 1, timestep=torch.empty(1),
+                guidance=torch.empty(1), pooled_projections=torch.empty(1, 32), img_ids=torch.empty(1024, 3),
+                txt_ids=torch.empty(512, 3), return_dict=False,
+            )[0]  # fmt: skip
+        del out
+        measured = sum(t.untyped_storage().nbytes() for t in kept.values()) / (4 * 128 * 1536)
+    units = memory.block_units(module, spec, Tokens(1024, 512, 527, 0))
+    normalised = 2 * len(units) if spec.components == "model" else 0
+    assert measured == pytest.approx(sum(units) + normalised, rel=0.06)
+
+
+def test_sharding_and_offloading_move_bytes(small_models):
+    config, buckets = small(), [Bucket("1:1", 128, 128)]
+
+    def need(ranks, **zero):
+        ds_config = copy.deepcopy(ZERO2)
+        ds_config["zero_optimization"] |= zero
+        return memory.memory_per_gpu(config, ds_config, ranks, *small_models, buckets)
+
+    assert need(4).optimizer == pytest.approx(need(1).optimizer / 4, rel=1e-6)
+    assert need(4).weights == need(1).weights
+    assert need(4, stage=3).weights["flux"] == pytest.approx(need(1).weights["flux"] / 4, rel=1e-6)
+    offloaded = need(2, offload_optimizer={"device": "cpu"})
+    assert (offloaded.optimizer, offloaded.host_optimizer) == (0, need(2).optimizer)
+    full = memory.memory_per_gpu(config, {"zero_optimization": {"stage": 2}}, 1, *small_models, buckets)
+    assert full.weights["flux"] == 2 * need(1).weights["flux"]
+
+
+# --- speed ---
+
+
+def test_images_per_second_of_the_authors():
+    """0.617 images/s on an A100 is 35% MFU at 1024 x 1024, by performance.md's FLUX alone (about 179 TFLOP)."""
+    assert costs.images_per_second(179.4e12, 0.35, 312) == pytest.approx(0.61, abs=0.01)
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
+    ("NVIDIA A10G", 70), ("NVIDIA A10", 125), ("NVIDIA L40S", 362), ("NVIDIA RTX A4000", None), ("Tesla V100", None),
+])  # fmt: skip
+def test_peak_by_name(name, peak):
+    assert costs.peak_tflops_for(name) == peak

@@ -1,0 +1,192 @@
+"""The dry run's report and the checks before a run: each problem found, named, and nothing else reported."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megaflux.config import Config, build_config
+from megaflux.data.buckets import make_buckets
+from megaflux.errors import UserError
+from megaflux.presets import PRESETS
+from megaflux.training import dry_run as module
+from megaflux.training.checks import FLUX_FILES, VLM_FILES, find_notes, find_problems
+from megaflux.training.dry_run import dry_run
+
+DS_CONFIG = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero2.json").read_text())
+
+
+def configure(preset: str = "dev", **changes) -> Config:
+    """configure(data__path=...): a preset with fields changed."""
+    values = PRESETS[preset]()
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        values[section] = values[section] | {key: value} if key else value
+    return build_config(values)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """A folder that says it holds what dev trains on."""
+    return write_dataset(tmp_path / "data", ("16:9", "2:1", "2.35:1", "1:1", "1:2"), 1024)
+
+
+def write_dataset(folder: Path, ratios, side: int) -> Path:
+    folder.mkdir()
+    buckets = [vars(bucket) for bucket in make_buckets(ratios, side)]
+    (folder / "dataset.json").write_text(json.dumps({"longest_side": side, "buckets": buckets}))
+    return folder
+
+
+# --- the report ---
+
+
+def test_dev_without_a_problem(data, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    config = configure(data__path=str(data), run__dir=str(tmp_path / "run"))
+    assert dry_run(config, DS_CONFIG, 8, json_path=str(path)) == 0
+    report = json.loads(path.read_text())
+    assert report["problems"] == []
+    assert [(s["name"], s["updates"], len(s["blocks"])) for s in report["stages"]] == [
+        ("stage1", 33333, 15), ("stage2", 33334, 16), ("stage3", 33333, 16)]  # fmt: skip
+    assert report["stages"][0]["trainable"] == {"flux": 1334221824, "connector": 14684160, "vlm": 233057792}
+    assert 80e12 < report["flops_per_image"] < 182e12  # between the narrowest bucket's and the square's
+    assert 55 < report["memory_gb_per_gpu"] < 80
+    assert report["days"] == pytest.approx(128 * 100_000 / report["images_per_second"] / 86400)
+    out = capsys.readouterr().out
+    for words in ("longest_side: 1024", "1,334,221,824", "optimizer shard", "images/s", "0 problems found"):
+        assert words in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_allocated(data, monkeypatch):
+    made = []
+    build = module.meta_models
+    monkeypatch.setattr(module, "meta_models", lambda config: made.extend(build(config)) or tuple(made))
+    dry_run(configure(data__path=str(data)), DS_CONFIG, 8)
+    assert {p.device.type for part in made for p in part.parameters()} == {"meta"}
+
+
+def test_every_problem_is_reported_at_once(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    config = configure(
+        data__path=str(tmp_path / "none"), run__dir=str(tmp_path / "file"), train__micro_batch_size=16,
+        model__activation_checkpointing=False,
+    )  # fmt: skip
+    assert dry_run(config, DS_CONFIG, 3, json_path=str(tmp_path / "r.json")) == 2
+    problems = json.loads((tmp_path / "r.json").read_text())["problems"]
+    fields = [problem.partition(":")[0] for problem in problems]
+    assert fields == ["train.global_batch_size", "run.dir", "data.path", "memory"]
+    out = capsys.readouterr().out
+    assert "4 problems found" in out
+    assert all(f"problem: {problem}" in out for problem in problems)
+
+
+def test_sizes_that_no_network_has_are_a_problem_not_a_crash(data, capsys):
+    flux = PRESETS["dev"]()["model"]["flux_config"] | {"num_attention_heads": "many"}
+    assert dry_run(configure(data__path=str(data), model__flux_config=flux), DS_CONFIG, 8) == 2
+    assert "problem: model" in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_written(data, tmp_path):
+    with pytest.raises(UserError, match="--json"):
+        dry_run(configure(data__path=str(data)), DS_CONFIG, 8, json_path=str(tmp_path / "none" / "r.json"))
+
+
+def test_offloading_and_more_gpus_make_dev_fit(data, capsys):
+    config = configure(data__path=str(data))
+    offload = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero2_offload.json").read_text())
+    assert dry_run(config, DS_CONFIG, 1) == 2
+    assert dry_run(config, offload, 1) == 0
+    assert "on the host" in capsys.readouterr().out
+
+
+# --- the checks ---
+
+
+def only_problem(config: Config, ranks: int = 8, ds_config=DS_CONFIG) -> str:
+    (problem,) = find_problems(config, ds_config, ranks)
+    assert "\n" not in problem
+    return problem
+
+
+def test_presets_pass_where_their_data_is(data, tmp_path):
+    assert find_problems(configure(data__path=str(data)), DS_CONFIG, 8) == []
+    tiny = configure("tiny", data__path=str(tmp_path / "later"))
+    assert find_problems(tiny, DS_CONFIG, 1) == []
+    assert "prepared from openmoji" in find_notes(tiny)[0]
+
+
+def test_batch(data):
+    assert "set it to 96 or 144" in only_problem(configure(data__path=str(data)), ranks=6)
+
+
+def test_data(data, tmp_path):
+    missing = str(tmp_path / "none")
+    assert "megaflux.data.prepare" in only_problem(configure(data__path=missing))
+    assert find_problems(configure(data__path=missing, data__remote="s3://bucket/data"), DS_CONFIG, 8) == []
+    assert find_problems(configure(data__path=missing, data__source="pictures"), DS_CONFIG, 8) == []
+    assert "set it to 1024" in only_problem(configure(data__path=str(data), data__longest_side=512))
+    fewer = configure(data__path=str(data), data__aspect_ratios=["1:1", "2:1"])
+    assert "data.aspect_ratios: 1:1,2:1" in only_problem(fewer)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "not a prepared dataset" in only_problem(configure(data__path=str(empty)))
+    (empty / "dataset.json").write_text("{")
+    assert "cannot be read" in only_problem(configure(data__path=str(empty)))
+    assert "is a file" in only_problem(configure(data__path=str(empty / "dataset.json")))
+    assert "data.longest_side" in only_problem(configure(data__path=str(data), data__longest_side=64))
+    assert "multiple of 16" in only_problem(configure(data__path=str(data), data__longest_side=1000))
+    remote = configure(data__path=missing, data__remote="s3://b/d", data__cache=["latents"], data__cache_limit="much")
+    assert [p.partition(":")[0] for p in find_problems(remote, DS_CONFIG, 8)] == ["data.cache", "data.cache_limit"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_run_folder_that_cannot_be_written(data, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        assert "cannot be written" in only_problem(configure(data__path=str(data), run__dir=str(tmp_path / "a" / "b")))
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_run_folder_is_a_file(data, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for place in (file, file / "below"):
+        assert f"run.dir: {file} is a file" in only_problem(configure(data__path=str(data), run__dir=str(place)))
+
+
+def test_model_folders(data, tmp_path):
+    def config(**changes):
+        return configure(data__path=str(data), **changes)
+
+    assert "does not exist" in only_problem(config(model__flux=str(tmp_path / "flux")))
+    assert "does not exist" in only_problem(config(model__vlm="./none"))
+    folder = tmp_path / "flux"
+    folder.mkdir()
+    assert "lacks transformer/config.json" in only_problem(config(model__flux=str(folder)))
+    for name in (*FLUX_FILES, *VLM_FILES):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    assert ".safetensors" in only_problem(config(model__vlm=str(folder)))
+    (folder / "model.safetensors").write_text("")
+    assert find_problems(config(model__vlm=str(folder), model__flux=str(folder)), DS_CONFIG, 8) == []
+    assert "is a file" in only_problem(config(model__vae=str(folder / "config.json")))
+    (folder / "transformer/config.json").write_text('{"num_layers": 5, "num_single_layers": 10}')
+    assert "blocks 0 to 14" in find_problems(config(model__flux=str(folder)), DS_CONFIG, 8)[0]
+    assert "hub" in find_notes(config())[0]
+
+
+def test_sizes_that_do_not_fit_each_other():
+    flux = PRESETS["tiny"]()["model"]["flux_config"]
+    tiny = configure("tiny", model__flux_config=flux | {"axes_dims_rope": [8, 8, 8], "in_channels": 64})
+    problems = find_problems(tiny, DS_CONFIG, 1)
+    assert [p.split(":")[0].rpartition(".")[2] for p in problems] == ["axes_dims_rope", "in_channels"]
+    assert "model.vae" in only_problem(configure("tiny", model__vae=None), 1)
+
+
+def test_panel_larger_than_the_held_out_set(data):
+    config = configure(data__path=str(data), validation__panel_samples=100)
+    assert "validation.panel_samples: 100" in only_problem(config)
