@@ -1,7 +1,7 @@
 """Train Qwen2VL-Flux. Start with `deepspeed launch/train.py`, `torchrun launch/train.py` or plain python.
 
-Without options: the tiny preset on the demo images. The preset's values are overlaid by --config and then by the
-options here. --dry-run prints what a run would do and cost, and what is wrong with it, and loads nothing.
+Without options: the tiny preset on the demo images. The preset's values are overlaid by --config and then by
+the options here. --dry-run prints what a run would do and cost, and what is wrong with it, and loads nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megaflux.config import Parser, add_config_arguments, parse_config
 from megaflux.errors import UserError, exit_on_user_error
+from megaflux.training.checks import find_problems
 from megaflux.training.ds_config import load_ds_config
 
 DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
@@ -24,11 +25,23 @@ def main() -> int | None:
     if args.dry_run:
         from megaflux.training.dry_run import dry_run
 
+        ranks = args.world_size or visible_ranks()
         return dry_run(
-            config, ds_config, args.world_size or visible_ranks(), args.json, args.mfu, args.peak_tflops, args.gpu_memory
+            config.for_world(ranks),
+            ds_config,
+            ranks,
+            args.json,
+            args.mfu,
+            args.peak_tflops,
+            args.gpu_memory,
         )
     if args.json or args.world_size:
-        raise UserError(f"--{'json' if args.json else 'world-size'}: only with --dry-run; add it or drop this")
+        raise UserError(
+            f"--{'json' if args.json else 'world-size'}: only with --dry-run; add it or drop this"
+        )
+    ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    if problems := find_problems(config.for_world(ranks), ds_config, ranks):
+        raise UserError("; ".join(problems))
     from megaflux.training.loop import train
 
     train(config, ds_config)
@@ -38,19 +51,27 @@ def main() -> int | None:
 def build_parser() -> Parser:
     parser = Parser(
         prog="launch/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="launch/train.py [--preset tiny|dev] [--config FILE.yaml] [--SECTION.FIELD VALUE ...] [--dry-run]",
+        usage="launch/train.py [--preset tiny|dev] [--config FILE.yaml] [--FIELD VALUE ...] [--dry-run]",
     )  # fmt: skip
     parser.add_argument("--deepspeed", default=str(DS_CONFIG), metavar="FILE.json",
-                        help="sharding, precision and communication (default: ds_configs/zero2.json)")  # fmt: skip
+                        help="sharding and precision (default: ds_configs/zero2.json)")  # fmt: skip
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     dry = parser.add_argument_group("dry run")
-    dry.add_argument("--dry-run", action="store_true", help="print what a run would do and cost; exit code 2: problems")
-    dry.add_argument("--world-size", type=_count, metavar="N", help="GPUs to count with (default: those that are here)")
+    dry.add_argument(
+        "--dry-run", action="store_true", help="print what a run would do and cost; exit code 2: problems"
+    )
+    dry.add_argument(
+        "--world-size", type=_count, metavar="N", help="GPUs to count with (default: those that are here)"
+    )
     dry.add_argument("--json", metavar="FILE", help="write the same as JSON")
-    dry.add_argument("--mfu", type=_share, default=0.35, metavar="X", help="model FLOPs over peak (default 0.35)")
+    dry.add_argument(
+        "--mfu", type=_share, default=0.35, metavar="X", help="model FLOPs over peak (default 0.35)"
+    )
     dry.add_argument("--peak-tflops", type=_positive, default=312.0, metavar="X",
                      help="peak of one GPU, dense bf16 (default 312, an A100)")  # fmt: skip
-    dry.add_argument("--gpu-memory", type=_positive, default=80.0, metavar="GB", help="of one GPU (default 80)")
+    dry.add_argument(
+        "--gpu-memory", type=_positive, default=80.0, metavar="GB", help="of one GPU (default 80)"
+    )
     add_config_arguments(parser)
     return parser
 

@@ -33,15 +33,15 @@ from megaflux.schema import (
 )
 
 __all__ = [
-    "ConditionModes", "Config", "Data", "Flow", "Model", "Monitor", "Optim", "Parser", "Run", "Section", "Stage",
-    "Train", "Validation", "add_config_arguments", "build_config", "field_paths", "load_yaml", "merge", "nearest",
-    "parse_config", "set_dotted",
+    "ConditionModes", "Config", "Data", "Flow", "Model", "Monitor", "Optim", "Parser", "Run", "Section",
+    "Stage", "Train", "Validation", "add_config_arguments", "build_config", "field_paths", "load_yaml", "merge",
+    "nearest", "parse_config", "set_dotted",
 ]  # fmt: skip
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """ "did you mean X?" for the known name closest to `name`: one that ends alike (--lr, --optim.lr), else by letters.
-    A short list of known names is given whole where none is close."""
+    """ "did you mean X?" for the known name closest to `name`: one that ends alike (--lr, --optim.lr), else
+    by letters. A short list of known names is given whole where none is close."""
     last = name.lstrip("-").rpartition(".")[2]
     alike = [option for option in known if option.lstrip("-").rpartition(".")[2] == last]
     few = len(known) <= 12
@@ -61,7 +61,8 @@ def field_paths(section: type[BaseModel] = Config, prefix: str = "") -> dict[str
 
 
 def load_yaml(path: str) -> dict[str, Any]:
-    """A YAML mapping as plain dicts. UserError, naming file and line, for anything else (tags that run code too)."""
+    """A YAML mapping as plain dicts. UserError, naming file and line, for anything else (tags that run code
+    too)."""
     try:
         values = plain_yaml.load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -74,12 +75,15 @@ def load_yaml(path: str) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: want `section: ...` lines at the top, found a {type(values).__name__}")
+        raise UserError(
+            f"--config {path}: want `section: ...` lines at the top, found a {type(values).__name__}"
+        )
     return values
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, section by section; lists are replaced whole; a section left empty changes nothing."""
+    """`over` laid on `base`, section by section; lists are replaced whole; a section left empty changes
+    nothing."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
@@ -91,10 +95,11 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def set_dotted(values: dict[str, Any], path: str, text: str) -> None:
-    """Set `stages.1.share`-like paths in plain nested data. UserError: no such place, or text that is no YAML.
+    """Set `stages.1.share`-like paths in plain nested data. UserError: no such place, or text that is no
+    YAML.
 
-    The field's type decides how the text is read: words stay as typed, lists of words are split at commas (and may be
-    empty), `none` is None where that is allowed; anything else is YAML.
+    The field's type decides how the text is read: words stay as typed, lists of words are split at commas
+    (and may be empty), `none` is None where that is allowed; anything else is YAML.
     """
     *parents, last = path.split(".")
     at: Any = values
@@ -126,7 +131,8 @@ def _parse_text(path: str, text: str) -> Any:
 
 
 def _kinds(path: str) -> set[Any]:
-    """What the field at a path may hold: types of its annotation, "words" for a tuple of words; empty if unknown."""
+    """What the field at a path may hold: types of its annotation, "words" for a tuple of words; empty if
+    unknown."""
     section: Any = Config
     keys = path.split(".")
     if keys[0] == "stages" and len(keys) > 1:
@@ -144,7 +150,9 @@ def _kinds(path: str) -> set[Any]:
 
 
 def _of_words(annotation: Any) -> bool:
-    return annotation is str or (get_origin(annotation) is Literal and isinstance(get_args(annotation)[0], str))
+    return annotation is str or (
+        get_origin(annotation) is Literal and isinstance(get_args(annotation)[0], str)
+    )
 
 
 def _is_section(annotation: Any) -> bool:
@@ -170,9 +178,11 @@ def build_config(values: dict[str, Any]) -> Config:
         for item in error.errors():
             where, problem = _explain(item)
             found.setdefault(where, []).append(problem)
-        # A union reports each of its alternatives: one of them inside the value makes the others beside the point.
+        # A union reports each alternative: an error inside the value makes the others beside the point.
         found = {where: v for where, v in found.items() if not any(w.startswith(f"{where}.") for w in found)}
-        raise UserError("; ".join(f"{w}: {_either(v)}" if w else "; ".join(v) for w, v in found.items())) from None
+        raise UserError(
+            "; ".join(f"{w}: {_either(v)}" if w else "; ".join(v) for w, v in found.items())
+        ) from None
 
 
 _REWORDED = {"missing": "is missing; set it", "model_type": "must be a section of `key: value` lines",
@@ -186,7 +196,9 @@ def _explain(item: dict[str, Any]) -> tuple[str, str]:
     if item["type"] == "extra_forbidden":
         return where, f"unknown key, {nearest(where, _siblings(item['loc']))}"
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    message = message.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+    message = message.replace("greater than or equal to", "at least").replace(
+        "less than or equal to", "at most"
+    )
     if item["type"] in ("too_long", "too_short"):
         message = "must have {} values".format(item["ctx"].get("max_length") or item["ctx"].get("min_length"))
     message = " ".join(_REWORDED.get(item["type"], message).split())
@@ -215,11 +227,12 @@ def _siblings(location: tuple[Any, ...]) -> list[str]:
     return list(field_paths()) + [name for name in Config.model_fields if name not in field_paths()]
 
 
-# --- command line ---------------------------------------------------------------------------------------------------
+# --- command line -------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports bad input as a UserError of one line and accepts no shortened options."""
+    """An ArgumentParser that reports bad input as a UserError of one line and accepts no shortened
+    options."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
@@ -233,15 +246,20 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """--preset, --config and one dotted option per field, with its help text."""
     from megaflux.presets import PRESETS
 
-    parser.add_argument("--preset", default=None, help=f"table of default values: {', '.join(PRESETS)} (default tiny)")
+    parser.add_argument(
+        "--preset", default=None, help=f"table of default values: {', '.join(PRESETS)} (default tiny)"
+    )
     parser.add_argument("--config", default=None, metavar="FILE.yaml", help="values over the preset's")
     group = parser.add_argument_group(
-        "configuration", "each also as a nested key in --config; values are YAML; one stage's: --stages.0.share 2"
+        "configuration",
+        "each also as a nested key in --config; values are YAML; one stage's: --stages.0.share 2",
     )
     for path, text in field_paths().items():
         if path != "preset":
             group.add_argument(f"--{path}", default=None, metavar="VALUE", help=text.replace("%", "%%"))
-    group.add_argument("--cache", dest="data.cache", default=None, metavar="VALUE", help="same as --data.cache")
+    group.add_argument(
+        "--cache", dest="data.cache", default=None, metavar="VALUE", help="same as --data.cache"
+    )
 
 
 def parse_config(
@@ -249,8 +267,8 @@ def parse_config(
 ) -> tuple[argparse.Namespace, Config]:
     """Parse the command line and resolve the three layers.
 
-    Options of the form --stages.1.share are accepted beside the declared ones. Raises UserError for unknown options
-    (with the nearest known one), options given twice, unknown presets and invalid values.
+    Options of the form --stages.1.share are accepted beside the declared ones. Raises UserError for unknown
+    options (with the nearest known one), options given twice, unknown presets and invalid values.
     """
     from megaflux.presets import PRESETS
 
@@ -278,8 +296,11 @@ def parse_config(
 
 
 def _join_values(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
-    """`--option value` as `--option=value`, so that -1e-5 and an empty text are values too. UserError: given twice."""
-    valued = {o: a.dest for a in parser._actions for o in a.option_strings if o.startswith("--") and a.nargs is None}
+    """`--option value` as `--option=value`, so that -1e-5 and an empty text are values too. UserError: given
+    twice."""
+    valued = {
+        o: a.dest for a in parser._actions for o in a.option_strings if o.startswith("--") and a.nargs is None
+    }
     joined: list[str] = []
     seen: set[str] = set()
     words = list(argv)

@@ -15,7 +15,8 @@ from collections.abc import Callable
 class UserError(Exception):
     """Bad input. The message is one line: the file or field, what is wrong with it, and the mend.
 
-    every_rank: for what one rank alone may see (a file missing on its machine); otherwise rank 0 speaks for all.
+    every_rank: for what one rank alone may see (a file missing on its machine); otherwise rank 0 speaks for
+    all.
     """
 
     def __init__(self, message: str, every_rank: bool = False):
@@ -28,7 +29,8 @@ class FrozenParameterError(RuntimeError):
 
 
 def exit_on_user_error(main: Callable[[], int | None]) -> None:
-    """Run a command's `main`, print a UserError as one line on stderr (from rank 0), and leave with its exit code."""
+    """Run a command's `main`, print a UserError as one line on stderr (from rank 0), and leave with its exit
+    code."""
     try:
         code = main() or 0
     except UserError as error:

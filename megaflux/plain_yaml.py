@@ -1,8 +1,8 @@
 """YAML as people mean it: the plain scalars of YAML 1.2, no tags, no key twice.
 
 PyYAML reads YAML 1.1, where 16:9 is the number 969, 1e-5 is text, and `no` is false. The loader here follows
-YAML 1.2.2, section 10.3.2; what is dumped reads back equal, by this loader and by PyYAML's own. Tags such as !!python/object are
-refused: they would run code.
+YAML 1.2.2, section 10.3.2; what is dumped reads back equal, by this loader and by PyYAML's own. Tags such as
+!!python/object are refused: they would run code.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} twice", key.start_mark
+                    )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -50,7 +52,9 @@ class _Loader(yaml.SafeLoader):
         return int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
 
 
-class _Dumper(yaml.SafeDumper):  # keeps YAML 1.1's rules as well: text that either reads as something else is quoted
+class _Dumper(
+    yaml.SafeDumper
+):  # keeps YAML 1.1's rules as well: text that either reads as something else is quoted
     def ignore_aliases(self, data: Any) -> bool:
         return True
 

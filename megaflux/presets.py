@@ -141,7 +141,7 @@ def tiny() -> dict[str, Any]:
             {"name": "stage2", "share": 0.17, "blocks": [1, 3]},
             {"name": "stage3", "share": 0.17, "blocks": [2, 5]},
         ],
-        "train": {"updates": 1600, "global_batch_size": 32, "micro_batch_size": 32, "checkpoint_every": 400},
+        "train": {"updates": 1600, "global_batch_size": 32, "micro_batch_size": None, "checkpoint_every": 400},
         "optim": {"lr": 2e-3, "weight_decay": 0.1, "warmup_fraction": 0.03, "plateau_fraction": 0.4},
         "flow": {"density": "uniform", "shift": "none"},
         "validation": {"every": 200, "panel_every": 400, "panel_samples": 8},

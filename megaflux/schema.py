@@ -1,7 +1,7 @@
 """Every knob of a run: a field with its unit and what None means; the text under a field is its --help.
 
-A resolved Config is frozen and is saved beside the run. Anything a run's result depends on is in here, and nothing
-else is. Where the values come from: megaflux.config.
+A resolved Config is frozen and is saved beside the run. Anything a run's result depends on is in here, and
+nothing else is. Where the values come from: megaflux.config.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ CountOrZero = Annotated[int, _NUMBER, Field(ge=0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        validate_default=True,
     )
 
 
@@ -47,25 +51,30 @@ class Run(Section):
 class Model(Section):
     flux: str | None = None
     """FLUX.1 in diffusers' layout (transformer, VAE, scheduler, CLIP): a directory or a hub name. None: the
-    transformer and CLIP are built from `flux_config` and `clip_config` with seeded random weights, the VAE is `vae`."""
+    transformer and CLIP are built from `flux_config` and `clip_config` with seeded random weights, the VAE is
+    `vae`."""
     vlm: str | None = None
     """Qwen2-VL: a directory or a hub name. None: built from `vlm_config` with seeded random weights."""
     vae: str | None = None
     """A VAE other than the one in `flux`: a directory, a hub name or `tiny`. None: `flux`'s own."""
     flux_config: dict[str, Any]
-    """Arguments of diffusers' FluxTransformer2DModel; the sizes of a model built from nothing and of a dry run."""
+    """Arguments of diffusers' FluxTransformer2DModel; the sizes of a model built from nothing and of a dry
+    run."""
     vlm_config: dict[str, Any]
     """`text_config` and `vision_config` of transformers' Qwen2VLConfig, used likewise."""
     clip_config: dict[str, Any]
     """Arguments of transformers' CLIPTextConfig, used likewise."""
     latent_channels: Count
-    """Channels of the VAE's latents (8x smaller than the image); FLUX sees four times as many after packing."""
+    """Channels of the VAE's latents (8x smaller than the image); FLUX sees four times as many after
+    packing."""
     activation_checkpointing: bool = True
-    """Recompute each FLUX block and the Qwen layer in the backward pass instead of keeping their activations."""
+    """Recompute each FLUX block and the Qwen layer in the backward pass instead of keeping their
+    activations."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention of Qwen2-VL in transformers' words; FLUX always uses scaled_dot_product_attention."""
     vlm_max_tokens: Count = 512
-    """Most image tokens (28 x 28 px each) that a reference is encoded to; larger references are scaled down."""
+    """Most image tokens (28 x 28 px each) that a reference is encoded to; larger references are scaled
+    down."""
     caption_max_tokens: Count = 256
     """Captions are cut after this many tokens."""
 
@@ -90,19 +99,23 @@ class ConditionModes(Section):
 
 class Data(Section):
     path: str
-    """Folder of MDS shards as `python -m megaflux.data.prepare` writes them; with `remote`, the local cache."""
+    """Folder of MDS shards as `python -m megaflux.data.prepare` writes them; with `remote`, the local
+    cache."""
     remote: str | None = None
-    """Where the shards lie (s3://, gs://, ...; anything mosaicml-streaming reads). None: they are in `path`."""
+    """Where the shards lie (s3://, gs://, ...; anything mosaicml-streaming reads). None: they are in
+    `path`."""
     cache_limit: str | None = None
     """Most disk for shards fetched from `remote`, e.g. "500gb". None: no limit."""
     source: str | None = None
-    """What to prepare `path` from when it does not exist (an argument of megaflux.data.prepare). None: an error."""
+    """What to prepare `path` from when it does not exist (an argument of megaflux.data.prepare). None: an
+    error."""
     longest_side: Annotated[int, Field(ge=16)]
     """Longest side of a training image, px; must be what the shards were prepared with."""
     aspect_ratios: tuple[str, ...] = ("16:9", "2:1", "2.35:1", "1:1", "1:2")
     """Width : height of each bucket."""
     cache: tuple[Literal["latents", "trunk"], ...] = ()
-    """Compute VAE latents and/or the frozen trunk's output once and train from those shards; e.g. latents,trunk."""
+    """Compute VAE latents and/or the frozen trunk's output once and train from those shards; e.g.
+    latents,trunk."""
     num_workers: CountOrZero = 0
     """Loader processes per rank; 0: the images are decoded in the training process."""
     condition: ConditionModes = ConditionModes()
@@ -119,8 +132,8 @@ class Stage(Section):
     blocks: tuple[CountOrZero, ...] | Literal["all"]
     """FLUX blocks that train: double blocks first, then single ones, counted from 0; or all."""
     components: Literal["attention", "block", "model"] = "attention"
-    """What trains of a listed block: attention (the released code's list), block (all of it); context_embedder
-    trains in both. model: everything in FLUX, embedders and proj_out included."""
+    """What trains of a listed block: attention (the released code's list), block (all of it);
+    context_embedder trains in both. model: everything in FLUX, embedders and proj_out included."""
 
     @model_validator(mode="after")
     def _blocks_are_a_set(self) -> Stage:
@@ -140,8 +153,8 @@ class Train(Section):
     """Optimizer steps of the whole run."""
     global_batch_size: Count
     """Images per update over all ranks; accumulation = global / (micro x ranks) must be whole."""
-    micro_batch_size: Count
-    """Images per forward pass and rank."""
+    micro_batch_size: Count | None
+    """Images per forward pass and rank. None: global_batch_size / ranks, so no accumulation."""
     checkpoint_every: Count
     """Updates between checkpoints; one is written at each stage's end as well."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 3
@@ -200,7 +213,8 @@ class Monitor(Section):
     grad_norms_every: CountOrZero = 100
     """Updates between gradient norms by part and block (an all-reduce per parameter); 0: never."""
     peak_tflops: Positive | None = None
-    """Peak of one device for MFU, TFLOP/s. None: by the GPU's name; else a matrix product measured at the start."""
+    """Peak of one device for MFU, TFLOP/s. None: by the GPU's name; else a matrix product measured at the
+    start."""
 
 
 class Config(Section):
@@ -227,7 +241,9 @@ class Config(Section):
         for i, stage in enumerate(self.stages):
             out = [b for b in stage.blocks if b >= num_blocks] if stage.blocks != "all" else []
             if out:
-                raise ValueError(f"stages.{i}.blocks: {out[0]} is out of range; blocks are 0 to {num_blocks - 1}")
+                raise ValueError(
+                    f"stages.{i}.blocks: {out[0]} is out of range; blocks are 0 to {num_blocks - 1}"
+                )
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError("stages: two stages have the same name; give each its own")
@@ -237,10 +253,21 @@ class Config(Section):
                 f"use at least {len(self.stages)} or drop stages"
             )
         if "latents" in self.data.cache and self.data.sample_posterior:
-            raise ValueError("data.cache: cached latents are the posterior's mean; set data.sample_posterior false")
+            raise ValueError(
+                "data.cache: cached latents are the posterior's mean; set data.sample_posterior false"
+            )
         if "trunk" in self.data.cache and self.data.condition.image < 1:
-            raise ValueError("data.cache: a cached trunk holds the image condition only; set data.condition.image 1")
+            raise ValueError(
+                "data.cache: a cached trunk holds the image condition only; set data.condition.image 1"
+            )
         return self
+
+    def for_world(self, world_size: int) -> Config:
+        """The configuration with what depends on the number of ranks filled in: train.micro_batch_size."""
+        if self.train.micro_batch_size is not None:
+            return self
+        micro = max(1, self.train.global_batch_size // world_size)
+        return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch_size": micro})})
 
     def stage_ends(self) -> list[int]:
         """Number of updates done when each stage ends; the last is train.updates."""

@@ -6,7 +6,15 @@ import pytest
 import yaml
 
 from megaflux import plain_yaml
-from megaflux.config import Config, Parser, add_config_arguments, build_config, field_paths, nearest, parse_config
+from megaflux.config import (
+    Config,
+    Parser,
+    add_config_arguments,
+    build_config,
+    field_paths,
+    nearest,
+    parse_config,
+)
 from megaflux.errors import UserError
 from megaflux.presets import PRESETS
 
@@ -70,7 +78,10 @@ def yaml_file(tmp_path):
         (["--stages", "3"], ["stages: must be a list"]),
         (["--stages", "[{"], ["--stages"]),
         (["--data.cache", "latnts"], ["data.cache.0", "'latents' or 'trunk'"]),
-        (["--data.cache", "trunk", "--data.condition.image", "0.5", "--data.condition.text", "0.5"], ["data.cache"]),
+        (
+            ["--data.cache", "trunk", "--data.condition.image", "0.5", "--data.condition.text", "0.5"],
+            ["data.cache"],
+        ),
         (["--data.condition.text", "0.5"], ["data.condition", "add up to 1"]),
         (["--flow.shift", "big"], ["flow.shift: must be 'resolution' or 'none' or a valid number"]),
         (["--optim.betas", "[1, 2, 3]"], ["optim.betas: must have 2 values"]),
@@ -146,7 +157,9 @@ def test_text_is_read_as_the_field_needs_it():
     assert parse("--flow.logit_mean", "-1e-1").flow.logit_mean == -0.1
     stages = parse("--stages", '[{"name": "a", "share": 1, "blocks": "all"}]').stages
     assert [stage.name for stage in stages] == ["a"]
-    assert parse("--stages", "[{name: a, share: 1, blocks: [2]}]", "--stages.0.share", "5").stages[0].share == 5
+    assert (
+        parse("--stages", "[{name: a, share: 1, blocks: [2]}]", "--stages.0.share", "5").stages[0].share == 5
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from megaflux import compat  # noqa: F401  before streaming, which imports torchvision
 
@@ -30,8 +31,8 @@ from megaflux.data import remote as remote_data
 from megaflux.data.batches import Batch, collate
 from megaflux.data.buckets import Bucket
 from megaflux.data.index import column_encodings, fingerprint, inspect_index, raise_problems
-from megaflux.data.shards import DatasetInfo, read_dataset_info
 from megaflux.data.ranks import World, as_streaming_sees, barrier, detect_world
+from megaflux.data.shards import DatasetInfo, read_dataset_info
 from megaflux.data.shared_memory import exclusive_set_up, release, remove_leftovers
 from megaflux.errors import UserError
 
@@ -120,7 +121,10 @@ def _read_streams(path: Path, info: DatasetInfo, split: str, check_files: bool) 
 
 
 class _BucketDataset(StreamingDataset):
-    """A StreamingDataset whose samples say which stream (bucket) they come from."""
+    """A StreamingDataset whose samples say which stream (bucket) they come from, and that does not hang
+    where a shard cannot be had."""
+
+    failure: str | None = None  # the shard that could not be had, and why
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
@@ -131,6 +135,18 @@ class _BucketDataset(StreamingDataset):
             if hasattr(self, "_event"):
                 self._event.set()
             raise
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception as error:
+            shard = self.shards[shard_id]
+            self.failure = f"{shard.dirname}/{shard.raw_data.basename}: {error}"
+            if get_worker_info() is None:
+                raise
+            # The other workers would wait for this shard for ever; a dead worker ends the run instead.
+            print(f"error: {self.failure}", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         shard, _ = self.spanner[sample_id]
@@ -196,6 +212,7 @@ class BucketLoader:
                 for bucket in self.buckets
             ],
             validate_hash="xxh64",
+            download_retry=5,  # attempts, 1, 2, 4 and 8 s apart
             batch_size=micro_batch_size,
             batching_method="per_stream",
             shuffle=shuffle,
@@ -213,13 +230,15 @@ class BucketLoader:
             persistent_workers=num_workers > 0,
             prefetch_factor=prefetch_factor if num_workers else None,
             pin_memory=torch.cuda.is_available(),
+            # Each epoch draws its workers' seed; from the global generator, that would make resuming differ.
+            generator=torch.Generator().manual_seed(seed),
         )
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current position on, without end. Only one iteration per loader.
 
-        Raises UserError when an epoch ends before its last batch: streaming ends it silently when a shard
-        is missing or damaged.
+        Raises UserError when an epoch ends before its last batch, because a shard is missing or damaged:
+        streaming would end it silently.
         """
         if self._started or self._closed:
             raise RuntimeError("a loader is iterated once; build a new one and load the state")
@@ -229,18 +248,31 @@ class BucketLoader:
     def _iterate(self) -> Iterator[Batch]:
         while True:
             self._iterator = iter(self._loader)
-            while not self._closed and (fields := next(self._iterator, None)) is not None:
+            while not self._closed and (fields := self._next()) is not None:
                 self._batches += 1  # before the yield: whoever holds the batch may ask for the state
                 fields["bucket"] = self.buckets[fields["bucket"]]
                 yield Batch(**fields)
             if self._closed:
                 return
             if self._batches != self.batches_per_epoch:
-                raise UserError(
-                    f"epoch {self._epoch} ended after {self._batches} of {self.batches_per_epoch} batches: a "
-                    "shard is missing or damaged; python -m megaflux.data.verify names it"
-                )
+                raise self._cut_short(self._dataset.failure)
             self._epoch, self._batches = self._epoch + 1, 0
+
+    def _next(self) -> dict[str, Any] | None:
+        try:
+            return next(self._iterator, None)
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):  # it died, having said why on stderr
+                for worker in getattr(self._iterator, "_workers", ()):
+                    worker.terminate()  # or the others, waiting for the same shard, get 5 s each to leave
+                raise self._cut_short(str(error).partition("\n")[0]) from error
+            raise
+
+    def _cut_short(self, reason: str | None) -> UserError:
+        return UserError(
+            f"epoch {self._epoch} ended after {self._batches} of {self.batches_per_epoch} batches: "
+            f"{reason or 'a shard is missing or damaged'}; python -m megaflux.data.verify names all damage"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the batches yielded so far, whatever workers have loaded ahead.

@@ -12,7 +12,8 @@ def build_connector(vlm_hidden_size: int, joint_attention_dim: int, seed: int) -
     Weights are normal with variance 1 / vlm_hidden_size and no bias at first, so that unit-RMS tokens (they come out
     of an RMSNorm) stay of unit RMS.
     """
-    connector = nn.Linear(vlm_hidden_size, joint_attention_dim, bias=True)
+    with torch.random.fork_rng(devices=[]):  # nn.Linear draws weights of its own first
+        connector = nn.Linear(vlm_hidden_size, joint_attention_dim, bias=True)
     if connector.weight.device.type != "meta":
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

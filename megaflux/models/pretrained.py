@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megaflux import compat  # noqa: F401  (before diffusers and transformers)
+import diffusers
+import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    PreTrainedModel,
     Qwen2TokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -211,7 +216,9 @@ def _load_strict(
     **kwargs: Any,
 ):
     where = "/".join(filter(None, (source, kwargs.get("subfolder"))))
-    with _named(where):
+    if issubclass(cls, PreTrainedModel):
+        kwargs["ignore_mismatched_sizes"] = True  # listed in info and refused below; the error itself has no name
+    with _named(where), _silent():
         model, info = cls.from_pretrained(source, use_safetensors=True, output_loading_info=True, **kwargs)
     problems = {
         "missing key": [key for key in info["missing_keys"] if not allow_missing(key)],
@@ -238,7 +245,31 @@ class _named:
         if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
             return False
         line = " ".join(str(error).split())
-        raise UserError(f"{self.where}: cannot be loaded: {line[:400]}") from error
+        raise UserError(f"{_unreadable(self.where) or self.where}: cannot be loaded: {line[:400]}") from error
+
+
+def _unreadable(where: str) -> Path | None:
+    """The first safetensors file of a local folder that cannot be opened: the libraries don't say which."""
+    for file in sorted(Path(where).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError):
+            return file
+    return None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """No hints of the libraries while they load: what they would warn of is refused here, or meant."""
+    levels = [(library, library.logging.get_verbosity()) for library in (diffusers, transformers)]
+    for library, _ in levels:
+        library.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for library, level in levels:
+            library.logging.set_verbosity(level)
 
 
 def _some(items: Iterable[str], most: int = 3) -> str:

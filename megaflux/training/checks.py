@@ -21,7 +21,8 @@ VLM_FILES = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
 def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) -> list[str]:
-    """Everything that would stop the run, one line each, naming the field and the mend. Reads small files only."""
+    """Everything that would stop the run, one line each, naming the field and the mend. Reads small files
+    only."""
     return [
         *_batch(config, world_size),
         *_sharding(config, ds_config),
@@ -37,7 +38,9 @@ def find_notes(config: Config) -> list[str]:
     """What will happen and a person may not expect, one line each."""
     notes = []
     if _data_will_be_prepared(config):
-        notes.append(f"data.path: {config.data.path} is not there yet; it is prepared from {config.data.source}")
+        notes.append(
+            f"data.path: {config.data.path} is not there yet; it is prepared from {config.data.source}"
+        )
     for field in ("flux", "vlm", "vae"):
         source = getattr(config.model, field)
         if source and source != "tiny" and not Path(source).exists() and HUB_NAME.fullmatch(source):
@@ -63,12 +66,12 @@ def _sizes(config: Config) -> Iterator[str]:
     if model.flux is None:
         axes, head = flux.get("axes_dims_rope", ()), flux.get("attention_head_dim")
         if axes and head and sum(axes) != head:
-            yield f"model.flux_config.axes_dims_rope: adds up to {sum(axes)}; make it attention_head_dim, {head}"
+            yield f"model.flux_config.axes_dims_rope: sum is {sum(axes)}; make it attention_head_dim, {head}"
         channels = flux.get("in_channels")
         if channels and channels != 4 * model.latent_channels:
             yield (
-                f"model.flux_config.in_channels: {channels}, but latents of {model.latent_channels} channels pack to "
-                f"{4 * model.latent_channels}; set it to that"
+                f"model.flux_config.in_channels: {channels}, but latents of {model.latent_channels} channels pack "
+                f"to {4 * model.latent_channels}; set it to that"
             )
     stored = _read_json(Path(model.flux) / "transformer/config.json") if model.flux else None
     if stored:
@@ -76,7 +79,8 @@ def _sizes(config: Config) -> Iterator[str]:
         for i, stage in enumerate(config.stages):
             out = [b for b in stage.blocks if b >= blocks] if stage.blocks != "all" else []
             if out:
-                yield f"stages.{i}.blocks: {out[0]} is out of range; {model.flux} has blocks 0 to {blocks - 1}"
+                last = blocks - 1
+                yield f"stages.{i}.blocks: {out[0]} is out of range; {model.flux} has blocks 0 to {last}"
 
 
 def _run_folder(config: Config) -> Iterator[str]:
@@ -141,14 +145,14 @@ def _data(config: Config) -> Iterator[str]:
         return
     if side != data.longest_side:
         yield (
-            f"data.longest_side: {data.longest_side}, but {root} was prepared with {side}; set it to {side} or prepare "
-            "the data again"
+            f"data.longest_side: {data.longest_side}, but {root} was prepared with {side}; set it to {side} or "
+            "prepare the data again"
         )
     elif buckets != wanted:
         names = ",".join(b["name"] for b in stored["buckets"])
         yield (
-            f"data.aspect_ratios: {','.join(data.aspect_ratios)}, but {root} was prepared with {names}; set them to "
-            "those or prepare the data again"
+            f"data.aspect_ratios: {','.join(data.aspect_ratios)}, but {root} was prepared with {names}; set them "
+            "to those or prepare the data again"
         )
 
 

@@ -1,21 +1,22 @@
 """Parameters and FLOPs of a configuration, freezing counted in; from module shapes alone, no weights needed.
 
 Symbols: B images per micro-batch, L image tokens of FLUX, T condition tokens, S tokens of the cut chat turn,
-P patches of Qwen's ViT, W FLUX's width. FLOPs are 2 x multiply-adds of matrix products; element-wise work is not
-counted. Everything is for the condition of mode `image`.
+P patches of Qwen's ViT, W FLUX's width. FLOPs are 2 x multiply-adds of matrix products; element-wise work is
+not counted. Everything is for the condition of mode `image`.
 
 What a step of one image costs (Qwen2VLFlux: Qwen layer -> connector -> FLUX):
-- forward: 2 in out tokens for every linear, 4 (T + L)^2 W for each FLUX block's attention, 4 S^2 D for Qwen's.
-- dX, the gradient to inputs: as much as the forward of the linear, for all of FLUX: the Qwen layer and the connector
-  lie upstream of every block and train in every stage. Not for what no trainable parameter lies upstream of:
-  `x_embedder`, the modulation linears while `time_text_embed` is frozen, the first block's image q, k, v while
-  that block's modulation and `x_embedder` are frozen.
+- forward: 2 in out tokens for every linear, 4 (T + L)^2 W for each FLUX block's attention, 4 S^2 D for
+  Qwen's.
+- dX, the gradient to inputs: as much as the forward of the linear, for all of FLUX: the Qwen layer and the
+  connector lie upstream of every block and train in every stage. Not for what no trainable parameter lies
+  upstream of: `x_embedder`, the modulation linears while `time_text_embed` is frozen, the first block's image
+  q, k, v while that block's modulation and `x_embedder` are frozen.
 - dW, the gradient to weights: as much again, for trainable linears only.
-- attention backward: twice its forward (dQ, dK, dV, dP). A flash kernel computes QK^T a second time, half a forward
-  more; activation checkpointing a whole forward of every FLUX block and of the Qwen layer more. Both are `recompute`,
-  which MFU leaves out and hardware FLOPs count.
-- frozen: the trunk's and the VAE encoder's forward, where data.cache does not hold them. Causal attention is counted
-  in full, as torch's FlopCounterMode does.
+- attention backward: twice its forward (dQ, dK, dV, dP). A flash kernel computes QK^T a second time, half a
+  forward more; activation checkpointing a whole forward of every FLUX block and of the Qwen layer more. Both
+  are `recompute`, which MFU leaves out and hardware FLOPs count.
+- frozen: the trunk's and the VAE encoder's forward, where data.cache does not hold them. Causal attention is
+  counted in full, as torch's FlopCounterMode does.
 """
 
 from __future__ import annotations
@@ -111,12 +112,12 @@ class Flops:
         return self.model + self.recompute
 
 
-# --- parameters -----------------------------------------------------------------------------------------------------
+# --- parameters ---------------------------------------------------------------------------------------------
 
 
 def stage_table(config: Config, module: nn.Module) -> list[StageCosts]:
-    """The stages in force and what each trains. module: Qwen2VLFlux, the meta device will do. UserError where a listed
-    block matches no parameter."""
+    """The stages in force and what each trains. module: Qwen2VLFlux, the meta device will do. UserError where
+    a listed block matches no parameter."""
     num_double = len(module.transformer.transformer_blocks)
     num_blocks = num_double + len(module.transformer.single_transformer_blocks)
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
@@ -130,7 +131,7 @@ def stage_table(config: Config, module: nn.Module) -> list[StageCosts]:
     return table
 
 
-# --- FLOPs ----------------------------------------------------------------------------------------------------------
+# --- FLOPs --------------------------------------------------------------------------------------------------
 
 
 def token_counts(config: Config, bucket: Bucket) -> Tokens:
@@ -143,8 +144,8 @@ def token_counts(config: Config, bucket: Bucket) -> Tokens:
 
 
 def condition_grid(height: int, width: int, max_tokens: int, cell: int = 28) -> tuple[int, int]:
-    """Rows and columns of image tokens of a reference of height x width px: Qwen2-VL's `smart_resize` to multiples of
-    `cell` px, between 4 and max_tokens tokens."""
+    """Rows and columns of image tokens of a reference of height x width px: Qwen2-VL's `smart_resize` to
+    multiples of `cell` px, between 4 and max_tokens tokens."""
     rows, columns = max(1, round(height / cell)), max(1, round(width / cell))
     if rows * columns > max_tokens:
         shrink = math.sqrt(height * width / (max_tokens * cell**2))
@@ -156,8 +157,8 @@ def condition_grid(height: int, width: int, max_tokens: int, cell: int = 28) -> 
 
 
 def training_flops(config: Config, module: nn.Module, stage: Stage, tokens: Tokens, frozen: int = 0) -> Flops:
-    """FLOPs of one image in one step of a stage. module: Qwen2VLFlux, the meta device will do. frozen: FLOPs of the
-    frozen networks, as `frozen_flops` counts them."""
+    """FLOPs of one image in one step of a stage. module: Qwen2VLFlux, the meta device will do. frozen: FLOPs
+    of the frozen networks, as `frozen_flops` counts them."""
     trainable = set(trainable_names(module, stage))
     linear = dx = dw = blocks = 0
     for name, layer in module.named_modules():
@@ -167,8 +168,10 @@ def training_flops(config: Config, module: nn.Module, stage: Stage, tokens: Toke
         linear += cost
         dx += cost if _needs_input_gradient(name, trainable) else 0
         dw += cost if f"{name}.weight" in trainable else 0
-        # Checkpointing stops at the last tensor that the backward reads, which comes before the layer's last linear.
-        recomputed = "transformer_blocks" in name or (name.startswith("vlm.") and not name.endswith("down_proj"))
+        # Checkpointing stops at the last tensor that the backward reads, before the layer's last linear.
+        recomputed = "transformer_blocks" in name or (
+            name.startswith("vlm.") and not name.endswith("down_proj")
+        )
         blocks += cost if recomputed else 0
     transformer, text = module.transformer, module.vlm.config
     num_blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
@@ -179,8 +182,9 @@ def training_flops(config: Config, module: nn.Module, stage: Stage, tokens: Toke
 
 
 def frozen_flops(config: Config, trunk: nn.Module | None, bucket: Bucket) -> int:
-    """Forward of the trunk and the VAE's encoder for one image, without what data.cache holds. trunk: Qwen2VLModel
-    without its last layer, the meta device will do; None: built from the configuration if needed."""
+    """Forward of the trunk and the VAE's encoder for one image, without what data.cache holds. trunk:
+    Qwen2VLModel without its last layer, the meta device will do; None: built from the configuration if
+    needed."""
     flops = 0
     if "trunk" not in config.data.cache:
         flops += trunk_flops(meta_models(config)[1] if trunk is None else trunk, token_counts(config, bucket))
@@ -199,7 +203,9 @@ def trunk_flops(trunk: nn.Module, tokens: Tokens) -> int:
                 seen = tokens.condition if "merger" in name else tokens.patches
             flops += 2 * layer.in_features * layer.out_features * seen
         elif isinstance(layer, nn.Conv3d):  # patches do not overlap: one product each
-            flops += 2 * layer.in_channels * layer.out_channels * math.prod(layer.kernel_size) * tokens.patches
+            flops += (
+                2 * layer.in_channels * layer.out_channels * math.prod(layer.kernel_size) * tokens.patches
+            )
     vision, text = trunk.config.vision_config, trunk.config.text_config
     flops += 4 * len(trunk.visual.blocks) * tokens.patches**2 * vision.embed_dim
     return flops + 4 * len(trunk.language_model.layers) * tokens.turn**2 * text.hidden_size
@@ -215,7 +221,8 @@ def vae_encode_flops(config_json: str, height: int, width: int) -> int:
 
 
 def vae_config(config: Config) -> dict[str, Any]:
-    """Arguments of AutoencoderKL: of the local folder that the configuration names, else FLUX.1's published ones."""
+    """Arguments of AutoencoderKL: of the local folder that the configuration names, else FLUX.1's published
+    ones."""
     model = config.model
     folder = TINY / "vae" if model.vae == "tiny" else Path(model.vae or f"{model.flux}/vae")
     if model.vae != "tiny" and not (folder / "config.json").is_file():
@@ -223,7 +230,9 @@ def vae_config(config: Config) -> dict[str, Any]:
     try:
         values = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'}: cannot be read ({error}); restore the VAE's folder") from None
+        raise UserError(
+            f"{folder / 'config.json'}: cannot be read ({error}); restore the VAE's folder"
+        ) from None
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
@@ -233,9 +242,9 @@ _counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple, int]] = weakref.WeakK
 def train_flops_per_image(
     config: Config, module: nn.Module, stage: Stage | int, bucket: Bucket, trunk: nn.Module | None = None
 ) -> int:
-    """Model FLOPs of one image of a bucket in a stage (itself or its index), for MFU: forward, dX, dW of what trains
-    and attention's backward; no recomputation. The trunk and the VAE count only where data.cache does not hold their
-    output. Remembered per module: cheap to call for every micro-batch."""
+    """Model FLOPs of one image of a bucket in a stage (itself or its index), for MFU: forward, dX, dW of what
+    trains and attention's backward; no recomputation. The trunk and the VAE count only where data.cache does
+    not hold their output. Remembered per module: cheap to call for every micro-batch."""
     stage = config.stages[stage] if isinstance(stage, int) else stage
     known = _counted.setdefault(module, {})
     key = (stage.blocks, stage.components, bucket.size, config.data.cache, config.model.vlm_max_tokens)
@@ -274,7 +283,7 @@ def _needs_input_gradient(name: str, trainable: set[str]) -> bool:
     return True
 
 
-# --- speed ----------------------------------------------------------------------------------------------------------
+# --- speed --------------------------------------------------------------------------------------------------
 
 
 def images_per_second(flops: float, mfu: float, peak_tflops: float) -> float:
@@ -283,6 +292,7 @@ def images_per_second(flops: float, mfu: float, peak_tflops: float) -> float:
 
 
 def peak_tflops_for(device_name: str) -> float | None:
-    """Dense bf16 peak of a GPU by the longest known name in its name ("NVIDIA A100-SXM4-80GB" -> 312); None: unknown."""
+    """Dense bf16 peak of a GPU by the longest known name in its name ("NVIDIA A100-SXM4-80GB" -> 312); None:
+    unknown."""
     found = [name for name in PEAK_TFLOPS if re.search(rf"\b{re.escape(name)}\b", device_name, re.IGNORECASE)]
     return float(PEAK_TFLOPS[max(found, key=len)]) if found else None

@@ -1,4 +1,5 @@
-"""`--dry-run`: what a configuration would do and cost, and everything wrong with it. Nothing is loaded or allocated."""
+"""`--dry-run`: what a configuration would do and cost, and everything wrong with it. Nothing is loaded or
+allocated."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from megaflux.training.costs import (
 from megaflux.training.ds_config import uses_bf16, zero_stage
 from megaflux.training.memory import Memory, memory_per_gpu
 
-GIGA, TERA = 1e9, 1e12
+GIGA = 1e9
 
 
 def dry_run(
@@ -40,11 +41,11 @@ def dry_run(
     peak_tflops: float = 312,
     gpu_memory_gb: float = 80,
 ) -> int:
-    """Print the resolved configuration, stage table, FLOPs, memory, speed and problems; exit code 0, or 2 with
-    problems.
+    """Print the resolved configuration, stage table, FLOPs, memory, speed and problems; exit code 0, or 2
+    with problems.
 
-    json_path: a file for the same as JSON. mfu: model FLOPs over peak, assumed. peak_tflops: of one GPU. UserError
-    where the JSON file cannot be written.
+    json_path: a file for the same as JSON. mfu: model FLOPs over peak, assumed. peak_tflops: of one GPU.
+    UserError where the JSON file cannot be written.
     """
     print(config.to_yaml())
     problems = find_problems(config, ds_config, world_size)
@@ -65,17 +66,20 @@ def dry_run(
 
 
 def _costs(
-    config: Config, ds_config: dict[str, Any], world_size: int, mfu: float, peak_tflops: float, gpu_memory_gb: float,
-    problems: list[str],
+    config: Config, ds_config: dict[str, Any], world_size: int, mfu: float, peak_tflops: float,
+    gpu_memory_gb: float, problems: list[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Print what the configuration costs and return it for the JSON file; a problem more where it does not fit."""
+    """Print what the configuration costs and return it for the JSON file; a problem more where it does not
+    fit."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     try:
         module, trunk = meta_models(config)
     except UserError:
         raise
     except Exception as error:  # sizes that a library refuses, in its own words
-        raise UserError(f"model: the networks cannot be built: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(
+            f"model: the networks cannot be built: {' '.join(str(error).split())[:200]}"
+        ) from error
     buckets = make_buckets(config.data.aspect_ratios, config.data.longest_side)
     table = stage_table(config, module)
     flops = [_flops_by_bucket(config, module, trunk, stage, buckets) for stage in config.stages]
@@ -91,19 +95,21 @@ def _costs(
     _print_memory(config, ds_config, world_size, memory)
     print(
         f"\nSpeed at {mfu:.0%} MFU of {peak_tflops:g} TFLOP/s a GPU: {speed:.3g} images/s on {world_size} "
-        f"GPU{'s' * (world_size > 1)}; {config.train.updates} updates of {config.train.global_batch_size} images take "
-        f"{days:.3g} days\n"
+        f"GPU{'s' * (world_size > 1)}; {config.train.updates} updates of {config.train.global_batch_size} images "
+        f"take {_duration(days * 86400)}\n"
     )
     if memory.total / GIGA > gpu_memory_gb:
         problems.append(
             f"memory: {memory.total / GIGA:.1f} GB per GPU is more than {gpu_memory_gb:g} GB; lower "
-            "train.micro_batch_size, turn model.activation_checkpointing on, use more GPUs or ds_configs/zero3.json"
+            "train.micro_batch_size, turn on model.activation_checkpointing, use more GPUs or zero3.json"
         )
     return {
         "stages": [asdict(row) | {"flops_per_image": mean} for row, mean in zip(table, means, strict=True)],
         "flops_per_image": flops_per_image,
         "flops": {
-            stage.name: {str(b): asdict(f) | {"model": f.model, "hardware": f.hardware} for b, f in row.items()}
+            stage.name: {
+                str(b): asdict(f) | {"model": f.model, "hardware": f.hardware} for b, f in row.items()
+            }
             for stage, row in zip(config.stages, flops, strict=True)
         },
         "memory_gb_per_gpu": memory.total / GIGA,
@@ -127,19 +133,24 @@ def _flops_by_bucket(
 
 
 def _print_stages(config: Config, table: list[StageCosts], means: list[float]) -> None:
-    print(f"{'stage':<10}{'updates':>9}  {'set':<10}{'FLUX':>15}{'connector':>13}{'Qwen2-VL':>13}{'TFLOP/image':>13}")
+    print(
+        f"{'stage':<10}{'updates':>9}  {'set':<10}{'FLUX':>15}{'connector':>13}"
+        f"{'Qwen2-VL':>13}{'FLOP/image':>13}"
+    )
     for stage, row, mean in zip(config.stages, table, means, strict=True):
         counts = row.trainable
         print(
-            f"{row.name:<10}{row.updates:>9}  {stage.components:<10}{counts['flux']:>15,}{counts['connector']:>13,}"
-            f"{counts['vlm']:>13,}{_si(mean):>13}"
+            f"{row.name:<10}{row.updates:>9}  {stage.components:<10}{counts['flux']:>15,}"
+            f"{counts['connector']:>13,}{counts['vlm']:>13,}{_si(mean):>13}"
         )
         print(f"{'':<10}blocks: {'all' if stage.blocks == 'all' else ' '.join(map(str, row.blocks))}")
 
 
 def _print_flops(config: Config, buckets: Sequence[Bucket], flops: list[dict[Bucket, Flops]]) -> None:
-    print("\nTFLOP per image (forward, dX, dW and attention's backward; frozen networks where not cached; recomputation")
-    print("is hardware's alone and not in the model's sum; the mean above weighs the buckets alike)")
+    print(
+        "\nFLOP per image; model: forward, dX, dW, attention's backward, frozen networks if not cached; hardware:"
+    )
+    print("with recomputation. The mean above weighs the buckets alike.")
     head = ("forward", "dX", "dW", "attn bwd", "frozen", "model", "hardware")
     print(f"{'stage':<10}{'bucket':<20}{'tokens':>12}" + "".join(f"{name:>10}" for name in head))
     for stage, row in zip(config.stages, flops, strict=True):
@@ -156,10 +167,11 @@ def _print_memory(config: Config, ds_config: dict[str, Any], world_size: int, me
     print(
         f"\nGB per GPU: {world_size} GPU{'s' * (world_size > 1)}, ZeRO-{zero_stage(ds_config)}, {precision}, "
         f"micro-batch {config.train.micro_batch_size}, activation checkpointing "
-        f"{'on' if config.model.activation_checkpointing else 'off'}; at its peak in {memory.stage}, {memory.bucket}"
+        f"{'on' if config.model.activation_checkpointing else 'off'}; peak: {memory.stage}, {memory.bucket}"
     )
     lines = {f"weights, {name}": size for name, size in memory.weights.items()}
-    lines |= {"gradients": memory.gradients, "optimizer shard": memory.optimizer, "activations": memory.activations,
+    lines |= {"gradients": memory.gradients, "optimizer shard": memory.optimizer,
+              "activations": memory.activations,
               "or, when larger: VAE encode, optimizer step": memory.transient,
               "CUDA and libraries": memory.runtime}  # fmt: skip
     for name, size in lines.items():
@@ -174,11 +186,24 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _si(flops: float) -> str:
-    return f"{flops / TERA:.4g}"
+    """Three digits and a unit: 1.81e14 -> 181 T."""
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if flops >= size:
+            return f"{flops / size:.3g} {unit}"
+    return f"{flops:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
 
 
 def _write_json(path: str, report: dict[str, Any]) -> None:
     try:
         Path(path).write_text(json.dumps(report, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"--json {path}: {error.strerror}; give a file in a folder that can be written") from None
+        raise UserError(
+            f"--json {path}: {error.strerror}; give a file in a folder that can be written"
+        ) from None

@@ -1,4 +1,5 @@
-"""DeepSpeed's file: sharding, precision and communication. Sizes and rates come from the run's configuration."""
+"""DeepSpeed's file: sharding, precision and communication. Sizes and rates come from the run's
+configuration."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ OWNED = {
 def load_ds_config(path: str | Path) -> dict[str, Any]:
     """DeepSpeed's configuration as a dict.
 
-    UserError for a missing file, bad JSON, "auto" values (DeepSpeed alone cannot resolve them), fp16 (its loss scale
-    would need steps that this code does not take), and keys that the run's configuration owns.
+    UserError for a missing file, bad JSON, "auto" values (DeepSpeed alone cannot resolve them), fp16 (its
+    loss scale would need steps that this code does not take), and keys that the run's configuration owns.
     """
     where = f"--deepspeed {path}"
     try:
@@ -68,7 +69,8 @@ def resolve_ds_config(ds_config: dict[str, Any], config: Config, world_size: int
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
-    """Micro-batches per update: global / (micro x ranks). UserError, saying what would work, if that is not whole."""
+    """Micro-batches per update: global / (micro x ranks). UserError, saying what would work, if that is not
+    whole."""
     problem = batch_problem(config.train.global_batch_size, config.train.micro_batch_size, world_size)
     if problem:
         raise UserError(problem)
@@ -76,7 +78,8 @@ def accumulation_steps(config: Config, world_size: int) -> int:
 
 
 def batch_problem(global_batch: int, micro_batch: int, world_size: int) -> str | None:
-    """One line on a global batch that its ranks cannot share, with the nearest sizes that they can; else None."""
+    """One line on a global batch that its ranks cannot share, with the nearest sizes that they can; else
+    None."""
     step = micro_batch * world_size
     if global_batch % step == 0:
         return None
@@ -90,8 +93,8 @@ def batch_problem(global_batch: int, micro_batch: int, world_size: int) -> str |
         nearest = sorted(sorted(fitting, key=lambda m: abs(m - micro_batch))[:3])
         micro = f", or train.micro_batch_size to {' or '.join(map(str, nearest))}"
     return (
-        f"train.global_batch_size: {global_batch} is not a multiple of {step} (micro batch {micro_batch} x {world_size} "
-        f"rank{'s' * (world_size > 1)}); set it to {sizes}{micro}"
+        f"train.global_batch_size: {global_batch} is not a multiple of {step} (micro batch {micro_batch} x "
+        f"{world_size} rank{'s' * (world_size > 1)}); set it to {sizes}{micro}"
     )
 
 

@@ -39,6 +39,7 @@ def train(config: Config, ds_config: dict[str, Any]) -> None:
     Collective: every rank calls it. Raises UserError for input that a person can mend.
     """
     world = distributed.start()
+    config = config.for_world(world.size)
     resumed = checkpoint.resolve(config, world.size)
     prepare_run_folder(config, ds_config, world)
     prepare_data(config, world)

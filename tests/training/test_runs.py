@@ -1,0 +1,171 @@
+"""Whole runs through the real launchers: resume is exact, frozen stays frozen, every ZeRO configuration runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megaflux.config import build_config, merge
+from megaflux.models.pretrained import load_models
+from megaflux.presets import PUBLISHED_STAGES, tiny
+from megaflux.training.stages import trainable_names
+from tests.training.runs import copy_until, ds_config, launch, make_dataset, small_config, write_config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+def final_weights(run):
+    return load_file(max((run / "checkpoints").glob("update-*")) / "weights.safetensors")
+
+
+def final_state(run):
+    """Everything DeepSpeed saved of the optimizer, rank by rank."""
+    newest = max((run / "checkpoints").glob("update-*"))
+    files = sorted((newest / "deepspeed").glob("*optim_states.pt"))
+    return [torch.load(file, weights_only=False)["optimizer_state_dict"] for file in files]
+
+
+def assert_same(a, b, where="state"):
+    """Bitwise equality of nested containers of tensors and numbers."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}[{i}]")
+    elif isinstance(a, int | float | str | bool | None):
+        assert a == b, where
+
+
+def run_ok(*arguments, **kwargs):
+    done = launch(*arguments, **kwargs)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_resumed_run_is_bit_equal_to_the_uninterrupted_one(tmp_path, data, precision, ranks):
+    # 6 updates over two stages, in a new process from update 2: the resumed half crosses the stage boundary at 3.
+    config = write_config(small_config(data, tmp_path / "whole"), tmp_path / "config.yaml")
+    ds = ds_config(tmp_path, precision)
+    run_ok("--deepspeed", ds, "--config", config, ranks=ranks)
+    half = copy_until(tmp_path / "whole", tmp_path / "half", 2)
+    done = run_ok("--deepspeed", ds, "--config", config, "--run.dir", half, ranks=ranks)
+    assert "resuming" in done.stdout + done.stderr
+    weights, resumed = final_weights(tmp_path / "whole"), final_weights(half)
+    assert_same(weights, resumed)
+    assert_same(final_state(tmp_path / "whole"), final_state(half))
+    newest = "checkpoints/update-0000006"
+    position = [json.loads((run / newest / "manifest.json").read_text())["data"] for run in (tmp_path / "whole", half)]
+    assert position[0] == position[1]
+    for rank in range(ranks):
+        states = [torch.load(run / newest / f"rng-rank{rank:04d}.pt", weights_only=True)
+                  for run in (tmp_path / "whole", half)]  # fmt: skip
+        assert_same(*states)
+
+
+def test_frozen_parameters_keep_every_bit_and_trainable_ones_all_change(tmp_path, data):
+    values = small_config(data, tmp_path / "run", train__updates=20, train__checkpoint_every=20,
+                          optim__weight_decay=0.5, stages=[{"name": "only", "share": 1, "blocks": [0, 2]}])  # fmt: skip
+    config = write_config(values, tmp_path / "config.yaml")
+    run_ok("--deepspeed", ds_config(tmp_path), "--config", config)
+    resolved = build_config(merge(tiny(), values))
+    models = load_models(resolved).to("cpu", torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in models.trainable.named_parameters()}
+    trainable = set(trainable_names(models.trainable, resolved.stages[0]))
+    after = final_weights(tmp_path / "run")
+    # What the checkpoint holds is exactly what trained; everything else comes from the base and cannot have moved.
+    assert set(after) == trainable
+    unchanged = [name for name in trainable if torch.equal(before[name], after[name])]
+    assert not unchanged
+
+
+def test_published_block_lists_run_on_57_blocks(tmp_path, data):
+    stages = [{"name": name, "share": 1, "blocks": blocks} for name, blocks in PUBLISHED_STAGES.items()]
+    sizes = {"num_layers": 19, "num_single_layers": 38, "attention_head_dim": 16, "num_attention_heads": 1,
+             "axes_dims_rope": [4, 6, 6], "joint_attention_dim": 24}  # fmt: skip
+    values = small_config(data, tmp_path / "run", stages=stages, model__flux_config=sizes, train__updates=3)
+    run_ok("--deepspeed", ds_config(tmp_path), "--config", write_config(values, tmp_path / "config.yaml"))
+    trained = {name.split(".")[2] for name in final_weights(tmp_path / "run") if ".transformer_blocks." in name}
+    single = {int(name.split(".")[2]) + 19 for name in final_weights(tmp_path / "run") if "single_transformer" in name}
+    lists = {block for blocks in PUBLISHED_STAGES.values() for block in blocks}
+    assert {int(block) for block in trained} | single == lists
+    assert len(lists) == 57 - 12
+
+
+@pytest.mark.parametrize("base", ["zero2_offload.json", "zero3.json"])
+def test_other_deepspeed_configurations_run_over_a_stage_change_and_resume(tmp_path, data, base):
+    config = write_config(small_config(data, tmp_path / "run"), tmp_path / "config.yaml")
+    ds = ds_config(tmp_path, base=base)
+    run_ok("--deepspeed", ds, "--config", config)
+    half = copy_until(tmp_path / "run", tmp_path / "half", 4)
+    run_ok("--deepspeed", ds, "--config", config, "--run.dir", half)
+    assert_same(final_weights(tmp_path / "run"), final_weights(half))
+
+
+def test_torchrun_and_python_train_to_the_same_weights_as_deepspeed(tmp_path, data):
+    weights = []
+    for starter in ("deepspeed", "torchrun", "python"):
+        values = small_config(data, tmp_path / starter, train__updates=2)
+        config = write_config(values, tmp_path / f"{starter}.yaml")
+        run_ok("--deepspeed", ds_config(tmp_path), "--config", config, with_=starter)
+        weights.append(final_weights(tmp_path / starter))
+    assert_same(weights[0], weights[1])
+    assert_same(weights[0], weights[2])
+
+
+def test_run_shows_itself_in_tensorboard(tmp_path, data):
+    values = small_config(data, tmp_path / "run", validation__every=2, validation__panel_every=4)
+    run_ok("--deepspeed", ds_config(tmp_path), "--config", write_config(values, tmp_path / "config.yaml"))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    scalars = set(events.Tags()["scalars"])
+    wanted = {"train/loss", "train/learning_rate", "train/grad_norm", "train/skipped_steps", "speed/images_per_second",
+              "speed/data_wait_fraction", "speed/mfu", "memory/peak_gb", "validation/loss", "validation/shuffled",
+              "validation/gap", "grad_norm/flux", "grad_norm/connector", "grad_norm/vlm", "grad_norm/block00"}  # fmt: skip
+    assert wanted <= scalars
+    assert any(tag.startswith("train/loss_t") for tag in scalars)
+    assert events.Tags()["images"] == ["variations"]
+    assert any("config" in tag for tag in events.Tags()["tensors"])
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    rates = [e.value for e in events.Scalars("train/learning_rate")]
+    assert rates[0] > 0 and rates[-1] < max(rates)
+
+
+def test_a_damaged_or_foreign_checkpoint_stops_the_run_in_one_line(tmp_path, data):
+    values = small_config(data, tmp_path / "run", train__updates=2)
+    config = write_config(values, tmp_path / "config.yaml")
+    ds = ds_config(tmp_path)
+    run_ok("--deepspeed", ds, "--config", config, with_="python")
+    checkpoint = tmp_path / "run" / "checkpoints" / "update-0000002"
+    pristine = tmp_path / "pristine"
+    shutil.copytree(checkpoint, pristine)
+
+    def refusal(*arguments):
+        done = launch("--deepspeed", ds, "--config", config, *arguments, with_="python")
+        assert done.returncode == 2, done.stderr
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in done.stderr
+        return lines[0]
+
+    weights = checkpoint / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert "weights.safetensors" in refusal()
+    shutil.rmtree(checkpoint)
+    shutil.copytree(pristine, checkpoint)
+    assert "seed" in refusal("--run.seed", "5")
+    (checkpoint / "manifest.json").unlink()
+    assert "manifest.json" in refusal()

@@ -1,0 +1,206 @@
+"""Every parameter has one place; the published lists train what is published; nothing else can move unnoticed."""
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+
+from megaflux.config import Stage
+from megaflux.errors import FrozenParameterError, UserError
+from megaflux.models import latents as ops
+from megaflux.models.pretrained import load_models
+from megaflux.presets import PUBLISHED_STAGES
+from megaflux.training import stages
+
+PUBLISHED = [Stage(name=name, share=1, blocks=tuple(blocks)) for name, blocks in PUBLISHED_STAGES.items()]
+ALL = Stage(name="base", share=1, blocks="all", components="model")
+
+
+@pytest.fixture
+def models(small_config):
+    """Fresh for each test; every weight random, so that each gets a gradient."""
+    made = load_models(small_config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.trainable.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return made
+
+
+def velocity(models) -> torch.Tensor:
+    condition = models.trunk.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    x = torch.randn(1, 4, models.vae.config.latent_channels * 4)
+    return models.trainable(
+        condition, x, torch.tensor([0.5]), ops.image_ids(32, 32), models.pooled_projections, torch.tensor([3.5])
+    )
+
+
+def numel(module, names, part: str) -> int:
+    parameters = dict(module.named_parameters())
+    num_double = len(module.transformer.transformer_blocks)
+    return sum(parameters[name].numel() for name in names if stages.locate(name, num_double).group == part)
+
+
+def test_every_name_of_dev_has_one_place(dev_meta):
+    module, _ = dev_meta
+    places = {name: stages.locate(name, 19) for name, _ in module.named_parameters()}
+    assert {place.block for place in places.values()} == {None, *range(57)}
+    matches = {name: [part for part, pattern in stages.PATTERNS if re.fullmatch(pattern, name)] for name in places}
+    assert all(len(parts) == 1 for parts in matches.values())
+    assert {parts[0] for parts in matches.values()} == {part for part, _ in stages.PATTERNS}  # none is useless
+    per_part = Counter(place.part for place in places.values())
+    assert per_part["connector"] == per_part["context_embedder"] == 2 and per_part["vlm_norm"] == 1
+    assert places["transformer.single_transformer_blocks.0.norm.linear.weight"].block == 19
+    assert places["transformer.transformer_blocks.18.attn.to_q.bias"] == stages.Place("double", "attn.to_q.bias", 18)
+
+
+@pytest.mark.parametrize("name", [
+    "transformer.new_part.weight", "transformer.transformer_blocks.weight", "vlm.layers.1.mlp.up_proj.weight", "",
+    "connector", "module.connector.weight", "transformer.transformer_blocks.x.norm1.linear.weight",
+])  # fmt: skip
+def test_a_name_without_a_place_is_an_error(name):
+    with pytest.raises(ValueError, match="exactly one"):
+        stages.locate(name, 19)
+
+
+def test_published_lists_are_as_published():
+    lists = [set(stage.blocks) for stage in PUBLISHED]
+    assert lists[0] & lists[1] == {16, 56} and not lists[0] & lists[2] and not lists[1] & lists[2]
+    never = {10, 13, 17, 20, 22, 27, 31, 35, 38, 43, 47, 51}
+    assert set(range(57)) - set.union(*lists) == never
+    doubles = [sum(block < 19 for block in blocks) for blocks in lists]
+    assert list(zip(doubles, [len(blocks) - n for blocks, n in zip(lists, doubles)])) == [(5, 10), (6, 10), (6, 10)]
+
+
+@pytest.mark.parametrize(("components", "counts"), [
+    ("attention", (1_334_221_824, 1_485_265_920, 1_485_265_920)),
+    ("block", (3_127_660_544, 3_467_491_840, 3_467_491_840)),
+])  # fmt: skip
+def test_published_stages_train_the_published_counts(dev_meta, components, counts):
+    module, _ = dev_meta
+    for stage, count in zip(PUBLISHED, counts, strict=True):
+        names = stages.trainable_names(module, stage.model_copy(update={"components": components}))
+        assert numel(module, names, "flux") == count
+        assert numel(module, names, "connector") == 14_684_160
+        assert numel(module, names, "vlm") == 233_057_792
+        assert "transformer.context_embedder.weight" in names and "vlm.norm.weight" not in names
+
+
+def test_attention_is_the_released_codes_list(dev_meta):
+    module, _ = dev_meta
+    names = stages.trainable_names(module, PUBLISHED[0])
+    components = {(p.part, re.sub(r"\.(weight|bias)$", "", p.component))
+                  for p in (stages.locate(name, 19) for name in names) if p.block is not None}  # fmt: skip
+    assert components == {
+        ("double", "attn.to_q"), ("double", "attn.to_k"), ("double", "attn.to_v"), ("double", "attn.to_out.0"),
+        ("double", "norm1.linear"), ("double", "norm1_context.linear"),
+        ("single", "attn.to_q"), ("single", "attn.to_k"), ("single", "attn.to_v"), ("single", "norm.linear"),
+    }  # fmt: skip
+
+
+def test_set_model_trains_all_but_the_final_norm(models):
+    names = set(stages.trainable_names(models.trainable, ALL))
+    assert {name for name, _ in models.trainable.named_parameters()} - names == {"vlm.norm.weight"}
+
+
+def test_a_block_that_is_not_there_is_named(models):
+    with pytest.raises(UserError, match="'late': block 7 matches no parameter"):
+        stages.trainable_names(models.trainable, Stage(name="late", share=1, blocks=(0, 7)))
+
+
+def test_first_stages_follow_the_overlap(dev_meta):
+    module, _ = dev_meta
+    first = stages.first_stages(module, PUBLISHED, 1)
+    assert first["transformer.transformer_blocks.16.attn.to_q.weight"] == 0  # in stages 1 and 2
+    assert first["transformer.transformer_blocks.14.attn.to_q.weight"] == 1
+    assert first["connector.weight"] == 0
+    assert set(first) == set(stages.trainable_names(module, PUBLISHED[1]))
+    third = stages.first_stages(module, PUBLISHED, 2)
+    assert third["connector.weight"] == 0 and set(third.values()) == {0, 2}
+
+
+FROZEN = "transformer.transformer_blocks.0.ff.net.2.weight"
+STAGE = Stage(name="stage1", share=1, blocks=(1,))
+
+
+def hooked(models, **kwargs) -> stages.FreezingHooks:
+    return stages.FreezingHooks(models.trainable, stages.trainable_names(models.trainable, STAGE), **kwargs)
+
+
+def test_only_the_stages_parameters_get_gradients(models):
+    hooks = hooked(models)
+    velocity(models).square().mean().backward()
+    held = {name for name, parameter in models.trainable.named_parameters() if parameter.grad is not None}
+    assert held == set(stages.trainable_names(models.trainable, STAGE))
+    hooks.check()
+
+
+def test_guard_fires_when_a_frozen_parameter_is_unfrozen_behind_its_back(models):
+    hooked(models)
+    parameter = dict(models.trainable.named_parameters())[FROZEN]
+    parameter.requires_grad_(True)
+    with pytest.raises(FrozenParameterError, match=re.escape(FROZEN)):
+        velocity(models).square().mean().backward()
+
+
+def test_guard_fires_on_every_frozen_parameter(models):
+    hooks = hooked(models)
+    for name, parameter in models.trainable.named_parameters():
+        if name not in hooks.trainable:
+            parameter.requires_grad_(True)
+            with pytest.raises(FrozenParameterError, match=re.escape(name)):
+                parameter.sum().backward()
+            parameter.requires_grad_(False)
+
+
+def test_guard_fires_when_a_gradient_is_assigned(models):
+    hooks = hooked(models)
+    parameter = dict(models.trainable.named_parameters())[FROZEN]
+    parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(FrozenParameterError, match=re.escape(FROZEN)):
+        hooks.check()
+
+
+def test_applying_drops_gradients_that_frozen_parameters_hold(models):
+    velocity(models).square().mean().backward()
+    hooked(models).check()
+
+
+def test_remove_leaves_the_module_as_found(models):
+    module = models.trainable
+    frozen_before = dict(module.named_parameters())["connector.bias"]
+    frozen_before.requires_grad_(False)
+
+    def hook_counts():
+        return [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in module.modules()]
+
+    flags, counts = [p.requires_grad for p in module.parameters()], hook_counts()
+    hooks = hooked(models, label_blocks=True)
+    assert [p.requires_grad for p in module.parameters()] != flags and hook_counts() != counts
+    hooks.remove()
+    assert [p.requires_grad for p in module.parameters()] == flags and hook_counts() == counts
+    velocity(models).square().mean().backward()  # no guard is left to fire
+    assert dict(module.named_parameters())[FROZEN].grad is not None and frozen_before.grad is None
+
+
+def test_one_stage_after_another(models):
+    for stage in (ALL, STAGE, Stage(name="stage2", share=1, blocks=(0,), components="block")):
+        names = stages.trainable_names(models.trainable, stage)
+        hooks = stages.FreezingHooks(models.trainable, names)
+        velocity(models).square().mean().backward()
+        assert {n for n, p in models.trainable.named_parameters() if p.grad is not None} == set(names)
+        models.trainable.zero_grad()
+        hooks.remove()
+
+
+def test_blocks_are_labelled_for_the_profiler(models):
+    hooked(models, label_blocks=True)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        velocity(models)
+    assert {event.name for event in profile.events() if event.name.startswith("flux.")} == {"flux.block0", "flux.block1"}
+
+
+def test_a_misspelt_parameter_is_refused(models):
+    with pytest.raises(ValueError, match="no parameter named"):
+        stages.FreezingHooks(models.trainable, ["connector.wieght"])
