@@ -5,10 +5,9 @@ renamed when it is whole; one that exists is never touched.
 
 `text_encoder/` is Qwen2-VL in its published layout, with the trained last layer in its place and the
 processor's files beside it. Where the run started from a published Qwen2-VL, its lm_head is copied along,
-unchanged, though the layer below it has moved: text that this model writes is no longer Qwen's. Where there is
-none (a model built from nothing, or one that ties it to the embeddings) none is written, and the folder holds a
-Qwen2VLModel.
-"""
+unchanged, though the layer below it has moved: text that this model writes is no longer Qwen's. Where there
+is none (a model built from nothing, or one that ties it to the embeddings) none is written, and the folder
+holds a Qwen2VLModel."""
 
 from __future__ import annotations
 
@@ -18,7 +17,6 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +105,9 @@ def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
     text_encoder.save_pretrained(folder / "text_encoder")
     config = json.loads((folder / "text_encoder/config.json").read_text())
     # transformers 4 puts Qwen2-VL's class name into text_config only; loaders look for it at the top.
-    _write_json(folder / "text_encoder/config.json", {"architectures": [type(text_encoder).__name__], **config})
+    _write_json(
+        folder / "text_encoder/config.json", {"architectures": [type(text_encoder).__name__], **config}
+    )
     models.trunk.processor.save_pretrained(folder / "text_encoder")
 
     connector = trainable.connector
@@ -117,6 +117,10 @@ def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
         "_class_name": "Linear", "in_features": connector.in_features, "out_features": connector.out_features,
     })  # fmt: skip
     save_file({"pooled_prompt_embeds": models.pooled_projections.contiguous()}, folder / POOLED)
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~mask)  # safetensors makes its files readable by their owner only
 
 
 def write_indexes(run: TrainedRun, folder: Path) -> None:
@@ -137,7 +141,7 @@ def write_indexes(run: TrainedRun, folder: Path) -> None:
     })  # fmt: skip
     _write_json(folder / MANIFEST, {
         "format": FORMAT,
-        "settings": asdict(Settings.of(run.config)),
+        "settings": Settings.of(run.config).model_dump(mode="json"),
         "source": run.source,
         "attribution": attribution(run.config),
         "versions": versions(),

@@ -1,9 +1,9 @@
-"""Variations of a picture: `python -m megaflux.infer --checkpoint RUN_OR_EXPORT --reference IMG --count 4 --seed 7`.
+"""Variations of a picture: `python -m megaflux.infer --checkpoint RUN_OR_EXPORT --reference IMG --count 4
+--seed 7`.
 
-Writes DIR/<name>-seed7.png, ... and a contact sheet DIR/<name>-sheet.png with the reference first. Nothing is ever
-overwritten. Each picture is a function of its own seed and the settings, which it carries in its PNG text chunks
-`megaflux` (JSON) and `parameters` (what other tools read).
-"""
+Writes DIR/<name>-seed7.png, ... and a contact sheet DIR/<name>-sheet.png with the reference first. Nothing is
+ever overwritten. Each picture is a function of its own seed and the settings, which it carries in its PNG
+text chunks `megaflux` (JSON) and `parameters` (what other tools read)."""
 
 from __future__ import annotations
 
@@ -76,9 +76,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompt", metavar="TEXT", help="words to go with the reference (default: none)")
     add("--count", type=int, default=4, metavar="N", help="variations (default 4)")
     add("--seed", type=int, default=0, metavar="S", help="seeds are S, S + 1, ... (default 0)")
-    add("--aspect", default="1:1", metavar="W:H", help="shape of the output, at the model's longest side (default 1:1)")
+    add(
+        "--aspect",
+        default="1:1",
+        metavar="W:H",
+        help="shape of the output, at the model's longest side (default 1:1)",
+    )
     add("--steps", type=int, default=28, metavar="N", help="Euler steps (default 28)")
-    add("--guidance", type=float, metavar="X", help="guidance value (default: that of training, 3.5 unless changed)")
+    add(
+        "--guidance",
+        type=float,
+        metavar="X",
+        help="guidance value (default: that of training, 3.5 unless changed)",
+    )
     add("--out", default="outputs", metavar="DIR", help="folder for the pictures (default outputs)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
@@ -131,9 +141,15 @@ class Reference:
             raise UserError(f"--reference {path}: {getattr(error, 'strerror', None) or error}") from None
         except BadImage as error:
             detail = f" ({error.detail})" if error.detail else ""
-            raise UserError(f"--reference {path}: {REASONS[error.reason]}{detail}; give another picture") from None
-        said = {"first_frame": "several frames, the first is used", "rotated": "turned upright as its EXIF says",
-                "transparent": "transparent, put on white", "rescaled": "more than 8 bits a channel, rescaled"}  # fmt: skip
+            raise UserError(
+                f"--reference {path}: {REASONS[error.reason]}{detail}; give another picture"
+            ) from None
+        said = {
+            "first_frame": "several frames, the first is used",
+            "rotated": "turned upright as its EXIF says",
+            "transparent": "transparent, put on white",
+            "rescaled": "more than 8 bits a channel, rescaled",
+        }
         return cls(picture, [f"reference: {said[note]}" for note in notes], hashlib.sha256(data).hexdigest())
 
 
@@ -197,10 +213,15 @@ def parameters_text(settings: dict[str, Any]) -> str:
     """The `parameters` chunk in the form that the web user interfaces of Stable Diffusion write."""
     seed = settings.get("seed", settings.get("seeds", [0])[0] if "seeds" in settings else 0)
     fields = {
-        "Steps": settings["steps"], "Sampler": "Euler", "CFG scale": 1, "Distilled CFG Scale": settings["guidance"],
-        "Seed": seed, "Size": f"{settings['width']}x{settings['height']}",
-        "Model": Path(settings["checkpoint"]).name, "Version": f"megaflux {settings['versions']['megaflux']}",
-    }  # fmt: skip
+        "Steps": settings["steps"],
+        "Sampler": "Euler",
+        "CFG scale": 1,
+        "Distilled CFG Scale": settings["guidance"],
+        "Seed": seed,
+        "Size": f"{settings['width']}x{settings['height']}",
+        "Model": Path(settings["checkpoint"]).name,
+        "Version": f"megaflux {settings['versions']['megaflux']}",
+    }
     prompt = f"{settings['prompt']}\n" if settings["prompt"] else ""
     return prompt + ", ".join(f"{key}: {value}" for key, value in fields.items())
 

@@ -41,11 +41,12 @@ class TrainedRun:
 def find(path: str | Path, update: int | None = None) -> TrainedRun:
     """A run's newest checkpoint, or the one after `update` updates.
 
-    UserError, naming the file, where there is none or it is not whole: an older one is never taken in silence.
+    UserError, naming the file, where there is none or it is not whole: never an older one in silence.
     """
     root = Path(path)
     if not root.is_dir():
-        raise UserError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; give a run or an export")
+        what = "not a folder" if root.exists() else "no such folder"
+        raise UserError(f"{root}: {what}; give a run or an export")
     if (root / checkpoint.WEIGHTS).is_file() or (root / "manifest.json").is_file():
         number = root.name.removeprefix("update-").lstrip("0") or "0"
         raise UserError(f"{root}: one checkpoint of a run; give the run's folder and --update {number}")
@@ -64,7 +65,7 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
     missing = {"update", "stage", "stage_name", "identity"} - set(manifest)
     if missing or checkpoint.WEIGHTS not in manifest["files"]:
         what = sorted(missing) or [checkpoint.WEIGHTS]
-        raise UserError(f"{chosen}/manifest.json: says nothing of {', '.join(what)}; this is not a whole checkpoint")
+        raise UserError(f"{chosen}/manifest.json: says nothing of {', '.join(what)}; it is not whole")
     changed = [k for k, value in checkpoint.identity(config).items() if manifest["identity"].get(k) != value]
     if changed:
         raise UserError(
@@ -73,11 +74,11 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
     return TrainedRun(config, chosen, manifest)
 
 
-def load(
-    run: TrainedRun, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> Models:  # fmt: skip
-    """The run's models with the checkpoint's weights in them. dtype None: each part's own, and float32 for what
-    trains where the checkpoint holds float32. UserError where a trained weight is missing or does not fit."""
+def load(run: TrainedRun, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Models:
+    """The run's models with the checkpoint's weights in them.
+
+    dtype None: each part's own, and float32 for what trains where the checkpoint holds float32. UserError
+    where a trained weight is missing or does not fit."""
     models = load_models(run.config)
     weights = run.checkpoint / checkpoint.WEIGHTS
     with safe_open(weights, "pt") as file:
@@ -101,14 +102,17 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Qwen2VLFluxPipeline:
-    """The pipeline of a run folder (its newest checkpoint, or the one after `update` updates) or an export folder.
+    """The pipeline of a run folder (its newest checkpoint, or that after `update` updates) or an export
+    folder.
 
-    dtype None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if there is one. UserError for a folder
-    that is neither, or not whole.
+    dtype None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if there is one. UserError for a
+    folder that is neither, or not whole.
     """
     if is_export(path):
         if update is not None:
-            raise UserError(f"--update {update}: {path} is an export, which holds one set of weights; leave it out")
+            raise UserError(
+                f"--update {update}: {path} is an export and holds one set of weights; leave it out"
+            )
         return Qwen2VLFluxPipeline.from_pretrained(path, dtype, device)
     run = find(path, update)
     device, dtype = device_and_dtype(device, dtype)

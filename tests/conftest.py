@@ -18,13 +18,20 @@ torch.set_num_threads(1)  # the tests run side by side
 
 
 def small_values() -> dict:
-    """The tiny preset, smaller still: 1 + 1 blocks of width 32, 64 px, two Qwen layers; one stage of all of FLUX."""
+    """The tiny preset, smaller still: 1 + 1 blocks of width 32, 64 px, two Qwen layers; one stage of all of
+    FLUX."""
     from megaflux.presets import tiny
 
     values = copy.deepcopy(tiny())
     model = values["model"]
-    model["flux_config"] |= {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
-                             "num_attention_heads": 2, "axes_dims_rope": [4, 6, 6], "joint_attention_dim": 24}  # fmt: skip
+    model["flux_config"] |= {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "axes_dims_rope": [4, 6, 6],
+        "joint_attention_dim": 24,
+    }
     model["vlm_config"]["text_config"] |= {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
@@ -40,8 +47,8 @@ def small_values() -> dict:
 
 
 def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype=torch.float32) -> Path:
-    """A run folder as training leaves it, but for DeepSpeed's shards: config.yaml, and checkpoints whose trained
-    weights are seeded noise around the initial ones (the update is the seed)."""
+    """A run folder as training leaves it, but for DeepSpeed's shards: config.yaml, and checkpoints whose
+    trained weights are seeded noise around the initial ones (the update is the seed)."""
     from megaflux.config import build_config
     from megaflux.models.pretrained import load_models
     from megaflux.training import checkpoint
@@ -63,10 +70,15 @@ def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype
         folder.mkdir(parents=True)
         save_file(weights, folder / checkpoint.WEIGHTS)
         manifest = {
-            "format": checkpoint.FORMAT, "update": update, "stage": stage, "stage_name": config.stages[stage].name,
-            "world_size": 1, "data": {}, "identity": checkpoint.identity(config),
+            "format": checkpoint.FORMAT,
+            "update": update,
+            "stage": stage,
+            "stage_name": config.stages[stage].name,
+            "world_size": 1,
+            "data": {},
+            "identity": checkpoint.identity(config),
             "files": checkpoint._inventory(folder),
-        }  # fmt: skip
+        }
         (folder / "manifest.json").write_text(json.dumps(manifest))
     return root
 
@@ -79,7 +91,8 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory, small_config) -> dict[str, Path]:
-    """Tiny FLUX.1 and Qwen2-VL folders in their published layouts, by the libraries' own save_pretrained. Read only.
+    """Tiny FLUX.1 and Qwen2-VL folders in their published layouts, by the libraries' own save_pretrained.
+    Read only.
 
     Every weight is random, proj_out too; the Qwen2-VL holds an lm_head.
     """

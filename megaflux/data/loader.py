@@ -33,7 +33,7 @@ from megaflux.data.buckets import Bucket
 from megaflux.data.index import column_encodings, fingerprint, inspect_index, raise_problems
 from megaflux.data.ranks import World, as_streaming_sees, barrier, detect_world
 from megaflux.data.shards import DatasetInfo, read_dataset_info
-from megaflux.data.shared_memory import exclusive_set_up, release, remove_leftovers
+from megaflux.data.shared_memory import claim, exclusive_set_up, release, remove_leftovers
 from megaflux.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -222,6 +222,7 @@ class BucketLoader:
             num_canonical_nodes=self._canonical_nodes,
             cache_limit=cache_limit,
         )
+        self._claimed = claim(self._dataset)
         self._loader = DataLoader(
             self._dataset,
             batch_size=micro_batch_size,
@@ -309,10 +310,10 @@ class BucketLoader:
         )
 
     def close(self) -> None:
-        """End the workers and give the shared memory back. The loader cannot be used afterwards."""
+        """End the workers and give the shared memory back: on every rank, after its last batch."""
         if self._closed:
             return
         self._closed = True
         self._iterator = None
         self._loader = None  # with its iterator, which ends the workers as it goes
-        release(self._dataset)
+        release(self._dataset, self._claimed)

@@ -12,12 +12,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
-import glob
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from megaflux import compat  # noqa: F401  before streaming, which imports torchvision
 
@@ -33,27 +32,31 @@ SHM = Path("/dev/shm")
 def remove_leftovers(folders: Iterable[str]) -> list[str]:
     """Remove the blocks and locks of killed runs on any of these stream folders; their prefixes.
 
-    A prefix is removed if it names one of `folders` (absolute paths), belongs to this user, and no
-    running process has its blocks mapped. Linux only; elsewhere, and where /proc is hidden, nothing is
-    removed. Call it on one rank per node, before the dataset is built.
+    A prefix is removed if it names one of `folders` (absolute paths), belongs to this user, and its
+    owner is gone (see claim). Call it on one rank per node, before the dataset is built.
     """
     wanted, removed = set(folders), []
-    if not Path("/proc/self/maps").exists():
-        return removed
-    in_use: set[str] | None = None
     for block in sorted(SHM.glob("[0-9]*_locals")):
         prefix = block.name.removesuffix("_locals")
         try:
-            if block.stat().st_uid != os.getuid() or not wanted & set(_folders_in(block.read_bytes())):
-                continue
+            ours = block.stat().st_uid == os.getuid() and wanted & set(_folders_in(block.read_bytes()))
         except OSError:  # gone meanwhile
             continue
-        if in_use is None:
-            in_use = _mapped_prefixes()
-        if prefix not in in_use:
+        if ours and _is_orphaned(prefix):
             _remove_prefix(prefix)
             removed.append(prefix)
     return removed
+
+
+def claim(dataset: StreamingDataset) -> TextIO:
+    """Mark this process, and workers that it forks, as owners of a dataset's prefix while they live.
+
+    Returns the open file whose lock says so; `release` takes it. That a process has the blocks mapped
+    says little: streaming maps those of other runs too, looking for a free prefix.
+    """
+    file = open(_claim_path(f"{dataset._shm_prefix_int:06}"), "a")  # noqa: SIM115  open until release
+    fcntl.flock(file, fcntl.LOCK_SH)
+    return file
 
 
 @contextlib.contextmanager
@@ -63,16 +66,14 @@ def exclusive_set_up(world: World) -> Iterator[None]:
 
     Only for runs on one node, which cannot wait for each other in a circle. Enter it on every rank.
     """
-    path = Path(tempfile.gettempdir()) / f"megaflux-{os.getuid()}.lock"
     with contextlib.ExitStack() as stack:
         if world.local_rank == 0 and world.nodes == 1:
-            lock = stack.enter_context(open(path, "w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            stack.enter_context(_set_up_lock())
         barrier()
         yield
 
 
-def release(dataset: StreamingDataset) -> None:
+def release(dataset: StreamingDataset, claimed: TextIO) -> None:
     """Stop a dataset's threads and give back its shared memory and lock files now, not at exit.
 
     Reaches into streaming's attributes, since it offers no close(): whatever is absent in another
@@ -85,15 +86,22 @@ def release(dataset: StreamingDataset) -> None:
     executor = getattr(dataset, "_executor", None)
     if executor is not None:
         executor.shutdown(wait=True)
-    prefix = None
     for block in _blocks(dataset):
-        if block.created_shms:
-            prefix = block.shm.name.lstrip("/").partition("_")[0]
         with contextlib.suppress(BufferError, FileNotFoundError):
             block.cleanup()
         atexit.unregister(block.cleanup)  # or it would unlink the next dataset's block of the same name
-    if prefix is not None and re.fullmatch(r"\d{6}", prefix):
-        _remove_prefix(prefix)
+    claimed.close()
+    prefix = Path(claimed.name).name.partition("_")[0]
+    with _set_up_lock():
+        if _is_orphaned(prefix):  # the last of this machine's ranks removes what is left
+            _remove_prefix(prefix)
+
+
+@contextlib.contextmanager
+def _set_up_lock() -> Iterator[None]:
+    with open(Path(tempfile.gettempdir()) / f"megaflux-{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _blocks(dataset: StreamingDataset) -> list[SharedMemory]:
@@ -115,17 +123,22 @@ def _folders_in(block: bytes) -> list[str]:
     return block[4:length].decode("utf-8", "replace").split("\0")[:-1]
 
 
-def _mapped_prefixes() -> set[str]:
-    """Prefixes that a running process has mapped, as far as /proc shows."""
-    prefixes = set()
-    for maps in glob.glob("/proc/[0-9]*/maps"):
-        with contextlib.suppress(OSError):  # ended meanwhile, or another user's: theirs are not ours
-            prefixes.update(re.findall(r"/dev/shm/(\d{6})_", Path(maps).read_text(errors="replace")))
-    return prefixes
+def _is_orphaned(prefix: str) -> bool:
+    """Whether no living process has claimed the prefix. What nobody ever claimed is not ours to judge."""
+    try:
+        with open(_claim_path(prefix)) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _claim_path(prefix: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"{prefix}_megaflux_owner"
 
 
 def _remove_prefix(prefix: str) -> None:
     locks = (Path(tempfile.gettempdir()) / f"{prefix}_{name}_filelock" for name in ("barrier", "cache"))
-    for path in (*SHM.glob(f"{prefix}_*"), *locks):
+    for path in (*SHM.glob(f"{prefix}_*"), *locks, _claim_path(prefix)):
         with contextlib.suppress(OSError):
             path.unlink()

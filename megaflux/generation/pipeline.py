@@ -1,7 +1,7 @@
 """Qwen2VLFluxPipeline: a reference picture, and perhaps a prompt, -> variations of it.
 
-Three steps, each usable alone: `encode` (reference and prompt -> Condition), `sample` (Condition and seed -> one
-picture, by diffusers' FluxPipeline), and `__call__`, which does both for each seed.
+Three steps, each usable alone: `encode` (reference and prompt -> Condition), `sample` (Condition and seed ->
+one picture, by diffusers' FluxPipeline), and `__call__`, which does both for each seed.
 
 An export folder, as `python -m megaflux.export` writes it and `from_pretrained` reads it:
 
@@ -17,16 +17,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from megaflux.config import Config
+from megaflux.config import Config, Section
 from megaflux.data import images
 from megaflux.data.buckets import MULTIPLE, make_buckets
 from megaflux.errors import UserError
@@ -41,8 +42,7 @@ CONNECTOR = "connector/model.safetensors"
 POOLED = "pooled_prompt_embeds.safetensors"
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(Section):
     """What generation must know of the run that trained the weights."""
 
     longest_side: int
@@ -75,6 +75,25 @@ class Settings:
         )
 
 
+class FileInfo(BaseModel):
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """megaflux.json."""
+
+    format: int
+    settings: Settings
+    source: dict[str, Any]
+    """Run, update, stage and SHA-256 of the checkpoint the weights come from."""
+    attribution: str | None
+    """The credit that the training pictures ask for."""
+    versions: dict[str, str]
+    files: dict[str, FileInfo]
+    """Every other file of the folder."""
+
+
 @dataclass
 class Qwen2VLFluxPipelineOutput:
     """`images`: one PIL picture (mode RGB) per seed; `notes`: what was done to the input, for people."""
@@ -99,12 +118,11 @@ class Qwen2VLFluxPipeline:
     ) -> Qwen2VLFluxPipeline:
         """Assemble an export folder; `megaflux.runs.load_pipeline` takes run folders as well.
 
-        dtype None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if there is one. UserError where a
-        file or a key is missing, left over or of a wrong shape: no weight is ever left random.
-        """
+        dtype None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if there is one. UserError
+        where a file or a key is missing, left over or of a wrong shape: no weight is ever left random."""
         root, device, dtype = Path(path), *device_and_dtype(device, dtype)
         manifest = read_manifest(root)
-        settings = Settings(**manifest["settings"])
+        settings = manifest.settings
         transformer = pretrained.load_transformer(str(root), dtype)
         vlm, processor = pretrained.load_vlm(str(root / "text_encoder"), settings.attention, dtype)
         models = pretrained.assemble(
@@ -113,7 +131,7 @@ class Qwen2VLFluxPipeline:
             pretrained.read_tensors(root / POOLED, {"pooled_prompt_embeds"})["pooled_prompt_embeds"],
             settings.vlm_max_tokens, settings.caption_max_tokens,
         )  # fmt: skip
-        return cls(models.to(device, dtype), settings, manifest["source"])
+        return cls(models.to(device, dtype), settings, manifest.source)
 
     @torch.no_grad()
     def __call__(
@@ -130,10 +148,10 @@ class Qwen2VLFluxPipeline:
     ) -> Qwen2VLFluxPipelineOutput:
         """Variations of a reference, one per seed (or per generator, which then goes instead of the seed).
 
-        reference: any PIL picture; its size is not the output's. height, width: px, multiples of 16; None: a square
-        of the longest side trained. guidance_scale None: the value of training. Each picture is made alone, so it
-        is a function of its own seed and never of the others asked for. UserError for values that cannot be.
-        """
+        reference: any PIL picture; its size is not the output's. height, width: px, multiples of 16; None:
+        the longest side trained. guidance_scale None: the value of training. Each picture is made alone, so
+        it is a function of its own seed and never of the others asked for. UserError for values that cannot
+        be."""
         side = self.settings.longest_side
         height, width = height or side, width or side
         guidance = self.settings.guidance if guidance_scale is None else guidance_scale
@@ -180,7 +198,8 @@ class Qwen2VLFluxPipeline:
 def device_and_dtype(
     device: str | torch.device | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
-    """The defaults: the GPU if there is one; bfloat16 there, float32 on the CPU. UserError for a device not there."""
+    """The defaults: the GPU if there is one; bfloat16 there, float32 on the CPU. UserError: no such
+    device."""
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=chosen)
@@ -191,8 +210,8 @@ def device_and_dtype(
 
 
 def output_size(aspect: str, longest_side: int) -> tuple[int, int]:
-    """(height, width) in px of an aspect WIDTH:HEIGHT at the longest side given: the training bucket of that ratio,
-    and any other ratio rounded like it. UserError for what is not a ratio."""
+    """(height, width) in px of an aspect WIDTH:HEIGHT at the longest side given: the training bucket of that
+    ratio, and any other ratio rounded like it. UserError for what is not a ratio."""
     bucket = make_buckets([aspect], longest_side)[0]
     return bucket.height, bucket.width
 
@@ -200,12 +219,13 @@ def output_size(aspect: str, longest_side: int) -> tuple[int, int]:
 def reference_tensor(picture: Image.Image, longest_side: int) -> tuple[Tensor, list[str]]:
     """(uint8 (1, 3, H, W), notes): a PIL picture upright, in RGB on white, scaled down to the longest side.
 
-    A picture of that size or smaller keeps its pixels; it is the image processor's to bring them to whole tokens.
-    """
+    A picture of that size or smaller keeps its pixels; bringing them to whole tokens is the image
+    processor's."""
     notes: list[str] = []
     picture = images._to_rgb(images._upright(picture, notes), notes)
     if max(picture.size) > images.MAX_ASPECT * min(picture.size):
-        raise UserError(f"reference: {picture.width}x{picture.height}: {images.REASONS['extreme_ratio']}; crop it")
+        why = images.REASONS["extreme_ratio"]
+        raise UserError(f"reference: {picture.width}x{picture.height}: {why}; crop it")
     scale = longest_side / max(picture.size)
     if scale < 1:
         size = tuple(max(1, round(side * scale)) for side in picture.size)
@@ -215,7 +235,7 @@ def reference_tensor(picture: Image.Image, longest_side: int) -> tuple[Tensor, l
 
 
 def check_prompt(prompt: str | None) -> str:
-    """The prompt as text, "" for None. UserError, naming the place, for what cannot be text: NUL, a lone surrogate."""
+    """The prompt as text, "" for None. UserError, naming the place, for NUL or a lone surrogate."""
     for place, character in enumerate(prompt or "", start=1):
         if character == "\0" or "\ud800" <= character <= "\udfff":
             what = "NUL" if character == "\0" else "half a surrogate pair (not valid UTF-8)"
@@ -234,30 +254,39 @@ def check_sampling(height: int, width: int, steps: int, guidance: float) -> None
         raise UserError(f"guidance: {guidance}; use a number of at least 0")
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
-    """megaflux.json of an export whose files are all there at their sizes. UserError naming the first that isn't.
+def read_manifest(root: Path) -> Manifest:
+    """megaflux.json of an export whose files are all there at their sizes. UserError naming the first that
+    isn't.
 
-    Sizes only: hashing 40 GB at each start would outlast the generation. The SHA-256 are there for whoever doubts.
+    Sizes only: to hash 40 GB at each start would outlast the generation. Who doubts a file has its SHA-256.
     """
     file = root / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
-        settings, source, files, version = (manifest[key] for key in ("settings", "source", "files", "format"))
+        content = json.loads(file.read_text())
     except FileNotFoundError:
-        hint = f"; {root} is a run: use megaflux.runs.load_pipeline" if (root / "config.yaml").is_file() else ""
-        raise UserError(f"{file}: missing, so this is not an export of python -m megaflux.export{hint}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read ({type(error).__name__}: {error}); export again") from None
+        hint = (
+            f"; {root} is a run: use megaflux.runs.load_pipeline" if (root / "config.yaml").is_file() else ""
+        )
+        raise UserError(f"{file}: missing, so this is no export of python -m megaflux.export{hint}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); export again") from None
+    version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT:
-        raise UserError(f"{file}: format {version}, this code reads {FORMAT}; update megaflux or export again")
-    expected = {item.name for item in fields(Settings)}
-    if set(settings) != expected or not isinstance(source, dict):
-        raise UserError(f"{file}: settings are {', '.join(settings)}; want {', '.join(sorted(expected))}")
-    settings |= {key: tuple(settings[key]) for key in ("aspect_ratios", "modes")}
-    for name, known in files.items():
+        raise UserError(
+            f"{file}: format {version}, this code reads {FORMAT}; update megaflux or export again"
+        )
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file}: {where}: {first['msg']}; export again") from None
+    for name, known in manifest.files.items():
         part = root / name
         if not part.is_file():
             raise UserError(f"{part}: missing; export the run again")
-        if part.stat().st_size != known["bytes"]:
-            raise UserError(f"{part}: {part.stat().st_size} bytes, {MANIFEST} says {known['bytes']}; export again")
+        if part.stat().st_size != known.bytes:
+            raise UserError(
+                f"{part}: {part.stat().st_size} bytes, not {known.bytes} as written; export again"
+            )
     return manifest

@@ -29,12 +29,13 @@ def generate(
 ) -> Tensor:  # fmt: skip
     """One picture per condition and seed: uint8 (B, 3, height, width) on the CPU.
 
-    condition: B conditions of equal length; pooled_projections: (1, P); seeds: B, generators too; on_step: called after
-    each step. Picture i starts from noise drawn on the CPU from seeds[i] alone; batch mates can still change it in
-    the last bits, so ask for one at a time where it must be the same in any company.
-    """
+    condition: B conditions of equal length; pooled_projections: (1, P); seeds: B, generators too; on_step:
+    called after each step. Picture i starts from noise drawn on the CPU from seeds[i] alone; batch mates can
+    still change it in the last bits, so ask for one at a time where it must be the same in any company."""
     if condition.select_mask is not None:
-        raise ValueError("conditions of unequal length: FluxPipeline would attend to their padding; give one at a time")
+        raise ValueError(
+            "conditions of unequal length: FluxPipeline would see their padding; give one at a time"
+        )
 
     def after_step(*_: object) -> dict[str, Tensor]:
         if on_step is not None:

@@ -1,4 +1,5 @@
-"""Folders of the libraries' own save_pretrained load and equal; anything missing, left over or cut is refused."""
+"""Folders of the libraries' own save_pretrained load and equal; anything missing, left over or cut is
+refused."""
 
 import hashlib
 import shutil
@@ -61,7 +62,9 @@ def test_published_folders_load_and_equal(published):
     assert torch.equal(pretrained.read_lm_head(str(qwen)), lm_head)
 
     clip = CLIPTextModel.from_pretrained(flux / "text_encoder")
-    tokens = CLIPTokenizer.from_pretrained(flux / "tokenizer")("", padding="max_length", max_length=77, return_tensors="pt")
+    tokens = CLIPTokenizer.from_pretrained(flux / "tokenizer")(
+        "", padding="max_length", max_length=77, return_tensors="pt"
+    )
     with torch.no_grad():
         assert torch.equal(models.pooled_projections, clip(**tokens).pooler_output)
 
@@ -182,9 +185,16 @@ def test_meta_models_have_dev_s_sizes_and_no_memory(dev_meta):
     trainable, trunk = dev_meta
     parameters = [*trainable.parameters(), *trunk.parameters()]
     assert all(parameter.is_meta for parameter in parameters)
-    count = {name: sum(p.numel() for p in part.parameters())
-             for name, part in [("flux", trainable.transformer), ("connector", trainable.connector),
-                                ("layer", trainable.vlm.layers), ("trunk", trunk), ("norm", trainable.vlm.norm)]}  # fmt: skip
+    count = {
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in [
+            ("flux", trainable.transformer),
+            ("connector", trainable.connector),
+            ("layer", trainable.vlm.layers),
+            ("trunk", trunk),
+            ("norm", trainable.vlm.norm),
+        ]
+    }
     assert count["flux"] == 11_901_408_320
     assert count["connector"] == 14_684_160
     assert count["layer"] == 233_057_792
@@ -195,24 +205,30 @@ def test_meta_models_have_dev_s_sizes_and_no_memory(dev_meta):
 def test_meta_models_take_sizes_from_local_folders(published):
     config = config_for(published)
     values = config.model_dump()
-    values["model"]["flux_config"] = dev()["model"]["flux_config"]  # the folder's config.json wins over the table
+    values["model"]["flux_config"] = dev()["model"][
+        "flux_config"
+    ]  # the folder's config.json wins over the table
     values["model"]["vlm_config"] = dev()["model"]["vlm_config"]
     values["stages"] = [{"name": "one", "share": 1, "blocks": [1]}]
     trainable, trunk = pretrained.meta_models(build_config(values))
     loaded = pretrained.load_models(config)
     for ours, theirs in ((trainable, loaded.trainable), (trunk, loaded.trunk.vlm)):
-        assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
+        assert {n: p.shape for n, p in ours.named_parameters()} == {
+            n: p.shape for n, p in theirs.named_parameters()
+        }
 
 
 def test_seeds_reproduce_and_the_global_state_stays(small_config):
     values = small_config.model_dump()
     values["run"]["seed"] = 1
     before = torch.get_rng_state()
-    once, again, other = (pretrained.load_models(c) for c in (small_config, small_config, build_config(values)))
+    once, again, other = (
+        pretrained.load_models(c) for c in (small_config, small_config, build_config(values))
+    )
     assert torch.equal(torch.get_rng_state(), before)
     for part in ("trainable", "trunk"):
         a, b, c = (getattr(m, part) for m in (once, again, other))
-        a, b, c = (getattr(x, "vlm").state_dict() for x in (a, b, c))
+        a, b, c = (x.vlm.state_dict() for x in (a, b, c))
         assert all(torch.equal(a[name], b[name]) for name in a)
         assert any(not torch.equal(a[name], c[name]) for name in a)
     assert torch.equal(once.pooled_projections, again.pooled_projections)
@@ -226,15 +242,25 @@ def test_a_fresh_transformer_answers_zero(small_config):
 
 def test_casting_leaves_ropes_frequencies_in_float32(small_config):
     models = pretrained.load_models(small_config).to("cpu", torch.bfloat16)
-    assert {p.dtype for m in (models.trainable, models.trunk.vlm, models.vae) for p in m.parameters()} == {torch.bfloat16}
+    assert {p.dtype for m in (models.trainable, models.trunk.vlm, models.vae) for p in m.parameters()} == {
+        torch.bfloat16
+    }
     assert models.trainable.vlm.rotary_emb.inv_freq.dtype == torch.float32
     assert models.trunk.vlm.language_model.rotary_emb.inv_freq.dtype == torch.float32
     assert models.trunk.vlm.visual.rotary_pos_emb.inv_freq.dtype == torch.float32
     assert models.pooled_projections.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("content", [None, b"", {"weight": torch.zeros(2, 2)}, {"weight": torch.zeros(2, 2), "bias": torch.zeros(3)},
-                                     {"weight": torch.zeros(2, 2), "bias": torch.zeros(2), "x": torch.zeros(1)}])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"",
+        {"weight": torch.zeros(2, 2)},
+        {"weight": torch.zeros(2, 2), "bias": torch.zeros(3)},
+        {"weight": torch.zeros(2, 2), "bias": torch.zeros(2), "x": torch.zeros(1)},
+    ],
+)
 def test_a_connector_is_whole_or_refused(tmp_path, content):
     file = tmp_path / "model.safetensors"
     if isinstance(content, dict):

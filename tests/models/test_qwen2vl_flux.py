@@ -43,7 +43,8 @@ def pixels(batch: int) -> torch.Tensor:
 
 
 def plain_prompt_embeds(models, whole_vlm, images: torch.Tensor) -> torch.Tensor:
-    """What transformers and an nn.Linear make of the released code's turn, image tokens only: (B, T, joint)."""
+    """What transformers and an nn.Linear make of the released code's turn, image tokens only: (B, T,
+    joint)."""
     processor = models.trunk.processor
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -52,8 +53,12 @@ def plain_prompt_embeds(models, whole_vlm, images: torch.Tensor) -> torch.Tensor
     )
     with torch.no_grad():
         hidden = whole_vlm(**inputs).last_hidden_state
-        tokens = hidden[inputs["input_ids"] == whole_vlm.config.image_token_id].unflatten(0, (len(images), -1))
-        return torch.nn.functional.linear(tokens, models.trainable.connector.weight, models.trainable.connector.bias)
+        tokens = hidden[inputs["input_ids"] == whole_vlm.config.image_token_id].unflatten(
+            0, (len(images), -1)
+        )
+        return torch.nn.functional.linear(
+            tokens, models.trainable.connector.weight, models.trainable.connector.bias
+        )
 
 
 def test_velocity_is_the_libraries_own(models, whole_vlm):
@@ -81,18 +86,27 @@ def test_generate_is_flux_pipeline(models, whole_vlm):
     images, seeds = pixels(2), [7, 8]
     condition = models.trunk.encode(images)
     pipeline = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
-    ours = generate(pipeline, models.trainable, condition, models.pooled_projections, seeds, HEIGHT, WIDTH, 3, GUIDANCE)
+    ours = generate(
+        pipeline, models.trainable, condition, models.pooled_projections, seeds, HEIGHT, WIDTH, 3, GUIDANCE
+    )
 
     def theirs(prompt_embeds):
         return pipeline(
-            prompt_embeds=prompt_embeds, pooled_prompt_embeds=models.pooled_projections.expand(2, -1), height=HEIGHT,
-            width=WIDTH, num_inference_steps=3, guidance_scale=GUIDANCE, output_type="pil",
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=models.pooled_projections.expand(2, -1),
+            height=HEIGHT,
+            width=WIDTH,
+            num_inference_steps=3,
+            guidance_scale=GUIDANCE,
+            output_type="pil",
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        ).images  # fmt: skip
+        ).images
 
     with torch.no_grad():
         same_embeds = theirs(models.trainable.encode_condition(condition))
-    assert np.array_equal(ours.permute(0, 2, 3, 1).numpy(), np.stack([np.array(image) for image in same_embeds]))
+    assert np.array_equal(
+        ours.permute(0, 2, 3, 1).numpy(), np.stack([np.array(image) for image in same_embeds])
+    )
     plain = theirs(plain_prompt_embeds(models, whole_vlm, images))
     for mine, image in zip(ours.permute(0, 2, 3, 1).numpy(), plain, strict=True):
         assert np.abs(mine.astype(int) - np.array(image).astype(int)).max() <= 1
@@ -106,14 +120,26 @@ def test_generate_takes_generators_and_counts_steps(models):
     arguments = (pipeline, models.trainable, condition, models.pooled_projections)
     by_seed = generate(*arguments, [3], HEIGHT, WIDTH, 4, GUIDANCE, lambda: steps.append(1))
     assert len(steps) == 4
-    assert torch.equal(by_seed, generate(*arguments, [torch.Generator().manual_seed(3)], HEIGHT, WIDTH, 4, GUIDANCE))
+    assert torch.equal(
+        by_seed, generate(*arguments, [torch.Generator().manual_seed(3)], HEIGHT, WIDTH, 4, GUIDANCE)
+    )
 
 
 def test_generate_refuses_padded_conditions(models):
     condition = models.trunk.encode(pixels(2), ["a", "a longer caption"], "image_text")
     pipeline = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
     with pytest.raises(ValueError, match="unequal length"):
-        generate(pipeline, models.trainable, condition, models.pooled_projections, [1, 2], HEIGHT, WIDTH, 1, GUIDANCE)
+        generate(
+            pipeline,
+            models.trainable,
+            condition,
+            models.pooled_projections,
+            [1, 2],
+            HEIGHT,
+            WIDTH,
+            1,
+            GUIDANCE,
+        )
 
 
 @pytest.mark.parametrize("mode", ["image_text", "text"])
@@ -150,7 +176,7 @@ def test_activation_checkpointing_changes_no_gradient(models, captions):
         )  # fmt: skip
         velocity.square().mean().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    # FLUX's last double block's text stream still feeds the single blocks, so every parameter has its gradient.
+    # The last double block's text stream still feeds the single blocks: every parameter has its gradient.
     assert [name for name, gradient in gradients[0].items() if gradient is None or not gradient.any()] == []
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name, rtol=1e-4, atol=1e-6)

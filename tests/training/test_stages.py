@@ -1,4 +1,5 @@
-"""Every parameter has one place; the published lists train what is published; nothing else can move unnoticed."""
+"""Every parameter has one place; the published lists train what is published; nothing else can move
+unnoticed."""
 
 import re
 from collections import Counter
@@ -32,7 +33,12 @@ def velocity(models) -> torch.Tensor:
     condition = models.trunk.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     x = torch.randn(1, 4, models.vae.config.latent_channels * 4)
     return models.trainable(
-        condition, x, torch.tensor([0.5]), ops.image_ids(32, 32), models.pooled_projections, torch.tensor([3.5])
+        condition,
+        x,
+        torch.tensor([0.5]),
+        ops.image_ids(32, 32),
+        models.pooled_projections,
+        torch.tensor([3.5]),
     )
 
 
@@ -46,19 +52,33 @@ def test_every_name_of_dev_has_one_place(dev_meta):
     module, _ = dev_meta
     places = {name: stages.locate(name, 19) for name, _ in module.named_parameters()}
     assert {place.block for place in places.values()} == {None, *range(57)}
-    matches = {name: [part for part, pattern in stages.PATTERNS if re.fullmatch(pattern, name)] for name in places}
+    matches = {
+        name: [part for part, pattern in stages.PATTERNS if re.fullmatch(pattern, name)] for name in places
+    }
     assert all(len(parts) == 1 for parts in matches.values())
-    assert {parts[0] for parts in matches.values()} == {part for part, _ in stages.PATTERNS}  # none is useless
+    assert {parts[0] for parts in matches.values()} == {
+        part for part, _ in stages.PATTERNS
+    }  # none is useless
     per_part = Counter(place.part for place in places.values())
     assert per_part["connector"] == per_part["context_embedder"] == 2 and per_part["vlm_norm"] == 1
     assert places["transformer.single_transformer_blocks.0.norm.linear.weight"].block == 19
-    assert places["transformer.transformer_blocks.18.attn.to_q.bias"] == stages.Place("double", "attn.to_q.bias", 18)
+    assert places["transformer.transformer_blocks.18.attn.to_q.bias"] == stages.Place(
+        "double", "attn.to_q.bias", 18
+    )
 
 
-@pytest.mark.parametrize("name", [
-    "transformer.new_part.weight", "transformer.transformer_blocks.weight", "vlm.layers.1.mlp.up_proj.weight", "",
-    "connector", "module.connector.weight", "transformer.transformer_blocks.x.norm1.linear.weight",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer.new_part.weight",
+        "transformer.transformer_blocks.weight",
+        "vlm.layers.1.mlp.up_proj.weight",
+        "",
+        "connector",
+        "module.connector.weight",
+        "transformer.transformer_blocks.x.norm1.linear.weight",
+    ],
+)
 def test_a_name_without_a_place_is_an_error(name):
     with pytest.raises(ValueError, match="exactly one"):
         stages.locate(name, 19)
@@ -70,7 +90,8 @@ def test_published_lists_are_as_published():
     never = {10, 13, 17, 20, 22, 27, 31, 35, 38, 43, 47, 51}
     assert set(range(57)) - set.union(*lists) == never
     doubles = [sum(block < 19 for block in blocks) for blocks in lists]
-    assert list(zip(doubles, [len(blocks) - n for blocks, n in zip(lists, doubles)])) == [(5, 10), (6, 10), (6, 10)]
+    singles = [len(blocks) - count for blocks, count in zip(lists, doubles, strict=True)]
+    assert doubles == [5, 6, 6] and singles == [10, 10, 10]
 
 
 @pytest.mark.parametrize(("components", "counts"), [
@@ -93,10 +114,17 @@ def test_attention_is_the_released_codes_list(dev_meta):
     components = {(p.part, re.sub(r"\.(weight|bias)$", "", p.component))
                   for p in (stages.locate(name, 19) for name in names) if p.block is not None}  # fmt: skip
     assert components == {
-        ("double", "attn.to_q"), ("double", "attn.to_k"), ("double", "attn.to_v"), ("double", "attn.to_out.0"),
-        ("double", "norm1.linear"), ("double", "norm1_context.linear"),
-        ("single", "attn.to_q"), ("single", "attn.to_k"), ("single", "attn.to_v"), ("single", "norm.linear"),
-    }  # fmt: skip
+        ("double", "attn.to_q"),
+        ("double", "attn.to_k"),
+        ("double", "attn.to_v"),
+        ("double", "attn.to_out.0"),
+        ("double", "norm1.linear"),
+        ("double", "norm1_context.linear"),
+        ("single", "attn.to_q"),
+        ("single", "attn.to_k"),
+        ("single", "attn.to_v"),
+        ("single", "norm.linear"),
+    }
 
 
 def test_set_model_trains_all_but_the_final_norm(models):
@@ -198,7 +226,10 @@ def test_blocks_are_labelled_for_the_profiler(models):
     hooked(models, label_blocks=True)
     with torch.no_grad(), torch.profiler.profile() as profile:
         velocity(models)
-    assert {event.name for event in profile.events() if event.name.startswith("flux.")} == {"flux.block0", "flux.block1"}
+    assert {event.name for event in profile.events() if event.name.startswith("flux.")} == {
+        "flux.block0",
+        "flux.block1",
+    }
 
 
 def test_a_misspelt_parameter_is_refused(models):
