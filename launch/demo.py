@@ -43,11 +43,11 @@ def main() -> None:
 
 def evaluate(run: Path) -> dict:
     """Loss, gap and retrieval of a finished run, and its contact sheet."""
+    import torch
+
     from megaflux.runs import load_run
     from megaflux.training import validation
     from megaflux.training.distributed import World
-
-    import torch
 
     config, models, update = load_run(run)
     rows = {row["update"]: row for row in map(json.loads, (run / "validation.jsonl").read_text().splitlines())}

@@ -7,7 +7,8 @@ renamed when it is whole; one that exists is never touched.
 processor's files beside it. Where the run started from a published Qwen2-VL, its lm_head is copied along,
 unchanged, though the layer below it has moved: text that this model writes is no longer Qwen's. Where there
 is none (a model built from nothing, or one that ties it to the embeddings) none is written, and the folder
-holds a Qwen2VLModel."""
+holds a Qwen2VLModel.
+"""
 
 from __future__ import annotations
 

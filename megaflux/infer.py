@@ -1,9 +1,9 @@
-"""Variations of a picture: `python -m megaflux.infer --checkpoint RUN_OR_EXPORT --reference IMG --count 4
---seed 7`.
+"""Variations of a picture: `python -m megaflux.infer --checkpoint RUN --reference IMG --count 4 --seed 7`.
 
 Writes DIR/<name>-seed7.png, ... and a contact sheet DIR/<name>-sheet.png with the reference first. Nothing is
 ever overwritten. Each picture is a function of its own seed and the settings, which it carries in its PNG
-text chunks `megaflux` (JSON) and `parameters` (what other tools read)."""
+text chunks `megaflux` (JSON) and `parameters` (what other tools read).
+"""
 
 from __future__ import annotations
 
@@ -80,21 +80,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--aspect",
         default="1:1",
         metavar="W:H",
-        help="shape of the output, at the model's longest side (default 1:1)",
+        help="shape of the output (default 1:1), at the longest side",
     )
     add("--steps", type=int, default=28, metavar="N", help="Euler steps (default 28)")
-    add(
-        "--guidance",
-        type=float,
-        metavar="X",
-        help="guidance value (default: that of training, 3.5 unless changed)",
-    )
+    add("--guidance", type=float, metavar="X", help="guidance value (default: that of training, usually 3.5)")
     add("--out", default="outputs", metavar="DIR", help="folder for the pictures (default outputs)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
         help="auto (default): bfloat16 on a GPU, float32 on the CPU")  # fmt: skip
     args = parser.parse_args(argv)
     from megaflux.data.buckets import make_buckets
+    from megaflux.generation.prompt import check_prompt
 
     if args.count < 1:
         raise UserError(f"--count {args.count}: use at least 1")
@@ -104,13 +100,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--seed {args.seed}: use 0 to {MAX_SEED - args.count}")
     if args.guidance is not None and not (math.isfinite(args.guidance) and args.guidance >= 0):
         raise UserError(f"--guidance {args.guidance}: use a number of at least 0")
-    if args.prompt is not None:
-        bad = re.search("[\0\ud800-\udfff]", args.prompt)
-        if bad:
-            what = "NUL" if bad[0] == "\0" else "not valid UTF-8"
-            raise UserError(f"--prompt: character {bad.start() + 1} is {what}; take it out")
-        if not args.prompt.strip():
-            print("--prompt is empty: the reference alone is used")
+    if not check_prompt(args.prompt).strip() and args.prompt is not None:
+        print("--prompt is empty: the reference alone is used")
     try:
         make_buckets([args.aspect], 1024)
     except UserError as error:
@@ -272,7 +263,8 @@ def _settings(
 def _progress(total: int):
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="generating", unit="step", leave=False)
+    # disable=None: no bar where the output is not a terminal
+    return tqdm(total=total, desc="generating", unit="step", leave=False, disable=None)
 
 
 def _quiet_libraries() -> None:

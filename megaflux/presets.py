@@ -105,27 +105,31 @@ def tiny() -> dict[str, Any]:
                 "axes_dims_rope": [8, 12, 12],
             },
             "vlm_config": {
+                # A random trunk has to carry two things to the trainable layer: what a token shows and where it is.
+                # By linear probes on the 5 x 5 tokens of a picture these values do (colours of its cell: R2 0.8; which of
+                # 25 cells: 98% right), and Qwen2-VL-7B's own theta with no biases does not (0.9; 25%): at theta 1e6 the
+                # row and column axes hardly turn over so few tokens.
+                "qk_bias_std": 3.0,
                 "text_config": {
-                    "hidden_size": 128,
-                    "intermediate_size": 256,
+                    "hidden_size": 192,
+                    "intermediate_size": 384,
                     "num_hidden_layers": 3,
-                    "num_attention_heads": 4,
-                    "num_key_value_heads": 2,
+                    "num_attention_heads": 6,
+                    "num_key_value_heads": 3,
                     "rms_norm_eps": 1e-6,
+                    "rope_theta": 3.0,
                     "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
-                    # Random features must survive two frozen layers: 1 / sqrt(width) rather than 0.02.
-                    "initializer_range": 0.08,
+                    "initializer_range": 0.04,
                 },
                 "vision_config": {
                     "depth": 2,
                     "embed_dim": 128,
-                    "hidden_size": 128,
+                    "hidden_size": 192,
                     "num_heads": 4,
                     "mlp_ratio": 2,
                     "patch_size": 14,
                     "spatial_merge_size": 2,
                     "temporal_patch_size": 2,
-                    "initializer_range": 0.08,
                 },
             },
             "clip_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,

@@ -52,20 +52,22 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
         raise UserError(f"{root}: one checkpoint of a run; give the run's folder and --update {number}")
     if not (root / "config.yaml").is_file():
         raise UserError(f"{root}: neither a run (no config.yaml) nor an export (no {MANIFEST})")
-    config = build_config(load_yaml(str(root / "config.yaml")))
+    try:
+        config = build_config(load_yaml(str(root / "config.yaml")))
+    except UserError as error:
+        raise UserError(f"{root / 'config.yaml'}: {error}") from None
     folder = checkpoint.folder(root)
-    found = sorted(folder.glob("update-*")) if folder.is_dir() else []
+    found = checkpoint.listed(root)
     if not found:
         raise UserError(f"{folder}: holds no complete checkpoint; train until the first one is written")
-    chosen = found[-1] if update is None else folder / f"update-{update:07d}"
-    if chosen not in found:
-        known = ", ".join(str(int(p.name.removeprefix("update-"))) for p in found)
-        raise UserError(f"{chosen}: no such checkpoint; the run has {known}")
-    manifest = checkpoint.verify(chosen)
-    missing = {"update", "stage", "stage_name", "identity"} - set(manifest)
-    if missing or checkpoint.WEIGHTS not in manifest["files"]:
-        what = sorted(missing) or [checkpoint.WEIGHTS]
-        raise UserError(f"{chosen}/manifest.json: says nothing of {', '.join(what)}; it is not whole")
+    number = max(found) if update is None else update
+    if number not in found:
+        known = ", ".join(map(str, found))
+        raise UserError(f"{folder}/update-{number:07d}: no such checkpoint; the run has {known}")
+    chosen = found[number]
+    manifest = checkpoint.verify(chosen, only={checkpoint.WEIGHTS})  # the optimizer's shards are not read here
+    if checkpoint.WEIGHTS not in manifest["files"]:
+        raise UserError(f"{chosen}/manifest.json: says nothing of {checkpoint.WEIGHTS}; it is not whole")
     changed = [k for k, value in checkpoint.identity(config).items() if manifest["identity"].get(k) != value]
     if changed:
         raise UserError(
@@ -78,21 +80,18 @@ def load(run: TrainedRun, device: torch.device | str = "cpu", dtype: torch.dtype
     """The run's models with the checkpoint's weights in them.
 
     dtype None: each part's own, and float32 for what trains where the checkpoint holds float32. UserError
-    where a trained weight is missing or does not fit."""
+    where a trained weight is missing or does not fit.
+    """
     models = load_models(run.config)
     weights = run.checkpoint / checkpoint.WEIGHTS
     with safe_open(weights, "pt") as file:
-        names = set(file.keys())
-        full = any(file.get_slice(name).get_dtype() == "F32" for name in names)
-    missing = checkpoint.trained_names(run.config, models.trainable, run.manifest["stage"]) - names
-    if missing:
-        raise UserError(f"{weights}: missing key {sorted(missing)[0]} (of {len(missing)}); it was trained")
+        full = any(file.get_slice(name).get_dtype() == "F32" for name in file.keys())
     # Cast first: what was trained in float32 would lose bits on its way through a bfloat16 base.
     if dtype is not None:
         models.to(device, dtype)
     elif full:
         cast(models.trainable, device, torch.float32)
-    checkpoint.load_weights(run.checkpoint, models.trainable)
+    checkpoint.load_weights(run.checkpoint, run.manifest, run.config, models)
     return models
 
 

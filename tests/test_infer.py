@@ -173,8 +173,8 @@ def no_models(monkeypatch):
     (["--aspect", "0:1"], "--aspect: .*WIDTH:HEIGHT"),
     (["--guidance", "nan"], "--guidance nan"),
     (["--guidance", "-1"], "--guidance -1"),
-    (["--prompt", "a\0b"], "--prompt: character 2 is NUL"),
-    (["--prompt", "caf\udce9"], "--prompt: character 4 is not valid UTF-8"),
+    (["--prompt", "a\0b"], "prompt: character 2 is NUL"),
+    (["--prompt", "caf\udce9"], "prompt: character 4 is .*not valid UTF-8"),
     (["--checkpoint", "{tmp}/nowhere"], "--checkpoint .*nowhere: no such folder"),
     (["--checkpoint", "{tmp}/cat.png"], "--checkpoint .*cat.png: not a folder"),
     (["--checkpoint", "{tmp}"], "neither a run .* nor an export"),
@@ -249,6 +249,9 @@ def break_run(root: Path, how: str) -> str:
         text = (root / "config.yaml").read_text()
         (root / "config.yaml").write_text(re.sub(r"seed: \d+", "seed: 99", text))
         return "config.yaml: run.seed is not what"
+    if how == "bad configuration":
+        (root / "config.yaml").write_text("preset: tiny\nmodel: 3\n")
+        return "config.yaml: .*model"
     (root / "config.yaml").unlink()
     return "no config.yaml"
 
@@ -263,6 +266,7 @@ def break_run(root: Path, how: str) -> str:
         "flipped byte",
         "weights not in the manifest",
         "another configuration",
+        "bad configuration",
         "no config",
     ],
 )
@@ -271,6 +275,15 @@ def test_a_broken_run_is_refused_never_random(run_folder, cat, tmp_path, no_mode
     with pytest.raises(UserError, match=break_run(tmp_path / "run", how)):
         run(tmp_path / "run", cat, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_put_aside_is_not_the_newest(run_folder, cat, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    checkpoints = tmp_path / "run/checkpoints"
+    (checkpoints / "update-0000008").rename(checkpoints / "update-0000008.bad")
+    run(tmp_path / "run", cat, tmp_path / "out", "--count", "1")
+    source = json.loads(Image.open(tmp_path / "out/cat-seed0.png").text["megaflux"])["source"]
+    assert source["update"] == 4 and source["stage"] == "base"
 
 
 def test_a_checkpoint_without_one_trained_weight_is_refused(small_config, cat, tmp_path):

@@ -70,10 +70,14 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, list
             image.load()
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise BadImage("too_many_pixels", str(error)) from None
-        except Exception as error:  # noqa: BLE001  decoders raise OSError, SyntaxError, ValueError, zlib.error...
+        except Exception as error:
             raise BadImage("damaged", _short(error)) from None
-        image = _upright(image, notes)
-        return _to_rgb(image, notes), notes
+        return to_rgb(image, notes), notes
+
+
+def to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
+    """A decoded picture upright, in RGB on white; adds to `notes` what was done, as `decode` does."""
+    return _to_rgb(_upright(image, notes), notes)
 
 
 def fit(image: Image.Image, bucket: Bucket, allow_upscale: bool = False) -> tuple[Image.Image, list[str]]:
@@ -135,7 +139,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise BadImage("not_an_image", f"starts with {data[:12]!r}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("too_many_pixels", str(error)) from None
-    except Exception as error:  # noqa: BLE001  as above: format plug-ins raise anything on a broken header
+    except Exception as error:
         raise BadImage("damaged", _short(error)) from None
     width, height = image.size
     if width * height > max_pixels:
@@ -149,7 +153,7 @@ def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
     try:
         turned = image.getexif().get(0x0112, 1) not in (0, 1)
         image = ImageOps.exif_transpose(image)
-    except Exception:  # noqa: BLE001  unreadable EXIF says nothing about the picture: keep it as stored
+    except Exception:
         return image
     if turned:
         notes.append("rotated")

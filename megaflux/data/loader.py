@@ -11,6 +11,7 @@ Everything else is seen exactly once an epoch.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -223,6 +224,9 @@ class BucketLoader:
             cache_limit=cache_limit,
         )
         self._claimed = claim(self._dataset)
+        atexit.register(
+            self.close
+        )  # streaming's own handlers leave lock files that block the prefix for good
         self._loader = DataLoader(
             self._dataset,
             batch_size=micro_batch_size,
@@ -314,6 +318,7 @@ class BucketLoader:
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self.close)
         self._iterator = None
         self._loader = None  # with its iterator, which ends the workers as it goes
         release(self._dataset, self._claimed)

@@ -37,7 +37,7 @@ def _fetch(remote: str, name: str, cache: Path) -> None:
     arriving.unlink(missing_ok=True)
     try:
         CloudDownloader.direct_download(f"{remote.rstrip('/')}/{name}", str(arriving))
-    except Exception as error:  # noqa: BLE001  each storage client raises its own errors
+    except Exception as error:
         raise UserError(f"{remote.rstrip('/')}/{name}: cannot be fetched ({str(error)[:200]})") from None
     if target.exists() and target.read_bytes() != arriving.read_bytes():
         arriving.unlink()

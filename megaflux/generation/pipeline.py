@@ -31,6 +31,7 @@ from megaflux.config import Config, Section
 from megaflux.data import images
 from megaflux.data.buckets import MULTIPLE, make_buckets
 from megaflux.errors import UserError
+from megaflux.generation.prompt import check_prompt
 from megaflux.generation.sampling import flux_pipeline, generate
 from megaflux.models import pretrained
 from megaflux.models.pretrained import Models
@@ -119,7 +120,8 @@ class Qwen2VLFluxPipeline:
         """Assemble an export folder; `megaflux.runs.load_pipeline` takes run folders as well.
 
         dtype None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if there is one. UserError
-        where a file or a key is missing, left over or of a wrong shape: no weight is ever left random."""
+        where a file or a key is missing, left over or of a wrong shape: no weight is ever left random.
+        """
         root, device, dtype = Path(path), *device_and_dtype(device, dtype)
         manifest = read_manifest(root)
         settings = manifest.settings
@@ -151,7 +153,8 @@ class Qwen2VLFluxPipeline:
         reference: any PIL picture; its size is not the output's. height, width: px, multiples of 16; None:
         the longest side trained. guidance_scale None: the value of training. Each picture is made alone, so
         it is a function of its own seed and never of the others asked for. UserError for values that cannot
-        be."""
+        be.
+        """
         side = self.settings.longest_side
         height, width = height or side, width or side
         guidance = self.settings.guidance if guidance_scale is None else guidance_scale
@@ -220,9 +223,10 @@ def reference_tensor(picture: Image.Image, longest_side: int) -> tuple[Tensor, l
     """(uint8 (1, 3, H, W), notes): a PIL picture upright, in RGB on white, scaled down to the longest side.
 
     A picture of that size or smaller keeps its pixels; bringing them to whole tokens is the image
-    processor's."""
+    processor's.
+    """
     notes: list[str] = []
-    picture = images._to_rgb(images._upright(picture, notes), notes)
+    picture = images.to_rgb(picture, notes)
     if max(picture.size) > images.MAX_ASPECT * min(picture.size):
         why = images.REASONS["extreme_ratio"]
         raise UserError(f"reference: {picture.width}x{picture.height}: {why}; crop it")
@@ -232,15 +236,6 @@ def reference_tensor(picture: Image.Image, longest_side: int) -> tuple[Tensor, l
         notes.append(f"reference: {picture.width}x{picture.height} scaled down to {size[0]}x{size[1]}")
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], notes
-
-
-def check_prompt(prompt: str | None) -> str:
-    """The prompt as text, "" for None. UserError, naming the place, for NUL or a lone surrogate."""
-    for place, character in enumerate(prompt or "", start=1):
-        if character == "\0" or "\ud800" <= character <= "\udfff":
-            what = "NUL" if character == "\0" else "half a surrogate pair (not valid UTF-8)"
-            raise UserError(f"prompt: character {place} is {what}; take it out")
-    return prompt or ""
 
 
 def check_sampling(height: int, width: int, steps: int, guidance: float) -> None:

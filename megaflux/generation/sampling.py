@@ -31,7 +31,8 @@ def generate(
 
     condition: B conditions of equal length; pooled_projections: (1, P); seeds: B, generators too; on_step:
     called after each step. Picture i starts from noise drawn on the CPU from seeds[i] alone; batch mates can
-    still change it in the last bits, so ask for one at a time where it must be the same in any company."""
+    still change it in the last bits, so ask for one at a time where it must be the same in any company.
+    """
     if condition.select_mask is not None:
         raise ValueError(
             "conditions of unequal length: FluxPipeline would see their padding; give one at a time"

@@ -7,6 +7,7 @@ UserError that names it; no weight is ever left random in silence.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -59,6 +60,8 @@ class Models:
     scheduler: FlowMatchEulerDiscreteScheduler
     pooled_projections: Tensor
     """(1, P): CLIP's pooled vector of the empty prompt."""
+    base: str = ""
+    """Fingerprint of all weights as they were loaded or built, before any training."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Models:
         """Move and cast; RoPE's frequencies stay float32."""
@@ -90,10 +93,24 @@ def load_models(config: Config) -> Models:
     vae = load_vae(model.vae, model.flux)
     vlm, processor = load_vlm(model.vlm, model.attention) if model.vlm else build_vlm(model.vlm_config, seed)
     connector = build_connector(vlm.config.text_config.hidden_size, transformer.config.joint_attention_dim, seed)
-    return assemble(
+    models = assemble(
         transformer, connector.to(transformer.dtype), vlm, processor, vae, scheduler, pooled,
         model.vlm_max_tokens, model.caption_max_tokens,
     )  # fmt: skip
+    models.base = weights_fingerprint(models.trainable, models.trunk.vlm, models.vae)
+    return models
+
+
+def weights_fingerprint(*modules: nn.Module, sample: int = 1024) -> str:
+    """Hash of every parameter's name, shape and evenly spaced values: cheap at 12 B, and no two trainings share it."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            flat = parameter.detach().flatten()
+            values = flat[:: max(1, flat.numel() // sample)].float().cpu()
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def assemble(
@@ -298,15 +315,24 @@ def build_transformer(flux_config: dict[str, Any], seed: int) -> FluxTransformer
 
 
 def build_vlm(vlm_config: dict[str, Any], seed: int) -> tuple[Qwen2VLModel, Qwen2VLProcessor]:
-    """Qwen2-VL of the given sizes with seeded random weights, with the shipped tokenizer in Qwen's format."""
+    """Qwen2-VL of the given sizes with seeded random weights, with the shipped tokenizer in Qwen's format.
+
+    `qk_bias_std` in vlm_config, the one key that is not transformers': standard deviation of the query and key biases
+    (transformers starts them at 0). Trained Qwen2 models have large ones; they make attention depend on position.
+    """
     processor = tiny_processor()
-    with _seeded(seed), _named("model.vlm_config"):
-        return Qwen2VLModel(vlm_configuration(vlm_config, processor.tokenizer)), processor
+    with _seeded(seed), _named("model.vlm_config"), torch.no_grad():
+        vlm = Qwen2VLModel(vlm_configuration(vlm_config, processor.tokenizer))
+        for name, parameter in vlm.language_model.named_parameters():
+            if name.endswith(("q_proj.bias", "k_proj.bias")):
+                parameter.normal_(std=vlm_config.get("qk_bias_std", 0.0))
+        return vlm, processor
 
 
 def vlm_configuration(vlm_config: dict[str, Any], tokenizer=None) -> Qwen2VLConfig:
     """Qwen2VLConfig from the two nested dicts of `model.vlm_config`; a tokenizer sets vocabulary and special ids."""
     values = copy.deepcopy(vlm_config)
+    values.pop("qk_bias_std", None)
     special: dict[str, int] = {}
     if tokenizer is not None:
         values["text_config"].setdefault("vocab_size", len(tokenizer))

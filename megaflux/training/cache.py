@@ -10,13 +10,13 @@ import dataclasses
 import hashlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from megaflux.config import Config
@@ -24,7 +24,7 @@ from megaflux.data.buckets import Bucket
 from megaflux.data.images import decode
 from megaflux.data.shards import SPLITS, DatasetInfo, read_dataset_info, read_split, write_bucket, write_dataset
 from megaflux.models import latents as latent_ops
-from megaflux.models.pretrained import Models
+from megaflux.models.pretrained import Models, weights_fingerprint
 from megaflux.training.distributed import World, barrier
 
 log = logging.getLogger("megaflux")
@@ -48,7 +48,8 @@ def cached_dataset(config: Config, models: Models, world: World) -> str:
         todo = [(s, b) for s, b in todo if info.counts.get(s, {}).get(b.name)]
         columns: dict[str, str] = {}
         total = sum(info.counts[s][b.name] for s, b in todo[world.rank :: world.size])
-        with tqdm(total=total, desc="caching " + " and ".join(kinds), unit="img", disable=not world.is_main) as bar:
+        quiet = not world.is_main or not sys.stderr.isatty()  # a log file is spared the bar
+        with tqdm(total=total, desc="caching " + " and ".join(kinds), unit="img", disable=quiet) as bar:
             for split, bucket in todo[world.rank :: world.size]:
                 samples = _samples(config, models, split, bucket, bar)
                 columns = write_bucket(root, split, bucket, samples)[1]
@@ -108,14 +109,3 @@ def _fingerprint(config: Config, models: Models, info: DatasetInfo) -> str:
         "dtype": str(models.vae.dtype),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def weights_fingerprint(module: nn.Module, sample: int = 1024) -> str:
-    """Hash of every parameter's name, shape and evenly spaced values: cheap at 7 B, and no two trainings share it."""
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        flat = parameter.detach().flatten()
-        values = flat[:: max(1, flat.numel() // sample)].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()

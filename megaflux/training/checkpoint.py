@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch import nn
 
 from megaflux.config import Config
 from megaflux.errors import UserError
+from megaflux.models.pretrained import Models
 from megaflux.training import distributed, stages
 from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine
@@ -33,6 +35,7 @@ from megaflux.training.engine import StageEngine
 log = logging.getLogger("megaflux")
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
+MANIFEST_KEYS = {"format", "update", "stage", "stage_name", "world_size", "data", "identity", "base", "files"}
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,28 @@ class Checkpoint:
     world_size: int
     data: dict[str, Any]
     """Position of the loader."""
+    manifest: dict[str, Any]
+
+
+def listed(run_dir: str | Path) -> dict[int, Path]:
+    """The checkpoint folders of a run by update, oldest first; complete or not. Others' names are passed over, so one
+    that somebody moved aside as update-0000400.bad is none."""
+    found = folder(run_dir).glob("update-*") if folder(run_dir).is_dir() else []
+    numbered = {path.name.removeprefix("update-"): path for path in found if path.is_dir()}
+    return dict(sorted((int(number), path) for number, path in numbered.items() if number.isdigit()))
 
 
 def folder(run_dir: str | Path) -> Path:
     return Path(run_dir) / "checkpoints"
 
 
-def save(config: Config, engine: StageEngine, update: int, data: dict[str, Any], world: World) -> Path:
-    """Write a checkpoint after `update` updates; returns its folder. Collective."""
+def save(
+    config: Config, engine: StageEngine, update: int, data: dict[str, Any], base: str, world: World
+) -> Path:
+    """Write a checkpoint after `update` updates; returns its folder. Collective.
+
+    base: fingerprint of the weights that the run started from (`Models.base`).
+    """
     final = folder(config.run.dir) / f"update-{update:07d}"
     partial = final.with_name(f".{final.name}.partial")
     if world.is_main:
@@ -68,11 +85,13 @@ def save(config: Config, engine: StageEngine, update: int, data: dict[str, Any],
     weights = trained_weights(config, engine)
     if world.is_main:
         save_file(weights, partial / WEIGHTS)
+        (partial / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
     distributed.barrier(world)
     if world.is_main:
         manifest = {
             "format": FORMAT, "update": update, "stage": engine.stage, "stage_name": config.stages[engine.stage].name,
-            "world_size": world.size, "data": data, "identity": identity(config), "files": _inventory(partial),
+            "world_size": world.size, "data": data, "identity": identity(config), "base": base,
+            "files": _inventory(partial),
         }  # fmt: skip
         _write_durably(partial / "manifest.json", json.dumps(manifest, indent=1))
         if final.exists():  # written by the run this one was resumed from, and never worse than this one
@@ -104,13 +123,12 @@ def resolve(config: Config, world_size: int) -> Checkpoint | None:
 
     Raises UserError for one that cannot be used: a run never starts over silently.
     """
-    root = folder(config.run.dir)
-    found = sorted(root.glob("update-*")) if root.is_dir() else []
+    root, found = folder(config.run.dir), list(listed(config.run.dir).values())
     if config.run.resume == "never" and found:
         raise UserError(f"run.dir: {config.run.dir} holds checkpoints and run.resume is never; give another --run.dir")
     if not found:
-        if root.is_dir() and any(root.glob(".update-*.partial")):
-            log.warning("%s holds only an unfinished checkpoint; it is left alone and the run starts at update 0", root)
+        if root.is_dir() and any(root.iterdir()):
+            log.warning("%s holds no checkpoint, only unfinished or moved ones; the run starts at update 0", root)
         if config.run.resume == "must":
             raise UserError(f"run.dir: {config.run.dir} holds no checkpoint and run.resume is must")
         return None
@@ -126,42 +144,57 @@ def resolve(config: Config, world_size: int) -> Checkpoint | None:
             f"run.dir: {config.run.dir} holds a run with other {', '.join(changed)}; restore the old values "
             f"(they are in {config.run.dir}/config.yaml) or give another --run.dir"
         )
-    return Checkpoint(found[-1], manifest["update"], manifest["stage"], manifest["world_size"], manifest["data"])
+    return Checkpoint(found[-1], manifest["update"], manifest["stage"], manifest["world_size"], manifest["data"],
+                      manifest)  # fmt: skip
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files all match it. UserError naming the first that doesn't."""
+def verify(path: Path, only: Collection[str] | None = None) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files match it; only: just these files. UserError naming the first that
+    doesn't."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if manifest["format"] > FORMAT:
+            raise UserError(f"{path}: format {manifest['format']} is newer than this code's {FORMAT}; update megaflux")
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        missing = MANIFEST_KEYS - set(manifest)
+        if missing:
+            raise KeyError(f"{sorted(missing)[0]} is missing")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}/manifest.json: {getattr(error, 'strerror', None) or error}; this is not a complete checkpoint; "
             f"move {path.name} away to go on from the one before"
         ) from None
-    if manifest["format"] > FORMAT:
-        raise UserError(f"{path}: format {manifest['format']} is newer than this code's {FORMAT}; update megaflux")
-    for name, expected in files.items():
+    for name, (size, digest) in files.items():
+        if only is not None and name not in only:
+            continue
         file = path / name
         if not file.resolve().is_relative_to(path.resolve()):
             raise UserError(f"{path}/manifest.json: {name} lies outside the checkpoint; do not use it")
         if not file.is_file():
             raise UserError(f"{file}: missing; move {path.name} away to go on from the checkpoint before")
-        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size or _sha256(file) != digest:
             raise UserError(f"{file}: damaged (not what the manifest says); move {path.name} away to go on "
                             "from the checkpoint before")  # fmt: skip
     return manifest
 
 
-def load_weights(checkpoint: Path, module: nn.Module) -> None:
-    """Put a checkpoint's weights into the module, before an engine is built on it.
+def load_weights(path: Path, manifest: dict[str, Any], config: Config, models: Models) -> None:
+    """Put a checkpoint's weights into freshly loaded models, before an engine is built on them.
 
-    UserError if a name or shape does not fit the module.
+    UserError if the models are not those that the run started from, or a name is missing or does not fit.
     """
-    weights, parameters = load_file(checkpoint / WEIGHTS), dict(module.named_parameters())
+    if manifest["base"] != models.base:
+        raise UserError(
+            f"{path}: was trained on other base weights than model.* names now (or than this version of megaflux "
+            "builds); give the ones it started from"
+        )
+    weights, parameters = load_file(path / WEIGHTS), dict(models.trainable.named_parameters())
+    missing = trained_names(config, models.trainable, manifest["stage"]) - set(weights)
+    if missing:
+        raise UserError(f"{path / WEIGHTS}: missing key {sorted(missing)[0]} (of {len(missing)}); it was trained")
     for name, tensor in weights.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
-            raise UserError(f"{checkpoint / WEIGHTS}: {name} does not fit this model; check model.* of the configuration")
+            raise UserError(f"{path / WEIGHTS}: {name} does not fit this model; check model.* of the configuration")
         with torch.no_grad():
             parameters[name].copy_(tensor)
 
@@ -189,10 +222,15 @@ def identity(config: Config) -> dict[str, Any]:
 def prune(config: Config) -> None:
     """Delete old checkpoints: the newest `keep_checkpoints` and each stage's last stay."""
     ends = set(config.stage_ends())
-    found = sorted(folder(config.run.dir).glob("update-*"))
-    for path in found[: -config.train.keep_checkpoints]:
-        if int(path.name.removeprefix("update-")) not in ends:
+    for update, path in list(listed(config.run.dir).items())[: -config.train.keep_checkpoints]:
+        if update not in ends:
             shutil.rmtree(path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _inventory(path: Path) -> dict[str, dict[str, Any]]:

@@ -54,7 +54,7 @@ def train(config: Config, ds_config: dict[str, Any]) -> None:
         micro_batch_size=config.train.micro_batch_size, seed=config.run.seed, num_workers=config.data.num_workers,
     )  # fmt: skip
     if resumed:
-        checkpoint.load_weights(resumed.path, models.trainable)
+        checkpoint.load_weights(resumed.path, resumed.manifest, config, models)
         loader.load_state_dict(resumed.data)
         log.info("resuming %s at update %d", config.run.dir, resumed.update)
     batches = iter(loader)
@@ -105,7 +105,7 @@ def train(config: Config, ds_config: dict[str, Any]) -> None:
                 if at_end or _due(done, config.validation.panel_every):
                     _panel(engine, config, models, references, monitor, world, done)
                 if at_end or done == last or _due(done, config.train.checkpoint_every):
-                    checkpoint.save(config, engine, done, loader.state_dict(), world)
+                    checkpoint.save(config, engine, done, loader.state_dict(), models.base, world)
                     saved = done
 
         if stage + 1 < len(config.stages):

@@ -1,6 +1,7 @@
 """Batches are of one bucket, every sample comes once an epoch, and a resumed run sees what it would have."""
 
 import contextlib
+import io
 import itertools
 import json
 import logging
@@ -14,15 +15,17 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, write_folder
+from PIL import Image
 
 from megaflux.data.buckets import make_buckets
 from megaflux.data.loader import build_loader
 from megaflux.data.prepare import Options, prepare
 from megaflux.data.shards import DatasetInfo, read_split, write_bucket, write_dataset
-from megaflux.data.shared_memory import _folders_in, remove_leftovers
+from megaflux.data.shared_memory import _folders_in, _is_orphaned, remove_leftovers
 from megaflux.errors import UserError
 
 BATCHES = 17  # of 4 in an epoch of the small dataset: 10 square, 6 wide, 1 tall
@@ -85,11 +88,6 @@ def test_batches_hold_what_was_stored(build, small_dataset, num_workers):
 
 
 def test_pixels_are_those_of_the_stored_image(build, small_dataset):
-    import io
-
-    import numpy as np
-    from PIL import Image
-
     batch = take(build(), 1)[0]
     images = {s["key"]: s["image"] for s in read_split(small_dataset, "train", batch.bucket)}
     for key, pixels in zip(batch.keys, batch.pixel_values, strict=True):
@@ -319,27 +317,14 @@ def test_a_killed_run_does_not_stop_the_next(build, small_dataset, tmp_path, cap
     assert remove_leftovers(folders) == []  # in use: left alone
     os.killpg(run.pid, signal.SIGKILL)  # with its workers and Python's resource tracker
     run.wait()
-    deadline = time.monotonic() + 10
-    while any(str(run.pid) in line for line in running_groups()) and time.monotonic() < deadline:
-        time.sleep(0.05)
     (prefix,) = prefixes_on(cache)
+    deadline = time.monotonic() + 10
+    while not _is_orphaned(prefix) and time.monotonic() < deadline:
+        time.sleep(0.05)  # its workers' threads are still on their way out
     assert remove_leftovers([str(tmp_path / "other" / "train" / "1x1")]) == []  # not those of other folders
     caplog.set_level(logging.INFO)
     assert len(take(build(cache, remote=str(small_dataset)), 3)) == 3
     assert f"removed shared memory that killed runs had left: {prefix}" in caplog.text
-
-
-def running_groups():
-    """The process group of every running process, as text."""
-    groups = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[0] != "Z":
-            groups.append(fields[2])
-    return groups
 
 
 RANKS = """

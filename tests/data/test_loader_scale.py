@@ -8,6 +8,7 @@ import os
 import resource
 import time
 
+import numpy as np
 import pytest
 
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
@@ -30,8 +31,6 @@ def three_million(tmp_path_factory):
     root = tmp_path_factory.mktemp("three_million")
     buckets = make_buckets(ASPECT_RATIOS, 1024)
     columns = {"key": "str", "caption": "str", "latents": "ndarray:uint16:1"}
-    import numpy as np
-
     writer = open_writer(root / "one", columns)
     for number in range(PER_SHARD):
         writer.write({"key": f"{number:08}", "caption": "", "latents": np.zeros(1, np.uint16)})

@@ -38,7 +38,7 @@ def all_bits(dtype):
         torch.randn(4, 6, dtype=torch.bfloat16).T,  # not contiguous
         torch.randn(2, 3, requires_grad=True),
     ],
-    ids=str,
+    ids=["bf16", "fp16", "fp32", "int64", "int32", "uint8", "transposed", "with_grad"],
 )
 def test_arrays_round_trip_bit_for_bit(tensor):
     array = to_numpy(tensor)

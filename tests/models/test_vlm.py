@@ -8,7 +8,7 @@ import torch
 
 from megaflux.models.pretrained import build_vlm
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
-from megaflux.models.vlm import QUESTION, Trunk, join_vlm, split_vlm
+from megaflux.models.vlm import QUESTION, Trunk, join_vlm, mrope_position_ids, split_vlm
 from tests.conftest import picture
 
 CAPTIONS = [
@@ -124,6 +124,17 @@ def test_positions_are_transformers(parts, mode, captions):
         input_ids, grid, None, attention_mask=torch.ones_like(input_ids) if mask is None else mask
     )
     assert torch.equal(layout["position_ids"], theirs)
+
+
+@pytest.mark.parametrize("mode", ["image", "image_text", "text"])
+def test_positions_of_a_whole_turn_are_transformers(parts, mode):
+    """What follows an image goes on from the largest position used; a cut turn ends before that."""
+    whole, processor, trunk, _ = parts
+    inputs = whole_turn(processor, trunk, mode, "a cat", pixels(1)[0])
+    ids = inputs["input_ids"]
+    theirs, _ = whole.get_rope_index(ids, inputs.get("image_grid_thw"), None)
+    turn = trunk.turn(mode, SIZE, "a cat")
+    assert torch.equal(mrope_position_ids(ids.shape[1], turn.image_start, turn.grid), theirs[:, 0])
 
 
 @pytest.mark.parametrize("size", [SIZE, (128, 64), (16, 16), (48, 128)])

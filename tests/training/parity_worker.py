@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 
@@ -30,7 +31,7 @@ def main(out: str, ds_config: str) -> None:
     with torch.no_grad():  # away from the zeros of a fresh model, where most gradients vanish
         for parameter in models.trainable.transformer.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    engine = StageEngine(models.trainable, config, json.load(open(ds_config)), 0, world.size)
+    engine = StageEngine(models.trainable, config, json.loads(Path(ds_config).read_text()), 0, world.size)
     from deepspeed.utils import safe_get_full_grad
 
     bucket = validation.Bucket("1:1", 64, 64)

@@ -1,0 +1,182 @@
+"""The shipped assets of the preset `tiny`: a VAE and two tokenizers, loaded as the libraries load them."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import megaflux
+from megaflux import compat  # noqa: F401  before diffusers and transformers
+from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
+from megaflux.data.chunks import is_held_out
+from megaflux.data.openmoji import OpenMoji, caption_of
+from megaflux.data.prepare import OPENMOJI_DEFAULTS
+
+from diffusers import AutoencoderKL  # isort: skip  (after compat)
+from transformers import (  # isort: skip
+    AutoTokenizer,
+    CLIPTokenizer,
+    Qwen2TokenizerFast,
+    Qwen2VLImageProcessorFast,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+TINY = Path(megaflux.__file__).parent / "assets" / "tiny"
+SPECIAL_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+IMAGE, QUESTION = {"type": "image"}, {"type": "text", "text": "Describe this image."}
+
+
+def render(held_out: bool, every: int) -> list[np.ndarray]:
+    """Every `every`-th picture of a split of the demo's data set; one array (N, H, W, 3) uint8 per canvas."""
+    source = OpenMoji(make_buckets(ASPECT_RATIOS, OPENMOJI_DEFAULTS["longest_side"]))
+    items = [
+        item
+        for item in source.list_items()
+        if is_held_out(item.split_key, OPENMOJI_DEFAULTS["held_out"]) is held_out
+    ][::every]
+    images = sorted(
+        (np.asarray(loaded.image) for loaded in source.read(items)), key=lambda image: image.shape
+    )
+    return [np.stack(list(group)) for _, group in groupby(images, key=lambda image: image.shape)]
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(TINY / "vae", torch_dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Qwen2TokenizerFast:
+    return Qwen2TokenizerFast.from_pretrained(TINY / "tokenizer")
+
+
+def test_vae_has_flux_form_and_fits(vae):
+    config = vae.config
+    assert not config.use_quant_conv and not config.use_post_quant_conv
+    assert config.scaling_factor and config.shift_factor is not None
+    assert 2 ** (len(config.block_out_channels) - 1) == 8  # downsampling
+    assert (TINY / "vae" / "diffusion_pytorch_model.safetensors").stat().st_size <= 2_000_000
+    assert all(torch.isfinite(value).all() for value in vae.state_dict().values())
+
+
+@torch.no_grad()
+def test_vae_reconstructs_held_out_emoji(vae):
+    values = []
+    for images in render(held_out=True, every=6):
+        pixels = to_pixels(images)
+        latents = vae.encode(pixels).latent_dist.mode()
+        assert latents.shape[2:] == (pixels.shape[2] // 8, pixels.shape[3] // 8)
+        output = vae.decode(latents).sample.clamp(-1, 1)
+        values.append(-10 * ((output - pixels) / 2).square().mean(dim=(1, 2, 3)).log10())
+        assert values[-1].mean() >= 24, f"{images.shape[1:3]}: {values[-1].mean():.2f} dB"
+    assert torch.cat(values).mean() >= 24
+
+
+@torch.no_grad()
+def test_scaled_latents_have_zero_mean_and_unit_variance(vae):
+    latents = [
+        vae.encode(to_pixels(images)).latent_dist.mode() for images in render(held_out=False, every=60)
+    ]
+    scaled = (
+        torch.cat([part.flatten() for part in latents]) - vae.config.shift_factor
+    ) * vae.config.scaling_factor
+    assert abs(scaled.mean()) < 0.1
+    assert abs(scaled.std() - 1) < 0.1
+
+
+@torch.no_grad()
+def test_encoding_does_not_depend_on_the_batch(vae):
+    pixels = to_pixels(np.concatenate(render(held_out=True, every=60)[-1:]))
+    together = vae.encode(pixels).latent_dist.mode()
+    alone = torch.cat([vae.encode(one[None]).latent_dist.mode() for one in pixels])
+    torch.testing.assert_close(alone, together, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "text", ["woman, medium skin tone, personal computer", "Grüße 😀 1,234\n\n  x", "flag of country code fr"]
+)
+def test_tokenizer_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_tokenizer_is_small_and_normalises_as_qwen(tokenizer):
+    assert type(AutoTokenizer.from_pretrained(TINY / "tokenizer")) is Qwen2TokenizerFast
+    assert len(tokenizer) <= 8000
+    assert sum(path.stat().st_size for path in (TINY / "tokenizer").iterdir()) < 500_000
+    assert tokenizer("e\u0301")["input_ids"] == tokenizer("\u00e9")["input_ids"]  # NFC
+    assert len(tokenizer("2024")["input_ids"]) == 4  # digits one by one
+
+
+def test_special_tokens_are_single_ids(tokenizer):
+    ids = [tokenizer(token)["input_ids"] for token in SPECIAL_TOKENS]
+    assert all(len(one) == 1 for one in ids)
+    assert sorted(one[0] for one in ids) == list(range(len(tokenizer) - len(ids), len(tokenizer)))
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+
+
+def test_captions_cost_few_tokens(tokenizer):
+    captions = [caption_of(code) for code in ("1F408", "1F600", "1F469-1F3FD-200D-1F4BB")]
+    assert [len(tokenizer(caption)["input_ids"]) for caption in captions] == [1, 2, 8]
+
+
+def test_chat_template_is_qwen2_vls(tokenizer):
+    caption = {"type": "text", "text": "a cat"}
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": [caption, IMAGE, QUESTION]}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\na cat<|vision_start|><|image_pad|><|vision_end|>Describe this image.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert len(tokenizer(text)["input_ids"]) <= 30
+
+
+def test_chat_template_with_system_message_turns_and_numbered_pictures(tokenizer):
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [IMAGE, {"type": "video"}, IMAGE, QUESTION]},
+        {"role": "assistant", "content": "A cat."},
+    ]
+    assert tokenizer.apply_chat_template(turns, tokenize=False, add_vision_id=True) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+        "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"
+        "Video 1: <|vision_start|><|video_pad|><|vision_end|>"
+        "Picture 2: <|vision_start|><|image_pad|><|vision_end|>Describe this image.<|im_end|>\n"
+        "<|im_start|>assistant\nA cat.<|im_end|>\n"
+    )
+
+
+def test_processor_repeats_the_image_token(tokenizer):
+    processor = Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessorFast(), tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(), chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    turns = [{"role": "user", "content": [IMAGE, QUESTION]}]
+    text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    picture = torch.zeros(3, 112, 112, dtype=torch.uint8)
+    inputs = processor(text=[text], images=[picture], return_tensors="pt")
+    image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert (inputs["input_ids"] == image_id).sum() == inputs["image_grid_thw"].prod() // 4
+
+
+def test_clip_tokenizer_pads_the_empty_prompt():
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "clip_tokenizer")
+    ids = tokenizer("", padding="max_length", max_length=77, truncation=True)["input_ids"]
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert ids == [begin] + [end] * 76  # CLIP pads with its end of text
+    assert end == len(tokenizer) - 1  # CLIP finds the end as the highest id
+    assert tokenizer("a cat")["input_ids"][0] == begin
