@@ -318,12 +318,12 @@ def build_vlm(vlm_config: dict[str, Any], seed: int) -> tuple[Qwen2VLModel, Qwen
     """Qwen2-VL of the given sizes with seeded random weights, with the shipped tokenizer in Qwen's format.
 
     `qk_bias_std` in vlm_config, the one key that is not transformers': standard deviation of the query and key biases
-    (transformers starts them at 0). Trained Qwen2 models have large ones; they make attention depend on position.
+    of the frozen layers (transformers starts them at 0); they make attention depend on position.
     """
     processor = tiny_processor()
     with _seeded(seed), _named("model.vlm_config"), torch.no_grad():
         vlm = Qwen2VLModel(vlm_configuration(vlm_config, processor.tokenizer))
-        for name, parameter in vlm.language_model.named_parameters():
+        for name, parameter in vlm.language_model.layers[:-1].named_parameters():
             if name.endswith(("q_proj.bias", "k_proj.bias")):
                 parameter.normal_(std=vlm_config.get("qk_bias_std", 0.0))
         return vlm, processor

@@ -71,7 +71,7 @@ def load_references(config: Config, models: Models) -> References:
 
 @torch.no_grad()
 def validation_loss(model, config: Config, models: Models, references: References, world: World) -> dict[str, float]:
-    """{"loss", "shuffled", "gap", "loss_t0".."loss_t7"}. Collective: each rank takes its share of the pictures."""
+    """{"loss", "shuffled", "gap", "loss_t0".."loss_t7", "shuffled_t0"..}. Collective: each rank takes its share of the pictures."""
     n, device, micro = len(references.keys), world.device, config.train.micro_batch_size
     sums = torch.zeros(2, len(TIMES), dtype=torch.float64, device=device)
     # Ranks take equally many forward passes, as ZeRO-3 needs it: the last ones repeat a picture with weight 0.
@@ -91,7 +91,8 @@ def validation_loss(model, config: Config, models: Models, references: Reference
     sums = sum_over_ranks(sums, world).cpu() / n
     matched, shuffled = sums.mean(1).tolist()
     result = {"loss": matched, "shuffled": shuffled, "gap": shuffled / matched - 1}
-    return result | {f"loss_t{j}": value for j, value in enumerate(sums[0].tolist())}
+    names = [f"{name}_t{j}" for name in ("loss", "shuffled") for j in range(len(TIMES))]
+    return result | dict(zip(names, sums.flatten().tolist()))
 
 
 def denoising_loss(
