@@ -1,4 +1,4 @@
-"""Packaging of megaflux. Versions are pinned where a newer one was seen to break; docs/versions.md says why."""
+"""Packaging of megaflux. Versions are pinned where a newer one was seen to break."""
 
 from setuptools import find_packages, setup
 

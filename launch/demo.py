@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from megaflux.errors import UserError, exit_on_user_error
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -45,25 +47,27 @@ def evaluate(run: Path) -> dict:
     """Loss, gap and retrieval of a finished run, and its contact sheet."""
     import torch
 
-    from megaflux.runs import load_run
+    from megaflux import runs
     from megaflux.training import validation
     from megaflux.training.distributed import World
 
-    config, models, update = load_run(run)
+    found = runs.find(run)
+    config, models = found.config, runs.load(found, dtype=torch.bfloat16)
     rows = {row["update"]: row for row in map(json.loads, (run / "validation.jsonl").read_text().splitlines())}
     references = validation.load_references(config, models)
     index = list(range(len(references.keys)))
     one_each = validation.variations(config, models, references, index, per_reference=1, seed=7)[:, 0]
-    shown = index[: 8]
+    shown = index[:8]
     pictures = validation.variations(config, models, references, shown, per_reference=5, seed=7)
     sheet = validation.panel(references, shown, pictures)
     validation.save_picture(sheet, run / "samples" / "contact_sheet.png")
     validation.save_picture(references.pixel_values[0], run / "samples" / "reference.png")
     again = validation.validation_loss(models.trainable, config, models, references, World(0, 1, torch.device("cpu")))
     last = rows[max(rows)]
-    assert abs(again["loss"] - last["loss"]) < 0.02 * last["loss"], "the checkpoint is not the model that was validated"
+    if abs(again["loss"] - last["loss"]) > 0.02 * last["loss"]:
+        raise UserError(f"{run}: the checkpoint's loss is {again['loss']:.4f}, the run's {last['loss']:.4f}; delete it")
     return {
-        "updates": update,
+        "updates": found.manifest["update"],
         "seconds": 0.0,
         "validation_loss_first": round(rows[0]["loss"], 4),
         "validation_loss_last": round(last["loss"], 4),
@@ -81,4 +85,4 @@ def _run(*command: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

@@ -85,9 +85,7 @@ CHAT_TEMPLATE = """\
 def training_captions() -> list[str]:
     """The captions of OpenMoji's training split, one per emoji, sorted by code."""
     items = OpenMoji(make_buckets(ASPECT_RATIOS, OPENMOJI_DEFAULTS["longest_side"]), canvases=1).list_items()
-    codes = [
-        item.split_key for item in items if not is_held_out(item.split_key, OPENMOJI_DEFAULTS["held_out"])
-    ]
+    codes = [item.split_key for item in items if not is_held_out(item.split_key, OPENMOJI_DEFAULTS["held_out"])]
     return [caption_of(code) for code in codes]
 
 
@@ -126,9 +124,7 @@ def make_qwen_tokenizer(out: Path, captions: list[str], vocabulary: int) -> int:
     )
     # Words of the template come first: 1,000 times, so that each becomes one token.
     tokenizer.train_from_iterator([*captions, *(TEMPLATE_TEXTS * 1000)], trainer)
-    tokenizer.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True) for t in QWEN2_VL_SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in QWEN2_VL_SPECIAL_TOKENS])
 
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
@@ -183,15 +179,9 @@ def make_clip_tokenizer(out: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=OUT, help="folder that gets tokenizer/ and clip_tokenizer/"
-    )
-    parser.add_argument(
-        "--vocabulary", type=int, default=2048, help="largest number of entries of tokenizer/"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder that gets tokenizer/ and clip_tokenizer/")
+    parser.add_argument("--vocabulary", type=int, default=2048, help="largest number of entries of tokenizer/")
     args = parser.parse_args()
     captions = training_captions()
     entries = make_qwen_tokenizer(args.out / "tokenizer", captions, args.vocabulary)

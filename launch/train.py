@@ -23,6 +23,8 @@ def main() -> int | None:
     args, config = parse_config(build_parser())
     ds_config = load_ds_config(args.deepspeed)
     if args.dry_run:
+        if os.environ.get("RANK", "0") != "0":
+            return 0  # a launcher started several: one report is enough
         from megaflux.training.dry_run import dry_run
 
         ranks = args.world_size or visible_ranks()
@@ -36,10 +38,8 @@ def main() -> int | None:
             args.gpu_memory,
         )
     if args.json or args.world_size:
-        raise UserError(
-            f"--{'json' if args.json else 'world-size'}: only with --dry-run; add it or drop this"
-        )
-    ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+        raise UserError(f"--{'json' if args.json else 'world-size'}: only with --dry-run; add it or drop this")
+    ranks = started_ranks() or 1
     if problems := find_problems(config.for_world(ranks), ds_config, ranks):
         raise UserError("; ".join(problems))
     from megaflux.training.loop import train
@@ -57,33 +57,31 @@ def build_parser() -> Parser:
                         help="sharding and precision (default: ds_configs/zero2.json)")  # fmt: skip
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     dry = parser.add_argument_group("dry run")
-    dry.add_argument(
-        "--dry-run", action="store_true", help="print what a run would do and cost; exit code 2: problems"
-    )
-    dry.add_argument(
-        "--world-size", type=_count, metavar="N", help="GPUs to count with (default: those that are here)"
-    )
+    dry.add_argument("--dry-run", action="store_true", help="print what a run would do and cost; exit code 2: problems")
+    dry.add_argument("--world-size", type=_count, metavar="N", help="GPUs to count with (default: those that are here)")
     dry.add_argument("--json", metavar="FILE", help="write the same as JSON")
-    dry.add_argument(
-        "--mfu", type=_share, default=0.35, metavar="X", help="model FLOPs over peak (default 0.35)"
-    )
+    dry.add_argument("--mfu", type=_share, default=0.35, metavar="X", help="model FLOPs over peak (default 0.35)")
     dry.add_argument("--peak-tflops", type=_positive, default=312.0, metavar="X",
                      help="peak of one GPU, dense bf16 (default 312, an A100)")  # fmt: skip
-    dry.add_argument(
-        "--gpu-memory", type=_positive, default=80.0, metavar="GB", help="of one GPU (default 80)"
-    )
+    dry.add_argument("--gpu-memory", type=_positive, default=80.0, metavar="GB", help="of one GPU (default 80)")
     add_config_arguments(parser)
     return parser
 
 
 def visible_ranks() -> int:
     """Ranks that the launcher started, else GPUs of this machine, else 1."""
-    started = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS")
-    if started:
-        return int(started)
+    if started := started_ranks():
+        return started
     import torch
 
     return max(1, torch.cuda.device_count())
+
+
+def started_ranks() -> int | None:
+    """Ranks that a launcher, or srun with MASTER_ADDR exported, started; None: this process is alone."""
+    slurm = os.environ.get("SLURM_NTASKS") if "MASTER_ADDR" in os.environ else None
+    started = os.environ.get("WORLD_SIZE") or slurm
+    return int(started) if started else None
 
 
 def _count(text: str) -> int:

@@ -182,9 +182,7 @@ def train(train_set: Images, args: argparse.Namespace) -> AutoencoderKL:
         for optimizer in optimizers:
             optimizer.step()
         if (update + 1) % 100 == 0:
-            print(
-                f"update {update + 1}: loss {loss.item():.4f}, {time.monotonic() - start:.0f} s", flush=True
-            )
+            print(f"update {update + 1}: loss {loss.item():.4f}, {time.monotonic() - start:.0f} s", flush=True)
         if (update + 1) % args.save_every == 0 and update + 1 < args.updates:
             save(vae, train_set, args.out)
     return vae.eval()
@@ -279,22 +277,16 @@ def report(out: Path, train_set: Images, held_set: Images) -> None:
     print(f"a white picture's latents: std over positions {white.std(dim=(2, 3)).mean():.3f}")
     print(f"linear velocity error: {linear_velocity_error(latents, held):.3f}")
     times = [encode_milliseconds(vae, held_set["1:1"], bf16) for bf16 in (False, True)]
-    print(
-        f"encode 128x128, {torch.get_num_threads()} threads: fp32 {times[0]:.1f} ms, bf16 {times[1]:.1f} ms"
-    )
+    print(f"encode 128x128, {torch.get_num_threads()} threads: fp32 {times[0]:.1f} ms, bf16 {times[1]:.1f} ms")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the asset")
     parser.add_argument("--updates", type=int, default=2400)
     parser.add_argument("--save-every", type=int, default=600, help="updates between interim assets")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--threads", type=int, default=2, help="of torch; on a busy machine 1 is faster than 2"
-    )
+    parser.add_argument("--threads", type=int, default=2, help="of torch; on a busy machine 1 is faster than 2")
     parser.add_argument("--report-only", action="store_true", help="measure the asset that is there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -75,9 +75,7 @@ def load_yaml(path: str) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(
-            f"--config {path}: want `section: ...` lines at the top, found a {type(values).__name__}"
-        )
+        raise UserError(f"--config {path}: want `section: ...` lines at the top, found a {type(values).__name__}")
     return values
 
 
@@ -150,9 +148,7 @@ def _kinds(path: str) -> set[Any]:
 
 
 def _of_words(annotation: Any) -> bool:
-    return annotation is str or (
-        get_origin(annotation) is Literal and isinstance(get_args(annotation)[0], str)
-    )
+    return annotation is str or (get_origin(annotation) is Literal and isinstance(get_args(annotation)[0], str))
 
 
 def _is_section(annotation: Any) -> bool:
@@ -180,9 +176,7 @@ def build_config(values: dict[str, Any]) -> Config:
             found.setdefault(where, []).append(problem)
         # A union reports each alternative: an error inside the value makes the others beside the point.
         found = {where: v for where, v in found.items() if not any(w.startswith(f"{where}.") for w in found)}
-        raise UserError(
-            "; ".join(f"{w}: {_either(v)}" if w else "; ".join(v) for w, v in found.items())
-        ) from None
+        raise UserError("; ".join(f"{w}: {_either(v)}" if w else "; ".join(v) for w, v in found.items())) from None
 
 
 _REWORDED = {"missing": "is missing; set it", "model_type": "must be a section of `key: value` lines",
@@ -196,9 +190,7 @@ def _explain(item: dict[str, Any]) -> tuple[str, str]:
     if item["type"] == "extra_forbidden":
         return where, f"unknown key, {nearest(where, _siblings(item['loc']))}"
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    message = message.replace("greater than or equal to", "at least").replace(
-        "less than or equal to", "at most"
-    )
+    message = message.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
     if item["type"] in ("too_long", "too_short"):
         message = "must have {} values".format(item["ctx"].get("max_length") or item["ctx"].get("min_length"))
     message = " ".join(_REWORDED.get(item["type"], message).split())
@@ -246,9 +238,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """--preset, --config and one dotted option per field, with its help text."""
     from megaflux.presets import PRESETS
 
-    parser.add_argument(
-        "--preset", default=None, help=f"table of default values: {', '.join(PRESETS)} (default tiny)"
-    )
+    parser.add_argument("--preset", default=None, help=f"table of default values: {', '.join(PRESETS)} (default tiny)")
     parser.add_argument("--config", default=None, metavar="FILE.yaml", help="values over the preset's")
     group = parser.add_argument_group(
         "configuration",
@@ -257,9 +247,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     for path, text in field_paths().items():
         if path != "preset":
             group.add_argument(f"--{path}", default=None, metavar="VALUE", help=text.replace("%", "%%"))
-    group.add_argument(
-        "--cache", dest="data.cache", default=None, metavar="VALUE", help="same as --data.cache"
-    )
+    group.add_argument("--cache", dest="data.cache", default=None, metavar="VALUE", help="same as --data.cache")
 
 
 def parse_config(
@@ -298,9 +286,7 @@ def parse_config(
 def _join_values(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
     """`--option value` as `--option=value`, so that -1e-5 and an empty text are values too. UserError: given
     twice."""
-    valued = {
-        o: a.dest for a in parser._actions for o in a.option_strings if o.startswith("--") and a.nargs is None
-    }
+    valued = {o: a.dest for a in parser._actions for o in a.option_strings if o.startswith("--") and a.nargs is None}
     joined: list[str] = []
     seen: set[str] = set()
     words = list(argv)

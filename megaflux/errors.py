@@ -29,13 +29,17 @@ class FrozenParameterError(RuntimeError):
 
 
 def exit_on_user_error(main: Callable[[], int | None]) -> None:
-    """Run a command's `main`, print a UserError as one line on stderr (from rank 0), and leave with its exit
-    code."""
+    """Run a command's `main`, print a UserError as one line on stderr, and leave with its exit code.
+
+    Before the ranks know each other rank 0 speaks for all: they read the same command line. Afterwards each speaks
+    for itself, because it may be the only one that saw the fault."""
     try:
         code = main() or 0
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or error.every_rank:
+        dist = sys.modules.get("torch.distributed")
+        together = dist is not None and dist.is_available() and dist.is_initialized()
+        if rank == "0" or error.every_rank or together:
             line = " ".join(str(error).split())
             print(f"error: {line}" if rank == "0" else f"error: rank {rank}: {line}", file=sys.stderr)
         code = 2

@@ -106,9 +106,7 @@ def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
     text_encoder.save_pretrained(folder / "text_encoder")
     config = json.loads((folder / "text_encoder/config.json").read_text())
     # transformers 4 puts Qwen2-VL's class name into text_config only; loaders look for it at the top.
-    _write_json(
-        folder / "text_encoder/config.json", {"architectures": [type(text_encoder).__name__], **config}
-    )
+    _write_json(folder / "text_encoder/config.json", {"architectures": [type(text_encoder).__name__], **config})
     models.trunk.processor.save_pretrained(folder / "text_encoder")
 
     connector = trainable.connector

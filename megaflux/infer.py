@@ -132,9 +132,7 @@ class Reference:
             raise UserError(f"--reference {path}: {getattr(error, 'strerror', None) or error}") from None
         except BadImage as error:
             detail = f" ({error.detail})" if error.detail else ""
-            raise UserError(
-                f"--reference {path}: {REASONS[error.reason]}{detail}; give another picture"
-            ) from None
+            raise UserError(f"--reference {path}: {REASONS[error.reason]}{detail}; give another picture") from None
         said = {
             "first_frame": "several frames, the first is used",
             "rotated": "turned upright as its EXIF says",

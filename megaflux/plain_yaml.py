@@ -42,9 +42,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key.value!r} twice", key.start_mark
-                    )
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -52,9 +50,7 @@ class _Loader(yaml.SafeLoader):
         return int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
 
 
-class _Dumper(
-    yaml.SafeDumper
-):  # keeps YAML 1.1's rules as well: text that either reads as something else is quoted
+class _Dumper(yaml.SafeDumper):  # keeps YAML 1.1's rules as well: text that either reads as something else is quoted
     def ignore_aliases(self, data: Any) -> bool:
         return True
 

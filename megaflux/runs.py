@@ -109,9 +109,7 @@ def load_pipeline(
     """
     if is_export(path):
         if update is not None:
-            raise UserError(
-                f"--update {update}: {path} is an export and holds one set of weights; leave it out"
-            )
+            raise UserError(f"--update {update}: {path} is an export and holds one set of weights; leave it out")
         return Qwen2VLFluxPipeline.from_pretrained(path, dtype, device)
     run = find(path, update)
     device, dtype = device_and_dtype(device, dtype)

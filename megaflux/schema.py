@@ -215,6 +215,8 @@ class Monitor(Section):
     peak_tflops: Positive | None = None
     """Peak of one device for MFU, TFLOP/s. None: by the GPU's name; else a matrix product measured at the
     start."""
+    label_blocks: bool = False
+    """Name each FLUX block in torch.profiler's traces."""
 
 
 class Config(Section):
@@ -241,9 +243,7 @@ class Config(Section):
         for i, stage in enumerate(self.stages):
             out = [b for b in stage.blocks if b >= num_blocks] if stage.blocks != "all" else []
             if out:
-                raise ValueError(
-                    f"stages.{i}.blocks: {out[0]} is out of range; blocks are 0 to {num_blocks - 1}"
-                )
+                raise ValueError(f"stages.{i}.blocks: {out[0]} is out of range; blocks are 0 to {num_blocks - 1}")
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError("stages: two stages have the same name; give each its own")
@@ -253,13 +253,9 @@ class Config(Section):
                 f"use at least {len(self.stages)} or drop stages"
             )
         if "latents" in self.data.cache and self.data.sample_posterior:
-            raise ValueError(
-                "data.cache: cached latents are the posterior's mean; set data.sample_posterior false"
-            )
+            raise ValueError("data.cache: cached latents are the posterior's mean; set data.sample_posterior false")
         if "trunk" in self.data.cache and self.data.condition.image < 1:
-            raise ValueError(
-                "data.cache: a cached trunk holds the image condition only; set data.condition.image 1"
-            )
+            raise ValueError("data.cache: a cached trunk holds the image condition only; set data.condition.image 1")
         return self
 
     def for_world(self, world_size: int) -> Config:

@@ -77,7 +77,8 @@ def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype
             "world_size": 1,
             "data": {},
             "identity": checkpoint.identity(config),
-            "files": checkpoint._inventory(folder), "base": models.base,
+            "files": checkpoint._inventory(folder),
+            "base": models.base,
         }
         (folder / "manifest.json").write_text(json.dumps(manifest))
     return root

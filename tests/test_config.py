@@ -157,9 +157,7 @@ def test_text_is_read_as_the_field_needs_it():
     assert parse("--flow.logit_mean", "-1e-1").flow.logit_mean == -0.1
     stages = parse("--stages", '[{"name": "a", "share": 1, "blocks": "all"}]').stages
     assert [stage.name for stage in stages] == ["a"]
-    assert (
-        parse("--stages", "[{name: a, share: 1, blocks: [2]}]", "--stages.0.share", "5").stages[0].share == 5
-    )
+    assert parse("--stages", "[{name: a, share: 1, blocks: [2]}]", "--stages.0.share", "5").stages[0].share == 5
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -81,9 +81,7 @@ def test_diffusers_own_pipeline_makes_our_picture(export_folder):
     with torch.no_grad():
         again = theirs(
             prompt_embeds=ours.models.trainable.encode_condition(condition),
-            pooled_prompt_embeds=load_file(export_folder / "pooled_prompt_embeds.safetensors")[
-                "pooled_prompt_embeds"
-            ],
+            pooled_prompt_embeds=load_file(export_folder / "pooled_prompt_embeds.safetensors")["pooled_prompt_embeds"],
             height=48,
             width=64,
             num_inference_steps=3,

@@ -119,7 +119,5 @@ def test_loss_is_the_mean_square_per_sample_in_float32():
     loss = flow.velocity_loss(velocity, target)
     assert loss.shape == (3,) and loss.dtype == torch.float32
     for i in range(3):
-        assert loss[i] == pytest.approx(
-            torch.nn.functional.mse_loss(velocity[i].double(), target[i].double()).item()
-        )
+        assert loss[i] == pytest.approx(torch.nn.functional.mse_loss(velocity[i].double(), target[i].double()).item())
     assert flow.velocity_loss(target, target).tolist() == [0, 0, 0]

@@ -68,17 +68,13 @@ def test_variations_sheet_and_settings(run_folder, cat, tmp_path, capsys):
     assert settings["source"]["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert {"megaflux", "torch", "diffusers"} <= set(settings["versions"])
     prompt, line = image.text["parameters"].split("\n")
-    assert (
-        prompt == "ein Füchslein 🦊" and "Steps: 2, Sampler: Euler" in line and "Seed: 8, Size: 64x32" in line
-    )
+    assert prompt == "ein Füchslein 🦊" and "Steps: 2, Sampler: Euler" in line and "Seed: 8, Size: 64x32" in line
 
     sheet = np.array(Image.open(out / "cat-sheet.png"))
     cells = [sheet[row : row + 32, column : column + 64] for row in (8, 48) for column in (8, 80)]
     for cell, name in zip(cells[1:], names[:3], strict=True):
         assert np.array_equal(cell, np.array(Image.open(out / name)))
-    middle = np.array(Image.open(cat).resize((53, 32)))[4:-4, 8:-8].astype(
-        int
-    )  # the reference, first, on white
+    middle = np.array(Image.open(cat).resize((53, 32)))[4:-4, 8:-8].astype(int)  # the reference, first, on white
     assert np.abs(cells[0][4:-4, 5 + 8 : 5 + 45].astype(int) - middle).mean() < 12
     assert (cells[0][:, :5] == 255).all()
 
@@ -118,9 +114,7 @@ def test_names_are_claimed_once_in_a_race(tmp_path):
     )
     with ThreadPoolExecutor(8) as pool:
         files = list(pool.map(lambda _: infer.save(image, tmp_path / "out", "a", settings), range(32)))
-    assert len(set(files)) == 32 and {f.name for f in files} == {"a.png"} | {
-        f"a-{n}.png" for n in range(2, 33)
-    }
+    assert len(set(files)) == 32 and {f.name for f in files} == {"a.png"} | {f"a-{n}.png" for n in range(2, 33)}
     assert all(Image.open(file).size == (8, 8) for file in files)
 
 
@@ -145,12 +139,7 @@ def bomb() -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 65500, 65500, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,13 @@ class Batch:
     pixel_values: torch.Tensor | None  # uint8 (B, 3, H, W), RGB
     latents: torch.Tensor | None  # (B, C, h, w), of cached shards
     hidden_states: torch.Tensor | None  # (B, S, D), the frozen trunk's output, of cached shards
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device; copies from pinned memory do not wait."""
+        names = ("pixel_values", "latents", "hidden_states")
+        tensors = {name: getattr(self, name) for name in names}
+        moved = {n: None if x is None else x.to(device, non_blocking=True) for n, x in tensors.items()}
+        return replace(self, **moved)
 
 
 def _decode_image(sample: dict[str, Any], bucket: Bucket) -> torch.Tensor:

@@ -50,9 +50,7 @@ def _round_half_up(length: Fraction, multiple: int) -> int:
     return max(multiple, multiple * math.floor(length / multiple + Fraction(1, 2)))
 
 
-def make_buckets(
-    aspect_ratios: Sequence[str], longest_side: int, multiple: int = MULTIPLE
-) -> tuple[Bucket, ...]:
+def make_buckets(aspect_ratios: Sequence[str], longest_side: int, multiple: int = MULTIPLE) -> tuple[Bucket, ...]:
     """The canvas of each aspect ratio, in the order given.
 
     The longer side is `longest_side` pixels, the shorter one is rounded, half up, to a multiple of

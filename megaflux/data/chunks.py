@@ -56,9 +56,7 @@ def is_held_out(split_key: str, fraction: float) -> bool:
     return drawn < fraction * 2**64
 
 
-def make_sample(
-    loaded: Loaded, buckets: Sequence[Bucket], options: Options
-) -> tuple[Bucket, bytes, list[str]]:
+def make_sample(loaded: Loaded, buckets: Sequence[Bucket], options: Options) -> tuple[Bucket, bytes, list[str]]:
     """An image as read -> its bucket, its file bytes at the bucket's size, and notes on what was done.
 
     Raises BadImage if it cannot be used.
@@ -129,9 +127,7 @@ def read_report(out: Path, number: int) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); delete it, and the same command writes it again"
-        ) from None
+        raise UserError(f"{path}: cannot be read ({error}); delete it, and the same command writes it again") from None
 
 
 def remove_unfinished(out: Path, numbers: Sequence[int]) -> None:

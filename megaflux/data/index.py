@@ -21,9 +21,7 @@ SAFE_ENCODINGS = ("str", "bytes", "int", "ndarray:")  # never pkl: it runs code 
 MAX_PROBLEMS = 20  # reported by name; the rest as a number
 
 
-def read_index(
-    folder: Path, check_files: bool = True, expected_samples: int | None = None
-) -> list[dict[str, Any]]:
+def read_index(folder: Path, check_files: bool = True, expected_samples: int | None = None) -> list[dict[str, Any]]:
     """The shard entries of `folder`/index.json, checked.
 
     With `check_files` the files must be there with the size that the index gives. `expected_samples` is
@@ -82,9 +80,7 @@ def column_encodings(shards: Sequence[dict[str, Any]]) -> dict[str, str]:
 def fingerprint(shards_by_bucket: dict[str, Sequence[dict[str, Any]]]) -> str:
     """What identifies the data: a SHA-256 over every shard's name, sample count and content hashes."""
     content = {
-        bucket: [
-            [shard["raw_data"]["basename"], shard["samples"], shard["raw_data"]["hashes"]] for shard in shards
-        ]
+        bucket: [[shard["raw_data"]["basename"], shard["samples"], shard["raw_data"]["hashes"]] for shard in shards]
         for bucket, shards in shards_by_bucket.items()
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -137,9 +133,7 @@ def _shard_problems(shard: Any, seen: set[str]) -> list[str]:
         problems.append("column names and encodings do not match up")
     else:
         for name, encoding in zip(names, encodings, strict=True):
-            if not any(
-                encoding == safe or (safe[-1] == ":" and encoding.startswith(safe)) for safe in SAFE_ENCODINGS
-            ):
+            if not any(encoding == safe or (safe[-1] == ":" and encoding.startswith(safe)) for safe in SAFE_ENCODINGS):
                 problems.append(f"column {name} has the encoding {encoding!r}, which is not allowed")
     if bool(shard.get("compression")) != bool(shard.get("zip_data")):
         problems.append("compression and zip_data do not match up")
@@ -182,12 +176,7 @@ def _is_inside(name: str) -> bool:
     if not name or "\\" in name or "\0" in name or ":" in name:
         return False
     path = PurePosixPath(name)
-    return (
-        not path.is_absolute()
-        and ".." not in path.parts
-        and str(path) == name
-        and path.name not in (INDEX, ".")
-    )
+    return not path.is_absolute() and ".." not in path.parts and str(path) == name and path.name not in (INDEX, ".")
 
 
 def _file_problems(folder: Path, shards: Sequence[dict[str, Any]]) -> list[str]:

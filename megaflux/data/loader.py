@@ -74,9 +74,7 @@ def build_loader(
         raise UserError(f"micro-batch size {micro_batch_size}: at least 1 sample")
     if cache_limit and not remote:
         # Streaming makes room by deleting shards, and without a remote there is nowhere to get them back.
-        raise UserError(
-            f"a cache limit ({cache_limit}) needs a remote; it would delete the only copy in {path}"
-        )
+        raise UserError(f"a cache limit ({cache_limit}) needs a remote; it would delete the only copy in {path}")
     world = detect_world()
     if remote:
         if world.local_rank == 0:
@@ -113,9 +111,7 @@ def _read_streams(path: Path, info: DatasetInfo, split: str, check_files: bool) 
     columns = [set(column_encodings(shards)) for shards in streams.values()]
     for found in columns:
         if not {"key", "caption"} <= found or not {"image", "latents"} & found:
-            raise UserError(
-                f"{path}: columns {', '.join(sorted(found))}; key, caption and image or latents are needed"
-            )
+            raise UserError(f"{path}: columns {', '.join(sorted(found))}; key, caption and image or latents are needed")
         if found != columns[0]:
             raise UserError(f"{path}: the buckets have different columns; build the dataset again")
     return streams
@@ -186,9 +182,7 @@ class BucketLoader:
         self.batches_per_epoch = self.samples_per_epoch // self.global_batch
         if world.rank == 0:
             for bucket, n in counts.items():
-                logger.info(
-                    "bucket %s: %d samples, %d repeats an epoch", bucket, n, self.repeats[bucket.name]
-                )
+                logger.info("bucket %s: %d samples, %d repeats an epoch", bucket, n, self.repeats[bucket.name])
         # Canonical nodes fix which shards a node needs. One, where all nodes see all shards anyway, makes
         # the order independent of how ranks are spread over nodes.
         self._canonical_nodes = world.nodes if remote else 1
@@ -224,9 +218,7 @@ class BucketLoader:
             cache_limit=cache_limit,
         )
         self._claimed = claim(self._dataset)
-        atexit.register(
-            self.close
-        )  # streaming's own handlers leave lock files that block the prefix for good
+        atexit.register(self.close)  # streaming's own handlers leave lock files that block the prefix for good
         self._loader = DataLoader(
             self._dataset,
             batch_size=micro_batch_size,

@@ -47,9 +47,7 @@ def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> D
         for split in SPLITS
     }
     if not sum(counts["train"].values()):
-        raise UserError(
-            f"{out}: no usable training images among {plan['source']['items']} ({_by_reason(bad)})"
-        )
+        raise UserError(f"{out}: no usable training images among {plan['source']['items']} ({_by_reason(bad)})")
     for split in SPLITS:
         for bucket in buckets:
             shards = [shard for report in reports for shard in report["shards"][split].get(bucket.name, [])]
@@ -86,9 +84,7 @@ def read_plan(out: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{out}/prepare.json: cannot be read ({error}); prepare into another folder"
-        ) from None
+        raise UserError(f"{out}/prepare.json: cannot be read ({error}); prepare into another folder") from None
 
 
 def judge(

@@ -55,9 +55,7 @@ def caption_of(code: str) -> str | None:
         elif point not in JOINERS and name != "cancel tag":
             parts.append(name)
     if letters:
-        kind = (
-            "letter" if len(letters) == 1 else "flag of country code" if not parts else "flag of region code"
-        )
+        kind = "letter" if len(letters) == 1 else "flag of country code" if not parts else "flag of region code"
         parts = [f"{kind} {''.join(letters)}"]
     if "20E3" in points:
         parts.append("keycap")
@@ -69,16 +67,18 @@ def _draw(text: str, below: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % below
 
 
-def _canvases(code: str, buckets: Sequence[Bucket], count: int) -> list[Bucket]:
-    """The square canvas, and `count` - 1 of the others in an order drawn by hash."""
+def _canvases(code: str, buckets: Sequence[Bucket], count: float) -> list[Bucket]:
+    """The square canvas, and `count` - 1 of the others in an order drawn by hash; a fraction is the part of the
+    emoji, drawn by hash, that get one more."""
     square = next((bucket for bucket in buckets if bucket.width == bucket.height), buckets[0])
     others = [bucket for bucket in buckets if bucket is not square]
     others.sort(key=lambda bucket: hashlib.sha256(f"{code} on {bucket.name}".encode()).digest())
-    return [square, *others][:count]
+    more = _draw(f"{code} once more", 1000) < 1000 * (count % 1)
+    return [square, *others][: int(count) + more]
 
 
 class OpenMoji:
-    """A source (see megaflux.data.items.Source): each emoji on `canvases` of the buckets, 1 to all.
+    """A source (see megaflux.data.items.Source): each emoji on `canvases` of the buckets, 1 to all, on average.
 
     The emoji is as large as the canvas' short side and placed along the long axis by hash of its key.
     """
@@ -86,7 +86,7 @@ class OpenMoji:
     kind = "openmoji"
     attribution = ATTRIBUTION
 
-    def __init__(self, buckets: Sequence[Bucket], canvases: int = 2) -> None:
+    def __init__(self, buckets: Sequence[Bucket], canvases: float = 2) -> None:
         if not 1 <= canvases <= len(buckets):
             raise UserError(f"canvases = {canvases}: give 1 to {len(buckets)}, the number of aspect ratios")
         self.buckets = {bucket.name: bucket for bucket in buckets}
@@ -96,8 +96,7 @@ class OpenMoji:
             self._render = importlib.import_module("resvg_py").svg_to_bytes
         except ImportError as error:
             raise UserError(
-                f"the source openmoji needs a package that is missing ({error.name}): "
-                "pip install 'megaflux[demo]'"
+                f"the source openmoji needs a package that is missing ({error.name}): pip install 'megaflux[demo]'"
             ) from None
 
     def list_items(self) -> list[Item]:

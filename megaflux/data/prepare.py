@@ -44,7 +44,7 @@ from megaflux.data.shards import FORMAT_VERSION, SHARD_SIZE, DatasetInfo
 from megaflux.data.sources import open_source
 from megaflux.errors import UserError, exit_on_user_error
 
-OPENMOJI_DEFAULTS = {"longest_side": 128, "held_out": 0.05, "encoding": "png"}
+OPENMOJI_DEFAULTS = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Options:
     allow_upscale: bool = False  # False: images that would have to be enlarged are skipped
     shard_size: int = SHARD_SIZE  # bytes before compression
     chunk: int = 1024  # images per chunk
-    canvases: int = 2  # openmoji: canvases on which each emoji is drawn
+    canvases: float = 2  # openmoji: canvases on which each emoji is drawn, on average
     max_pixels: int = MAX_PIXELS  # larger images are skipped before decoding
 
     def check(self) -> None:
@@ -279,9 +279,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("out", metavar="OUT", help="folder of the dataset, new or begun by the same command")
     add("--longest-side", type=int, metavar="PX", help="of every canvas, default 1024 (openmoji: 128)")
     add("--aspect-ratios", default=",".join(usual.aspect_ratios), help="canvases, default %(default)s")
-    add(
-        "--held-out", type=float, metavar="FRACTION", help="kept from training, default 0.01 (openmoji: 0.05)"
-    )
+    add("--held-out", type=float, metavar="FRACTION", help="kept from training, default 0.01 (openmoji: 0.05)")
     add(
         "--format",
         dest="encoding",
@@ -289,20 +287,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="of the stored images, default jpeg (openmoji: png)",
     )
     add("--quality", type=int, default=usual.quality, help="of jpeg and webp, default %(default)s")
-    add(
-        "--allow-upscale", action="store_true", help="enlarge small images (counted) instead of skipping them"
-    )
+    add("--allow-upscale", action="store_true", help="enlarge small images (counted) instead of skipping them")
     add("--shard-size", type=int, default=usual.shard_size, metavar="BYTES", help="default %(default)s")
     add("--chunk", type=int, default=usual.chunk, metavar="IMAGES", help="unit of work, default %(default)s")
-    add("--canvases", type=int, default=usual.canvases, help="openmoji: per emoji, default %(default)s")
+    add("--canvases", type=float, default=usual.canvases, help="openmoji: per emoji, default %(default)s")
     add("--max-pixels", type=int, default=usual.max_pixels, help="skip larger images, default %(default)s")
     add("--max-bad", type=_parse_max_bad, default=0.05, metavar="FRACTION_OR_COUNT",
         help="unusable images allowed: a fraction if below 1, else a count; default %(default)s")  # fmt: skip
     add("--workers", type=int, metavar="N", help="processes, default one per core")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument(
-        "--part", type=_parse_part, metavar="I/N", help="only the I-th of N parts, without merging"
-    )
+    how.add_argument("--part", type=_parse_part, metavar="I/N", help="only the I-th of N parts, without merging")
     how.add_argument("--merge", action="store_true", help="only merge the parts that are there")
     given = parser.parse_args(arguments)
     defaults = OPENMOJI_DEFAULTS if given.source == "openmoji" else {}

@@ -48,10 +48,7 @@ def detect_world() -> World:
     local_size = machines.count(machines[rank])
     node = rank // local_size * local_size
     for start in range(0, size, local_size):
-        if (
-            len(set(machines[start : start + local_size])) != 1
-            or machines.count(machines[start]) != local_size
-        ):
+        if len(set(machines[start : start + local_size])) != 1 or machines.count(machines[start]) != local_size:
             raise RuntimeError("ranks must be numbered node by node, equally many on each")
     return World(rank, size, rank - node, local_size)
 

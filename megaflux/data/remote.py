@@ -10,8 +10,8 @@ from megaflux import compat  # noqa: F401  before streaming, which imports torch
 # isort: split
 from streaming.base.storage import CloudDownloader
 
-from megaflux.data.index import INDEX
-from megaflux.data.shards import read_dataset_info
+from megaflux.data.index import INDEX, read_index, stored_file
+from megaflux.data.shards import read_dataset_info, squarest_bucket
 from megaflux.errors import UserError
 
 
@@ -21,14 +21,29 @@ def fetch_indexes(remote: str, cache: Path, split: str) -> None:
     Raises UserError if they cannot be had, or if the cache holds those of another dataset.
     """
     if "://" not in remote and os.path.abspath(remote) == os.path.abspath(cache):
-        raise UserError(
-            f"remote {remote} is the cache folder itself; give another cache folder, or no remote"
-        )
+        raise UserError(f"remote {remote} is the cache folder itself; give another cache folder, or no remote")
     _fetch(remote, "dataset.json", cache)
     info = read_dataset_info(cache)
     for bucket in info.buckets:
         if info.counts.get(split, {}).get(bucket.name, 0):
             _fetch(remote, f"{split}/{bucket.folder}/{INDEX}", cache)
+
+
+def fetch_split(remote: str, cache: Path, split: str) -> None:
+    """Bring the description of the dataset and the shards of the split's squarest bucket into the folder `cache`:
+    what validation reads, without streaming. Shards that are there already are kept.
+
+    Raises UserError as fetch_indexes does.
+    """
+    fetch_indexes(remote, cache, split)
+    bucket = squarest_bucket(read_dataset_info(cache), split)
+    folder = f"{split}/{bucket.folder}" if bucket else ""
+    for shard in read_index(cache / folder) if bucket else []:
+        file = stored_file(shard)
+        target = cache / folder / file["basename"]
+        if not target.is_file() or target.stat().st_size != file["bytes"]:
+            target.unlink(missing_ok=True)
+            _fetch(remote, f"{folder}/{file['basename']}", cache)
 
 
 def _fetch(remote: str, name: str, cache: Path) -> None:
@@ -41,7 +56,5 @@ def _fetch(remote: str, name: str, cache: Path) -> None:
         raise UserError(f"{remote.rstrip('/')}/{name}: cannot be fetched ({str(error)[:200]})") from None
     if target.exists() and target.read_bytes() != arriving.read_bytes():
         arriving.unlink()
-        raise UserError(
-            f"{target}: differs from {remote}; the cache is of another dataset, give an empty folder"
-        )
+        raise UserError(f"{target}: differs from {remote}; the cache is of another dataset, give an empty folder")
     os.replace(arriving, target)

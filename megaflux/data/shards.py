@@ -93,13 +93,17 @@ def read_dataset_info(path: str | Path) -> DatasetInfo:
     try:
         version = content.pop("format_version")
         if version > FORMAT_VERSION:
-            raise UserError(
-                f"{file}: format version {version}, this code reads up to {FORMAT_VERSION}; update it"
-            )
+            raise UserError(f"{file}: format version {version}, this code reads up to {FORMAT_VERSION}; update it")
         buckets = tuple(Bucket(**bucket) for bucket in content.pop("buckets"))
         return DatasetInfo(buckets=buckets, **content)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a dataset description ({type(error).__name__}: {error})") from None
+
+
+def squarest_bucket(info: DatasetInfo, split: str) -> Bucket | None:
+    """The bucket nearest to a square that has samples in the split; None where none has."""
+    buckets = [bucket for bucket in info.buckets if info.counts.get(split, {}).get(bucket.name)]
+    return min(buckets, key=lambda bucket: abs(bucket.width / bucket.height - 1), default=None)
 
 
 def write_dataset(root: str | Path, info: DatasetInfo) -> None:
@@ -170,9 +174,7 @@ def write_bucket(
     return count, columns
 
 
-def read_split(
-    root: str | Path, split: str, bucket: Bucket, limit: int | None = None
-) -> Iterator[dict[str, Any]]:
+def read_split(root: str | Path, split: str, bucket: Bucket, limit: int | None = None) -> Iterator[dict[str, Any]]:
     """The samples of one bucket in stored order (at most `limit`), arrays as tensors.
 
     Reads the files directly: no shared memory, nothing written, each shard held against its hash. An

@@ -24,7 +24,7 @@ from megaflux.data.openmoji import OpenMoji
 from megaflux.errors import UserError
 
 
-def open_source(source: str, buckets: Sequence[Bucket], canvases: int = 2) -> Source:
+def open_source(source: str, buckets: Sequence[Bucket], canvases: float = 2) -> Source:
     """The source of that name ("openmoji") or at that path, recognised by what is there.
 
     A folder (searched with its subfolders) may hold images, .tar files or .parquet files, of one kind
@@ -46,14 +46,8 @@ def open_source(source: str, buckets: Sequence[Bucket], canvases: int = 2) -> So
     }
     kinds = [kind for kind, names in found.items() if names]
     if not kinds:
-        hint = (
-            "; unpack or recompress .tar.gz"
-            if any(".tar." in name or ".tgz" in name for name in files)
-            else ""
-        )
-        raise UserError(
-            f"source {source}: no images, .tar or .parquet files among its {len(files)} files{hint}"
-        )
+        hint = "; unpack or recompress .tar.gz" if any(".tar." in name or ".tgz" in name for name in files) else ""
+        raise UserError(f"source {source}: no images, .tar or .parquet files among its {len(files)} files{hint}")
     if len(kinds) > 1:
         counts = ", ".join(f"{len(found[kind])} {kind.kind}" for kind in kinds)
         raise UserError(f"source {source}: files of several kinds ({counts}); prepare each kind separately")
@@ -109,9 +103,7 @@ class ImageFolder:
             try:
                 caption = ""
                 if caption_name:
-                    caption = parse_caption(
-                        (self.root / caption_name).read_bytes(), Path(caption_name).suffix
-                    )
+                    caption = parse_caption((self.root / caption_name).read_bytes(), Path(caption_name).suffix)
                 yield Loaded((self.root / image_name).read_bytes(), caption)
             except BadImage as bad:
                 yield bad
@@ -161,9 +153,7 @@ class TarFiles:
         prefix = _printable(name)
         for base, parts in samples.items():
             image = next((parts[suffix] for suffix in parts if suffix.endswith(IMAGE_SUFFIXES)), None)
-            caption_suffix = next(
-                (s for wanted in CAPTION_SUFFIXES for s in parts if s.endswith(wanted)), None
-            )
+            caption_suffix = next((s for wanted in CAPTION_SUFFIXES for s in parts if s.endswith(wanted)), None)
             caption = (*parts[caption_suffix], caption_suffix[-5:]) if caption_suffix else None
             problem = None if image else "missing_image"
             if image and sum(image) > length:
@@ -240,11 +230,7 @@ class ParquetFiles:
                     if "key" in columns:
                         keys = table.read_row_group(group, columns=["key"])["key"].to_pylist()
                     for index in range(metadata.num_rows):
-                        key = (
-                            f"{_printable(name)}:{row}"
-                            if not keys or keys[index] is None
-                            else str(keys[index])
-                        )
+                        key = f"{_printable(name)}:{row}" if not keys or keys[index] is None else str(keys[index])
                         items.append(Item(key, key, (name, group, index), size))
                         row += 1
         return items

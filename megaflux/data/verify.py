@@ -15,9 +15,7 @@ from megaflux.errors import exit_on_user_error
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; raises UserError for exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megaflux.data.verify", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m megaflux.data.verify", description=__doc__.splitlines()[0])
     parser.add_argument("path", metavar="PATH", help="the dataset's folder")
     print(describe(verify_dataset(parser.parse_args(arguments).path)))
     return 0

@@ -163,8 +163,7 @@ class Qwen2VLFluxPipeline:
         starts = generator if generator is not None else seed
         starts = list(starts) if isinstance(starts, Sequence) else [starts]
         made = [
-            self.sample(condition, start, height, width, num_inference_steps, guidance, on_step)
-            for start in starts
+            self.sample(condition, start, height, width, num_inference_steps, guidance, on_step) for start in starts
         ]
         return Qwen2VLFluxPipelineOutput(made, notes)
 
@@ -198,9 +197,7 @@ class Qwen2VLFluxPipeline:
         return Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
 
 
-def device_and_dtype(
-    device: str | torch.device | None, dtype: torch.dtype | None
-) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
     """The defaults: the GPU if there is one; bfloat16 there, float32 on the CPU. UserError: no such
     device."""
     try:
@@ -259,17 +256,13 @@ def read_manifest(root: Path) -> Manifest:
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError:
-        hint = (
-            f"; {root} is a run: use megaflux.runs.load_pipeline" if (root / "config.yaml").is_file() else ""
-        )
+        hint = f"; {root} is a run: use megaflux.runs.load_pipeline" if (root / "config.yaml").is_file() else ""
         raise UserError(f"{file}: missing, so this is no export of python -m megaflux.export{hint}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error}); export again") from None
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT:
-        raise UserError(
-            f"{file}: format {version}, this code reads {FORMAT}; update megaflux or export again"
-        )
+        raise UserError(f"{file}: format {version}, this code reads {FORMAT}; update megaflux or export again")
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
@@ -281,7 +274,5 @@ def read_manifest(root: Path) -> Manifest:
         if not part.is_file():
             raise UserError(f"{part}: missing; export the run again")
         if part.stat().st_size != known.bytes:
-            raise UserError(
-                f"{part}: {part.stat().st_size} bytes, not {known.bytes} as written; export again"
-            )
+            raise UserError(f"{part}: {part.stat().st_size} bytes, not {known.bytes} as written; export again")
     return manifest

@@ -34,9 +34,7 @@ def generate(
     still change it in the last bits, so ask for one at a time where it must be the same in any company.
     """
     if condition.select_mask is not None:
-        raise ValueError(
-            "conditions of unequal length: FluxPipeline would see their padding; give one at a time"
-        )
+        raise ValueError("conditions of unequal length: FluxPipeline would see their padding; give one at a time")
 
     def after_step(*_: object) -> dict[str, Tensor]:
         if on_step is not None:

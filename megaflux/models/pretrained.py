@@ -192,7 +192,9 @@ def load_connector(file: Path) -> nn.Linear:
     """The connector of an export: a safetensors file of `weight` (joint, D) and `bias` (joint,)."""
     tensors = read_tensors(file, {"weight", "bias"})
     if tensors["weight"].ndim != 2 or tensors["bias"].shape != tensors["weight"].shape[:1]:
-        raise UserError(f"{file}: wrong shape: weight {tuple(tensors['weight'].shape)}, bias {tuple(tensors['bias'].shape)}")
+        raise UserError(
+            f"{file}: wrong shape: weight {tuple(tensors['weight'].shape)}, bias {tuple(tensors['bias'].shape)}"
+        )
     with torch.device("meta"):
         connector = nn.Linear(*reversed(tensors["weight"].shape))
     connector.load_state_dict(tensors, assign=True)
@@ -245,7 +247,9 @@ def _load_strict(
     }
     found = [f"{what} {_some(sorted(keys))}" for what, keys in problems.items() if keys]
     if found:
-        raise UserError(f"{where}: {'; '.join(found)}; the files do not belong to a {cls.__name__} of their config.json")
+        raise UserError(
+            f"{where}: {'; '.join(found)}; the files do not belong to a {cls.__name__} of their config.json"
+        )
     return model
 
 

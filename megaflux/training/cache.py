@@ -22,10 +22,10 @@ from tqdm import tqdm
 from megaflux.config import Config
 from megaflux.data.buckets import Bucket
 from megaflux.data.images import decode
-from megaflux.data.shards import SPLITS, DatasetInfo, read_dataset_info, read_split, write_bucket, write_dataset
+from megaflux.data.shards import DatasetInfo, read_dataset_info, read_split, write_bucket, write_dataset
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models, weights_fingerprint
-from megaflux.training.distributed import World, barrier
+from megaflux.training.distributed import World, barrier, from_main
 
 log = logging.getLogger("megaflux")
 BATCH = 32
@@ -40,12 +40,11 @@ def cached_dataset(config: Config, models: Models, world: World) -> str:
     if not kinds:
         return config.data.path
     info = read_dataset_info(config.data.path)
+    info = dataclasses.replace(info, counts={"train": info.counts["train"]})  # validation encodes its few itself
     root = Path(config.data.path) / "cache" / _fingerprint(config, models, info)
-    if not (root / "dataset.json").exists():
-        barrier(world)  # nobody writes before everybody has looked
+    if not from_main((root / "dataset.json").exists(), world):
         started = time.monotonic()
-        todo = [(split, bucket) for split in SPLITS for bucket in info.buckets]
-        todo = [(s, b) for s, b in todo if info.counts.get(s, {}).get(b.name)]
+        todo = [(split, b) for split, counts in info.counts.items() for b in info.buckets if counts.get(b.name)]
         columns: dict[str, str] = {}
         total = sum(info.counts[s][b.name] for s, b in todo[world.rank :: world.size])
         quiet = not world.is_main or not sys.stderr.isatty()  # a log file is spared the bar
@@ -56,7 +55,9 @@ def cached_dataset(config: Config, models: Models, world: World) -> str:
         barrier(world)
         if world.is_main:
             # The columns differ by bucket in their array shapes; the dataset's description names their kinds.
-            write_dataset(root, dataclasses.replace(info, columns={name: e.split(":")[0] for name, e in columns.items()}))
+            write_dataset(
+                root, dataclasses.replace(info, columns={name: e.split(":")[0] for name, e in columns.items()})
+            )
             log.info("cached %s in %.0f s: %s", " and ".join(kinds), time.monotonic() - started, root)
         barrier(world)
     return str(root)
@@ -65,7 +66,6 @@ def cached_dataset(config: Config, models: Models, world: World) -> str:
 @torch.no_grad()
 def _samples(config: Config, models: Models, split: str, bucket: Bucket, bar: tqdm) -> Iterator[dict[str, Any]]:
     kinds, rows = config.data.cache, []
-    total = 0
 
     def computed() -> Iterator[dict[str, Any]]:
         pixel_values = torch.stack([to_tensor(row["image"]) for row in rows]).to(models.trunk.device)
@@ -84,7 +84,6 @@ def _samples(config: Config, models: Models, split: str, bucket: Bucket, bar: tq
 
     for row in read_split(config.data.path, split, bucket):
         rows.append(row)
-        total += 1
         if len(rows) == BATCH:
             yield from computed()
     if rows:

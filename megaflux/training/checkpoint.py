@@ -30,12 +30,14 @@ from megaflux.errors import UserError
 from megaflux.models.pretrained import Models
 from megaflux.training import distributed, stages
 from megaflux.training.distributed import World
+from megaflux.training.ds_config import sharding
 from megaflux.training.engine import StageEngine
 
 log = logging.getLogger("megaflux")
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
-MANIFEST_KEYS = {"format", "update", "stage", "stage_name", "world_size", "data", "identity", "base", "files"}
+MANIFEST_KEYS = {"format", "update", "stage", "stage_name", "world_size", "data", "identity", "base", "deepspeed",
+                 "files"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,7 @@ def folder(run_dir: str | Path) -> Path:
     return Path(run_dir) / "checkpoints"
 
 
-def save(
-    config: Config, engine: StageEngine, update: int, data: dict[str, Any], base: str, world: World
-) -> Path:
+def save(config: Config, engine: StageEngine, update: int, data: dict[str, Any], base: str, world: World) -> Path:
     """Write a checkpoint after `update` updates; returns its folder. Collective.
 
     base: fingerprint of the weights that the run started from (`Models.base`).
@@ -82,16 +82,22 @@ def save(
         str(partial), tag="deepspeed", client_state={}, save_latest=False, exclude_frozen_parameters=True
     )
     torch.save(distributed.rng_state(), partial / f"rng-rank{world.rank:04d}.pt")
-    weights = trained_weights(config, engine)
+    weights = trained_weights(config, engine, keep=world.is_main)
     if world.is_main:
         save_file(weights, partial / WEIGHTS)
         (partial / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
     distributed.barrier(world)
     if world.is_main:
+        shards = len(list(partial.glob("rng-rank*.pt"))), len(list(partial.glob("deepspeed/*optim_states.pt")))
+        if shards != (world.size, world.size):
+            raise UserError(
+                f"{partial}: {shards[1]} of {world.size} ranks' shards are here; run.dir must be on storage that all "
+                "machines share"
+            )
         manifest = {
             "format": FORMAT, "update": update, "stage": engine.stage, "stage_name": config.stages[engine.stage].name,
             "world_size": world.size, "data": data, "identity": identity(config), "base": base,
-            "files": _inventory(partial),
+            "deepspeed": engine.sharding, "files": _inventory(partial),
         }  # fmt: skip
         _write_durably(partial / "manifest.json", json.dumps(manifest, indent=1))
         if final.exists():  # written by the run this one was resumed from, and never worse than this one
@@ -103,14 +109,16 @@ def save(
     return final
 
 
-def trained_weights(config: Config, engine: StageEngine) -> dict[str, torch.Tensor]:
-    """Every parameter that any stage so far has trained, on the host, by name. Collective under ZeRO-3."""
+def trained_weights(config: Config, engine: StageEngine, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Every parameter that any stage so far has trained, on the host, by name. Collective under ZeRO-3; keep: False
+    on the ranks that only take part."""
     names = trained_names(config, engine.module, engine.stage)
     weights = {}
     for name, parameter in engine.module.named_parameters():
         if name in names:
             with _gathered(parameter, engine.zero_stage):
-                weights[name] = parameter.detach().cpu().contiguous().clone()
+                if keep:
+                    weights[name] = parameter.detach().cpu().contiguous().clone()
     return weights
 
 
@@ -118,11 +126,24 @@ def trained_names(config: Config, module: nn.Module, stage: int) -> set[str]:
     return {name for s in config.stages[: stage + 1] for name in stages.trainable_names(module, s)}
 
 
-def resolve(config: Config, world_size: int) -> Checkpoint | None:
+def resolve(config: Config, ds_config: dict[str, Any], world: World) -> Checkpoint | None:
     """The newest checkpoint of the run folder, verified; None where the run folder holds no trace of any.
 
-    Raises UserError for one that cannot be used: a run never starts over silently.
+    Raises UserError for one that cannot be used: a run never starts over silently. Rank 0 looks, all hear the same.
     """
+    found: Checkpoint | str | None = None
+    if world.is_main:
+        try:
+            found = _resolve(config, ds_config, world.size)
+        except UserError as error:
+            found = str(error)
+    found = distributed.from_main(found, world)
+    if isinstance(found, str):
+        raise UserError(found)
+    return found
+
+
+def _resolve(config: Config, ds_config: dict[str, Any], world_size: int) -> Checkpoint | None:
     root, found = folder(config.run.dir), list(listed(config.run.dir).values())
     if config.run.resume == "never" and found:
         raise UserError(f"run.dir: {config.run.dir} holds checkpoints and run.resume is never; give another --run.dir")
@@ -138,6 +159,9 @@ def resolve(config: Config, world_size: int) -> Checkpoint | None:
             f"{found[-1]}: saved by {manifest['world_size']} ranks, this run has {world_size}; start it with "
             f"{manifest['world_size']} (resuming on another number is not done yet)"
         )
+    if manifest["deepspeed"] != sharding(ds_config):
+        raise UserError(f"--deepspeed: {found[-1]} was saved with {manifest['deepspeed']}, this file says "
+                        f"{sharding(ds_config)}; give the one the run began with")  # fmt: skip
     changed = [key for key, value in identity(config).items() if manifest["identity"].get(key) != value]
     if changed:
         raise UserError(
@@ -224,7 +248,9 @@ def prune(config: Config) -> None:
     ends = set(config.stage_ends())
     for update, path in list(listed(config.run.dir).items())[: -config.train.keep_checkpoints]:
         if update not in ends:
-            shutil.rmtree(path)
+            going = path.with_name(f".{path.name}.deleting")  # half a folder must not look like a checkpoint
+            path.rename(going)
+            shutil.rmtree(going)
 
 
 def _umask() -> int:

@@ -38,9 +38,7 @@ def find_notes(config: Config) -> list[str]:
     """What will happen and a person may not expect, one line each."""
     notes = []
     if _data_will_be_prepared(config):
-        notes.append(
-            f"data.path: {config.data.path} is not there yet; it is prepared from {config.data.source}"
-        )
+        notes.append(f"data.path: {config.data.path} is not there yet; it is prepared from {config.data.source}")
     for field in ("flux", "vlm", "vae"):
         source = getattr(config.model, field)
         if source and source != "tiny" and not Path(source).exists() and HUB_NAME.fullmatch(source):

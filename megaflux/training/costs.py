@@ -169,9 +169,7 @@ def training_flops(config: Config, module: nn.Module, stage: Stage, tokens: Toke
         dx += cost if _needs_input_gradient(name, trainable) else 0
         dw += cost if f"{name}.weight" in trainable else 0
         # Checkpointing stops at the last tensor that the backward reads, before the layer's last linear.
-        recomputed = "transformer_blocks" in name or (
-            name.startswith("vlm.") and not name.endswith("down_proj")
-        )
+        recomputed = "transformer_blocks" in name or (name.startswith("vlm.") and not name.endswith("down_proj"))
         blocks += cost if recomputed else 0
     transformer, text = module.transformer, module.vlm.config
     num_blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
@@ -203,9 +201,7 @@ def trunk_flops(trunk: nn.Module, tokens: Tokens) -> int:
                 seen = tokens.condition if "merger" in name else tokens.patches
             flops += 2 * layer.in_features * layer.out_features * seen
         elif isinstance(layer, nn.Conv3d):  # patches do not overlap: one product each
-            flops += (
-                2 * layer.in_channels * layer.out_channels * math.prod(layer.kernel_size) * tokens.patches
-            )
+            flops += 2 * layer.in_channels * layer.out_channels * math.prod(layer.kernel_size) * tokens.patches
     vision, text = trunk.config.vision_config, trunk.config.text_config
     flops += 4 * len(trunk.visual.blocks) * tokens.patches**2 * vision.embed_dim
     return flops + 4 * len(trunk.language_model.layers) * tokens.turn**2 * text.hidden_size
@@ -230,9 +226,7 @@ def vae_config(config: Config) -> dict[str, Any]:
     try:
         values = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder / 'config.json'}: cannot be read ({error}); restore the VAE's folder"
-        ) from None
+        raise UserError(f"{folder / 'config.json'}: cannot be read ({error}); restore the VAE's folder") from None
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 

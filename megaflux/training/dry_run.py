@@ -77,9 +77,7 @@ def _costs(
     except UserError:
         raise
     except Exception as error:  # sizes that a library refuses, in its own words
-        raise UserError(
-            f"model: the networks cannot be built: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise UserError(f"model: the networks cannot be built: {' '.join(str(error).split())[:200]}") from error
     buckets = make_buckets(config.data.aspect_ratios, config.data.longest_side)
     table = stage_table(config, module)
     flops = [_flops_by_bucket(config, module, trunk, stage, buckets) for stage in config.stages]
@@ -107,9 +105,7 @@ def _costs(
         "stages": [asdict(row) | {"flops_per_image": mean} for row, mean in zip(table, means, strict=True)],
         "flops_per_image": flops_per_image,
         "flops": {
-            stage.name: {
-                str(b): asdict(f) | {"model": f.model, "hardware": f.hardware} for b, f in row.items()
-            }
+            stage.name: {str(b): asdict(f) | {"model": f.model, "hardware": f.hardware} for b, f in row.items()}
             for stage, row in zip(config.stages, flops, strict=True)
         },
         "memory_gb_per_gpu": memory.total / GIGA,
@@ -125,18 +121,13 @@ def _flops_by_bucket(
     config: Config, module: nn.Module, trunk: nn.Module, stage: Stage, buckets: Sequence[Bucket]
 ) -> dict[Bucket, Flops]:
     return {
-        bucket: training_flops(
-            config, module, stage, token_counts(config, bucket), frozen_flops(config, trunk, bucket)
-        )
+        bucket: training_flops(config, module, stage, token_counts(config, bucket), frozen_flops(config, trunk, bucket))
         for bucket in buckets
     }
 
 
 def _print_stages(config: Config, table: list[StageCosts], means: list[float]) -> None:
-    print(
-        f"{'stage':<10}{'updates':>9}  {'set':<10}{'FLUX':>15}{'connector':>13}"
-        f"{'Qwen2-VL':>13}{'FLOP/image':>13}"
-    )
+    print(f"{'stage':<10}{'updates':>9}  {'set':<10}{'FLUX':>15}{'connector':>13}{'Qwen2-VL':>13}{'FLOP/image':>13}")
     for stage, row, mean in zip(config.stages, table, means, strict=True):
         counts = row.trainable
         print(
@@ -147,9 +138,7 @@ def _print_stages(config: Config, table: list[StageCosts], means: list[float]) -
 
 
 def _print_flops(config: Config, buckets: Sequence[Bucket], flops: list[dict[Bucket, Flops]]) -> None:
-    print(
-        "\nFLOP per image; model: forward, dX, dW, attention's backward, frozen networks if not cached; hardware:"
-    )
+    print("\nFLOP per image; model: forward, dX, dW, attention's backward, frozen networks if not cached; hardware:")
     print("with recomputation. The mean above weighs the buckets alike.")
     head = ("forward", "dX", "dW", "attn bwd", "frozen", "model", "hardware")
     print(f"{'stage':<10}{'bucket':<20}{'tokens':>12}" + "".join(f"{name:>10}" for name in head))
@@ -204,6 +193,4 @@ def _write_json(path: str, report: dict[str, Any]) -> None:
     try:
         Path(path).write_text(json.dumps(report, indent=1) + "\n")
     except OSError as error:
-        raise UserError(
-            f"--json {path}: {error.strerror}; give a file in a folder that can be written"
-        ) from None
+        raise UserError(f"--json {path}: {error.strerror}; give a file in a folder that can be written") from None

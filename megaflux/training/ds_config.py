@@ -50,8 +50,8 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
             raise UserError(f"{where}: {name} must be an object {{...}}")
     if values.get("fp16", {}).get("enabled"):
         raise UserError(f"{where}: fp16 is not supported: use bf16, or neither for float32")
-    if zero_stage(values) not in (0, 1, 2, 3):
-        raise UserError(f"{where}: zero_optimization.stage must be 0, 1, 2 or 3, got {zero_stage(values)!r}")
+    if zero_stage(values) not in (2, 3):
+        raise UserError(f"{where}: zero_optimization.stage must be 2 or 3, got {zero_stage(values)!r}")
     return values
 
 
@@ -101,6 +101,11 @@ def batch_problem(global_batch: int, micro_batch: int, world_size: int) -> str |
 def zero_stage(ds_config: dict[str, Any]) -> int:
     """0 (nothing sharded), 1 (optimizer), 2 (gradients too) or 3 (weights too)."""
     return ds_config.get("zero_optimization", {}).get("stage", 0)
+
+
+def sharding(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """What of DeepSpeed's file a checkpoint's optimizer shards depend on."""
+    return {"zero_stage": zero_stage(ds_config), "bf16": uses_bf16(ds_config)}
 
 
 def uses_bf16(ds_config: dict[str, Any]) -> bool:

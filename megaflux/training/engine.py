@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megaflux.config import Config
 from megaflux.training import optim, stages
-from megaflux.training.ds_config import resolve_ds_config
+from megaflux.training.ds_config import resolve_ds_config, sharding
 
 log = logging.getLogger("megaflux")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -41,14 +41,15 @@ class StageEngine:
 
         self.module, self.stage, self.config = module, stage, config
         self.first_stage = stages.first_stages(module, config.stages, stage)
-        self.hooks = stages.FreezingHooks(module, self.first_stage)
+        self.hooks = stages.FreezingHooks(module, self.first_stage, config.monitor.label_blocks)
         optimizer = optim.build_optimizer(optim.parameter_groups(module, self.first_stage), config.optim)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=resolve_ds_config(ds_config, config, world_size)
         )
         _restore_buffers(module, buffers)
-        self.zero_stage = self.deepspeed.zero_optimization_stage()
+        self.sharding = sharding(ds_config)
+        self.zero_stage = self.sharding["zero_stage"]
         if carried is not None and carried.tensors:
             self._take_over(carried)
 
@@ -105,9 +106,9 @@ class StageEngine:
 
         carried = Carried()
         inner = self.deepspeed.optimizer.optimizer
-        for group, flat in zip(inner.param_groups, self._flat_groups()):
+        for first_stage, flat in self._flat_groups():
             if "step" in inner.state.get(flat, {}):
-                carried.steps[group["first_stage"]] = inner.state[flat]["step"].clone()
+                carried.steps[first_stage] = inner.state[flat]["step"].clone()
         if not carried.steps:  # not one step taken (all were skipped): nothing to carry
             return carried
         for name, parameter in self.module.named_parameters():
@@ -123,38 +124,53 @@ class StageEngine:
         self.hooks.remove()
         for parameter in self.module.parameters():
             parameter.grad = None
+            if self.zero_stage < 3:  # out of the engine's flat buffer, which a single view of it would keep alive
+                parameter.data = parameter.data.clone()
         self.deepspeed = None
         gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
-    def _flat_groups(self) -> list[Tensor]:
-        """This rank's fp32 partition of each group, the tensors that the inner optimizer steps."""
+    def _flat_groups(self) -> list[tuple[int, Tensor]]:
+        """(first stage of the group, this rank's fp32 partition) of each tensor that the inner optimizer steps."""
         zero = self.deepspeed.optimizer
-        if self.zero_stage == 3:
-            return list(zero.fp32_partitioned_groups_flat)
-        return list(zero.single_partition_of_fp32_groups)
+        firsts = [group["first_stage"] for group in zero.optimizer.param_groups]
+        if self.zero_stage < 3:
+            return list(zip(firsts, zero.single_partition_of_fp32_groups, strict=True))
+        # ZeRO-3 cuts a group into sub-groups of bounded size.
+        flats = zero.fp32_partitioned_groups_flat
+        return [(firsts[zero.sub_group_to_group_id[i]], flat) for i, flat in enumerate(flats)]
 
     def _take_over(self, carried: Carried) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         zero = self.deepspeed.optimizer
         # torch creates Adam's state at the first step; create it now, for there is something to put in.
-        for group, flat in zip(zero.optimizer.param_groups, self._flat_groups()):
-            step = carried.steps.get(group["first_stage"])
-            if step is not None:
-                zero.optimizer.state[flat] = {"step": step.clone(), **{key: torch.zeros_like(flat) for key in MOMENTS}}
-            elif self.zero_stage < 3:
-                zero.optimizer.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device),
-                                              **{key: torch.zeros_like(flat) for key in MOMENTS}}  # fmt: skip
+        for first_stage, flat in self._flat_groups():
+            step = carried.steps.get(first_stage)
+            step = torch.zeros((), device=flat.device) if step is None else step.clone()
+            zero.optimizer.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
         if self.zero_stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.module.named_parameters():
             if name in carried.tensors:
-                tensors = carried.tensors[name]
-                safe_set_full_fp32_param(parameter, tensors["master"].to(parameter.device))
-                for key in MOMENTS:
-                    safe_set_full_optimizer_state(parameter, tensors[key].to(parameter.device), key)
+                for key in ("master", *MOMENTS):
+                    self._set_state(parameter, carried.tensors[name][key], None if key == "master" else key)
         log.info("carried Adam's moments of %d parameters into stage %s", len(carried.tensors),
                  self.config.stages[self.stage].name)  # fmt: skip
+
+    def _set_state(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """Put this rank's part of a whole tensor into the optimizer's state; key None: the fp32 master."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if self.zero_stage == 3:
+            # DeepSpeed's own setter reads past the end where the parameter is not a multiple of the ranks.
+            part, _ = self.deepspeed.optimizer._get_fp32_opt_state_partition(parameter, False, key)
+            rank, size = torch.distributed.get_rank(), part.numel()
+            mine = value.flatten()[rank * size : (rank + 1) * size]
+            part[: mine.numel()].data.copy_(mine)
+        elif key is None:
+            safe_set_full_fp32_param(parameter, value.to(parameter.device))
+        else:
+            safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
 
 def _restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:

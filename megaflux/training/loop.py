@@ -1,7 +1,7 @@
 """READ FIRST: the whole of training. One update is eight steps, numbered in `train`.
 
-    batch -> VAE latents -> Qwen2-VL trunk -> x_t at t -> Qwen layer, connector, FLUX -> velocity loss
-          -> engine.backward -> engine.step -> monitor
+batch -> VAE latents -> Qwen2-VL trunk -> x_t at t -> Qwen layer, connector, FLUX -> velocity loss
+      -> engine.backward -> engine.step -> monitor
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from megaflux.training.engine import Carried, StageEngine
 from megaflux.training.monitor import Monitor
 from megaflux.training.setup import prepare_data, prepare_run_folder
 from megaflux.training.stages import trainable_names
+from megaflux.training.validation import References
 
 log = logging.getLogger("megaflux")
 
@@ -40,12 +42,13 @@ def train(config: Config, ds_config: dict[str, Any]) -> None:
     """
     world = distributed.start()
     config = config.for_world(world.size)
-    resumed = checkpoint.resolve(config, world.size)
+    resumed = checkpoint.resolve(config, ds_config, world)
     prepare_run_folder(config, ds_config, world)
     prepare_data(config, world)
     distributed.seed_everything(config.run.seed + world.rank)
 
     models = load_models(config).to(world.device, compute_dtype(ds_config))
+    models.trainable.train()  # transformers recomputes activations in training mode only
     if config.model.activation_checkpointing:
         models.trainable.enable_activation_checkpointing()
     references = validation.load_references(config, models)
@@ -62,41 +65,42 @@ def train(config: Config, ds_config: dict[str, Any]) -> None:
     monitor = Monitor(config, world, models.trainable, done)
     accumulation = accumulation_steps(config, world.size)
     last = config.train.stop_after or config.train.updates
-    saved, carried = done, Carried()
+    skipped, carried = 0, Carried()
 
     for stage in range(resumed.stage if resumed else 0, len(config.stages)):
         if done >= last:
             break
-        engine = StageEngine(models.trainable, config, ds_config, stage, world.size, carried)
-        if resumed and stage == resumed.stage:
-            checkpoint.load_training_state(resumed, engine, world)
-        log.info("stage %s: %d parameters train", config.stages[stage].name, engine.num_trainable)
-        if done == 0:
-            _validate(engine, config, models, references, monitor, world, done)
+        with _not_counted(monitor):
+            engine = StageEngine(models.trainable, config, ds_config, stage, world.size, carried)
+            if resumed and stage == resumed.stage:
+                checkpoint.load_training_state(resumed, engine, world)
+            log.info("stage %s: %d parameters train", config.stages[stage].name, engine.num_trainable)
+            if done == 0:
+                _validate(engine, config, models, references, monitor, world, done)
         stage_end = config.stage_ends()[stage]
 
         while done < min(stage_end, last):
-            learning_rate = engine.set_learning_rate(done)
+            learning_rate, seen = engine.set_learning_rate(done), Counter()
             for micro in range(accumulation):
                 waiting = time.perf_counter()
-                batch = next(batches)                                                       # 1. batch of one bucket
+                batch = next(batches).to(world.device)  # 1. batch of one bucket
                 monitor.data_wait += time.perf_counter() - waiting
-                latents = _latents(config, models, batch, done, micro)                      # 2. VAE latents
-                condition = _condition(config, models, batch, done, micro)                  # 3. frozen Qwen trunk
+                latents = _latents(config, models, batch, done, micro)  # 2. VAE latents
+                condition = _condition(config, models, batch, done, micro)  # 3. frozen Qwen trunk
                 t, n = noise.draw_time_and_noise(                                           # 4. t and noise -> x_t
-                    config.flow, config.run.seed, done, micro, batch.keys, latents,
+                    config.flow, config.run.seed, done, batch.keys, seen, latents,
                     num_tokens=latents[0, 0].numel() // latent_ops.PACK**2,
                 )  # fmt: skip
-                losses = validation.denoising_loss(                                         # 5. velocity loss
+                losses = validation.denoising_loss(  # 5. velocity loss
                     engine, config, models, batch.bucket, latents, n, condition, t
                 )
-                engine.backward(losses.mean())                                              # 6. gradients
+                engine.backward(losses.mean())  # 6. gradients
                 if micro == accumulation - 1 and _due(done + 1, config.monitor.grad_norms_every):
                     monitor.scalars({f"grad_norm/{k}": v for k, v in engine.grad_norms().items()}, done + 1)
-                engine.step()                                                               # 7. clip, AdamW
+                engine.step()  # 7. clip, AdamW
                 monitor.micro_batch(losses, t, batch.bucket, stage)
             done += 1
-            monitor.update(done, learning_rate, engine.grad_norm(), engine.skipped_steps)   # 8. monitor
+            monitor.update(done, learning_rate, engine.grad_norm(), skipped + engine.skipped_steps)  # 8.
 
             with _not_counted(monitor):
                 at_end = done == stage_end
@@ -106,13 +110,12 @@ def train(config: Config, ds_config: dict[str, Any]) -> None:
                     _panel(engine, config, models, references, monitor, world, done)
                 if at_end or done == last or _due(done, config.train.checkpoint_every):
                     checkpoint.save(config, engine, done, loader.state_dict(), models.base, world)
-                    saved = done
 
+        skipped += engine.skipped_steps
         if stage + 1 < len(config.stages):
             carried = engine.carry(set(trainable_names(models.trainable, config.stages[stage + 1])))
         engine.close()
 
-    assert saved == done
     monitor.close()
     loader.close()
     distributed.stop()
@@ -121,7 +124,7 @@ def train(config: Config, ds_config: dict[str, Any]) -> None:
 def _latents(config: Config, models: Models, batch: Batch, update: int, micro: int) -> torch.Tensor:
     """Latents (B, C, h, w) of a batch, from the cache or the VAE."""
     if batch.latents is not None:
-        return batch.latents.to(models.vae.device)
+        return batch.latents
     generator = None
     if config.data.sample_posterior:
         generator = distributed.generator_for(config.run.seed, "posterior", update, micro, *batch.keys)
@@ -136,7 +139,11 @@ def _condition(config: Config, models: Models, batch: Batch, update: int, micro:
     return models.trunk.encode(batch.pixel_values, batch.captions, mode)
 
 
-def _validate(engine, config, models, references, monitor: Monitor, world: World, update: int) -> None:
+def _validate(
+    engine: StageEngine, config: Config, models: Models, references: References, monitor: Monitor, world: World,
+    update: int,
+) -> None:  # fmt: skip
+    """Seeded validation loss, to TensorBoard, the bar and RUN/validation.jsonl. Collective."""
     values = validation.validation_loss(engine.module, config, models, references, world)
     monitor.scalars({f"validation/{name}": value for name, value in values.items()}, update)
     monitor.show(val=f"{values['loss']:.3f}", gap=f"{values['gap']:.2f}")
@@ -145,7 +152,10 @@ def _validate(engine, config, models, references, monitor: Monitor, world: World
             file.write(json.dumps({"update": update, **values}) + "\n")
 
 
-def _panel(engine, config, models, references, monitor: Monitor, world: World, update: int) -> None:
+def _panel(
+    engine: StageEngine, config: Config, models: Models, references: References, monitor: Monitor, world: World,
+    update: int,
+) -> None:  # fmt: skip
     """Rows [reference | variations of fixed seeds]; under ZeRO-3 all ranks must run the model together."""
     if not world.is_main and engine.zero_stage < 3:
         return

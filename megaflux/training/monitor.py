@@ -29,7 +29,9 @@ class Monitor:
 
     def __init__(self, config: Config, world: World, module, start_update: int):
         self.config, self.world, self.module = config, world, module
-        self.writer = SummaryWriter(Path(config.run.dir) / "tensorboard") if world.is_main else None
+        folder = Path(config.run.dir) / "tensorboard"
+        # Points after the checkpoint that a run resumes from are made again: hide the old ones.
+        self.writer = SummaryWriter(folder, purge_step=start_update + 1) if world.is_main else None
         if self.writer and start_update == 0:
             self.writer.add_text("config", f"```yaml\n{config.to_yaml()}```")
         self.bar = tqdm(

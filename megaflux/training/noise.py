@@ -14,23 +14,23 @@ from megaflux.training.distributed import generator_for
 
 
 def draw_time_and_noise(
-    config: Flow, seed: int, update: int, micro: int, keys: list[str], latents: Tensor, num_tokens: int
+    config: Flow, seed: int, update: int, keys: list[str], seen: Counter[str], latents: Tensor, num_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """t (B,) float32 and noise like latents (B, C, h, w), on latents' device, one generator per sample.
+    """t (B,) and noise like latents (B, C, h, w), float32 on latents' device, one generator per sample.
 
-    keys: the samples' names; a key that occurs twice in the batch (a bucket smaller than a batch) gets two draws.
-    num_tokens: image tokens per sample, for the resolution shift.
+    keys: the samples' names. seen: how often this rank has met each key in this update, counted on here, so that a
+    repeated one (a bucket smaller than a batch) gets other draws. num_tokens: image tokens per sample, for the
+    resolution shift.
     """
-    seen: Counter[str] = Counter()
     z, noise = [], []
     for key in keys:
-        generator = generator_for(seed, "noise", update, micro, key, seen[key])
+        generator = generator_for(seed, "noise", update, key, seen[key])
         seen[key] += 1
         z.append(torch.randn((), generator=generator))
         noise.append(torch.randn(latents.shape[1:], generator=generator))
     t = flow.time_from_normal(torch.stack(z), config.density, config.logit_mean, config.logit_std)
     t = flow.shift_time(t, flow.shift_factor(config.shift, num_tokens))
-    return t.to(latents.device), torch.stack(noise).to(latents.device, latents.dtype)
+    return t.to(latents.device), torch.stack(noise).to(latents.device)
 
 
 def draw_mode(modes: ConditionModes, seed: int, update: int, micro: int) -> Mode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,29 @@ def prepare_run_folder(config: Config, ds_config: dict[str, Any], world: World) 
 
 
 def prepare_data(config: Config, world: World) -> None:
-    """Make `data.path` from `data.source` if it is not there yet. UserError if that fails or does not fit."""
+    """Have `data.path` ready on every rank: made from `data.source` if it is not there yet, or, with `data.remote`,
+    its description and the held-out pictures fetched. UserError if that fails or does not fit."""
+    from megaflux.data import remote
+    from megaflux.data.merge import TooManyBad
     from megaflux.data.prepare import OPENMOJI_DEFAULTS, Options, prepare
     from megaflux.data.shards import read_dataset_info
 
-    missing = not (Path(config.data.path) / "dataset.json").exists()
-    barrier(world)  # nobody writes before everybody has looked
-    if missing and config.data.source and not config.data.remote and world.is_main:
-        log.info("preparing %s from %s", config.data.path, config.data.source)
-        defaults = OPENMOJI_DEFAULTS if config.data.source == "openmoji" else {}
-        sizes = {"longest_side": config.data.longest_side, "aspect_ratios": config.data.aspect_ratios}
-        prepare(config.data.source, config.data.path, Options(**(defaults | sizes)))
+    data = config.data
+    if data.remote:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            remote.fetch_split(data.remote, Path(data.path), "held_out")
+    elif data.source and world.is_main and not (Path(data.path) / "dataset.json").exists():
+        log.info("preparing %s from %s", data.path, data.source)
+        defaults = OPENMOJI_DEFAULTS if data.source == "openmoji" else {}
+        sizes = {"longest_side": data.longest_side, "aspect_ratios": data.aspect_ratios}
+        try:
+            prepare(data.source, data.path, Options(**(defaults | sizes)))
+        except TooManyBad as error:
+            raise UserError(f"data.source: {error}") from None
     barrier(world)
-    if config.data.remote and missing:
-        return
-    info = read_dataset_info(config.data.path)
-    if info.longest_side != config.data.longest_side:
+    info = read_dataset_info(data.path)
+    if info.longest_side != data.longest_side:
         raise UserError(
-            f"data.longest_side: {config.data.longest_side}, but {config.data.path} was prepared with "
-            f"{info.longest_side}; use that or prepare the data again"
+            f"data.longest_side: {data.longest_side}, but {data.path} was prepared with {info.longest_side}; "
+            "use that or prepare the data again"
         )

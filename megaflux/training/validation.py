@@ -8,6 +8,7 @@ gap = shuffled / matched - 1 says how much the model uses its reference: 0 is no
 from __future__ import annotations
 
 import hashlib
+import heapq
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from megaflux import flow
 from megaflux.config import Config
 from megaflux.data.buckets import Bucket
-from megaflux.data.shards import read_dataset_info, read_split
+from megaflux.data.shards import read_dataset_info, read_split, squarest_bucket
 from megaflux.errors import UserError
 from megaflux.generation.sampling import flux_pipeline, generate
 from megaflux.models import latents as latent_ops
@@ -52,14 +53,11 @@ def load_references(config: Config, models: Models) -> References:
 
     UserError where the dataset holds none back.
     """
-    info = read_dataset_info(config.data.path)
-    held_out = info.counts.get("held_out", {})
-    buckets = [bucket for bucket in info.buckets if held_out.get(bucket.name)]
-    if not buckets:
+    bucket = squarest_bucket(read_dataset_info(config.data.path), "held_out")
+    if bucket is None:
         raise UserError(f"{config.data.path}: no held-out pictures; prepare the data with --held-out over 0")
-    bucket = min(buckets, key=lambda b: abs(b.width / b.height - 1))
-    rows = sorted(read_split(config.data.path, "held_out", bucket), key=lambda row: _hash(row["key"]))
-    rows = rows[: config.validation.samples]
+    rows = read_split(config.data.path, "held_out", bucket)
+    rows = heapq.nsmallest(config.validation.samples, rows, key=lambda row: _hash(row["key"]))
     pixel_values = torch.stack([to_tensor(row["image"]) for row in rows])
     encoded = [
         (latent_ops.encode(models.vae, chunk).cpu(), models.trunk.encode(chunk).hidden_states.cpu())
@@ -80,7 +78,7 @@ def validation_loss(model, config: Config, models: Models, references: Reference
     for chunk in (mine[start : start + micro] for start in range(0, share, micro)):
         index, weights = [i for i, _ in chunk], torch.tensor([w for _, w in chunk], device=device)
         latents = references.latents[index].to(device)
-        noise = torch.stack([_noise(config, references.keys[i], latents.shape[1:]) for i in index]).to(latents)
+        noise = torch.stack([_noise(config, references.keys[i], latents.shape[1:]) for i in index]).to(device)
         others = [(i + 1) % n for i in index]
         for which, source in enumerate((index, others)):
             condition = references.condition(models, source)
@@ -96,19 +94,26 @@ def validation_loss(model, config: Config, models: Models, references: Reference
 
 
 def denoising_loss(
-    model, config: Config, models: Models, bucket: Bucket, latents: Tensor, noise: Tensor, condition: Condition, t: Tensor
+    model,
+    config: Config,
+    models: Models,
+    bucket: Bucket,
+    latents: Tensor,
+    noise: Tensor,
+    condition: Condition,
+    t: Tensor,
 ) -> Tensor:
     """Mean squared velocity error per sample (B,): the objective itself.
 
     model: Qwen2VLFlux or the engine around it; latents, noise: (B, C, h, w); t: (B,) in [0, 1].
     """
-    x, n = latent_ops.pack(latents), latent_ops.pack(noise)
-    B = x.shape[0]
+    x, n = latent_ops.pack(latents.float()), latent_ops.pack(noise.float())  # rounded once, as the model's input
+    B, dtype = x.shape[0], models.trainable.connector.weight.dtype
     guidance = None
     if models.trainable.transformer.config.guidance_embeds:
         guidance = torch.full((B,), config.flow.guidance, device=x.device)
     velocity = model(
-        condition, flow.interpolate(x, n, t), t, latent_ops.image_ids(bucket.height, bucket.width, x.device),
+        condition, flow.interpolate(x, n, t).to(dtype), t, latent_ops.image_ids(bucket.height, bucket.width, x.device),
         models.pooled_projections.expand(B, -1), guidance,
     )  # fmt: skip
     return flow.velocity_loss(velocity, flow.velocity_target(x, n))

@@ -38,20 +38,14 @@ def test_a_sound_index(folder):
 
 
 CASES = {
-    "zip_data basename '../../x' does not stay": lambda i: i["shards"][0]["zip_data"].update(
-        basename="../../x"
-    ),
-    "raw_data basename '/etc/x' does not stay": lambda i: i["shards"][0]["raw_data"].update(
-        basename="/etc/x"
-    ),
+    "zip_data basename '../../x' does not stay": lambda i: i["shards"][0]["zip_data"].update(basename="../../x"),
+    "raw_data basename '/etc/x' does not stay": lambda i: i["shards"][0]["raw_data"].update(basename="/etc/x"),
     "'a/../../x' does not stay": lambda i: i["shards"][1]["raw_data"].update(basename="a/../../x"),
     "'..\\\\\\\\x' does not stay": lambda i: i["shards"][1]["raw_data"].update(basename="..\\x"),
     "'index.json' does not stay": lambda i: i["shards"][1]["raw_data"].update(basename="index.json"),
     "basename 5 does not stay": lambda i: i["shards"][1]["raw_data"].update(basename=5),
     "is there twice": lambda i: i["shards"].append(copy.deepcopy(i["shards"][0])),
-    "encoding 'pkl', which is not allowed": lambda i: i["shards"][0]["column_encodings"].__setitem__(
-        1, "pkl"
-    ),
+    "encoding 'pkl', which is not allowed": lambda i: i["shards"][0]["column_encodings"].__setitem__(1, "pkl"),
     "samples = 0": lambda i: i["shards"][0].update(samples=0),
     "samples = -3": lambda i: i["shards"][0].update(samples=-3),
     "samples = '16'": lambda i: i["shards"][0].update(samples="16"),

@@ -277,10 +277,7 @@ def test_remotes_that_do_not_fit(build, small_dataset, tmp_path):
 def test_cached_latents_and_hidden_states(build, tmp_path):
     buckets = make_buckets(("1:1", "2:1"), 64)
     generator = torch.Generator().manual_seed(0)
-    latents = {
-        b.name: torch.randn(6, 8, b.height // 8, b.width // 8, generator=generator).bfloat16()
-        for b in buckets
-    }
+    latents = {b.name: torch.randn(6, 8, b.height // 8, b.width // 8, generator=generator).bfloat16() for b in buckets}
     states = {b.name: torch.randn(6, 5, 16, generator=generator).bfloat16() for b in buckets}
     counts = {}
     for bucket in buckets:

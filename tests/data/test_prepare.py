@@ -31,17 +31,13 @@ BUCKETS = make_buckets(RATIOS, 64)
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """100 pictures of all shapes, 4 that cannot be used, 3 that take some care."""
-    folder = write_folder(
-        tmp_path_factory.mktemp("images") / "source", {(70, 70): 50, (90, 45): 30, (40, 80): 20}
-    )
+    folder = write_folder(tmp_path_factory.mktemp("images") / "source", {(70, 70): 50, (90, 45): 30, (40, 80): 20})
     (folder / "bad_empty.png").write_bytes(b"")
     (folder / "bad_html.jpg").write_bytes(b"<html>404</html>")
     (folder / "bad_small.png").write_bytes(file_bytes(picture(1, (40, 40))))
     (folder / "bad_cut.png").write_bytes(file_bytes(picture(1))[:-600])
     frames = [picture(n) for n in range(3)]
-    (folder / "x_animated.gif").write_bytes(
-        file_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    )
+    (folder / "x_animated.gif").write_bytes(file_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     (folder / "x_clear.png").write_bytes(file_bytes(Image.new("RGBA", (80, 80))))
     (folder / "x_photo.jpg").write_bytes(file_bytes(picture(5, (160, 90)), "JPEG"))
     return folder
@@ -114,10 +110,7 @@ def test_repeating_changes_nothing(source, whole):
 
 def test_parts_and_merge_give_the_whole(source, whole, tmp_path):
     for index in (3, 1):
-        assert (
-            prepare(str(source), tmp_path / "out", OPTIONS, workers=1, part=(index, 3), progress=False)
-            is None
-        )
+        assert prepare(str(source), tmp_path / "out", OPTIONS, workers=1, part=(index, 3), progress=False) is None
     with pytest.raises(UserError, match=r"2 of 7 chunks are not written yet \(1, 4\)"):
         merge(tmp_path / "out", progress=False)
     prepare(str(source), tmp_path / "out", OPTIONS, workers=1, part=(2, 3), progress=False)
@@ -238,9 +231,7 @@ def test_nothing_usable(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"no usable training images among 1 \(1 empty\)"):
-        prepare(
-            str(tmp_path / "source"), tmp_path / "out", Options(**SMALL), workers=1, max_bad=5, progress=False
-        )
+        prepare(str(tmp_path / "source"), tmp_path / "out", Options(**SMALL), workers=1, max_bad=5, progress=False)
 
 
 def test_tars_and_parquet_hold_the_same_pictures(source, whole, tmp_path):

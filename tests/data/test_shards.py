@@ -70,9 +70,7 @@ def write_cached(root, count=40, **options):
     buckets = make_buckets(("1:1", "2:1"), 64)
     counts = {"train": {}, "held_out": {}}
     for bucket in buckets:
-        counts["train"][bucket.name], columns = write_bucket(
-            root, "train", bucket, cached_samples(count), **options
-        )
+        counts["train"][bucket.name], columns = write_bucket(root, "train", bucket, cached_samples(count), **options)
     counts["held_out"]["1:1"], _ = write_bucket(root, "held_out", buckets[0], cached_samples(3, 90))
     info = DatasetInfo(64, buckets, counts, columns, settings={"cache": "latents,trunk"})
     write_dataset(root, info)

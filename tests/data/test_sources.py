@@ -123,9 +123,7 @@ def test_tars(tmp_path):
         ("00000.tar:a.jpg (again)", "duplicate_key", None),
         ("00001.tar:sub/e", "in a folder", b"E"),
     ]
-    assert [row[0] for row in read_all(open_source(str(tmp_path / "00001.tar"), BUCKETS))] == [
-        "00001.tar:sub/e"
-    ]
+    assert [row[0] for row in read_all(open_source(str(tmp_path / "00001.tar"), BUCKETS))] == ["00001.tar:sub/e"]
 
 
 def test_a_tar_that_was_cut_short(tmp_path):
@@ -147,13 +145,9 @@ def write_parquet(path, row_group_size=3, **columns):
 
 
 def test_parquet(tmp_path):
-    write_parquet(
-        tmp_path / "a.parquet", image=[b"0", b"1", None, b"3", b"4"], text=["x", None, "y", "z", ""]
-    )
+    write_parquet(tmp_path / "a.parquet", image=[b"0", b"1", None, b"3", b"4"], text=["x", None, "y", "z", ""])
     structs = [{"bytes": b"s", "path": "s.png"}, {"bytes": None, "path": "t.png"}]
-    write_parquet(
-        tmp_path / "b.parquet", image=structs, caption=["c", "d"], text=["-", "-"], key=["k0", None]
-    )
+    write_parquet(tmp_path / "b.parquet", image=structs, caption=["c", "d"], text=["-", "-"], key=["k0", None])
     source = open_source(str(tmp_path), BUCKETS)
     assert read_all(source) == [
         ("a.parquet:0", "x", b"0"),

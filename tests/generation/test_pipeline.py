@@ -82,22 +82,21 @@ def test_any_kind_of_picture_becomes_upright_rgb_on_white():
     grey, _ = reference_tensor(ramp, 64)
     assert len(grey.unique()) == 256  # Pillow's own conversion would saturate nearly all of it
     for mode in ("L", "CMYK", "P", "1", "LA", "HSV"):
-        assert reference_tensor(upright.convert(mode if mode != "LA" else "L").convert(mode), 64)[
-            0
-        ].shape == (1, 3, 48, 32)
+        assert reference_tensor(upright.convert(mode if mode != "LA" else "L").convert(mode), 64)[0].shape == (
+            1,
+            3,
+            48,
+            32,
+        )
 
 
 def test_a_picture_is_a_function_of_its_own_seed(pipeline):
     reference = picture(64, 64)
     together = pipeline(reference, num_inference_steps=STEPS, seed=[7, 8, 9]).images
     alone = [pipeline(reference, num_inference_steps=STEPS, seed=seed).images[0] for seed in (9, 8, 7)]
-    assert [np.array(image).tobytes() for image in together] == [
-        np.array(image).tobytes() for image in alone[::-1]
-    ]
+    assert [np.array(image).tobytes() for image in together] == [np.array(image).tobytes() for image in alone[::-1]]
     assert len({image.tobytes() for image in together}) == 3
-    generator = pipeline(
-        reference, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(8)
-    ).images[0]
+    generator = pipeline(reference, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(8)).images[0]
     assert generator.tobytes() == together[1].tobytes()
 
 

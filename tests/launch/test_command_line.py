@@ -55,17 +55,13 @@ def test_help_shows_every_field():
 
 
 def test_checks_need_no_heavy_library():
-    code = (
-        "import sys, megaflux.training.checks; print({'torch', 'deepspeed', 'diffusers'} & set(sys.modules))"
-    )
+    code = "import sys, megaflux.training.checks; print({'torch', 'deepspeed', 'diffusers'} & set(sys.modules))"
     assert run(sys.executable, "-c", code).stdout == "set()\n"
 
 
 def test_dry_run_from_another_folder_without_deepspeed(tmp_path):
     """A list from a file, overlaid by the command line; --local_rank as DeepSpeed's launcher passes it."""
-    (tmp_path / "my_run.yaml").write_text(
-        "stages: [{name: mine, share: 1, blocks: [3, 30]}]\noptim: {lr: 3e-5}\n"
-    )
+    (tmp_path / "my_run.yaml").write_text("stages: [{name: mine, share: 1, blocks: [3, 30]}]\noptim: {lr: 3e-5}\n")
     code = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"

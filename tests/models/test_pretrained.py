@@ -205,26 +205,20 @@ def test_meta_models_have_dev_s_sizes_and_no_memory(dev_meta):
 def test_meta_models_take_sizes_from_local_folders(published):
     config = config_for(published)
     values = config.model_dump()
-    values["model"]["flux_config"] = dev()["model"][
-        "flux_config"
-    ]  # the folder's config.json wins over the table
+    values["model"]["flux_config"] = dev()["model"]["flux_config"]  # the folder's config.json wins over the table
     values["model"]["vlm_config"] = dev()["model"]["vlm_config"]
     values["stages"] = [{"name": "one", "share": 1, "blocks": [1]}]
     trainable, trunk = pretrained.meta_models(build_config(values))
     loaded = pretrained.load_models(config)
     for ours, theirs in ((trainable, loaded.trainable), (trunk, loaded.trunk.vlm)):
-        assert {n: p.shape for n, p in ours.named_parameters()} == {
-            n: p.shape for n, p in theirs.named_parameters()
-        }
+        assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
 
 
 def test_seeds_reproduce_and_the_global_state_stays(small_config):
     values = small_config.model_dump()
     values["run"]["seed"] = 1
     before = torch.get_rng_state()
-    once, again, other = (
-        pretrained.load_models(c) for c in (small_config, small_config, build_config(values))
-    )
+    once, again, other = (pretrained.load_models(c) for c in (small_config, small_config, build_config(values)))
     assert torch.equal(torch.get_rng_state(), before)
     for part in ("trainable", "trunk"):
         a, b, c = (getattr(m, part) for m in (once, again, other))

@@ -48,17 +48,11 @@ def plain_prompt_embeds(models, whole_vlm, images: torch.Tensor) -> torch.Tensor
     processor = models.trunk.processor
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(
-        text=[text] * len(images), images=list(images), return_tensors="pt", **models.trunk.limits
-    )
+    inputs = processor(text=[text] * len(images), images=list(images), return_tensors="pt", **models.trunk.limits)
     with torch.no_grad():
         hidden = whole_vlm(**inputs).last_hidden_state
-        tokens = hidden[inputs["input_ids"] == whole_vlm.config.image_token_id].unflatten(
-            0, (len(images), -1)
-        )
-        return torch.nn.functional.linear(
-            tokens, models.trainable.connector.weight, models.trainable.connector.bias
-        )
+        tokens = hidden[inputs["input_ids"] == whole_vlm.config.image_token_id].unflatten(0, (len(images), -1))
+        return torch.nn.functional.linear(tokens, models.trainable.connector.weight, models.trainable.connector.bias)
 
 
 def test_velocity_is_the_libraries_own(models, whole_vlm):
@@ -68,9 +62,7 @@ def test_velocity_is_the_libraries_own(models, whole_vlm):
     t, guidance = torch.tensor([0.3, 0.9]), torch.full((2,), GUIDANCE)
     pooled = models.pooled_projections.expand(2, -1)
     with torch.no_grad():
-        ours = models.trainable(
-            models.trunk.encode(images), x, t, ops.image_ids(HEIGHT, WIDTH), pooled, guidance
-        )
+        ours = models.trainable(models.trunk.encode(images), x, t, ops.image_ids(HEIGHT, WIDTH), pooled, guidance)
         prompt_embeds = plain_prompt_embeds(models, whole_vlm, images)
         theirs = models.trainable.transformer(  # as FluxPipeline calls it, with its 1000 steps of time
             hidden_states=x, timestep=(t * 1000) / 1000, guidance=guidance, pooled_projections=pooled,
@@ -86,9 +78,7 @@ def test_generate_is_flux_pipeline(models, whole_vlm):
     images, seeds = pixels(2), [7, 8]
     condition = models.trunk.encode(images)
     pipeline = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
-    ours = generate(
-        pipeline, models.trainable, condition, models.pooled_projections, seeds, HEIGHT, WIDTH, 3, GUIDANCE
-    )
+    ours = generate(pipeline, models.trainable, condition, models.pooled_projections, seeds, HEIGHT, WIDTH, 3, GUIDANCE)
 
     def theirs(prompt_embeds):
         return pipeline(
@@ -104,9 +94,7 @@ def test_generate_is_flux_pipeline(models, whole_vlm):
 
     with torch.no_grad():
         same_embeds = theirs(models.trainable.encode_condition(condition))
-    assert np.array_equal(
-        ours.permute(0, 2, 3, 1).numpy(), np.stack([np.array(image) for image in same_embeds])
-    )
+    assert np.array_equal(ours.permute(0, 2, 3, 1).numpy(), np.stack([np.array(image) for image in same_embeds]))
     plain = theirs(plain_prompt_embeds(models, whole_vlm, images))
     for mine, image in zip(ours.permute(0, 2, 3, 1).numpy(), plain, strict=True):
         assert np.abs(mine.astype(int) - np.array(image).astype(int)).max() <= 1
@@ -120,9 +108,7 @@ def test_generate_takes_generators_and_counts_steps(models):
     arguments = (pipeline, models.trainable, condition, models.pooled_projections)
     by_seed = generate(*arguments, [3], HEIGHT, WIDTH, 4, GUIDANCE, lambda: steps.append(1))
     assert len(steps) == 4
-    assert torch.equal(
-        by_seed, generate(*arguments, [torch.Generator().manual_seed(3)], HEIGHT, WIDTH, 4, GUIDANCE)
-    )
+    assert torch.equal(by_seed, generate(*arguments, [torch.Generator().manual_seed(3)], HEIGHT, WIDTH, 4, GUIDANCE))
 
 
 def test_generate_refuses_padded_conditions(models):

@@ -39,13 +39,9 @@ def render(held_out: bool, every: int) -> list[np.ndarray]:
     """Every `every`-th picture of a split of the demo's data set; one array (N, H, W, 3) uint8 per canvas."""
     source = OpenMoji(make_buckets(ASPECT_RATIOS, OPENMOJI_DEFAULTS["longest_side"]))
     items = [
-        item
-        for item in source.list_items()
-        if is_held_out(item.split_key, OPENMOJI_DEFAULTS["held_out"]) is held_out
+        item for item in source.list_items() if is_held_out(item.split_key, OPENMOJI_DEFAULTS["held_out"]) is held_out
     ][::every]
-    images = sorted(
-        (np.asarray(loaded.image) for loaded in source.read(items)), key=lambda image: image.shape
-    )
+    images = sorted((np.asarray(loaded.image) for loaded in source.read(items)), key=lambda image: image.shape)
     return [np.stack(list(group)) for _, group in groupby(images, key=lambda image: image.shape)]
 
 
@@ -87,12 +83,8 @@ def test_vae_reconstructs_held_out_emoji(vae):
 
 @torch.no_grad()
 def test_scaled_latents_have_zero_mean_and_unit_variance(vae):
-    latents = [
-        vae.encode(to_pixels(images)).latent_dist.mode() for images in render(held_out=False, every=60)
-    ]
-    scaled = (
-        torch.cat([part.flatten() for part in latents]) - vae.config.shift_factor
-    ) * vae.config.scaling_factor
+    latents = [vae.encode(to_pixels(images)).latent_dist.mode() for images in render(held_out=False, every=60)]
+    scaled = (torch.cat([part.flatten() for part in latents]) - vae.config.shift_factor) * vae.config.scaling_factor
     assert abs(scaled.mean()) < 0.1
     assert abs(scaled.std() - 1) < 0.1
 

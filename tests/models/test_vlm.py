@@ -107,9 +107,7 @@ def test_tokens_are_the_processors_own(parts, caption):
     trunk.max_caption_tokens = 64
 
 
-@pytest.mark.parametrize(
-    ("mode", "captions"), [("image", None), ("image_text", CAPTIONS[:4]), ("text", CAPTIONS[:4])]
-)
+@pytest.mark.parametrize(("mode", "captions"), [("image", None), ("image_text", CAPTIONS[:4]), ("text", CAPTIONS[:4])])
 def test_positions_are_transformers(parts, mode, captions):
     whole, _, trunk, _ = parts
     turns = [trunk.turn(mode, SIZE, caption) for caption in captions or ["", ""]]
@@ -149,11 +147,7 @@ def test_cut_model_on_cut_turn_is_whole_model_on_whole_turn(parts, mode, size):
     ids = inputs["input_ids"][0]
     is_image = ids == whole.config.image_token_id
     words = processor.tokenizer(caption)["input_ids"]
-    start = (
-        next(i for i in range(len(ids)) if ids[i : i + len(words)].tolist() == words)
-        if mode != "image"
-        else 0
-    )
+    start = next(i for i in range(len(ids)) if ids[i : i + len(words)].tolist() == words) if mode != "image" else 0
     expected = hidden[is_image]
     if mode != "image":
         expected = torch.cat([expected, hidden[start : start + len(words)]])
@@ -245,7 +239,5 @@ def test_join_undoes_split(parts):
 
 def test_split_names_what_trains(parts):
     *_, tail = parts
-    names = {
-        name for name, _ in Qwen2VLFlux(tail, torch.nn.Linear(2, 2), torch.nn.Identity()).named_parameters()
-    }
+    names = {name for name, _ in Qwen2VLFlux(tail, torch.nn.Linear(2, 2), torch.nn.Identity()).named_parameters()}
     assert all(name.startswith(("vlm.layers.0.", "vlm.norm.", "connector.")) for name in names)

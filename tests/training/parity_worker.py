@@ -1,6 +1,6 @@
 """One update on a fixed global batch, by however many ranks the launcher starts; writes gradients and weights.
 
-    torchrun --nproc_per_node N tests/training/parity_worker.py OUT DS_CONFIG
+torchrun --nproc_per_node N tests/training/parity_worker.py OUT DS_CONFIG
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def main(out: str, ds_config: str) -> None:
         engine.backward(losses.mean())
         if _ < MICROS - 1:
             engine.step()
-    gradients = {name: safe_get_full_grad(p).clone() for name, p in models.trainable.named_parameters() if p.requires_grad}
+    gradients = {
+        name: safe_get_full_grad(p).clone() for name, p in models.trainable.named_parameters() if p.requires_grad
+    }
     engine.set_learning_rate(0)
     engine.step()
     weights = {name: p.detach().clone() for name, p in models.trainable.named_parameters()}

@@ -97,18 +97,14 @@ def test_all_means_every_block(small_models):
                                                                       (256, 56.2, 13.3, 14.8, 174, 243)])  # fmt: skip
 def test_flux_at_1024_meets_the_calculated_anchors(dev_models, text, linear, attention, dw, plain, full):
     """The anchors count FLUX alone; ours has the Qwen layer and the connector on top (0.25 forward)."""
-    flops = training_flops(
-        dev("block"), dev_models[0], dev("block").stages[0], Tokens(4096, text, text + 15, 4 * text)
-    )
+    flops = training_flops(dev("block"), dev_models[0], dev("block").stages[0], Tokens(4096, text, text + 15, 4 * text))
     assert flops.forward_linear / TERA == pytest.approx(linear, rel=0.01)
     assert flops.forward_attention / TERA == pytest.approx(attention, rel=0.01)
     assert flops.backward_inputs / TERA == pytest.approx(linear, rel=0.01)
     assert flops.backward_weights / TERA == pytest.approx(dw, rel=0.02)
     assert flops.backward_attention == 2 * flops.forward_attention
     assert flops.hardware / TERA == pytest.approx(full, rel=0.01)
-    off = dev("block").model_copy(
-        update={"model": dev().model.model_copy(update={"activation_checkpointing": False})}
-    )
+    off = dev("block").model_copy(update={"model": dev().model.model_copy(update={"activation_checkpointing": False})})
     once = training_flops(off, dev_models[0], off.stages[0], Tokens(4096, text, text + 15, 4 * text))
     assert once.hardware / TERA == pytest.approx(plain, rel=0.01)
     assert once.model == flops.model  # recomputing is no progress
@@ -121,9 +117,7 @@ def test_frozen_networks_meet_the_anchors(dev_models):
     assert (costs.trunk_flops(trunk, tokens) + last_layer) / TERA == pytest.approx(5.2, rel=0.03)
     visual = costs.trunk_flops(trunk, tokens) - costs.trunk_flops(trunk, Tokens(4096, 0, tokens.turn, 0))
     assert visual / TERA == pytest.approx(1.5, rel=0.04)
-    assert costs.vae_encode_flops(json.dumps(costs.FLUX_VAE), 1024, 1024) / TERA == pytest.approx(
-        4.9, rel=0.01
-    )
+    assert costs.vae_encode_flops(json.dumps(costs.FLUX_VAE), 1024, 1024) / TERA == pytest.approx(4.9, rel=0.01)
 
 
 @pytest.mark.parametrize("stage, checkpointing", [(0, False), (1, True), (3, False)])
@@ -161,9 +155,7 @@ def test_torch_counts_the_same_trunk():
             input_ids=ids, position_ids=torch.zeros(3, 1, 35).long(), pixel_values=torch.zeros(96, 3 * 2 * 14 * 14),
             image_grid_thw=torch.tensor([[1, 8, 12]]), use_cache=False,
         )  # fmt: skip
-    assert counter.get_total_flops() == pytest.approx(
-        costs.trunk_flops(trunk, Tokens(0, 24, 35, 96)), rel=2e-3
-    )
+    assert counter.get_total_flops() == pytest.approx(costs.trunk_flops(trunk, Tokens(0, 24, 35, 96)), rel=2e-3)
 
 
 def test_flops_grow_with_what_trains_and_with_the_picture(small_models):
@@ -211,9 +203,7 @@ def test_activations_meet_the_anchors(dev_models):
     config, tokens = dev("block"), Tokens(4096, 512, 527, 2048)
     full = memory.activation_bytes(config, dev_models[0], config.stages[0], tokens, 2)
     assert full / GB == pytest.approx(2.24, rel=0.01)
-    off = config.model_copy(
-        update={"model": config.model.model_copy(update={"activation_checkpointing": False})}
-    )
+    off = config.model_copy(update={"model": config.model.model_copy(update={"activation_checkpointing": False})})
     eager = memory.activation_bytes(off, dev_models[0], config.stages[0], tokens, 2)
     assert eager / GB == pytest.approx(22, rel=0.02)
 

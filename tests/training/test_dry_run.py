@@ -138,9 +138,7 @@ def test_data(data, tmp_path):
     assert "is a file" in only_problem(configure(data__path=str(empty / "dataset.json")))
     assert "data.longest_side" in only_problem(configure(data__path=str(data), data__longest_side=64))
     assert "multiple of 16" in only_problem(configure(data__path=str(data), data__longest_side=1000))
-    remote = configure(
-        data__path=missing, data__remote="s3://b/d", data__cache=["latents"], data__cache_limit="much"
-    )
+    remote = configure(data__path=missing, data__remote="s3://b/d", data__cache=["latents"], data__cache_limit="much")
     assert [p.partition(":")[0] for p in find_problems(remote, DS_CONFIG, 8)] == [
         "data.cache",
         "data.cache_limit",
@@ -151,9 +149,7 @@ def test_data(data, tmp_path):
 def test_run_folder_that_cannot_be_written(data, tmp_path):
     tmp_path.chmod(0o500)
     try:
-        assert "cannot be written" in only_problem(
-            configure(data__path=str(data), run__dir=str(tmp_path / "a" / "b"))
-        )
+        assert "cannot be written" in only_problem(configure(data__path=str(data), run__dir=str(tmp_path / "a" / "b")))
     finally:
         tmp_path.chmod(0o700)
 
@@ -162,9 +158,7 @@ def test_run_folder_is_a_file(data, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     for place in (file, file / "below"):
-        assert f"run.dir: {file} is a file" in only_problem(
-            configure(data__path=str(data), run__dir=str(place))
-        )
+        assert f"run.dir: {file} is a file" in only_problem(configure(data__path=str(data), run__dir=str(place)))
 
 
 def test_model_folders(data, tmp_path):

@@ -52,19 +52,13 @@ def test_every_name_of_dev_has_one_place(dev_meta):
     module, _ = dev_meta
     places = {name: stages.locate(name, 19) for name, _ in module.named_parameters()}
     assert {place.block for place in places.values()} == {None, *range(57)}
-    matches = {
-        name: [part for part, pattern in stages.PATTERNS if re.fullmatch(pattern, name)] for name in places
-    }
+    matches = {name: [part for part, pattern in stages.PATTERNS if re.fullmatch(pattern, name)] for name in places}
     assert all(len(parts) == 1 for parts in matches.values())
-    assert {parts[0] for parts in matches.values()} == {
-        part for part, _ in stages.PATTERNS
-    }  # none is useless
+    assert {parts[0] for parts in matches.values()} == {part for part, _ in stages.PATTERNS}  # none is useless
     per_part = Counter(place.part for place in places.values())
     assert per_part["connector"] == per_part["context_embedder"] == 2 and per_part["vlm_norm"] == 1
     assert places["transformer.single_transformer_blocks.0.norm.linear.weight"].block == 19
-    assert places["transformer.transformer_blocks.18.attn.to_q.bias"] == stages.Place(
-        "double", "attn.to_q.bias", 18
-    )
+    assert places["transformer.transformer_blocks.18.attn.to_q.bias"] == stages.Place("double", "attn.to_q.bias", 18)
 
 
 @pytest.mark.parametrize(
