@@ -21,9 +21,9 @@ $(VENV)/.installed: setup.py
 demo: install
 	python launch/demo.py
 
-# Files go to workers whole, longest first: tests of one file share their fixtures' real runs.
+# Whole training runs take most of the time, so whoever is idle takes the next test.
 test: install
-	python -m pytest tests -n 2 --dist loadfile -m "not slow and not gpu" -q
+	python -m pytest tests -n 2 --dist worksteal -m "not slow and not gpu" -q
 
 test-slow: install
 	python -m pytest tests -m slow -q

@@ -29,7 +29,7 @@ def main() -> int | None:
 
         ranks = args.world_size or visible_ranks()
         return dry_run(
-            config.for_world(ranks),
+            config,
             ds_config,
             ranks,
             args.json,
@@ -40,7 +40,7 @@ def main() -> int | None:
     if args.json or args.world_size:
         raise UserError(f"--{'json' if args.json else 'world-size'}: only with --dry-run; add it or drop this")
     ranks = started_ranks() or 1
-    if problems := find_problems(config.for_world(ranks), ds_config, ranks):
+    if problems := find_problems(config, ds_config, ranks):
         raise UserError("; ".join(problems))
     from megaflux.training.loop import train
 

@@ -1,7 +1,7 @@
 """Trains the shipped VAE of the preset `tiny`: python launch/train_tiny_vae.py
 
 An AutoencoderKL in FLUX's form (no quant convolutions, shift and scaling factor), 8 times smaller per side, 8
-latent channels, on the pictures that `make demo` trains on: OpenMoji, 128 px, held-out emoji left out. Writes
+latent channels, on OpenMoji, 128 px, held-out emoji left out. Writes
 config.json and float16 weights (under 2 MB), then loads them back and prints the held-out PSNR, how the
 latents are distributed, and the time to encode. The seed is fixed, but the last bits depend on the
 number of threads.

@@ -79,6 +79,7 @@ def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype
             "identity": checkpoint.identity(config),
             "files": checkpoint._inventory(folder),
             "base": models.base,
+            "deepspeed": {"zero_stage": 2, "bf16": True},
         }
         (folder / "manifest.json").write_text(json.dumps(manifest))
     return root

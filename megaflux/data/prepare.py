@@ -290,7 +290,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--allow-upscale", action="store_true", help="enlarge small images (counted) instead of skipping them")
     add("--shard-size", type=int, default=usual.shard_size, metavar="BYTES", help="default %(default)s")
     add("--chunk", type=int, default=usual.chunk, metavar="IMAGES", help="unit of work, default %(default)s")
-    add("--canvases", type=float, default=usual.canvases, help="openmoji: per emoji, default %(default)s")
+    add("--canvases", type=float, metavar="N", help="openmoji: per emoji on average, 1 to 5; default 1.25")
     add("--max-pixels", type=int, default=usual.max_pixels, help="skip larger images, default %(default)s")
     add("--max-bad", type=_parse_max_bad, default=0.05, metavar="FRACTION_OR_COUNT",
         help="unusable images allowed: a fraction if below 1, else a count; default %(default)s")  # fmt: skip

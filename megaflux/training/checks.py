@@ -23,6 +23,7 @@ VLM_FILES = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) -> list[str]:
     """Everything that would stop the run, one line each, naming the field and the mend. Reads small files
     only."""
+    config = config.for_world(world_size)
     return [
         *_batch(config, world_size),
         *_sharding(config, ds_config),

@@ -47,6 +47,7 @@ def dry_run(
     json_path: a file for the same as JSON. mfu: model FLOPs over peak, assumed. peak_tflops: of one GPU.
     UserError where the JSON file cannot be written.
     """
+    config = config.for_world(world_size)
     print(config.to_yaml())
     problems = find_problems(config, ds_config, world_size)
     report: dict[str, Any] = {"stages": [], "flops_per_image": None, "memory_gb_per_gpu": None}

@@ -60,6 +60,7 @@ def resolve_ds_config(ds_config: dict[str, Any], config: Config, world_size: int
 
     UserError where the global batch does not divide; see accumulation_steps.
     """
+    config = config.for_world(world_size)
     return ds_config | {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
@@ -71,6 +72,7 @@ def resolve_ds_config(ds_config: dict[str, Any], config: Config, world_size: int
 def accumulation_steps(config: Config, world_size: int) -> int:
     """Micro-batches per update: global / (micro x ranks). UserError, saying what would work, if that is not
     whole."""
+    config = config.for_world(world_size)
     problem = batch_problem(config.train.global_batch_size, config.train.micro_batch_size, world_size)
     if problem:
         raise UserError(problem)
@@ -99,7 +101,7 @@ def batch_problem(global_batch: int, micro_batch: int, world_size: int) -> str |
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
-    """0 (nothing sharded), 1 (optimizer), 2 (gradients too) or 3 (weights too)."""
+    """2 (optimizer and gradients sharded) or 3 (weights too); 0 where the file names none."""
     return ds_config.get("zero_optimization", {}).get("stage", 0)
 
 

@@ -82,25 +82,28 @@ def train(config: Config, ds_config: dict[str, Any]) -> None:
         while done < min(stage_end, last):
             learning_rate, seen = engine.set_learning_rate(done), Counter()
             for micro in range(accumulation):
+                # 1. a batch of one bucket, the same bucket on every rank
                 waiting = time.perf_counter()
-                batch = next(batches).to(world.device)  # 1. batch of one bucket
+                batch = next(batches).to(world.device)
                 monitor.data_wait += time.perf_counter() - waiting
-                latents = _latents(config, models, batch, done, micro)  # 2. VAE latents
-                condition = _condition(config, models, batch, done, micro)  # 3. frozen Qwen trunk
-                t, n = noise.draw_time_and_noise(                                           # 4. t and noise -> x_t
-                    config.flow, config.run.seed, done, batch.keys, seen, latents,
-                    num_tokens=latents[0, 0].numel() // latent_ops.PACK**2,
-                )  # fmt: skip
-                losses = validation.denoising_loss(  # 5. velocity loss
-                    engine, config, models, batch.bucket, latents, n, condition, t
-                )
-                engine.backward(losses.mean())  # 6. gradients
+                # 2. VAE latents
+                latents = _latents(config, models, batch, done, micro)
+                # 3. the condition, as far as nothing trains: the frozen trunk of Qwen2-VL
+                condition = _condition(config, models, batch, done, micro)
+                # 4. t and noise, which make x_t
+                t, n = noise.draw_time_and_noise(config.flow, config.run.seed, done, batch.keys, seen, latents)
+                # 5. Qwen's last layer, connector and FLUX predict the velocity; mean squared error per sample
+                losses = validation.denoising_loss(engine, config, models, batch.bucket, latents, n, condition, t)
+                # 6. gradients
+                engine.backward(losses.mean())
                 if micro == accumulation - 1 and _due(done + 1, config.monitor.grad_norms_every):
                     monitor.scalars({f"grad_norm/{k}": v for k, v in engine.grad_norms().items()}, done + 1)
-                engine.step()  # 7. clip, AdamW
+                # 7. at the last micro-batch: clip, AdamW
+                engine.step()
                 monitor.micro_batch(losses, t, batch.bucket, stage)
             done += 1
-            monitor.update(done, learning_rate, engine.grad_norm(), skipped + engine.skipped_steps)  # 8.
+            # 8. what a person sees
+            monitor.update(done, learning_rate, engine.grad_norm(), skipped + engine.skipped_steps)
 
             with _not_counted(monitor):
                 at_end = done == stage_end

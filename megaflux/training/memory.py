@@ -115,7 +115,7 @@ def _memory(
     vae: AutoencoderKL, stage: Stage, row: StageCosts, bucket: Bucket,
 ) -> Memory:  # fmt: skip
     zero = ds_config.get("zero_optimization", {})
-    level, batch = zero_stage(ds_config), config.train.micro_batch_size
+    level, batch = zero_stage(ds_config), config.for_world(world_size).train.micro_batch_size
     width = 2 if uses_bf16(ds_config) else 4
     trainable = sum(row.trainable.values())
     parts = {

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from megaflux import flow
 from megaflux.config import ConditionModes, Flow
+from megaflux.models.latents import PACK
 from megaflux.models.vlm import Mode
 from megaflux.training.distributed import generator_for
 
 
 def draw_time_and_noise(
-    config: Flow, seed: int, update: int, keys: list[str], seen: Counter[str], latents: Tensor, num_tokens: int
+    config: Flow, seed: int, update: int, keys: list[str], seen: Counter[str], latents: Tensor
 ) -> tuple[Tensor, Tensor]:
     """t (B,) and noise like latents (B, C, h, w), float32 on latents' device, one generator per sample.
 
     keys: the samples' names. seen: how often this rank has met each key in this update, counted on here, so that a
-    repeated one (a bucket smaller than a batch) gets other draws. num_tokens: image tokens per sample, for the
-    resolution shift.
+    repeated one (a bucket smaller than a batch) gets other draws. The resolution shift goes by the image tokens, h w / 4.
     """
     z, noise = [], []
     for key in keys:
@@ -29,6 +29,7 @@ def draw_time_and_noise(
         z.append(torch.randn((), generator=generator))
         noise.append(torch.randn(latents.shape[1:], generator=generator))
     t = flow.time_from_normal(torch.stack(z), config.density, config.logit_mean, config.logit_std)
+    num_tokens = latents[0, 0].numel() // PACK**2
     t = flow.shift_time(t, flow.shift_factor(config.shift, num_tokens))
     return t.to(latents.device), torch.stack(noise).to(latents.device)
 

@@ -135,7 +135,8 @@ def test_torch_counts_the_same_flops(stage, checkpointing):
     module.train()
     if checkpointing:
         module.enable_activation_checkpointing()
-    condition = Condition(torch.zeros(1, 35, 128), torch.zeros(3, 1, 35).long(), torch.zeros(1, 20).long())
+    width = config.model.vlm_config["text_config"]["hidden_size"]
+    condition = Condition(torch.zeros(1, 35, width), torch.zeros(3, 1, 35).long(), torch.zeros(1, 20).long())
     inputs = (condition, torch.zeros(1, 48, 32), torch.zeros(1), torch.zeros(48, 3), torch.zeros(1, 32))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         module(*inputs, guidance=torch.zeros(1)).sum().backward()

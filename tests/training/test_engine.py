@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from megaflux.config import build_config, merge
+from megaflux.data.buckets import Bucket
+from megaflux.models.pretrained import load_models
+from megaflux.presets import tiny
 from megaflux.training import distributed
 from megaflux.training.engine import StageEngine
 from megaflux.training.optim import learning_rate
+from megaflux.training.validation import denoising_loss
 from tests.training.carry_worker import Toy, toy_config
-from tests.training.runs import ROOT, ds_config, environment, free_port
+from tests.training.runs import ROOT, ds_config, environment, free_port, small_config
 
 WORKER = str(ROOT / "tests" / "training" / "parity_worker.py")
 CARRY = str(ROOT / "tests" / "training" / "carry_worker.py")
@@ -84,8 +89,37 @@ def test_survivors_of_a_stage_change_go_on_as_if_nothing_had_happened(tmp_path, 
     assert done.stdout.count("carried as expected") == ranks
 
 
+def test_frozen_parameters_keep_every_bit_over_20_updates_with_weight_decay(tmp_path):
+    stages = [{"name": "only", "share": 1, "blocks": [0, 2]}]
+    values = small_config(None, None, run__dir="unused", data__path="unused", stages=stages, optim__weight_decay=0.5)
+    values["train"] |= {"updates": 20, "global_batch_size": 2, "micro_batch_size": 2}
+    config = build_config(merge(tiny(), values))
+    models = load_models(config).to("cpu", torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # away from the zeros of a fresh model
+        for parameter in models.trainable.transformer.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    engine = StageEngine(models.trainable, config, json.loads(ds_config(tmp_path).read_text()), 0, 1)
+    before = {name: p.detach().clone() for name, p in models.trainable.named_parameters()}
+    for update in range(20):
+        engine.set_learning_rate(update)
+        condition = models.trunk.encode(torch.randint(0, 256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8))
+        latents, noise = torch.randn(2, 2, 8, 8, 8, generator=generator)
+        losses = denoising_loss(
+            engine, config, models, Bucket("1:1", 64, 64), latents, noise, condition, torch.tensor([0.3, 0.8])
+        )
+        engine.backward(losses.mean())
+        engine.step()
+    assert engine.skipped_steps == 0
+    trainable = set(engine.first_stage)
+    moved = {name for name, p in models.trainable.named_parameters() if not torch.equal(p, before[name])}
+    assert 0 < len(trainable) < len(before)
+    assert moved == trainable
+    engine.close()
+
+
 def test_an_overflow_is_counted_and_changes_nothing(tmp_path):
-    config = toy_config()
+    config = toy_config().for_world(1)
     module = Toy()
     engine = StageEngine(module, config, json.loads(ds_config(tmp_path, "bf16").read_text()), 0, 1)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from megaflux.config import build_config, merge
 from megaflux.models.pretrained import load_models
 from megaflux.presets import PUBLISHED_STAGES, tiny
 from megaflux.training.stages import trainable_names
-from tests.training.runs import copy_until, ds_config, launch, make_dataset, small_config, write_config
+from tests.training.runs import ROOT, copy_until, ds_config, launch, make_dataset, small_config, write_config
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,16 @@ def test_run_shows_itself_in_tensorboard(tmp_path, data):
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     rates = [e.value for e in events.Scalars("train/learning_rate")]
     assert rates[0] > 0 and rates[-1] < max(rates)
+    # and what `make demo` says of it
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "launch" / "demo.py")
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    summary = demo.evaluate(tmp_path / "run")
+    last = json.loads((tmp_path / "run" / "validation.jsonl").read_text().splitlines()[-1])
+    assert summary["updates"] == 6
+    assert summary["validation_loss_last"] == round(last["loss"], 4)
+    assert 0 <= summary["retrieval_top1"] <= 1
+    assert Path(summary["contact_sheet"]).is_file() and Path(summary["tensorboard"]).is_dir()
 
 
 def test_a_damaged_or_foreign_checkpoint_stops_the_run_in_one_line(tmp_path, data):
