@@ -38,7 +38,7 @@ def fetch_split(remote: str, cache: Path, split: str) -> None:
     fetch_indexes(remote, cache, split)
     bucket = squarest_bucket(read_dataset_info(cache), split)
     folder = f"{split}/{bucket.folder}" if bucket else ""
-    for shard in read_index(cache / folder) if bucket else []:
+    for shard in read_index(cache / folder, check_files=False) if bucket else []:
         file = stored_file(shard)
         target = cache / folder / file["basename"]
         if not target.is_file() or target.stat().st_size != file["bytes"]:

@@ -81,14 +81,16 @@ def test_resumed_run_is_bit_equal_to_the_uninterrupted_one(tmp_path, data, preci
 
 
 def test_checkpoint_holds_what_trained_and_all_of_it_changed(tmp_path, data):
-    values = small_config(data, tmp_path / "run", stages=[{"name": "only", "share": 1, "blocks": [0, 2]}])
+    values = small_config(data, tmp_path / "run")
     config = write_config(values, tmp_path / "config.yaml")
     run_ok("--deepspeed", ds_config(tmp_path), "--config", config)
     resolved = build_config(merge(tiny(), values))
     models = load_models(resolved).to("cpu", torch.bfloat16)
     before = dict(models.trainable.named_parameters())
     after = final_weights(tmp_path / "run")
-    assert set(after) == set(trainable_names(models.trainable, resolved.stages[0]))
+    # The second stage freezes most of what the first one trained; the checkpoint keeps it all the same.
+    first, second = (set(trainable_names(models.trainable, stage)) for stage in resolved.stages)
+    assert second < first == set(after)
     assert not [name for name in after if torch.equal(before[name], after[name])]
 
 
