@@ -100,11 +100,11 @@ def published(tmp_path_factory, small_config) -> dict[str, Path]:
     """
     from transformers import Qwen2VLForConditionalGeneration
 
-    from megaflux.models import pretrained
+    from megaflux.models import pretrained, scratch
 
     root = tmp_path_factory.mktemp("published")
     flux, qwen, model = root / "flux", root / "qwen", small_config.model
-    transformer = pretrained.build_transformer(model.flux_config, 5)
+    transformer = scratch.build_transformer(model.flux_config, 5)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(5)
         for parameter in transformer.parameters():
@@ -112,13 +112,13 @@ def published(tmp_path_factory, small_config) -> dict[str, Path]:
     transformer.save_pretrained(flux / "transformer")
     pretrained.load_vae("tiny", None).save_pretrained(flux / "vae")
     pretrained.FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(flux / "scheduler")
-    clip, clip_tokenizer = pretrained.build_clip(model.clip_config, 5)
+    clip, clip_tokenizer = scratch.build_clip(model.clip_config, 5)
     clip.save_pretrained(flux / "text_encoder")
     clip_tokenizer.save_pretrained(flux / "tokenizer")
-    processor = pretrained.tiny_processor()
+    processor = scratch.tiny_processor()
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        config = pretrained.vlm_configuration(model.vlm_config, processor.tokenizer)
+        config = scratch.vlm_configuration(model.vlm_config, processor.tokenizer)
         config.tie_word_embeddings = False  # as the 7B has it
         Qwen2VLForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(qwen)
     processor.save_pretrained(qwen)

@@ -1,4 +1,4 @@
-"""Modules of a run: loaded from published layouts, strictly, or built from nothing with seeded weights.
+"""Modules of a run: loaded from published layouts, strictly, or built from nothing (scratch.py).
 
 Loading reads safetensors only. A missing or unexpected key, a wrong shape, a truncated or a pickle file is a
 UserError that names it; no weight is ever left random in silence.
@@ -6,7 +6,6 @@ UserError that names it; no weight is ever left random in silence.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,28 +25,30 @@ import diffusers
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
     PreTrainedModel,
     Qwen2TokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessorFast,
     Qwen2VLModel,
     Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
 )
 from transformers.utils import cached_file
 
 from megaflux.config import Config
 from megaflux.errors import UserError
 from megaflux.models.connector import build_connector
+from megaflux.models.loading_errors import named
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
+from megaflux.models.scratch import (
+    TINY,
+    build_clip,
+    build_transformer,
+    build_vlm,
+    vlm_configuration,
+)
 from megaflux.models.vlm import Trunk, split_vlm
-
-ASSETS = Path(__file__).parent.parent / "assets"
-TINY = ASSETS / "tiny"
 
 
 @dataclass
@@ -162,7 +163,7 @@ def load_vae(source: str | None, flux: str | None) -> AutoencoderKL:
 
 
 def load_scheduler(source: str) -> FlowMatchEulerDiscreteScheduler:
-    with _named(f"{source}/scheduler"):
+    with named(f"{source}/scheduler"):
         return FlowMatchEulerDiscreteScheduler.from_pretrained(source, subfolder="scheduler")
 
 
@@ -173,7 +174,7 @@ def load_clip(source: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
         CLIPTextModel, source, subfolder="text_encoder", dtype=torch.float32,
         allow_unexpected=lambda key: key.endswith("embeddings.position_ids"),
     )  # fmt: skip
-    with _named(f"{source}/tokenizer"):
+    with named(f"{source}/tokenizer"):
         return clip, CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
 
 
@@ -183,7 +184,7 @@ def load_vlm(source: str, attention: str = "sdpa", dtype: torch.dtype = torch.bf
         Qwen2VLForConditionalGeneration, source, dtype=dtype, attn_implementation=attention,
         allow_missing=lambda key: key == "lm_head.weight", allow_unexpected=lambda key: key == "lm_head.weight",
     )  # fmt: skip
-    with _named(source):
+    with named(source):
         processor = Qwen2VLProcessor.from_pretrained(source, use_fast=True)
     return whole.model, processor
 
@@ -205,7 +206,7 @@ def read_tensors(file: Path, keys: set[str]) -> dict[str, Tensor]:
     """A safetensors file of exactly these keys. UserError naming the file, and the key, otherwise."""
     if not file.is_file():
         raise UserError(f"{file}: missing")
-    with _named(str(file)):
+    with named(str(file)):
         tensors = load_file(file)
     for what, found in (("missing key", keys - set(tensors)), ("unexpected key", set(tensors) - keys)):
         if found:
@@ -215,7 +216,7 @@ def read_tensors(file: Path, keys: set[str]) -> dict[str, Tensor]:
 
 def read_lm_head(source: str) -> Tensor | None:
     """lm_head.weight of a Qwen2-VL folder or hub name, or None where it holds none (it is tied, or was left out)."""
-    with _named(source):
+    with named(source):
         try:
             index = json.loads(Path(cached_file(source, "model.safetensors.index.json")).read_text())
             name = index["weight_map"].get("lm_head.weight")
@@ -237,7 +238,7 @@ def _load_strict(
     where = "/".join(filter(None, (source, kwargs.get("subfolder"))))
     if issubclass(cls, PreTrainedModel):
         kwargs["ignore_mismatched_sizes"] = True  # listed in info and refused below; the error itself has no name
-    with _named(where), _silent():
+    with named(where), _silent():
         model, info = cls.from_pretrained(source, use_safetensors=True, output_loading_info=True, **kwargs)
     problems = {
         "missing key": [key for key in info["missing_keys"] if not allow_missing(key)],
@@ -251,33 +252,6 @@ def _load_strict(
             f"{where}: {'; '.join(found)}; the files do not belong to a {cls.__name__} of their config.json"
         )
     return model
-
-
-class _named:
-    """Turn a library's loading error into a UserError of one line that names the source."""
-
-    def __init__(self, where: str):
-        self.where = where
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, traceback) -> bool:
-        if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
-            return False
-        line = " ".join(str(error).split())
-        raise UserError(f"{_unreadable(self.where) or self.where}: cannot be loaded: {line[:400]}") from error
-
-
-def _unreadable(where: str) -> Path | None:
-    """The first safetensors file of a local folder that cannot be opened: the libraries don't say which."""
-    for file in sorted(Path(where).glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (OSError, SafetensorError):
-            return file
-    return None
 
 
 @contextmanager
@@ -298,93 +272,11 @@ def _some(items: Iterable[str], most: int = 3) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-# --- built from nothing ---------------------------------------------------------------------------------------------
-
-
-def build_transformer(flux_config: dict[str, Any], seed: int) -> FluxTransformer2DModel:
-    """FLUX with seeded weights for training from nothing.
-
-    proj_out is zero, so that the first velocity is 0; the AdaLN modulations are zero too, so that each block starts
-    as the identity (DiT, 2212.09748, section 3.2); linears are Xavier-uniform.
-    """
-    with _seeded(seed), _named("model.flux_config"):
-        transformer = FluxTransformer2DModel(**flux_config)
-        for name, module in transformer.named_modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-                if name == "proj_out" or name.rpartition(".")[2] == "linear":
-                    nn.init.zeros_(module.weight)
-    return transformer
-
-
-def build_vlm(vlm_config: dict[str, Any], seed: int) -> tuple[Qwen2VLModel, Qwen2VLProcessor]:
-    """Qwen2-VL of the given sizes with seeded random weights, with the shipped tokenizer in Qwen's format.
-
-    `qk_bias_std` in vlm_config, the one key that is not transformers': standard deviation of the query and key biases
-    of the frozen layers (transformers starts them at 0); they make attention depend on position.
-    """
-    processor = tiny_processor()
-    with _seeded(seed), _named("model.vlm_config"), torch.no_grad():
-        vlm = Qwen2VLModel(vlm_configuration(vlm_config, processor.tokenizer))
-        for name, parameter in vlm.language_model.layers[:-1].named_parameters():
-            if name.endswith(("q_proj.bias", "k_proj.bias")):
-                parameter.normal_(std=vlm_config.get("qk_bias_std", 0.0))
-        return vlm, processor
-
-
-def vlm_configuration(vlm_config: dict[str, Any], tokenizer=None) -> Qwen2VLConfig:
-    """Qwen2VLConfig from the two nested dicts of `model.vlm_config`; a tokenizer sets vocabulary and special ids."""
-    values = copy.deepcopy(vlm_config)
-    values.pop("qk_bias_std", None)
-    special: dict[str, int] = {}
-    if tokenizer is not None:
-        values["text_config"].setdefault("vocab_size", len(tokenizer))
-        names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
-                 "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
-        special = {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
-    return Qwen2VLConfig(**values, **special)
-
-
-def tiny_processor() -> Qwen2VLProcessor:
-    """Qwen2-VL's processor around the shipped tokenizer."""
-    tokenizer = Qwen2TokenizerFast.from_pretrained(TINY / "tokenizer")
-    return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessorFast(), tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor(),
-        chat_template=tokenizer.chat_template,
-    )  # fmt: skip
-
-
-def build_clip(clip_config: dict[str, Any], seed: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """CLIP's text model of the given sizes with seeded random weights, and the shipped byte tokenizer."""
-    tokenizer = CLIPTokenizer.from_pretrained(TINY / "clip_tokenizer")
-    with _seeded(seed), _named("model.clip_config"):
-        config = CLIPTextConfig(
-            vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id, **clip_config,
-        )  # fmt: skip
-        return CLIPTextModel(config).eval(), tokenizer
-
-
 @torch.no_grad()
 def empty_prompt_pooled(clip: CLIPTextModel, tokenizer: CLIPTokenizer) -> Tensor:
     """CLIP's pooled vector of the empty prompt, as FLUX is fed when T5's place is taken: (1, P)."""
     tokens = tokenizer("", padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     return clip(input_ids=tokens["input_ids"]).pooler_output
-
-
-class _seeded:
-    """Build modules under their own seed, leaving the global random state as it was."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self.state = torch.get_rng_state()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_rng_state(self.state)
 
 
 def meta_models(config: Config) -> tuple[Qwen2VLFlux, Qwen2VLModel]:
@@ -403,14 +295,14 @@ def meta_models(config: Config) -> tuple[Qwen2VLFlux, Qwen2VLModel]:
 def _local_config(source: str | None, subfolder: str, default: dict[str, Any]) -> dict[str, Any]:
     if source is None or not (Path(source) / subfolder / "config.json").is_file():
         return default
-    with _named(f"{source}/{subfolder}/config.json"):
+    with named(f"{source}/{subfolder}/config.json"):
         values = FluxTransformer2DModel.load_config(source, subfolder=subfolder)
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
 def _local_vlm_config(source: str | None, default: dict[str, Any]) -> Qwen2VLConfig:
     if source is not None and (Path(source) / "config.json").is_file():
-        with _named(f"{source}/config.json"):
+        with named(f"{source}/config.json"):
             return Qwen2VLConfig.from_pretrained(source)
     tokenizer = None if source else Qwen2TokenizerFast.from_pretrained(TINY / "tokenizer")
     return vlm_configuration(default, tokenizer)

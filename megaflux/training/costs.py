@@ -38,7 +38,8 @@ from megaflux.config import Config, Stage
 from megaflux.data.buckets import Bucket
 from megaflux.errors import UserError
 from megaflux.models.latents import TOKEN_PIXELS
-from megaflux.models.pretrained import TINY, AutoencoderKL, meta_models
+from megaflux.models.pretrained import AutoencoderKL, meta_models
+from megaflux.models.scratch import TINY
 from megaflux.training.stages import locate, trainable_names
 
 TURN_PREFIX = 15  # tokens of Qwen2-VL's chat template before the image

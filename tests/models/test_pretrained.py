@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megaflux.config import build_config
 from megaflux.errors import UserError
-from megaflux.models import pretrained
+from megaflux.models import pretrained, scratch
 from megaflux.presets import dev
 from tests.conftest import small_values
 
@@ -82,7 +82,7 @@ def test_a_vlm_without_lm_head_loads(published, tmp_path):
 def test_a_sharded_vlm_loads(published, tmp_path):
     whole = Qwen2VLForConditionalGeneration.from_pretrained(published["qwen"], dtype=torch.bfloat16)
     whole.save_pretrained(tmp_path / "qwen", max_shard_size="100KB")
-    pretrained.tiny_processor().save_pretrained(tmp_path / "qwen")
+    scratch.tiny_processor().save_pretrained(tmp_path / "qwen")
     assert (tmp_path / "qwen/model.safetensors.index.json").is_file()
     vlm, _ = pretrained.load_vlm(str(tmp_path / "qwen"))
     same(vlm.state_dict(), whole.model.state_dict())

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megaflux.models.pretrained import build_vlm
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
+from megaflux.models.scratch import build_vlm
 from megaflux.models.vlm import QUESTION, Trunk, join_vlm, mrope_position_ids, split_vlm
 from tests.conftest import picture
 

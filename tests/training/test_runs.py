@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaflux.config import build_config, merge
+from megaflux.config import ConditionModes, build_config, merge
 from megaflux.models.pretrained import load_models
 from megaflux.presets import PUBLISHED_STAGES, tiny
+from megaflux.training.noise import draw_mode
 from megaflux.training.stages import trainable_names
 from tests.training.runs import ROOT, copy_until, ds_config, launch, make_dataset, small_config, write_config
 
@@ -153,6 +154,34 @@ def test_torchrun_and_python_train_to_the_same_weights_as_deepspeed(tmp_path, da
         weights.append(final_weights(tmp_path / starter))
     assert_same(weights[0], weights[1])
     assert_same(weights[0], weights[2])
+
+
+def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_path, data):
+    values = small_config(
+        data, tmp_path / "run", data__condition={"image": 0.3, "image_text": 0.4, "text": 0.3}, data__num_workers=1,
+        model__activation_checkpointing=True,
+    )  # fmt: skip
+    config = write_config(values, tmp_path / "config.yaml")
+    run_ok("--deepspeed", ds_config(tmp_path), "--config", config, ranks=2)
+    seed = build_config(merge(tiny(), values)).run.seed
+    modes = ConditionModes(**values["data"]["condition"])
+    assert {draw_mode(modes, seed, update, 0) for update in range(6)} == {"image", "image_text", "text"}
+    half = copy_until(tmp_path / "run", tmp_path / "half", 2)
+    run_ok("--deepspeed", ds_config(tmp_path), "--config", config, "--run.dir", half, ranks=2)
+    assert_same(final_weights(tmp_path / "run"), final_weights(half))
+
+
+def test_a_run_starts_from_folders_in_the_published_layouts(tmp_path, data, published):
+    values = small_config(data, tmp_path / "run", train__updates=2, model__flux=str(published["flux"]), model__vae=None,
+                          model__vlm=str(published["qwen"]), stages=[{"name": "one", "share": 1, "blocks": [1]}])  # fmt: skip
+    config = write_config(values, tmp_path / "config.yaml")
+    run_ok("--deepspeed", ds_config(tmp_path), "--config", config, with_="python")
+    source = load_file(published["flux"] / "transformer" / "diffusion_pytorch_model.safetensors")
+    trained = final_weights(tmp_path / "run")
+    name = "single_transformer_blocks.0.attn.to_q.weight"
+    assert "transformer." + name in trained
+    drift = (trained["transformer." + name].float() - source[name]).abs().max()
+    assert 0 < drift < 0.02  # two updates away from the folder's weights, not from random ones
 
 
 def test_run_shows_itself_in_tensorboard(tmp_path, data):

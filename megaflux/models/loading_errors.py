@@ -1,0 +1,36 @@
+"""A library's loading errors in one line that names the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from megaflux.errors import UserError
+
+
+class named:
+    """Turn a library's loading error into a UserError of one line that names the source."""
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
+            return False
+        line = " ".join(str(error).split())
+        raise UserError(f"{_unreadable(self.where) or self.where}: cannot be loaded: {line[:400]}") from error
+
+
+def _unreadable(where: str) -> Path | None:
+    """The first safetensors file of a local folder that cannot be opened: the libraries don't say which."""
+    for file in sorted(Path(where).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError):
+            return file
+    return None

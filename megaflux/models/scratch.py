@@ -1,0 +1,107 @@
+"""Modules built from nothing: published classes at a preset's sizes, with seeded weights and the shipped tokenizers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megaflux import compat  # noqa: F401  (before diffusers and transformers)
+from diffusers import FluxTransformer2DModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    Qwen2TokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLImageProcessorFast,
+    Qwen2VLModel,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from megaflux.models.loading_errors import named
+
+TINY = Path(__file__).parent.parent / "assets" / "tiny"
+
+
+def build_transformer(flux_config: dict[str, Any], seed: int) -> FluxTransformer2DModel:
+    """FLUX with seeded weights for training from nothing.
+
+    proj_out is zero, so that the first velocity is 0; the AdaLN modulations are zero too, so that each block starts
+    as the identity (DiT, 2212.09748, section 3.2); linears are Xavier-uniform.
+    """
+    with _seeded(seed), named("model.flux_config"):
+        transformer = FluxTransformer2DModel(**flux_config)
+        for name, module in transformer.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+                if name == "proj_out" or name.rpartition(".")[2] == "linear":
+                    nn.init.zeros_(module.weight)
+    return transformer
+
+
+def build_vlm(vlm_config: dict[str, Any], seed: int) -> tuple[Qwen2VLModel, Qwen2VLProcessor]:
+    """Qwen2-VL of the given sizes with seeded random weights, with the shipped tokenizer in Qwen's format.
+
+    `qk_bias_std` in vlm_config, the one key that is not transformers': standard deviation of the query and key biases
+    of the frozen layers (transformers starts them at 0); they make attention depend on position.
+    """
+    processor = tiny_processor()
+    with _seeded(seed), named("model.vlm_config"), torch.no_grad():
+        vlm = Qwen2VLModel(vlm_configuration(vlm_config, processor.tokenizer))
+        for name, parameter in vlm.language_model.layers[:-1].named_parameters():
+            if name.endswith(("q_proj.bias", "k_proj.bias")):
+                parameter.normal_(std=vlm_config.get("qk_bias_std", 0.0))
+        return vlm, processor
+
+
+def vlm_configuration(vlm_config: dict[str, Any], tokenizer=None) -> Qwen2VLConfig:
+    """Qwen2VLConfig from the two nested dicts of `model.vlm_config`; a tokenizer sets vocabulary and special ids."""
+    values = copy.deepcopy(vlm_config)
+    values.pop("qk_bias_std", None)
+    special: dict[str, int] = {}
+    if tokenizer is not None:
+        values["text_config"].setdefault("vocab_size", len(tokenizer))
+        names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+                 "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
+        special = {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
+    return Qwen2VLConfig(**values, **special)
+
+
+def tiny_processor() -> Qwen2VLProcessor:
+    """Qwen2-VL's processor around the shipped tokenizer."""
+    tokenizer = Qwen2TokenizerFast.from_pretrained(TINY / "tokenizer")
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessorFast(), tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor(),
+        chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+
+
+def build_clip(clip_config: dict[str, Any], seed: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """CLIP's text model of the given sizes with seeded random weights, and the shipped byte tokenizer."""
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "clip_tokenizer")
+    with _seeded(seed), named("model.clip_config"):
+        config = CLIPTextConfig(
+            vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, **clip_config,
+        )  # fmt: skip
+        return CLIPTextModel(config).eval(), tokenizer
+
+
+class _seeded:
+    """Build modules under their own seed, leaving the global random state as it was."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.state = torch.get_rng_state()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_rng_state(self.state)
