@@ -248,9 +248,11 @@ class Config(Section):
         if len(set(names)) < len(names):
             raise ValueError("stages: two stages have the same name; give each its own")
         if min(self.stage_updates()) < 1:
+            shares = [stage.share for stage in self.stages]
+            enough = math.ceil(math.fsum(shares) / min(shares))
             raise ValueError(
                 f"train.updates: {self.train.updates} leaves a stage without updates; "
-                f"use at least {len(self.stages)} or drop stages"
+                f"use at least {enough} or drop stages"
             )
         if "latents" in self.data.cache and self.data.sample_posterior:
             raise ValueError("data.cache: cached latents are the posterior's mean; set data.sample_posterior false")

@@ -54,7 +54,7 @@ def yaml_file(tmp_path):
         (["--train.updates", "abc"], ["train.updates", "valid integer", "'abc'"]),
         (["--train.updates", "1.5"], ["train.updates", "valid integer", "1.5"]),
         (["--train.updates", "true"], ["train.updates", "must be a number, got true"]),
-        (["--train.updates", "2"], ["train.updates", "at least 4"]),
+        (["--train.updates", "2"], ["train.updates", "at least 7"]),
         (["--train.updats", "3"], ["--train.updats: unknown option, did you mean --train.updates?"]),
         (["--lr", "3"], ["--lr: unknown option, did you mean --optim.lr?"]),
         (["--data.cach", "x"], ["did you mean --data.cache?"]),

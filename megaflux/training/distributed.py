@@ -54,6 +54,8 @@ def start(quiet: bool = True) -> World:
     else:
         # torch's fused attention on CPUs is slow in bf16 (backward 9 x the plain products' at 89 tokens of 4 x 32).
         torch.backends.cuda.enable_flash_sdp(False)
+        if "OMP_NUM_THREADS" not in os.environ:  # ranks that each take every core get in each other's way
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(format="%(message)s")
     log.setLevel(level)
