@@ -15,13 +15,12 @@ from collections.abc import Callable
 class UserError(Exception):
     """Bad input. The message is one line: the file or field, what is wrong with it, and the mend.
 
-    every_rank: for what one rank alone may see (a file missing on its machine); otherwise rank 0 speaks for
-    all.
+    agreed: all ranks raise the same, so rank 0 speaks for them.
     """
 
-    def __init__(self, message: str, every_rank: bool = False):
+    def __init__(self, message: str, agreed: bool = False):
         super().__init__(message)
-        self.every_rank = every_rank
+        self.agreed = agreed
 
 
 class FrozenParameterError(RuntimeError):
@@ -32,14 +31,14 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
     """Run a command's `main`, print a UserError as one line on stderr, and leave with its exit code.
 
     Before the ranks know each other rank 0 speaks for all: they read the same command line. Afterwards each speaks
-    for itself, because it may be the only one that saw the fault."""
+    for itself, because it may be the only one that saw the fault, unless they have agreed on it."""
     try:
         code = main() or 0
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         dist = sys.modules.get("torch.distributed")
         together = dist is not None and dist.is_available() and dist.is_initialized()
-        if rank == "0" or error.every_rank or together:
+        if rank == "0" or (together and not error.agreed):
             line = " ".join(str(error).split())
             print(f"error: {line}" if rank == "0" else f"error: rank {rank}: {line}", file=sys.stderr)
         code = 2

@@ -36,10 +36,6 @@ class Condition:
     select_mask: Tensor | None = None
     """(B, T) bool, False at the padding of the condition; None: no padding."""
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Condition:
-        move = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
-        return Condition(**(move | {"hidden_states": move["hidden_states"].to(dtype)}))
-
     def rolled(self, shift: int = 1) -> Condition:
         """The same conditions, each given to the next sample: a shuffled reference."""
         dims = {"position_ids": 1}

@@ -139,7 +139,7 @@ def resolve(config: Config, ds_config: dict[str, Any], world: World) -> Checkpoi
             found = str(error)
     found = distributed.from_main(found, world)
     if isinstance(found, str):
-        raise UserError(found)
+        raise UserError(found, agreed=True)
     return found
 
 

@@ -220,8 +220,9 @@ def test_a_damaged_or_foreign_checkpoint_stops_the_run_in_one_line(tmp_path, dat
     pristine = tmp_path / "pristine"
     shutil.copytree(checkpoint, pristine)
 
-    def refusal(*arguments):
-        done = launch("--deepspeed", ds, "--config", config, *arguments, with_="python")
+    def refusal(*arguments, ranks=1):
+        starter = "python" if ranks == 1 else "deepspeed"
+        done = launch("--deepspeed", ds, "--config", config, *arguments, with_=starter, ranks=ranks)
         assert done.returncode == 2, done.stderr
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1 and "Traceback" not in done.stderr
@@ -233,5 +234,6 @@ def test_a_damaged_or_foreign_checkpoint_stops_the_run_in_one_line(tmp_path, dat
     shutil.rmtree(checkpoint)
     shutil.copytree(pristine, checkpoint)
     assert "seed" in refusal("--run.seed", "5")
+    assert "saved by 1 ranks, this run has 2" in refusal("--train.micro_batch_size", "1", ranks=2)
     (checkpoint / "manifest.json").unlink()
     assert "manifest.json" in refusal()
