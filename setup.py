@@ -10,7 +10,9 @@ setup(
     description="Training and generation code for FLUX conditioned by Qwen2-VL",
     python_requires=">=3.11",
     license="Apache-2.0",
-    packages=find_packages(include=["megaflux", "megaflux.*"]),
+    packages=[*find_packages(include=["megaflux", "megaflux.*"]), *find_packages("kernels")],
+    # The distribution `kernels` of the hub installs a package of that name; ours is megaflux_kernels inside kernels/.
+    package_dir={"megaflux_kernels": "kernels/megaflux_kernels"},
     package_data={"megaflux": ["assets/**/*"]},
     install_requires=[
         TORCH,

@@ -1,0 +1,7 @@
+"""Fused ops for FLUX conditioned by Qwen2-VL: Triton on a GPU, the same arithmetic in plain torch elsewhere.
+
+One folder per op: reference.py (definition and torch path), triton_kernels.py, and the public function here. Imports
+nothing of megaflux. See megaflux_kernels.dispatch for MEGAFLUX_KERNELS.
+"""
+
+OPS = ("rmsnorm_linear", "qk_norm_rope", "modulate", "gate_residual", "gelu_concat", "biased_attention")

@@ -1,0 +1,82 @@
+"""Which path an op takes: Triton on a GPU, plain torch elsewhere.
+
+MEGAFLUX_KERNELS decides, read once when the package is imported:
+
+    auto    Triton for CUDA tensors where Triton is installed, else torch (default)
+    triton  Triton always; CPU tensors need Triton's interpreter (TRITON_INTERPRET=1), meant for tests
+    torch   torch always
+
+Both paths give the same values within rounding, and keep the same tensors for the backward pass.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+CHOICES = ("auto", "triton", "torch")
+CHOICE = os.environ.get("MEGAFLUX_KERNELS", "auto")
+if CHOICE not in CHOICES:
+    raise ValueError(f"MEGAFLUX_KERNELS={CHOICE}: use one of {', '.join(CHOICES)}")
+
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (*TRITON_DTYPES, torch.float64)
+
+
+@lru_cache(maxsize=1)
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache(maxsize=1)
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels; it was chosen before they were imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether an op on x runs its Triton kernel. ValueError where it is forced and cannot."""
+    if CHOICE == "torch":
+        return False
+    if CHOICE == "auto":
+        return x.is_cuda and triton_installed() and x.dtype != torch.float64
+    if not triton_installed():
+        raise ValueError("MEGAFLUX_KERNELS=triton: triton is not installed; install it or use auto")
+    if not x.is_cuda and not interpreting():
+        raise ValueError(
+            f"MEGAFLUX_KERNELS=triton: the tensor is on {x.device}, Triton needs a CUDA device "
+            "(or TRITON_INTERPRET=1); use auto"
+        )
+    if x.dtype == torch.float64:
+        raise ValueError("MEGAFLUX_KERNELS=triton: float64 runs on the torch path only; use auto or torch")
+    return True
+
+
+def describe(device: torch.device | str) -> str:
+    """The path that ops on this device take, in a word for people: triton or torch."""
+    on_gpu = torch.device(device).type == "cuda" and triton_installed()
+    return "triton" if CHOICE == "triton" or (CHOICE == "auto" and on_gpu) else "torch"
+
+
+def check(op: str, x: Tensor, *others: Tensor | None, dims: int | None = None) -> None:
+    """ValueError, saying what is supported, unless x is of a supported dtype, rank and layout, and the others are
+    of the same dtype and on the same device."""
+    if x.dtype not in DTYPES:
+        supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise ValueError(f"{op}: {x.dtype} is not supported; use {supported} (float64 on the torch path only)")
+    if dims is not None and x.ndim != dims:
+        raise ValueError(f"{op}: want {dims} dimensions, got shape {tuple(x.shape)}")
+    for other in others:
+        if other is not None and (other.dtype != x.dtype or other.device != x.device):
+            raise ValueError(
+                f"{op}: all tensors must be {x.dtype} on {x.device}, got {other.dtype} on {other.device}; cast them"
+            )
+
+
+def rows(x: Tensor) -> Tensor:
+    """x as a kernel can read it: unit stride in the last dimension; copied only where it has another."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
