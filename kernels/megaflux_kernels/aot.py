@@ -1,8 +1,8 @@
 """python -m megaflux_kernels.aot: compile every Triton kernel for real GPUs without one, and print what it uses.
 
-Each op's triton_kernels.AOT lists (kernel, signature and constants, warps[, stages]) at FLUX's sizes; a type `D` is
-compiled for each dtype. Registers, shared memory and spills come from the cubin (`cuobjdump -res-usage`, which
-Triton carries). Exit code 1 where a kernel does not compile.
+Each op's triton_kernels.AOT lists (kernel, signature and constants, warps[, stages[, dtypes]]) at FLUX's sizes; a
+type `D` is compiled for each dtype. Registers, shared memory and spills come from the cubin (`cuobjdump -res-usage`,
+which Triton carries). Exit code 1 where a kernel does not compile.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def main() -> int:
 def compile_op(op: str, architectures: list[int]) -> Iterator[dict[str, Any]]:
     """{"op", "kernel", "dtype", "arch", "registers", "shared", "spills" (bytes)} of each kernel of an op."""
     module = importlib.import_module(f"megaflux_kernels.{op}.triton_kernels")
-    for kernel, arguments, warps, *stages in module.AOT:
+    for kernel, arguments, warps, *more in module.AOT:
+        stages, dtypes = more[:1], more[1] if len(more) > 1 else DTYPES
         typed = any("D" in str(kind).lstrip("*") for kind in arguments.values() if isinstance(kind, str))
-        for dtype in DTYPES if typed else ("-",):
+        for dtype in dtypes if typed else ("-",):
             for arch in architectures:
                 cubin, shared = compile_kernel(kernel, arguments, dtype, arch, warps, *stages)
                 yield {"op": op, "kernel": kernel.fn.__name__, "dtype": dtype, "arch": arch, **resources(cubin, shared)}
