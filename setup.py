@@ -30,6 +30,7 @@ setup(
         "pillow>=11",
         "pyarrow",
         "tqdm",
+        "psutil",
     ],
     extras_require={
         # Pictures for `make demo`: OpenMoji (CC BY-SA 4.0, openmoji.org) and a renderer for its SVG files.

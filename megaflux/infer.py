@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     _quiet_libraries()
     dtype = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}[args.dtype]
-    pipeline = load_pipeline(args.checkpoint, args.update, dtype, args.device)
+    pipeline = load_pipeline(args.checkpoint, args.update, dtype, args.device, args.kernels == "on")
     height, width = output_size(args.aspect, pipeline.settings.longest_side)
     guidance = pipeline.settings.guidance if args.guidance is None else args.guidance
     condition, notes = pipeline.encode(reference.picture, args.prompt)
@@ -88,6 +88,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
         help="auto (default): bfloat16 on a GPU, float32 on the CPU")  # fmt: skip
+    add("--kernels", choices=("on", "off"), default="on", help="off: diffusers' own path instead of megaflux_kernels")
     args = parser.parse_args(argv)
     from megaflux.data.buckets import make_buckets
     from megaflux.generation.prompt import check_prompt
@@ -252,6 +253,7 @@ def _settings(
         "height": height,
         "steps": args.steps,
         "guidance": guidance,
+        "kernels": args.kernels,
         "dtype": str(models.trainable.transformer.dtype).removeprefix("torch."),
         "device": str(models.trainable.transformer.device),
         "versions": versions(),

@@ -146,7 +146,7 @@ def tiny() -> dict[str, Any]:
                 "projection_dim": 32,
             },
             "latent_channels": 8,
-            "activation_checkpointing": False,
+            "activation_checkpointing": "none",
             "vlm_max_tokens": 64,
         },
         "data": {"path": "data/openmoji", "source": "openmoji", "longest_side": 128, "cache": ["latents", "trunk"]},

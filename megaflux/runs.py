@@ -100,20 +100,21 @@ def load_pipeline(
     update: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    kernels: bool = True,
 ) -> Qwen2VLFluxPipeline:
     """The pipeline of a run folder (its newest checkpoint, or that after `update` updates) or an export
     folder.
 
-    dtype None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if there is one. UserError for a
-    folder that is neither, or not whole.
+    dtype None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if there is one. kernels False: diffusers'
+    own path. UserError for a folder that is neither, or not whole.
     """
     if is_export(path):
         if update is not None:
             raise UserError(f"--update {update}: {path} is an export and holds one set of weights; leave it out")
-        return Qwen2VLFluxPipeline.from_pretrained(path, dtype, device)
+        return Qwen2VLFluxPipeline.from_pretrained(path, dtype, device, kernels)
     run = find(path, update)
     device, dtype = device_and_dtype(device, dtype)
-    return Qwen2VLFluxPipeline(load(run, device, dtype), Settings.of(run.config), run.source)
+    return Qwen2VLFluxPipeline(load(run, device, dtype), Settings.of(run.config), run.source, kernels)
 
 
 def is_export(path: str | Path) -> bool:

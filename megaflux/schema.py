@@ -20,6 +20,10 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
+def _policy(value: Any) -> Any:
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
 _NUMBER = BeforeValidator(_not_bool)
 Fraction = Annotated[float, _NUMBER, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, _NUMBER, Field(gt=0, allow_inf_nan=False)]
@@ -67,9 +71,13 @@ class Model(Section):
     latent_channels: Count
     """Channels of the VAE's latents (8x smaller than the image); FLUX sees four times as many after
     packing."""
-    activation_checkpointing: bool = True
-    """Recompute each FLUX block and the Qwen layer in the backward pass instead of keeping their
-    activations."""
+    kernels: Literal["on", "off"] = "on"
+    """on: FLUX and the connector run on megaflux_kernels (Triton on a GPU, torch on a CPU; not under ZeRO-3, which
+    gathers weights module by module); off: diffusers' own path."""
+    activation_checkpointing: Annotated[Literal["auto", "none", "mlp", "full"], BeforeValidator(_policy)] = "auto"
+    """What the backward pass computes again instead of keeping it: none, mlp (in each FLUX block the MLP's first
+    product; needs kernels), full (all of each FLUX block, and the Qwen layer), auto (per block, from the memory of
+    the GPU). Gradients are the same. true and false are read as full and none."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention of Qwen2-VL in transformers' words; FLUX always uses scaled_dot_product_attention."""
     vlm_max_tokens: Count = 512

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,15 +26,17 @@ TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DTYPES = (*TRITON_DTYPES, torch.float64)
 
 
-@lru_cache(maxsize=1)
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton, too, looks when it is imported
+
+
 def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _INSTALLED
 
 
-@lru_cache(maxsize=1)
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels; it was chosen before they were imported."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    return _INTERPRETING
 
 
 def use_triton(x: Tensor) -> bool:

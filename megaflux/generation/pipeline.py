@@ -104,19 +104,24 @@ class Qwen2VLFluxPipelineOutput:
 
 
 class Qwen2VLFluxPipeline:
-    """Generation with finished models. `source` says where they come from; it is stored with each picture."""
+    """Generation with finished models. `source` says where they come from; it is stored with each picture. `kernels`:
+    FLUX and the connector run on megaflux_kernels; False: on diffusers' own path."""
 
-    def __init__(self, models: Models, settings: Settings, source: dict[str, Any] | None = None):
+    def __init__(
+        self, models: Models, settings: Settings, source: dict[str, Any] | None = None, kernels: bool = True
+    ):
         self.models = models
         self.settings = settings
         self.source = source or {}
         models.trainable.requires_grad_(False).eval()
+        models.trainable.configure(kernels)
         self.flux = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None
-    ) -> Qwen2VLFluxPipeline:
+        cls, path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
+        kernels: bool = True,
+    ) -> Qwen2VLFluxPipeline:  # fmt: skip
         """Assemble an export folder; `megaflux.runs.load_pipeline` takes run folders as well.
 
         dtype None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if there is one. UserError
@@ -133,7 +138,7 @@ class Qwen2VLFluxPipeline:
             pretrained.read_tensors(root / POOLED, {"pooled_prompt_embeds"})["pooled_prompt_embeds"],
             settings.vlm_max_tokens, settings.caption_max_tokens,
         )  # fmt: skip
-        return cls(models.to(device, dtype), settings, manifest.source)
+        return cls(models.to(device, dtype), settings, manifest.source, kernels)
 
     @torch.no_grad()
     def __call__(

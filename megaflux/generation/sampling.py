@@ -41,7 +41,7 @@ def generate(
             on_step()
         return {}
 
-    prompt_embeds = model.encode_condition(condition)
+    prompt_embeds = model.encode_condition(condition, embedded=model.fused)
     images = pipeline(
         prompt_embeds=prompt_embeds,
         pooled_prompt_embeds=pooled_projections.to(prompt_embeds).expand(len(seeds), -1),
@@ -49,6 +49,7 @@ def generate(
         width=width,
         num_inference_steps=steps,
         guidance_scale=guidance,
+        joint_attention_kwargs={"context_embedded": True} if model.fused else None,
         generator=[s if isinstance(s, torch.Generator) else torch.Generator().manual_seed(s) for s in seeds],
         output_type="pt",
         callback_on_step_end=after_step,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def build_connector(vlm_hidden_size: int, joint_attention_dim: int, seed: int) -> nn.Linear:
@@ -20,3 +20,15 @@ def build_connector(vlm_hidden_size: int, joint_attention_dim: int, seed: int) -
             connector.weight.copy_(torch.randn(connector.weight.shape, generator=generator) / vlm_hidden_size**0.5)
             connector.bias.zero_()
     return connector
+
+
+@torch.no_grad()
+def folded(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of the one linear that equals second(first(x)), multiplied in float32 and rounded once.
+
+    For generation, where both are fixed: connector and FLUX's context_embedder, 3584 -> 4096 -> 3072.
+    """
+    wide, dtype = torch.promote_types(first.weight.dtype, torch.float32), first.weight.dtype
+    weight = second.weight.to(wide) @ first.weight.to(wide)
+    bias = second.weight.to(wide) @ first.bias.to(wide) + second.bias.to(wide)
+    return weight.to(dtype), bias.to(dtype)

@@ -5,6 +5,8 @@ Shapes: B batch, H W pixels, C latent channels (16 in FLUX), h = H/8, w = W/8, L
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -55,9 +57,19 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     )  # fmt: skip
 
 
+@lru_cache(maxsize=64)
 def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """FLUX's img_ids for a picture of height x width px: (L, 3) float32 rows of (0, row, column)."""
+    """FLUX's img_ids for a picture of height x width px: (L, 3) float32 rows of (0, row, column).
+
+    The same tensor for the same arguments, so that FLUX's position table is made once; read only.
+    """
     rows = torch.arange(height // TOKEN_PIXELS, device=device, dtype=torch.float32)
     columns = torch.arange(width // TOKEN_PIXELS, device=device, dtype=torch.float32)
     row, column = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3)
+
+
+@lru_cache(maxsize=64)
+def text_ids(tokens: int, device: torch.device | str = "cpu") -> Tensor:
+    """FLUX's txt_ids: (T, 3) float32 zeros, for FLUX sees the condition as a set. Kept as `image_ids` are; read only."""
+    return torch.zeros(tokens, 3, device=device)

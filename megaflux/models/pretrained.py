@@ -73,10 +73,16 @@ class Models:
 
 
 def cast(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Move a module, casting its parameters but not its buffers: RoPE's inv_freq loses its angles in bf16."""
+    """Move a module, casting its parameters but not its buffers: RoPE's inv_freq loses its angles in bf16.
+
+    On a CPU the parameters end at multiples of 64 bytes, which those mapped from a file need not be: matrix products
+    round by the alignment, and the same weights from two files would give different last bits.
+    """
     module.to(device)
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
+        data = parameter.data.to(dtype)
+        aligned = data.device.type != "cpu" or data.data_ptr() % 64 == 0
+        parameter.data = data if aligned else data.clone()
 
 
 def load_models(config: Config) -> Models:

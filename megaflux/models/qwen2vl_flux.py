@@ -5,10 +5,17 @@ Shapes: B batch, S chat tokens, T condition tokens, L image tokens, C packed lat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from megaflux.models.vlm import Condition
+from megaflux.models.connector import folded
+from megaflux.models.flux import Policy, fuse, is_fused, unfuse
+from megaflux.models.latents import text_ids
+from megaflux.models.vlm import Condition, defer_norm
+from megaflux_kernels.dispatch import describe
+from megaflux_kernels.rmsnorm_linear import rmsnorm_linear
 
 
 class Qwen2VLFlux(nn.Module):
@@ -24,19 +31,58 @@ class Qwen2VLFlux(nn.Module):
         self.connector = connector
         self.transformer = transformer
 
-    def enable_activation_checkpointing(self) -> None:
-        self.transformer.enable_gradient_checkpointing()
-        # Reentrant checkpointing gives no gradients where no input needs one, and the trunk's output needs none.
-        self.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+    @property
+    def fused(self) -> bool:
+        """Whether FLUX and the connector run on megaflux_kernels."""
+        return is_fused(self.transformer)
 
-    def encode_condition(self, condition: Condition) -> Tensor:
-        """Trunk output -> FLUX's encoder_hidden_states (B, T, joint_attention_dim)."""
+    def configure(self, kernels: bool, policies: Policy | Sequence[Policy] = "none") -> None:
+        """Choose the paths: megaflux_kernels or diffusers' own, and what each FLUX block computes again in the backward
+        pass (see models.flux; one for all, or one per block). Without kernels: "none" or "full" for all blocks.
+
+        The Qwen layer is computed again where any block is in full. ValueError for what cannot be.
+        """
+        chosen = {policies} if isinstance(policies, str) else set(policies)
+        if kernels:
+            fuse(self.transformer, policies)
+            self.transformer.disable_gradient_checkpointing()  # diffusers' own
+        else:
+            if chosen not in ({"none"}, {"full"}):
+                raise ValueError(f"activation policies {sorted(chosen)} need kernels; use none or full for all blocks")
+            unfuse(self.transformer)
+            switch = "enable" if chosen == {"full"} else "disable"
+            getattr(self.transformer, f"{switch}_gradient_checkpointing")()
+        defer_norm(self.vlm, kernels)
+        if "full" in chosen:
+            # Reentrant checkpointing gives no gradients where no input needs one, and the trunk's output needs none.
+            self.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.vlm.gradient_checkpointing_disable()
+
+    def describe(self) -> str:
+        """The path that FLUX and the connector take, for people."""
+        if not self.fused:
+            return "kernels off (diffusers' own path)"
+        return f"kernels: {describe(self.connector.weight.device)}"
+
+    def encode_condition(self, condition: Condition, embedded: bool = False) -> Tensor:
+        """Trunk output -> FLUX's encoder_hidden_states (B, T, joint_attention_dim).
+
+        embedded (with kernels, without gradients): past context_embedder too, (B, T, W), by one product that equals
+        connector and context_embedder; the transformer is then told `context_embedded`.
+        """
         hidden_states = self.vlm(
             inputs_embeds=condition.hidden_states, position_ids=condition.position_ids,
             attention_mask=condition.attention_mask, use_cache=False, return_dict=True,
         ).last_hidden_state  # fmt: skip
         index = condition.select[..., None].expand(-1, -1, hidden_states.shape[-1])
-        return self.connector(hidden_states.gather(1, index))  # (B, S, D) -> (B, T, D) -> (B, T, joint)
+        hidden_states = hidden_states.gather(1, index)  # (B, S, D) -> (B, T, D)
+        if not self.fused:
+            return self.connector(hidden_states)
+        weights = self.connector.weight, self.connector.bias
+        if embedded:
+            weights = folded(self.connector, self.transformer.context_embedder)
+        return rmsnorm_linear(hidden_states, self.vlm.norm.weight, *weights, self.vlm.config.rms_norm_eps)
 
     def forward(
         self, condition: Condition, hidden_states: Tensor, timestep: Tensor, img_ids: Tensor,
@@ -48,7 +94,7 @@ class Qwen2VLFlux(nn.Module):
         guidance: (B,) or None for a FLUX without guidance embedding.
         """
         encoder_hidden_states = self.encode_condition(condition)
-        B, T, _ = encoder_hidden_states.shape
+        T = encoder_hidden_states.shape[1]
         return self.transformer(
             hidden_states=hidden_states,
             encoder_hidden_states=encoder_hidden_states,
@@ -56,7 +102,7 @@ class Qwen2VLFlux(nn.Module):
             pooled_projections=pooled_projections,
             guidance=guidance,
             img_ids=img_ids,
-            txt_ids=img_ids.new_zeros(T, 3),  # all zero: FLUX sees the condition as a set
+            txt_ids=text_ids(T, img_ids.device),
             joint_attention_kwargs=attention_kwargs(condition.select_mask, hidden_states),
             return_dict=False,
         )[0]

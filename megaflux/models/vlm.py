@@ -92,8 +92,22 @@ def join_vlm(trunk_model: nn.Module, tail: nn.Module) -> nn.Module:
     layer = tail.layers[0]
     layer.self_attn.layer_idx = len(text.layers)
     text.layers.append(layer)
+    defer_norm(tail, False)
     text.norm = tail.norm
     return trunk_model
+
+
+def defer_norm(tail: nn.Module, defer: bool) -> None:
+    """Leave the final norm to whoever reads the tail's output (the connector's kernel does it on the way), or have
+    the tail apply it again. The norm keeps its place and its weight."""
+    if defer:
+        tail.norm.forward = _unchanged
+    else:
+        vars(tail.norm).pop("forward", None)
+
+
+def _unchanged(hidden_states: Tensor) -> Tensor:
+    return hidden_states
 
 
 def mrope_position_ids(length: int, image_start: int, grid: tuple[int, int] | None) -> Tensor:

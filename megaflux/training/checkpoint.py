@@ -237,7 +237,8 @@ def load_training_state(checkpoint: Checkpoint, engine: StageEngine, world: Worl
 def identity(config: Config) -> dict[str, Any]:
     """What must be the same for a checkpoint to continue a run, as plain data."""
     values = config.model_dump(mode="json")
-    kept = {f"model.{key}": value for key, value in values["model"].items() if key != "activation_checkpointing"}
+    same_result = ("activation_checkpointing", "kernels")  # within rounding, and so a run's owner may change them
+    kept = {f"model.{key}": value for key, value in values["model"].items() if key not in same_result}
     kept |= {f"data.{key}": values["data"][key] for key in ("longest_side", "aspect_ratios", "condition")}
     kept |= {f"train.{key}": values["train"][key] for key in ("updates", "global_batch_size", "micro_batch_size")}
     return kept | {"stages": values["stages"], "run.seed": values["run"]["seed"], "flow": values["flow"]}

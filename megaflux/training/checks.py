@@ -12,7 +12,7 @@ from typing import Any
 from megaflux.config import Config
 from megaflux.data.buckets import make_buckets
 from megaflux.errors import UserError
-from megaflux.training.ds_config import batch_problem, zero_stage
+from megaflux.training.ds_config import batch_problem, uses_kernels, zero_stage
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 FLUX_FILES = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json",
@@ -30,6 +30,7 @@ def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) ->
         *_sizes(config),
         *_run_folder(config),
         *_models(config),
+        *_kernels(config, ds_config),
         *_data(config),
         *_validation(config),
     ]
@@ -113,6 +114,12 @@ def _models(config: Config) -> Iterator[str]:
             yield f"model.{field}: {source} is a file; give the folder it belongs to"
         elif not HUB_NAME.fullmatch(source):
             yield f"model.{field}: {source} does not exist; give a folder or a hub name (owner/name)"
+
+
+def _kernels(config: Config, ds_config: dict[str, Any]) -> Iterator[str]:
+    if config.model.activation_checkpointing == "mlp" and not uses_kernels(config, ds_config):
+        why = "ZeRO-3 runs" if config.model.kernels == "on" else "model.kernels off means"
+        yield f"model.activation_checkpointing: mlp needs kernels, but {why} diffusers' own path; use auto, none or full"
 
 
 def _data(config: Config) -> Iterator[str]:

@@ -13,8 +13,8 @@ What a step of one image costs (Qwen2VLFlux: Qwen layer -> connector -> FLUX):
   q, k, v while that block's modulation and `x_embedder` are frozen.
 - dW, the gradient to weights: as much again, for trainable linears only.
 - attention backward: twice its forward (dQ, dK, dV, dP). A flash kernel computes QK^T a second time, half a
-  forward more; activation checkpointing a whole forward of every FLUX block and of the Qwen layer more. Both
-  are `recompute`, which MFU leaves out and hardware FLOPs count.
+  forward more. A block in activation policy `mlp` computes its MLP's first product again, one in `full` its whole
+  forward, and then the Qwen layer does so too. All this is `recompute`, which MFU leaves out and hardware FLOPs count.
 - frozen: the trunk's and the VAE encoder's forward, where data.cache does not hold them. Causal attention is
   counted in full, as torch's FlopCounterMode does.
 """
@@ -25,6 +25,7 @@ import json
 import math
 import re
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -157,11 +158,18 @@ def condition_grid(height: int, width: int, max_tokens: int, cell: int = 28) -> 
     return rows, columns
 
 
-def training_flops(config: Config, module: nn.Module, stage: Stage, tokens: Tokens, frozen: int = 0) -> Flops:
+def training_flops(
+    module: nn.Module, stage: Stage, tokens: Tokens, frozen: int = 0, policies: Sequence[str] | None = None
+) -> Flops:
     """FLOPs of one image in one step of a stage. module: Qwen2VLFlux, the meta device will do. frozen: FLOPs
-    of the frozen networks, as `frozen_flops` counts them."""
+    of the frozen networks, as `frozen_flops` counts them. policies: none, mlp or full for each FLUX block, double
+    ones first; None: nothing is computed again."""
     trainable = set(trainable_names(module, stage))
-    linear = dx = dw = blocks = 0
+    transformer, text = module.transformer, module.vlm.config
+    num_double = len(transformer.transformer_blocks)
+    num_blocks = num_double + len(transformer.single_transformer_blocks)
+    policies = policies or ["none"] * num_blocks
+    linear = dx = dw = again = 0
     for name, layer in module.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
@@ -169,15 +177,23 @@ def training_flops(config: Config, module: nn.Module, stage: Stage, tokens: Toke
         linear += cost
         dx += cost if _needs_input_gradient(name, trainable) else 0
         dw += cost if f"{name}.weight" in trainable else 0
+        again += cost if _computed_again(name, policies, num_double) else 0
+    per_block = 4 * (tokens.condition + tokens.image) ** 2 * transformer.inner_dim
+    layer = 4 * len(module.vlm.layers) * tokens.turn**2 * text.hidden_size
+    attention = num_blocks * per_block + layer
+    again += sum(per_block for policy in policies if policy == "full") + (layer if "full" in policies else 0)
+    return Flops(linear, attention, dx, dw, 2 * attention, frozen, attention // 2 + again)
+
+
+def _computed_again(name: str, policies: Sequence[str], num_double: int) -> bool:
+    """Whether a linear of Qwen2VLFlux runs a second time in the backward pass."""
+    block = re.match(r"transformer\.(single_)?transformer_blocks\.(\d+)\.(.+)", name)
+    if block is None:
         # Checkpointing stops at the last tensor that the backward reads, before the layer's last linear.
-        recomputed = "transformer_blocks" in name or (name.startswith("vlm.") and not name.endswith("down_proj"))
-        blocks += cost if recomputed else 0
-    transformer, text = module.transformer, module.vlm.config
-    num_blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
-    attention = 4 * num_blocks * (tokens.condition + tokens.image) ** 2 * transformer.inner_dim
-    attention += 4 * len(module.vlm.layers) * tokens.turn**2 * text.hidden_size
-    recompute = attention // 2 + (blocks + attention if config.model.activation_checkpointing else 0)
-    return Flops(linear, attention, dx, dw, 2 * attention, frozen, recompute)
+        return name.startswith("vlm.") and not name.endswith("down_proj") and "full" in policies
+    policy = policies[int(block[2]) + (num_double if block[1] else 0)]
+    proj_in = block[3] in ("proj_mlp", "ff.net.0.proj", "ff_context.net.0.proj")
+    return policy == "full" or (policy == "mlp" and proj_in)
 
 
 def frozen_flops(config: Config, trunk: nn.Module | None, bucket: Bucket) -> int:
@@ -245,7 +261,7 @@ def train_flops_per_image(
     key = (stage.blocks, stage.components, bucket.size, config.data.cache, config.model.vlm_max_tokens)
     if key not in known:
         frozen = frozen_flops(config, trunk, bucket)
-        known[key] = training_flops(config, module, stage, token_counts(config, bucket), frozen).model
+        known[key] = training_flops(module, stage, token_counts(config, bucket), frozen).model
     return known[key]
 
 

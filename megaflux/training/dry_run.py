@@ -26,8 +26,8 @@ from megaflux.training.costs import (
     token_counts,
     training_flops,
 )
-from megaflux.training.ds_config import uses_bf16, zero_stage
-from megaflux.training.memory import Memory, memory_per_gpu
+from megaflux.training.ds_config import uses_bf16, uses_kernels, zero_stage
+from megaflux.training.memory import Memory, counted, policies_for, stage_memory, usable
 
 GIGA = 1e9
 
@@ -81,17 +81,28 @@ def _costs(
         raise UserError(f"model: the networks cannot be built: {' '.join(str(error).split())[:200]}") from error
     buckets = make_buckets(config.data.aspect_ratios, config.data.longest_side)
     table = stage_table(config, module)
-    flops = [_flops_by_bucket(config, module, trunk, stage, buckets) for stage in config.stages]
+    budget = usable(gpu_memory_gb * GIGA)
+    policies = [policies_for(config, ds_config, world_size, module, trunk, buckets, s, budget) for s in config.stages]
+    flops = [
+        _flops_by_bucket(config, module, trunk, stage, buckets, chosen)
+        for stage, chosen in zip(config.stages, policies, strict=True)
+    ]
     means = [_mean([f.model for f in row.values()]) for row in flops]
     updates = [row.updates for row in table]
     flops_per_image = sum(m * u for m, u in zip(means, updates, strict=True)) / sum(updates)
-    memory = memory_per_gpu(config, ds_config, world_size, module, trunk, buckets)
+    needs = [
+        stage_memory(config, ds_config, world_size, module, trunk, stage, bucket, chosen)
+        for stage, chosen in zip(config.stages, policies, strict=True)
+        for bucket in buckets
+    ]
+    memory = max(needs, key=lambda need: need.total)
     speed = world_size * images_per_second(flops_per_image, mfu, peak_tflops)
     days = config.train.updates * config.train.global_batch_size / speed / 86400
 
     _print_stages(config, table, means)
     _print_flops(config, buckets, flops)
     _print_memory(config, ds_config, world_size, memory)
+    _print_policies(config, ds_config, policies)
     print(
         f"\nSpeed at {mfu:.0%} MFU of {peak_tflops:g} TFLOP/s a GPU: {speed:.3g} images/s on {world_size} "
         f"GPU{'s' * (world_size > 1)}; {config.train.updates} updates of {config.train.global_batch_size} images "
@@ -100,7 +111,7 @@ def _costs(
     if memory.total / GIGA > gpu_memory_gb:
         problems.append(
             f"memory: {memory.total / GIGA:.1f} GB per GPU is more than {gpu_memory_gb:g} GB; lower "
-            "train.micro_batch_size, turn on model.activation_checkpointing, use more GPUs or zero3.json"
+            "train.micro_batch_size, set model.activation_checkpointing to auto, use more GPUs or zero3.json"
         )
     return {
         "stages": [asdict(row) | {"flops_per_image": mean} for row, mean in zip(table, means, strict=True)],
@@ -111,6 +122,7 @@ def _costs(
         },
         "memory_gb_per_gpu": memory.total / GIGA,
         "memory": asdict(memory),
+        "activation_checkpointing": {s.name: list(chosen) for s, chosen in zip(config.stages, policies, strict=True)},
         "images_per_second": speed,
         "days": days,
         "mfu": mfu,
@@ -119,10 +131,13 @@ def _costs(
 
 
 def _flops_by_bucket(
-    config: Config, module: nn.Module, trunk: nn.Module, stage: Stage, buckets: Sequence[Bucket]
-) -> dict[Bucket, Flops]:
+    config: Config, module: nn.Module, trunk: nn.Module, stage: Stage, buckets: Sequence[Bucket],
+    policies: Sequence[str],
+) -> dict[Bucket, Flops]:  # fmt: skip
     return {
-        bucket: training_flops(config, module, stage, token_counts(config, bucket), frozen_flops(config, trunk, bucket))
+        bucket: training_flops(
+            module, stage, token_counts(config, bucket), frozen_flops(config, trunk, bucket), policies
+        )
         for bucket in buckets
     }
 
@@ -156,8 +171,7 @@ def _print_memory(config: Config, ds_config: dict[str, Any], world_size: int, me
     precision = "bfloat16" if uses_bf16(ds_config) else "float32"
     print(
         f"\nGB per GPU: {world_size} GPU{'s' * (world_size > 1)}, ZeRO-{zero_stage(ds_config)}, {precision}, "
-        f"micro-batch {config.train.micro_batch_size}, activation checkpointing "
-        f"{'on' if config.model.activation_checkpointing else 'off'}; peak: {memory.stage}, {memory.bucket}"
+        f"micro-batch {config.train.micro_batch_size}; peak: {memory.stage}, {memory.bucket}"
     )
     lines = {f"weights, {name}": size for name, size in memory.weights.items()}
     lines |= {"gradients": memory.gradients, "optimizer shard": memory.optimizer,
@@ -169,6 +183,14 @@ def _print_memory(config: Config, ds_config: dict[str, Any], world_size: int, me
     print(f"  {'total':<46}{memory.total / GIGA:>9.3f}")
     if memory.host_optimizer:
         print(f"  {'on the host: optimizer shard':<46}{memory.host_optimizer / GIGA:>9.3f}")
+
+
+def _print_policies(config: Config, ds_config: dict[str, Any], policies: Sequence[Sequence[str]]) -> None:
+    kernels = "megaflux_kernels" if uses_kernels(config, ds_config) else "diffusers' own path"
+    print(f"\nFLUX runs on {kernels}; what its blocks compute again (model.activation_checkpointing "
+          f"{config.model.activation_checkpointing}):")  # fmt: skip
+    for stage, chosen in zip(config.stages, policies, strict=True):
+        print(f"  {stage.name:<10}{counted(chosen)}")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -115,6 +115,12 @@ def uses_bf16(ds_config: dict[str, Any]) -> bool:
     return bool(ds_config.get("bf16", {}).get("enabled"))
 
 
+def uses_kernels(config: Config, ds_config: dict[str, Any]) -> bool:
+    """Whether FLUX and the connector run on megaflux_kernels: where model.kernels is on, but not under ZeRO-3, which
+    gathers a module's weights when its own forward is called, and the fused blocks call few of those."""
+    return config.model.kernels == "on" and zero_stage(ds_config) != 3
+
+
 def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
     """Type of weights and activations: torch.bfloat16 or torch.float32."""
     import torch  # late, so that the checks of the command line stay fast

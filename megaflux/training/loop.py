@@ -22,10 +22,10 @@ from megaflux.data.loader import Batch, build_loader
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models, load_models
 from megaflux.models.vlm import Condition
-from megaflux.training import checkpoint, distributed, noise, validation
+from megaflux.training import checkpoint, distributed, memory, noise, validation
 from megaflux.training.cache import cached_dataset
 from megaflux.training.distributed import World
-from megaflux.training.ds_config import accumulation_steps, compute_dtype
+from megaflux.training.ds_config import accumulation_steps, compute_dtype, uses_kernels
 from megaflux.training.engine import Carried, StageEngine
 from megaflux.training.monitor import Monitor
 from megaflux.training.setup import prepare_data, prepare_run_folder
@@ -49,8 +49,6 @@ def train(config: Config, ds_config: dict[str, Any]) -> None:
 
     models = load_models(config).to(world.device, compute_dtype(ds_config))
     models.trainable.train()  # transformers recomputes activations in training mode only
-    if config.model.activation_checkpointing:
-        models.trainable.enable_activation_checkpointing()
     references = validation.load_references(config, models)
     loader = build_loader(
         cached_dataset(config, models, world), remote=config.data.remote, cache_limit=config.data.cache_limit,
@@ -74,7 +72,13 @@ def train(config: Config, ds_config: dict[str, Any]) -> None:
             engine = StageEngine(models.trainable, config, ds_config, stage, world.size, carried)
             if resumed and stage == resumed.stage:
                 checkpoint.load_training_state(resumed, engine, world)
-            log.info("stage %s: %d parameters train", config.stages[stage].name, engine.num_trainable)
+            policies = memory.choose_policies(
+                config, ds_config, world.size, models, config.stages[stage], world.device
+            )
+            models.trainable.configure(uses_kernels(config, ds_config), policies)
+            log.info("stage %s: %d parameters train; %s; computed again in the backward pass, %s",
+                     config.stages[stage].name, engine.num_trainable, models.trainable.describe(),
+                     memory.counted(policies))  # fmt: skip
             if done == 0:
                 _validate(engine, config, models, references, monitor, world, done)
         stage_end = config.stage_ends()[stage]

@@ -11,12 +11,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from megaflux.config import Stage
 from megaflux.errors import FrozenParameterError, UserError
+
+if TYPE_CHECKING:  # the benches name stages on machines that lack what reading a configuration needs
+    from megaflux.config import Stage
 
 # (part, pattern): what a parameter belongs to. Ordered for reading; the patterns exclude each other.
 PATTERNS: tuple[tuple[str, str], ...] = (

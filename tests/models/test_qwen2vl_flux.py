@@ -147,15 +147,17 @@ def test_masked_padding_is_the_shorter_batch(models, mode):
 
 
 @pytest.mark.parametrize("captions", [None, ["a", "a longer caption"]])
-def test_activation_checkpointing_changes_no_gradient(models, captions):
+@pytest.mark.parametrize("kernels, policies", [
+    (False, "full"), (True, "none"), (True, "mlp"), (True, "full"), (True, ["full", "mlp"]),
+])  # fmt: skip
+def test_neither_kernels_nor_computing_again_changes_a_gradient(models, captions, kernels, policies):
     mode = "image_text" if captions else "image"
     condition = models.trunk.encode(pixels(2), captions, mode)
     x = torch.randn(2, 12, models.vae.config.latent_channels * 4, generator=torch.Generator().manual_seed(2))
     gradients = []
-    for checkpointing in (False, True):
+    for settings in ((False, "none"), (kernels, policies)):
         model = copy.deepcopy(models.trainable).train().requires_grad_(True)
-        if checkpointing:
-            model.enable_activation_checkpointing()
+        model.configure(*settings)
         velocity = model(
             condition, x, torch.tensor([0.2, 0.7]), ops.image_ids(HEIGHT, WIDTH),
             models.pooled_projections.expand(2, -1), torch.full((2,), GUIDANCE),

@@ -1,0 +1,202 @@
+"""qk_norm_rope: packed q, k, v of FLUX's streams -> RMSNorm per head -> RoPE -> joint [text; image] layout.
+
+    n = x / sqrt(mean(x^2) + eps) * norm_weight            per head, for q and k
+    (a, b) -> (a cos - b sin, b cos + a sin)               pairs of neighbours: FLUX's RoPE is interleaved
+
+as diffusers' FluxAttnProcessor and apply_rotary_emb compute it. Shapes: B batch, L image tokens, T text tokens (0
+without a text stream), S = T + L, H heads, D head_dim. The backward pass works from the rotated q and k, which
+attention keeps anyway, and float32 statistics: turned back and divided by the norm weight they are the normalised
+values. Where a weight is 0, or far smaller than its neighbour, that loses digits: there `keep_input` keeps x instead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megaflux_kernels.dispatch import check, rows, use_triton
+from megaflux_kernels.qk_norm_rope import reference
+
+EPS = 1e-6
+HEAD_DIMS = (32, 64, 128)
+SMALLEST_RATIO = 1 / 8  # of a norm weight to its neighbour in the pair: costs three bits at most
+
+
+@torch.library.custom_op("megaflux::qk_norm_rope", mutates_args=())
+def _triton_forward(
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None,
+    txt_norm_q: Tensor | None, txt_norm_k: Tensor | None, eps: float, keep_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from megaflux_kernels.qk_norm_rope import triton_kernels
+
+    return triton_kernels.forward(qkv, norm_q, norm_k, cos, sin, heads, txt_qkv, txt_norm_q, txt_norm_k, eps)
+
+
+@_triton_forward.register_fake
+def _(
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None,
+    txt_norm_q: Tensor | None, txt_norm_k: Tensor | None, eps: float, keep_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens = qkv.shape[1] + (0 if txt_qkv is None else txt_qkv.shape[1])
+    q, k, v = (qkv.new_empty((qkv.shape[0], tokens, heads, norm_q.shape[0])) for _ in range(3))
+    return q, k, v, qkv.new_empty((2, qkv.shape[0], tokens, heads), dtype=torch.float32)
+
+
+@torch.library.custom_op("megaflux::qk_norm_rope_backward", mutates_args=())
+def _triton_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
+    cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
+    need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from megaflux_kernels.qk_norm_rope import triton_kernels
+
+    return triton_kernels.backward(
+        dq, dk, dv, q, k, rstd, norm_q, norm_k, cos, sin, text_tokens, txt_norm_q, txt_norm_k, need_norms, qkv, txt_qkv
+    )
+
+
+@_triton_backward.register_fake
+def _(
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
+    cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
+    need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    B, S, H, D = q.shape
+    norms = (2, D) if need_norms else (0,)
+    return (
+        q.new_empty((B, S - text_tokens, 3 * H * D)), q.new_empty((B, text_tokens, 3 * H * D)),
+        norm_q.new_empty(norms), norm_q.new_empty(norms if text_tokens else (0,)),
+    )  # fmt: skip
+
+
+def forward(
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None = None,
+    txt_norm_q: Tensor | None = None, txt_norm_k: Tensor | None = None, eps: float = EPS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(q, k, v, rstd), without autograd: q, k, v (B, S, H, D) contiguous; rstd (2, B, S, H), 1 / rms of q and of k,
+    float32 (float64 for float64)."""
+    _check(qkv, norm_q, norm_k, cos, sin, heads, txt_qkv, txt_norm_q, txt_norm_k)
+    run = _triton_forward if use_triton(qkv) else reference.forward
+    txt_qkv = None if txt_qkv is None else rows(txt_qkv)
+    return run(rows(qkv), norm_q, norm_k, cos, sin, heads, txt_qkv, txt_norm_q, txt_norm_k, eps, False)
+
+
+def backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
+    cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None = None, txt_norm_k: Tensor | None = None,
+    need_norms: bool = False, qkv: Tensor | None = None, txt_qkv: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dqkv (B, L, 3 H D), dtxt_qkv (B, T, 3 H D) or None, dnorms (2, D), dtxt_norms (2, D)) of `forward`; the norms'
+    are None unless need_norms, rows q and k.
+
+    dq, dk, dv: (B, S, H, D), any strides but the last, 1. q, k, rstd: what `forward` returned. qkv, txt_qkv: its
+    input, where the norm weights are not `invertible`; None: q and k are turned back.
+    """
+    run = _triton_backward if use_triton(q) else reference.backward
+    dqkv, dtxt_qkv, dnorms, dtxt_norms = run(
+        rows(dq), rows(dk), rows(dv), q, k, rstd, norm_q, norm_k, cos, sin, text_tokens, txt_norm_q, txt_norm_k,
+        need_norms, qkv, txt_qkv,
+    )  # fmt: skip
+    text = text_tokens > 0
+    return dqkv, dtxt_qkv if text else None, dnorms if need_norms else None, dtxt_norms if need_norms and text else None
+
+
+def invertible(*norm_weights: Tensor | None) -> bool:
+    """Whether rotated q and k are enough for the backward pass: no weight is 0, and none below an eighth of its
+    neighbour in the rotation's pair. Waits for the GPU. None is skipped."""
+    return all(bool(_in_proportion(weight)) for weight in norm_weights if weight is not None)
+
+
+def _in_proportion(weight: Tensor) -> Tensor:
+    pairs = weight.detach().float().abs().unflatten(0, (-1, 2))
+    return ((pairs.amin(1) > 0) & (pairs.amin(1) >= SMALLEST_RATIO * pairs.amax(1))).all()
+
+
+def _setup(ctx, inputs, output) -> None:
+    qkv, norm_q, norm_k, cos, sin, _, txt_qkv, txt_norm_q, txt_norm_k, _, keep_input = inputs
+    q, k, _, rstd = output
+    ctx.text_tokens = 0 if txt_qkv is None else txt_qkv.shape[1]
+    kept = (qkv, txt_qkv) if keep_input else (None, None)
+    ctx.save_for_backward(q, k, rstd, norm_q, norm_k, cos, sin, txt_norm_q, txt_norm_k, *kept)
+    ctx.mark_non_differentiable(rstd)
+
+
+def _backward(ctx, dq, dk, dv, drstd):
+    q, k, rstd, norm_q, norm_k, cos, sin, txt_norm_q, txt_norm_k, qkv, txt_qkv = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    dqkv, dtxt_qkv, dnorms, dtxt_norms = backward(
+        dq, dk, dv, q, k, rstd, norm_q, norm_k, cos, sin, ctx.text_tokens, txt_norm_q, txt_norm_k,
+        need[1] or need[2] or need[7] or need[8], qkv, txt_qkv,
+    )  # fmt: skip
+    dnorm_q, dnorm_k = (None, None) if dnorms is None else dnorms.clone()
+    dtxt_norm_q, dtxt_norm_k = (None, None) if dtxt_norms is None else dtxt_norms.clone()
+    return dqkv, dnorm_q, dnorm_k, None, None, None, dtxt_qkv, dtxt_norm_q, dtxt_norm_k, None, None
+
+
+_triton_forward.register_autograd(_backward, setup_context=_setup)
+
+
+class _Reference(torch.autograd.Function):
+    forward = staticmethod(reference.forward)
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_backward)
+
+
+def qk_norm_rope(
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None = None,
+    txt_norm_q: Tensor | None = None, txt_norm_k: Tensor | None = None, eps: float = EPS,
+    keep_input: bool | None = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k and v as attention reads them, each (B, H, S, D), a view of (B, S, H, D) memory; text tokens first.
+
+    qkv: (B, L, 3 H D), [q | k | v] of the image stream, any strides but the last, 1 (a slice of a wider product);
+    txt_qkv: (B, T, 3 H D) of the text stream, or None. norm_q, norm_k, txt_norm_q, txt_norm_k: (D,). cos, sin: (S, D)
+    of FluxPosEmbed, each number twice, at least float32, without gradient. One dtype but for those: bfloat16, float16
+    or float32 (float64 on the torch path). The Triton path has D = 32, 64 and 128, the torch path any even D.
+    keep_input: keep qkv for the backward pass instead of turning q and k back; None: where the norm weights ask for it
+    (`invertible`). Differentiable in qkv, txt_qkv and the norm weights. ValueError for other input.
+    """
+    _check(qkv, norm_q, norm_k, cos, sin, heads, txt_qkv, txt_norm_q, txt_norm_k)
+    if keep_input is None:
+        keep_input = not invertible(norm_q, norm_k, txt_norm_q, txt_norm_k)
+    run = _triton_forward if use_triton(qkv) else _Reference.apply
+    txt_qkv = None if txt_qkv is None else rows(txt_qkv)
+    q, k, v, _ = run(
+        rows(qkv), norm_q, norm_k, cos, sin, heads, txt_qkv, txt_norm_q, txt_norm_k, eps, keep_input
+    )  # fmt: skip
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _check(
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None,
+    txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
+) -> None:  # fmt: skip
+    check("qk_norm_rope", qkv, norm_q, norm_k, txt_qkv, txt_norm_q, txt_norm_k, dims=3)
+    if qkv.shape[-1] % (3 * heads):
+        raise ValueError(f"qk_norm_rope: want qkv (B, L, 3 H D) for {heads} heads, got {tuple(qkv.shape)}")
+    D = qkv.shape[-1] // (3 * heads)
+    if D % 2 or (use_triton(qkv) and D not in HEAD_DIMS):
+        supported = ", ".join(map(str, HEAD_DIMS))
+        raise ValueError(
+            f"qk_norm_rope: head_dim {D} is not supported; use {supported} (any even one on the torch path)"
+        )
+    tokens = qkv.shape[1]
+    if txt_qkv is not None:
+        if txt_norm_q is None or txt_norm_k is None:
+            raise ValueError("qk_norm_rope: txt_qkv comes with txt_norm_q and txt_norm_k; give both")
+        if txt_qkv.ndim != 3 or txt_qkv.shape[::2] != qkv.shape[::2]:
+            raise ValueError(
+                f"qk_norm_rope: want txt_qkv (B, T, 3 H D) beside qkv {tuple(qkv.shape)}, got {tuple(txt_qkv.shape)}"
+            )
+        tokens += txt_qkv.shape[1]
+    for weight in (norm_q, norm_k, txt_norm_q, txt_norm_k):
+        if weight is not None and weight.shape != (D,):
+            raise ValueError(f"qk_norm_rope: want norm weights of shape {(D,)}, got {tuple(weight.shape)}")
+    for table in (cos, sin):
+        if table.shape != (tokens, D) or table.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"qk_norm_rope: want cos and sin of shape {(tokens, D)} in float32, got {tuple(table.shape)} in "
+                f"{table.dtype}"
+            )
+        if table.requires_grad:
+            raise ValueError("qk_norm_rope: cos and sin carry no gradient; detach them")

@@ -1,0 +1,113 @@
+"""qk_norm_rope in plain torch: the definition, and the path of CPUs. Shapes as in the package's docstring.
+
+A pair of neighbours is a complex number, and RoPE a product with cos + i sin; turning back is one with its conjugate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def definition(
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None = None,
+    txt_norm_q: Tensor | None = None, txt_norm_k: Tensor | None = None, eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The op as it is written in a model; what the other paths must equal. q, k, v: (B, H, S, D)."""
+
+    def normed(packed: Tensor, weight_q: Tensor, weight_k: Tensor) -> list[Tensor]:
+        q, k, v = packed.unflatten(-1, (3, heads, -1)).unbind(2)
+        shape = weight_q.shape
+        rms_norm = torch.nn.functional.rms_norm
+        return [rms_norm(q, shape, weight_q, eps), rms_norm(k, shape, weight_k, eps), v]
+
+    parts = normed(qkv, norm_q, norm_k)
+    if txt_qkv is not None:
+        text = normed(txt_qkv, txt_norm_q, txt_norm_k)
+        parts = [torch.cat(pair, dim=1) for pair in zip(text, parts)]
+    q, k, v = (part.transpose(1, 2) for part in parts)
+    return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    a, b = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-b, a], dim=-1).flatten(-2)
+    return (x.to(wide) * cos.to(wide) + turned * sin.to(wide)).to(x.dtype)
+
+
+def forward(
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None,
+    txt_norm_q: Tensor | None, txt_norm_k: Tensor | None, eps: float, keep_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(q, k, v (B, S, H, D), rstd (2, B, S, H)). keep_input is the backward pass's business."""
+    B, T = qkv.shape[0], 0 if txt_qkv is None else txt_qkv.shape[1]
+    S, D, wide = T + qkv.shape[1], norm_q.shape[0], torch.promote_types(qkv.dtype, torch.float32)
+    q, k, v = (torch.empty((B, S, heads, D), dtype=qkv.dtype, device=qkv.device) for _ in range(3))
+    rstd = torch.empty((2, B, S, heads), dtype=wide, device=qkv.device)
+    turn = _turn(cos, sin, wide)
+    streams = [(slice(T, S), qkv, norm_q, norm_k)]
+    if txt_qkv is not None:
+        streams.append((slice(0, T), txt_qkv, txt_norm_q, txt_norm_k))
+    for tokens, packed, *weights in streams:
+        parts = packed.unflatten(-1, (3, heads, D)).unbind(2)
+        for i, (out, x, weight) in enumerate(zip((q, k), parts, weights)):
+            x = x.to(wide)
+            scale = x.square().mean(-1).add_(eps).rsqrt_()
+            n = (x * scale[..., None]).mul_(weight.to(wide))
+            out[:, tokens] = _real(_complex(n).mul_(turn[tokens]))
+            rstd[i, :, tokens] = scale
+        v[:, tokens] = parts[2]
+    return q, k, v, rstd
+
+
+def backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
+    cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
+    need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dqkv, dtxt_qkv, dnorms (2, D), dtxt_norms (2, D)); what is not there is empty."""
+    B, S, H, D = q.shape
+    T, wide = text_tokens, rstd.dtype
+    turn = _turn(cos, sin, wide)
+    back, inverse = turn.conj().resolve_conj(), turn.reciprocal()  # the same but for rounding of cos and sin
+    found = []
+    for tokens, packed, *weights in (
+        (slice(T, S), qkv, norm_q, norm_k),
+        (slice(0, T), txt_qkv, txt_norm_q, txt_norm_k),
+    ):
+        grad = torch.empty((B, tokens.stop - tokens.start, 3, H, D), dtype=q.dtype, device=q.device)
+        norms = []
+        for i, (y, dy, weight) in enumerate(zip((q, k), (dq, dk), weights)):
+            if weight is None:
+                continue
+            weight, scale = weight.to(wide), rstd[i, :, tokens, :, None]
+            y, dy = y[:, tokens].to(wide), dy[:, tokens].to(wide)
+            # mean of (gradient of n) n: turning and norm weights cancel in it
+            along = (dy * y).sum(-1, keepdim=True).div_(D)
+            du = _real(_complex(dy) * back[tokens])
+            if packed is None:
+                n = _real(_complex(y) * inverse[tokens]).div_(weight.masked_fill(weight == 0, float("inf")))
+            else:
+                n = packed.unflatten(-1, (3, H, D))[:, :, i].to(wide) * scale
+            if need_norms:
+                norms.append((du * n).sum((0, 1, 2)))
+            grad[:, :, i] = du.mul_(weight).sub_(n.mul_(along)).mul_(scale)
+        grad[:, :, 2] = dv[:, tokens]
+        norms = torch.stack(norms).to(norm_q.dtype) if norms else norm_q.new_empty(0)
+        found.append((grad.flatten(2), norms))
+    (dqkv, dnorms), (dtxt_qkv, dtxt_norms) = found
+    return dqkv, dtxt_qkv, dnorms, dtxt_norms
+
+
+def _turn(cos: Tensor, sin: Tensor, wide: torch.dtype) -> Tensor:
+    """cos + i sin of each pair: (S, 1, D / 2), one row for all heads."""
+    return torch.complex(cos[:, None, ::2].to(wide), sin[:, None, ::2].to(wide))
+
+
+def _complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+
+
+def _real(z: Tensor) -> Tensor:
+    return torch.view_as_real(z).flatten(-2)

@@ -1,0 +1,47 @@
+"""rmsnorm_linear in plain torch: the definition, and the path of CPUs. Shapes: x (rows, K), weight (N, K)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def definition(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """The op as it is written in a model, with transformers' Qwen2RMSNorm: normalised in float32, rounded, times the
+    weight; what the other paths must equal."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return F.linear(norm_weight * normalised.to(x.dtype), weight, bias)
+
+
+def forward(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """(out (rows, N), rstd (rows,)); the statistic is at least float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = wide.square().mean(-1).add_(eps).rsqrt_()
+    return F.linear(_normed(wide, rstd, norm_weight), weight, bias), rstd
+
+
+def backward(
+    dout: Tensor, x: Tensor, rstd: Tensor, norm_weight: Tensor, weight: Tensor, need: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dnorm_weight, dweight, dbias), None for what is not needed. Both paths use it."""
+    need_x, need_norm, need_weight, need_bias = need
+    dx = dnorm = None
+    wide = x.to(rstd.dtype)
+    if need_x or need_norm:
+        dnormed = (dout @ weight).to(rstd.dtype)  # (rows, K)
+        n = wide * rstd[:, None]
+        if need_norm:
+            dnorm = (dnormed * n).sum(0).to(norm_weight.dtype)
+        if need_x:
+            dn = dnormed.mul_(norm_weight.to(rstd.dtype))
+            along = (dn * n).mean(-1, keepdim=True)
+            dx = dn.sub_(n.mul_(along)).mul_(rstd[:, None]).to(x.dtype)
+    dweight = dout.t() @ _normed(wide, rstd, norm_weight) if need_weight else None
+    return dx, dnorm, dweight, dout.sum(0) if need_bias else None
+
+
+def _normed(wide: Tensor, rstd: Tensor, norm_weight: Tensor) -> Tensor:
+    """What the linear reads, in its dtype."""
+    return (wide * rstd[:, None]).mul_(norm_weight).to(norm_weight.dtype)

@@ -1,0 +1,198 @@
+"""What autograd keeps of one forward pass of FLUX, by arm: bytes counted, not measured, so that no GPU is needed.
+
+Under FakeTensorMode nothing is allocated, so FLUX.1-dev's 57 blocks at 1024 px are counted on a laptop. Counted are
+unique storages that saved-tensor hooks see, and inputs of checkpointed blocks, weights left out. In policy `full` the
+block being recomputed comes on top while it runs; that is not counted here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megaflux import compat  # noqa: F401  (before diffusers)
+
+# isort: split
+from diffusers import FluxTransformer2DModel
+
+from megaflux.models.flux import all_blocks, fuse, is_fused, pack_projections, unfuse
+
+ARMS: dict[str, tuple[str | None, bool]] = {
+    "diffusers-eager": (None, False),
+    "diffusers-eager-full": (None, True),
+    "ours-none": ("none", False),
+    "ours-mlp": ("mlp", False),
+    "ours-full": ("full", False),
+}
+"""Arm -> (policy of fused FLUX, None for diffusers' own path; whether diffusers checkpoints)."""
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    """Q K^T and P V: 4 B H S S D."""
+    return 4 * math.prod(query) * key[-2]
+
+
+def _attention_backward_flops(dout: Sequence[int], query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    """dQ, dK, dV and dP: twice the forward; a flash kernel's second Q K^T is not counted."""
+    return 2 * _attention_flops(query, key)
+
+
+# torch's counter knows the GPU's attention ops, not the CPU's.
+ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def build(flux_config: dict[str, Any], dtype: torch.dtype) -> FluxTransformer2DModel:
+    """A FLUX of these sizes in dtype from the start: fake parameters cannot be cast in place."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return FluxTransformer2DModel(**flux_config)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def set_arm(transformer: FluxTransformer2DModel, arm: str) -> None:
+    """Give a transformer the path of an arm."""
+    policy, checkpointing = ARMS[arm]
+    if policy is None:
+        unfuse(transformer)
+    else:
+        fuse(transformer, policy)
+    (transformer.enable_gradient_checkpointing if checkpointing else transformer.disable_gradient_checkpointing)()
+    transformer.train()
+
+
+def freeze(transformer: FluxTransformer2DModel, trainable: set[str]) -> None:
+    """Let only the parameters named train."""
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(name in trainable)
+
+
+def inputs(
+    config: Any, batch: int, image_tokens: int, text_tokens: int, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Arguments of FluxTransformer2DModel.forward, normal numbers; encoder_hidden_states asks for its gradient, as
+    the connector upstream of it trains."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    return {
+        "hidden_states": randn(batch, image_tokens, config.in_channels),
+        "encoder_hidden_states": randn(batch, text_tokens, config.joint_attention_dim).requires_grad_(),
+        "pooled_projections": randn(batch, config.pooled_projection_dim),
+        "timestep": torch.full((batch,), 0.5, dtype=dtype, device=device),
+        "guidance": torch.full((batch,), 3.5, dtype=dtype, device=device) if config.guidance_embeds else None,
+        "img_ids": torch.zeros(image_tokens, 3, device=device),
+        "txt_ids": torch.zeros(text_tokens, 3, device=device),
+    }
+
+
+def saved_bytes(transformer: nn.Module, run: Callable[[], Any], checkpointed: bool = False) -> tuple[int, Any]:
+    """(bytes of the unique storages that autograd saves while `run` runs, what it returned), the module's parameters
+    left out. checkpointed: blocks hold their inputs for recomputation, which no saved-tensor hook sees."""
+    if is_fused(transformer):
+        pack_projections(transformer)  # now, so that no weight moves while its storage is looked for
+    weights = {p.untyped_storage()._cdata for p in transformer.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in weights:
+            kept[tensor.untyped_storage()._cdata] = tensor  # held, so that its address is not given to another
+        return tensor
+
+    def keep_inputs(block: nn.Module, args: tuple, kwargs: dict) -> None:
+        for given in (*args, *kwargs.values()):
+            for tensor in given if isinstance(given, tuple) else (given,):
+                if isinstance(tensor, Tensor):
+                    keep(tensor)
+
+    handles = []
+    if checkpointed:
+        handles = [b.register_forward_pre_hook(keep_inputs, with_kwargs=True) for b in all_blocks(transformer)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    for handle in handles:
+        handle.remove()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), result
+
+
+def count(
+    flux_config: dict[str, Any], trainable: set[str], arm: str, image_tokens: int, text_tokens: int, batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16, backward: bool = True,
+) -> dict[str, int]:  # fmt: skip
+    """{"saved_bytes", "flops"} of an arm at these sizes, nothing allocated. flops: matrix products of forward and
+    backward, recomputation included (0 without backward). trainable: names of FLUX's parameters that train.
+
+    Attention is counted as a fused kernel's: it keeps q, k, v, its output and the log-sum-exp. torch's RMSNorm, which
+    diffusers' path calls, is counted as the GPU's: it keeps its input and a statistic a row, while that of CPUs keeps
+    up to two float32 copies.
+    """
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION), _rms_norm_of_gpus():
+        transformer = build(flux_config, dtype)
+        freeze(transformer, trainable)
+        set_arm(transformer, arm)
+        if ARMS[arm][0] is not None:  # fake norm weights have no values to look at: they count as the usual, far from 0
+            transformer.fused.keep_input, transformer.fused.forwards = [False] * len(transformer.fused.policies), 1
+        given = inputs(transformer.config, batch, image_tokens, text_tokens, dtype)
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) if backward else nullcontext() as counter:
+            saved, output = saved_bytes(
+                transformer, lambda: transformer(**given, return_dict=False)[0], checkpointed=arm.endswith("-full")
+            )
+            if backward:
+                output.sum().backward()
+    return {"saved_bytes": saved, "flops": counter.get_total_flops() if backward else 0}
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Keeps what torch's fused RMSNorm keeps on a GPU; of fake tensors, so no values."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32), weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, dout):
+        _, _, weight = ctx.saved_tensors
+        return torch.empty_like(dout), torch.empty_like(weight)
+
+
+@contextmanager
+def _rms_norm_of_gpus() -> Iterator[None]:
+    plain = F.rms_norm
+    F.rms_norm = lambda x, shape, weight=None, eps=None: _RmsNorm.apply(x, weight)
+    try:
+        yield
+    finally:
+        F.rms_norm = plain
+
+
+def fractions(rows: dict[str, int], base: str = "diffusers-eager") -> dict[str, float]:
+    """Each arm's number over the base's."""
+    return {arm: value / rows[base] for arm, value in rows.items()}
+
+
+def trainable_flux(flux_config: dict[str, Any], blocks: Sequence[int], components: str) -> set[str]:
+    """Names of FLUX's parameters that a stage with these blocks and this component set trains."""
+    from types import SimpleNamespace
+
+    from megaflux.training.stages import trainable_names
+
+    with torch.device("meta"):
+        module = nn.Module()
+        module.transformer = FluxTransformer2DModel(**flux_config)
+    stage = SimpleNamespace(name="bench", blocks=tuple(blocks), components=components)
+    return {name.removeprefix("transformer.") for name in trainable_names(module, stage)}

@@ -1,0 +1,299 @@
+"""diffusers' FluxTransformer2DModel with fused paths: the same class, parameters and state dict, another forward.
+
+`fuse` gives a transformer and its blocks the forwards below; `unfuse` takes them off again. What changes: one product
+for q, k and v; norm, RoPE and the joint layout in one pass (megaflux_kernels); the two streams joined once and not in
+every single block; positions computed once per shape; and a policy per block of what the backward pass keeps:
+
+    none  every matrix product's result that a gradient needs
+    mlp   the same without the MLP's pre-activation, which is computed again: a tenth of a step's FLOPs
+    full  the block's input; all of the block is computed again
+
+All policies give the same gradients, bit for bit where matrix products are deterministic.
+
+Shapes: B batch, T text tokens (the condition), L image tokens, S = T + L, W width, H heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megaflux import compat  # noqa: F401  (before diffusers)
+from diffusers import FluxTransformer2DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from megaflux.models.flux_functions import mlp, modulated, modulated_linear, pack
+from megaflux_kernels.biased_attention import biased_attention
+from megaflux_kernels.gate_residual import gate_residual
+from megaflux_kernels.modulate import modulate
+from megaflux_kernels.qk_norm_rope import invertible, qk_norm_rope
+
+Policy = Literal["none", "mlp", "full"]
+POLICIES: tuple[Policy, ...] = ("none", "mlp", "full")
+NORMS_CHECKED_EVERY = 16  # forward passes: a norm weight moves by about the learning rate in each update
+
+
+@dataclass
+class Fused:
+    """What `fuse` leaves on a transformer as its attribute `fused`."""
+
+    policies: list[Policy]
+    """One per block, double blocks first."""
+    rope: Rope
+    keep_input: list[bool] = field(default_factory=list)
+    """Per block: q and k cannot be told from their rotated values, since a norm weight is near zero."""
+    forwards: int = 0
+
+
+def fuse(transformer: FluxTransformer2DModel, policies: Policy | Sequence[Policy] = "none") -> None:
+    """Give a transformer the fused forward. policies: one for all blocks, or one per block, double blocks first.
+
+    On a fused transformer it only sets the policies. ValueError for an unknown policy, a wrong number of them, and
+    for blocks whose linears are not plain ones (LoRA, quantized): those need diffusers' own path.
+    """
+    blocks = all_blocks(transformer)
+    chosen = [policies] * len(blocks) if isinstance(policies, str) else list(policies)
+    unknown = next((p for p in chosen if p not in POLICIES), None)
+    if unknown is not None:
+        raise ValueError(f"activation policy {unknown!r}: use one of {', '.join(POLICIES)}")
+    if len(chosen) != len(blocks):
+        raise ValueError(f"{len(chosen)} activation policies for {len(blocks)} blocks; give one each")
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear and "blocks." in name:
+            raise ValueError(f"{name} is a {type(module).__name__}: fused FLUX needs plain linears; turn kernels off")
+    if is_fused(transformer):
+        transformer.fused.policies = chosen
+    else:
+        transformer.fused = Fused(chosen, Rope(transformer.pos_embed))
+        transformer.forward = MethodType(_forward, transformer)
+        for block in transformer.transformer_blocks:
+            block.forward = MethodType(_double_block, block)
+        for block in transformer.single_transformer_blocks:
+            block.forward = MethodType(_single_block, block)
+    pack_projections(transformer)
+
+
+def pack_projections(transformer: FluxTransformer2DModel) -> None:
+    """Lay the frozen q, k and v projections of each block side by side, so that one product needs no copy. The forward
+    does so too, for weights move: to a device, out of an optimizer's buffer."""
+    for block in all_blocks(transformer):
+        _qkv(block)
+    for block in transformer.transformer_blocks:
+        _text_qkv(block)
+
+
+def unfuse(transformer: FluxTransformer2DModel) -> None:
+    """Give a transformer diffusers' own forward back; nothing happens to one that has it."""
+    if is_fused(transformer):
+        del transformer.fused
+        for module in (transformer, *all_blocks(transformer)):
+            del module.forward
+
+
+def is_fused(transformer: nn.Module) -> bool:
+    return "fused" in vars(transformer)
+
+
+def all_blocks(transformer: FluxTransformer2DModel) -> list[nn.Module]:
+    """Double blocks, then single ones: the order in which megaflux numbers them."""
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+class Rope:
+    """FLUX's cosines and sines (S, D) of position ids, computed once for the tensors of ids last seen.
+
+    It knows them by identity: whoever keeps its ids (diffusers' pipelines over their steps, latents.image_ids by
+    size) has the table computed once. Comparing values would wait for the GPU.
+    """
+
+    def __init__(self, pos_embed: nn.Module):
+        self.pos_embed = pos_embed
+        self.ids: list[weakref.ref] = []
+        self.versions: list[int] = []
+        self.table: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, *ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids: (T, 3) and (L, 3) -> two (T + L, D), float32."""
+        versions = [part._version for part in ids]
+        if [ref() is part for ref, part in zip(self.ids, ids)] != [True] * len(ids) or versions != self.versions:
+            with torch.no_grad():
+                cos, sin = self.pos_embed(torch.cat(ids))
+            self.table = (cos, sin)
+            self.ids, self.versions = [weakref.ref(part) for part in ids], versions
+        return self.table
+
+
+def _forward(
+    self: FluxTransformer2DModel,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    pooled_projections: Tensor,
+    timestep: Tensor,
+    img_ids: Tensor,
+    txt_ids: Tensor,
+    guidance: Tensor | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+    controlnet_block_samples: Sequence[Tensor] | None = None,
+    controlnet_single_block_samples: Sequence[Tensor] | None = None,
+    return_dict: bool = True,
+    controlnet_blocks_repeat: bool = False,
+) -> Transformer2DModelOutput | tuple[Tensor]:
+    """FluxTransformer2DModel.forward: velocity (B, L, C) of packed noisy latents (B, L, C).
+
+    encoder_hidden_states: (B, T, joint_attention_dim). joint_attention_kwargs: `attention_mask`, a log-bias per key
+    (B, 1, 1, S) or a mask of bool; `context_embedded`, True where encoder_hidden_states passed context_embedder
+    already and are (B, T, W). ValueError for others: diffusers' own path knows more of them.
+    """
+    bias, embedded = _attention_options(joint_attention_kwargs)
+    dtype = hidden_states.dtype
+    scaled = [None if t is None else t.to(dtype) * 1000 for t in (timestep, guidance)]
+    temb = self.time_text_embed(*(t for t in scaled if t is not None), pooled_projections)
+    temb = F.silu(temb)  # every AdaLN starts with it
+    image = self.x_embedder(hidden_states)
+    text = encoder_hidden_states if embedded else self.context_embedder(encoder_hidden_states)
+    txt_ids, img_ids = (ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids))
+    rope = self.fused.rope(txt_ids, img_ids)
+    _check_norms(self)
+    T, double = text.shape[1], len(self.transformer_blocks)
+
+    for i, block in enumerate(self.transformer_blocks):
+        text, image = _run(self, i, block, text, image, temb, rope, bias)
+        if controlnet_block_samples is not None:
+            samples = controlnet_block_samples
+            image = image + samples[i % len(samples) if controlnet_blocks_repeat else i // -(-double // len(samples))]
+    hidden_states = torch.cat([text, image], dim=1)  # (B, S, W), joined once
+    for i, block in enumerate(self.single_transformer_blocks):
+        hidden_states = _run(self, double + i, block, hidden_states, temb, rope, bias)
+        if controlnet_single_block_samples is not None:
+            samples = controlnet_single_block_samples
+            sample = samples[i // -(-len(self.single_transformer_blocks) // len(samples))]
+            hidden_states = hidden_states + F.pad(sample, (0, 0, T, 0))
+
+    scale, shift = self.norm_out.linear(temb).chunk(2, dim=1)
+    output = self.proj_out(modulate(hidden_states[:, T:], scale, shift))
+    return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+def _run(transformer: FluxTransformer2DModel, index: int, block: nn.Module, *inputs: Any) -> Any:
+    fused = transformer.fused
+    policy, keep_input = fused.policies[index], fused.keep_input[index]
+    if policy == "full" and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, False, keep_input, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs, policy == "mlp", keep_input)
+
+
+def _double_block(
+    self: nn.Module, text: Tensor, image: Tensor, temb: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None,
+    recompute: bool, keep_input: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """FluxTransformerBlock.forward: text (B, T, W), image (B, L, W) -> the same. temb: (B, W), past its SiLU."""
+    attn, T = self.attn, text.shape[1]
+    # order of diffusers' AdaLayerNormZero: attention's shift, scale, gate, then the MLP's
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1.linear(temb).chunk(6, dim=1)
+    c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context.linear(temb).chunk(6, dim=1)
+    n, image = modulated(image, scale, shift)
+    c_n, text = modulated(text, c_scale, c_shift)
+    q, k, v = qk_norm_rope(
+        modulated_linear(n, image, scale, shift, *_qkv(self)), attn.norm_q.weight, attn.norm_k.weight, *rope,
+        attn.heads, modulated_linear(c_n, text, c_scale, c_shift, *_text_qkv(self)), attn.norm_added_q.weight,
+        attn.norm_added_k.weight, attn.norm_q.eps, keep_input,
+    )  # fmt: skip
+    attn_output = _attention(q, k, v, bias)
+    image_output = attn.to_out[0](attn_output[:, T:].contiguous())
+    text_output = attn.to_add_out(attn_output[:, :T].contiguous())
+
+    image, n = gate_residual(image, image_output, gate, scale_mlp, shift_mlp)
+    text, c_n = gate_residual(text, text_output, c_gate, c_scale_mlp, c_shift_mlp)
+    proj_in, proj_out = self.ff.net[0].proj, self.ff.net[2]
+    image = gate_residual(image, mlp(n, None, image, scale_mlp, shift_mlp, proj_in, proj_out, recompute), gate_mlp)
+    proj_in, proj_out = self.ff_context.net[0].proj, self.ff_context.net[2]
+    text_output = mlp(c_n, None, text, c_scale_mlp, c_shift_mlp, proj_in, proj_out, recompute)
+    return _in_range(gate_residual(text, text_output, c_gate_mlp)), image
+
+
+def _single_block(
+    self: nn.Module, hidden_states: Tensor, temb: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None,
+    recompute: bool, keep_input: bool,
+) -> Tensor:  # fmt: skip
+    """FluxSingleTransformerBlock.forward on the joined streams: (B, S, W) -> the same. temb: (B, W), past its SiLU."""
+    attn = self.attn
+    shift, scale, gate = self.norm.linear(temb).chunk(3, dim=1)
+    n, hidden_states = modulated(hidden_states, scale, shift)
+    qkv = modulated_linear(n, hidden_states, scale, shift, *_qkv(self))
+    q, k, v = qk_norm_rope(
+        qkv, attn.norm_q.weight, attn.norm_k.weight, *rope, attn.heads, eps=attn.norm_q.eps, keep_input=keep_input
+    )
+    del qkv
+    attn_output = _attention(q, k, v, bias)
+    output = mlp(n, attn_output, hidden_states, scale, shift, self.proj_mlp, self.proj_out, recompute)
+    return _in_range(gate_residual(hidden_states, output, gate))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, H, S, D) three times -> (B, S, W). bias: (B, S) float log-bias per key, or None."""
+    if bias is None:
+        out = F.scaled_dot_product_attention(q, k, v)
+    else:
+        out = biased_attention(q, k, v, bias)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _attention_options(options: dict[str, Any] | None) -> tuple[Tensor | None, bool]:
+    """(log-bias per key (B, S) or None, context_embedded) of joint_attention_kwargs."""
+    options = dict(options or {})
+    mask, embedded = options.pop("attention_mask", None), bool(options.pop("context_embedded", False))
+    if options:
+        raise ValueError(f"joint_attention_kwargs: fused FLUX knows no {', '.join(sorted(options))}; turn kernels off")
+    if mask is None:
+        return None, embedded
+    if mask.ndim != 4 or mask.shape[1:3] != (1, 1):
+        raise ValueError(f"attention_mask: fused FLUX takes a bias per key (B, 1, 1, S), got {tuple(mask.shape)}")
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
+    return mask[:, 0, 0], embedded
+
+
+def _qkv(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    return _laid_together(block.attn.to_q, block.attn.to_k, block.attn.to_v)
+
+
+def _text_qkv(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    return _laid_together(block.attn.add_q_proj, block.attn.add_k_proj, block.attn.add_v_proj)
+
+
+def _laid_together(*layers: nn.Linear) -> tuple[nn.Linear, ...]:
+    # Looked up each time, not remembered; the look is cheap.
+    if not torch.compiler.is_compiling():
+        pack(*layers)
+    return layers
+
+
+def _check_norms(transformer: FluxTransformer2DModel) -> None:
+    """Whether each block's q and k can be told from their rotated values; looked up now and then, since it waits for
+    the GPU."""
+    fused = transformer.fused
+    if not torch.is_grad_enabled():
+        fused.keep_input = fused.keep_input or [False] * len(fused.policies)  # nothing is kept
+        return
+    if fused.forwards % NORMS_CHECKED_EVERY == 0:
+        fused.keep_input = [not invertible(*_norm_weights(block)) for block in all_blocks(transformer)]
+    fused.forwards += 1
+
+
+def _norm_weights(block: nn.Module) -> list[Tensor]:
+    attn = block.attn
+    norms = [attn.norm_q, attn.norm_k, getattr(attn, "norm_added_q", None), getattr(attn, "norm_added_k", None)]
+    return [norm.weight.detach() for norm in norms if norm is not None]
+
+
+def _in_range(hidden_states: Tensor) -> Tensor:
+    # as diffusers' blocks: float16 ends at 65504
+    return hidden_states.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else hidden_states

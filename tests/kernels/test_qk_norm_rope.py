@@ -1,0 +1,228 @@
+"""Per-head RMSNorm, RoPE and the joint layout: both paths against diffusers' own pieces, outputs and gradients."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from megaflux_kernels.qk_norm_rope import backward, forward, invertible, qk_norm_rope, reference
+from tests.kernels.accuracy import assert_within_twice, randn, run
+from tests.kernels.conftest import DEVICE, DTYPES
+
+# (B, L, T, H, D): odd token counts, heads that do not fill a program, a text stream or none
+SHAPES = [(2, 7, 3, 3, 32), (1, 5, 0, 10, 64), (1, 3, 6, 2, 128), (3, 1, 1, 1, 32)]
+
+
+def table(tokens, D, dtype=torch.float32):
+    """cos and sin (tokens, D), each number twice, as FluxPosEmbed gives them."""
+    angles = randn(tokens, D // 2, seed=7, dtype=dtype, device=DEVICE) * 3
+    return tuple(part.repeat_interleave(2, dim=1) for part in (angles.cos(), angles.sin()))
+
+
+def inputs(shape, dtype, needs=(True,) * 6):
+    """([qkv, txt_qkv or None, norm_q, norm_k, txt_norm_q, txt_norm_k], gradients of q, k, v)."""
+    B, L, T, H, D = shape
+    device = DEVICE
+    values = [randn(B, L, 3 * H * D, seed=1, dtype=dtype, device=device) * 2,
+              randn(B, T, 3 * H * D, seed=2, dtype=dtype, device=device) if T else None]  # fmt: skip
+    for seed in range(3, 7):
+        weight = 1 + 0.2 * randn(D, seed=seed, dtype=dtype, device=device).clamp(-2, 2)
+        values.append(weight if seed < 5 or T else None)
+    values = [v if v is None else v.requires_grad_(n) for v, n in zip(values, needs)]
+    return values, [randn(B, H, L + T, D, seed=s, dtype=dtype, device=device) for s in (8, 9, 10)]
+
+
+def call(op, shape, **options):
+    """`op` as a function of the six tensors; the tables in at least float32."""
+    cos, sin = table(shape[1] + shape[2], shape[4])
+
+    def run(qkv, txt_qkv, norm_q, norm_k, txt_norm_q, txt_norm_k):
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        return op(qkv, norm_q, norm_k, cos.to(wide), sin.to(wide), shape[3], txt_qkv, txt_norm_q, txt_norm_k, **options)
+
+    return run
+
+
+def test_definition_is_diffusers_own():
+    from megaflux import compat  # noqa: F401  (before diffusers)
+    from diffusers.models.embeddings import apply_rotary_emb  # isort: skip
+
+    shape = (2, 7, 3, 3, 32)
+    (qkv, txt_qkv, norm_q, norm_k, txt_norm_q, txt_norm_k), _ = inputs(shape, torch.float32)
+    q, k, v = call(reference.definition, shape)(qkv, txt_qkv, norm_q, norm_k, txt_norm_q, txt_norm_k)
+    streams = zip((txt_qkv, qkv), (txt_norm_q, norm_q), (txt_norm_k, norm_k))
+    parts = [(x.chunk(3, -1), wq, wk) for x, wq, wk in streams]
+    norm = torch.nn.functional.rms_norm
+    for out, i, w in ((q, 0, 1), (k, 1, 2)):
+        joint = torch.cat([norm(p[0][i].unflatten(-1, (3, -1)), (32,), p[w], 1e-6) for p in parts], dim=1)
+        torch.testing.assert_close(out.transpose(1, 2), apply_rotary_emb(joint, table(10, 32), sequence_dim=1))
+    assert torch.equal(v.transpose(1, 2).flatten(2), torch.cat([p[0][2] for p in parts], dim=1))
+
+
+@pytest.mark.parametrize("keep_input", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_op_is_its_definition(path, shape, dtype, keep_input):
+    values, douts = inputs(shape, dtype)
+    ours = call(qk_norm_rope, shape, keep_input=keep_input)
+    assert_within_twice(ours, call(reference.definition, shape), values, douts, dtype)
+
+
+def test_float64_is_exact():
+    values, douts = inputs(SHAPES[0], torch.float64)
+    want = run(call(reference.definition, SHAPES[0]), values, douts, torch.float64)
+    for keep_input in (False, True):
+        ours = run(call(qk_norm_rope, SHAPES[0], keep_input=keep_input), values, douts, torch.float64)
+        for a, b in zip(ours, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("needs", [
+    (True, False, False, False, False, False), (False, True, False, False, False, False),
+    (False, False, True, False, False, True),
+])  # fmt: skip
+def test_only_what_is_needed_has_a_gradient(path, needs):
+    values, douts = inputs(SHAPES[0], torch.float32, needs)
+    if any(needs[:2]):
+        ours, plain = call(qk_norm_rope, SHAPES[0]), call(reference.definition, SHAPES[0])
+    else:  # v depends on no norm weight
+        ours, plain = (lambda *v, op=op: call(op, SHAPES[0])(*v)[:2] for op in (qk_norm_rope, reference.definition))
+        douts = douts[:2]
+    assert_within_twice(ours, plain, values, douts, torch.float32)
+
+
+def test_outputs_are_attentions_layout(path):
+    values, _ = inputs(SHAPES[0], torch.float32)
+    for part in call(qk_norm_rope, SHAPES[0])(*values):
+        assert part.shape == (2, 3, 10, 32)
+        assert part.transpose(1, 2).is_contiguous()  # (B, S, H, D) in memory
+
+
+def test_slices_of_a_wider_product_are_read_where_they_lie(path):
+    B, L, T, H, D = shape = (2, 5, 2, 2, 32)
+    wide = randn(B, L, 5 * H * D, seed=1, dtype=torch.float32, device=DEVICE).requires_grad_()
+    values, douts = inputs(shape, torch.float32)
+
+    def sliced(op):
+        run = call(op, shape)
+        return lambda wide, *others: run(wide[..., H * D : 4 * H * D], *others)
+
+    assert_within_twice(sliced(qk_norm_rope), sliced(reference.definition), [wide, *values[1:]], douts, torch.float32)
+
+
+def test_gradients_of_any_strides_are_read(path):
+    shape = (2, 5, 2, 3, 32)
+    values, douts = inputs(shape, torch.float32)
+    outs = call(qk_norm_rope, shape)(*values)
+    want = torch.autograd.grad(outs, values, douts, retain_graph=True)
+    strided = [d.transpose(1, 2).contiguous().transpose(1, 2) for d in douts]  # as flash attention returns them
+    strided[1] = torch.cat([strided[1]] * 2, dim=-1)[..., :32]
+    for a, b in zip(torch.autograd.grad(outs, values, strided), want):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-3])
+def test_weights_near_zero_need_the_input(path, weight):
+    shape = (1, 6, 2, 2, 32)
+    values, douts = inputs(shape, torch.float32)
+    with torch.no_grad():
+        values[2][[3, 8]] = weight
+        values[5][::2] = weight
+    assert not invertible(values[2]) and invertible(values[3], None)
+    for keep_input in (True, None):
+        ours = call(qk_norm_rope, shape, keep_input=keep_input)
+        assert_within_twice(ours, call(reference.definition, shape), values, douts, torch.float32)
+    outs = call(qk_norm_rope, shape, keep_input=False)(*values)  # less exact, never NaN
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(outs, values, douts))
+
+
+def test_uneven_pairs_are_not_invertible():
+    weight = torch.ones(8)
+    assert invertible(weight, weight * 1e-3)  # small, but alike
+    weight[5] = -0.126
+    assert invertible(weight)
+    weight[5] = 0.124
+    assert not invertible(weight)
+
+
+@pytest.mark.parametrize("keep_input, kept", [(False, 2), (True, 4)])
+def test_backward_keeps_what_attention_keeps(keep_input, kept):
+    shape = (1, 50, 14, 2, 32)
+    values, _ = inputs(shape, torch.float32)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        outs = call(qk_norm_rope, shape, keep_input=keep_input)(*values)
+    large = {t.untyped_storage().data_ptr() for t in seen if t.numel() >= 14 * 64 and t.ndim > 2}
+    assert len(large) == kept
+    assert {o.untyped_storage().data_ptr() for o in outs[:2]} <= large
+
+
+@pytest.mark.parametrize("keep_input", [False, True])
+def test_every_element_is_written(triton_path, poisoned, keep_input):
+    shape = (2, 7, 3, 3, 32)
+    values, douts = inputs(shape, torch.float32)
+    qkv, txt_qkv, norm_q, norm_k, txt_norm_q, txt_norm_k = (v.detach() for v in values)
+    cos, sin = table(10, 32)
+    q, k, v, rstd = forward(qkv, norm_q, norm_k, cos, sin, 3, txt_qkv, txt_norm_q, txt_norm_k)
+    kept = (qkv, txt_qkv) if keep_input else (None, None)
+    grads = backward(*(d.transpose(1, 2) for d in douts), q, k, rstd, norm_q, norm_k, cos, sin, 3, txt_norm_q,
+                     txt_norm_k, True, *kept)  # fmt: skip
+    assert all(torch.isfinite(t).all() for t in (q, k, v, rstd, *grads))
+
+
+def test_gradients_are_the_same_every_time(path):
+    values, douts = inputs((2, 40, 9, 3, 32), torch.float32)
+    run = call(qk_norm_rope, (2, 40, 9, 3, 32))
+    first, second = (torch.autograd.grad(run(*values), values, douts) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_opcheck(triton_path, text):
+    shape = (1, 3, 2 if text else 0, 2, 32)
+    (qkv, txt_qkv, norm_q, norm_k, txt_norm_q, txt_norm_k), douts = inputs(shape, torch.float32)
+    cos, sin = table(3 + shape[2], 32)
+    arguments = (qkv, norm_q, norm_k, cos, sin, 2, txt_qkv, txt_norm_q, txt_norm_k, 1e-6, False)
+    torch.library.opcheck(torch.ops.megaflux.qk_norm_rope.default, arguments)
+    q, k, v, rstd = (t.detach() for t in torch.ops.megaflux.qk_norm_rope(*arguments))
+    qkv, txt_qkv, norm_q, norm_k, txt_norm_q, txt_norm_k = (
+        t if t is None else t.detach() for t in (qkv, txt_qkv, norm_q, norm_k, txt_norm_q, txt_norm_k)
+    )
+    grads = [d.transpose(1, 2) for d in douts]
+    for need, kept in ((False, (None, None)), (True, (qkv, txt_qkv))):
+        torch.library.opcheck(torch.ops.megaflux.qk_norm_rope_backward.default, (
+            *grads, q, k, rstd, norm_q, norm_k, cos, sin, shape[2], txt_norm_q, txt_norm_k, need, *kept
+        ))  # fmt: skip
+
+
+def test_compiles_and_checkpoints(triton_path):
+    values, douts = inputs(SHAPES[0], torch.float32)
+    run = call(qk_norm_rope, SHAPES[0])
+    want = torch.autograd.grad(run(*values), values, douts)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*values)
+    again = checkpoint(run, *values, use_reentrant=False)
+    for outs in (compiled, again):
+        for a, b in zip(torch.autograd.grad(outs, values, douts), want):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("bad, match", [
+    ({"heads": 5}, "for 5 heads"),
+    ({"norm_q": torch.ones(8, dtype=torch.float16)}, "cast them"),
+    ({"norm_k": torch.ones(4)}, "norm weights of shape"),
+    ({"cos": torch.ones(4, 8)}, "cos and sin of shape"),
+    ({"sin": torch.ones(5, 8, requires_grad=True)}, "detach"),
+    ({"txt_norm_q": None}, "give both"),
+    ({"txt_qkv": torch.ones(1, 2, 24)}, "beside qkv"),
+])  # fmt: skip
+def test_unsupported_input_is_refused(bad, match):
+    good = {"qkv": torch.ones(1, 3, 48), "norm_q": torch.ones(8), "norm_k": torch.ones(8), "cos": torch.ones(5, 8),
+            "sin": torch.ones(5, 8), "heads": 2, "txt_qkv": torch.ones(1, 2, 48), "txt_norm_q": torch.ones(8),
+            "txt_norm_k": torch.ones(8)}  # fmt: skip
+    qk_norm_rope(**good)
+    with pytest.raises(ValueError, match=match):
+        qk_norm_rope(**(good | bad))
+
+
+def test_head_sizes_of_the_triton_path_are_named(triton_path):
+    with pytest.raises(ValueError, match="use 32, 64, 128"):
+        qk_norm_rope(torch.ones(1, 3, 48), torch.ones(8), torch.ones(8), torch.ones(3, 8), torch.ones(3, 8), 2)
