@@ -33,11 +33,11 @@ def main() -> int:
     args = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     rows = []
-    print(f"{'op':<18}{'kernel':<28}{'dtype':<7}{'arch':>5}{'registers':>11}{'shared B':>10}{'spill B':>9}")
+    print(f"{'op':<18}{'kernel':<33}{'dtype':<7}{'arch':>5}{'registers':>11}{'shared B':>10}{'spill B':>9}")
     for op in [args.op] if args.op else OPS:
         for row in compile_op(op, args.arch):
             rows.append(row)
-            print(f"{row['op']:<18}{row['kernel']:<28}{row['dtype']:<7}{row['arch']:>5}{row['registers']:>11}"
+            print(f"{row['op']:<18}{row['kernel']:<33}{row['dtype']:<7}{row['arch']:>5}{row['registers']:>11}"
                   f"{row['shared']:>10}{row['spills']:>9}", flush=True)  # fmt: skip
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")

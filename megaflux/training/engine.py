@@ -111,6 +111,8 @@ class StageEngine:
                 carried.steps[first_stage] = inner.state[flat]["step"].clone()
         if not carried.steps:  # not one step taken (all were skipped): nothing to carry
             return carried
+        if self.zero_stage < 3:  # linked by the first step, which an engine resumed at its stage's end never takes
+            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.module.named_parameters():
             if name in names and name in self.first_stage:
                 tensors = {"master": safe_get_full_fp32_param(parameter)}

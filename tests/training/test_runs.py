@@ -81,6 +81,16 @@ def test_resumed_run_is_bit_equal_to_the_uninterrupted_one(tmp_path, data, preci
         assert_same(*states)
 
 
+def test_a_run_stopped_at_a_stages_end_goes_on_with_its_moments(tmp_path, data):
+    config = write_config(small_config(data, tmp_path / "whole"), tmp_path / "config.yaml")
+    ds = ds_config(tmp_path, "fp32")
+    run_ok("--deepspeed", ds, "--config", config)
+    half = copy_until(tmp_path / "whole", tmp_path / "half", 3)
+    run_ok("--deepspeed", ds, "--config", config, "--run.dir", half)
+    assert_same(final_weights(tmp_path / "whole"), final_weights(half))
+    assert_same(final_state(tmp_path / "whole"), final_state(half))
+
+
 def test_checkpoint_holds_what_trained_and_all_of_it_changed(tmp_path, data):
     values = small_config(data, tmp_path / "run", train__updates=10)
     config = write_config(values, tmp_path / "config.yaml")
