@@ -1,12 +1,24 @@
 # make demo   train the tiny preset on real images through the deepspeed launcher, generate, say where to look
 # make test   every CPU test but the slow ones
 # Both make their own virtual environment (.venv) the first time; the second time they install nothing.
+#
+# On a machine with an NVIDIA GPU:
+# make gpu-check  are the kernels right, and how fast; 10 minutes; needs torch, triton, diffusers, transformers, pytest
+# make gpu-bench  every arm and shape into runs/gpu-bench/*.json; given again, it goes on with what is missing
+# make gpu-train  FLUX.1-dev's sizes through DeepSpeed: 20 updates, saved and resumed; needs all of `make install`
 PYTHON ?= python3
 VENV := .venv
+GPU_PYTHON ?= python3
+GPU_BENCH ?= runs/gpu-bench
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 unexport PYTHONPATH
 
-.PHONY: install demo test test-slow lint clean
+# Nothing is installed for the benches: whatever GPU_PYTHON has, and this folder.
+GPU := PYTHONPATH=.:kernels:$(PYTHONPATH) $(GPU_PYTHON)
+MAIN_ARMS := diffusers-eager,diffusers-eager-full,ours-none,ours-mlp
+STEP := $(GPU) -m megaflux.bench step --resume
+
+.PHONY: install demo test test-slow lint clean gpu gpu-check gpu-bench gpu-train
 
 install: $(VENV)/.installed
 
@@ -31,6 +43,29 @@ test-slow: install
 lint: install
 	ruff check .
 	ruff format --check .
+
+gpu:
+	@$(GPU) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)' 2>/dev/null || \
+	  { echo "error: no NVIDIA GPU that the torch of $(GPU_PYTHON) can use; GPU_PYTHON=... names another python" >&2; exit 2; }
+
+gpu-check: gpu
+	$(GPU) -m pytest tests/kernels tests/models/test_flux.py -m "not slow" -q
+	$(GPU) -m megaflux_kernels.bench
+	$(GPU) -m megaflux.bench step --grids 64x64 --arms $(MAIN_ARMS)
+
+# One command a piece, each under 10 minutes, each with its own file; --resume skips what the file holds.
+gpu-bench: gpu
+	@mkdir -p $(GPU_BENCH)
+	$(GPU) -m megaflux_kernels.bench --resume --json $(GPU_BENCH)/kernels.json
+	$(GPU) -m megaflux.bench activations --resume --json $(GPU_BENCH)/activations.json
+	$(STEP) --grids 64x64 --json $(GPU_BENCH)/step-64x64.json
+	$(STEP) --grids 36x64 --json $(GPU_BENCH)/step-36x64.json
+	$(STEP) --grids 27x64 --json $(GPU_BENCH)/step-27x64.json
+	$(STEP) --grids 64x64 --arms $(MAIN_ARMS) --attention cudnn --json $(GPU_BENCH)/step-64x64-cudnn.json
+	$(STEP) --grids 64x64 --arms $(MAIN_ARMS) --components block --json $(GPU_BENCH)/step-64x64-block.json
+
+gpu-train: install gpu
+	python launch/gpu_train.py
 
 clean:
 	rm -rf runs data build *.egg-info

@@ -34,7 +34,10 @@ def modulated_linear(n: Tensor, x: Tensor, scale: Tensor, shift: Tensor, *layers
 
     n is what `modulated` made of x, scale and shift, from which it is rebuilt where a weight trains.
     """
-    return _ModulatedLinear.apply(n, x, scale, shift, *linears(*layers))
+    parameters = linears(*layers)
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+        return _ModulatedLinear.apply(n, x, scale, shift, *parameters)
+    return F.linear(n, packed(parameters[: len(layers)]), packed(parameters[len(layers) :]))
 
 
 def mlp(
@@ -52,9 +55,7 @@ def mlp(
 def packed(tensors: Sequence[Tensor]) -> Tensor:
     """The tensors along their first dimension as one: a view where they lie side by side in memory (`pack`), else a
     copy."""
-    if len(tensors) == 1:
-        return tensors[0]
-    if torch.compiler.is_compiling() or not side_by_side(tensors):
+    if not side_by_side(tensors):
         return torch.cat(list(tensors))
     first = tensors[0].detach()
     size = (sum(t.shape[0] for t in tensors), *first.shape[1:])
@@ -62,7 +63,9 @@ def packed(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> bool:
-    """Whether the tensors fill one stretch of one storage, in order."""
+    """Whether the tensors fill one stretch of one storage, in order. Never under torch.compile, which sees no storage."""
+    if torch.compiler.is_compiling():
+        return False
     first, offset = tensors[0], tensors[0].storage_offset()
     storage = first.untyped_storage()._cdata
     for tensor in tensors:
@@ -105,22 +108,37 @@ class _Modulated(torch.autograd.Function):
 class _ModulatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, n, x, scale, shift, *parameters):
-        half = len(parameters) // 2
-        ctx.rebuilds = any(ctx.needs_input_grad[4 : 4 + half])
+        weights, biases = _halves(parameters)
+        ctx.rebuilds = any(ctx.needs_input_grad[4 : 4 + len(weights)])
         ctx.save_for_backward(*((x, scale, shift) if ctx.rebuilds else ()), *parameters)
-        return F.linear(n, packed(parameters[:half]), packed(parameters[half:]))
+        if side_by_side(weights) and side_by_side(biases):
+            return F.linear(n, packed(weights), packed(biases))
+        # Apart in memory: a product each into one result costs less than joining the weights first.
+        rows = [weight.shape[0] for weight in weights]
+        out = torch.empty((*n.shape[:-1], sum(rows)), dtype=n.dtype, device=n.device)
+        for part, weight, bias in zip(out.flatten(0, 1).split(rows, dim=1), weights, biases, strict=True):
+            torch.addmm(bias, n.flatten(0, 1), weight.t(), out=part)
+        return out
 
     @staticmethod
     def backward(ctx, dout):
         saved = ctx.saved_tensors  # once: checkpointing gives them out once
-        sources, parameters = saved[: 3 * ctx.rebuilds], saved[3 * ctx.rebuilds :]
-        half = len(parameters) // 2
+        sources, (weights, _) = saved[: 3 * ctx.rebuilds], _halves(saved[3 * ctx.rebuilds :])
         needs = ctx.needs_input_grad[4:]
-        dn = dout @ packed(parameters[:half]) if ctx.needs_input_grad[0] else None
+        rows = [weight.shape[0] for weight in weights]
+        dn = None
+        if ctx.needs_input_grad[0] and side_by_side(weights):
+            dn = dout @ packed(weights)
+        elif ctx.needs_input_grad[0]:
+            first, *others = dout.flatten(0, 1).split(rows, dim=1)
+            dn = first @ weights[0]
+            for part, weight in zip(others, weights[1:], strict=True):
+                torch.addmm(dn, part, weight, out=dn)
+            dn = dn.view(*dout.shape[:-1], -1)
         dweight = _dweight(dout, modulate.forward(*sources)[0]) if ctx.rebuilds else None
-        dbias = dout.sum((0, 1)) if any(needs[half:]) else None
-        rows = [parameter.shape[0] for parameter in parameters[:half]]
-        return dn, None, None, None, *_split(dweight, rows, needs[:half]), *_split(dbias, rows, needs[half:])
+        dbias = dout.sum((0, 1)) if any(needs[len(rows) :]) else None
+        parts = *_split(dweight, rows, needs[: len(rows)]), *_split(dbias, rows, needs[len(rows) :])
+        return dn, None, None, None, *parts
 
 
 class _Mlp(torch.autograd.Function):
@@ -153,6 +171,11 @@ class _Mlp(torch.autograd.Function):
         db_in = dpre.sum((0, 1)) if need_b_in else None
         dn = dpre @ w_in if need_n else None
         return dn, dattention, None, None, None, None, dw_in, db_in, dw_out, db_out
+
+
+def _halves(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """(weights, biases) of `linears`."""
+    return parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
 
 
 def _dweight(dout: Tensor, x: Tensor) -> Tensor:

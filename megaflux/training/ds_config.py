@@ -106,8 +106,9 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
 
 
 def sharding(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """What of DeepSpeed's file a checkpoint's optimizer shards depend on."""
-    return {"zero_stage": zero_stage(ds_config), "bf16": uses_bf16(ds_config)}
+    """What a checkpoint's optimizer shards depend on: of DeepSpeed's file, and the order in which parameters lie in
+    them (2: optim.products_together; shards without a number are from before it)."""
+    return {"zero_stage": zero_stage(ds_config), "bf16": uses_bf16(ds_config), "parameter_order": 2}
 
 
 def uses_bf16(ds_config: dict[str, Any]) -> bool:

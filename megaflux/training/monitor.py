@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from megaflux.config import Config
 from megaflux.data.buckets import Bucket
+from megaflux.gpus import peak_tflops_for
 from megaflux.training import costs
 from megaflux.training.distributed import World, sum_over_ranks
 
@@ -116,7 +117,7 @@ def _peak_flops(config: Config, world: World) -> float:
     """FLOP/s of one device: configured, known by the GPU's name, or the best of a few 2048^3 bf16 products here."""
     if config.monitor.peak_tflops:
         return config.monitor.peak_tflops * 1e12
-    known = costs.peak_tflops_for(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
+    known = peak_tflops_for(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
     if known:
         return known * 1e12
     n = 2048

@@ -17,7 +17,7 @@ from tests.kernels.accuracy import assert_within_twice, randn
 from tests.kernels.conftest import DEVICE, DTYPES
 
 NAMES = ("residual", "x", "gate", "scale", "shift")
-SHAPES = [(1, 1, 1), (2, 37, 96), (3, 16, 128), (8, 5, 100), (1, 17, 1100)]
+SHAPES = [(1, 1, 2), (2, 37, 96), (3, 16, 128), (8, 5, 100), (1, 17, 1100)]
 
 
 def inputs(shape, dtype, modulated, needs="residual x gate scale shift"):

@@ -16,7 +16,7 @@ def inputs(shape, dtype, needs=(True, True, True)):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 37, 96), (3, 16, 128), (8, 5, 100), (1, 33, 384)])
+@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 37, 96), (3, 16, 128), (8, 5, 100), (1, 33, 384)])
 def test_modulate_is_layer_norm_scale_shift(path, shape, dtype):
     values, douts = inputs(shape, dtype)
     if shape[2] == 1:

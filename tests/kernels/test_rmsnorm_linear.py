@@ -81,6 +81,23 @@ def test_slices_are_read_where_they_lie(path):
     assert_within_twice(ours, plain, [wide, norm_weight, weight, bias], [dout], torch.float32)
 
 
+def test_weights_of_any_strides_are_read(path):
+    values, douts = inputs(((9,), 64, 40), torch.float32)
+    values[1:] = [torch.stack([v.detach(), v.detach() * 9], dim=-1).requires_grad_() for v in values[1:]]
+    ours, plain = (lambda x, *o, op=op: op(x, *(w[..., 0] for w in o)) for op in (rmsnorm_linear, reference.definition))
+    assert_within_twice(ours, plain, values, douts, torch.float32)
+    x, *weights = (v.detach() for v in values)
+    torch.testing.assert_close(forward(x, *(w[..., 0] for w in weights))[0], plain(x, *weights))
+
+
+def test_no_rows(path):
+    values, douts = inputs(((2, 0), 24, 8), torch.float32)
+    out = rmsnorm_linear(*values)
+    assert out.shape == (2, 0, 8) == forward(*(v.detach() for v in values))[0].shape
+    for value, grad in zip(values, torch.autograd.grad(out, values, douts)):
+        assert grad.shape == value.shape and not grad.any()
+
+
 def test_every_element_is_written(triton_path, poisoned):
     (x, norm_weight, weight, bias), _ = inputs(SHAPES[2], torch.float32)
     for result in forward(x.detach(), norm_weight.detach(), weight.detach(), bias.detach()):

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megaflux.config import Config, build_config
 from megaflux.data.buckets import Bucket, make_buckets
+from megaflux.gpus import peak_tflops_for
 from megaflux.models.pretrained import meta_models
 from megaflux.models.vlm import Condition
 from megaflux.presets import PRESETS
@@ -269,4 +270,4 @@ def test_images_per_second_of_the_authors():
     ("NVIDIA A10G", 70), ("NVIDIA A10", 125), ("NVIDIA L40S", 362), ("NVIDIA RTX A4000", None), ("Tesla V100", None),
 ])  # fmt: skip
 def test_peak_by_name(name, peak):
-    assert costs.peak_tflops_for(name) == peak
+    assert peak_tflops_for(name) == peak

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megaflux_kernels.biased_attention import reference
-from megaflux_kernels.dispatch import check, rows, use_triton
+from megaflux_kernels.dispatch import check, rows, torch_path, use_triton
 
 HEAD_DIMS = (32, 64, 128)  # of the Triton kernels
 
@@ -89,11 +89,7 @@ def _backward(ctx, dout, dlse):
 
 _triton_forward.register_autograd(_backward, setup_context=_setup)
 
-
-class _Reference(torch.autograd.Function):
-    forward = staticmethod(reference.forward)
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(_backward)
+_reference = torch_path(reference.forward, _setup, _backward)
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
@@ -108,7 +104,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
     output 0 and gradients 0. ValueError for other input, and for a bias that requires a gradient.
     """
     bias, scale = _checked(q, k, v, bias, scale)
-    run = _triton_forward if use_triton(q) else _Reference.apply
+    run = _triton_forward if use_triton(q) else _reference
     return run(rows(q), rows(k), rows(v), bias, scale)[0].transpose(1, 2)
 
 

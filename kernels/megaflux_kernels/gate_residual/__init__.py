@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megaflux_kernels.dispatch import check, rows, use_triton
+from megaflux_kernels.dispatch import check, rows, torch_path, use_triton
 from megaflux_kernels.gate_residual import reference
 
 EPS = 1e-6
@@ -181,17 +181,9 @@ def _backward_modulate(ctx, dhidden, dout, dmean, drstd):
 _triton_forward.register_autograd(_backward, setup_context=_setup)
 _triton_forward_modulate.register_autograd(_backward_modulate, setup_context=_setup_modulate)
 
+_reference = torch_path(reference.forward, _setup, _backward)
 
-class _Reference(torch.autograd.Function):
-    forward = staticmethod(reference.forward)
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(_backward)
-
-
-class _ReferenceModulate(torch.autograd.Function):
-    forward = staticmethod(reference.forward_modulate)
-    setup_context = staticmethod(_setup_modulate)
-    backward = staticmethod(_backward_modulate)
+_reference_modulate = torch_path(reference.forward_modulate, _setup_modulate, _backward_modulate)
 
 
 def gate_residual(
@@ -210,7 +202,7 @@ def gate_residual(
     _check(residual, x, gate, scale, shift)
     residual, x, gate = rows(residual), rows(x), rows(gate)
     if scale is None:
-        return (_triton_forward if use_triton(residual) else _Reference.apply)(residual, x, gate)
-    run = _triton_forward_modulate if use_triton(residual) else _ReferenceModulate.apply
+        return (_triton_forward if use_triton(residual) else _reference)(residual, x, gate)
+    run = _triton_forward_modulate if use_triton(residual) else _reference_modulate
     hidden, out, _, _ = run(residual, x, gate, rows(scale), rows(shift), eps)
     return hidden, out

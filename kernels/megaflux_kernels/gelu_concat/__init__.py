@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megaflux_kernels.dispatch import check, rows, use_triton
+from megaflux_kernels.dispatch import check, rows, torch_path, use_triton
 from megaflux_kernels.gelu_concat import reference
 
 
@@ -86,11 +86,7 @@ def _backward(ctx, dout):
 
 _triton_forward.register_autograd(_backward, setup_context=_setup)
 
-
-class _Reference(torch.autograd.Function):
-    forward = staticmethod(reference.forward)
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(_backward)
+_reference = torch_path(reference.forward, _setup, _backward)
 
 
 def gelu_concat(attn_output: Tensor | None, hidden_states: Tensor) -> Tensor:
@@ -101,5 +97,5 @@ def gelu_concat(attn_output: Tensor | None, hidden_states: Tensor) -> Tensor:
     once. ValueError for other input.
     """
     _check(attn_output, hidden_states)
-    run = _triton_forward if use_triton(hidden_states) else _Reference.apply
+    run = _triton_forward if use_triton(hidden_states) else _reference
     return run(None if attn_output is None else rows(attn_output), rows(hidden_states))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megaflux_kernels.dispatch import check, rows, use_triton
+from megaflux_kernels.dispatch import check, rows, torch_path, use_triton
 from megaflux_kernels.modulate import reference
 
 EPS = 1e-6
@@ -84,11 +84,7 @@ def _backward(ctx, dout, dmean, drstd):
 
 _triton_forward.register_autograd(_backward, setup_context=_setup)
 
-
-class _Reference(torch.autograd.Function):
-    forward = staticmethod(reference.forward)
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(_backward)
+_reference = torch_path(reference.forward, _setup, _backward)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = EPS) -> Tensor:
@@ -99,5 +95,5 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = EPS) -> Tenso
     is rounded once. ValueError for other input.
     """
     check("modulate", x, scale, shift, dims=3)
-    run = _triton_forward if use_triton(x) else _Reference.apply
+    run = _triton_forward if use_triton(x) else _reference
     return run(rows(x), rows(scale), rows(shift), eps)[0]

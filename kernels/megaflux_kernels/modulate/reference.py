@@ -13,8 +13,11 @@ def definition(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Te
 
 def forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(out, mean (B, S), rstd (B, S)); the statistics are at least float32."""
-    normalized, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], *_identity(x), eps)
-    out = torch.addcmul(shift[:, None], normalized, 1 + scale[:, None])
+    if len(x) == 1:  # torch's own weights and bias, in its one pass
+        out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], *_weights(scale[0], shift[0]), eps)
+    else:
+        normalized, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], *_identity(x), eps)
+        out = torch.addcmul(shift[:, None], normalized, 1 + scale[:, None])
     return out, mean.squeeze(-1), rstd.squeeze(-1)
 
 
@@ -23,21 +26,35 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx + residual, dscale, dshift); empty dscale and dshift unless need_modulation."""
     statistics = mean[..., None], rstd[..., None]
-    dnormalized = dout * (1 + scale[:, None])
-    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-        dnormalized, x, x.shape[-1:], *statistics, *_identity(x), [True, False, False]
-    )
-    if residual is not None:
-        dx = dx.add_(residual)
+    layer_norm_backward, width = torch.ops.aten.native_layer_norm_backward, x.shape[-1:]
+    dscale = dshift = None
+    if len(x) == 1:
+        wanted = [True, need_modulation, need_modulation]
+        weights = _weights(scale[0], scale[0])
+        dx, dscale, dshift = layer_norm_backward(dout, x, width, *statistics, *weights, wanted)
+    else:
+        dx, *_ = layer_norm_backward(
+            dout * (1 + scale[:, None]), x, width, *statistics, *_identity(x), [True, False, False]
+        )
+        if need_modulation:  # products in float32, and sums over thousands of tokens: 16-bit numbers are promoted
+            dscale = (x - statistics[0]).mul_(statistics[1]).mul_(dout).sum(1)
+            dshift = dout.sum(1)
+    dx = dx if residual is None else dx.add_(residual)
     if not need_modulation:
         return dx, x.new_empty(0), x.new_empty(0)
-    wide = mean.dtype  # sums over thousands of tokens, in float32
-    normalized = (x.to(wide) - statistics[0]) * statistics[1]
-    dscale = (dout.to(wide) * normalized).sum(1)
-    return dx, dscale.to(scale.dtype), dout.sum(1, dtype=wide).to(scale.dtype)
+    return dx, dscale.to(scale.dtype).view_as(scale), dshift.to(scale.dtype).view_as(scale)
 
 
-def _identity(x: Tensor) -> tuple[Tensor, Tensor]:
-    # Weights of a wider type make torch keep the statistics in it; with none they would be rounded to x's.
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.ones(x.shape[-1], dtype=wide, device=x.device), torch.zeros(x.shape[-1], dtype=wide, device=x.device)
+def _weights(scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """1 + scale and shift (W,) as torch's layer norm takes them: of 16-bit x in float32, whose statistics it keeps in
+    float32 then."""
+    wide = torch.promote_types(scale.dtype, torch.float32)
+    return 1 + scale.to(wide), shift.to(wide)
+
+
+def _identity(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Weights that change nothing: of 16-bit x in float32, for torch then keeps the statistics in float32 too."""
+    if x.dtype in (torch.float32, torch.float64):
+        return None, None
+    like = {"dtype": torch.float32, "device": x.device}
+    return torch.ones(x.shape[-1], **like), torch.zeros(x.shape[-1], **like)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megaflux_kernels.dispatch import check, rows, use_triton
+from megaflux_kernels.dispatch import check, rows, torch_path, use_triton
 from megaflux_kernels.qk_norm_rope import reference
 
 EPS = 1e-6
@@ -77,28 +77,32 @@ def forward(
     float32 (float64 for float64)."""
     _check(qkv, norm_q, norm_k, cos, sin, heads, txt_qkv, txt_norm_q, txt_norm_k)
     run = _triton_forward if use_triton(qkv) else reference.forward
-    txt_qkv = None if txt_qkv is None else rows(txt_qkv)
-    return run(rows(qkv), norm_q, norm_k, cos, sin, heads, txt_qkv, txt_norm_q, txt_norm_k, eps, False)
+    qkv, norm_q, norm_k, txt_qkv, txt_norm_q, txt_norm_k = _rows(qkv, norm_q, norm_k, txt_qkv, txt_norm_q, txt_norm_k)
+    return run(qkv, norm_q, norm_k, cos, sin, heads, txt_qkv, txt_norm_q, txt_norm_k, eps, False)
 
 
 def backward(
     dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
     cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None = None, txt_norm_k: Tensor | None = None,
     need_norms: bool = False, qkv: Tensor | None = None, txt_qkv: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dqkv (B, L, 3 H D), dtxt_qkv (B, T, 3 H D) or None, dnorms (2, D), dtxt_norms (2, D)) of `forward`; the norms'
-    are None unless need_norms, rows q and k.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dqkv (B, L, 3 H D), dtxt_qkv (B, T, 3 H D), dnorm_q, dnorm_k, dtxt_norm_q, dtxt_norm_k (D,)) of `forward`; the
+    norms' are None unless need_norms, the text's without text.
 
     dq, dk, dv: (B, S, H, D), any strides but the last, 1. q, k, rstd: what `forward` returned. qkv, txt_qkv: its
     input, where the norm weights are not `invertible`; None: q and k are turned back.
     """
     run = _triton_backward if use_triton(q) else reference.backward
+    norm_q, norm_k, txt_norm_q, txt_norm_k, qkv, txt_qkv = _rows(norm_q, norm_k, txt_norm_q, txt_norm_k, qkv, txt_qkv)
     dqkv, dtxt_qkv, dnorms, dtxt_norms = run(
         rows(dq), rows(dk), rows(dv), q, k, rstd, norm_q, norm_k, cos, sin, text_tokens, txt_norm_q, txt_norm_k,
         need_norms, qkv, txt_qkv,
     )  # fmt: skip
     text = text_tokens > 0
-    return dqkv, dtxt_qkv if text else None, dnorms if need_norms else None, dtxt_norms if need_norms and text else None
+    none = (None, None)
+    dnorm_q, dnorm_k = dnorms.clone() if need_norms else none
+    dtxt_norm_q, dtxt_norm_k = dtxt_norms.clone() if need_norms and text else none
+    return dqkv, dtxt_qkv if text else None, dnorm_q, dnorm_k, dtxt_norm_q, dtxt_norm_k
 
 
 def invertible(*norm_weights: Tensor | None) -> bool:
@@ -124,22 +128,16 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, dq, dk, dv, drstd):
     q, k, rstd, norm_q, norm_k, cos, sin, txt_norm_q, txt_norm_k, qkv, txt_qkv = ctx.saved_tensors
     need = ctx.needs_input_grad
-    dqkv, dtxt_qkv, dnorms, dtxt_norms = backward(
+    dqkv, dtxt_qkv, dnorm_q, dnorm_k, dtxt_norm_q, dtxt_norm_k = backward(
         dq, dk, dv, q, k, rstd, norm_q, norm_k, cos, sin, ctx.text_tokens, txt_norm_q, txt_norm_k,
         need[1] or need[2] or need[7] or need[8], qkv, txt_qkv,
     )  # fmt: skip
-    dnorm_q, dnorm_k = (None, None) if dnorms is None else dnorms.clone()
-    dtxt_norm_q, dtxt_norm_k = (None, None) if dtxt_norms is None else dtxt_norms.clone()
     return dqkv, dnorm_q, dnorm_k, None, None, None, dtxt_qkv, dtxt_norm_q, dtxt_norm_k, None, None
 
 
 _triton_forward.register_autograd(_backward, setup_context=_setup)
 
-
-class _Reference(torch.autograd.Function):
-    forward = staticmethod(reference.forward)
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(_backward)
+_reference = torch_path(reference.forward, _setup, _backward)
 
 
 def qk_norm_rope(
@@ -159,12 +157,14 @@ def qk_norm_rope(
     _check(qkv, norm_q, norm_k, cos, sin, heads, txt_qkv, txt_norm_q, txt_norm_k)
     if keep_input is None:
         keep_input = not invertible(norm_q, norm_k, txt_norm_q, txt_norm_k)
-    run = _triton_forward if use_triton(qkv) else _Reference.apply
-    txt_qkv = None if txt_qkv is None else rows(txt_qkv)
-    q, k, v, _ = run(
-        rows(qkv), norm_q, norm_k, cos, sin, heads, txt_qkv, txt_norm_q, txt_norm_k, eps, keep_input
-    )  # fmt: skip
+    run = _triton_forward if use_triton(qkv) else _reference
+    qkv, norm_q, norm_k, txt_qkv, txt_norm_q, txt_norm_k = _rows(qkv, norm_q, norm_k, txt_qkv, txt_norm_q, txt_norm_k)
+    q, k, v, _ = run(qkv, norm_q, norm_k, cos, sin, heads, txt_qkv, txt_norm_q, txt_norm_k, eps, keep_input)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [x if x is None else rows(x) for x in tensors]
 
 
 def _check(
@@ -172,7 +172,7 @@ def _check(
     txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
 ) -> None:  # fmt: skip
     check("qk_norm_rope", qkv, norm_q, norm_k, txt_qkv, txt_norm_q, txt_norm_k, dims=3)
-    if qkv.shape[-1] % (3 * heads):
+    if heads < 1 or qkv.shape[-1] % (3 * heads):
         raise ValueError(f"qk_norm_rope: want qkv (B, L, 3 H D) for {heads} heads, got {tuple(qkv.shape)}")
     D = qkv.shape[-1] // (3 * heads)
     if D % 2 or (use_triton(qkv) and D not in HEAD_DIMS):
@@ -198,5 +198,7 @@ def _check(
                 f"qk_norm_rope: want cos and sin of shape {(tokens, D)} in float32, got {tuple(table.shape)} in "
                 f"{table.dtype}"
             )
+        if table.device != qkv.device:
+            raise ValueError(f"qk_norm_rope: want cos and sin on {qkv.device}, got {table.device}; move them")
         if table.requires_grad:
             raise ValueError("qk_norm_rope: cos and sin carry no gradient; detach them")

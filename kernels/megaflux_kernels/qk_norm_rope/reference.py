@@ -43,22 +43,21 @@ def forward(
     """(q, k, v (B, S, H, D), rstd (2, B, S, H)). keep_input is the backward pass's business."""
     B, T = qkv.shape[0], 0 if txt_qkv is None else txt_qkv.shape[1]
     S, D, wide = T + qkv.shape[1], norm_q.shape[0], torch.promote_types(qkv.dtype, torch.float32)
-    q, k, v = (torch.empty((B, S, heads, D), dtype=qkv.dtype, device=qkv.device) for _ in range(3))
+    out = torch.empty((3, B, S, heads, D), dtype=qkv.dtype, device=qkv.device)
     rstd = torch.empty((2, B, S, heads), dtype=wide, device=qkv.device)
     turn = _turn(cos, sin, wide)
     streams = [(slice(T, S), qkv, norm_q, norm_k)]
     if txt_qkv is not None:
         streams.append((slice(0, T), txt_qkv, txt_norm_q, txt_norm_k))
     for tokens, packed, *weights in streams:
-        parts = packed.unflatten(-1, (3, heads, D)).unbind(2)
-        for i, (out, x, weight) in enumerate(zip((q, k), parts, weights)):
-            x = x.to(wide)
-            scale = x.square().mean(-1).add_(eps).rsqrt_()
-            n = (x * scale[..., None]).mul_(weight.to(wide))
-            out[:, tokens] = _real(_complex(n).mul_(turn[tokens]))
-            rstd[i, :, tokens] = scale
-        v[:, tokens] = parts[2]
-    return q, k, v, rstd
+        x = packed.unflatten(-1, (3, heads, D)).movedim(2, 0)  # (3, B, tokens, H, D)
+        out[2, :, tokens] = x[2]
+        x = x[:2].to(wide)
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(D).add_(eps).rsqrt_()
+        turned = _real(_complex(x * torch.stack(weights).to(wide)[:, None, None, None]).mul_(turn[tokens]))
+        _scaled(turned, scale, out[:2, :, tokens])
+        rstd[:, :, tokens] = scale[..., 0]
+    return *out.unbind(), rstd
 
 
 def backward(
@@ -71,33 +70,40 @@ def backward(
     T, wide = text_tokens, rstd.dtype
     turn = _turn(cos, sin, wide)
     back, inverse = turn.conj().resolve_conj(), turn.reciprocal()  # the same but for rounding of cos and sin
-    found = []
-    for tokens, packed, *weights in (
-        (slice(T, S), qkv, norm_q, norm_k),
-        (slice(0, T), txt_qkv, txt_norm_q, txt_norm_k),
-    ):
-        grad = torch.empty((B, tokens.stop - tokens.start, 3, H, D), dtype=q.dtype, device=q.device)
-        norms = []
-        for i, (y, dy, weight) in enumerate(zip((q, k), (dq, dk), weights)):
-            if weight is None:
-                continue
-            weight, scale = weight.to(wide), rstd[i, :, tokens, :, None]
-            y, dy = y[:, tokens].to(wide), dy[:, tokens].to(wide)
-            # mean of (gradient of n) n: turning and norm weights cancel in it
-            along = (dy * y).sum(-1, keepdim=True).div_(D)
-            du = _real(_complex(dy) * back[tokens])
-            if packed is None:
-                n = _real(_complex(y) * inverse[tokens]).div_(weight.masked_fill(weight == 0, float("inf")))
-            else:
-                n = packed.unflatten(-1, (3, H, D))[:, :, i].to(wide) * scale
-            if need_norms:
-                norms.append((du * n).sum((0, 1, 2)))
-            grad[:, :, i] = du.mul_(weight).sub_(n.mul_(along)).mul_(scale)
+    streams = [slice(T, S), *([slice(0, T)] if T else [])]
+    grads = [torch.empty((B, S - T if i == 0 else T, 3, H, D), dtype=q.dtype, device=q.device) for i in range(2)]
+    norms: list[list[Tensor]] = [[], []]
+    for i, (y, dy, weight, txt_weight) in enumerate(((q, dq, norm_q, txt_norm_q), (k, dk, norm_k, txt_norm_k))):
+        y, dy, scale, weight = y.to(wide), dy.to(wide), rstd[i, ..., None], weight.to(wide)
+        if T:  # a row for each token
+            weight = torch.cat([txt_weight.to(wide).expand(T, D), weight.expand(S - T, D)])[:, None]
+        # mean of (gradient of n) n: turning and norm weights cancel in it
+        along = (dy * y).sum(-1, keepdim=True).div_(D)
+        du = _real(_complex(dy) * back)
+        if qkv is None:
+            n = _real(_complex(y) * inverse).div_(weight.masked_fill(weight == 0, float("inf")))
+        else:
+            packed = qkv if not T else torch.cat([txt_qkv, qkv], dim=1)
+            n = packed.unflatten(-1, (3, H, D))[:, :, i] * scale
+        if need_norms:
+            dweight = (du * n).sum((0, 2))  # (S, D)
+            for found, tokens in zip(norms, streams):
+                found.append(dweight[tokens].sum(0))
+        dx = torch.addcmul(du.mul_(weight), n, along, value=-1)
+        for grad, tokens in zip(grads, streams):
+            _scaled(dx[:, tokens], scale[:, tokens], grad[:, :, i])
+    for grad, tokens in zip(grads, streams):
         grad[:, :, 2] = dv[:, tokens]
-        norms = torch.stack(norms).to(norm_q.dtype) if norms else norm_q.new_empty(0)
-        found.append((grad.flatten(2), norms))
-    (dqkv, dnorms), (dtxt_qkv, dtxt_norms) = found
-    return dqkv, dtxt_qkv, dnorms, dtxt_norms
+    dnorms, dtxt_norms = (torch.stack(n).to(norm_q.dtype) if n else norm_q.new_empty(0) for n in norms)
+    return grads[0].flatten(2), grads[1].flatten(2), dnorms, dtxt_norms
+
+
+def _scaled(x: Tensor, scale: Tensor, out: Tensor) -> None:
+    """out = x * scale, without a pass more where their types agree."""
+    if out.dtype == x.dtype:
+        torch.mul(x, scale, out=out)
+    else:
+        out.copy_(x * scale)
 
 
 def _turn(cos: Tensor, sin: Tensor, wide: torch.dtype) -> Tensor:

@@ -188,7 +188,7 @@ def backward(
                 dv.stride(0), dv.stride(1), dv.stride(2), kept.stride(0), kept.stride(1), B * S * heads,
                 KEPT=packed is not None, NORMS=need_norms, ROWS=step, H=H, D=D, num_warps=4,
             )  # fmt: skip
-        wanted = need_norms and weight_q is not None
+        wanted = need_norms and (T > 0 or not found)  # without text, the image's only: the first
         found.append((grad, partial.sum((0, 1)).to(norm_q.dtype) if wanted else norm_q.new_empty(0)))
     (dqkv, dnorms), (dtxt_qkv, dtxt_norms) = found
     return dqkv, dtxt_qkv, dnorms, dtxt_norms

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megaflux_kernels.dispatch import check, rows, use_triton
+from megaflux_kernels.dispatch import check, rows, torch_path, use_triton
 from megaflux_kernels.rmsnorm_linear import reference
 
 EPS = 1e-6
@@ -38,8 +38,8 @@ def forward(
     """(out (..., N), rstd (...)), without autograd: rstd is 1 / rms of each row, float32 (float64 for float64)."""
     flat = _checked(x, norm_weight, weight, bias)
     run = _triton_forward if use_triton(x) else reference.forward
-    out, rstd = run(flat, norm_weight, rows(weight), bias, eps)
-    return out.view(*x.shape[:-1], -1), rstd.view(x.shape[:-1])
+    out, rstd = run(flat, rows(norm_weight), rows(weight), None if bias is None else rows(bias), eps)
+    return out.view(*x.shape[:-1], weight.shape[0]), rstd.view(x.shape[:-1])
 
 
 def backward(
@@ -68,11 +68,7 @@ def _backward(ctx, dout, drstd):
 
 _triton_forward.register_autograd(_backward, setup_context=_setup)
 
-
-class _Reference(torch.autograd.Function):
-    forward = staticmethod(reference.forward)
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(_backward)
+_reference = torch_path(reference.forward, _setup, _backward)
 
 
 def rmsnorm_linear(
@@ -85,8 +81,9 @@ def rmsnorm_linear(
     other input.
     """
     flat = _checked(x, norm_weight, weight, bias)
-    run = _triton_forward if use_triton(x) else _Reference.apply
-    return run(flat, norm_weight, rows(weight), bias, eps)[0].view(*x.shape[:-1], -1)
+    run = _triton_forward if use_triton(x) else _reference
+    out, _ = run(flat, rows(norm_weight), rows(weight), None if bias is None else rows(bias), eps)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _checked(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,1 @@
+"""What every bench shares: report.py (rows, JSON, resuming), timing.py (samples, limits), machine.py (what ran)."""

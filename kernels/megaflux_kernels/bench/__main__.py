@@ -1,0 +1,152 @@
+"""python -m megaflux_kernels.bench [--op NAME]: each op against its eager and its compiled reference.
+
+First a gate: outputs and every gradient, against float64, off by at most twice what the eager reference is; an op that
+fails it gets no row, and the exit code is 1. Then the times of forward, and of forward and backward, and the fraction
+of the limit measured in the same run: a large copy's bytes per second, or a large product's FLOPs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaflux_kernels import OPS
+from megaflux_kernels.bench import cases, timing
+from megaflux_kernels.bench.machine import attention_backend, default_device, facts
+from megaflux_kernels.bench.report import Parser, Report, Row, add_report_arguments, open_report, positive, table
+from megaflux_kernels.dispatch import describe
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FLOOR = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 4}  # units of rounding below which both are right
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    device = default_device()
+    on_gpu = device.type == "cuda"
+    parser = Parser(prog="python -m megaflux_kernels.bench", description=__doc__)
+    parser.add_argument("--op", choices=OPS, help="one op (default: all)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32",
+                        help="default bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="default 1")
+    parser.add_argument("--image", type=positive, metavar="N", help="image tokens (default 4096, on a CPU 256)")
+    parser.add_argument("--samples", type=positive, default=20, metavar="N", help="timed calls (default 20)")
+    parser.add_argument("--threads", type=positive, default=None if on_gpu else 1, metavar="N",
+                        help="of torch on the CPU (default 1 on a CPU)")  # fmt: skip
+    parser.add_argument("--no-compile", action="store_true", help="without the compiled reference")
+    add_report_arguments(parser)
+    args = parser.parse_args(argv)
+
+    dtype, sizes = DTYPES[args.dtype], cases.Sizes() if on_gpu else cases.SMALL
+    sizes = replace(sizes, batch=args.batch, image=args.image or sizes.image)
+    torch.set_float32_matmul_precision("highest")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    backend = attention_backend(device, dtype, sizes.heads, sizes.head_dim)
+    report = open_report(parser, args, facts(device, backend))
+    copy, product = timing.copy_gb_per_s(device), timing.matmul_tflop_per_s(device, dtype)
+    print(f"{report.facts['device']}, kernels {describe(device)}, {args.dtype}: a large copy moves {copy:.0f} GB/s, "
+          f"a large product {product:.2f} TFLOP/s")  # fmt: skip
+    failed = False
+    for op in [args.op] if args.op else OPS:
+        for case in cases.make(op, sizes, dtype, device):
+            failed |= not bench(case, report, dtype, device, args, copy, product)
+    print()
+    print(table(row for row in report.rows if row.bench in OPS))
+    return int(failed)
+
+
+def bench(
+    case: cases.Case, report: Report, dtype: torch.dtype, device: torch.device, args: argparse.Namespace,
+    copy: float, product: float,
+) -> bool:  # fmt: skip
+    """Measure the arms of a case that the report lacks. False where the gate refuses."""
+    shape = f"{case.shape} {args.dtype}"
+    arms = {"ours": case.ours, "eager": case.reference} | case.others
+    if not args.no_compile:
+        arms["compile"] = torch.compile(case.reference, dynamic=False)
+    arms = {name: run for name, run in arms.items() if not report.has(case.op, name, shape)}
+    if not arms:
+        return True
+    if problem := gate(case, dtype):
+        print(f"error: {case.op} {shape}: {problem}; not timed", file=sys.stderr, flush=True)
+        return False
+    for name, run in arms.items():
+        try:
+            forward, both = measure(case, run, device, args.samples)
+        except RuntimeError as error:  # no compiler, no memory, no backend that takes a mask
+            print(f"{case.op} {shape}: {name}: {str(error).strip().splitlines()[0][:120]}; no row", flush=True)
+            continue
+        found = [Row(case.op, name, shape, "forward_ms", forward, "ms", args.samples),
+                 Row(case.op, name, shape, "forward_backward_ms", both, "ms", args.samples)]  # fmt: skip
+        amounts, metric, unit, limit = (
+            (case.bytes, "gb_per_s", "GB/s", copy) if case.bytes else (case.flops, "tflop_per_s", "TFLOP/s", product)
+        )
+        scale = 1e6 if case.bytes else 1e9
+        for part, amount, ms in zip(("forward_", ""), amounts, (forward, both), strict=True):
+            rate = amount / ms / scale
+            found += [Row(case.op, name, shape, f"{part}{metric}", rate, unit, args.samples),
+                      Row(case.op, name, shape, f"{part}fraction_of_limit", rate / limit, "1", args.samples)]  # fmt: skip
+        report.add(*found)
+        print(f"{case.op} {shape}: {name}: {forward:.4f} ms, with backward {both:.4f} ms", flush=True)
+    torch.compiler.reset()
+    return True
+
+
+def measure(case: cases.Case, run: Callable, device: torch.device, samples: int) -> tuple[float, float]:
+    """Median milliseconds of (forward without gradients, forward and backward)."""
+    inputs = leaves(case.inputs, case.timed)
+    with torch.no_grad():
+        outs = _outputs(run(*inputs))
+        forward = timing.kernel_ms(lambda: run(*inputs), device, samples)
+    douts = [torch.randn_like(out) for out in outs]
+    wanted = [inputs[i] for i in case.timed]
+    both = timing.kernel_ms(
+        lambda: torch.autograd.grad(_outputs(run(*inputs)), wanted, douts, allow_unused=True), device, samples
+    )
+    return timing.median(forward), timing.median(both)
+
+
+def gate(case: cases.Case, dtype: torch.dtype) -> str | None:
+    """What is wrong with an op's results, or None."""
+    exact = results(case, case.reference, torch.float64)
+    ours, eager = (results(case, run, dtype) for run in (case.ours, case.reference))
+    floor = FLOOR[dtype] * torch.finfo(dtype).eps
+    for index, (mine, theirs, true) in enumerate(zip(ours, eager, exact, strict=True)):
+        size = true.norm().clamp(min=1e-30)
+        error, allowed = ((x.double() - true).norm().div(size).item() for x in (mine, theirs))
+        if not error <= 2 * allowed + floor:  # NaN fails
+            return f"result {index} is off by {error:.2e}, the eager reference by {allowed:.2e}"
+    return None
+
+
+def results(case: cases.Case, run: Callable, dtype: torch.dtype) -> list[Tensor]:
+    """Outputs, then gradients. In float64 all inputs are cast, else what is wider than dtype stays so."""
+    inputs = case.inputs
+    if dtype == torch.float64:
+        inputs = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+    inputs = leaves(inputs, case.differentiable)
+    outs = _outputs(run(*inputs))
+    generator = torch.Generator(outs[0].device).manual_seed(1)
+    douts = [torch.randn(o.shape, generator=generator, device=o.device).to(case.inputs[0].dtype).to(o.dtype)
+             for o in outs]  # fmt: skip
+    return [*outs, *torch.autograd.grad(outs, [inputs[i] for i in case.differentiable], douts)]
+
+
+def leaves(inputs: Sequence[Any], differentiable: Sequence[int]) -> list[Any]:
+    """The inputs, of which these ask for gradients."""
+    return [x.detach().requires_grad_(i in differentiable) if isinstance(x, Tensor) else x
+            for i, x in enumerate(inputs)]  # fmt: skip
+
+
+def _outputs(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else list(out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""What a bench ran on: device, versions, commit, and the attention kernel that really ran."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def facts(device: torch.device, attention_backend: str | None) -> dict[str, Any]:
+    """What a report says of its process."""
+    return {
+        "device": device_name(device),
+        "versions": versions(),
+        "attention_backend": attention_backend,
+        "commit": commit(),
+    }
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str | None]:
+    """Of what the numbers depend on; None: not installed."""
+    found: dict[str, str | None] = {}
+    for name in ("torch", "triton", "diffusers", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found | {"torch": torch.__version__, "python": platform.python_version(), "cuda": torch.version.cuda}
+
+
+def commit() -> str | None:
+    """HEAD of the repository that holds this file, "+changes" behind it if files differ; None outside of one."""
+    here = str(Path(__file__).resolve().parent)
+    try:
+        head = _run("git", "-C", here, "rev-parse", "HEAD")
+        return head + ("+changes" if _run("git", "-C", here, "status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def clocks(device: torch.device) -> str:
+    """Clocks, power and temperature of a GPU in one line for people; empty where nvidia-smi does not say."""
+    if device.type != "cuda":
+        return ""
+    query = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+    try:
+        index = torch.cuda.current_device()
+        values = _run("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", str(index))
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f"SM clock, memory clock, power, limit, temperature: {values} C"
+
+
+def attention_backend(
+    device: torch.device, dtype: torch.dtype, heads: int = 24, head_dim: int = 128, tokens: int = 1024
+) -> str:
+    """The backend that scaled_dot_product_attention really takes for these sizes, with gradients: the name of the
+    operator that it calls, as flash, cudnn, efficient or math."""
+    shape = (1, heads, tokens, head_dim)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    with _Called() as called:
+        F.scaled_dot_product_attention(q, k, v)
+    for backend in ("flash", "cudnn", "efficient"):
+        if any(f"scaled_dot_product_{backend}" in name for name in called.names):
+            return backend
+    return "math"
+
+
+class _Called(TorchDispatchMode):
+    """Notes the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()

@@ -1,0 +1,266 @@
+"""python -m megaflux.bench step: forward and backward of FLUX, diffusers against ours, in one process.
+
+Random weights, normal inputs, the freezing of stage 1, the condition asking for its gradient, no optimizer. First the
+numerics gate; then the arms in turn, there and back (ABBA), each sample timed; and, in the same turns, the matrix
+products and the attention of a step alone, which are the limit: fraction_of_limit = limit / step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megaflux.bench import limits, numerics
+from megaflux.bench.activations import freeze, trainable_flux
+from megaflux.bench.arms import ARMS, Arms, is_compiled, random_flux, random_inputs
+from megaflux.bench.sizes import Sizes, add_size_arguments, pixels, sizes
+from megaflux.gpus import peak_tflops_for
+from megaflux_kernels.bench.machine import attention_backend, clocks, default_device, facts
+from megaflux_kernels.bench.report import (
+    Parser,
+    Report,
+    Row,
+    add_report_arguments,
+    one_of,
+    open_report,
+    positive,
+    table,
+)
+from megaflux_kernels.bench.timing import median, quantile, samples_ms
+
+BENCH = "step"
+LIMIT = "limit"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+            "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
+ROUNDS = 4  # there, back, there, back; the samples are divided among them. A CPU is shared: two samples each
+RATIOS = (("ours-none", "diffusers-eager"), ("ours-mlp", "diffusers-eager-full"), ("ours-none", "diffusers-compile"),
+          ("ours-mlp", "diffusers-compile-full"), ("ours-full", "diffusers-eager-full"))  # fmt: skip
+
+
+def add_arguments(parser: Parser) -> None:
+    on_gpu = default_device().type == "cuda"
+    known = [arm for arm in ARMS if on_gpu or not is_compiled(arm)]
+    parser.add_argument("--arms", type=partial(one_of, known=ARMS, what="arm"), default=known, metavar="A,B",
+                        help=f"of {', '.join(ARMS)} (default: all on a GPU, those not compiled on a CPU)")  # fmt: skip
+    parser.add_argument("--samples", type=positive, default=20 if on_gpu else 12, metavar="N",
+                        help="timed steps of each arm (default 20 on a GPU, 12 on a CPU)")  # fmt: skip
+    parser.add_argument("--warmup", type=positive, default=5 if on_gpu else 2, metavar="N",
+                        help="steps of each arm before its first sample (default 5 on a GPU, 2 on a CPU)")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32",
+                        help="of weights and inputs (default bfloat16 on a GPU, float32 on a CPU)")  # fmt: skip
+    parser.add_argument("--threads", type=positive, default=None if on_gpu else 1, metavar="N",
+                        help="of torch on the CPU (default 1 on a CPU: on a machine that others use too, threads "
+                        "wait for each other)")  # fmt: skip
+    parser.add_argument("--attention", choices=("auto", *BACKENDS), default="auto",
+                        help="backend of scaled_dot_product_attention for all arms (default auto: torch chooses)")  # fmt: skip
+    add_size_arguments(parser, full=on_gpu, components="attention")
+    add_report_arguments(parser)
+
+
+def run(parser: Parser, args: argparse.Namespace) -> int:
+    """0; 1 where the numerics gate refuses, before any time is taken."""
+    device, dtype = default_device(), DTYPES[args.dtype]
+    chosen = sizes(parser, args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("highest")
+    with sdpa_kernel(BACKENDS[args.attention]) if args.attention != "auto" else nullcontext():
+        try:
+            backend = attention_backend(device, dtype, chosen.heads, chosen.head_dim)
+        except RuntimeError as error:
+            parser.error(f"--attention {args.attention}: not for these tensors on {device} ({_line(error)})")
+        report = open_report(parser, args, facts(device, backend))
+        print(f"{report.facts['device']}, attention {backend}, torch {torch.__version__}, commit "
+              f"{(report.facts['commit'] or 'unknown')[:12]}; stage 1 trains {chosen.components} of blocks "
+              f"{','.join(map(str, chosen.train_blocks))}")  # fmt: skip
+        todo = []
+        for grid in args.grids:
+            shape = chosen.shape(grid, args.dtype)
+            arms = [arm for arm in args.arms if not report.has(BENCH, arm, shape, "step_ms")]
+            todo += [(grid, shape, arms)] if arms else []
+            if skipped := len(args.arms) - len(arms):
+                print(f"{shape}: {skipped} of {len(args.arms)} arms are in {args.json} already")
+        for grid, _, arms in todo:
+            if not passes_gate(chosen, grid, dtype, device, arms):
+                return 1
+        if todo:
+            measure(report, chosen, todo, dtype, device, args.samples, args.warmup)
+    print()
+    print(table(row for row in report.rows if row.bench == BENCH))
+    for line in ratios(report.rows):
+        print(line)
+    return 0
+
+
+def passes_gate(
+    chosen: Sizes, grid: tuple[int, int], dtype: torch.dtype, device: torch.device, arms: Sequence[str]
+) -> bool:
+    """Whether our arms among these are exact enough; says so."""
+    ours = [arm for arm in arms if arm.startswith("ours")]
+    if not ours:
+        return True
+    for arm, errors in numerics.gate(chosen, grid, dtype, device, ours).items():
+        worst = errors[0]
+        line = (f"{pixels(grid)} {arm}: {len(errors)} results, worst {worst.name} {worst.ours:.2e} "
+                f"(diffusers' {worst.eager:.2e})")  # fmt: skip
+        if not worst.passes:
+            print(f"error: numerics gate: {line}: more than twice; nothing was timed", file=sys.stderr)
+            return False
+        print(f"numerics gate: {line}")
+    _free(device)
+    return True
+
+
+def measure(
+    report: Report, chosen: Sizes, todo: Sequence[tuple[tuple[int, int], str, list[str]]], dtype: torch.dtype,
+    device: torch.device, samples: int, warmup: int,
+) -> None:  # fmt: skip
+    """Build one FLUX and measure every shape of todo: (grid, shape's name, arms)."""
+    config = chosen.flux_config()
+    arms = Arms(random_flux(config, dtype, device))
+    trainable = trainable_flux(config, chosen.train_blocks, chosen.components)
+    freeze(arms.transformer, trainable)
+    for grid, shape, names in todo:
+        print(f"\n{pixels(grid)} px: {shape}. {clocks(device)}".rstrip(), flush=True)
+        tokens = grid[0] * grid[1]
+        counted = limits.products(chosen, tokens, trainable)
+        given = random_inputs(arms.transformer, chosen.batch, grid, chosen.text, device)
+        parts = {
+            "gemm_ms": limits.run_products(counted, dtype, device),
+            "attention_ms": limits.run_attention(chosen, tokens, dtype, device),
+        }
+        times, extra = take_turns(arms, names, given, parts, device, samples, warmup)
+        limit = {name: median(times.pop(name)) for name in parts}
+        report.add(*(Row(BENCH, LIMIT, shape, name, value, "ms", samples) for name, value in limit.items()))
+        flops = limits.step_flops(chosen, tokens, counted)
+        for arm, values in times.items():
+            report.add(*rows(arm, shape, values, extra[arm], sum(limit.values()), flops, device, dtype))
+        arms.forget_compiled()
+        _free(device)
+    if device.type == "cuda":
+        total = sum(p.numel() for p in arms.transformer.parameters() if p.requires_grad)
+        arms.transformer = None
+        _free(device)
+        report.add(optimizer_row(total // 8, shape, device, samples, warmup))
+
+
+def take_turns(
+    arms: Arms, names: Sequence[str], given: dict[str, torch.Tensor], parts: dict[str, Callable[[], None]],
+    device: torch.device, samples: int, warmup: int,
+) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:  # fmt: skip
+    """(milliseconds by arm and part, {"peak_bytes", "saved_bytes"} by arm): there and back until all samples are taken.
+
+    An arm that runs out of memory, or cannot be compiled here, is left out with a line that says so.
+    """
+    times: dict[str, list[float]] = defaultdict(list)
+    extra: dict[str, dict[str, int]] = defaultdict(dict)
+    order, failed = [*parts, *names], set()
+    rounds = min(ROUNDS, samples) if device.type == "cuda" else -(-samples // 2)
+    for turn in range(rounds):
+        share = samples * (turn + 1) // rounds - samples * turn // rounds
+        for name in order if turn % 2 == 0 else order[::-1]:
+            if name in failed:
+                continue
+            warm = warmup if turn == 0 else 1
+            if name in parts:
+                times[name] += samples_ms(parts[name], device, share, warm)
+                continue
+            problem = _sample_arm(arms, name, given, device, share, warm, times[name], extra[name])
+            if problem:
+                failed.add(name)
+                times.pop(name, None)
+                print(f"  {name}: {problem}; no row", flush=True)
+                _free(device)
+            elif turn == rounds - 1:
+                print(f"  {name}: {median(times[name]):.2f} ms", flush=True)
+    return times, extra
+
+
+def _sample_arm(
+    arms: Arms, name: str, given: dict[str, torch.Tensor], device: torch.device, samples: int, warmup: int,
+    times: list[float], extra: dict[str, int],
+) -> str | None:  # fmt: skip
+    """Add an arm's samples, its peak and what it saves. Returns why there are none, or None."""
+    clear, step = partial(arms.clear, given), partial(arms.step, given)
+    try:
+        arms.set(name)
+        if device.type == "cuda":
+            samples_ms(step, device, 0, warmup, clear)
+            torch.cuda.reset_peak_memory_stats(device)
+            warmup = 0
+        times += samples_ms(step, device, samples, warmup, clear)
+        if device.type == "cuda":
+            extra["peak_bytes"] = max(extra.get("peak_bytes", 0), torch.cuda.max_memory_allocated(device))
+        clear()
+        if not is_compiled(name) and "saved_bytes" not in extra:
+            extra["saved_bytes"] = arms.saved_bytes(name, given)
+    except torch.OutOfMemoryError:
+        problem = "out of memory"
+    except RuntimeError as error:
+        if not is_compiled(name):
+            raise
+        problem = f"cannot be compiled here ({_line(error)})"
+    else:
+        return None
+    clear()
+    return problem
+
+
+def rows(
+    arm: str, shape: str, times: Sequence[float], extra: dict[str, int], limit_ms: float, flops: int,
+    device: torch.device, dtype: torch.dtype,
+) -> list[Row]:  # fmt: skip
+    """What is known of one arm at one shape."""
+    value, n = median(times), len(times)
+    found = [
+        Row(BENCH, arm, shape, "step_ms", value, "ms", n),
+        Row(BENCH, arm, shape, "step_ms_p10", quantile(times, 0.1), "ms", n),
+        Row(BENCH, arm, shape, "step_ms_p90", quantile(times, 0.9), "ms", n),
+        Row(BENCH, arm, shape, "fraction_of_limit", limit_ms / value, "1", n),
+        Row(BENCH, arm, shape, "tflop_per_s", flops / value / 1e9, "TFLOP/s", n),
+    ]
+    peak = peak_tflops_for(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if peak and dtype != torch.float32:
+        found.append(Row(BENCH, arm, shape, "mfu", flops / value / 1e9 / peak, "1", n))
+    return found + [Row(BENCH, arm, shape, name, float(size), "bytes") for name, size in extra.items()]
+
+
+def optimizer_row(numel: int, shape: str, device: torch.device, samples: int, warmup: int) -> Row:
+    """AdamW in float32 on an eighth of what trains, as one of 8 ranks has it under ZeRO-2: simulated, no communication."""
+    parameter = torch.zeros(numel, device=device, requires_grad=True)
+    parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW([parameter], lr=1e-5, weight_decay=0.1, fused=True)
+    times = samples_ms(optimizer.step, device, samples, warmup)
+    return Row(BENCH, "optimizer-simulated-1-of-8", shape, "optimizer_ms", median(times), "ms", samples)
+
+
+def ratios(found: Sequence[Row]) -> list[str]:
+    """Lines for people: how many times as fast ours is, by shape."""
+    times = {(row.shape, row.arm): row.value for row in found if (row.bench, row.metric) == (BENCH, "step_ms")}
+    lines = []
+    for shape in dict.fromkeys(shape for shape, _ in times):
+        pairs = [(a, b) for a, b in RATIOS if (shape, a) in times and (shape, b) in times]
+        if pairs:
+            said = (f"{a} {times[shape, b] / times[shape, a]:.2f}x {b}" for a, b in pairs)
+            lines.append(f"{shape}: " + ", ".join(said))
+    return lines
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _line(error: Any) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

@@ -1,0 +1,50 @@
+"""The benches as people start them, at sizes of a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--double", "1", "--single", "2", "--heads", "2", "--head-dim", "32", "--joint-dim", "16", "--text", "5",
+         "--grids", "3x4,2x3"]  # fmt: skip
+QUICK = ["--samples", "2", "--warmup", "1"]
+KEYS = ["device", "versions", "attention_backend", "commit", "rows"]
+ROW = {"bench": str, "arm": str, "shape": str, "metric": str, "value": float, "unit": str, "samples": int}
+
+
+def bench(*argv: str, module: str = "megaflux.bench", timeout: float = 240) -> subprocess.CompletedProcess:
+    return start("-m", module, *argv, timeout=timeout)
+
+
+def start(*argv: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    """A real python process, one thread, with the repository importable."""
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
+    env.pop("TRITON_INTERPRET", None)
+    return subprocess.run(
+        [sys.executable, *argv], env=env, capture_output=True, text=True, timeout=timeout, cwd=ROOT
+    )  # fmt: skip
+
+
+def read(path: Path) -> dict:
+    """A report, its form checked."""
+    report = json.loads(path.read_text())
+    assert list(report) == KEYS
+    assert set(report["versions"]) == {"torch", "triton", "diffusers", "transformers", "python", "cuda"}
+    assert report["device"] and report["rows"]
+    for row in report["rows"]:
+        assert {name: type(value) for name, value in row.items()} == ROW, row
+    return report
+
+
+def metrics(report: dict, bench: str) -> dict[tuple[str, str], dict[str, float]]:
+    """{(arm, shape): {metric: value}} of one bench."""
+    found: dict = {}
+    for row in report["rows"]:
+        if row["bench"] == bench:
+            found.setdefault((row["arm"], row["shape"]), {})[row["metric"]] = row["value"]
+    return found

@@ -1,0 +1,214 @@
+"""`python -m megaflux.bench step` and `activations`: rows by name, exact first, resumable, without training's libraries."""
+
+import json
+
+import pytest
+import torch
+
+from megaflux.bench import limits, numerics, step
+from megaflux.bench.__main__ import main
+from megaflux.bench.activations import trainable_flux
+from megaflux.bench.sizes import Sizes, published
+from megaflux.presets import PUBLISHED_STAGES
+from tests.bench.runs import QUICK, SMALL, bench, metrics, read, start
+
+ON_GPU = torch.cuda.is_available()
+ARMS = ["diffusers-eager", "diffusers-eager-full", "ours-none", "ours-mlp", "ours-full"]
+SHAPES = [f"{grid}+5 b1 1+2x2x32 attention float32" for grid in ("3x4", "2x3")]
+FP32 = ["--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    file = tmp_path_factory.mktemp("bench") / "step.json"
+    done = bench("step", *SMALL, *QUICK, *FP32, "--arms", ",".join(ARMS), "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    return file, done.stdout
+
+
+def test_every_arm_and_shape_has_its_rows(report):
+    file, said = report
+    content = read(file)
+    assert content["attention_backend"] in ("flash", "cudnn", "efficient", "math")
+    found = metrics(content, "step")
+    for shape in SHAPES:
+        assert {"gemm_ms", "attention_ms"} <= set(found["limit", shape])
+        limit = sum(found["limit", shape].values())
+        for arm in ARMS:
+            row = found[arm, shape]
+            assert {"step_ms", "step_ms_p10", "step_ms_p90", "fraction_of_limit", "saved_bytes"} <= set(row)
+            assert ("peak_bytes" in row) == ON_GPU
+            assert row["step_ms_p10"] <= row["step_ms"] <= row["step_ms_p90"]
+            assert row["fraction_of_limit"] == pytest.approx(limit / row["step_ms"])
+        saved = {arm: found[arm, shape]["saved_bytes"] for arm in ARMS}
+        assert saved["ours-full"] < saved["ours-mlp"] < saved["ours-none"] < saved["diffusers-eager"]
+    assert "ours-mlp" in said and "numerics gate" in said and "x diffusers-eager-full" in said
+    assert {row["samples"] for row in content["rows"] if row["metric"] == "step_ms"} == {2}
+
+
+def test_what_is_measured_is_not_measured_again(report, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "step.json"
+    content = json.loads(report[0].read_text())
+    kept = [row for row in content["rows"] if not (row["arm"] == "ours-mlp" and row["shape"] == SHAPES[1])]
+    file.write_text(json.dumps(content | {"rows": kept}))
+    monkeypatch.setattr(step, "facts", lambda *_: {k: v for k, v in content.items() if k != "rows"})
+    command = ["step", *SMALL, *QUICK, *FP32, "--arms", ",".join(ARMS), "--json", str(file), "--resume"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"{SHAPES[0]}: 5 of 5 arms" in said and f"{SHAPES[1]}: 4 of 5 arms" in said
+    again = metrics(json.loads(file.read_text()), "step")
+    before = metrics(content, "step")
+    assert set(again) == set(before)
+    assert all(again[name] == before[name] for name in before if name[0] not in ("limit", "ours-mlp"))
+    monkeypatch.setattr(step, "measure", None)  # nothing is left to measure
+    assert main(command) == 0
+
+
+def test_arms_take_turns_there_and_back(monkeypatch):
+    order = []
+
+    def sample(arms, name, given, device, samples, warmup, times, extra):
+        order.append(name)
+        times += [1.0] * samples
+
+    monkeypatch.setattr(step, "_sample_arm", sample)
+    times, _ = step.take_turns(None, ["a", "b"], {}, {}, torch.device("cpu"), 8, 1)
+    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert [len(values) for values in times.values()] == [8, 8]
+
+
+def test_an_arm_out_of_memory_is_left_out(monkeypatch, capsys):
+    class Full:
+        def set(self, arm):
+            if arm == "a":
+                raise torch.OutOfMemoryError("none left")
+
+        def clear(self, given): ...
+
+        def step(self, given): ...
+
+        def saved_bytes(self, arm, given):
+            return 1
+
+    times, _ = step.take_turns(Full(), ["a", "b"], {}, {}, torch.device("cpu"), 2, 1)
+    assert list(times) == ["b"] and len(times["b"]) == 2
+    assert "a: out of memory; no row" in capsys.readouterr().out
+
+
+def test_a_wrong_gradient_stops_the_bench(monkeypatch, capsys, tmp_path):
+    plain = numerics.results
+
+    def wrong(transformer, arm, given):
+        found = plain(transformer, arm, given)
+        if arm == "ours-none":
+            found["condition"] = found["condition"] * 1.01
+        return found
+
+    monkeypatch.setattr(numerics, "results", wrong)
+    file = tmp_path / "r.json"
+    assert main(["step", *SMALL, *QUICK, "--arms", "ours-none", "--json", str(file)]) == 1
+    assert "error: numerics gate" in (said := capsys.readouterr().err) and "worst condition" in said
+    assert not file.exists()
+
+
+def test_products_are_the_flops_of_a_step():
+    """Against torch's counter on diffusers' own path; its attention backward counts the second product of Q and K."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megaflux.bench.activations import ATTENTION_FLOPS, freeze
+    from megaflux.bench.arms import Arms, random_flux, random_inputs
+
+    sizes = Sizes(2, 2, 2, 32, 16, 5, 2, "block", (1, 3))
+    config, device = sizes.flux_config(), torch.device("cpu")
+    trainable = trainable_flux(config, sizes.train_blocks, sizes.components)
+    arms = Arms(random_flux(config, torch.float32, device))
+    freeze(arms.transformer, trainable)
+    arms.set("diffusers-eager")
+    given = random_inputs(arms.transformer, 2, (3, 4), 5, device)
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+        arms.step(given)
+    assert limits.step_flops(sizes, 12, limits.products(sizes, 12, trainable)) == counter.get_total_flops()
+
+
+def test_stage_one_of_the_published_depth_is_the_published_list():
+    assert published(19, 38) == tuple(PUBLISHED_STAGES["stage1"])
+    assert published(2, 4) == (1, 5) and published(1, 0) == (0,)
+
+
+def test_activations_are_counted(tmp_path, capsys):
+    file = tmp_path / "a.json"
+    command = ["activations", *SMALL, "--json", str(file)]
+    assert main(command) == 0
+    found = metrics(read(file), "activations")
+    shape = "3x4+5 b1 1+2x2x32 block bfloat16"
+    assert found["diffusers-eager", shape]["fraction_of_diffusers-eager"] == 1
+    assert found["ours-mlp", shape]["saved_bytes"] < found["ours-none", shape]["saved_bytes"]
+    assert found["ours-none", shape]["recompute_fraction"] == pytest.approx(0, abs=1e-3)
+    assert 0 < found["ours-mlp", shape]["recompute_fraction"] < found["ours-full", shape]["recompute_fraction"]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["train"], "invalid choice: 'train'"),
+        (["step", "--arms", "ours"], "unknown arm 'ours'; use some of diffusers-eager,"),
+        (["step", "--samples", "0"], "--samples: must be a whole number above 0, got '0'"),
+        (["step", "--json", "no/such/r.json"], "folder no/such cannot be written"),
+        (["step", "--grids", "64"], "want HxW in image tokens, as 64x64, got '64'"),
+        (["step", "--head-dim", "20"], "--head-dim 20: use a multiple of 16"),
+        (["step", "--double", "1", "--single", "1", "--train-blocks", "2"], "--train-blocks 2: there are 2 blocks"),
+        (["step", "--sample", "3"], "unrecognized arguments: --sample"),
+        (["activations", "--arms", "diffusers-compile"], "unknown arm 'diffusers-compile'"),
+        (["loader", "--data", "no/such"], "--data no/such: no such folder"),
+        (["infer", "--checkpoint", "no/such"], "--checkpoint no/such: no such folder"),
+    ],
+)
+def test_bad_options_are_one_line_and_code_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and words in said.err
+
+
+BLOCKED = """
+import runpy, sys
+missing = {"pydantic", "deepspeed", "streaming", "tensorboard", "pyarrow", "einops"}
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in missing else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+module, sys.argv = sys.argv[1], sys.argv[1:]
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+finally:
+    assert not missing & {name.partition(".")[0] for name in sys.modules}
+"""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["megaflux.bench", "step", *SMALL[:-1], "2x3", *QUICK, "--arms", "diffusers-eager,ours-mlp"],
+        ["megaflux.bench", "activations", *SMALL[:-1], "2x3"],
+        ["megaflux_kernels.bench", "--op", "modulate", "--samples", "1", "--no-compile", "--image", "16"],
+    ],
+)
+def test_benches_need_none_of_trainings_libraries(argv):
+    done = start("-c", BLOCKED, *argv)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_compiled_arms(tmp_path):
+    file = tmp_path / "r.json"
+    arms = "diffusers-compile,diffusers-compile-full,diffusers-eager"
+    done = bench("step", *SMALL, *QUICK, *FP32, "--arms", arms, "--json", str(file), timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert {(arm, shape) for arm in arms.split(",") for shape in SHAPES} <= set(metrics(read(file), "step"))
