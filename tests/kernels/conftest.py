@@ -1,14 +1,9 @@
-"""Kernels run in Triton's interpreter where there is no GPU: it must be chosen before Triton decorates them."""
+"""Fixtures of the kernels' tests, which run on a GPU or, where there is none, in Triton's interpreter."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # bfloat16 in the interpreter is garbage where a kernel computes in it (Triton 3.7): it is tested on GPUs.

@@ -90,6 +90,17 @@ def test_weights_of_any_strides_are_read(path):
     torch.testing.assert_close(forward(x, *(w[..., 0] for w in weights))[0], plain(x, *weights))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tiles_in_groups(triton_path, monkeypatch, dtype):
+    from megaflux_kernels.rmsnorm_linear import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "tiles", lambda *_: (16, 16, 16, 4, 2))
+    values, _ = inputs(((150,), 40, 50), dtype)  # 10 tiles of rows, 8 of which go together, by 4 of columns
+    values = [v.detach() for v in values]
+    assert_within_twice(rmsnorm_linear, reference.definition, values, None, dtype)
+    torch.testing.assert_close(forward(*values)[1], values[0].float().square().mean(-1).add(1e-6).rsqrt())
+
+
 def test_no_rows(path):
     values, douts = inputs(((2, 0), 24, 8), torch.float32)
     out = rmsnorm_linear(*values)
@@ -109,8 +120,11 @@ def test_backward_keeps_x_and_one_number_a_row(path):
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
         rmsnorm_linear(x, norm_weight, weight, bias)
-    parameters = {t.data_ptr() for t in (norm_weight, weight)}
-    assert sum(t.numel() for t in seen if t.data_ptr() not in parameters) == 64 * 64 + 64
+        theirs = {t.data_ptr() for t in (x, norm_weight, weight)}
+        assert sum(t.numel() for t in seen if t.data_ptr() not in theirs) == 64
+        seen.clear()
+        rmsnorm_linear(x.detach(), norm_weight.detach(), weight.detach(), bias)
+        assert x.data_ptr() not in {t.data_ptr() for t in seen}
 
 
 def test_gradients_are_the_same_every_time(path):
@@ -141,6 +155,7 @@ def test_compiles_and_checkpoints(triton_path):
     ({"norm_weight": torch.zeros(4, dtype=torch.bfloat16)}, "cast them"),
     ({"bias": torch.zeros(7)}, "want x"),
     ({"weight": torch.zeros(4)}, "want x"),
+    ({"weight": torch.zeros(0, 4), "bias": None}, "want x"),
     ({"x": torch.zeros(3, 4, dtype=torch.int64)}, "use bfloat16"),
 ])  # fmt: skip
 def test_unsupported_input_is_refused(bad, match):

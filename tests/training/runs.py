@@ -86,7 +86,11 @@ def free_port() -> int:
 
 def environment() -> dict[str, str]:
     """One thread per process: workers and ranks share two cores."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TRITON_INTERPRET")
+    }
     bin_dir = str(Path(sys.executable).parent)
     return env | {"OMP_NUM_THREADS": "1", "PATH": bin_dir + os.pathsep + env["PATH"], "PYTHONWARNINGS": "ignore"}
 

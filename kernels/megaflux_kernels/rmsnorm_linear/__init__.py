@@ -57,11 +57,14 @@ def backward(
 def _setup(ctx, inputs, output) -> None:
     x, norm_weight, weight, bias, _ = inputs
     ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, output[1], norm_weight, weight)
+    ctx.save_for_backward(x if any(ctx.needs_input_grad[:3]) else None, output[1], norm_weight, weight)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, drstd):
+    if dout is None:
+        return None, None, None, None, None
     need = (*ctx.needs_input_grad[:3], ctx.has_bias and ctx.needs_input_grad[3])
     return *reference.backward(dout, *ctx.saved_tensors, need), None
 
@@ -91,7 +94,7 @@ def _checked(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None
     check("rmsnorm_linear", x, norm_weight, weight, bias)
     K = x.shape[-1] if x.ndim else 0
     N = weight.shape[0] if weight.ndim else 0
-    fits = x.ndim >= 1 and norm_weight.shape == (K,) and weight.shape == (N, K) and K > 0
+    fits = x.ndim >= 1 and norm_weight.shape == (K,) and weight.shape == (N, K) and K > 0 and N > 0
     if not fits or (bias is not None and bias.shape != (N,)):
         raise ValueError(
             f"rmsnorm_linear: want x (..., K), norm_weight (K,), weight (N, K), bias (N,), got {tuple(x.shape)}, "

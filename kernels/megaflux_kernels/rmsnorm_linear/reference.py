@@ -17,31 +17,35 @@ def definition(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | No
 
 def forward(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """(out (rows, N), rstd (rows,)); the statistic is at least float32."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    rstd = wide.square().mean(-1).add_(eps).rsqrt_()
-    return F.linear(_normed(wide, rstd, norm_weight), weight, bias), rstd
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=wide)  # one pass, without a copy of x
+    rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    normed = (x * rstd[:, None]).mul_(norm_weight).to(weight.dtype)
+    return F.linear(normed, weight, bias), rstd
 
 
 def backward(
-    dout: Tensor, x: Tensor, rstd: Tensor, norm_weight: Tensor, weight: Tensor, need: tuple[bool, bool, bool, bool]
+    dout: Tensor,
+    x: Tensor | None,
+    rstd: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    need: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dnorm_weight, dweight, dbias), None for what is not needed. Both paths use it."""
+    """(dx, dnorm_weight, dweight, dbias), None for what is not needed. x may be None for dbias alone. Both
+    paths use it."""
     need_x, need_norm, need_weight, need_bias = need
-    dx = dnorm = None
-    wide = x.to(rstd.dtype)
+    dx = dnorm = dweight = None
+    if need_x or need_norm or need_weight:
+        n = x * rstd[:, None]  # promoted to the statistic's dtype
+    if need_weight:
+        dweight = dout.t() @ (n * norm_weight).to(weight.dtype)
     if need_x or need_norm:
         dnormed = (dout @ weight).to(rstd.dtype)  # (rows, K)
-        n = wide * rstd[:, None]
         if need_norm:
             dnorm = (dnormed * n).sum(0).to(norm_weight.dtype)
         if need_x:
-            dn = dnormed.mul_(norm_weight.to(rstd.dtype))
+            dn = dnormed.mul_(norm_weight)
             along = (dn * n).mean(-1, keepdim=True)
             dx = dn.sub_(n.mul_(along)).mul_(rstd[:, None]).to(x.dtype)
-    dweight = dout.t() @ _normed(wide, rstd, norm_weight) if need_weight else None
     return dx, dnorm, dweight, dout.sum(0) if need_bias else None
-
-
-def _normed(wide: Tensor, rstd: Tensor, norm_weight: Tensor) -> Tensor:
-    """What the linear reads, in its dtype."""
-    return (wide * rstd[:, None]).mul_(norm_weight).to(norm_weight.dtype)
