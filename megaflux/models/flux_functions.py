@@ -111,7 +111,7 @@ class _ModulatedLinear(torch.autograd.Function):
         weights, biases = _halves(parameters)
         ctx.rebuilds = any(ctx.needs_input_grad[4 : 4 + len(weights)])
         ctx.save_for_backward(*((x, scale, shift) if ctx.rebuilds else ()), *parameters)
-        if side_by_side(weights) and side_by_side(biases):
+        if torch.compiler.is_compiling() or (side_by_side(weights) and side_by_side(biases)):
             return F.linear(n, packed(weights), packed(biases))
         # Apart in memory: a product each into one result costs less than joining the weights first.
         rows = [weight.shape[0] for weight in weights]
@@ -127,7 +127,7 @@ class _ModulatedLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad[4:]
         rows = [weight.shape[0] for weight in weights]
         dn = None
-        if ctx.needs_input_grad[0] and side_by_side(weights):
+        if ctx.needs_input_grad[0] and (torch.compiler.is_compiling() or side_by_side(weights)):
             dn = dout @ packed(weights)
         elif ctx.needs_input_grad[0]:
             first, *others = dout.flatten(0, 1).split(rows, dim=1)

@@ -243,6 +243,26 @@ def test_what_fused_flux_cannot_do_is_refused():
         fuse(flux)
 
 
+def test_compiled_blocks_on_the_triton_path_are_the_same(monkeypatch):
+    """torch.compile traces the custom ops without a break, forward and backward."""
+    from torch._dynamo.utils import counters
+
+    from megaflux_kernels import dispatch
+
+    flux = build(num_layers=1, num_single_layers=2).train()
+    activations.freeze(flux, activations.trainable_flux(dict(flux.config), (0, 2), "block"))
+    arguments = given(flux, 1, 5, 3)
+    plain = step(flux, arguments)
+    monkeypatch.setattr(dispatch, "CHOICE", "triton")
+    fuse(flux, "mlp")
+    counters.clear()
+    for block in (*flux.transformer_blocks, *flux.single_transformer_blocks):
+        block.forward = torch.compile(block.forward, backend="aot_eager")
+    ours = step(flux, arguments)
+    assert {n: relative(ours[n], plain[n]) for n in plain if relative(ours[n], plain[n]) > 1e-5} == {}
+    assert not counters["graph_break"]
+
+
 # --- what is kept ---
 
 

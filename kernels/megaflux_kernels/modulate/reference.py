@@ -46,15 +46,20 @@ def backward(
 
 
 def _weights(scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """1 + scale and shift (W,) as torch's layer norm takes them: of 16-bit x in float32, whose statistics it keeps in
-    float32 then."""
-    wide = torch.promote_types(scale.dtype, torch.float32)
+    """1 + scale and shift (W,) as torch's layer norm takes them."""
+    wide = _weight_dtype(scale)
     return 1 + scale.to(wide), shift.to(wide)
 
 
 def _identity(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Weights that change nothing: of 16-bit x in float32, for torch then keeps the statistics in float32 too."""
-    if x.dtype in (torch.float32, torch.float64):
+    """Weights that change nothing; None where torch does without."""
+    wide = _weight_dtype(x)
+    if wide == x.dtype:
         return None, None
-    like = {"dtype": torch.float32, "device": x.device}
-    return torch.ones(x.shape[-1], **like), torch.zeros(x.shape[-1], **like)
+    return torch.ones(x.shape[-1], dtype=wide, device=x.device), torch.zeros(x.shape[-1], dtype=wide, device=x.device)
+
+
+def _weight_dtype(x: Tensor) -> torch.dtype:
+    # On a CPU torch keeps the statistics of 16-bit x in float32 only if the weights are; on a GPU it always does, and
+    # takes weights of x's own type alone.
+    return x.dtype if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
