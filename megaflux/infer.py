@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     height, width = output_size(args.aspect, pipeline.settings.longest_side)
     guidance = pipeline.settings.guidance if args.guidance is None else args.guidance
     condition, notes = pipeline.encode(reference.picture, args.prompt)
-    for note in [*reference.notes, *notes]:
+    for note in [*reference.notes, *notes, pipeline.models.trainable.describe()]:
         print(note)
 
     settings = _settings(args, pipeline, reference, height, width, guidance)
@@ -254,6 +254,7 @@ def _settings(
         "steps": args.steps,
         "guidance": guidance,
         "kernels": args.kernels,
+        "path": models.trainable.describe(),
         "dtype": str(models.trainable.transformer.dtype).removeprefix("torch."),
         "device": str(models.trainable.transformer.device),
         "versions": versions(),

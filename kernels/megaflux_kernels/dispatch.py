@@ -11,6 +11,8 @@ Both paths give the same values within rounding, and keep the same tensors for t
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -94,6 +96,18 @@ def torch_path(forward: Callable, setup: Callable, backward: Callable) -> Callab
 
     def run(*inputs):
         return TorchPath.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)
+
+    return run
+
+
+def on_its_gpu(launch: Callable) -> Callable:
+    """Run a function that launches kernels on the GPU of its first tensor: Triton launches on the current one."""
+
+    @functools.wraps(launch)
+    def run(*args, **kwargs):
+        first = next(x for x in args if isinstance(x, Tensor))
+        with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+            return launch(*args, **kwargs)
 
     return run
 

@@ -180,11 +180,6 @@ def _rms_norm_of_gpus() -> Iterator[None]:
         F.rms_norm = plain
 
 
-def fractions(rows: dict[str, int], base: str = "diffusers-eager") -> dict[str, float]:
-    """Each arm's number over the base's."""
-    return {arm: value / rows[base] for arm, value in rows.items()}
-
-
 def trainable_flux(flux_config: dict[str, Any], blocks: Sequence[int], components: str) -> set[str]:
     """Names of FLUX's parameters that a stage with these blocks and this component set trains."""
     from types import SimpleNamespace

@@ -34,7 +34,7 @@ from megaflux.models.flux_functions import mlp, modulated, modulated_linear, pac
 from megaflux_kernels.biased_attention import biased_attention
 from megaflux_kernels.gate_residual import gate_residual
 from megaflux_kernels.modulate import modulate
-from megaflux_kernels.qk_norm_rope import invertible, qk_norm_rope
+from megaflux_kernels.qk_norm_rope import in_proportion, qk_norm_rope
 
 Policy = Literal["none", "mlp", "full"]
 POLICIES: tuple[Policy, ...] = ("none", "mlp", "full")
@@ -70,7 +70,7 @@ def fuse(transformer: FluxTransformer2DModel, policies: Policy | Sequence[Policy
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear and "blocks." in name:
             raise ValueError(f"{name} is a {type(module).__name__}: fused FLUX needs plain linears; turn kernels off")
     if is_fused(transformer):
-        transformer.fused.policies = chosen
+        transformer.fused.policies, transformer.fused.forwards = chosen, 0
     else:
         transformer.fused = Fused(chosen, Rope(transformer.pos_embed))
         transformer.forward = MethodType(_forward, transformer)
@@ -108,27 +108,32 @@ def all_blocks(transformer: FluxTransformer2DModel) -> list[nn.Module]:
 
 
 class Rope:
-    """FLUX's cosines and sines (S, D) of position ids, computed once for the tensors of ids last seen.
+    """FLUX's cosines and sines (S, D) of position ids, computed once for each pair of ids tensors.
 
     It knows them by identity: whoever keeps its ids (diffusers' pipelines over their steps, latents.image_ids by
     size) has the table computed once. Comparing values would wait for the GPU.
     """
 
+    KEPT = 32  # pairs: sizes of pictures times lengths of conditions
+
     def __init__(self, pos_embed: nn.Module):
         self.pos_embed = pos_embed
-        self.ids: list[weakref.ref] = []
-        self.versions: list[int] = []
-        self.table: tuple[Tensor, Tensor] | None = None
+        self.tables: dict[tuple, tuple[list[weakref.ref], tuple[Tensor, Tensor]]] = {}
 
-    def __call__(self, *ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids: (T, 3) and (L, 3) -> two (T + L, D), float32."""
-        versions = [part._version for part in ids]
-        if [ref() is part for ref, part in zip(self.ids, ids)] != [True] * len(ids) or versions != self.versions:
-            with torch.no_grad():
-                cos, sin = self.pos_embed(torch.cat(ids))
-            self.table = (cos, sin)
-            self.ids, self.versions = [weakref.ref(part) for part in ids], versions
-        return self.table
+    def __call__(self, txt_ids: Tensor, img_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, 3) and (L, 3) -> two (T + L, D), float32."""
+        ids = txt_ids, img_ids
+        if any(part.is_inference() for part in ids):  # these count no versions, so a change would not show
+            return self.pos_embed(torch.cat(ids))
+        key = tuple((id(part), part._version) for part in ids)
+        refs, table = self.tables.get(key, ([], None))
+        if [ref() is part for ref, part in zip(refs, ids)] != [True, True]:  # an address used again is no identity
+            with torch.inference_mode(False), torch.no_grad():
+                table = self.pos_embed(torch.cat(ids))
+            self.tables[key] = [weakref.ref(part) for part in ids], table
+            if len(self.tables) > self.KEPT:
+                self.tables.pop(next(iter(self.tables)))
+        return table
 
 
 def _forward(
@@ -284,14 +289,18 @@ def _check_norms(transformer: FluxTransformer2DModel) -> None:
         fused.keep_input = fused.keep_input or [False] * len(fused.policies)  # nothing is kept
         return
     if fused.forwards % NORMS_CHECKED_EVERY == 0:
-        fused.keep_input = [not invertible(*_norm_weights(block)) for block in all_blocks(transformer)]
+        fused.keep_input = uneven_norms(transformer)
     fused.forwards += 1
 
 
-def _norm_weights(block: nn.Module) -> list[Tensor]:
-    attn = block.attn
-    norms = [attn.norm_q, attn.norm_k, getattr(attn, "norm_added_q", None), getattr(attn, "norm_added_k", None)]
-    return [norm.weight.detach() for norm in norms if norm is not None]
+def uneven_norms(transformer: FluxTransformer2DModel) -> list[bool]:
+    """Of each block, double ones first: whether a q or k norm weight is so near zero, beside its neighbour, that the
+    block must keep its q, k, v product for the backward pass. Waits for the GPU, once."""
+    flags = []
+    for block in all_blocks(transformer):
+        norms = (getattr(block.attn, name, None) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
+        flags.append(torch.stack([in_proportion(norm.weight) for norm in norms if norm is not None]).all())
+    return [not flag for flag in torch.stack(flags).tolist()]
 
 
 def _in_range(hidden_states: Tensor) -> Tensor:

@@ -63,13 +63,15 @@ def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Te
 
     The same tensor for the same arguments, so that FLUX's position table is made once; read only.
     """
-    rows = torch.arange(height // TOKEN_PIXELS, device=device, dtype=torch.float32)
-    columns = torch.arange(width // TOKEN_PIXELS, device=device, dtype=torch.float32)
-    row, column = torch.meshgrid(rows, columns, indexing="ij")
-    return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3)
+    with torch.inference_mode(False):  # kept for training, whoever asks first
+        rows = torch.arange(height // TOKEN_PIXELS, device=device, dtype=torch.float32)
+        columns = torch.arange(width // TOKEN_PIXELS, device=device, dtype=torch.float32)
+        row, column = torch.meshgrid(rows, columns, indexing="ij")
+        return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3)
 
 
 @lru_cache(maxsize=64)
 def text_ids(tokens: int, device: torch.device | str = "cpu") -> Tensor:
     """FLUX's txt_ids: (T, 3) float32 zeros, for FLUX sees the condition as a set. Kept as `image_ids` are; read only."""
-    return torch.zeros(tokens, 3, device=device)
+    with torch.inference_mode(False):
+        return torch.zeros(tokens, 3, device=device)

@@ -159,6 +159,9 @@ def _resolve(config: Config, ds_config: dict[str, Any], world_size: int) -> Chec
             f"{found[-1]}: saved by {manifest['world_size']} ranks, this run has {world_size}; start it with "
             f"{manifest['world_size']} (resuming on another number is not done yet)"
         )
+    if "parameter_order" not in manifest["deepspeed"]:
+        raise UserError(f"{found[-1]}: an earlier megaflux began this run, and its optimizer shards have another order; "
+                        "finish the run with that version, or give another --run.dir")  # fmt: skip
     if manifest["deepspeed"] != sharding(ds_config):
         raise UserError(f"--deepspeed: {found[-1]} was saved with {manifest['deepspeed']}, this file says "
                         f"{sharding(ds_config)}; give the one the run began with")  # fmt: skip

@@ -109,6 +109,15 @@ def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
     return tensor
 
 
+def min_over_ranks(value: int, world: World) -> int:
+    """The smallest of the ranks' values."""
+    if world.size == 1:
+        return value
+    smallest = torch.tensor(value, dtype=torch.int64, device=world.device)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return int(smallest)
+
+
 def seed_everything(seed: int) -> None:
     """Seed the global generators. Training draws from `generator_for` instead; this is for what libraries draw."""
     random.seed(seed)

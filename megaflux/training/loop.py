@@ -72,9 +72,7 @@ def train(config: Config, ds_config: dict[str, Any]) -> None:
             engine = StageEngine(models.trainable, config, ds_config, stage, world.size, carried)
             if resumed and stage == resumed.stage:
                 checkpoint.load_training_state(resumed, engine, world)
-            policies = memory.choose_policies(
-                config, ds_config, world.size, models, config.stages[stage], world.device
-            )
+            policies = memory.choose_policies(config, ds_config, world, models, config.stages[stage])
             models.trainable.configure(uses_kernels(config, ds_config), policies)
             log.info("stage %s: %d parameters train; %s; computed again in the backward pass, %s",
                      config.stages[stage].name, engine.num_trainable, models.trainable.describe(),

@@ -17,7 +17,8 @@ B images per micro-batch, W FLUX's width, r its MLP ratio (4), L image and T con
       double block:  6 + r frozen   8 + r `attention` and `block`
       single block:  5 + r frozen   6 + r `attention` and `block`
   and, of a micro-batch above 1, the slices of attention's output that trainable linears read, copied: L / (T + L)
-  for `attention`, 1 for `block`, in double blocks. Policy mlp: r less.
+  for `attention`, 1 for `block`, in double blocks. A block with q/k norm weights near zero keeps q, k and v before
+  their norms too (3). Policy mlp: r less.
 - without kernels, eager diffusers: q and k before their norms too (2), and the inputs of linears that train:
       double block:  8 + r frozen   12 + r + L / (T + L) `attention`   14 + 2 r `block`
       single block:  7 + r frozen   10 + r               `attention`   11 + 2 r `block`
@@ -34,6 +35,7 @@ B images per micro-batch, W FLUX's width, r its MLP ratio (4), L image and T con
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,11 +47,13 @@ from torch import nn
 
 from megaflux.config import Config, Stage
 from megaflux.data.buckets import Bucket, make_buckets
-from megaflux.models.flux import POLICIES, Policy
-from megaflux.models.pretrained import AutoencoderKL, Models
+from megaflux.models.flux import POLICIES, Policy, uneven_norms
+from megaflux.models.pretrained import AutoencoderKL, Models, meta_models
 from megaflux.training.costs import Tokens, stage_table, token_counts, vae_config
+from megaflux.training.distributed import World, min_over_ranks
 from megaflux.training.ds_config import uses_bf16, uses_kernels, zero_stage
 
+log = logging.getLogger("megaflux")
 RUNTIME_BYTES = 10**9
 MLP_RATIO = 4  # r: FluxSingleTransformerBlock's mlp_ratio and FeedForward's mult
 
@@ -94,14 +98,14 @@ def memory_per_gpu(
 
 def policies_for(
     config: Config, ds_config: dict[str, Any], world_size: int, module: nn.Module, trunk: nn.Module,
-    buckets: Sequence[Bucket], stage: Stage, gpu_bytes: int,
+    buckets: Sequence[Bucket], stage: Stage, gpu_bytes: int, uneven: Sequence[bool] | None = None,
 ) -> list[Policy]:  # fmt: skip
     """The activation policy of each FLUX block in a stage, double blocks first, as model.activation_checkpointing
     has it; auto: the least recomputation that fits in gpu_bytes at every bucket.
 
     auto starts with full everywhere and gives memory first to those blocks that save most FLOPs per byte: full ->
-    mlp in blocks that keep least, then mlp -> none. Without kernels it is none or full for all blocks. A function of
-    its arguments alone, so that ranks with equal GPUs agree; the gradients would be the same anyway.
+    mlp in blocks that keep least, then mlp -> none. Without kernels it is none or full for all blocks. uneven: blocks
+    that keep their q, k, v product too (`flux.uneven_norms`); None: none does.
     """
     transformer = module.transformer
     blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
@@ -110,13 +114,16 @@ def policies_for(
         return [wanted] * blocks
 
     def fits(policies: list[Policy]) -> bool:
-        needs = (stage_memory(config, ds_config, world_size, module, trunk, stage, bucket, policies).total
-                 for bucket in buckets)  # fmt: skip
+        needs = (
+            stage_memory(config, ds_config, world_size, module, trunk, stage, bucket, policies, uneven).total
+            for bucket in buckets
+        )
         return max(needs) <= gpu_bytes
 
     if not fused:
         return ["none"] * blocks if fits(["none"] * blocks) else ["full"] * blocks
-    kept = block_units(module, stage, _worst_tokens(config, buckets[0]), fused=True)
+    batch = config.for_world(world_size).train.micro_batch_size
+    kept = block_units(module, stage, _worst_tokens(config, buckets[0]), True, batch, uneven)
     order = sorted(range(blocks), key=lambda block: kept[block])
     steps = [(block, policy) for policy in ("mlp", "none") for block in order]
     # The more steps, the more memory (the first step's transient apart), so the last that fits is found by halves.
@@ -138,13 +145,14 @@ def counted(policies: Sequence[Policy]) -> str:
     return f"of {len(policies)} blocks: " + ", ".join(parts)
 
 
-def choose_policies(config: Config, ds_config: dict[str, Any], world_size: int, models: Models, stage: Stage,
-                    device: torch.device) -> list[Policy]:  # fmt: skip
-    """`policies_for` on the machine at hand: the GPU's memory less what others use of it, or this rank's share of
-    the memory that is free now."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        others = max(0, total - free - torch.cuda.memory_reserved(device) - RUNTIME_BYTES)
+def choose_policies(
+    config: Config, ds_config: dict[str, Any], world: World, models: Models, stage: Stage
+) -> list[Policy]:
+    """`policies_for` on the machines at hand, alike on all ranks: the smallest GPU's memory less what others use of
+    it, or a rank's share of the memory that is free now. Collective."""
+    if world.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(world.device)
+        others = max(0, total - free - torch.cuda.memory_reserved(world.device) - RUNTIME_BYTES)
         memory = total - others
     else:
         import psutil
@@ -152,8 +160,12 @@ def choose_policies(config: Config, ds_config: dict[str, Any], world_size: int, 
         memory = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         memory += sum(p.numel() * p.element_size() for p in models.trainable.parameters())  # here already
     buckets = make_buckets(config.data.aspect_ratios, config.data.longest_side)
-    return policies_for(config, ds_config, world_size, models.trainable, models.trunk.vlm, buckets, stage,
-                        usable(memory))  # fmt: skip
+    uneven = uneven_norms(models.trainable.transformer) if uses_kernels(config, ds_config) else None
+    if uneven and any(uneven):
+        log.info("%d of %d FLUX blocks keep their q, k, v product: norm weights near zero", sum(uneven), len(uneven))
+    # Sizes as they are on the meta device: ZeRO-3 leaves the real parameters empty.
+    return policies_for(config, ds_config, world.size, *meta_models(config), buckets, stage,
+                        usable(min_over_ranks(memory, world)), uneven)  # fmt: skip
 
 
 def _after(steps: Sequence[tuple[int, Policy]], blocks: int) -> list[Policy]:
@@ -162,13 +174,13 @@ def _after(steps: Sequence[tuple[int, Policy]], blocks: int) -> list[Policy]:
 
 def activation_bytes(
     module: nn.Module, stage: Stage, tokens: Tokens, width: int, policies: Sequence[Policy], fused: bool = True,
-    micro_batch_size: int = 1,
+    micro_batch_size: int = 1, uneven: Sequence[bool] | None = None,
 ) -> int:  # fmt: skip
     """Bytes that autograd keeps of FLUX's blocks and the Qwen layer for one image. width: bytes per number;
     policies: one per block; fused: with kernels."""
     transformer, text = module.transformer, module.vlm.config
     both = tokens.condition + tokens.image
-    units = block_units(module, stage, tokens, fused, micro_batch_size)
+    units = block_units(module, stage, tokens, fused, micro_batch_size, uneven)
     kept = sum({"none": unit, "mlp": unit - MLP_RATIO, "full": 1}[p] for unit, p in zip(units, policies, strict=True))
     again = {"none": 0, "mlp": MLP_RATIO, "full": max(units)}
     kept += max(again[policy] for policy in policies)
@@ -177,8 +189,9 @@ def activation_bytes(
 
 
 def block_units(
-    module: nn.Module, stage: Stage, tokens: Tokens, fused: bool, micro_batch_size: int = 1
-) -> list[float]:
+    module: nn.Module, stage: Stage, tokens: Tokens, fused: bool, micro_batch_size: int = 1,
+    uneven: Sequence[bool] | None = None,
+) -> list[float]:  # fmt: skip
     """What each FLUX block keeps without recomputation, in units of one hidden state of T + L tokens."""
     transformer = module.transformer
     num_double = len(transformer.transformer_blocks)
@@ -200,12 +213,14 @@ def block_units(
         trains = stage.blocks == "all" or index in stage.blocks
         components = ("attention" if stage.components == "attention" else "block") if trains else "frozen"
         units.append(kept["double" if index < num_double else "single"][components])
+    if uneven:
+        units = [unit + 3 if keeps else unit for unit, keeps in zip(units, uneven, strict=True)]
     return units
 
 
 def stage_memory(
     config: Config, ds_config: dict[str, Any], world_size: int, module: nn.Module, trunk: nn.Module, stage: Stage,
-    bucket: Bucket, policies: Sequence[Policy] | None = None,
+    bucket: Bucket, policies: Sequence[Policy] | None = None, uneven: Sequence[bool] | None = None,
 ) -> Memory:  # fmt: skip
     """Memory of one stage at one bucket. policies: of each block; None: as configured, auto as full."""
     vae = _vae(json.dumps(vae_config(config)))
@@ -247,7 +262,7 @@ def stage_memory(
         gradients=gradients,
         optimizer=0 if offloaded else 16 * shard,
         activations=batch
-        * activation_bytes(module, stage, tokens, width, policies, uses_kernels(config, ds_config), batch),
+        * activation_bytes(module, stage, tokens, width, policies, uses_kernels(config, ds_config), batch, uneven),
         transient=max(encode, 0 if offloaded else 4 * shard),
         runtime=RUNTIME_BYTES,
         host_optimizer=16 * shard if offloaded else 0,

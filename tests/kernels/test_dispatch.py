@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megaflux_kernels import dispatch
+from tests.kernels.conftest import DEVICE
 
 CODE = """
 import torch
@@ -43,4 +44,4 @@ def test_an_unknown_choice_is_named():
 
 def test_float64_stays_on_the_torch_path(triton_path):
     with pytest.raises(ValueError, match="float64 runs on the torch path only"):
-        dispatch.use_triton(torch.zeros(1, dtype=torch.float64))
+        dispatch.use_triton(torch.zeros(1, dtype=torch.float64, device=DEVICE))

@@ -19,8 +19,6 @@ def inputs(shape, dtype, needs=(True, True, True)):
 @pytest.mark.parametrize("shape", [(1, 1, 2), (2, 37, 96), (3, 16, 128), (8, 5, 100), (1, 33, 384)])
 def test_modulate_is_layer_norm_scale_shift(path, shape, dtype):
     values, douts = inputs(shape, dtype)
-    if shape[2] == 1:
-        values[0].data += torch.arange(shape[1], device=DEVICE)[:, None]  # a norm over one value is 0 whatever it is
     assert_within_twice(modulate, reference.definition, values, douts, dtype)
 
 

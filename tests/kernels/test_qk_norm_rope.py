@@ -284,4 +284,5 @@ def test_unsupported_input_is_refused(bad, match):
 
 def test_head_sizes_of_the_triton_path_are_named(triton_path):
     with pytest.raises(ValueError, match="use 32, 64, 128"):
-        qk_norm_rope(torch.ones(1, 3, 48), torch.ones(8), torch.ones(8), torch.ones(3, 8), torch.ones(3, 8), 2)
+        ones = [torch.ones(*shape, device=DEVICE) for shape in ((1, 3, 48), (8,), (8,), (3, 8), (3, 8))]
+        qk_norm_rope(*ones, 2)

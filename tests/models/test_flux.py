@@ -32,7 +32,9 @@ def build(dtype=torch.float32, **sizes) -> FluxTransformer2DModel:
         with torch.no_grad():
             for name, parameter in flux.named_parameters():
                 noise = torch.randn(parameter.shape) * (0.3 if "norm_" in name else parameter.shape[-1] ** -0.5)
-                parameter.copy_(noise + 1 if "norm_" in name and parameter.ndim == 1 and ".linear" not in name else noise)
+                parameter.copy_(
+                    noise + 1 if "norm_" in name and parameter.ndim == 1 and ".linear" not in name else noise
+                )
     return flux.to(DEVICE, dtype)
 
 
@@ -65,6 +67,11 @@ def step(flux, arguments):
     return found | {name: p.grad for name, p in flux.named_parameters() if p.requires_grad}
 
 
+def same(a, b):
+    """To the bit on a CPU; attention's backward on a GPU may add in another order each time."""
+    return torch.equal(a, b) if DEVICE == "cpu" else relative(a, b) < 1e-5
+
+
 def relative(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
@@ -81,13 +88,15 @@ def test_fused_flux_is_diffusers_flux_in_float32(stage, batch):
         fuse(flux, policy)
         results[policy] = step(flux, arguments)
         assert results[policy].keys() == plain.keys()
-        far = {n: relative(results[policy][n], plain[n]) for n in plain if relative(results[policy][n], plain[n]) > 1e-5}
+        far = {
+            n: relative(results[policy][n], plain[n]) for n in plain if relative(results[policy][n], plain[n]) > 1e-5
+        }
         assert not far
     for policy in ("mlp", "full"):  # computing again is computing the same
-        assert [n for n in plain if not torch.equal(results[policy][n], results["none"][n])] == []
+        assert [n for n in plain if not same(results[policy][n], results["none"][n])] == []
     unfuse(flux)
     again = step(flux, arguments)
-    assert [n for n in plain if not torch.equal(again[n], plain[n])] == []
+    assert [n for n in plain if not same(again[n], plain[n])] == []
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -114,7 +123,7 @@ def test_policies_may_differ_from_block_to_block():
     plain = step(flux, arguments)
     fuse(flux, ["full", "none", "mlp", "full", "mlp"])
     mixed = step(flux, arguments)
-    assert [n for n in plain if not torch.equal(mixed[n], plain[n])] == []
+    assert [n for n in plain if not same(mixed[n], plain[n])] == []
 
 
 def test_the_state_dict_stays_diffusers_own(tmp_path):
@@ -177,7 +186,7 @@ def test_controlnet_residuals_are_added_as_diffusers_does(repeat):
         torch.testing.assert_close(flux(**arguments).sample, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_positions_are_looked_up_again_when_they_change():
+def test_positions_are_looked_up_again_when_they_change(monkeypatch):
     flux = build().requires_grad_(False)
     arguments = given(flux)
     moved = arguments | {"img_ids": arguments["img_ids"].flip(0).contiguous()}
@@ -188,9 +197,14 @@ def test_positions_are_looked_up_again_when_they_change():
             torch.testing.assert_close(flux(**a, return_dict=False)[0], plain, rtol=1e-4, atol=1e-5)
         arguments["img_ids"].copy_(moved["img_ids"])  # the same tensor, written over
         torch.testing.assert_close(flux(**arguments, return_dict=False)[0], want[1], rtol=1e-4, atol=1e-5)
-        table = flux.fused.rope.table
-        flux(**arguments)
-        assert flux.fused.rope.table is table  # and not made again where they don't
+        made, count = flux.pos_embed.forward, []
+        monkeypatch.setattr(flux.pos_embed, "forward", lambda ids: count.append(1) or made(ids))
+        for a in (arguments, moved, arguments, moved):
+            flux(**a)
+        assert not count  # and not made again where they don't, for several sizes in turn
+        with torch.inference_mode():
+            made_there = {k: v.clone() if "ids" in k else v for k, v in arguments.items()}
+            torch.testing.assert_close(flux(**made_there, return_dict=False)[0], want[1], rtol=1e-4, atol=1e-5)
 
 
 def test_zero_norm_weights_fall_back():
@@ -292,12 +306,13 @@ def test_real_tensors_are_kept_as_counted():
     """A small width on real tensors: the same bytes as under FakeTensorMode, but for what depends on the backend."""
     sizes = SIZES | {"attention_head_dim": 64, "axes_dims_rope": [16, 24, 24]}
     trainable = activations.trainable_flux(sizes, (1, 3), "block")
-    flux = build(**sizes).train()
+    flux = build(**sizes).train().cpu()  # whose fused attention takes float32
     activations.freeze(flux, trainable)
     for arm in ("ours-none", "ours-mlp"):
         counted = activations.count(sizes, trainable, arm, 300, 70, dtype=torch.float32, backward=False)
         activations.set_arm(flux, arm)
-        arguments = given(flux, 1, 300, 70)
+        arguments = {k: v.detach().cpu() for k, v in given(flux, 1, 300, 70).items()}
+        arguments["encoder_hidden_states"].requires_grad_()
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
             kept, _ = activations.saved_bytes(flux, lambda: flux(**arguments, return_dict=False)[0])  # noqa: B023
         assert kept == pytest.approx(counted["saved_bytes"], rel=0.02)

@@ -11,6 +11,7 @@ import torch
 
 from megaflux.config import build_config, merge
 from megaflux.data.buckets import Bucket
+from megaflux.models.flux_functions import side_by_side
 from megaflux.models.pretrained import load_models
 from megaflux.presets import tiny
 from megaflux.training import distributed
@@ -100,6 +101,10 @@ def test_frozen_parameters_keep_every_bit_over_20_updates_with_weight_decay(tmp_
         for parameter in models.trainable.transformer.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     engine = StageEngine(models.trainable, config, json.loads(ds_config(tmp_path).read_text()), 0, 1)
+    attn = models.trainable.transformer.transformer_blocks[0].attn
+    layers = attn.to_q, attn.to_k, attn.to_v
+    assert side_by_side([layer.weight for layer in layers])  # in ZeRO's buffer, so that they are one product
+    assert side_by_side([layer.bias for layer in layers])
     before = {name: p.detach().clone() for name, p in models.trainable.named_parameters()}
     for update in range(20):
         engine.set_learning_rate(update)

@@ -67,8 +67,8 @@ def test_fifty_updates_have_the_same_losses_with_kernels_on_and_off(tmp_path, da
 
 def test_policies_train_to_the_same_bits(tmp_path, data):
     weights = []
-    for policy in ("mlp", "auto"):
-        _, run, said = train(tmp_path, data, policy, "bf16", train__updates=4, model__activation_checkpointing=policy)
+    for policy in ("mlp", "full", "auto"):  # two ranks each, over a stage change
+        _, run, said = train(tmp_path, data, policy, "bf16", 2, train__updates=4, model__activation_checkpointing=policy)
         weights.append(newest(run))
         assert f"3 {'none' if policy == 'auto' else policy}" in said  # a small model fits without computing again
     for other in weights[1:]:
@@ -81,7 +81,8 @@ def test_zero3_runs_on_diffusers_own_path_and_says_so(tmp_path, data):
     zero3 = ds_config(tmp_path, base="zero3.json")
     done = launch("--deepspeed", zero3, "--config", config)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "kernels off (diffusers' own path)" in done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert "kernels off (diffusers' own path)" in said
     values["model"]["activation_checkpointing"] = "mlp"
     resolved = build_config(merge(tiny(), values))
     (problem,) = find_problems(resolved, load_ds_config(zero3), 1)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaflux_kernels.dispatch import on_its_gpu
+
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 DELTA_ROWS = 32  # queries of one delta program
@@ -186,6 +188,7 @@ def tiles(kernel: str, wide: bool) -> tuple[int, int, int, int]:
     return {"forward": (128, 64, 8, 3), "dkdv": (32, 128, 8, 3), "dq": (128, 64, 8, 2)}[kernel]
 
 
+@on_its_gpu
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out (B, Sq, H, D), lse (B, H, Sq))."""
     B, H, Sq, D = q.shape
@@ -201,6 +204,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tupl
     return out, lse
 
 
+@on_its_gpu
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

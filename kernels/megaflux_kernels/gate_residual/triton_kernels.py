@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaflux_kernels.dispatch import on_its_gpu
 from megaflux_kernels.modulate.triton_kernels import num_warps
 
 ROWS = 16  # tokens that one backward program sums over
@@ -137,6 +138,7 @@ def gate_residual_modulate_backward(
         tl.store(dshift_ptr + sums + column, dshift, mask=mask)
 
 
+@on_its_gpu
 def forward(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     B, S, W = residual.shape
     hidden = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
@@ -149,6 +151,7 @@ def forward(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     return hidden
 
 
+@on_its_gpu
 def forward_modulate(
     residual: Tensor, x: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -165,6 +168,7 @@ def forward_modulate(
     return hidden, out, mean, rstd
 
 
+@on_its_gpu
 def backward(dhidden: Tensor, gate: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
     B, S, W = dhidden.shape
     parts = triton.cdiv(S, ROWS)
@@ -180,6 +184,7 @@ def backward(dhidden: Tensor, gate: Tensor, x: Tensor | None) -> tuple[Tensor, T
     return dx, _sum(dgate, gate)
 
 
+@on_its_gpu
 def backward_modulate(
     dhidden: Tensor | None, dout: Tensor, hidden: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, gate: Tensor,
     x: Tensor | None, need_modulation: bool,
@@ -248,3 +253,7 @@ AOT = [
         16,
     ),
 ]  # fmt: skip
+AOT += [  # frozen blocks
+    (gate_residual_backward, AOT[2][1] | {"GATE": False}, *AOT[2][2:]),
+    (gate_residual_modulate_backward, AOT[3][1] | {"GATE": False, "MODULATION": False}, *AOT[3][2:]),
+]

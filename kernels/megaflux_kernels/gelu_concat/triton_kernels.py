@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaflux_kernels.dispatch import on_its_gpu
+
 ROWS = 4  # tokens of a tile
 BLOCK = 1024  # columns of a tile: 16 bytes per thread and token in 16 bits, with 4 warps
 
@@ -67,6 +69,7 @@ def gelu_concat_backward(
     tl.store(dhidden_ptr + row * M + column, dhidden.to(dhidden_ptr.dtype.element_ty), mask=mask)
 
 
+@on_its_gpu
 def forward(attn_output: Tensor | None, hidden_states: Tensor) -> Tensor:
     B, S, M = hidden_states.shape
     W = 0 if attn_output is None else attn_output.shape[-1]
@@ -81,6 +84,7 @@ def forward(attn_output: Tensor | None, hidden_states: Tensor) -> Tensor:
     return out
 
 
+@on_its_gpu
 def backward(dgelu: Tensor, hidden_states: Tensor) -> Tensor:
     B, S, M = hidden_states.shape
     dhidden = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaflux_kernels.dispatch import on_its_gpu
+
 ROWS = 16  # tokens that one backward program sums over
 
 
@@ -71,6 +73,7 @@ def num_warps(block: int) -> int:
     return 4 if block <= 1024 else 8
 
 
+@on_its_gpu
 def forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     B, S, W = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -85,6 +88,7 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor
     return out, mean, rstd
 
 
+@on_its_gpu
 def backward(
     dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, residual: Tensor | None, need_modulation: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,3 +130,4 @@ AOT = [
         8,
     ),
 ]  # fmt: skip
+AOT.append((modulate_backward, AOT[1][1] | {"RESIDUAL": True, "MODULATION": False}, 8))  # frozen blocks

@@ -108,10 +108,11 @@ def backward(
 def invertible(*norm_weights: Tensor | None) -> bool:
     """Whether rotated q and k are enough for the backward pass: no weight is 0, and none below an eighth of its
     neighbour in the rotation's pair. Waits for the GPU. None is skipped."""
-    return all(bool(_in_proportion(weight)) for weight in norm_weights if weight is not None)
+    return all(bool(in_proportion(weight)) for weight in norm_weights if weight is not None)
 
 
-def _in_proportion(weight: Tensor) -> Tensor:
+def in_proportion(weight: Tensor) -> Tensor:
+    """`invertible` of one norm weight (D,) as a tensor () of bool, on its device: nobody waits."""
     pairs = weight.detach().float().abs().unflatten(0, (-1, 2))
     return ((pairs.amin(1) > 0) & (pairs.amin(1) >= SMALLEST_RATIO * pairs.amax(1))).all()
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaflux_kernels.dispatch import on_its_gpu
+
 HEADS = 8  # heads of one program
 ROWS = 16  # tokens that one backward program sums over where the norm weights train
 
@@ -141,6 +143,7 @@ def qk_norm_rope_backward(
         tl.store(partial_ptr + first + D + half + 1, sum_kb)
 
 
+@on_its_gpu
 def forward(
     qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None,
     txt_norm_q: Tensor | None, txt_norm_k: Tensor | None, eps: float,
@@ -163,6 +166,7 @@ def forward(
     return q, k, v, rstd
 
 
+@on_its_gpu
 def backward(
     dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
     cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
@@ -209,6 +213,9 @@ _BACKWARD = {
 }  # fmt: skip
 AOT = [
     (qk_norm_rope_forward, _FORWARD, 4),
+    (qk_norm_rope_forward, _FORWARD | {"D": 32}, 4),
+    (qk_norm_rope_backward, _BACKWARD | {"KEPT": False, "NORMS": True, "ROWS": ROWS, "H": HEADS, "D": 128}, 4),
+    (qk_norm_rope_backward, _BACKWARD | {"KEPT": False, "NORMS": True, "ROWS": ROWS, "H": HEADS, "D": 64}, 4),
     (qk_norm_rope_backward, _BACKWARD | {"KEPT": False, "NORMS": False, "ROWS": 1, "H": HEADS, "D": 128}, 4),
     (qk_norm_rope_backward, _BACKWARD | {"KEPT": True, "NORMS": True, "ROWS": ROWS, "H": HEADS, "D": 128}, 4),
 ]

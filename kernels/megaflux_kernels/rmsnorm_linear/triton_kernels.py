@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaflux_kernels.dispatch import on_its_gpu
+
 GROUP = 8  # tiles of rows that go over the columns together, so that weight tiles are found in L2
 PROGRAMS = 128  # about the multiprocessors of a GPU: 108 on an A100, 132 on an H100
 
@@ -69,6 +71,7 @@ def tiles(dtype: torch.dtype, M: int, N: int) -> tuple[int, int, int, int, int]:
     return 128, 256 if full else 128, 64, 8, 3
 
 
+@on_its_gpu
 def forward(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """(out (M, N), rstd (M,))."""
     (M, K), N = x.shape, weight.shape[0]
