@@ -11,7 +11,7 @@ from megaflux.presets import PUBLISHED_STAGES, dev
 from megaflux_kernels.bench.report import positive
 
 GPU_GRIDS = ("64x64", "36x64", "27x64")  # 1024x1024, 1024x576, 1024x432 px; the last with 512 makes 17.5 x 128 tokens
-CPU_GRIDS = ("16x16", "9x16", "7x16")
+CPU_GRIDS = ("24x24", "18x24", "13x24")
 TOKEN_PIXELS = 16  # each way: an image token is 16 x 16 px
 
 

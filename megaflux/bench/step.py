@@ -52,8 +52,8 @@ def add_arguments(parser: Parser) -> None:
     known = [arm for arm in ARMS if on_gpu or not is_compiled(arm)]
     parser.add_argument("--arms", type=partial(one_of, known=ARMS, what="arm"), default=known, metavar="A,B",
                         help=f"of {', '.join(ARMS)} (default: all on a GPU, those not compiled on a CPU)")  # fmt: skip
-    parser.add_argument("--samples", type=positive, default=20 if on_gpu else 12, metavar="N",
-                        help="timed steps of each arm (default 20 on a GPU, 12 on a CPU)")  # fmt: skip
+    parser.add_argument("--samples", type=positive, default=20 if on_gpu else 8, metavar="N",
+                        help="timed steps of each arm (default 20 on a GPU, 8 on a CPU)")  # fmt: skip
     parser.add_argument("--warmup", type=positive, default=5 if on_gpu else 2, metavar="N",
                         help="steps of each arm before its first sample (default 5 on a GPU, 2 on a CPU)")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32",

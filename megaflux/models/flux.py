@@ -8,7 +8,7 @@ every single block; positions computed once per shape; and a policy per block of
     mlp   the same without the MLP's pre-activation, which is computed again: a tenth of a step's FLOPs
     full  the block's input; all of the block is computed again
 
-All policies give the same gradients, bit for bit where matrix products are deterministic.
+All policies give the same gradients, bit for bit where attention and matrix products are deterministic.
 
 Shapes: B batch, T text tokens (the condition), L image tokens, S = T + L, W width, H heads, D head_dim.
 """
