@@ -248,7 +248,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         if path != "preset":
             group.add_argument(f"--{path}", default=None, metavar="VALUE", help=text.replace("%", "%%"))
     group.add_argument("--cache", dest="data.cache", default=None, metavar="VALUE", help="same as --data.cache")
-    group.add_argument("--kernels", dest="model.kernels", default=None, metavar="on|off", help="same as --model.kernels")
+    group.add_argument(
+        "--kernels", dest="model.kernels", default=None, metavar="on|off", help="same as --model.kernels"
+    )
 
 
 def parse_config(

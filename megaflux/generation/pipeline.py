@@ -107,9 +107,7 @@ class Qwen2VLFluxPipeline:
     """Generation with finished models. `source` says where they come from; it is stored with each picture. `kernels`:
     FLUX and the connector run on megaflux_kernels; False: on diffusers' own path."""
 
-    def __init__(
-        self, models: Models, settings: Settings, source: dict[str, Any] | None = None, kernels: bool = True
-    ):
+    def __init__(self, models: Models, settings: Settings, source: dict[str, Any] | None = None, kernels: bool = True):
         self.models = models
         self.settings = settings
         self.source = source or {}

@@ -55,6 +55,7 @@ FLUX_VAE = {
     "use_quant_conv": False, "use_post_quant_conv": False,
 }  # fmt: skip
 
+
 @dataclass(frozen=True)
 class StageCosts:
     """One row of the stage table."""

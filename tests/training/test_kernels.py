@@ -68,7 +68,9 @@ def test_fifty_updates_have_the_same_losses_with_kernels_on_and_off(tmp_path, da
 def test_policies_train_to_the_same_bits(tmp_path, data):
     weights = []
     for policy in ("mlp", "full", "auto"):  # two ranks each, over a stage change
-        _, run, said = train(tmp_path, data, policy, "bf16", 2, train__updates=4, model__activation_checkpointing=policy)
+        _, run, said = train(
+            tmp_path, data, policy, "bf16", 2, train__updates=4, model__activation_checkpointing=policy
+        )
         weights.append(newest(run))
         assert f"3 {'none' if policy == 'auto' else policy}" in said  # a small model fits without computing again
     for other in weights[1:]:
