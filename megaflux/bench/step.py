@@ -136,8 +136,8 @@ def measure(
         counted = limits.products(chosen, tokens, trainable)
         given = random_inputs(arms.transformer, chosen.batch, grid, chosen.text, device)
         parts = {
-            "gemm_ms": limits.run_products(counted, dtype, device),
-            "attention_ms": limits.run_attention(chosen, tokens, dtype, device),
+            "gemm_ms": partial(limits.run_products, counted, dtype, device),
+            "attention_ms": partial(limits.run_attention, chosen, tokens, dtype, device),
         }
         times, extra = take_turns(arms, names, given, parts, device, samples, warmup)
         limit = {name: median(times.pop(name)) for name in parts}
@@ -155,7 +155,7 @@ def measure(
 
 
 def take_turns(
-    arms: Arms, names: Sequence[str], given: dict[str, torch.Tensor], parts: dict[str, Callable[[], None]],
+    arms: Arms, names: Sequence[str], given: dict[str, torch.Tensor], parts: dict[str, Callable[[], Callable]],
     device: torch.device, samples: int, warmup: int,
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:  # fmt: skip
     """(milliseconds by arm and part, {"peak_bytes", "saved_bytes"} by arm): there and back until all samples are taken.
@@ -173,7 +173,9 @@ def take_turns(
                 continue
             warm = warmup if turn == 0 else 1
             if name in parts:
-                times[name] += samples_ms(parts[name], device, share, warm)
+                # Its tensors are made for its turn and let go: they must not count as an arm's memory.
+                times[name] += samples_ms(parts[name](), device, share, warm)
+                _free(device)
                 continue
             problem = _sample_arm(arms, name, given, device, share, warm, times[name], extra[name])
             if problem:
