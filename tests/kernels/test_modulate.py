@@ -22,6 +22,11 @@ def test_modulate_is_layer_norm_scale_shift(path, shape, dtype):
     assert_within_twice(modulate, reference.definition, values, douts, dtype)
 
 
+def test_a_norm_over_one_value_is_exactly_zero(triton_path):
+    values, douts = inputs((1, 1, 1), torch.float32)
+    assert_within_twice(modulate, reference.definition, values, douts, torch.float32)
+
+
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
 def test_only_what_is_needed_has_a_gradient(path, needs):
     values, douts = inputs((2, 9, 32), torch.float32, needs)

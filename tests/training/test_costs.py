@@ -271,3 +271,40 @@ def test_images_per_second_of_the_authors():
 ])  # fmt: skip
 def test_peak_by_name(name, peak):
     assert peak_tflops_for(name) == peak
+
+
+# --- the policy auto ---
+
+
+def test_auto_recomputes_no_more_than_the_memory_asks_for(dev_models):
+    config, buckets = dev(), make_buckets(dev().data.aspect_ratios, 1024)
+    stage = config.stages[0]
+
+    def choose(gigabytes, uneven=None):
+        return memory.policies_for(config, ZERO2, 8, *dev_models, buckets, stage, gigabytes * GB, uneven)
+
+    def need(policies, uneven=None):
+        return max(
+            memory.stage_memory(config, ZERO2, 8, *dev_models, stage, bucket, policies, uneven).total
+            for bucket in buckets
+        )
+
+    assert choose(50) == ["full"] * 57  # too little for anything else, and the problem is the dry run's to tell
+    assert choose(1000) == ["none"] * 57
+    recomputed = {"none": 0, "mlp": 1, "full": 2}
+    before = 2 * 57
+    for gigabytes in (72, 90, 120, 160):
+        policies = choose(gigabytes)
+        assert need(policies) <= gigabytes * GB
+        assert sum(map(recomputed.get, policies)) < before  # more memory, less recomputation
+        before = sum(map(recomputed.get, policies))
+    assert need(choose(90)) > 88 * GB  # and it is used
+    assert need(choose(90), [True] * 57) > 90 * GB  # blocks that keep q, k and v would not fit so
+    assert need(choose(90, [True] * 57), [True] * 57) <= 90 * GB
+
+
+def test_auto_without_kernels_is_all_or_nothing(dev_models):
+    config = dev().model_copy(update={"model": dev().model.model_copy(update={"kernels": "off"})})
+    buckets = make_buckets(config.data.aspect_ratios, 1024)
+    found = [memory.policies_for(config, ZERO2, 8, *dev_models, buckets, config.stages[0], n * GB) for n in (90, 1000)]
+    assert found == [["full"] * 57, ["none"] * 57]

@@ -102,3 +102,13 @@ def test_settings_say_which_path_made_a_picture(tmp_path, run_folder):
                     "--steps", "2", "--out", str(out), "--kernels", kernels])  # fmt: skip
         (picture,) = out.glob("*-seed0.png")
         assert json.loads(Image.open(picture).text["megaflux"])["kernels"] == kernels
+
+
+def test_shards_in_the_old_order_are_refused_with_the_reason(run_folder):
+    from megaflux.config import load_yaml
+    from megaflux.errors import UserError
+    from megaflux.training import checkpoint
+
+    config = build_config(load_yaml(str(run_folder / "config.yaml")))
+    with pytest.raises(UserError, match="optimizer shards have another order; finish the run with that version"):
+        checkpoint._resolve(config, {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, 1)
