@@ -42,4 +42,10 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
             line = " ".join(str(error).split())
             print(f"error: {line}" if rank == "0" else f"error: rank {rank}: {line}", file=sys.stderr)
         code = 2
+        if together:
+            # Python's way out would take the process group apart under gloo's running threads, and now and then C++
+            # aborts (exit code -6). Nothing is left to be saved.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     sys.exit(code)
