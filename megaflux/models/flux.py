@@ -69,6 +69,10 @@ def fuse(transformer: FluxTransformer2DModel, policies: Policy | Sequence[Policy
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear and "blocks." in name:
             raise ValueError(f"{name} is a {type(module).__name__}: fused FLUX needs plain linears; turn kernels off")
+        if isinstance(module, nn.Linear) and hasattr(
+            module.weight, "__tensor_flatten__"
+        ):  # a wrapper, as torchao's are
+            raise ValueError(f"{name}'s weight is quantized: fused FLUX needs plain linears; turn kernels off")
     if is_fused(transformer):
         transformer.fused.policies, transformer.fused.forwards = chosen, 0
     else:
@@ -211,7 +215,7 @@ def _double_block(
         attn.heads, modulated_linear(c_n, text, c_scale, c_shift, *_text_qkv(self)), attn.norm_added_q.weight,
         attn.norm_added_k.weight, attn.norm_q.eps, keep_input,
     )  # fmt: skip
-    attn_output = _attention(q, k, v, bias)
+    attn_output = _attention(self, q, k, v, bias)
     image_output = attn.to_out[0](attn_output[:, T:].contiguous())
     text_output = attn.to_add_out(attn_output[:, :T].contiguous())
 
@@ -237,13 +241,15 @@ def _single_block(
         qkv, attn.norm_q.weight, attn.norm_k.weight, *rope, attn.heads, eps=attn.norm_q.eps, keep_input=keep_input
     )
     del qkv
-    attn_output = _attention(q, k, v, bias)
+    attn_output = _attention(self, q, k, v, bias)
     output = mlp(n, attn_output, hidden_states, scale, shift, self.proj_mlp, self.proj_out, recompute)
     return _in_range(gate_residual(hidden_states, output, gate))
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def _attention(block: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """(B, H, S, D) three times -> (B, S, W). bias: (B, S) float log-bias per key, or None."""
+    if (probe := vars(block).get("attention_probe")) is not None:  # see generation.attention_map
+        probe(q, k, bias)
     if bias is None:
         out = F.scaled_dot_product_attention(q, k, v)
     else:

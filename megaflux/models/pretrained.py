@@ -25,6 +25,7 @@ import diffusers
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from transformers import (
+    AutoTokenizer,
     CLIPTextModel,
     CLIPTokenizer,
     PreTrainedModel,
@@ -33,6 +34,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLModel,
     Qwen2VLProcessor,
+    T5EncoderModel,
 )
 from transformers.utils import cached_file
 
@@ -48,6 +50,7 @@ from megaflux.models.scratch import (
     build_vlm,
     vlm_configuration,
 )
+from megaflux.models.t5 import T5Path
 from megaflux.models.vlm import Trunk, split_vlm
 
 
@@ -63,12 +66,16 @@ class Models:
     """(1, P): CLIP's pooled vector of the empty prompt."""
     base: str = ""
     """Fingerprint of all weights as they were loaded or built, before any training."""
+    t5: T5Path | None = None
+    """The released weights' text path; a run has none."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Models:
         """Move and cast; RoPE's frequencies stay float32."""
         for module in (self.trainable, self.trunk.vlm, self.vae):
             cast(module, device, dtype)
         self.pooled_projections = self.pooled_projections.to(device, dtype)
+        if self.t5 is not None:
+            self.t5.to(device, dtype)
         return self
 
 
@@ -80,6 +87,8 @@ def cast(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> N
     """
     module.to(device)
     for parameter in module.parameters():
+        if hasattr(parameter, "__tensor_flatten__"):
+            continue  # quantized: its dtype is not to be changed
         data = parameter.data.to(dtype)
         aligned = data.device.type != "cpu" or data.data_ptr() % 64 == 0
         parameter.data = data if aligned else data.clone()
@@ -154,18 +163,18 @@ def assemble(
 
 def load_transformer(source: str, dtype: torch.dtype) -> FluxTransformer2DModel:
     """`transformer/` of a FLUX.1 folder or hub name in diffusers' layout."""
-    return _load_strict(FluxTransformer2DModel, source, subfolder="transformer", torch_dtype=dtype)
+    return load_strict(FluxTransformer2DModel, source, subfolder="transformer", torch_dtype=dtype)
 
 
 def load_vae(source: str | None, flux: str | None) -> AutoencoderKL:
     """The VAE of `source` (a VAE folder, or `tiny` for the shipped one), else `vae/` of the FLUX folder."""
     if source == "tiny":
-        return _load_strict(AutoencoderKL, str(TINY / "vae"), torch_dtype=torch.float32)
+        return load_strict(AutoencoderKL, str(TINY / "vae"), torch_dtype=torch.float32)
     if source:
-        return _load_strict(AutoencoderKL, source, torch_dtype=torch.float32)
+        return load_strict(AutoencoderKL, source, torch_dtype=torch.float32)
     if not flux:
         raise UserError("model.vae: a model built from nothing needs a VAE; set model.vae to a folder or to tiny")
-    return _load_strict(AutoencoderKL, flux, subfolder="vae", torch_dtype=torch.float32)
+    return load_strict(AutoencoderKL, flux, subfolder="vae", torch_dtype=torch.float32)
 
 
 def load_scheduler(source: str) -> FlowMatchEulerDiscreteScheduler:
@@ -176,7 +185,7 @@ def load_scheduler(source: str) -> FlowMatchEulerDiscreteScheduler:
 def load_clip(source: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
     """`text_encoder/` and `tokenizer/` of a FLUX.1 folder."""
     # The published file also carries position_ids, a buffer that transformers no longer registers.
-    clip = _load_strict(
+    clip = load_strict(
         CLIPTextModel, source, subfolder="text_encoder", dtype=torch.float32,
         allow_unexpected=lambda key: key.endswith("embeddings.position_ids"),
     )  # fmt: skip
@@ -186,7 +195,7 @@ def load_clip(source: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
 
 def load_vlm(source: str, attention: str = "sdpa", dtype: torch.dtype = torch.bfloat16):
     """(Qwen2VLModel, Qwen2VLProcessor) of a Qwen2-VL folder or hub name. lm_head is read and let go: nothing uses it."""
-    whole = _load_strict(
+    whole = load_strict(
         Qwen2VLForConditionalGeneration, source, dtype=dtype, attn_implementation=attention,
         allow_missing=lambda key: key == "lm_head.weight", allow_unexpected=lambda key: key == "lm_head.weight",
     )  # fmt: skip
@@ -197,15 +206,32 @@ def load_vlm(source: str, attention: str = "sdpa", dtype: torch.dtype = torch.bf
 
 def load_connector(file: Path) -> nn.Linear:
     """The connector of an export: a safetensors file of `weight` (joint, D) and `bias` (joint,)."""
+    return load_linear(file)
+
+
+def load_linear(file: Path) -> nn.Linear:
+    """A Linear of a safetensors file of exactly `weight` (out, in) and `bias` (out,)."""
     tensors = read_tensors(file, {"weight", "bias"})
     if tensors["weight"].ndim != 2 or tensors["bias"].shape != tensors["weight"].shape[:1]:
         raise UserError(
             f"{file}: wrong shape: weight {tuple(tensors['weight'].shape)}, bias {tuple(tensors['bias'].shape)}"
         )
     with torch.device("meta"):
-        connector = nn.Linear(*reversed(tensors["weight"].shape))
-    connector.load_state_dict(tensors, assign=True)
-    return connector
+        linear = nn.Linear(*reversed(tensors["weight"].shape))
+    linear.load_state_dict(tensors, assign=True)
+    return linear
+
+
+def load_t5(root: Path, dtype: torch.dtype = torch.bfloat16) -> T5Path:
+    """text_encoder_2/, tokenizer_2/ and t5_embedder/ of an export."""
+    encoder = load_strict(
+        T5EncoderModel, str(root), subfolder="text_encoder_2", dtype=dtype,
+        allow_missing=lambda key: key == "encoder.embed_tokens.weight",  # tied to shared.weight
+        allow_unexpected=lambda key: key == "encoder.embed_tokens.weight",
+    )  # fmt: skip
+    with named(f"{root}/tokenizer_2"):
+        tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer_2")
+    return T5Path(tokenizer, encoder, load_linear(root / "t5_embedder/model.safetensors"))
 
 
 def read_tensors(file: Path, keys: set[str]) -> dict[str, Tensor]:
@@ -234,7 +260,7 @@ def read_lm_head(source: str) -> Tensor | None:
             return file.get_tensor("lm_head.weight") if "lm_head.weight" in file.keys() else None
 
 
-def _load_strict(
+def load_strict(
     cls: type,
     source: str,
     allow_missing: Callable[[str], bool] = lambda key: False,

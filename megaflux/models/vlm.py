@@ -131,29 +131,39 @@ def mrope_position_ids(length: int, image_start: int, grid: tuple[int, int] | No
 class Trunk:
     """The frozen part: pictures and captions -> Condition. Not a module: nothing of it trains or is saved."""
 
-    def __init__(self, vlm, processor, max_image_tokens: int = 512, max_caption_tokens: int = 256):
+    def __init__(
+        self, vlm, processor, max_image_tokens: int = 512, max_caption_tokens: int = 256, min_image_tokens: int = 4
+    ):
+        """min_image_tokens: a smaller picture is enlarged to about as many (the released weights: 512)."""
         self.vlm = vlm
         self.processor = processor
         self.max_caption_tokens = max_caption_tokens
+        self.min_image_tokens, self.max_image_tokens = min_image_tokens, max_image_tokens
         self.merge = vlm.config.vision_config.spatial_merge_size
         self.cell = vlm.config.vision_config.patch_size * self.merge  # pixels per image token, each way
-        self.limits = {"min_pixels": 4 * self.cell**2, "max_pixels": max_image_tokens * self.cell**2}
         self.image_token = processor.tokenizer.convert_ids_to_tokens(vlm.config.image_token_id)
         self.pad_token_id = processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-        self._grid = lru_cache(maxsize=256)(self._measure_grid)
+        self.grid = lru_cache(maxsize=256)(self._measure_grid)
         self._template = lru_cache(maxsize=None)(self._render_template)
 
     @torch.no_grad()
-    def encode(self, pixel_values: Tensor | None, captions: list[str] | None = None, mode: Mode = "image") -> Condition:
+    def encode(
+        self, pixel_values: Tensor | None, captions: list[str] | None = None, mode: Mode = "image",
+        limits: tuple[int, int] | None = None,
+    ) -> Condition:  # fmt: skip
         """Run the trunk. pixel_values: uint8 (B, 3, H, W), not read in mode text; captions: B strings, not read in
-        mode image. The result is on the trunk's device and in its dtype."""
+        mode image; limits: fewest and most image tokens, None: as the trunk was built. The result is on the trunk's
+        device and in its dtype."""
         batch = len(captions) if pixel_values is None or mode == "text" else pixel_values.shape[0]
         size = None if mode == "text" else tuple(pixel_values.shape[-2:])
-        turns = [self.turn(mode, size, captions[i] if captions and mode != "image" else "") for i in range(batch)]
+        turns = [self.turn(mode, size, captions[i] if captions and mode != "image" else "", limits)
+                 for i in range(batch)]  # fmt: skip
         input_ids, layout = self.collate(turns)
         images = {}
         if mode != "text":
-            images = self.processor.image_processor(images=list(pixel_values), return_tensors="pt", **self.limits)
+            images = self.processor.image_processor(
+                images=list(pixel_values), return_tensors="pt", **self._pixels(limits)
+            )
             images = {"pixel_values": images["pixel_values"].to(self.device, self.dtype),
                       "image_grid_thw": images["image_grid_thw"].to(self.device)}  # fmt: skip
         hidden_states = self.vlm(
@@ -171,15 +181,17 @@ class Trunk:
         """How many tokens a caption has before it is cut to `max_caption_tokens`; 0: it says nothing."""
         return len(self._ids(self._clean(caption)))
 
-    def turn(self, mode: Mode, size: tuple[int, int] | None = None, caption: str = "") -> Turn:
-        """The cut chat turn of one sample; size: (height, width) of its picture, px."""
+    def turn(
+        self, mode: Mode, size: tuple[int, int] | None = None, caption: str = "", limits: tuple[int, int] | None = None
+    ) -> Turn:
+        """The cut chat turn of one sample; size: (height, width) of its picture, px; limits: as in `encode`."""
         before, between, after = (self._ids(text) for text in self._template(mode))
         words = self._ids(self._clean(caption))[: self.max_caption_tokens] if mode != "image" else []
         if mode == "text" and not words:
             words = after[:1]  # an empty caption still needs one token: the end of the turn
         if mode == "text":
             return Turn(before + words, list(range(len(before), len(before) + len(words))), None)
-        rows, columns = self._grid(*size)
+        rows, columns = self.grid(*size, limits)
         head = before + words + between
         start = len(head)
         image = range(start, start + rows * columns)
@@ -206,7 +218,11 @@ class Trunk:
 
     @property
     def device(self) -> torch.device:
-        return self.vlm.device
+        """Where inputs go: the weights' device, or the one that accelerate brings them to."""
+        hooks = (getattr(module, "_hf_hook", None) for module in self.vlm.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        found = next((device for device in devices if device is not None), None)
+        return self.vlm.device if found is None else torch.device(found)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -234,9 +250,19 @@ class Trunk:
             caption = caption.replace(token, " ")
         return " ".join(caption.encode("utf-8", "replace").decode().replace("\0", " ").split())
 
-    def _measure_grid(self, height: int, width: int) -> tuple[int, int]:
+    @property
+    def limits(self) -> dict[str, int]:
+        """Fewest and most pixels of a picture, in the image processor's words."""
+        return self._pixels(None)
+
+    def _pixels(self, limits: tuple[int, int] | None) -> dict[str, int]:
+        least, most = limits or (self.min_image_tokens, self.max_image_tokens)
+        return {"min_pixels": least * self.cell**2, "max_pixels": most * self.cell**2}
+
+    def _measure_grid(self, height: int, width: int, limits: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(rows, columns) of image tokens of a picture of height x width px."""
         blank = torch.zeros(3, height, width, dtype=torch.uint8)
-        out = self.processor.image_processor(images=[blank], return_tensors="pt", **self.limits)
+        out = self.processor.image_processor(images=[blank], return_tensors="pt", **self._pixels(limits))
         _, rows, columns = out["image_grid_thw"][0].tolist()
         return rows // self.merge, columns // self.merge
 

@@ -137,15 +137,15 @@ def token_counts(config: Config, bucket: Bucket) -> Tokens:
     return Tokens(image, rows * columns, rows * columns + TURN_PREFIX, rows * columns * merge**2)
 
 
-def condition_grid(height: int, width: int, max_tokens: int, cell: int = 28) -> tuple[int, int]:
+def condition_grid(height: int, width: int, max_tokens: int, cell: int = 28, min_tokens: int = 4) -> tuple[int, int]:
     """Rows and columns of image tokens of a reference of height x width px: Qwen2-VL's `smart_resize` to
-    multiples of `cell` px, between 4 and max_tokens tokens."""
+    multiples of `cell` px, between min_tokens and max_tokens tokens."""
     rows, columns = max(1, round(height / cell)), max(1, round(width / cell))
     if rows * columns > max_tokens:
         shrink = math.sqrt(height * width / (max_tokens * cell**2))
         rows, columns = (max(1, math.floor(side / shrink / cell)) for side in (height, width))
-    elif rows * columns < 4:
-        grow = math.sqrt(4 * cell**2 / (height * width))
+    elif rows * columns < min_tokens:
+        grow = math.sqrt(min_tokens * cell**2 / (height * width))
         rows, columns = (math.ceil(side * grow / cell) for side in (height, width))
     return rows, columns
 

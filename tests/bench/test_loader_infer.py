@@ -23,6 +23,18 @@ def test_infer_measures_three_arms_of_a_run(tmp_path, run_folder, capsys):
     assert all({"image_s", "image_s_p10", "image_s_p90"} <= set(values) for values in found.values())
 
 
+def test_infer_measures_by_mode(tmp_path):
+    file = tmp_path / "r.json"
+    command = ["infer", "--steps", "1", "--samples", "1", "--side", "32", "--arms", "diffusers,ours", "--modes",
+               "img2img,controlnet-inpaint", "--json", str(file)]  # fmt: skip
+    assert main(command) == 0
+    found = metrics(read(file), "infer")
+    assert {(arm, shape.split()[0]) for arm, shape in found} == {
+        (arm, mode) for arm in ("diffusers", "ours") for mode in ("img2img", "controlnet-inpaint")
+    }
+    assert all(values["rss_growth_bytes"] >= 0 for values in found.values())
+
+
 def test_infer_makes_random_tiny_weights(tmp_path):
     file = tmp_path / "r.json"
     command = ["infer", "--steps", "1", "--samples", "1", "--side", "64", "--arms", "ours", "--json", str(file)]

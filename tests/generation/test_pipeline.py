@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from megaflux.data.batches import collate
 from megaflux.data.buckets import Bucket, make_buckets
 from megaflux.errors import UserError
-from megaflux.generation.pipeline import Qwen2VLFluxPipeline, Settings, output_size, reference_tensor
+from megaflux.generation.pipeline import Qwen2VLFluxPipeline, Reference, Settings, output_size, reference_tensor
 from megaflux.runs import load_pipeline
 from megaflux.training.cache import to_tensor
 from tests.conftest import picture
@@ -117,11 +117,12 @@ def test_notes_say_what_was_done_to_the_prompt(pipeline):
     for nothing in (None, "", "  \n "):
         condition, notes = pipeline.encode(reference, nothing)
         assert notes == [] and same_condition(condition, pipeline.encode(reference)[0])
-    _, notes = pipeline.encode(reference, "a fox")
+        assert pipeline.encode_all([Reference(reference)], nothing or "").notes == []
+    notes = pipeline.encode_all([Reference(reference)], "a fox").notes
     assert any("without captions" in note for note in notes)  # the small run draws mode image only
-    condition, notes = pipeline.encode(reference, "fox " * 25_000)
-    assert any("cut to the first 256" in note for note in notes)
-    assert condition.select.shape[1] == pipeline.encode(reference)[0].select.shape[1] + 256
+    encoded = pipeline.encode_all([Reference(reference)], "fox " * 25_000)
+    assert any("cut to the first 256" in note for note in encoded.notes)
+    assert encoded.text.shape[1] == 256 and encoded.references[0].hidden_states.shape[1] == 4  # none taken away
 
 
 @pytest.mark.parametrize(("change", "said"), [

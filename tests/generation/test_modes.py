@@ -1,0 +1,366 @@
+"""Each mode against diffusers' own pipeline, batches against single pictures, Euler's steps against the formula."""
+
+import numpy as np
+import pytest
+import torch
+
+from megaflux import compat  # noqa: F401  (before diffusers)
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetImg2ImgPipeline,
+    FluxControlNetInpaintPipeline,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxMultiControlNetModel,
+    FluxPipeline,
+)
+from PIL import Image, ImageDraw
+
+from megaflux import Dot, Qwen2VLFluxPipeline, Reference, Weighting
+from megaflux.errors import UserError
+from megaflux.generation.condition import prompt_embeds
+from megaflux.generation.sampling import EulerScheduler, scheduler_like
+from megaflux.models import latents as latent_ops
+from megaflux.models.latents import image_ids, text_ids
+from megaflux.runs import load_pipeline
+from tests.conftest import picture
+
+STEPS, HEIGHT, WIDTH = 4, 48, 64
+MODES = ("text", "variation", "img2img", "inpaint", "controlnet", "controlnet-img2img", "controlnet-inpaint")
+
+
+@pytest.fixture(scope="module")
+def controlnet_folder(tmp_path_factory, small_config):
+    """A tiny ControlNet-Union with random weights everywhere, its zero-initialised outputs too."""
+    config = {k: v for k, v in small_config.model.flux_config.items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        net = FluxControlNetModel(**config, num_mode=10)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("controlnet") / "union"
+    net.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(run_folder, controlnet_folder):
+    pipeline = load_pipeline(run_folder, dtype=torch.float32, device="cpu").load_controlnet(str(controlnet_folder))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in pipeline.models.trainable.transformer.parameters():
+            parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+    return pipeline
+
+
+@pytest.fixture
+def pipeline(loaded):
+    yield loaded
+    loaded.models.trainable.configure(True)
+
+
+def hole() -> Image.Image:
+    mask = Image.new("L", (WIDTH, HEIGHT))
+    ImageDraw.Draw(mask).rectangle([16, 16, 47, 31], fill=255)
+    return mask
+
+
+def given(mode: str) -> dict:
+    """What a person gives for a mode, as keyword arguments of the pipeline."""
+    values = {"reference": picture(84, 56, seed=1), "height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS}
+    if mode == "text":
+        values |= {"reference": None, "prompt": "a red fox"}
+    if mode in ("img2img", "inpaint", "controlnet-img2img", "controlnet-inpaint"):
+        values |= {"image": picture(WIDTH, HEIGHT, seed=2), "strength": 0.7}
+    if "inpaint" in mode:
+        values["mask_image"] = hole()
+    if "controlnet" in mode:
+        values |= {"control_image": [picture(WIDTH, HEIGHT, seed=3), picture(WIDTH, HEIGHT, seed=4)],
+                   "control_mode": ["depth", "line"], "controlnet_conditioning_scale": [0.4, 0.9],
+                   "control_guidance_end": 0.8}  # fmt: skip
+    return values
+
+
+def theirs(pipeline, mode: str, seed: int, output_type: str = "pil", embeds=None):
+    """The same by diffusers' own pipeline, written out: transformer on its own path, our embeddings."""
+    models, values = pipeline.models, given(mode)
+    models.trainable.configure(False)
+    if embeds is None:
+        references = [Reference(values["reference"])] if values["reference"] is not None else []
+        embeds = prompt_embeds(pipeline.encode_all(references, values.get("prompt", "")), Weighting(), seed)
+    parts = {"scheduler": FlowMatchEulerDiscreteScheduler.from_config(models.scheduler.config), "vae": models.vae,
+             "text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None,
+             "transformer": models.trainable.transformer}  # fmt: skip
+    kinds = {"text": FluxPipeline, "variation": FluxPipeline, "img2img": FluxImg2ImgPipeline, "inpaint": FluxInpaintPipeline,
+             "controlnet": FluxControlNetPipeline, "controlnet-img2img": FluxControlNetImg2ImgPipeline,
+             "controlnet-inpaint": FluxControlNetInpaintPipeline}  # fmt: skip
+    more = {}
+    if "image" in values:
+        more |= {"image": values["image"], "strength": 0.7}
+    if "inpaint" in mode:
+        more["mask_image"] = values["mask_image"]
+    if "controlnet" in mode:
+        parts["controlnet"] = FluxMultiControlNetModel([pipeline.controlnet.nets[""]])
+        more |= {"control_image": values["control_image"], "control_mode": [2, 0],
+                 "controlnet_conditioning_scale": [0.4, 0.9], "control_guidance_end": 0.8}  # fmt: skip
+    plain = kinds[mode](**parts)
+    plain.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        return plain(
+            prompt_embeds=embeds.prompt_embeds, pooled_prompt_embeds=models.pooled_projections, height=HEIGHT, width=WIDTH,
+            num_inference_steps=STEPS, guidance_scale=3.5, generator=[torch.Generator().manual_seed(seed)],
+            output_type=output_type, **more,
+        ).images  # fmt: skip
+
+
+def values_of(image: Image.Image) -> np.ndarray:
+    return np.array(image).astype(int)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_diffusers_own(pipeline, mode):
+    want = values_of(theirs(pipeline, mode, 7)[0])
+    pipeline.models.trainable.configure(False)
+    off = values_of(pipeline(**given(mode), seed=7).images[0])
+    assert np.array_equal(off, want)
+    pipeline.models.trainable.configure(True)
+    on = values_of(pipeline(**given(mode), seed=7).images[0])
+    assert np.abs(on - want).max() <= 1
+    assert on.std() > 5  # a picture, not a plane
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_is_its_pictures(pipeline, mode):
+    seeds = [7, 8, 9, 10]
+    weighting = Weighting(variety=0.25) if mode == "variation" else Weighting()
+    arguments = given(mode) | {"weighting": weighting}
+    together = pipeline(**arguments, seed=seeds, batch_size=4, output_type="latent").images
+    alone = torch.cat([pipeline(**arguments, seed=s, output_type="latent").images for s in seeds])
+    assert together.shape == alone.shape and (together - alone).abs().max() < 1e-5
+    assert (together[0] - together[1]).abs().max() > 0.01
+    pictures = pipeline(**arguments, seed=seeds, batch_size=4).images
+    ones = [pipeline(**arguments, seed=s).images[0] for s in seeds]
+    assert max(np.abs(values_of(a) - values_of(b)).max() for a, b in zip(pictures, ones)) <= 1
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize(("shift", "dynamic"), [(None, False), (3.0, False), (None, True)])
+def test_variation_is_eulers_method_in_float64(run_folder, kernels, shift, dynamic):
+    pipeline = load_pipeline(run_folder, dtype=torch.float64, device="cpu", kernels=kernels)
+    models = pipeline.models
+    if dynamic:
+        models.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+            models.scheduler.config, use_dynamic_shifting=True
+        )
+    with torch.no_grad():
+        for parameter in models.trainable.transformer.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)).double())
+    reference, height, width, steps = picture(64, 48), 48, 64, 5
+    ours = pipeline(reference, None, height, width, steps, seed=3, shift=shift, output_type="latent").images
+
+    # x_1 = noise; sigma_i = shifted (1 - i / steps); x <- x + (sigma_{i+1} - sigma_i) velocity(x, sigma_i)
+    encoded = pipeline.encode_all([Reference(reference)], for_controlnet=True)  # before context_embedder
+    embeds = prompt_embeds(encoded, Weighting(), 3).prompt_embeds
+    shape = (1, models.vae.config.latent_channels, height // 8, width // 8)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    x = noise.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    tokens = height * width // 256
+    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)  # FLUX's line through (256, 0.5) and (4096, 1.15)
+
+    def shifted(s):
+        if dynamic:
+            return np.exp(mu) * s / (1 + (np.exp(mu) - 1) * s)
+        k = 1.0 if shift is None else shift
+        return k * s / (1 + (k - 1) * s)
+
+    sigmas = [shifted(1 - i / steps) for i in range(steps)] + [0.0]
+    with torch.no_grad():
+        for sigma, after in zip(sigmas, sigmas[1:]):
+            velocity = models.trainable.transformer(
+                hidden_states=x, encoder_hidden_states=embeds, timestep=torch.tensor([sigma]).double(),
+                pooled_projections=models.pooled_projections, guidance=torch.tensor([3.5]).double(),
+                img_ids=image_ids(height, width), txt_ids=text_ids(embeds.shape[1]), return_dict=False,
+            )[0]  # fmt: skip
+            x = x + (after - sigma) * velocity
+    assert ours.dtype == torch.float64
+    assert (ours - x).abs().max() < 1e-9 * max(1, x.abs().max())
+
+
+def test_the_wide_scheduler_is_diffusers_but_for_rounding():
+    plain = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    wide = scheduler_like(plain, None, torch.float64)
+    assert isinstance(wide, EulerScheduler) and type(scheduler_like(plain, None, torch.bfloat16)) is type(plain)
+    for scheduler in (plain, wide):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 0.1, 10), mu=1.0)
+    assert torch.allclose(wide.sigmas.float(), plain.sigmas, atol=1e-6) and torch.allclose(
+        wide.timesteps.float(), plain.timesteps, atol=1e-3
+    )
+    fixed = scheduler_like(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 2.0, torch.float32)
+    assert fixed.config.shift == 2.0 and not fixed.config.use_dynamic_shifting
+
+
+def test_dots_count_in_every_mode(pipeline):
+    dots = (Dot(x=0.3, y=0.5, radius=0.6, weight=4), Dot(x=5 / 6, y=0.25, radius=0.4, weight=0))
+    pipeline.settings = pipeline.settings.model_copy(update={"longest_side": 256})
+    for mode in MODES[1:]:
+        values = given(mode)
+        plain = pipeline(**values, seed=7)
+        dotted = pipeline(**values | {"reference": Reference(values["reference"], 1.0, dots)}, seed=7)
+        neutral = (Dot(x=0.3, y=0.5, radius=0.6, weight=1),)
+        same = pipeline(**values | {"reference": Reference(values["reference"], 1.0, neutral)}, seed=7)
+        assert dotted.images[0].tobytes() != plain.images[0].tobytes() == same.images[0].tobytes()
+        assert (dotted.weights[0][0] == 0).any() and dotted.weights[0][0].max() > 1
+        told = any("ControlNet itself" in note for note in dotted.notes)
+        assert told == ("controlnet" in mode)  # what diffusers cannot honour is said
+    pipeline.settings = pipeline.settings.model_copy(update={"longest_side": 64})
+
+
+def test_inpainting_changes_only_the_hole_and_img2img_follows_its_strength(pipeline):
+    values = given("inpaint") | {"num_inference_steps": 8}
+    image, mask = values["image"], np.array(values["mask_image"]) > 0
+    made = values_of(pipeline(**values, seed=7).images[0])
+    vae, pixels = pipeline.models.vae, torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    through_vae = latent_ops.decode(vae, latent_ops.encode(vae, pixels))[0].permute(1, 2, 0).numpy().astype(int)
+    changed = np.abs(made - through_vae).mean(-1)
+    far = np.ones_like(mask)
+    far[8:40, 8:56] = False  # the VAE looks a little around
+    assert changed[mask].mean() > 4 * changed[far].mean()
+    distances = []
+    for strength in (0.2, 0.6, 1.0):
+        other = pipeline(**given("img2img") | {"strength": strength}, seed=7).images[0]
+        distances.append(np.abs(values_of(other) - values_of(image)).mean())
+    assert distances[0] < distances[1] < distances[2]
+    whole = pipeline(**given("img2img") | {"strength": 1.0, "image": picture(WIDTH, HEIGHT, seed=5)}, seed=7).images[0]
+    assert whole.tobytes() == other.tobytes()  # strength 1 begins at noise: the picture does not count
+
+
+def test_control_start_and_end_and_scale(pipeline):
+    values = given("controlnet")
+    plain = pipeline(**given("variation"), seed=7).images[0].tobytes()
+    zero = values | {"controlnet_conditioning_scale": 0.0}
+    other = zero | {"control_image": values["control_image"][::-1]}
+    assert pipeline(**zero, seed=7).images[0].tobytes() == pipeline(**other, seed=7).images[0].tobytes()
+    whole = pipeline(**values | {"control_guidance_end": 1.0}, seed=7).images[0].tobytes()
+    half = pipeline(**values | {"control_guidance_end": 0.5}, seed=7).images[0].tobytes()
+    late = pipeline(**values | {"control_guidance_start": 0.5, "control_guidance_end": 1.0}, seed=7).images[0].tobytes()
+    assert len({plain, whole, half, late}) == 4
+
+
+def test_the_attention_map_is_the_softmax_and_costs_nobody_else(pipeline):
+    pipeline.settings = pipeline.settings.model_copy(update={"longest_side": 256})
+    reference = Reference(picture(168, 112), 1.0, (Dot(x=0.1, y=0.1, radius=0.3, weight=0),))
+    arguments = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 1, "seed": 3}
+    asked = pipeline(reference, **arguments, attention_map=True)
+    plain = pipeline(reference, **arguments)
+    assert asked.images[0].tobytes() == plain.images[0].tobytes() and plain.attention == []
+    (mass,) = asked.attention[0]
+    weights = asked.weights[0][0]
+    assert mass.shape == weights.shape and ((mass > 0) == (weights > 0)).all() and 0 < mass.sum() < 1
+
+    # the same from diffusers' own path: what attention gives back where v tells only which key it is
+    from diffusers.models.transformers import transformer_flux
+
+    seen, real = [], transformer_flux.dispatch_attention_fn
+
+    def watched(query, key, value, attn_mask=None, **kwargs):
+        q, k = (x.transpose(1, 2).double() for x in (query, key))  # (B, S, H, D) -> (B, H, S, D)
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        scores = scores if attn_mask is None else scores + attn_mask.double()
+        T = int((weights > 0).sum())
+        seen.append(scores.softmax(-1)[0, :, T:, :T].mean((0, 1)))
+        return real(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    pipeline.models.trainable.configure(False)
+    transformer_flux.dispatch_attention_fn = watched
+    try:
+        pipeline(reference, **arguments)
+    finally:
+        transformer_flux.dispatch_attention_fn = real
+    want = torch.stack(seen).mean(0).numpy()
+    assert np.abs(mass[weights > 0] - want).max() < 1e-5
+    with pytest.raises(UserError, match="attention map"):
+        pipeline(reference, **arguments, attention_map=True)
+    pipeline.settings = pipeline.settings.model_copy(update={"longest_side": 64})
+
+
+def test_diffusers_conventions(pipeline, tmp_path):
+    values, seen = given("variation"), []
+
+    def halfway(pipe, step, timestep, kwargs):
+        seen.append((step, float(timestep), kwargs["latents"].shape))
+        return {"latents": kwargs["latents"] * 0} if step == STEPS - 1 else {}
+
+    blank = pipeline(**values, callback_on_step_end=halfway).images[0]
+    assert [step for step, *_ in seen] == list(range(STEPS)) and seen[0][1] == 1000
+    assert values_of(blank).std() < values_of(pipeline(**values).images[0]).std()
+    array, tensor = (pipeline(**values, output_type=kind).images for kind in ("np", "pt"))
+    assert array.shape == (1, HEIGHT, WIDTH, 3) and tensor.shape == (1, 3, HEIGHT, WIDTH)
+    many = pipeline(**values, num_images_per_prompt=2, generator=torch.Generator().manual_seed(1)).images
+    assert len(many) == 2 and many[0].tobytes() != many[1].tobytes()
+    before = pipeline(**values).images[0].tobytes()
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert pipeline(**values).images[0].tobytes() == before  # saving leaves it whole
+    again = load_pipeline(tmp_path / "saved", dtype=torch.float32, device="cpu")
+    assert again(**values).images[0].tobytes() == before
+    assert again.to(torch.float64).dtype == torch.float64 and again.to("cpu", torch.float32).dtype == torch.float32
+    assert again(**values).images[0].tobytes() == before
+    with pytest.raises(UserError, match="exists"):
+        pipeline.save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"strength": 0.0, "image": picture(64, 48)}, "strength: 0.0"), ({"strength": 1.5, "image": picture(64, 48)}, "strength"),
+    ({"mask_image": hole()}, "mask: without a picture"), ({"shift": 0.0}, "shift: 0.0"), ({"batch_size": 0}, "batch size"),
+    ({"image": picture(64, 48), "mask_image": Image.new("L", (32, 32), 255)}, "mask: 32x32"),
+    ({"image": picture(64, 48), "mask_image": Image.new("L", (64, 48), 0)}, "mask.*nothing"),
+    ({"output_type": "jpeg"}, "output type"), ({"seed": -1}, "seed: -1"), ({"seed": 2**64}, "seed"),
+    ({"num_images_per_prompt": 0}, "num_images_per_prompt"), ({"reference": None}, "neither a reference nor a prompt"),
+    ({"text_encoder": "t5", "prompt": "x"}, "these weights have no T5"), ({"text_encoder": "bert"}, "use qwen or t5"),
+    ({"reference_tokens": 2}, "reference tokens: 2"), ({"control_image": picture(64, 48)}, "control: kind None"),
+    ({"control_image": picture(64, 48), "control_mode": "smell"}, "unknown kind 'smell'"),
+    ({"control_image": [picture(64, 48)], "control_mode": ["line", "depth"]}, "1 maps, 2 modes"),
+    ({"control_image": picture(64, 48), "control_mode": "line", "control_guidance_start": 0.9,
+      "control_guidance_end": 0.1}, "is not before"),
+    ({"control_image": picture(64, 48), "control_mode": "line", "controlnet_conditioning_scale": -1.0}, "control scale"),
+    ({"control_image": picture(64, 48), "control_mode": 12}, "kind 12 is not one"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused(pipeline, change, said):
+    with pytest.raises(UserError, match=said) as caught:
+        pipeline(**given("variation") | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_controlnet_that_does_not_fit_is_refused(pipeline, small_config, tmp_path, controlnet_folder):
+    other = FluxControlNetModel(**{**small_config.model.flux_config, "joint_attention_dim": 48})
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="joint_attention_dim 48, the transformer has 24"):
+        pipeline.load_controlnet(str(tmp_path / "other"))
+    with pytest.raises(UserError, match="nowhere"):
+        pipeline.load_controlnet(str(tmp_path / "nowhere"))
+    bare = Qwen2VLFluxPipeline(pipeline.models, pipeline.settings)
+    with pytest.raises(UserError, match="no ControlNet is loaded"):
+        bare(**given("controlnet"))
+
+
+def test_nets_for_one_kind_each(pipeline, small_config, tmp_path):
+    values = given("controlnet")
+    folders = {}
+    for index, kind in enumerate(("depth", "line")):
+        with torch.random.fork_rng():
+            torch.manual_seed(index)
+            net = FluxControlNetModel(**small_config.model.flux_config)
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.copy_(0.3 * torch.randn_like(parameter))
+        net.save_pretrained(tmp_path / kind)
+        folders[kind] = str(tmp_path / kind)
+    two = Qwen2VLFluxPipeline(pipeline.models, pipeline.settings)
+    both = two.load_controlnet(folders)(**values, seed=1).images[0].tobytes()
+    one = two(**values | {"control_image": values["control_image"][:1], "control_mode": ["depth"],
+                          "controlnet_conditioning_scale": [0.4]}, seed=1).images[0].tobytes()  # fmt: skip
+    assert both != one
+    with pytest.raises(UserError, match="control tile: no ControlNet for it; loaded are depth, line"):
+        two(**values | {"control_mode": ["depth", "tile"]})

@@ -1,0 +1,263 @@
+"""The command line's modes: replay from the PNG alone, dots, control, dry run, interactive, bad input."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from megaflux import infer
+from megaflux.errors import UserError
+from megaflux.generation import outputs
+from tests.conftest import picture
+from tests.generation.test_modes import controlnet_folder  # noqa: F401  (a fixture)
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, str]:
+    """Pictures by what they are for."""
+    mask = Image.new("L", (64, 48))
+    ImageDraw.Draw(mask).rectangle([16, 16, 47, 31], fill=255)
+    made = {"cat": picture(84, 56, 1), "dog": picture(56, 56, 2), "room": picture(64, 48, 3), "mask": mask,
+            "depth": picture(64, 48, 4)}  # fmt: skip
+    for name, image in made.items():
+        image.save(tmp_path / f"{name}.png")
+    return {name: str(tmp_path / f"{name}.png") for name in made}
+
+
+MODES = {
+    "text": ["--prompt", "a red fox"],
+    "variation": ["--reference", "{cat}:0.7", "{dog}", "--dot", "0.5,0.5,0.6,3", "--dot", "2:0.1,0.1,0.9,0.5", "--variety",
+                  "0.3", "--prompt", "a fox"],
+    "img2img": ["--image", "{room}", "--reference", "{cat}", "--strength", "0.6"],
+    "inpaint": ["--image", "{room}", "--mask", "{mask}", "--reference", "{cat}", "--preserve-mass", "--background", "0.5",
+                "--dot", "0.2,0.2,0.5,2"],
+    "controlnet": ["--image", "{room}", "--control", "canny:0.4", "--control-image", "depth={depth}:0.2", "--reference",
+                   "{cat}", "--controlnet", "{net}", "--control-end", "0.7"],
+    "controlnet-inpaint": ["--image", "{room}", "--mask", "{mask}", "--control", "canny", "--controlnet", "{net}"],
+}  # fmt: skip
+
+
+def run(*arguments: str) -> None:
+    assert infer.main([*arguments, "--steps", "3", "--device", "cpu"]) == 0
+
+
+def pixels(file: Path) -> bytes:
+    return Image.open(file).tobytes()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_and_its_replay(run_folder, controlnet_folder, files, tmp_path, mode):  # noqa: F811
+    arguments = [a.format(**files, net=controlnet_folder) for a in MODES[mode]]
+    run("--checkpoint", str(run_folder), *arguments, "--count", "3", "--seed", "5", "--batch-size", "2", "--out",
+        str(tmp_path / "out"), "--save-control")  # fmt: skip
+    made = sorted(tmp_path.glob("out/*-seed[567].png"))
+    assert len(made) == 3 and len({pixels(file) for file in made}) == 3
+    saved = json.loads(Image.open(made[1]).text["megaflux"])
+    assert saved["job"]["mode"] == mode and saved["seed"] == 6
+    sheet = Image.open(next(tmp_path.glob("out/*-sheet.png")))
+    assert sheet.width * sheet.height > 3 * Image.open(made[0]).width * Image.open(made[0]).height
+    assert len(list(tmp_path.glob("out/*control*"))) == {"controlnet": 2, "controlnet-inpaint": 2, "inpaint": 1}.get(
+        mode, 0
+    )
+    # from the PNG alone, one of a batch of two and one alone
+    for file in made[1:]:
+        assert infer.main(["--from-image", str(file), "--out", str(tmp_path / "again")]) == 0
+        assert pixels(tmp_path / "again" / file.name) == pixels(file)
+    assert len(list((tmp_path / "again").glob("*-seed*.png"))) == 2 + len(
+        list((tmp_path / "again").glob("*-seed*-dots*"))
+    )
+
+
+def test_a_picture_with_its_inputs_inside_needs_no_files(run_folder, files, tmp_path):
+    run("--checkpoint", str(run_folder), "--reference", files["cat"], "--count", "1", "--out", str(tmp_path / "out"),
+        "--embed-inputs")  # fmt: skip
+    made = tmp_path / "out/cat-seed0.png"
+    Path(files["cat"]).unlink()
+    assert infer.main(["--from-image", str(made), "--out", str(tmp_path / "again")]) == 0
+    assert pixels(tmp_path / "again/cat-seed0.png") == pixels(made)
+
+
+def test_replay_says_what_is_gone_or_changed_and_takes_another(run_folder, files, tmp_path):
+    run("--checkpoint", str(run_folder), "--reference", files["cat"], "--count", "1", "--out", str(tmp_path / "out"))
+    made, cat = str(tmp_path / "out/cat-seed0.png"), Path(files["cat"])
+    moved = cat.rename(tmp_path / "moved.png")
+    with pytest.raises(UserError, match="--reference .*cat.png: No such file"):
+        infer.main(["--from-image", made, "--out", str(tmp_path / "again")])
+    picture(84, 56, 9).save(cat)
+    with pytest.raises(UserError, match="cat.png: has changed since"):
+        infer.main(["--from-image", made, "--out", str(tmp_path / "again")])
+    assert not (tmp_path / "again").exists()
+    assert infer.main(["--from-image", made, "--reference", str(moved), "--out", str(tmp_path / "again")]) == 0
+    assert pixels(tmp_path / "again/moved-seed0.png") == pixels(Path(made))
+    # another seed, and another number of steps, of the same settings
+    assert infer.main(["--from-image", made, "--reference", str(moved), "--seed", "4", "--count", "2", "--steps", "2",
+                       "--out", str(tmp_path / "more")]) == 0  # fmt: skip
+    more = json.loads(Image.open(tmp_path / "more/moved-seed5.png").text["megaflux"])["job"]
+    assert more["steps"] == 2 and more["seeds"] == [4, 5] and (tmp_path / "more/moved-sheet.png").is_file()
+
+
+def test_replay_refuses_other_weights(run_folder, files, tmp_path):
+    run("--checkpoint", str(run_folder), "--update", "4", "--reference", files["cat"], "--count", "1", "--out",
+        str(tmp_path / "out"))  # fmt: skip
+    made = str(tmp_path / "out/cat-seed0.png")
+    assert infer.main(["--from-image", made, "--out", str(tmp_path / "again")]) == 0  # update 4, not the newest
+    assert pixels(tmp_path / "again/cat-seed0.png") == pixels(Path(made))
+    settings = json.loads(Image.open(made).text["megaflux"])
+    settings["source"]["weights_sha256"] = "0" * 64
+    (tmp_path / "other.png").write_bytes(outputs.png_bytes(Image.open(made), settings))
+    with pytest.raises(UserError, match="was made with update 4, weights 000000000000"):
+        infer.main(["--from-image", str(tmp_path / "other.png"), "--out", str(tmp_path / "third")])
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (None, "No such file"), (b"", "no PNG picture"), (b"<html>", "no PNG picture"), ({}, "holds no settings"),
+    ({"megaflux": "nonsense"}, "cannot be read"), ({"megaflux": "[]"}, "cannot be read"),
+    ({"megaflux": '{"format": 99}'}, "format 99"), ({"megaflux": '{"format": 1}'}, "cannot be read .*job"),
+    ({"megaflux": '{"format": 1, "job": {"mode": "x"}, "runtime": {"checkpoint": "x"}}'}, "mode"),
+])  # fmt: skip
+def test_a_picture_of_another_program_is_refused(tmp_path, content, said):
+    file = tmp_path / "x.png"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        from PIL.PngImagePlugin import PngInfo
+
+        info = PngInfo()
+        for key, value in content.items():
+            info.add_text(key, value)
+        buffer = io.BytesIO()
+        picture(16, 16).save(buffer, "PNG", pnginfo=info)
+        file.write_bytes(buffer.getvalue())
+    with pytest.raises(UserError, match=f"--from-image .*x.png: .*{said}") as caught:
+        infer.main(["--from-image", str(file), "--out", str(tmp_path / "out")])
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_no_metadata_leaves_nothing(run_folder, files, tmp_path):
+    run("--checkpoint", str(run_folder), "--reference", files["cat"], "--count", "1", "--no-metadata", "--out",
+        str(tmp_path / "out"))  # fmt: skip
+    for file in (tmp_path / "out").iterdir():
+        assert Image.open(file).info == {} and files["cat"].encode() not in file.read_bytes()
+
+
+def test_dots_and_attention_are_drawn(run_folder, files, tmp_path, capsys):
+    run("--checkpoint", str(run_folder), "--reference", files["cat"], files["dog"], "--dot", "2:0.3,0.3,0.5,4", "--count", "2",
+        "--out", str(tmp_path / "out"), "--attention-map")  # fmt: skip
+    names = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert names == ["cat-dots-2.png", "cat-seed0-attention-1.png", "cat-seed0-attention-2.png", "cat-seed0.png",
+                     "cat-seed1-attention-1.png", "cat-seed1-attention-2.png", "cat-seed1.png", "cat-sheet.png"]  # fmt: skip
+    assert capsys.readouterr().out.count("of the picture's attention went to reference") == 4
+    lit = np.array(Image.open(tmp_path / "out/cat-dots-2.png")).astype(int)
+    assert lit.shape[0] == lit.shape[1] == 768  # the reference's shape, large enough to see
+
+
+def test_sizes(run_folder, files, tmp_path):
+    def size(*arguments):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        run("--checkpoint", str(run_folder), *arguments, "--count", "1", "--out", str(out))
+        return Image.open(next(out.glob("*-seed0.png"))).size
+
+    assert size("--reference", files["cat"]) == (64, 64)
+    assert size("--reference", files["cat"], "--match-input-size") == (64, 48)  # 84x56 scaled down to 64, in 16s
+    assert size("--image", files["room"]) == (64, 48)
+    assert size("--image", files["room"], "--aspect", "16:9") == (64, 32)
+    assert size("--reference", files["cat"], "--width", "48", "--height", "80") == (48, 80)
+    assert size("--reference", files["cat"], "--aspect", "9:16", "--sizes", "release") == (48, 80)
+
+
+def test_dry_run_says_what_would_happen(run_folder, export_folder, files, tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("megaflux.runs.load_models", refuse)
+    monkeypatch.setattr("megaflux.generation.pipeline.pretrained.load_transformer", refuse)
+    for checkpoint in (run_folder, export_folder):
+        out = str(tmp_path / "out")
+        assert infer.main(["--checkpoint", str(checkpoint), "--reference", files["cat"], "--aspect", "16:9", "--dry-run",
+                           "--out", out, "--offload", "model"]) == 0  # fmt: skip
+        said = capsys.readouterr().out
+        assert "mode        variation" in said and "64x32 px, 8 tokens" in said and "cat.png: 2x2 = 4 tokens" in said
+        assert "estimated peak on the device" in said and "FLUX" in said and not Path(out).exists()
+    missing = ["--control", "depth", "--control", "line", "--controlnet", str(tmp_path / "nowhere"), "--image",
+               str(tmp_path / "gone.png"), "--line-model", "some/hub-name"]  # fmt: skip
+    assert infer.main(["--checkpoint", str(run_folder), *missing, "--dry-run"]) == 2
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
+    assert len(problems) == 3
+    assert "gone.png: No such file" in problems[0] and "--depth-model" in problems[1] and "nowhere" in problems[2]
+
+
+def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_path):
+    lines = [files["cat"], f"{files['cat']} {files['dog']}:0.5 a red fox --count 2 --seed 3", "nothing.png --steps x",
+             "a blue fox --count 1", f"{files['cat']} --steps 0", "--device cuda", "'unclosed", "", "quit", "never"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "megaflux.infer", "--checkpoint", str(run_folder), "--interactive", "--steps", "2",
+         "--count", "1", "--device", "cpu", "--out", str(tmp_path / "out")],
+        input="\n".join(lines), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert [e.split(":")[1].split()[0] for e in errors] == ["argument", "--steps", "--device", "line"], errors
+    names = {file.name for file in (tmp_path / "out").glob("*-seed*.png")}
+    assert names == {"cat-seed0.png", "cat-seed3.png", "cat-seed4.png", "text-seed0.png"}
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ([], "--mode variation|mode variation needs a picture"),
+    (["--mode", "text"], "mode text needs a prompt"), (["--mode", "text", "--reference", "{cat}"], "takes no reference"),
+    (["--prompt", "x", "--variety", "0.5"], "mode text has none"),
+    (["--mode", "img2img", "--prompt", "x"], "needs a picture to begin with"),
+    (["--mode", "variation", "--image", "{room}", "--reference", "{cat}"], "begins at noise"),
+    (["--mode", "inpaint", "--image", "{room}"], "needs a mask"),
+    (["--mode", "img2img", "--image", "{room}", "--mask", "{mask}"], "paints everywhere"),
+    (["--image", "{room}", "--mask", "{mask}", "--mask-point", "0.5,0.5"], "give one of them"),
+    (["--mode", "controlnet", "--image", "{room}"], "needs a control"),
+    (["--mode", "img2img", "--image", "{room}", "--control", "canny", "--controlnet", "x"], "takes no control"),
+    (["--image", "{room}", "--control", "canny"], "no ControlNet; give --controlnet"),
+    (["--image", "{room}", "--control", "canny", "--control", "canny", "--controlnet", "x"], "given twice"),
+    (["--image", "{room}", "--control", "pose", "--controlnet", "x"], "no detector makes such a map"),
+    (["--image", "{room}", "--control", "smell", "--controlnet", "x"], "no such kind; use"),
+    (["--image", "{room}", "--control", "canny:x", "--controlnet", "x"], "'x' is no number"),
+    (["--image", "{room}", "--control", "canny:-1", "--controlnet", "x"], "scale -1"),
+    (["--control-image", "depth", "--controlnet", "x"], "use KIND=IMG"),
+    (["--image", "{room}", "--control", "canny", "--controlnet", "x", "--control-start", "0.6", "--control-end", "0.4"],
+     "is not before"),
+    (["--reference", "{cat}:0"], "strength 0"), (["--reference", "{cat}:-1"], "strength -1"),
+    (["--reference", "{cat}:nan"], "strength nan"), (["--reference", "{cat}", "--dot", "0.5,0.5,0,1"], "radius: 0"),
+    (["--reference", "{cat}", "--dot", "1.5,0.5,0.1,1"], "x: 1.5; must be inside"),
+    (["--reference", "{cat}", "--dot", "2:0.5,0.5,0.1,1"], "dot on reference 2: there are 1"),
+    (["--prompt", "x", "--dot", "0.5,0.5,0.1,1"], "there is none"),
+    (["--reference", "{cat}", "--background", "-1"], "background: -1"), (["--reference", "{cat}", "--variety", "1"], "variety"),
+    (["--reference", "{cat}", "--downsample", "0"], "--downsample 0"),
+    (["--reference", "{cat}", "--dots", "{cat}"], "dots .*cat.png"), (["--reference", "{cat}", "--width", "64"], "give both"),
+    (["--reference", "{cat}", "--width", "40", "--height", "64"], "--width 40: use a positive multiple of 16"),
+    (["--image", "{room}", "--strength", "0"], "--strength 0"), (["--image", "{room}", "--strength", "nan"], "--strength nan"),
+    (["--reference", "{cat}", "--shift", "-1"], "--shift -1"), (["--reference", "{cat}", "--batch-size", "0"], "--batch-size 0"),
+    (["--reference", "{cat}", "--offload", "model"], "no.* GPU|there is none here"),
+    (["--reference", "{cat}", "--text-encoder", "t5", "--prompt", "x"], "have no T5|has none"),
+    (["--reference", "{cat}", "--attention-map", "--kernels", "off"], "--attention-map"),
+    (["--reference", "{cat}", "--unknown"], "unrecognized arguments: --unknown"),
+    (["--image", "{room}", "--mask", "{dogmask}", "--reference", "{cat}"], "mask: 56x56"),
+    (["--image", "{room}", "--mask", "{black}", "--reference", "{cat}"], "mask: .*nothing"),
+    (["--image", "{room}", "--mask-point", "0.5,0.5", "--reference", "{cat}"], "--sam-model"),
+    (["--image", "{room}", "--mask-point", "2,0.5"], "2"), (["--image", "{room}", "--mask-point", "x"], "mask-point|X,Y"),
+    (["--image", "{room}", "--control", "depth", "--controlnet", "{net}"], "--depth-model"),
+    (["--reference", "{cat}", "--controlnet", "/nowhere", "--control-image", "depth={depth}"], "/nowhere"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_writes_nothing(run_folder, files, tmp_path, arguments, said, controlnet_folder):  # noqa: F811
+    Image.new("L", (64, 48)).save(tmp_path / "black.png")
+    Image.new("L", (56, 56), 255).save(tmp_path / "dogmask.png")
+    extra = {
+        "black": str(tmp_path / "black.png"),
+        "dogmask": str(tmp_path / "dogmask.png"),
+        "net": str(controlnet_folder),
+    }
+    given = [a.format(**files, **extra) if "{" in a else a for a in arguments]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=said) as caught:
+        infer.main(["--checkpoint", str(run_folder), "--out", str(tmp_path / "out"), "--device", "cpu", *given])
+    assert "\n" not in str(caught.value) and sorted(tmp_path.rglob("*")) == before
