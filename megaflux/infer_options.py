@@ -162,10 +162,9 @@ def to_job(given: dict[str, Any], base: tuple[Job, Runtime] | None = None) -> tu
     ]
     if controls:
         changes["controls"] = tuple(controls)
-    if "prompt" in given:
-        if not check_prompt(given["prompt"]).strip():
-            print("--prompt is empty: " + ("the references alone are used" if changes.get("references") else "ignored"))
-            given["prompt"] = ""
+    if "prompt" in given and not check_prompt(given["prompt"]).strip():
+        print("--prompt is empty: " + ("the references alone are used" if changes.get("references") else "ignored"))
+        given["prompt"] = ""
     count, seed = given.pop("count", None), given.pop("seed", None)
     if base is None or count is not None or seed is not None:
         first, many = (job.seeds[0] if base else 0) if seed is None else seed, count or (len(job.seeds) if base else 4)

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from megaflux import infer
-from megaflux.generation import outputs
 from megaflux.errors import UserError
+from megaflux.generation import outputs
 from tests.conftest import picture, write_run
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megaflux.errors import UserError
 from megaflux.generation import griddot
-from megaflux.generation.dots import Dot, Weighting, check_weighting
+from megaflux.generation.dots import NEUTRAL, Dot, Weighting, check_weighting
 from megaflux.generation.inputs import reference_tensor
 from megaflux.models.pretrained import Models
 from megaflux.models.vlm import Condition
@@ -106,7 +106,7 @@ class PromptEmbeds:
 @torch.no_grad()
 def encode(
     models: Models, longest_side: int, references: Sequence[Reference], prompt: str = "", text_encoder: str = "qwen",
-    weighting: Weighting = Weighting(), embedded: bool = False, reference_tokens: int | None = None,
+    weighting: Weighting = NEUTRAL, embedded: bool = False, reference_tokens: int | None = None,
 ) -> Encoded:  # fmt: skip
     """Run Qwen2-VL (and T5) once. prompt: "" for none; text_encoder: qwen or t5, which reads the prompt;
     reference_tokens: most tokens of a reference (None: as trained). UserError for what cannot be."""

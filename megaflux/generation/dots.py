@@ -45,6 +45,9 @@ class Weighting:
     """Average tokens over this many rows and columns of the grid: a vaguer reference."""
 
 
+NEUTRAL = Weighting()
+
+
 def check_weighting(weighting: Weighting) -> Weighting:
     """UserError for a value that cannot be."""
     if not 0 <= weighting.background < math.inf:

@@ -283,6 +283,7 @@ def run(
     if job.guidance is None:
         job = job.model_copy(update={"guidance": settings.guidance})
     detectors = detectors or Detectors(Sources(), pipeline.device)
+    detectors.notes.clear()  # it may have served another job
     image = opened[job.image] if job.image is not None else None
     mask = opened[job.mask] if job.mask is not None else None
     if job.mask_points:

@@ -39,7 +39,7 @@ from megaflux.generation.condition import (
     token_weights,
 )
 from megaflux.generation.control import UNION_MODES, read_mask
-from megaflux.generation.griddot import Dot, Weighting
+from megaflux.generation.dots import NEUTRAL, Dot, Weighting
 from megaflux.generation.inputs import canvas, check_sampling, matched_size, output_size, reference_tensor
 from megaflux.generation.layout import (
     CONNECTOR,
@@ -176,7 +176,7 @@ class Qwen2VLFluxPipeline:
         controlnet_conditioning_scale: float | Sequence[float] = 1.0,
         control_guidance_start: float = 0.0,
         control_guidance_end: float = 1.0,
-        weighting: Weighting = Weighting(),
+        weighting: Weighting = NEUTRAL,
         reference_tokens: int | None = None,
         text_encoder: str | None = None,
         shift: float | None = None,
@@ -255,7 +255,7 @@ class Qwen2VLFluxPipeline:
         return output
 
     def encode_all(
-        self, references: Sequence[Reference], prompt: str = "", weighting: Weighting = Weighting(),
+        self, references: Sequence[Reference], prompt: str = "", weighting: Weighting = NEUTRAL,
         text_encoder: str | None = None, reference_tokens: int | None = None, for_controlnet: bool = False,
     ) -> Encoded:  # fmt: skip
         """References and prompt past Qwen2-VL, connector and, on our own path, context_embedder (a ControlNet has one of

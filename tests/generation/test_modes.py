@@ -34,10 +34,9 @@ MODES = ("text", "variation", "img2img", "inpaint", "controlnet", "controlnet-im
 @pytest.fixture(scope="module")
 def controlnet_folder(tmp_path_factory, small_config):
     """A tiny ControlNet-Union with random weights everywhere, its zero-initialised outputs too."""
-    config = {k: v for k, v in small_config.model.flux_config.items()}
     with torch.random.fork_rng():
         torch.manual_seed(11)
-        net = FluxControlNetModel(**config, num_mode=10)
+        net = FluxControlNetModel(**small_config.model.flux_config, num_mode=10)
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.copy_(0.3 * torch.randn_like(parameter))
