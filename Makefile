@@ -1,6 +1,7 @@
 # make demo   train the tiny preset on real images through the deepspeed launcher, generate, say where to look
-# make test   every CPU test but the slow ones
-# Both make their own virtual environment (.venv) the first time; the second time they install nothing.
+# make test   every CPU test but the slow ones and those in a browser
+# make test-browser   the panel, driven in Chromium (installed as Debian's package where that is possible)
+# All make their own virtual environment (.venv) the first time; the second time they install nothing.
 #
 # On a machine with an NVIDIA GPU:
 # make gpu-check  are the kernels right, and how fast; 10 minutes; needs torch, triton, diffusers, transformers, pytest
@@ -18,7 +19,7 @@ GPU := PYTHONPATH=.:kernels:$(PYTHONPATH) $(GPU_PYTHON)
 MAIN_ARMS := diffusers-eager,diffusers-eager-full,ours-none,ours-mlp
 STEP := $(GPU) -m megaflux.bench step --resume
 
-.PHONY: install demo test test-slow lint clean gpu gpu-check gpu-bench gpu-train
+.PHONY: install demo test test-browser test-slow lint clean gpu gpu-check gpu-bench gpu-train
 
 install: $(VENV)/.installed
 
@@ -35,7 +36,15 @@ demo: install
 
 # Whole training runs take most of the time, so whoever is idle takes the next test.
 test: install
-	python -m pytest tests -n 2 --dist worksteal -m "not slow and not gpu" -q
+	python -m pytest tests -n 2 --dist worksteal -m "not slow and not gpu and not browser" -q
+
+# Debian's chromium, installed here if this is root on a Debian; elsewhere a person installs one.
+test-browser: install
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  echo "installing Debian's chromium ..." && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+	  { echo "error: no chromium; install it (on Debian: apt-get install chromium)" >&2; exit 2; }
+	python -m pytest tests/panel -m browser -q
 
 test-slow: install
 	python -m pytest tests -m slow -q

@@ -16,6 +16,7 @@ from megaflux.errors import UserError, exit_on_user_error
 from megaflux.generation.job import Job, Result, Runtime, read_inputs, run, steps_taken
 from megaflux.generation.outputs import batch_of, check_out, contact_sheet, read_settings, save, settings_of, stem_of
 from megaflux.infer_options import build_parser, is_there, to_job, with_number
+from megaflux.infer_report import report, warn_of_memory
 
 if TYPE_CHECKING:  # torch and its friends take seconds to import: --help and bad input do not wait for them
     from megaflux.generation.control import Detectors
@@ -34,10 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = rest.get("out", "outputs")
     check_out(out)
     if rest.get("dry_run"):
-        from megaflux.infer_report import report
-
         return report(job, runtime)
     job, opened = read_inputs(job, embedded)
+    warn_of_memory(job, runtime)
     pipeline, detectors, runtime = load(runtime)
     only = None
     if original is not None:

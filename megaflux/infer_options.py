@@ -152,7 +152,7 @@ def to_job(given: dict[str, Any], base: tuple[Job, Runtime] | None = None) -> tu
         changes["references"] = tuple(reference(text) for text in given.pop("reference"))
     for name in ("image", "mask"):
         if name in given:
-            changes[name] = Input(file=str(Path(given.pop(name)).absolute()))
+            changes[name] = Input(file=path_of(given.pop(name), f"--{name}"))
     if "mask_point" in given:
         from megaflux.generation.control import parse_point
 
@@ -269,7 +269,7 @@ def reference(text: str) -> JobReference:
     file, strength = with_number(text, "--reference")
     if not 0 < strength < math.inf:
         raise UserError(f"--reference {text}: strength {strength:g}; use a number above 0, or leave the picture out")
-    return JobReference(file=str(Path(file).absolute()), strength=strength)
+    return JobReference(file=path_of(file, "--reference"), strength=strength)
 
 
 def control(text: str) -> JobControl:
@@ -284,7 +284,7 @@ def control_image(text: str) -> JobControl:
     if not equals or not rest:
         raise UserError(f"--control-image {text}: use KIND=IMG, as in depth=map.png")
     file, scale = with_number(rest, "--control-image")
-    image = Input(file=str(Path(file).absolute()))
+    image = Input(file=path_of(file, "--control-image"))
     return JobControl(kind=known_kind(kind, "--control-image"), scale=check_scale(scale, f"--control-image {text}"),
                       image=image)  # fmt: skip
 
@@ -320,6 +320,15 @@ def with_number(text: str, option: str, exists: bool = True) -> tuple[str, float
         if exists:
             return text, 1.0  # a colon in a file's name
         raise UserError(f"{option} {text}: {number!r} is no number") from None
+
+
+def path_of(file: str, option: str) -> str:
+    """An absolute path: what is stored must be found from another folder, too. UserError for a name that no text holds."""
+    try:
+        file.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{option} {ascii(file)}: the name is not valid UTF-8; rename the file") from None
+    return str(Path(file).absolute())
 
 
 def is_there(path: str) -> bool:

@@ -100,35 +100,74 @@ def reference_tokens(size: tuple[int, int], facts: Facts, most: int | None) -> t
     return condition_grid(height, width, most, facts.cell, min(most, facts.settings.vlm_min_tokens))
 
 
-def print_memory(parts: list[Part], job: Job, runtime: Runtime, facts: Facts) -> None:
-    """A table of the parts and the estimated peak on the device."""
-    import torch
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes."""
 
-    width = 4 if runtime.dtype == "float32" or (runtime.dtype == "auto" and not on_gpu(runtime)) else 2
-    print(f"\nto load, in {'float32' if width == 4 else 'bfloat16'}:")
-    sizes: dict[str, float] = {}
-    for part in parts:
-        fp8 = part.name == "FLUX" and runtime.quantize
-        known = part.parameters is not None
-        sizes[part.name] = part.parameters * (1.1 if fp8 else width) if known else 0.0
-        amount = (
-            f"{part.parameters / 1e6:10.1f} M {sizes[part.name] / GB:8.2f} GB" if known else "   would be fetched     "
-        )
-        print(f"  {part.name:<14}{amount}  {part.source}")
+    sizes: dict[str, float]
+    """Of each part's weights."""
+    weights: float
+    """On the device at the same time."""
+    working: float
+
+    @property
+    def peak(self) -> float:
+        return self.weights + self.working
+
+
+def estimate(parts: list[Part], job: Job, runtime: Runtime, facts: Facts) -> Memory:
+    """Memory on the device: weights in their dtype, as far as offload keeps them there, and the larger of FLUX's and the
+    VAE decoder's working memory."""
+    width = bytes_each(runtime)
+    sizes = {p.name: (p.parameters or 0) * (1.1 if p.name == "FLUX" and runtime.quantize else width) for p in parts}
     pixels = (job.width or facts.settings.longest_side) * (job.height or facts.settings.longest_side)
     tokens = pixels / 256 + facts.settings.vlm_max_tokens * max(1, len(job.references))
     working = max(job.batch_size * WIDTHS_ALIVE * tokens * facts.width * width, VAE_CHANNELS_ALIVE * pixels * width)
-    weights = sum(sizes.values())
-    if runtime.offload == "model":
-        weights = max(sizes.values())
-    elif runtime.offload == "sequential":
-        weights = 0.02 * max(sizes.values())
-    print(f"  estimated peak on the device: {(weights + working) / GB:.1f} GB: {weights / GB:.1f} weights"
-          f"{' at a time' if runtime.offload else ''}, {working / GB:.1f} working memory")  # fmt: skip
+    weights = {"model": max(sizes.values()), "sequential": 0.02 * max(sizes.values())}.get(
+        runtime.offload, sum(sizes.values())
+    )
+    return Memory(sizes, weights, working)
+
+
+def print_memory(parts: list[Part], job: Job, runtime: Runtime, facts: Facts) -> None:
+    """A table of the parts and the estimated peak on the device."""
+    memory = estimate(parts, job, runtime, facts)
+    print(f"\nto load, in {'float32' if bytes_each(runtime) == 4 else 'bfloat16'}:")
+    for part in parts:
+        amount = "   would be fetched     "
+        if part.parameters is not None:
+            amount = f"{part.parameters / 1e6:10.1f} M {memory.sizes[part.name] / GB:8.2f} GB"
+        print(f"  {part.name:<14}{amount}  {part.source}")
+    print(f"  estimated peak on the device: {memory.peak / GB:.1f} GB: {memory.weights / GB:.1f} weights"
+          f"{' at a time' if runtime.offload else ''}, {memory.working / GB:.1f} working memory")  # fmt: skip
     if on_gpu(runtime):
-        free, _ = torch.cuda.mem_get_info(torch.device(runtime.device or "cuda"))
-        fits = "fits" if weights + working < free else "does not fit; try --offload model or --quantize fp8"
-        print(f"  free there: {free / GB:.1f} GB; {fits}")
+        print(f"  free there: {free_bytes(runtime) / GB:.1f} GB; {advice(memory, runtime) or 'fits'}")
+
+
+def warn_of_memory(job: Job, runtime: Runtime) -> None:
+    """On a GPU, before anything is loaded: a line if the estimate is above what is free."""
+    if not on_gpu(runtime):
+        return
+    facts = export_facts(runtime) if is_export(runtime.checkpoint) else run_facts(runtime)
+    memory = estimate([*facts.parts, *extra_parts(job, runtime)[0]], job, runtime, facts)
+    if said := advice(memory, runtime):
+        print(f"memory: about {memory.peak / GB:.1f} GB wanted, {free_bytes(runtime) / GB:.1f} free: {said}")
+
+
+def advice(memory: Memory, runtime: Runtime) -> str:
+    """Empty where it fits."""
+    return "" if memory.peak < free_bytes(runtime) else "does not fit; try --offload model or --quantize fp8"
+
+
+def free_bytes(runtime: Runtime) -> float:
+    import torch
+
+    return float(torch.cuda.mem_get_info(torch.device(runtime.device or "cuda"))[0])
+
+
+def bytes_each(runtime: Runtime) -> int:
+    """Of one weight in the runtime's dtype."""
+    return 4 if runtime.dtype == "float32" or (runtime.dtype == "auto" and not on_gpu(runtime)) else 2
 
 
 def on_gpu(runtime: Runtime) -> bool:

@@ -240,6 +240,7 @@ def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_pa
     (["--reference", "{cat}", "--offload", "model"], "no.* GPU|there is none here"),
     (["--reference", "{cat}", "--text-encoder", "t5", "--prompt", "x"], "have no T5|has none"),
     (["--reference", "{cat}", "--attention-map", "--kernels", "off"], "--attention-map"),
+    (["--reference", "caf\udce9.png"], "not valid UTF-8; rename"),
     (["--reference", "{cat}", "--unknown"], "unrecognized arguments: --unknown"),
     (["--image", "{room}", "--mask", "{dogmask}", "--reference", "{cat}"], "mask: 56x56"),
     (["--image", "{room}", "--mask", "{black}", "--reference", "{cat}"], "mask: .*nothing"),

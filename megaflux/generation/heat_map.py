@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from megaflux.generation.dots import Dot
 
@@ -34,7 +34,7 @@ def heat_map(
     shaded = base * (1 - 0.85 * below) + OUT * 0.85 * below
     shaded = shaded * (1 - 0.6 * above) + BOOSTED * 0.6 * above
     image = Image.fromarray(shaded.round().clip(0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(image, "RGBA")
+    draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(18)
     for row in range(1, rows):
         draw.line([(0, row * height / rows), (width, row * height / rows)], fill=(255, 255, 255, 60))
     for column in range(1, columns):
@@ -44,7 +44,9 @@ def heat_map(
         colour = (255, 160, 0) if dot.weight >= neutral else (90, 140, 255)
         draw.ellipse([x - radius, y - radius, x + radius, y + radius], outline=colour, width=3)
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
-        draw.text((x + 7, y - 6), f"{dot.weight:g}", fill=(255, 255, 255), stroke_width=2, stroke_fill=(0, 0, 0))
+        draw.text(
+            (x + 8, y - 9), f"{dot.weight:g}", fill=(255, 255, 255), stroke_width=2, stroke_fill=(0, 0, 0), font=font
+        )
     return image
 
 
