@@ -1,8 +1,7 @@
 """python -m megaflux.bench infer: seconds per picture, and peak memory, of our pipeline and of diffusers', by mode.
 
 Three arms on the same weights and the same condition, turn and turn about: `ours` (kernels on), `ours-kernels-off`, and
-`diffusers`, the mode's plain pipeline fed our condition as prompt_embeds (encoded before the clock starts, which ours is
-not). Weights: a run's or an export's, or random tiny ones; the ControlNet's are random. Memory: the allocator's peak on
+`diffusers`, the mode's plain pipeline fed our condition as prompt_embeds. All encode the reference anew. Weights: a run's or an export's, or random tiny ones; the ControlNet's are random. Memory: the allocator's peak on
 a GPU, `peak_bytes`; on a CPU what the process grows by while an arm runs, `rss_growth_bytes`, sampled.
 """
 
@@ -138,7 +137,7 @@ def measure(
     from PIL import Image
 
     from megaflux.generation.condition import Reference, prompt_embeds
-    from megaflux.generation.dots import Weighting
+    from megaflux.generation.dots import NEUTRAL
     from megaflux.generation.sampling import Control, Start, flux_pipeline, sample, scheduler_like
 
     models = pipeline.models
@@ -158,10 +157,9 @@ def measure(
         control: Control = pipeline.controlnet.control(
             [picture, picture], ["depth", "line"], [2, 0], [0.2, 0.4], 0.0, 1.0
         )
-    models.trainable.configure(False)
-    embeds = prompt_embeds(pipeline.encode_all([Reference(picture)]), Weighting(), 0)
 
     def plain() -> None:
+        embeds = prompt_embeds(pipeline.encode_all([Reference(picture)]), NEUTRAL, 0)
         flux = flux_pipeline(models.trainable.transformer, models.vae,
                              scheduler_like(models.scheduler, None, pipeline.dtype), start, control)  # fmt: skip
         sample(flux, models.trainable, embeds, models.pooled_projections, [torch.Generator().manual_seed(0)], side, side,
