@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaflux.errors import UserError, exit_on_user_error
-from megaflux.generation.layout import inventory as inventory  # of an export's files, for convert
+from megaflux.generation.layout import check_out, whole_folder
 
 if TYPE_CHECKING:
     from megaflux.runs import TrainedRun
@@ -45,17 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_out(out: Path) -> None:
-    """UserError where `out` exists or cannot be made."""
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out}: exists; an export never overwrites, give another folder")
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{out}: cannot be made, {parent} is not a folder that can be written")
-
-
 def export(run: TrainedRun, out: Path) -> None:
     """Write a run's models to the folder `out`. UserError where it exists or the disk fails."""
     from megaflux.generation.layout import Settings, write_indexes, write_parts
@@ -65,17 +53,9 @@ def export(run: TrainedRun, out: Path) -> None:
     check_out(out)
     models = load(run)
     lm_head = read_lm_head(run.config.model.vlm) if run.config.model.vlm else None
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with whole_folder(out) as partial:
         write_parts(models, lm_head, partial)
         write_indexes(partial, Settings.of(run.config), run.source, attribution(run.config))
-        check_out(out)  # rename() would replace an empty folder
-        partial.rename(out)
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror or error}; nothing was written") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 if __name__ == "__main__":

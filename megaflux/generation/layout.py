@@ -17,7 +17,9 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -126,6 +128,35 @@ def read_manifest(root: Path) -> Manifest:
         if part.stat().st_size != known.bytes:
             raise UserError(f"{part}: {part.stat().st_size} bytes, not {known.bytes} as written; export again")
     return manifest
+
+
+def check_out(out: Path) -> None:
+    """UserError where `out` exists or cannot be made."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out}: exists; an export never overwrites, give another folder")
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: cannot be made, {parent} is not a folder that can be written")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into under a temporary name, which becomes `out` when all went well and is gone otherwise.
+
+    UserError where `out` exists or the disk fails."""
+    check_out(out)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        check_out(out)  # rename() would replace an empty folder
+        partial.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror or error}; nothing was written") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:

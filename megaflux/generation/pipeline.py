@@ -49,6 +49,7 @@ from megaflux.generation.layout import (
     Manifest,
     Settings,
     read_manifest,
+    whole_folder,
     write_indexes,
     write_parts,
 )
@@ -124,14 +125,11 @@ class Qwen2VLFluxPipeline:
         """Write an export folder that `from_pretrained` reads; lm_head and CLIP, which no picture needs, are left out.
 
         UserError where the folder exists."""
-        folder = Path(path)
-        if folder.exists():
-            raise UserError(f"{folder}: exists; give a new folder")
         kernels = self.models.trainable.fused
-        folder.mkdir(parents=True)
-        write_parts(self.models, None, folder)
-        self.models.trainable.configure(kernels)
-        write_indexes(folder, self.settings, self.source, None)
+        with whole_folder(Path(path)) as folder:
+            write_parts(self.models, None, folder)
+            self.models.trainable.configure(kernels)
+            write_indexes(folder, self.settings, self.source, None)
 
     def to(self, *args: Any, **kwargs: Any) -> Qwen2VLFluxPipeline:
         """Move and cast as torch's modules do: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", torch.bfloat16)`."""

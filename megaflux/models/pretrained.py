@@ -222,15 +222,20 @@ def load_linear(file: Path) -> nn.Linear:
     return linear
 
 
-def load_t5(root: Path, dtype: torch.dtype = torch.bfloat16) -> T5Path:
-    """text_encoder_2/, tokenizer_2/ and t5_embedder/ of an export."""
+def load_t5_encoder(root: Path, dtype: torch.dtype = torch.bfloat16):
+    """(T5EncoderModel, tokenizer) of text_encoder_2/ and tokenizer_2/ of a FLUX.1 folder or an export."""
     encoder = load_strict(
         T5EncoderModel, str(root), subfolder="text_encoder_2", dtype=dtype,
         allow_missing=lambda key: key == "encoder.embed_tokens.weight",  # tied to shared.weight
         allow_unexpected=lambda key: key == "encoder.embed_tokens.weight",
     )  # fmt: skip
     with named(f"{root}/tokenizer_2"):
-        tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer_2")
+        return encoder, AutoTokenizer.from_pretrained(root / "tokenizer_2")
+
+
+def load_t5(root: Path, dtype: torch.dtype = torch.bfloat16) -> T5Path:
+    """The T5 text path of an export: text_encoder_2/, tokenizer_2/ and t5_embedder/."""
+    encoder, tokenizer = load_t5_encoder(root, dtype)
     return T5Path(tokenizer, encoder, load_linear(root / "t5_embedder/model.safetensors"))
 
 

@@ -1,0 +1,321 @@
+"""The authors' layout <-> an export, on a tiny folder of exactly that layout; T5's text path through FLUX and ControlNet."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megaflux import compat  # noqa: F401  (before diffusers and transformers)
+from diffusers import FluxControlNetModel
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from megaflux import Qwen2VLFluxPipeline, Reference, convert, infer
+from megaflux.errors import UserError
+from megaflux.generation.condition import prompt_embeds
+from megaflux.generation.dots import NEUTRAL
+from megaflux.models.latents import image_ids, text_ids
+from megaflux.models.t5 import image_tokens_only, split_context
+from megaflux.runs import load_pipeline
+from tests.conftest import picture
+
+JOINT, WIDTH, HIDDEN = 24, 32, 32
+
+
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    """T5's special tokens around a vocabulary of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "fox", "at", "night", "in", "the", "snow"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory, published) -> Path:
+    """flux/ and qwen2-vl/ as the authors ship them, tiny, every tensor random."""
+    root = tmp_path_factory.mktemp("release") / "qwen2vl-flux"
+    shutil.copytree(published["flux"], root / "flux")
+    shutil.copytree(published["qwen"], root / "qwen2-vl")
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        config = T5Config(vocab_size=11, d_model=JOINT, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        T5EncoderModel(config).to(torch.bfloat16).save_pretrained(root / "flux/text_encoder_2")
+        t5_tokenizer().save_pretrained(root / "flux/tokenizer_2")
+        connector = {"linear.weight": 0.2 * torch.randn(JOINT, HIDDEN), "linear.bias": 0.2 * torch.randn(JOINT)}
+        torch.save({k: v.bfloat16() for k, v in connector.items()}, root / "qwen2-vl/connector.pt")
+        embedder = {"weight": 0.2 * torch.randn(WIDTH, JOINT), "bias": 0.2 * torch.randn(WIDTH)}
+        torch.save({k: v.bfloat16() for k, v in embedder.items()}, root / "qwen2-vl/t5_embedder.pt")
+    return root
+
+
+@pytest.fixture(scope="module")
+def converted(release, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "export"
+    assert convert.main([str(release), str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def pipeline(converted) -> Qwen2VLFluxPipeline:
+    return Qwen2VLFluxPipeline.from_pretrained(converted, torch.float64, "cpu")
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder, by file and key."""
+    found = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        found |= {f"{file.relative_to(folder)}:{k}": v for k, v in load_file(file).items()}
+    for file in sorted(folder.rglob("*.pt")):
+        found |= {f"{file.relative_to(folder)}:{k}": v for k, v in torch.load(file, weights_only=True).items()}
+    return found
+
+
+def test_there_and_back_changes_no_bit(release, converted, tmp_path):
+    back = tmp_path / "back"
+    assert convert.main([str(converted), str(back)]) == 0
+    before, after = tensors(release), tensors(back)
+    assert set(before) == set(after) and len(before) > 60
+    assert all(before[k].dtype == after[k].dtype and torch.equal(before[k], after[k]) for k in before)
+    assert {"qwen2-vl/connector.pt:linear.weight", "qwen2-vl/connector.pt:linear.bias", "qwen2-vl/t5_embedder.pt:weight",
+            "qwen2-vl/t5_embedder.pt:bias"} <= set(after)  # fmt: skip
+    for config in release.rglob("*config.json"):
+        again = json.loads((back / config.relative_to(release)).read_text())
+        assert json.loads(config.read_text()).items() <= again.items()
+
+
+def test_a_converted_release_is_its_parts(release, pipeline):
+    connector = torch.load(release / "qwen2-vl/connector.pt", weights_only=True)
+    assert torch.equal(pipeline.models.trainable.connector.weight, connector["linear.weight"].double())
+    settings = pipeline.settings
+    assert settings.text_encoders == ("t5",) and settings.sizes == "release" and settings.guidance == 3.5
+    assert (settings.vlm_min_tokens, settings.vlm_max_tokens) == (512, 512)
+    assert pipeline.source["released"] == "qwen2vl-flux"
+    # the reference has about 512 tokens alone and 256 beside a T5 prompt, whatever its size
+    for size in ((64, 64), (1500, 1000)):
+        (alone,) = pipeline.encode_all([Reference(picture(*size))]).references
+        (beside,) = pipeline.encode_all([Reference(picture(*size))], "a red fox").references
+        assert 480 <= alone.hidden_states.shape[1] <= 512 + 32 and 240 <= beside.hidden_states.shape[1] <= 256 + 24
+
+
+def velocity(pipeline, embeds, controls=None, **kwargs) -> torch.Tensor:
+    model = pipeline.models.trainable
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 12, model.transformer.config.in_channels, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        return model.transformer(
+            hidden_states=x, encoder_hidden_states=embeds, timestep=torch.tensor([0.6]).double(),
+            pooled_projections=pipeline.models.pooled_projections, guidance=torch.tensor([3.5]).double(),
+            img_ids=image_ids(48, 64), txt_ids=text_ids(embeds.shape[1]), return_dict=False, **kwargs,
+        )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_t5_tokens_pass_their_own_linear_after_the_image_tokens(pipeline, kernels):
+    model, t5 = pipeline.models.trainable, pipeline.models.t5
+    model.configure(kernels)
+    try:
+        encoded = pipeline.encode_all([Reference(picture(64, 64))], "a red fox at night")
+        embeds = prompt_embeds(encoded, NEUTRAL, 0, t5.embedder)
+        n = embeds.num_own_tokens
+        assert encoded.t5.shape == (1, 256, JOINT) and embeds.prompt_embeds.shape[1] == n + 256
+        raw = prompt_embeds(pipeline.encode_all([Reference(picture(64, 64))], "a red fox at night", for_controlnet=True),
+                            NEUTRAL, 0, t5.embedder)  # fmt: skip
+        # by hand: the image tokens through context_embedder, T5's through their linear, joined
+        with torch.no_grad():
+            ids = t5.tokenizer(
+                ["a red fox at night"], padding="max_length", max_length=256, return_tensors="pt"
+            ).input_ids
+            tokens = t5.encoder(input_ids=ids).last_hidden_state
+            own = model.transformer.context_embedder(raw.prompt_embeds[:, :n])
+            joined = torch.cat([own, torch.nn.functional.linear(tokens, t5.embedder.weight, t5.embedder.bias)], 1)
+        real = model.transformer.context_embedder
+        model.transformer.context_embedder = torch.nn.Identity()
+        want = velocity(pipeline, joined)
+        model.transformer.context_embedder = real
+        with split_context(model.transformer, t5.embedder, n):
+            ours = velocity(pipeline, raw.prompt_embeds)
+        assert (ours - want).abs().max() < 1e-12 * want.abs().max()
+        if kernels:  # embedded beforehand, as a run without a ControlNet does
+            given = velocity(pipeline, embeds.prompt_embeds, joint_attention_kwargs={"context_embedded": True})
+            assert (given - want).abs().max() < 1e-11 * want.abs().max()
+        assert (
+            model.transformer.context_embedder is real and "context_embedder.weight" in model.transformer.state_dict()
+        )
+        with pytest.raises(ZeroDivisionError), split_context(model.transformer, t5.embedder, n):
+            raise ZeroDivisionError
+        assert model.transformer.context_embedder is real
+    finally:
+        model.configure(True)
+
+
+def test_the_prompt_matters_and_is_cut_at_256(pipeline, converted, tmp_path, capsys):
+    def made(prompt):
+        return pipeline(picture(64, 64), prompt, 32, 32, 2, seed=1)
+
+    fox, night, none = made("a red fox"), made("at night"), made(None)
+    assert len({x.images[0].tobytes() for x in (fox, night, none)}) == 3
+    assert any("1001 T5 tokens, cut to the first 256" in note for note in made("fox " * 1000).notes)
+    picture(64, 64).save(tmp_path / "cat.png")
+    arguments = ["--checkpoint", str(converted), "--reference", str(tmp_path / "cat.png"), "--prompt", "a red fox",
+                 "--width", "32", "--height", "32", "--steps", "1", "--count", "1", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert infer.main(arguments) == 0
+    assert infer.main(["--from-image", str(tmp_path / "out/cat-seed0.png"), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again/cat-seed0.png").read_bytes()[-200:] == (tmp_path / "out/cat-seed0.png").read_bytes()[
+        -200:
+    ]
+    capsys.readouterr()
+    assert infer.main([*arguments, "--dry-run"]) == 0
+    assert "T5" in capsys.readouterr().out
+    only = pipeline(None, "a red fox", 32, 32, 2, seed=1).images[0]  # T5 alone
+    assert only.tobytes() != fox.images[0].tobytes()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_controlnet_sees_the_image_tokens_alone(pipeline, small_config, tmp_path, kernels):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        net = FluxControlNetModel(**small_config.model.flux_config, num_mode=10)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    net.save_pretrained(tmp_path / "net")
+    pipeline.load_controlnet(str(tmp_path / "net"))
+    loaded, seen = pipeline.controlnet.nets[""], []
+    real = loaded.context_embedder.forward
+    loaded.context_embedder.forward = lambda x: seen.append(x.shape[1]) or real(x)
+    pipeline.models.trainable.configure(kernels)
+    try:
+        common = {"height": 32, "width": 32, "num_inference_steps": 2, "seed": 1, "control_image": picture(32, 32),
+                  "control_mode": "line"}  # fmt: skip
+        prompted = pipeline(picture(64, 64), "a red fox", **common).images[0]
+        (reference,) = pipeline.encode_all([Reference(picture(64, 64))], "a red fox").references
+        assert set(seen) == {reference.hidden_states.shape[1]}
+        other = pipeline(picture(64, 64), "at night", **common).images[0]
+        assert prompted.tobytes() != other.tobytes()
+    finally:
+        pipeline.models.trainable.configure(True)
+        pipeline.controlnet = None
+    with pytest.raises(ZeroDivisionError), image_tokens_only(loaded, 3):
+        raise ZeroDivisionError
+    assert "forward" not in vars(loaded)
+
+
+def test_a_saved_pipeline_keeps_t5(pipeline, tmp_path):
+    want = pipeline(picture(64, 64), "a red fox", 32, 32, 2, seed=1).images[0].tobytes()
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = load_pipeline(tmp_path / "saved", dtype=torch.float64, device="cpu")
+    assert again(picture(64, 64), "a red fox", 32, 32, 2, seed=1).images[0].tobytes() == want
+
+
+def test_an_export_of_our_own_goes_back_with_a_flux_folder(export_folder, published, release, tmp_path):
+    with pytest.raises(UserError, match="holds no CLIP.*--flux"):
+        convert.main([str(export_folder), str(tmp_path / "out")])
+    assert convert.main([str(export_folder), str(tmp_path / "out"), "--flux", str(published["flux"])]) == 0
+    assert (tmp_path / "out/flux/text_encoder/model.safetensors").is_file()
+    assert not (tmp_path / "out/qwen2-vl/t5_embedder.pt").exists()
+    ours = load_pipeline(export_folder, dtype=torch.float32, device="cpu")
+    weight = torch.load(tmp_path / "out/qwen2-vl/connector.pt", weights_only=True)["linear.weight"]
+    assert torch.equal(weight, ours.models.trainable.connector.weight)
+
+
+def test_keys_of_distributed_training_are_read(release, tmp_path):
+    shutil.copytree(release, tmp_path / "src")
+    file = tmp_path / "src/qwen2-vl/connector.pt"
+    torch.save({f"module.{k}": v for k, v in torch.load(file, weights_only=True).items()}, file)
+    assert convert.main([str(tmp_path / "src"), str(tmp_path / "out")]) == 0
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path("/tmp/megaflux-pickle-ran").touch, ())
+
+
+def damage(root: Path, how: str) -> str:
+    """Break a copied release; returns what the error must say."""
+    connector, t5 = root / "qwen2-vl/connector.pt", root / "qwen2-vl/t5_embedder.pt"
+    content = torch.load(connector, weights_only=True)
+    if how == "no connector":
+        connector.unlink()
+        return "connector.pt: missing"
+    if how == "missing key":
+        torch.save({"linear.weight": content["linear.weight"]}, connector)
+        return "connector.pt: missing key linear.bias"
+    if how == "extra key":
+        torch.save(content | {"linear.scale": torch.ones(1)}, connector)
+        return "connector.pt: unexpected key linear.scale"
+    if how == "wrong shape":
+        torch.save(content | {"linear.bias": torch.ones(3)}, connector)
+        return r"connector.pt: linear.bias has the shape \(3,\), not \(24,\)"
+    if how == "not a dictionary":
+        torch.save([1, 2], connector)
+        return "connector.pt: holds no dictionary"
+    if how == "truncated":
+        t5.write_bytes(t5.read_bytes()[:100])
+        return "t5_embedder.pt: holds more than tensors, or is damaged"
+    if how == "empty":
+        t5.write_bytes(b"")
+        return "t5_embedder.pt: .*damaged"
+    if how == "a pickle":
+        connector.write_bytes(pickle.dumps({"linear.weight": Bomb()}))
+        return "connector.pt: holds more than tensors"
+    if how == "a pickle inside":
+        torch.save(content | {"linear.bias": Bomb()}, connector)
+        return "connector.pt: holds more than tensors"
+    if how == "no clip":
+        shutil.rmtree(root / "flux/text_encoder")
+        return "flux/text_encoder: missing"
+    if how == "no flux":
+        shutil.rmtree(root / "flux")
+        return "flux: missing"
+    file = root / {"transformer": "flux/transformer/diffusion_pytorch_model.safetensors",
+                   "t5": "flux/text_encoder_2/model.safetensors", "qwen": "qwen2-vl/model.safetensors"}[how]  # fmt: skip
+    weights = load_file(file)
+    gone = sorted(k for k in weights if "lm_head" not in k and "embed_tokens" not in k)[0]
+    del weights[gone]
+    save_file(weights, file, {"format": "pt"})
+    return "missing key"
+
+
+@pytest.mark.parametrize("how", [
+    "no connector", "missing key", "extra key", "wrong shape", "not a dictionary", "truncated", "empty", "a pickle",
+    "a pickle inside", "no clip", "no flux", "transformer", "t5", "qwen",
+])  # fmt: skip
+def test_a_damaged_release_is_one_line_and_nothing_is_written(release, tmp_path, how):
+    shutil.copytree(release, tmp_path / "src")
+    said = damage(tmp_path / "src", how)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=said) as caught:
+        convert.main([str(tmp_path / "src"), str(tmp_path / "out")])
+    assert "\n" not in str(caught.value) and sorted(tmp_path.iterdir()) == before
+    assert not Path("/tmp/megaflux-pickle-ran").exists()
+
+
+def test_bad_arguments(release, converted, tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        convert.main([str(tmp_path / "nowhere"), str(tmp_path / "out")])
+    with pytest.raises(UserError, match="exists"):
+        convert.main([str(release), str(converted)])
+    with pytest.raises(UserError, match="--flux: is for the way back"):
+        convert.main([str(release), str(tmp_path / "out"), "--flux", str(release / "flux")])
+    done = subprocess.run([sys.executable, "-m", "megaflux.convert", str(tmp_path), str(tmp_path / "out")],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_without_t5_it_is_left_out_and_said(release, tmp_path, capsys):
+    shutil.copytree(release, tmp_path / "src")
+    (tmp_path / "src/qwen2-vl/t5_embedder.pt").unlink()
+    assert convert.main([str(tmp_path / "src"), str(tmp_path / "out")]) == 0
+    assert "no T5 text path: t5_embedder.pt is missing" in capsys.readouterr().out
+    loaded = load_pipeline(tmp_path / "out", dtype=torch.float32, device="cpu")
+    assert loaded.models.t5 is None and loaded.settings.text_encoders == ("qwen",)
+    assert np.array(loaded(picture(64, 64), None, 32, 32, 1).images[0]).shape == (32, 32, 3)
