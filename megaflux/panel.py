@@ -1,7 +1,7 @@
 """A local page: drop a picture, click dots, generate. `python -m megaflux.panel --checkpoint RUN`, then open the address.
 
 Read in this order: here (command line, server), panel_state.py (what a person does, as data), panel_work.py (heat-maps
-and pictures), panel_view.py (the page).
+and pictures), panel_view.py (the page), panel_wiring.py (what its inputs call).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         raise UserError(f"panel: needs gradio ({error}); pip install 'megaflux[panel]'") from None
     from megaflux import infer
-    from megaflux.panel_view import build
+    from megaflux.panel_wiring import build
     from megaflux.panel_work import Work
 
     print("panel: loading the model ...", flush=True)

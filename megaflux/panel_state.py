@@ -97,6 +97,8 @@ class Form:
     seed: int | None = 0
     batch_size: int | None = 1
     attention_map: bool = False
+    mask_by: str = "file"
+    """paint, file or click."""
     controls: tuple[tuple[str, float], ...] = ()
     """Kind and scale of each control that is ticked."""
 
@@ -171,22 +173,37 @@ def slid(session: Session, radius: float, weight: float) -> Session:
     return replace(session, dots=tuple(dots), history=history, sliding=True)
 
 
-def edited(session: Session, rows: Sequence[Sequence[Any]]) -> Session:
-    """The table of dots was edited: rows of x, y, radius, weight; empty rows are left out. UserError naming the dot."""
-    dots = []
+def edited(session: Session, rows: Sequence[Sequence[Any]], radius: float, weight: float) -> Session:
+    """The table of dots was edited: rows of x, y, radius, weight. Empty rows are left out; an empty cell of another row
+    gets the middle, or the sliders' radius and weight. UserError naming the dot."""
+    dots, otherwise = [], {"x": 0.5, "y": 0.5, "radius": radius, "weight": weight}
     for number, row in enumerate(rows, start=1):
         cells = ["" if cell is None or cell != cell else str(cell).strip() for cell in row]
         if not any(cells):
             continue
-        values = {}
-        for name, cell in zip(("x", "y", "radius", "weight"), cells):
+        values = dict(otherwise)
+        for name, cell in zip(values, cells):
             try:
-                values[name] = float(cell)
+                values[name] = float(cell or values[name])
             except ValueError:
-                raise UserError(f"dot {number}: {name}: {cell or 'empty'}; give a number") from None
+                raise UserError(f"dot {number}: {name}: {cell}; give a number") from None
         dots.append(make_dot(values, f"dot {number}"))
+    if tuple(dots) == session.dots:
+        return session
     current = session.current if session.current is not None and session.current < len(dots) else len(dots) - 1
     return _with_dots(session, tuple(dots), current if dots else None)
+
+
+def taken_up(session: Session, number: int) -> Session:
+    """The sliders move that dot from now on."""
+    return replace(session, current=number, sliding=False) if number < len(session.dots) else session
+
+
+def with_mask_by(session: Session, way: str) -> Session:
+    """With the mask that was given in this way alone: "file" or "click"; "paint": the page's editor holds it."""
+    return replace(
+        session, mask=session.mask if way == "file" else None, points=session.points if way == "click" else ()
+    )
 
 
 def removed(session: Session) -> Session:
@@ -223,6 +240,7 @@ def referred(session: Session, reference: Stored | None) -> Session:
 def job_of(session: Session, form: Form) -> Job:
     """The checked job that the page asks for. UserError in the page's words."""
     mode, uses = form.mode, shown(form.mode)
+    session = with_mask_by(session, form.mask_by)
     prompt = check_prompt(form.prompt).strip()
     numbers = {"steps": form.steps, "count": form.count, "seed": form.seed, "batch size": form.batch_size,
                "strength": form.strength, "background": form.background, "variety": form.variety,

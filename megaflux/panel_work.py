@@ -6,7 +6,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Event
@@ -26,7 +26,7 @@ from megaflux.generation.heat_map import SIDE, heat_map
 from megaflux.generation.job import Runtime, read_inputs, run, steps_taken
 from megaflux.generation.outputs import stem_of
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline
-from megaflux.panel_state import Form, Session, Stored, job_of, keep
+from megaflux.panel_state import Form, Session, Stored, job_of, keep, shown
 
 MASKED = (255, 60, 60)  # what is painted anew, on the start image
 
@@ -55,7 +55,6 @@ class Work:
     detectors: Any
     runtime: Runtime
     out: Path
-    steps_done: int = field(default=0, init=False)
 
     def grid(self, session: Session, form: Form) -> tuple[int, int]:
         """(rows, columns) of the reference's tokens, as `condition.encode` will have them before downsampling."""
@@ -85,22 +84,24 @@ class Work:
         tokens = ReferenceTokens(torch.empty(0), (rows, columns), of_dots, 1.0)
         return token_weights(tokens, weighting, int(_number(form.seed, 0))).view(rows, columns).numpy()
 
-    def view(self, session: Session, form: Form) -> tuple[Image.Image | None, str]:
-        """(the reference under its tokens' weights, a line about it). Runs no model."""
+    def view(self, session: Session, form: Form) -> tuple[Image.Image | None, str, bool]:
+        """(the reference under its tokens' weights, a line about it, whether the line is of trouble). Runs no model."""
         stored = session.reference
         if stored is None:
-            return None, "No reference yet."
-        weights = self.weights(session, form)
-        shown = heat_map(shrunk(stored.file, stored.sha256), weights, session.dots)
+            return None, "", False
+        picture, trouble = shrunk(stored.file, stored.sha256), ""
+        try:
+            weights = self.weights(session, form)
+        except UserError as error:  # dots that leave nothing are to be seen, too
+            weights, trouble = np.zeros(self.grid(session, form)), str(error)
+        heat = heat_map(picture, weights, session.dots)
         if session.current is not None:
-            ring(shown, session.dots[session.current])
+            ring(heat, session.dots[session.current])
         rows, columns = weights.shape
         low, high = float(weights.min()), float(weights.max())
-        line = f"{stored.name}, {stored.size[0]} × {stored.size[1]} px: {rows} × {columns} = {rows * columns} tokens"
-        line += f", weights {low:.2g} to {high:.2g}" if high - low > 1e-9 else f", all of weight {low:.2g}"
-        if session.current is not None:
-            line += f". The sliders move dot {session.current + 1} of {len(session.dots)}."
-        return shown, line
+        line = f"{stored.name}: {rows} rows × {columns} columns = {rows * columns} tokens"
+        line += f", weights {low:.2g} to {high:.2g}" if high - low > 1e-9 else f", each of weight {low:.2g}"
+        return heat, trouble or line, bool(trouble)
 
     def begin_view(self, session: Session) -> Image.Image | None:
         """The start image with its mask in red and its points. UserError for a mask of another size."""
@@ -139,6 +140,8 @@ class Work:
     ) -> Made:  # fmt: skip
         """Make and save the page's pictures. on_progress(steps done, steps in all). UserError; Stopped: nothing is saved."""
         started = time.perf_counter()
+        if shown(form.mode)["control"] and self.pipeline.controlnet is None:
+            raise UserError(f"mode {form.mode} needs a ControlNet; start the panel with --controlnet DIR")
         job, opened = read_inputs(job_of(session, form))
         total, done = steps_taken(job), 0
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -203,3 +204,15 @@ def token_weights(reference: ReferenceTokens, weighting: Weighting, seed: int, n
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         w = griddot.drop(w, weighting.variety, generator)
     return (griddot.preserve_mass(w) if weighting.preserve_mass else w).flatten()
+
+
+def spread(mass: Tensor, encoded: Encoded, weighting: Weighting, seed: int) -> list[np.ndarray]:
+    """Attention mass (T,) of one picture -> (H, W) per reference; tokens that were taken out have none."""
+    maps, first = [], 0
+    for number, reference in enumerate(encoded.references):
+        kept = token_weights(reference, weighting, seed, number) > 0
+        grid = torch.zeros(kept.numel(), dtype=torch.float32)
+        grid[kept] = mass[first : first + int(kept.sum())].cpu()
+        first += int(kept.sum())
+        maps.append(grid.view(reference.grid).numpy())
+    return maps

@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from megaflux.data.buckets import MULTIPLE
 from megaflux.errors import UserError
 from megaflux.generation import controlnets, runtime
+from megaflux.generation.arguments import as_references, check_amount, check_shift, device_and_dtype, starts
 from megaflux.generation.attention_map import attention_mass
 from megaflux.generation.condition import (
     Encoded,
@@ -36,6 +35,7 @@ from megaflux.generation.condition import (
     encode,
     prompt_embeds,
     reference_condition,
+    spread,
     token_weights,
 )
 from megaflux.generation.control import UNION_MODES, read_mask
@@ -64,8 +64,6 @@ __all__ = [
     "Reference", "Settings", "Weighting", "check_sampling", "device_and_dtype", "matched_size", "output_size",
     "read_manifest", "reference_tensor",
 ]  # fmt: skip
-
-MAX_SEED = 2**63 - 1
 
 
 @dataclass
@@ -322,70 +320,3 @@ class Qwen2VLFluxPipeline:
             notes += said
             fitted.append(fitted_map)
         return self.controlnet.control(fitted, modes, numbers, scales, start, end)
-
-
-def as_references(given) -> list[Reference]:
-    """Pictures and References, one or several or none, as a list of References."""
-    if given is None:
-        return []
-    given = list(given) if isinstance(given, list | tuple) else [given]
-    return [item if isinstance(item, Reference) else Reference(item) for item in given]
-
-
-def starts(seed, generator, count: int) -> tuple[list[torch.Generator], list[int]]:
-    """(a CPU generator per picture, a seed per picture). UserError for a seed that is none."""
-    if generator is not None:
-        generators = list(generator) if isinstance(generator, list | tuple) else [generator]
-        if len(generators) == 1 and count > 1:
-            drawn = torch.randint(2**62, (count,), generator=generators[0], device=generators[0].device).tolist()
-            return [torch.Generator().manual_seed(s) for s in drawn], drawn
-        return generators, [g.initial_seed() for g in generators]
-    if count < 1:
-        raise UserError(f"num_images_per_prompt: {count}; use at least 1")
-    first = 0 if seed is None else seed
-    seeds = list(first) if isinstance(first, list | tuple | range) else [first + i for i in range(count)]
-    for s in seeds:
-        if not isinstance(s, int) or not 0 <= s <= MAX_SEED:
-            raise UserError(f"seed: {s}; use whole numbers from 0 to {MAX_SEED}")
-    return [torch.Generator().manual_seed(s) for s in seeds], seeds
-
-
-def spread(mass: Tensor, encoded: Encoded, weighting: Weighting, seed: int) -> list[np.ndarray]:
-    """Attention mass (T,) of one picture -> (H, W) per reference; tokens that were taken out have none."""
-    maps, first = [], 0
-    for number, reference in enumerate(encoded.references):
-        kept = token_weights(reference, weighting, seed, number) > 0
-        grid = torch.zeros(kept.numel(), dtype=torch.float32)
-        grid[kept] = mass[first : first + int(kept.sum())].cpu()
-        first += int(kept.sum())
-        maps.append(grid.view(reference.grid).numpy())
-    return maps
-
-
-def check_amount(name: str, value: float, least: float, most: float, above: bool = False) -> None:
-    """UserError where a number is not in [least, most], or, with `above`, not above `least`."""
-    if not (least < value <= most if above else least <= value <= most) or value == float("inf"):
-        low = f"above {least:g}" if above else f"at least {least:g}"
-        raise UserError(
-            f"{name}: {value}; use a number {low}" + (f" and at most {most:g}" if most < float("inf") else "")
-        )
-
-
-def check_shift(shift: float | None) -> None:
-    if shift is not None and not 0 < shift < float("inf"):
-        raise UserError(f"shift: {shift}; use a number above 0 (1 is none)")
-
-
-def device_and_dtype(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
-    """The defaults: the GPU if there is one; bfloat16 there, float32 on the CPU. UserError: no such
-    device."""
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        line = str(error).splitlines()[0]
-        raise UserError(f"device: {device} cannot be used here ({line}); use cpu") from None
-    return chosen, dtype or (torch.float32 if chosen.type == "cpu" else torch.bfloat16)
-
-
-assert MULTIPLE == 16  # said in the docstrings
