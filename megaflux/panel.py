@@ -7,9 +7,12 @@ and pictures), panel_view.py (the page), panel_wiring.py (what its inputs call).
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import signal
 import socket
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -93,6 +96,7 @@ def quiet_gradio() -> None:
     """Gradio asks its makers' servers for nothing: read when gradio is imported."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    warnings.filterwarnings("ignore", module="gradio")  # its own use of what its libraries have renamed
     # it asks its own address whether it is up; a proxy cannot answer that
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST, "localhost"]))
@@ -111,12 +115,16 @@ def serve(page: Any, port: int, out: Path) -> None:
     except OSError:
         raise UserError(f"port {port} is taken; give --port N") from None
     print(f"panel: http://{HOST}:{port}  (Ctrl-C stops)", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
         print("panel: stopped", flush=True)
     finally:
         page.stop_all()
+        # Open tabs keep connections. They are not waited for, and not mourned.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        page.server.force_exit = True
         page.close(verbose=False)
 
 

@@ -61,7 +61,9 @@ class Session:
     """Where img2img, inpaint and control begin; None: the reference."""
     mask: Stored | None = None
     points: tuple[tuple[float, float, int], ...] = ()
-    """In the place of a mask: x, y in 0..1, and 1."""
+    """In the place of a mask: x, y in 0..1, and 1, for SAM 2."""
+    discs: tuple[tuple[float, float, float], ...] = ()
+    """In the place of a mask: centre x, y in 0..1, radius as a fraction of the start image's shorter side."""
     maps: Mapping[str, Stored] = field(default_factory=dict)
     """Ready control maps by kind."""
     dots: tuple[Dot, ...] = ()
@@ -98,8 +100,8 @@ class Form:
     batch_size: int | None = 1
     attention_map: bool = False
     mask_by: str = "file"
-    """paint, file or click."""
-    controls: tuple[tuple[str, float], ...] = ()
+    """discs, file or points."""
+    controls: tuple[tuple[str, float | None], ...] = ()
     """Kind and scale of each control that is ticked."""
 
 
@@ -162,14 +164,13 @@ def clicked(session: Session, x: float, y: float, radius: float, weight: float) 
     return _with_dots(session, (*session.dots, dot), len(session.dots))
 
 
-def slid(session: Session, radius: float, weight: float) -> Session:
-    """The sliders moved: the current dot gets their values. Without a dot they are for the next one."""
+def slid(session: Session, name: str, value: float) -> Session:
+    """A slider moved: the current dot's `name` (radius or weight) gets its value. Without a dot it is for the next one."""
     if session.current is None:
         return session
     dots = list(session.dots)
-    changed = {"radius": radius, "weight": weight}
-    dots[session.current] = make_dot(dots[session.current].model_dump() | changed, f"dot {session.current + 1}")
-    history = session.history if session.sliding else (*session.history, session.dots)
+    dots[session.current] = make_dot(dots[session.current].model_dump() | {name: value}, f"dot {session.current + 1}")
+    history = session.history if session.sliding else (*session.history, session.dots)[-100:]
     return replace(session, dots=tuple(dots), history=history, sliding=True)
 
 
@@ -200,10 +201,23 @@ def taken_up(session: Session, number: int) -> Session:
 
 
 def with_mask_by(session: Session, way: str) -> Session:
-    """With the mask that was given in this way alone: "file" or "click"; "paint": the page's editor holds it."""
-    return replace(
-        session, mask=session.mask if way == "file" else None, points=session.points if way == "click" else ()
-    )
+    """With the mask that was given in this way alone: "discs", "file" or "points"; anything else: with none."""
+    return replace(session, mask=session.mask if way == "file" else None, points=session.points if way == "points" else (),
+                   discs=session.discs if way == "discs" else ())  # fmt: skip
+
+
+def masked_at(session: Session, way: str, x: float, y: float, radius: float) -> Session:
+    """A click on the start image at (x, y) in 0..1: one more disc, or one more point."""
+    if way == "discs":
+        return replace(session, discs=(*session.discs, (x, y, radius)))
+    return replace(session, points=(*session.points, (x, y, 1))) if way == "points" else session
+
+
+def unmasked(session: Session, way: str) -> Session:
+    """Without the last disc or point, or the mask's file."""
+    return replace(session, discs=session.discs[:-1] if way == "discs" else session.discs,
+                   points=session.points[:-1] if way == "points" else session.points,
+                   mask=None if way == "file" else session.mask)  # fmt: skip
 
 
 def removed(session: Session) -> Session:
@@ -234,7 +248,13 @@ def _with_dots(session: Session, dots: tuple[Dot, ...], current: int | None) -> 
 
 def referred(session: Session, reference: Stored | None) -> Session:
     """With another reference: the dots were for the one before."""
+    session = session if session.start else unbegun(session)  # the mask was for it, too
     return replace(session, reference=reference, dots=(), current=None, history=(), sliding=False)
+
+
+def unbegun(session: Session) -> Session:
+    """Without a start image, and without the mask that was for it."""
+    return replace(session, start=None, mask=None, points=(), discs=())
 
 
 def job_of(session: Session, form: Form) -> Job:
@@ -242,7 +262,7 @@ def job_of(session: Session, form: Form) -> Job:
     mode, uses = form.mode, shown(form.mode)
     session = with_mask_by(session, form.mask_by)
     prompt = check_prompt(form.prompt).strip()
-    numbers = {"steps": form.steps, "count": form.count, "seed": form.seed, "batch size": form.batch_size,
+    numbers = {"steps": form.steps, "pictures": form.count, "seed": form.seed, "batch size": form.batch_size,
                "strength": form.strength, "background": form.background, "variety": form.variety,
                "downsample": form.downsample, "reference strength": form.reference_strength}  # fmt: skip
     if empty := next((name for name, value in numbers.items() if value is None), None):
@@ -254,7 +274,7 @@ def job_of(session: Session, form: Form) -> Job:
     if uses["start"] and session.begin is None and not all(kind in session.maps for kind, _ in form.controls):
         raise UserError(f"mode {mode} needs a picture to begin with; drop a start image or a reference")
     if uses["mask"] and session.mask is None and not session.points:
-        raise UserError(f"mode {mode} needs a mask; paint or drop one")
+        raise UserError(f"mode {mode} needs a mask; click the start image, or drop one")
     if uses["control"] and not form.controls:
         raise UserError(f"mode {mode} needs a control; tick at least one kind of map")
     if not 0 < form.reference_strength < math.inf:
@@ -262,7 +282,10 @@ def job_of(session: Session, form: Form) -> Job:
     if not 1 <= form.count <= MAX_COUNT:
         raise UserError(f"pictures: {form.count}; use 1 to {MAX_COUNT}")
     if not 0 <= form.seed <= MAX_SEED - form.count:
-        raise UserError(f"seed: {form.seed}; use 0 or more")
+        raise UserError(f"seed: {form.seed}; use 0 to {MAX_SEED - form.count}")
+    for kind, scale in form.controls if uses["control"] else ():
+        if scale is None or not 0 <= scale < math.inf:
+            raise UserError(f"{kind}: scale {scale}; use a number of at least 0")
     values = {"steps": form.steps, "batch_size": form.batch_size, "downsample": form.downsample,
               "strength": form.strength}  # fmt: skip
     check_values(values | ({} if form.guidance is None else {"guidance": form.guidance}))

@@ -6,7 +6,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from threading import Event
@@ -22,12 +22,13 @@ from megaflux.errors import UserError
 from megaflux.generation import griddot
 from megaflux.generation.condition import T5_IMAGE_TOKENS, ReferenceTokens, token_weights
 from megaflux.generation.dots import Weighting, check_weighting
-from megaflux.generation.heat_map import SIDE, heat_map
+from megaflux.generation.heat_map import heat_map
 from megaflux.generation.job import Runtime, read_inputs, run, steps_taken
 from megaflux.generation.outputs import stem_of
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 from megaflux.panel_state import Form, Session, Stored, job_of, keep, shown
 
+VIEW_SIDE = 512  # px: the longer side of pictures to click on; shown at about 300, where the numbers can be read
 MASKED = (255, 60, 60)  # what is painted anew, on the start image
 
 
@@ -94,46 +95,51 @@ class Work:
             weights = self.weights(session, form)
         except UserError as error:  # dots that leave nothing are to be seen, too
             weights, trouble = np.zeros(self.grid(session, form)), str(error)
-        heat = heat_map(picture, weights, session.dots)
+        heat = heat_map(picture, weights, session.dots, side=VIEW_SIDE)
+        lines(heat, *weights.shape)
         if session.current is not None:
             ring(heat, session.dots[session.current])
         rows, columns = weights.shape
         low, high = float(weights.min()), float(weights.max())
-        line = f"{stored.name}: {rows} rows × {columns} columns = {rows * columns} tokens"
+        line = f"{stored.name}: {rows} rows × {columns} columns of tokens"
         line += f", weights {low:.2g} to {high:.2g}" if high - low > 1e-9 else f", each of weight {low:.2g}"
         return heat, trouble or line, bool(trouble)
 
+    def seen_size(self, stored: Stored) -> tuple[int, int]:
+        """(width, height) of the heat-map of a picture, px: what a click's pixels count in."""
+        scale = VIEW_SIDE / max(shrunk(stored.file, stored.sha256).size)
+        return tuple(max(1, round(side * scale)) for side in shrunk(stored.file, stored.sha256).size)
+
     def begin_view(self, session: Session) -> Image.Image | None:
-        """The start image with its mask in red and its points. UserError for a mask of another size."""
+        """The start image with what is made anew in red, and its points. UserError for a mask of another size."""
         if session.begin is None:
             return None
-        picture = shrunk(session.begin.file, session.begin.sha256).convert("RGB")
+        picture = shrunk(session.begin.file, session.begin.sha256)
+        picture = picture.resize(self.seen_size(session.begin), Image.Resampling.LANCZOS)
+        mask = disc_mask(session.discs, picture.size) if session.discs else None
         if session.mask is not None:
             if session.mask.size != session.begin.size:
                 raise UserError(f"mask {session.mask.name}: {_by(session.mask.size)} px, the start image has "
                                 f"{_by(session.begin.size)}; give a mask of the same size")  # fmt: skip
             mask = shrunk(session.mask.file, session.mask.sha256).convert("L").resize(picture.size)
+            mask = mask.point(lambda value: 255 if value >= 128 else 0)
+        if mask is not None:
             red = Image.blend(picture, Image.new("RGB", picture.size, MASKED), 0.55)
-            picture = Image.composite(red, picture, mask.point(lambda v: 255 if v >= 128 else 0))
+            picture = Image.composite(red, picture, mask)
         draw = ImageDraw.Draw(picture)
         for x, y, _ in session.points:
             x, y = x * picture.width, y * picture.height
             draw.ellipse([x - 7, y - 7, x + 7, y + 7], fill=MASKED, outline="white", width=2)
         return picture
 
-    def painted(self, session: Session, strokes: Sequence[Image.Image]) -> Stored | None:
-        """The mask of what was painted: layers of strokes (RGBA, of any scale), stored at the start image's size. None:
-        nothing was painted."""
-        size = session.begin.size
-        mask = np.zeros((size[1], size[0]), dtype=bool)
-        for layer in strokes:
-            alpha = layer.convert("RGBA").getchannel("A").resize(size, Image.Resampling.BILINEAR)
-            mask |= np.asarray(alpha) >= 128
-        if not mask.any():
-            return None
+    def with_mask(self, session: Session, form: Form) -> tuple[Session, Form]:
+        """Discs made a mask's file of the start image's size: what a job can name."""
+        if form.mask_by != "discs" or not shown(form.mode)["mask"] or not session.discs or session.begin is None:
+            return session, form
         buffer = io.BytesIO()
-        Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, "PNG")
-        return keep("painted-mask.png", buffer.getvalue(), size, self.out)
+        disc_mask(session.discs, session.begin.size).save(buffer, "PNG")
+        mask = keep("mask.png", buffer.getvalue(), session.begin.size, self.out)
+        return replace(session, mask=mask), replace(form, mask_by="file")
 
     def generate(
         self, session: Session, form: Form, stop: Event, on_progress: Callable[[int, int], Any] = lambda done, total: None
@@ -142,7 +148,7 @@ class Work:
         started = time.perf_counter()
         if shown(form.mode)["control"] and self.pipeline.controlnet is None:
             raise UserError(f"mode {form.mode} needs a ControlNet; start the panel with --controlnet DIR")
-        job, opened = read_inputs(job_of(session, form))
+        job, opened = read_inputs(job_of(*self.with_mask(session, form)))
         total, done = steps_taken(job), 0
 
         def on_step() -> None:
@@ -160,7 +166,7 @@ class Work:
         if result.output.attention:
             shares = {seed: float(sum(m.sum() for m in result.output.attention[i]))
                       for i, seed in enumerate(result.job.seeds)}  # fmt: skip
-            maps = {seed: (file, f"seed {seed}: {shares[seed]:.1%} on the reference") for seed, file in maps.items()}
+            maps = {seed: (file, f"seed {seed}: {shares[seed]:.1%}") for seed, file in maps.items()}
         seconds = time.perf_counter() - started
         job = result.job
         many = f"{len(files)} pictures" if len(files) > 1 else "1 picture"
@@ -192,13 +198,34 @@ def settings_text(file: str) -> str:
 
 @lru_cache(maxsize=8)
 def shrunk(file: str, sha256: str) -> Image.Image:
-    """A stored picture at most SIDE px long, for the page: dragging a slider must not decode 20 megapixels."""
+    """A stored picture at most VIEW_SIDE px long, for the page: dragging a slider must not decode 20 megapixels."""
     try:
         picture, _ = decode(Path(file).read_bytes())
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; give it again") from None
-    scale = min(1.0, SIDE / max(picture.size))
+    scale = min(1.0, VIEW_SIDE / max(picture.size))
     return picture.resize(tuple(max(1, round(side * scale)) for side in picture.size), Image.Resampling.LANCZOS)
+
+
+def disc_mask(discs: Sequence[tuple[float, float, float]], size: tuple[int, int]) -> Image.Image:
+    """Discs (x, y in 0..1, radius as a fraction of the shorter side) as a mask: mode L, 255 inside, of `size` px."""
+    mask = Image.new("L", size)
+    draw, (width, height) = ImageDraw.Draw(mask), size
+    for x, y, radius in discs:
+        x, y, radius = x * width, y * height, radius * min(size)
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=255)
+    return mask
+
+
+def lines(shown: Image.Image, rows: int, columns: int) -> None:
+    """Dark lines beside the heat-map's white ones, so that the grid is seen on any picture."""
+    draw = ImageDraw.Draw(shown, "RGBA")
+    for row in range(1, rows):
+        y = row * shown.height / rows + 1
+        draw.line([(0, y), (shown.width, y)], fill=(0, 0, 0, 70))
+    for column in range(1, columns):
+        x = column * shown.width / columns + 1
+        draw.line([(x, 0), (x, shown.height)], fill=(0, 0, 0, 70))
 
 
 def ring(shown: Image.Image, dot: griddot.Dot) -> None:
