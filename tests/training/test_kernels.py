@@ -101,7 +101,7 @@ def test_settings_say_which_path_made_a_picture(tmp_path, run_folder):
         infer.main(["--checkpoint", str(run_folder), "--reference", str(tmp_path / "black.png"), "--count", "1",
                     "--steps", "2", "--out", str(out), "--kernels", kernels])  # fmt: skip
         (picture,) = out.glob("*-seed0.png")
-        assert json.loads(Image.open(picture).text["megaflux"])["kernels"] == kernels
+        assert json.loads(Image.open(picture).text["megaflux"])["runtime"]["kernels"] == kernels
 
 
 def test_shards_in_the_old_order_are_refused_with_the_reason(run_folder):
