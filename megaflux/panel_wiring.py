@@ -17,7 +17,7 @@ from megaflux.errors import UserError
 from megaflux.panel_handlers import VALUES, Handlers
 from megaflux.panel_state import cleared, removed, undone
 from megaflux.panel_view import inputs, results, said
-from megaflux.panel_work import Work
+from megaflux.panel_work import Work, short
 
 
 class Page(gr.Blocks):
@@ -35,7 +35,7 @@ class Page(gr.Blocks):
 def build(work: Work) -> Page:
     """The page of a loaded pipeline."""
     with Page(title="megaflux", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
-        where = f"{work.runtime.checkpoint}, {work.pipeline.device}"
+        where = f"{short(work.runtime.checkpoint)}, {work.pipeline.device}"
         gr.HTML(f"<h1>megaflux</h1><p>{html.escape(where)}</p>", elem_id="title")
         with gr.Row():
             with gr.Column(scale=5, min_width=440):

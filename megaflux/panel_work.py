@@ -170,7 +170,7 @@ class Work:
         seconds = time.perf_counter() - started
         job = result.job
         many = f"{len(files)} pictures" if len(files) > 1 else "1 picture"
-        line = f"{many} of {job.width} × {job.height} px in {seconds:.1f} s, saved in {self.out}"
+        line = f"{many} of {job.width} × {job.height} px in {seconds:.1f} s, saved in {short(self.out)}"
         return Made(tuple(map(str, files.values())), tuple(files), tuple(maps.values()), line,
                     tuple(dict.fromkeys(result.notes)))  # fmt: skip
 
@@ -185,6 +185,12 @@ def sorted_files(written: Sequence[Path], stem: str) -> tuple[dict[int, Path], d
         elif match:
             pictures[int(match[1])] = file
     return pictures, maps
+
+
+def short(path: str | Path) -> str:
+    """A path for the eye: from the working directory where it lies in it, else whole."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def settings_text(file: str) -> str:
