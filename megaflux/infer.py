@@ -137,7 +137,7 @@ def write(
         settings = None if options.get("no_metadata") else settings_of(job, runtime, pipeline.source, facts, seed)
         return save(picture, out, name, settings, inputs if options.get("embed_inputs") else None)
 
-    files = []
+    files, first = [], only if only is not None else job.seeds[0]
     several = len(job.references) > 1
     for i, seed in enumerate(job.seeds):
         if only is not None and seed != only:
@@ -145,7 +145,7 @@ def write(
         files.append(stored(result.pictures[i], f"{stem}-seed{seed}", seed))
         for k, reference in enumerate(job.references):
             number = f"-{k + 1}" if several else ""
-            if job.variety or (reference.dots and not any("-dots" in file.stem for file in files[:-1])):
+            if job.variety or (reference.dots and seed == first):
                 which = f"-seed{seed}" if job.variety else ""
                 picture = heat_map(result.references[k], result.output.weights[i][k], reference.dots)
                 files.append(save(picture, out, f"{stem}{which}-dots{number}"))

@@ -20,7 +20,7 @@ from megaflux import infer
 from megaflux.data.images import decode
 from megaflux.errors import UserError
 from megaflux.generation import griddot
-from megaflux.generation.condition import T5_IMAGE_TOKENS, ReferenceTokens, token_weights
+from megaflux.generation.condition import ReferenceTokens, t5_limits, token_weights
 from megaflux.generation.dots import Weighting, check_weighting
 from megaflux.generation.heat_map import heat_map
 from megaflux.generation.job import Runtime, read_inputs, run, steps_taken
@@ -64,9 +64,7 @@ class Work:
         scale = min(1.0, settings.longest_side / max(width, height))
         height, width = (max(1, round(side * scale)) for side in (height, width))
         reader = form.text_encoder or settings.text_encoders[0]
-        limits = None
-        if reader == "t5" and form.prompt.strip():
-            limits = (min(T5_IMAGE_TOKENS, trunk.min_image_tokens), T5_IMAGE_TOKENS)
+        limits = t5_limits(trunk) if reader == "t5" and form.prompt.strip() else None
         try:
             return trunk.grid(height, width, limits)
         except ValueError as error:  # the image processor's own limits
@@ -96,7 +94,6 @@ class Work:
         except UserError as error:  # dots that leave nothing are to be seen, too
             weights, trouble = np.zeros(self.grid(session, form)), str(error)
         heat = heat_map(picture, weights, session.dots, side=VIEW_SIDE)
-        lines(heat, *weights.shape)
         if session.current is not None:
             ring(heat, session.dots[session.current])
         rows, columns = weights.shape
@@ -221,17 +218,6 @@ def disc_mask(discs: Sequence[tuple[float, float, float]], size: tuple[int, int]
         x, y, radius = x * width, y * height, radius * min(size)
         draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=255)
     return mask
-
-
-def lines(shown: Image.Image, rows: int, columns: int) -> None:
-    """Dark lines beside the heat-map's white ones, so that the grid is seen on any picture."""
-    draw = ImageDraw.Draw(shown, "RGBA")
-    for row in range(1, rows):
-        y = row * shown.height / rows + 1
-        draw.line([(0, y), (shown.width, y)], fill=(0, 0, 0, 70))
-    for column in range(1, columns):
-        x = column * shown.width / columns + 1
-        draw.line([(x, 0), (x, shown.height)], fill=(0, 0, 0, 70))
 
 
 def ring(shown: Image.Image, dot: griddot.Dot) -> None:

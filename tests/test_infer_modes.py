@@ -146,10 +146,10 @@ def test_no_metadata_leaves_nothing(run_folder, files, tmp_path):
 
 
 def test_dots_and_attention_are_drawn(run_folder, files, tmp_path, capsys):
-    run("--checkpoint", str(run_folder), "--reference", files["cat"], files["dog"], "--dot", "2:0.3,0.3,0.5,4", "--count", "2",
-        "--out", str(tmp_path / "out"), "--attention-map")  # fmt: skip
+    run("--checkpoint", str(run_folder), "--reference", files["cat"], files["dog"], "--dot", "1:0.5,0.5,0.5,2",
+        "--dot", "2:0.3,0.3,0.5,4", "--count", "2", "--out", str(tmp_path / "out"), "--attention-map")  # fmt: skip
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
-    assert names == ["cat-dots-2.png", "cat-seed0-attention-1.png", "cat-seed0-attention-2.png", "cat-seed0.png",
+    assert names == ["cat-dots-1.png", "cat-dots-2.png", "cat-seed0-attention-1.png", "cat-seed0-attention-2.png", "cat-seed0.png",
                      "cat-seed1-attention-1.png", "cat-seed1-attention-2.png", "cat-seed1.png", "cat-sheet.png"]  # fmt: skip
     assert capsys.readouterr().out.count("of the picture's attention went to reference") == 4
     lit = np.array(Image.open(tmp_path / "out/cat-dots-2.png")).astype(int)

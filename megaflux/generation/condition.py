@@ -121,7 +121,7 @@ def encode(
                 "text encoder t5: these weights have no T5; use qwen, or weights of python -m megaflux.convert"
             )
         qwen_prompt, t5 = "", models.t5.encode([prompt])
-        limits = (min(T5_IMAGE_TOKENS, trunk.min_image_tokens), T5_IMAGE_TOKENS)
+        limits = t5_limits(trunk)
         notes += models.t5.notes(prompt)
     if reference_tokens is not None:
         if reference_tokens < 4:
@@ -152,6 +152,11 @@ def encode(
         griddot.check_weights(weights, name)
         encoded.append(ReferenceTokens(own, grid, weights, reference.strength))
     return Encoded(encoded, text, t5, embedded, notes)
+
+
+def t5_limits(trunk) -> tuple[int, int]:
+    """(fewest, most) tokens of a reference beside T5's."""
+    return min(T5_IMAGE_TOKENS, trunk.min_image_tokens), T5_IMAGE_TOKENS
 
 
 def reference_condition(

@@ -35,10 +35,11 @@ def heat_map(
     shaded = shaded * (1 - 0.6 * above) + BOOSTED * 0.6 * above
     image = Image.fromarray(shaded.round().clip(0, 255).astype(np.uint8))
     draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(18)
-    for row in range(1, rows):
-        draw.line([(0, row * height / rows), (width, row * height / rows)], fill=(255, 255, 255, 60))
-    for column in range(1, columns):
-        draw.line([(column * width / columns, 0), (column * width / columns, height)], fill=(255, 255, 255, 60))
+    for fill, shift in (((255, 255, 255, 60), 0), ((0, 0, 0, 70), 1)):  # light and dark, seen on any picture
+        for row in range(1, rows):
+            draw.line([(0, row * height / rows + shift), (width, row * height / rows + shift)], fill=fill)
+        for column in range(1, columns):
+            draw.line([(column * width / columns + shift, 0), (column * width / columns + shift, height)], fill=fill)
     for dot in dots:
         x, y, radius = dot.x * width, dot.y * height, dot.radius * min(width, height)
         colour = (255, 160, 0) if dot.weight >= neutral else (90, 140, 255)
