@@ -6,22 +6,30 @@ job does). Each picture is a function of its own seed and the settings, which it
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaflux.errors import UserError, exit_on_user_error
 from megaflux.generation.job import Job, Result, Runtime, read_inputs, run, steps_taken
 from megaflux.generation.outputs import batch_of, check_out, contact_sheet, read_settings, save, settings_of, stem_of
-from megaflux.infer_options import build_parser, is_there, to_job, with_number
+from megaflux.infer_options import build_parser, check_sources, is_there, to_job, with_number
 from megaflux.infer_report import report, warn_of_memory
 
 if TYPE_CHECKING:  # torch and its friends take seconds to import: --help and bad input do not wait for them
     from megaflux.generation.control import Detectors
     from megaflux.generation.pipeline import Qwen2VLFluxPipeline
+
+
+PICTURE_LIKE = re.compile(r"(~|\.{0,2}/).*|.+\.[A-Za-z]{3,4}")
+SAME_PICTURE = {"out", "no_metadata", "embed_inputs", "save_control", "checkpoint", "update", "seed", "count"}
+"""Options beside --from-image that change no control map."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,20 +39,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         file = given.pop("from_image")
         base, embedded, original = replayed(file)
     if given.pop("interactive", False):
-        return interactive(given, base)
+        if given.get("dry_run"):
+            raise UserError("--interactive with --dry-run: a dry run loads nothing to be kept; give one of them")
+        return interactive(given, base, embedded, original)
     job, runtime, rest = to_job(given, base)
     out = rest.get("out", "outputs")
     check_out(out)
     if rest.get("dry_run"):
-        return report(job, runtime)
+        return report(job, runtime, embedded)
     job, opened = read_inputs(job, embedded)
     warn_of_memory(job, runtime)
-    pipeline, detectors, runtime = load(runtime)
     only = None
-    if original is not None:
-        same_weights(original, pipeline, given)
-        only = original.get("seed") if not {"seed", "count"} & set(given) else None
-    make(pipeline, detectors, job, runtime, opened, Path(out), rest, only)
+    with memory_said():
+        pipeline, detectors, runtime = load(runtime)
+        if original is not None:
+            same_weights(original, pipeline, given)
+            only = original.get("seed") if not {"seed", "count"} & set(given) else None
+            if not set(given) - SAME_PICTURE:
+                rest["maps"] = original.get("maps")
+        make(pipeline, detectors, job, runtime, opened, Path(out), rest, only)
     return 0
 
 
@@ -61,7 +74,11 @@ def replayed(file: str) -> tuple[tuple[Job, Runtime], dict[str, bytes], dict[str
 
 def same_weights(original: dict[str, Any], pipeline: Qwen2VLFluxPipeline, given: dict[str, Any]) -> None:
     """UserError where a replay would run on other weights than the picture's, unless they were asked for."""
-    before, now = original["source"], pipeline.source
+    before, now = dict(original["source"]), dict(pipeline.source)
+    nets_before, nets_now = before.pop("controlnet", None), now.pop("controlnet", None)
+    if nets_before is not None and nets_before != nets_now and "controlnet" not in given:
+        raise UserError("--from-image: the ControlNet's folder now holds other weights than the picture's; give "
+                        "--controlnet DIR")  # fmt: skip
     if before != now and not {"checkpoint", "update"} & set(given):
         raise UserError(f"--from-image: the picture was made with {said(before)}, the folder now holds {said(now)}; give "
                         "--checkpoint DIR, and --update N for a run")  # fmt: skip
@@ -86,6 +103,7 @@ def load(runtime: Runtime) -> tuple[Qwen2VLFluxPipeline, Detectors, Runtime]:
     from megaflux.runs import is_export, load_pipeline
 
     quiet_libraries()
+    check_sources(runtime)
     device, default = device_and_dtype(runtime.device, None)
     if runtime.offload and device.type == "cpu":
         raise UserError("--offload: keeps weights off a GPU, and there is none here; leave it out")
@@ -111,9 +129,12 @@ def make(
     pipeline: Qwen2VLFluxPipeline, detectors: Detectors, job: Job, runtime: Runtime, opened, out: Path,
     options: dict[str, Any], only: int | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Run a job and write its pictures; prints notes and files. only: the one seed to write, and no sheet."""
+    """Run a job and write its pictures; prints notes and files. only: the one seed to write, and no sheet.
+
+    options: out's (no_metadata, embed_inputs, save_control) and `maps`, the hashes that a replay must meet."""
     with progress(steps_taken(job)) as bar:
         result = run(pipeline, job, opened, detectors, bar.update)
+    same_maps(options.get("maps"), result)
     for note in dict.fromkeys([*result.notes, pipeline.models.trainable.describe()]):
         print(note)
     files = write(result, runtime, pipeline, opened.data, out, options, only)
@@ -132,7 +153,7 @@ def write(
     job, stem = result.job, stem_of(result.job)
     transformer = pipeline.models.trainable.transformer
     facts = {"path": pipeline.models.trainable.describe(), "dtype": str(transformer.dtype).removeprefix("torch."),
-             "device": str(pipeline.device), "versions": versions()}  # fmt: skip
+             "device": str(pipeline.device), "versions": versions(), "maps": map_hashes(result)}  # fmt: skip
 
     def stored(picture, name: str, seed: int | None = None) -> Path:
         settings = None if options.get("no_metadata") else settings_of(job, runtime, pipeline.source, facts, seed)
@@ -156,6 +177,9 @@ def write(
                     save(attention_picture(result.references[k], mass), out, f"{stem}-seed{seed}-attention{number}")
                 )
                 print(f"seed {seed}: {mass.sum():.1%} of the picture's attention went to reference {k + 1}")
+    if options.get("save_control"):
+        kept = result.control_maps | ({"mask": result.mask} if result.mask is not None else {})
+        files += [save(picture, out, f"{stem}-control-{kind}") for kind, picture in kept.items()]
     if only is not None:
         return files
     given = list(result.references)
@@ -163,20 +187,38 @@ def write(
         given.append(result.image)
     given += [picture for picture in (result.mask, *result.control_maps.values()) if picture is not None]
     files.append(stored(contact_sheet(given, result.pictures), f"{stem}-sheet"))
-    if options.get("save_control"):
-        kept = result.control_maps | ({"mask": result.mask} if result.mask is not None else {})
-        files += [save(picture, out, f"{stem}-control-{kind}") for kind, picture in kept.items()]
     return files
 
 
-def interactive(given: dict[str, Any], base: tuple[Job, Runtime] | None) -> int:
+def map_hashes(result: Result) -> dict[str, str]:
+    """SHA-256 of the pixels of each control map and of the mask: what detectors made, whichever weights they had."""
+    pictures = result.control_maps | ({"mask": result.mask} if result.mask is not None else {})
+    return {name: hashlib.sha256(picture.tobytes()).hexdigest() for name, picture in pictures.items()}
+
+
+def same_maps(before: dict[str, str] | None, result: Result) -> None:
+    """UserError where a replay's control maps or mask are not the picture's."""
+    now = map_hashes(result)
+    for name, digest in (before or {}).items():
+        if now.get(name) != digest:
+            raise UserError(f"--from-image: the {name} map comes out otherwise than the picture's, so the detector has "
+                            "changed; restore it, or give the map's file by an option")  # fmt: skip
+
+
+def interactive(
+    given: dict[str, Any], base: tuple[Job, Runtime] | None, embedded: Mapping[str, bytes] | None = None,
+    original: dict[str, Any] | None = None,
+) -> int:  # fmt: skip
     """Read lines of pictures, words and options, and make each; the model stays loaded. A line that cannot be is one
     `error:` line, and the next is read."""
     fixed = set(Runtime.model_fields) | {"dry_run", "from_image", "interactive", "checkpoint"}
     placeholder = {"prompt": "x"} if base is None and not {"reference", "prompt", "image"} & set(given) else {}
     _, runtime, rest = to_job({**placeholder, **given}, base)
     check_out(rest.get("out", "outputs"))
-    pipeline, detectors, runtime = load(runtime)
+    with memory_said():
+        pipeline, detectors, runtime = load(runtime)
+    if original is not None:
+        same_weights(original, pipeline, given)
     print("ready: a line is pictures, then words, then options, as in  cat.png a red fox --count 2   (quit leaves)")
     for line in lines():
         try:
@@ -186,10 +228,13 @@ def interactive(given: dict[str, Any], base: tuple[Job, Runtime] | None) -> int:
             job, _, options = to_job({**given, **own}, base)
             out = options.get("out", "outputs")
             check_out(out)
-            job, opened = read_inputs(job)
-            make(pipeline, detectors, job, runtime, opened, Path(out), options)
+            job, opened = read_inputs(job, embedded)
+            with memory_said():
+                make(pipeline, detectors, job, runtime, opened, Path(out), options)
         except UserError as error:
             print(f"error: {' '.join(str(error).split())}", flush=True)
+        except Exception as error:  # a warm model is worth more than one line
+            print(f"error: failed, {type(error).__name__}: {' '.join(str(error).split())}", flush=True)
         except SystemExit:  # --help in a line
             continue
         except KeyboardInterrupt:
@@ -221,9 +266,26 @@ def line_options(line: str) -> dict[str, Any]:
     pictures = 0
     while pictures < len(bare) and is_there(with_number(bare[pictures], "line")[0]):
         pictures += 1
+    if bare[pictures:] and PICTURE_LIKE.fullmatch(bare[pictures]):
+        raise UserError(f"{bare[pictures]}: no such picture; words that look like a file go into --prompt")
     words = " ".join(bare[pictures:])
     argv = [*(["--reference", *bare[:pictures]] if pictures else []), *(["--prompt", words] if words else []), *argv]
     return vars(build_parser().parse_args(argv))
+
+
+@contextmanager
+def memory_said() -> Iterator[None]:
+    """Out of memory as a UserError that says what helps; torch's own kinds of it and Python's."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; a CPU's has no class
+        line = (str(error) or "MemoryError").splitlines()[0]
+        if not isinstance(error, MemoryError) and not re.search(
+            r"out of memory|can't allocate memory|not enough mem", line
+        ):
+            raise
+        raise UserError(f"out of memory ({line[:160]}); make smaller or fewer pictures at a time (--batch-size 1), or on "
+                        "a GPU --offload model or --quantize fp8") from None  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,18 @@ from pydantic import ValidationError
 
 from megaflux.errors import UserError
 from megaflux.generation import dots as dotting
-from megaflux.generation.job import MODES, Input, Job, JobControl, JobReference, Runtime, check
+from megaflux.generation.job import (
+    MAX_COUNT,
+    MAX_SIDE,
+    MODES,
+    Input,
+    Job,
+    JobControl,
+    JobReference,
+    Runtime,
+    check,
+    check_background,
+)
 from megaflux.generation.prompt import check_prompt
 
 MAX_SEED = 2**63 - 1
@@ -149,7 +160,8 @@ def to_job(given: dict[str, Any], base: tuple[Job, Runtime] | None = None) -> tu
     job = base[0] if base else Job()
     changes: dict[str, Any] = {}
     if "reference" in given:
-        changes["references"] = tuple(reference(text) for text in given.pop("reference"))
+        texts = given.pop("reference")
+        changes["references"] = tuple(in_place(reference(t), t, job.references[i : i + 1]) for i, t in enumerate(texts))
     for name in ("image", "mask"):
         if name in given:
             changes[name] = Input(file=path_of(given.pop(name), f"--{name}"))
@@ -167,6 +179,8 @@ def to_job(given: dict[str, Any], base: tuple[Job, Runtime] | None = None) -> tu
         given["prompt"] = ""
     count, seed = given.pop("count", None), given.pop("seed", None)
     if base is None or count is not None or seed is not None:
+        if (count or 1) > MAX_COUNT:
+            raise UserError(f"--count {count}: use at most {MAX_COUNT}")
         first, many = (job.seeds[0] if base else 0) if seed is None else seed, count or (len(job.seeds) if base else 4)
         if not 0 <= first <= MAX_SEED - many:
             raise UserError(f"--seed {first}: use 0 to {MAX_SEED - many}")
@@ -179,6 +193,9 @@ def to_job(given: dict[str, Any], base: tuple[Job, Runtime] | None = None) -> tu
         number, dot = dotting.parse_dot(text)
         dots.setdefault(number, []).append(dot)
     changes |= {name: given.pop(name) for name in list(given) if name in Job.model_fields}
+    # One way of saying the size takes the place of another.
+    if {"aspect", "sizes", "match_input_size"} & set(changes):
+        changes = {"width": None, "height": None, "match_input_size": False} | changes
     # Which mode, where none was named: by what is given.
     merged = job.model_copy(update=changes)
     if "mode" not in changes and (base is None or {"references", "image", "mask", "controls"} & set(changes)):
@@ -186,9 +203,13 @@ def to_job(given: dict[str, Any], base: tuple[Job, Runtime] | None = None) -> tu
     merged = validated(Job, merged.model_dump(), "")
     merged = with_dots(check(merged), dots)
     dotting.check_weighting(merged.weighting)
+    check_background(merged)
     runtime_values = {name: given.pop(name) for name in list(given) if name in Runtime.model_fields}
     if "controlnet" in runtime_values:
         runtime_values["controlnet"] = dict(net(text) for text in runtime_values["controlnet"])
+    for name in ("depth_model", "line_model", "sam_model"):
+        if name in runtime_values:
+            runtime_values[name] = source_of(runtime_values[name], f"--{name.replace('_', '-')}")
     if base is None and "checkpoint" not in runtime_values:
         raise UserError("--checkpoint: missing; give a run's folder or an export's")
     runtime = validated(Runtime, (base[1].model_dump() if base else {}) | runtime_values, "")
@@ -217,8 +238,8 @@ def check_values(given: dict[str, Any]) -> None:
         if given.get(name, least) < least:
             raise UserError(f"--{name.replace('_', '-')} {given[name]}: use at least {least}")
     for name in ("width", "height"):
-        if name in given and (given[name] < 16 or given[name] % 16):
-            raise UserError(f"--{name} {given[name]}: use a positive multiple of 16")
+        if name in given and not (16 <= given[name] <= MAX_SIDE and given[name] % 16 == 0):
+            raise UserError(f"--{name} {given[name]}: use a positive multiple of 16, at most {MAX_SIDE}")
     if "guidance" in given and not (math.isfinite(given["guidance"]) and given["guidance"] >= 0):
         raise UserError(f"--guidance {given['guidance']}: use a number of at least 0")
     if "shift" in given and not (math.isfinite(given["shift"]) and given["shift"] > 0):
@@ -306,7 +327,37 @@ def check_scale(scale: float, where: str) -> float:
 def net(text: str) -> tuple[str, str]:
     """[KIND=]DIR; the kind "" reads any map."""
     kind, equals, source = text.partition("=")
-    return (known_kind(kind, "--controlnet"), source) if equals else ("", text)
+    kind, source = (known_kind(kind, "--controlnet"), source) if equals else ("", text)
+    return kind, source_of(source, f"--controlnet {kind}".strip())
+
+
+def source_of(text: str, option: str) -> str:
+    """A model's folder as an absolute path; what is no folder here may be a hub's OWNER/NAME and stays as it is."""
+    return path_of(text, option) if is_there(text) else text
+
+
+def sources(runtime: Runtime) -> dict[str, str]:
+    """{option: folder or hub name} of everything beside the checkpoint that a runtime loads."""
+    nets = {f"--controlnet {kind}".strip(): source for kind, source in runtime.controlnet.items()}
+    given = {name: getattr(runtime, name) for name in ("depth_model", "line_model", "sam_model")}
+    return nets | {f"--{name.replace('_', '-')}": source for name, source in given.items() if source is not None}
+
+
+def check_sources(runtime: Runtime) -> None:
+    """UserError, before anything is loaded, for a source that is neither a folder nor a hub's OWNER/NAME."""
+    from megaflux.generation.control import HUB_NAME
+
+    for option, source in sources(runtime).items():
+        if not is_there(source) and not HUB_NAME.fullmatch(source):
+            raise UserError(f"{option} {source}: no such folder, and no hub name OWNER/NAME")
+
+
+def in_place(new: JobReference, text: str, before: tuple[JobReference, ...]) -> JobReference:
+    """A reference given in the place of another: the dots stay, and the strength where `text` names none."""
+    for old in before:
+        strength = old.strength if with_number(text, "--reference")[0] == text else new.strength
+        return new.model_copy(update={"dots": old.dots, "strength": strength})
+    return new
 
 
 def with_number(text: str, option: str, exists: bool = True) -> tuple[str, float]:

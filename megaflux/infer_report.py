@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megaflux.errors import UserError
+from megaflux.generation.control import HUB_NAME, NEEDED, OPTIONS, Sources, missing, read_mask
 from megaflux.generation.job import DETECTED, Job, Opened, Runtime, read_inputs, resolve_size, steps_taken
 
 GB = 1e9
@@ -38,12 +40,14 @@ class Facts:
     """px per reference token, each way."""
 
 
-def report(job: Job, runtime: Runtime) -> int:
+def report(job: Job, runtime: Runtime, embedded: Mapping[str, bytes] | None = None) -> int:
     """Print the report; 0, or 2 where something is missing (each a `problem:` line). Loads no weights."""
     problems: list[str] = []
     opened = Opened({}, {}, [])
     try:
-        job, opened = read_inputs(job)
+        job, opened = read_inputs(job, embedded)
+        if job.mask is not None:
+            read_mask(opened.masks[job.mask.sha256], opened[job.image].size)
     except UserError as error:
         problems.append(str(error))
     try:
@@ -70,7 +74,7 @@ def report(job: Job, runtime: Runtime) -> int:
 def describe(job: Job, opened: Opened, facts: Facts) -> None:
     """The job's lines of the report."""
     print(f"mode        {job.mode}")
-    if all(item.sha256 in opened.pictures for item in job.inputs()):
+    if all(item.sha256 in opened.data for item in job.inputs()):
         job = resolve_size(job, opened, facts.settings.longest_side, facts.settings.sizes)
     picture_tokens = condition = 0
     if job.width is not None:
@@ -228,33 +232,29 @@ def run_facts(runtime: Runtime) -> Facts:
 
 def extra_parts(job: Job, runtime: Runtime) -> tuple[list[Part], list[str]]:
     """(ControlNets and detectors that the job needs, what of them is missing)."""
-    wanted = {f"ControlNet {kind}".strip(): source for kind, source in runtime.controlnet.items()}
-    problems = []
     made = [c.kind for c in job.controls if c.image is None and c.kind in DETECTED]
-    if "depth" in made:
-        if runtime.depth_model is None:
-            problems.append("--control depth: needs a depth detector; give --depth-model DIR or a ready map")
-        else:
-            wanted["depth"] = runtime.depth_model
-    if "line" in made and runtime.line_model:
-        wanted["line"] = runtime.line_model
-    if job.mask_points:
-        if runtime.sam_model is None:
-            problems.append("--mask-point: needs a segmenter; give --sam-model DIR or a mask")
-        else:
-            wanted["masks"] = runtime.sam_model
+    needs = [name for name, wanted in {"depth": "depth" in made, "line": "line" in made and runtime.line_model,
+                                       "sam": job.mask_points}.items() if wanted]  # fmt: skip
+    given = {"depth": runtime.depth_model, "line": runtime.line_model, "sam": runtime.sam_model}
+    problems = [NEEDED[name] for name in needs if given[name] is None]
+    wanted = {OPTIONS[name][2:]: given[name] for name in needs if given[name] is not None}
+    problems += [line for line in missing(Sources(**{name: given[name] for name in needs})) if "would be" not in line]
     parts = []
-    for name, source in wanted.items():
+    for name, source in (
+        {f"ControlNet {kind}".strip(): net for kind, net in runtime.controlnet.items()} | wanted
+    ).items():
         folder = Path(source)
-        if folder.is_dir():
-            files = list(folder.glob("*.safetensors")) + list(folder.glob("MTEED.pth"))
-            if not files:
-                problems.append(f"{source}: holds no weights; give another folder")
-            parts.append(Part(name, source, parameters_in(folder) or sum(f.stat().st_size // 4 for f in files)))
-        elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        if not folder.is_dir() and not HUB_NAME.fullmatch(source):
+            if name not in wanted:
+                problems.append(f"--controlnet {source}: no such folder, and no hub name OWNER/NAME")
+            continue
+        if not folder.is_dir():
             parts.append(Part(name, f"{source} (hub)", None))
-        else:
-            problems.append(f"{source}: no such folder, and no hub name OWNER/NAME")
+            continue
+        files = list(folder.glob("*.safetensors")) + list(folder.glob("**/MTEED.pth"))
+        if name not in wanted and not ((folder / "config.json").is_file() and files):
+            problems.append(f"{source}: holds no config.json with weights (*.safetensors); give a ControlNet's folder")
+        parts.append(Part(name, source, parameters_in(folder) or sum(f.stat().st_size // 4 for f in files)))
     return parts, problems
 
 

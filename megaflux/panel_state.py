@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megaflux.errors import UserError
-from megaflux.generation.dots import Dot, check_weighting, make_dot
+from megaflux.generation.dots import Dot, Weighting, check_weighting, make_dot
 from megaflux.generation.job import Input, Job, JobControl, JobReference, check
 from megaflux.generation.outputs import safe_stem
 from megaflux.generation.prompt import check_prompt
@@ -295,6 +295,7 @@ def job_of(session: Session, form: Form) -> Job:
         references = (JobReference(file=stored.file, sha256=stored.sha256, strength=form.reference_strength,
                                    dots=session.dots),)  # fmt: skip
     weighs = uses["reference"]
+    check_weighting(Weighting(form.background))  # without a dot it is not used
     job = Job(
         mode=mode, references=references, prompt=prompt, text_encoder=form.text_encoder,
         image=_input(session.start) if uses["start"] else None,
@@ -303,7 +304,7 @@ def job_of(session: Session, form: Form) -> Job:
         strength=form.strength,
         controls=tuple(JobControl(kind=kind, scale=scale, image=_input(session.maps.get(kind)))
                        for kind, scale in form.controls) if uses["control"] else (),
-        background=form.background, preserve_mass=form.preserve_mass,
+        background=form.background if weighs and session.dots else 1.0, preserve_mass=form.preserve_mass and weighs,
         variety=form.variety if weighs else 0.0, downsample=form.downsample if weighs else 1,
         aspect=None if form.aspect in (AUTO, MATCH) else form.aspect, match_input_size=form.aspect == MATCH,
         steps=form.steps, guidance=form.guidance, seeds=tuple(range(form.seed, form.seed + form.count)),

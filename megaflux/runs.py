@@ -113,7 +113,9 @@ def load_pipeline(
         return Qwen2VLFluxPipeline.from_pretrained(path, dtype, device, kernels)
     run = find(path, update)
     device, dtype = device_and_dtype(device, dtype)
-    return Qwen2VLFluxPipeline(load(run, device, dtype), Settings.of(run.config), run.source, kernels)
+    return Qwen2VLFluxPipeline(
+        load(run, device, dtype), Settings.of(run.config), run.source, kernels, attribution(run.config)
+    )
 
 
 def is_export(path: str | Path) -> bool:

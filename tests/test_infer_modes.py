@@ -192,8 +192,8 @@ def test_dry_run_says_what_would_happen(run_folder, export_folder, files, tmp_pa
 
 
 def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_path):
-    lines = [files["cat"], f"{files['cat']} {files['dog']}:0.5 a red fox --count 2 --seed 3", "nothing.png --steps x",
-             "a blue fox --count 1", f"{files['cat']} --steps 0", "--device cuda", "'unclosed", "", "quit", "never"]  # fmt: skip
+    lines = [files["cat"], f"{files['cat']} {files['dog']}:0.5 a red fox --count 2 --seed 3", "nothing.pgn a fox",
+             "a fox --steps x",             "a blue fox --count 1", f"{files['cat']} --steps 0", "--device cuda", "'unclosed", "", "quit", "never"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "megaflux.infer", "--checkpoint", str(run_folder), "--interactive", "--steps", "2",
          "--count", "1", "--device", "cpu", "--out", str(tmp_path / "out")],
@@ -201,7 +201,9 @@ def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert [e.split(":")[1].split()[0] for e in errors] == ["argument", "--steps", "--device", "line"], errors
+    assert [e.split(":")[1].split()[0] for e in errors] == ["nothing.pgn", "argument", "--steps", "--device", "line"], (
+        errors
+    )
     names = {file.name for file in (tmp_path / "out").glob("*-seed*.png")}
     assert names == {"cat-seed0.png", "cat-seed3.png", "cat-seed4.png", "text-seed0.png"}
 

@@ -57,10 +57,18 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, list
     Raises BadImage, with a reason of REASONS, when there is no usable picture in `data`. The number of
     pixels is judged by the header, before anything of that size is allocated.
     """
+    notes: list[str] = []
+    image = decode_raw(data, max_pixels, notes)
+    return to_rgb(image, notes), notes
+
+
+def decode_raw(data: bytes, max_pixels: int = MAX_PIXELS, notes: list[str] | None = None) -> Image.Image:
+    """Decode image bytes to a picture as it is stored: its own mode, not turned; of several frames the first, said in
+    `notes`. Raises BadImage as `decode` does."""
     if not data:
         raise BadImage("empty")
-    notes: list[str] = []
-    with _strict_pillow(max_pixels):
+    notes = [] if notes is None else notes
+    with strict_pillow(max_pixels):
         image = _open(data, max_pixels)
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a still and its preview
             notes.append("first_frame")
@@ -72,7 +80,12 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, list
             raise BadImage("too_many_pixels", str(error)) from None
         except Exception as error:
             raise BadImage("damaged", _short(error)) from None
-        return to_rgb(image, notes), notes
+        return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF says, in its own mode."""
+    return _upright(image, [])
 
 
 def to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
@@ -119,7 +132,7 @@ def encode(image: Image.Image, encoding: str, quality: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _strict_pillow(max_pixels: int) -> Iterator[None]:
+def strict_pillow(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
     """Pillow with our pixel limit as an error, and never filling up truncated files with grey."""
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from operator import index
+
 import torch
+from PIL import Image
 
 from megaflux.errors import UserError
 from megaflux.generation.condition import Reference
@@ -15,13 +18,25 @@ def as_references(given) -> list[Reference]:
     if given is None:
         return []
     given = list(given) if isinstance(given, list | tuple) else [given]
-    return [item if isinstance(item, Reference) else Reference(item) for item in given]
+    references = [item if isinstance(item, Reference) else Reference(item) for item in given]
+    check_pictures(reference=[item.image for item in references])
+    return references
+
+
+def check_pictures(**given) -> None:
+    """UserError naming the argument that is, or holds, something else than a PIL picture (or None)."""
+    for name, value in given.items():
+        for picture in value if isinstance(value, list | tuple) else [value]:
+            if picture is not None and not isinstance(picture, Image.Image):
+                raise UserError(f"{name}: a {type(picture).__name__}; use a PIL picture, as PIL.Image.open gives it")
 
 
 def starts(seed, generator, count: int) -> tuple[list[torch.Generator], list[int]]:
     """(a CPU generator per picture, a seed per picture). UserError for a seed that is none."""
     if generator is not None:
         generators = list(generator) if isinstance(generator, list | tuple) else [generator]
+        if not generators or (len(generators) > 1 and count not in (1, len(generators))):
+            raise UserError(f"generator: {len(generators)} for {count} pictures; give one, or one for each")
         if len(generators) == 1 and count > 1:
             drawn = torch.randint(2**62, (count,), generator=generators[0], device=generators[0].device).tolist()
             return [torch.Generator().manual_seed(s) for s in drawn], drawn
@@ -29,9 +44,15 @@ def starts(seed, generator, count: int) -> tuple[list[torch.Generator], list[int
     if count < 1:
         raise UserError(f"num_images_per_prompt: {count}; use at least 1")
     first = 0 if seed is None else seed
-    seeds = list(first) if isinstance(first, list | tuple | range) else [first + i for i in range(count)]
+    try:  # index(): numpy's whole numbers are as good
+        several = isinstance(first, list | tuple | range)
+        seeds = [index(s) for s in first] if several else [index(first) + i for i in range(count)]
+    except TypeError:
+        raise UserError(f"seed: {seed!r}; use whole numbers from 0 to {MAX_SEED}") from None
+    if not seeds:
+        raise UserError("seed: an empty list; give at least one")
     for s in seeds:
-        if not isinstance(s, int) or not 0 <= s <= MAX_SEED:
+        if not 0 <= s <= MAX_SEED:
             raise UserError(f"seed: {s}; use whole numbers from 0 to {MAX_SEED}")
     return [torch.Generator().manual_seed(s) for s in seeds], seeds
 

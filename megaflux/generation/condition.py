@@ -131,6 +131,9 @@ def encode(
     if count > trunk.max_caption_tokens:
         notes.append(f"prompt: {count} tokens, cut to the first {trunk.max_caption_tokens}")
 
+    if references and weighting.background != 1 and not any(reference.dots for reference in references):
+        raise UserError(f"background: {weighting.background:g} without a dot; give a reference dots, or a strength")
+
     text, encoded = None, []
     if not references and t5 is None:
         if not count:

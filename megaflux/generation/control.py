@@ -38,7 +38,7 @@ NEEDED = {
     "sam": "--mask-point: needs SAM 2; give --sam-model DIR or a mask with --mask FILE",
 }
 PARTS = {"depth": ("DepthAnythingForDepthEstimation", "AutoImageProcessor"), "sam": ("Sam2Model", "Sam2Processor")}
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def missing(sources: Sources) -> list[str]:
 
 
 def _would_be_fetched(source: str) -> bool:
-    return not Path(source).exists() and _HUB_NAME.fullmatch(source) is not None
+    return not Path(source).exists() and HUB_NAME.fullmatch(source) is not None
 
 
 def _lacking(name: str, source: str) -> list[str]:

@@ -14,7 +14,7 @@ from megaflux.errors import UserError
 from megaflux.generation.condition import Encoded
 from megaflux.generation.griddot import Weighting
 from megaflux.generation.sampling import Control
-from megaflux.models.pretrained import Models, cast, load_strict
+from megaflux.models.pretrained import Models, cast, load_strict, weights_fingerprint
 
 
 @dataclass
@@ -26,6 +26,10 @@ class ControlNets:
     @property
     def union(self) -> bool:
         return any(net.union for net in self.nets.values())
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each net's weights, in whatever dtype they are."""
+        return {kind: weights_fingerprint(net, dtype=torch.bfloat16) for kind, net in self.nets.items()}
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         for net in self.nets.values():

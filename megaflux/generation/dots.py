@@ -95,7 +95,7 @@ def read_dots(path: str) -> tuple[dict[int, list[Dot]], dict[str, float | bool]]
     """
     try:
         content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"dots {path}: {getattr(error, 'strerror', None) or error}") from None
     content = {"dots": content} if isinstance(content, list) else content
     known = {"dots", "background", "preserve_mass"}

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a command line wants to 
 
 Mode = Literal["text", "variation", "img2img", "inpaint", "controlnet", "controlnet-inpaint"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+MAX_SIDE = 8192  # px of a picture: four times what FLUX was trained up to, and no slip of the finger
+MAX_COUNT = 100_000  # pictures of a job
 DETECTED = ("depth", "line", "canny")  # maps that control.Detectors makes; other kinds come ready-made
 
 
@@ -40,7 +42,7 @@ class Input(Section):
 class JobReference(Input):
     """A reference: its file, how much it counts, its dots."""
 
-    strength: float = 1.0
+    strength: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     dots: tuple[Dot, ...] = ()
 
 
@@ -48,7 +50,7 @@ class JobControl(Section):
     """One control map."""
 
     kind: str
-    scale: float = 1.0
+    scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     image: Input | None = None
     """A ready map; None: made from the job's image."""
 
@@ -61,7 +63,7 @@ class Job(Section):
     prompt: str = ""
     text_encoder: Literal["qwen", "t5"] | None = None
     """Who reads the prompt; None: the weights' default."""
-    reference_tokens: int | None = None
+    reference_tokens: int | None = Field(default=None, ge=4)
     """Most image tokens of a reference; None: as trained."""
     image: Input | None = None
     """Where img2img, inpaint and control begin."""
@@ -69,11 +71,11 @@ class Job(Section):
     """White is painted anew."""
     mask_points: tuple[tuple[float, float, int], ...] = ()
     """(x, y, 1 in / 0 out), for a segmenter in the place of a mask."""
-    strength: float = 0.8
+    strength: float = Field(default=0.8, gt=0, le=1)
     """Share of the steps taken from the image; 1 begins at noise."""
     controls: tuple[JobControl, ...] = ()
-    control_start: float = 0.0
-    control_end: float = 1.0
+    control_start: float = Field(default=0.0, ge=0, le=1)
+    control_end: float = Field(default=1.0, ge=0, le=1)
     background: float = 1.0
     preserve_mass: bool = False
     variety: float = 0.0
@@ -84,16 +86,16 @@ class Job(Section):
     """What an aspect means; None: the weights' default."""
     match_input_size: bool = False
     """The image's size, or the first reference's."""
-    width: int | None = None
+    width: int | None = Field(default=None, ge=16, le=MAX_SIDE, multiple_of=16)
     """px; goes before the aspect."""
-    height: int | None = None
-    steps: int = 28
-    guidance: float | None = None
+    height: int | None = Field(default=None, ge=16, le=MAX_SIDE, multiple_of=16)
+    steps: int = Field(default=28, ge=1, le=100_000)
+    guidance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """None: that of training."""
     shift: float | None = None
     """Fixed timestep shift; None: the scheduler's own."""
-    seeds: tuple[int, ...] = (0,)
-    batch_size: int = 1
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(default=(0,), min_length=1, max_length=MAX_COUNT)
+    batch_size: int = Field(default=1, ge=1)
     """Pictures made at a time."""
     attention_map: bool = False
 
@@ -133,6 +135,8 @@ class Opened:
     data: dict[str, bytes]
     """The files themselves."""
     notes: list[str]
+    masks: dict[str, Image.Image] = field(default_factory=dict)
+    """The mask's picture in its own mode, by SHA-256: `read_mask` judges transparency otherwise than a photo's reader."""
 
     def __getitem__(self, item: Input) -> Image.Image:
         return self.pictures[item.sha256]
@@ -164,8 +168,10 @@ def check(job: Job) -> Job:
         raise UserError("mode text takes no reference; leave --reference out, or --mode")
     if mode == "text" and not job.prompt.strip():
         raise UserError("mode text needs a prompt; give --prompt TEXT")
-    if mode == "text" and (job.variety or job.downsample > 1):
-        raise UserError("variety and downsample work on a reference's tokens, and mode text has none; leave them out")
+    if mode == "text" and (job.variety or job.downsample > 1 or job.preserve_mass):
+        raise UserError(
+            "variety, downsample and preserve mass work on a reference's tokens, and mode text has none; leave them out"
+        )
     if mode == "variation" and not job.references:
         raise UserError("mode variation needs a picture; give --reference IMG, or --prompt TEXT alone for mode text")
     ready = {control.kind: control.image for control in job.controls if control.image is not None}
@@ -206,12 +212,19 @@ def check(job: Job) -> Job:
     return job
 
 
+def check_background(job: Job) -> None:
+    """UserError for a background that nothing stands before: it is the weight where no dot is, on a picture with dots."""
+    if job.background != 1 and not any(reference.dots for reference in job.references):
+        raise UserError(f"--background {job.background:g}: there is no dot; give --dot X,Y,R,W, or the whole picture a "
+                        "strength: --reference IMG:STRENGTH")  # fmt: skip
+
+
 def read_inputs(job: Job, embedded: Mapping[str, bytes] | None = None) -> tuple[Job, Opened]:
     """(the job with every file's hash, its pictures). embedded: files by hash, taken before those on disk.
 
     UserError naming a file that is missing, no picture, or not the one whose hash the job holds.
     """
-    from megaflux.data.images import REASONS, BadImage, decode
+    from megaflux.data.images import REASONS, BadImage, decode, decode_raw, upright
 
     opened = Opened({}, {}, [])
     said = {
@@ -232,14 +245,15 @@ def read_inputs(job: Job, embedded: Mapping[str, bytes] | None = None) -> tuple[
         if item.sha256 and digest != item.sha256:
             raise UserError(f"{name} {item.file}: has changed since (SHA-256 {digest[:12]}, not {item.sha256[:12]}); "
                             "restore it, or give another file by the option")  # fmt: skip
-        if digest not in opened.pictures:
+        seen = opened.masks if name == "--mask" else opened.pictures
+        if digest not in seen:
             try:
-                picture, notes = decode(data)
+                picture, notes = (upright(decode_raw(data)), []) if name == "--mask" else decode(data)
             except BadImage as error:
                 detail = f" ({error.detail})" if error.detail else ""
                 raise UserError(f"{name} {item.file}: {REASONS[error.reason]}{detail}; give another picture") from None
             opened.notes.extend(f"{name.removeprefix('--')}: {said[note]}" for note in notes if note in said)
-            opened.pictures[digest], opened.data[digest] = picture, data
+            seen[digest], opened.data[digest] = picture, data
         return item.model_copy(update={"sha256": digest})
 
     changes: dict[str, Any] = {"references": tuple(read(item, "--reference") for item in job.references)}
@@ -276,7 +290,8 @@ def run(
 ) -> Result:  # fmt: skip
     """Make a checked job's pictures. on_step: called after each step of each batch. UserError for what cannot be."""
     from megaflux.generation.condition import Reference
-    from megaflux.generation.control import Detectors, Sources
+    from megaflux.generation.control import Detectors, Sources, read_mask
+    from megaflux.generation.inputs import canvas
 
     settings = pipeline.settings
     job = resolve_size(job, opened, settings.longest_side, settings.sizes)
@@ -285,10 +300,12 @@ def run(
     detectors = detectors or Detectors(Sources(), pipeline.device)
     detectors.notes.clear()  # it may have served another job
     image = opened[job.image] if job.image is not None else None
-    mask = opened[job.mask] if job.mask is not None else None
+    mask = read_mask(opened.masks[job.mask.sha256], image.size) if job.mask is not None else None
     if job.mask_points:
         mask = detectors.mask(image, job.mask_points)
-    maps = {c.kind: opened[c.image] if c.image is not None else detectors.map(c.kind, image) for c in job.controls}
+    # maps of the picture as it will be painted: a map resized afterwards has lost its lines' sharpness
+    seen = None if image is None else canvas(image, job.height, job.width)[0]
+    maps = {c.kind: opened[c.image] if c.image is not None else detectors.map(c.kind, seen) for c in job.controls}
 
     def after_step(*_: Any) -> dict[str, Any]:
         if on_step is not None:
@@ -310,7 +327,8 @@ def run(
 
 def steps_taken(job: Job) -> int:
     """Calls of on_step that `run` makes."""
-    batches = -(-len(job.seeds) // job.batch_size)
+    together = 1 if job.controls and job.image is not None else job.batch_size  # as Qwen2VLFluxPipeline does
+    batches = -(-len(job.seeds) // together)
     if job.image is None:
         return batches * job.steps
     return batches * (job.steps - int(max(job.steps - job.steps * job.strength, 0)))  # as diffusers counts

@@ -90,7 +90,7 @@ class Manifest(BaseModel):
     format: int
     settings: Settings
     source: dict[str, Any]
-    """Run, update, stage and SHA-256 of the checkpoint the weights come from."""
+    """Run, update, stage and SHA-256 of the checkpoint the weights come from; of others, a hash of all weight files."""
     attribution: str | None
     """The credit that the training pictures ask for."""
     versions: dict[str, str]
@@ -228,13 +228,19 @@ def write_indexes(folder: Path, settings: Settings, source: dict[str, Any], attr
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "text_encoder": ["transformers", architecture],
     })  # fmt: skip
+    files = inventory(folder)
+    if "weights_sha256" not in source:
+        listed = "".join(
+            f"{name} {entry['sha256']}\n" for name, entry in files.items() if name.endswith(".safetensors")
+        )
+        source = source | {"weights_sha256": hashlib.sha256(listed.encode()).hexdigest()}
     write_json(folder / MANIFEST, {
         "format": FORMAT,
         "settings": settings.model_dump(mode="json"),
         "source": source,
         "attribution": attribution,
         "versions": versions(),
-        "files": inventory(folder),
+        "files": files,
     })  # fmt: skip
 
 

@@ -127,10 +127,14 @@ def read_settings(path: str) -> tuple[Job, Runtime, dict[str, Any], dict[str, by
     that the picture was made in. UserError for any other file."""
     from PIL import Image
 
+    from megaflux.data.images import strict_pillow
+
     try:
-        with Image.open(path, formats=("PNG",)) as picture:
+        with strict_pillow(), Image.open(path, formats=("PNG",)) as picture:
             picture.load()
             text, chunks = dict(picture.text), list(getattr(picture, "private_chunks", []))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"--from-image {path}: has too many pixels; give a PNG that megaflux wrote") from None
     except (OSError, ValueError, SyntaxError) as error:
         why = getattr(error, "strerror", None) or "no PNG picture"
         raise UserError(f"--from-image {path}: {why}; give a PNG that megaflux wrote") from None
@@ -143,11 +147,13 @@ def read_settings(path: str) -> tuple[Job, Runtime, dict[str, Any], dict[str, by
                 f"--from-image {path}: settings of format {settings.get('format')}, this code reads {FORMAT}"
             )
         job, runtime = Job.model_validate(settings["job"]), Runtime.model_validate(settings["runtime"])
+        if not isinstance(settings["source"], dict):
+            raise TypeError("source is no object")
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"--from-image {path}: settings: {where}: {first['msg']}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"--from-image {path}: settings cannot be read ({error!r})") from None
     embedded = {chunk[1][:32].hex(): chunk[1][32:] for chunk in chunks if chunk[0] == INPUT_CHUNK}
     return job, runtime, settings, embedded

@@ -26,7 +26,14 @@ from PIL import Image
 
 from megaflux.errors import UserError
 from megaflux.generation import controlnets, runtime
-from megaflux.generation.arguments import as_references, check_amount, check_shift, device_and_dtype, starts
+from megaflux.generation.arguments import (
+    as_references,
+    check_amount,
+    check_pictures,
+    check_shift,
+    device_and_dtype,
+    starts,
+)
 from megaflux.generation.attention_map import attention_mass
 from megaflux.generation.condition import (
     Encoded,
@@ -84,10 +91,15 @@ class Qwen2VLFluxPipeline:
     """Generation with finished models. `source` says where they come from; it is stored with each picture. `kernels`:
     FLUX and the connector run on megaflux_kernels; False: on diffusers' own path."""
 
-    def __init__(self, models: Models, settings: Settings, source: dict[str, Any] | None = None, kernels: bool = True):
+    def __init__(
+        self, models: Models, settings: Settings, source: dict[str, Any] | None = None, kernels: bool = True,
+        attribution: str | None = None,
+    ):  # fmt: skip
         self.models = models
         self.settings = settings
         self.source = source or {}
+        self.attribution = attribution
+        """The credit that the training pictures ask for; it goes into an export."""
         self.controlnet: controlnets.ControlNets | None = None
         self.offload: runtime.Offload | None = None
         models.trainable.requires_grad_(False).eval()
@@ -96,14 +108,14 @@ class Qwen2VLFluxPipeline:
     @classmethod
     def from_pretrained(
         cls, path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
-        kernels: bool = True,
+        kernels: bool = True, *, torch_dtype: torch.dtype | None = None,
     ) -> Qwen2VLFluxPipeline:  # fmt: skip
         """Assemble an export folder; `megaflux.runs.load_pipeline` takes run folders as well.
 
-        dtype None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if there is one. UserError
-        where a file or a key is missing, left over or of a wrong shape: no weight is ever left random.
+        dtype (or torch_dtype, diffusers' name) None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if
+        there is one. UserError where a file or a key is missing, left over or of a wrong shape: no weight is ever left random.
         """
-        root, device, dtype = Path(path), *device_and_dtype(device, dtype)
+        root, device, dtype = Path(path), *device_and_dtype(device, dtype or torch_dtype)
         manifest = read_manifest(root)
         settings = manifest.settings
         transformer = pretrained.load_transformer(str(root), dtype)
@@ -117,7 +129,7 @@ class Qwen2VLFluxPipeline:
         models.trunk.min_image_tokens = settings.vlm_min_tokens
         if "t5" in settings.text_encoders:
             models.t5 = pretrained.load_t5(root, dtype)
-        return cls(models.to(device, dtype), settings, manifest.source, kernels)
+        return cls(models.to(device, dtype), settings, manifest.source, kernels, manifest.attribution)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write an export folder that `from_pretrained` reads; lm_head and CLIP, which no picture needs, are left out.
@@ -127,7 +139,8 @@ class Qwen2VLFluxPipeline:
         with whole_folder(Path(path)) as folder:
             write_parts(self.models, None, folder)
             self.models.trainable.configure(kernels)
-            write_indexes(folder, self.settings, self.source, None)
+            source = {key: value for key, value in self.source.items() if key != "controlnet"}
+            write_indexes(folder, self.settings, source, self.attribution)
 
     def to(self, *args: Any, **kwargs: Any) -> Qwen2VLFluxPipeline:
         """Move and cast as torch's modules do: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", torch.bfloat16)`."""
@@ -145,10 +158,19 @@ class Qwen2VLFluxPipeline:
     def dtype(self) -> torch.dtype:
         return self.models.pooled_projections.dtype
 
+    def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> None:
+        """Keep weights in the host's memory, one part at a time on the GPU. UserError where there is none."""
+        runtime.offload(self, "model", device_and_dtype(device, None)[0])
+
+    def enable_sequential_cpu_offload(self, device: torch.device | str = "cuda") -> None:
+        """The same, one layer at a time: slowest, and least memory."""
+        runtime.offload(self, "sequential", device_and_dtype(device, None)[0])
+
     def load_controlnet(self, sources: str | dict[str, str]) -> Qwen2VLFluxPipeline:
         """Load a FLUX ControlNet: a folder or hub name in diffusers' layout (a union, or a net for one kind of map), or
         {kind: folder}. UserError where it does not fit the transformer."""
         self.controlnet = controlnets.load(sources, self.models, self.device, self.dtype)
+        self.source = self.source | {"controlnet": self.controlnet.fingerprints()}
         return self
 
     @torch.no_grad()
@@ -181,7 +203,8 @@ class Qwen2VLFluxPipeline:
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         attention_map: bool = False,
-    ) -> Qwen2VLFluxPipelineOutput:
+        return_dict: bool = True,
+    ) -> Qwen2VLFluxPipelineOutput | tuple[Any]:
         """Pictures: one per seed, per generator (which then goes instead), or num_images_per_prompt of seeds 0, 1, ...
 
         reference: any PIL pictures, or References with strength and dots; their size is not the output's. prompt: read
@@ -191,14 +214,14 @@ class Qwen2VLFluxPipeline:
         16; None: the image's own size, else the longest side trained. guidance_scale None: the value of training.
         shift: a fixed timestep shift; None: the scheduler's own. batch_size: pictures at a time; a picture is a
         function of its own seed, but a batch of another size can change its last bits. attention_map: collect
-        `attention` (a second softmax per block). UserError for values that cannot be.
+        `attention` (a second softmax per block). return_dict False: (images,), as diffusers has it. UserError for values that cannot be.
         """
         references = as_references(reference)
         prompt, side = check_prompt(prompt), self.settings.longest_side
         generators, seeds = starts(seed, generator, num_images_per_prompt)
-        if image is not None and not (height or width):
-            height, width = matched_size(image, side)
-        height, width = height or side, width or side
+        check_pictures(image=image, mask_image=mask_image, control_image=control_image)
+        default = (side, side) if image is None else matched_size(image, side)
+        height, width = (own if given is None else given for given, own in zip((height, width), default))
         guidance = self.settings.guidance if guidance_scale is None else guidance_scale
         check_sampling(height, width, num_inference_steps, guidance)
         check_amount("strength", strength, 0, 1, above=True)
@@ -214,6 +237,9 @@ class Qwen2VLFluxPipeline:
         encoded = self.encode_all(references, prompt, weighting, text_encoder, reference_tokens, control is not None)
         notes += encoded.notes
         if control is not None:
+            if self.controlnet.union and not encoded.references and encoded.text is None:
+                raise UserError("a union ControlNet reads Qwen2-VL's tokens, and a prompt read by T5 has none; give a "
+                                "reference, or the text encoder qwen")  # fmt: skip
             notes += controlnets.not_honoured(encoded, weighting)
             if start is not None and batch_size > 1:
                 batch_size = 1
@@ -248,7 +274,7 @@ class Qwen2VLFluxPipeline:
             output.images = [picture for pictures in made for picture in pictures]
         else:
             output.images = np.concatenate(made) if output_type == "np" else torch.cat(made)
-        return output
+        return output if return_dict else (output.images,)
 
     def encode_all(
         self, references: Sequence[Reference], prompt: str = "", weighting: Weighting = NEUTRAL,

@@ -117,13 +117,15 @@ def load_models(config: Config) -> Models:
     return models
 
 
-def weights_fingerprint(*modules: nn.Module, sample: int = 1024) -> str:
-    """Hash of every parameter's name, shape and evenly spaced values: cheap at 12 B, and no two trainings share it."""
+def weights_fingerprint(*modules: nn.Module, sample: int = 1024, dtype: torch.dtype = torch.float32) -> str:
+    """Hash of every parameter's name, shape and evenly spaced values: cheap at 12 B, and no two trainings share it.
+
+    dtype: what values are rounded to first; bfloat16 gives one hash to weights loaded in any dtype."""
     digest = hashlib.sha256()
     for module in modules:
         for name, parameter in module.named_parameters():
             flat = parameter.detach().flatten()
-            values = flat[:: max(1, flat.numel() // sample)].float().cpu()
+            values = flat[:: max(1, flat.numel() // sample)].to(dtype).float().cpu()
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()
