@@ -201,6 +201,8 @@ def test_a_controlnet_sees_the_image_tokens_alone(pipeline, small_config, tmp_pa
         assert set(seen) == {reference.hidden_states.shape[1]}
         other = pipeline(picture(64, 64), "at night", **common).images[0]
         assert prompted.tobytes() != other.tobytes()
+        with pytest.raises(UserError, match="a prompt read by T5 has none; give a reference"):
+            pipeline(None, "at night", **common)
     finally:
         pipeline.models.trainable.configure(True)
         pipeline.controlnet = None

@@ -2,13 +2,16 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 
 from megaflux import infer
 from megaflux.errors import UserError
@@ -101,6 +104,87 @@ def test_replay_says_what_is_gone_or_changed_and_takes_another(run_folder, files
     assert more["steps"] == 2 and more["seeds"] == [4, 5] and (tmp_path / "more/moved-sheet.png").is_file()
 
 
+def test_embedded_inputs_serve_the_dry_run_and_lines_too(run_folder, files, tmp_path, capsys):
+    run("--checkpoint", str(run_folder), "--reference", files["cat"], "--count", "1", "--out", str(tmp_path / "out"),
+        "--embed-inputs")  # fmt: skip
+    made = str(tmp_path / "out/cat-seed0.png")
+    Path(files["cat"]).unlink()
+    assert infer.main(["--from-image", made, "--dry-run"]) == 0 and "problem" not in capsys.readouterr().out
+    done = subprocess.run([sys.executable, "-m", "megaflux.infer", "--from-image", made, "--interactive", "--out",
+                           str(tmp_path / "lines")], input="--seed 3\n", capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and "error" not in done.stdout and (tmp_path / "lines/cat-seed3.png").is_file()
+
+
+def test_options_beside_from_image_change_what_they_name(run_folder, controlnet_folder, files, tmp_path):  # noqa: F811
+    run("--checkpoint", str(run_folder), "--reference", files["cat"] + ":0.5", "--dot", "0.4,0.4,0.6,3", "--count", "1",
+        "--image", files["room"], "--control", "canny", "--controlnet", str(controlnet_folder), "--mode", "controlnet",
+        "--out", str(tmp_path / "out"))  # fmt: skip
+    made, moved = str(tmp_path / "out/cat-seed0.png"), str(Path(files["cat"]).rename(tmp_path / "moved.png"))
+    again = ["--from-image", made, "--reference", moved, "--out", str(tmp_path / "again")]
+    assert infer.main([*again, "--save-control"]) == 0
+    assert pixels(tmp_path / "again/moved-seed0.png") == pixels(Path(made))  # the dot and the strength stayed
+    assert (tmp_path / "again/moved-dots.png").is_file() and (tmp_path / "again/moved-control-canny.png").is_file()
+    assert infer.main([*again[:-1], str(tmp_path / "wide"), "--aspect", "16:9"]) == 0
+    assert Image.open(tmp_path / "wide/moved-seed0.png").size == (64, 32)
+    assert infer.main(["--from-image", made, "--reference", moved + ":0.9", "--out", str(tmp_path / "own")]) == 0
+    settings = json.loads(Image.open(tmp_path / "own/moved-seed0.png").text["megaflux"])
+    assert settings["job"]["references"][0]["strength"] == 0.9
+
+
+def test_replay_notices_other_nets_and_other_maps(run_folder, controlnet_folder, files, tmp_path, monkeypatch):  # noqa: F811
+    net = tmp_path / "net"
+    shutil.copytree(controlnet_folder, net)
+    monkeypatch.chdir(tmp_path)
+    run("--checkpoint", str(run_folder), "--reference", files["cat"], "--image", files["room"], "--control", "canny",
+        "--controlnet", "net", "--count", "1", "--out", "out")  # fmt: skip
+    made = tmp_path / "out/cat-seed0.png"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # a relative net is found from any folder
+    assert infer.main(["--from-image", str(made), "--out", "again"]) == 0
+    assert pixels(Path("again/cat-seed0.png")) == pixels(made)
+    settings = json.loads(Image.open(made).text["megaflux"])
+    settings["maps"]["canny"] = "0" * 64
+    Path("other.png").write_bytes(outputs.png_bytes(Image.open(made), settings))
+    with pytest.raises(UserError, match="the canny map comes out otherwise"):
+        infer.main(["--from-image", "other.png", "--out", "third"])
+    weights = load_file(net / "diffusion_pytorch_model.safetensors")
+    save_file({k: v * 1.1 for k, v in weights.items()}, net / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match="ControlNet's folder now holds other weights"):
+        infer.main(["--from-image", str(made), "--out", "third"])
+    assert not Path("third").exists()
+
+
+def test_masks_keep_their_alpha_and_maps_are_sharp(run_folder, files, tmp_path, controlnet_folder):  # noqa: F811
+    mask = Image.new("RGBA", (64, 48), (0, 0, 0, 0))
+    ImageDraw.Draw(mask).rectangle([16, 16, 47, 31], fill=(255, 255, 255, 255))
+    mask.save(tmp_path / "alpha.png")
+    picture(200, 150, 3).resize((400, 300)).save(tmp_path / "large.png")
+    run("--checkpoint", str(run_folder), "--image", files["room"], "--mask", str(tmp_path / "alpha.png"), "--count", "1",
+        "--save-control", "--out", str(tmp_path / "out"))  # fmt: skip
+    kept = np.array(Image.open(tmp_path / "out/room-control-mask.png").convert("L"))
+    assert np.array_equal(kept, np.array(Image.open(files["mask"])))
+    run("--checkpoint", str(run_folder), "--image", str(tmp_path / "large.png"), "--control", "canny", "--controlnet",
+        str(controlnet_folder), "--count", "1", "--save-control", "--out", str(tmp_path / "net"))  # fmt: skip
+    edges = Image.open(tmp_path / "net/large-control-canny.png")
+    assert edges.size == Image.open(tmp_path / "net/large-seed0.png").size
+    assert set(np.unique(np.array(edges))) == {0, 255}
+
+
+def test_out_of_memory_is_one_line(run_folder, files, tmp_path, monkeypatch):
+    from megaflux.generation.pipeline import Qwen2VLFluxPipeline
+
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), MemoryError(),
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")):  # fmt: skip
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(Qwen2VLFluxPipeline, "__call__", fail)
+        with pytest.raises(UserError, match="out of memory .*--offload model") as caught:
+            run("--checkpoint", str(run_folder), "--reference", files["cat"], "--out", str(tmp_path / "out"))
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
 def test_replay_refuses_other_weights(run_folder, files, tmp_path):
     run("--checkpoint", str(run_folder), "--update", "4", "--reference", files["cat"], "--count", "1", "--out",
         str(tmp_path / "out"))  # fmt: skip
@@ -114,11 +198,24 @@ def test_replay_refuses_other_weights(run_folder, files, tmp_path):
         infer.main(["--from-image", str(tmp_path / "other.png"), "--out", str(tmp_path / "third")])
 
 
+def _bomb() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("1", (60_000, 60_000)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+BOMB = _bomb()
+
+
 @pytest.mark.parametrize(("content", "said"), [
     (None, "No such file"), (b"", "no PNG picture"), (b"<html>", "no PNG picture"), ({}, "holds no settings"),
     ({"megaflux": "nonsense"}, "cannot be read"), ({"megaflux": "[]"}, "cannot be read"),
     ({"megaflux": '{"format": 99}'}, "format 99"), ({"megaflux": '{"format": 1}'}, "cannot be read .*job"),
     ({"megaflux": '{"format": 1, "job": {"mode": "x"}, "runtime": {"checkpoint": "x"}}'}, "mode"),
+    ({"megaflux": '{"format": 1, "job": {"batch_size": 0}, "runtime": {"checkpoint": "x"}}'}, "batch_size"),
+    ({"megaflux": '{"format": 1, "job": {"seeds": []}, "runtime": {"checkpoint": "x"}}'}, "seeds"),
+    ({"megaflux": '{"format": 1, "job": {}, "runtime": {"checkpoint": "x"}}'}, "source"),
+    ({"megaflux": "[" * 200_000}, "cannot be read"), (BOMB, "too many pixels"),
 ])  # fmt: skip
 def test_a_picture_of_another_program_is_refused(tmp_path, content, said):
     file = tmp_path / "x.png"
@@ -235,6 +332,12 @@ def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_pa
     (["--prompt", "x", "--dot", "0.5,0.5,0.1,1"], "there is none"),
     (["--reference", "{cat}", "--background", "-1"], "background: -1"), (["--reference", "{cat}", "--variety", "1"], "variety"),
     (["--reference", "{cat}", "--downsample", "0"], "--downsample 0"),
+    (["--reference", "{cat}", "--background", "0.2"], "--background 0.2: there is no dot"),
+    (["--prompt", "x", "--background", "0.2"], "there is no dot"), (["--prompt", "x", "--preserve-mass"], "mode text has none"),
+    (["--reference", "{cat}", "--count", "100000000000"], "--count 100000000000: use at most"),
+    (["--reference", "{cat}", "--width", "16000", "--height", "16"], "--width 16000: .*at most 8192"),
+    (["--reference", "{cat}", "--dots", "{deep}"], "dots .*deep.json"),
+    (["--reference", "{cat}", "--interactive", "--dry-run"], "--interactive with --dry-run"),
     (["--reference", "{cat}", "--dots", "{cat}"], "dots .*cat.png"), (["--reference", "{cat}", "--width", "64"], "give both"),
     (["--reference", "{cat}", "--width", "40", "--height", "64"], "--width 40: use a positive multiple of 16"),
     (["--image", "{room}", "--strength", "0"], "--strength 0"), (["--image", "{room}", "--strength", "nan"], "--strength nan"),
@@ -254,7 +357,9 @@ def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_pa
 def test_bad_input_is_one_line_and_writes_nothing(run_folder, files, tmp_path, arguments, said, controlnet_folder):  # noqa: F811
     Image.new("L", (64, 48)).save(tmp_path / "black.png")
     Image.new("L", (56, 56), 255).save(tmp_path / "dogmask.png")
+    (tmp_path / "deep.json").write_text("[" * 200_000)
     extra = {
+        "deep": str(tmp_path / "deep.json"),
         "black": str(tmp_path / "black.png"),
         "dogmask": str(tmp_path / "dogmask.png"),
         "net": str(controlnet_folder),

@@ -56,7 +56,9 @@ class ControlNets:
             for mode in modes:
                 if mode is None or not 0 <= mode < most:
                     raise UserError(f"control: kind {mode} is not one of this union's {most}; name the map's kind")
-        return Control(FluxMultiControlNetModel(nets), images, list(modes) if self.union else None, scales, start, end)
+        # A net for one kind reads no mode, but diffusers' pipelines count the maps by them.
+        numbers = list(modes) if self.union else [0] * len(images)
+        return Control(FluxMultiControlNetModel(nets), images, numbers, scales, start, end)
 
 
 def load(sources: str | dict[str, str], models: Models, device: torch.device, dtype: torch.dtype) -> ControlNets:

@@ -47,8 +47,8 @@ class Control:
     controlnet: nn.Module
     """FluxMultiControlNetModel: one union net for all maps, or one net for each."""
     images: list[Image.Image]
-    modes: list[int] | None
-    """The union's number of each map's kind; None: no union."""
+    modes: list[int]
+    """The union's number of each map's kind; 0 for nets that are none."""
     scales: list[float]
     start: float = 0.0
     end: float = 1.0

@@ -308,6 +308,21 @@ def test_diffusers_conventions(pipeline, tmp_path):
     assert again(**values).images[0].tobytes() == before
     with pytest.raises(UserError, match="exists"):
         pipeline.save_pretrained(tmp_path / "saved")
+    (images,) = pipeline(**values, seed=np.int64(0), return_dict=False)
+    assert images[0].tobytes() == before
+    named = Qwen2VLFluxPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.float64, device="cpu")
+    assert named.dtype == torch.float64
+    tall = pipeline(**values | {"height": 80, "width": None}, image=picture(32, 64)).images[0]
+    assert tall.size == (32, 80)  # what is not given is the image's own
+
+
+def test_saving_keeps_the_credit_and_leaves_the_nets_out(pipeline, tmp_path):
+    credited = Qwen2VLFluxPipeline(pipeline.models, pipeline.settings, {"run": "x", "controlnet": {"": "y"}},
+                                   attribution="by them")  # fmt: skip
+    credited.save_pretrained(tmp_path / "saved")
+    again = Qwen2VLFluxPipeline.from_pretrained(tmp_path / "saved", device="cpu")
+    assert again.attribution == "by them" and "controlnet" not in again.source
+    assert len(again.source["weights_sha256"]) == 64  # of weights that named no hash
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -318,6 +333,10 @@ def test_diffusers_conventions(pipeline, tmp_path):
     ({"output_type": "jpeg"}, "output type"), ({"seed": -1}, "seed: -1"), ({"seed": 2**64}, "seed"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt"), ({"reference": None}, "neither a reference nor a prompt"),
     ({"text_encoder": "t5", "prompt": "x"}, "these weights have no T5"), ({"text_encoder": "bert"}, "use qwen or t5"),
+    ({"reference": "cat.png"}, "reference: a str; use a PIL picture"), ({"prompt": ["a", "b"]}, "prompt: a list"),
+    ({"image": np.zeros((8, 8, 3))}, "image: a ndarray"), ({"seed": 1.5}, "seed: 1.5"), ({"seed": []}, "seed: an empty"),
+    ({"generator": [torch.Generator(), torch.Generator()], "num_images_per_prompt": 3}, "generator: 2 for 3"),
+    ({"height": 0}, "height: 0"), ({"weighting": Weighting(background=0.5)}, "background: 0.5 without a dot"),
     ({"reference_tokens": 2}, "reference tokens: 2"), ({"control_image": picture(64, 48)}, "control: kind None"),
     ({"control_image": picture(64, 48), "control_mode": "smell"}, "unknown kind 'smell'"),
     ({"control_image": [picture(64, 48)], "control_mode": ["line", "depth"]}, "1 maps, 2 modes"),
@@ -342,6 +361,39 @@ def test_a_controlnet_that_does_not_fit_is_refused(pipeline, small_config, tmp_p
     bare = Qwen2VLFluxPipeline(pipeline.models, pipeline.settings)
     with pytest.raises(UserError, match="no ControlNet is loaded"):
         bare(**given("controlnet"))
+
+
+@pytest.mark.parametrize("mode", ["controlnet", "controlnet-img2img", "controlnet-inpaint"])
+def test_a_net_for_one_kind_is_diffusers_own(pipeline, small_config, tmp_path, mode):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        net = FluxControlNetModel(**small_config.model.flux_config)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    net.save_pretrained(tmp_path / "net")
+    values = given(mode) | {"control_image": picture(WIDTH, HEIGHT, seed=3), "control_mode": "depth",
+                            "controlnet_conditioning_scale": 0.4}  # fmt: skip
+    ours = Qwen2VLFluxPipeline(pipeline.models, pipeline.settings).load_controlnet(str(tmp_path / "net"))
+    made = values_of(ours(**values, seed=7).images[0])
+    kind = {"controlnet": FluxControlNetPipeline, "controlnet-img2img": FluxControlNetImg2ImgPipeline,
+            "controlnet-inpaint": FluxControlNetInpaintPipeline}[mode]  # fmt: skip
+    pipeline.models.trainable.configure(False)
+    embeds = prompt_embeds(pipeline.encode_all([Reference(values["reference"])]), Weighting(), 7)
+    plain = kind(
+        FlowMatchEulerDiscreteScheduler.from_config(pipeline.models.scheduler.config), pipeline.models.vae, None, None,
+        None, None, pipeline.models.trainable.transformer, ours.controlnet.nets[""],
+    )  # fmt: skip
+    plain.set_progress_bar_config(disable=True)
+    more = {key: values[key] for key in ("image", "strength", "mask_image") if key in values}
+    want = plain(
+        prompt_embeds=embeds.prompt_embeds, pooled_prompt_embeds=pipeline.models.pooled_projections, height=HEIGHT,
+        width=WIDTH, num_inference_steps=STEPS, guidance_scale=3.5, generator=[torch.Generator().manual_seed(7)],
+        control_image=values["control_image"], controlnet_conditioning_scale=0.4, control_guidance_end=0.8, **more,
+    ).images[0]  # fmt: skip
+    assert np.abs(made - values_of(want)).max() <= 1
+    without = ours(**values | {"controlnet_conditioning_scale": 0.0}, seed=7).images[0]
+    assert np.abs(made - values_of(without)).max() > 8
 
 
 def test_nets_for_one_kind_each(pipeline, small_config, tmp_path):
