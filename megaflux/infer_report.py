@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megaflux.errors import UserError
-from megaflux.generation.control import HUB_NAME, NEEDED, OPTIONS, Sources, missing, read_mask
 from megaflux.generation.job import DETECTED, Job, Opened, Runtime, read_inputs, resolve_size, steps_taken
 
 GB = 1e9
@@ -42,6 +41,8 @@ class Facts:
 
 def report(job: Job, runtime: Runtime, embedded: Mapping[str, bytes] | None = None) -> int:
     """Print the report; 0, or 2 where something is missing (each a `problem:` line). Loads no weights."""
+    from megaflux.generation.control import read_mask
+
     problems: list[str] = []
     opened = Opened({}, {}, [])
     try:
@@ -232,6 +233,8 @@ def run_facts(runtime: Runtime) -> Facts:
 
 def extra_parts(job: Job, runtime: Runtime) -> tuple[list[Part], list[str]]:
     """(ControlNets and detectors that the job needs, what of them is missing)."""
+    from megaflux.generation.control import HUB_NAME, NEEDED, OPTIONS, Sources, missing
+
     made = [c.kind for c in job.controls if c.image is None and c.kind in DETECTED]
     needs = [name for name, wanted in {"depth": "depth" in made, "line": "line" in made and runtime.line_model,
                                        "sam": job.mask_points}.items() if wanted]  # fmt: skip
