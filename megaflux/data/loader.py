@@ -3,7 +3,7 @@
 One stream per bucket, drawn from with streaming's `per_stream` method: at every step all ranks get
 batches of the same bucket. That method drops what does not fill a global micro-batch (micro-batch x
 ranks), so each bucket is filled up with repeats of its own samples; how many is logged and in `repeats`.
-Everything else is seen exactly once an epoch.
+Everything else is seen exactly once an epoch, but for what goes bad meanwhile (megaflux.data.quarantine).
 
     global micro-batch b of an epoch: samples b*G .. b*G + G-1 of the epoch's order, G = micro-batch x ranks
     on one node, rank r gets those at positions r, r + ranks, r + 2*ranks, ...
@@ -14,27 +14,24 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import sys
+import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, get_worker_info
-
-from megaflux import compat  # noqa: F401  before streaming, which imports torchvision
-
-# isort: split
-from streaming import Stream, StreamingDataset
+from torch.utils.data import DataLoader
 
 from megaflux.data import remote as remote_data
 from megaflux.data.batches import Batch, collate
 from megaflux.data.buckets import Bucket
 from megaflux.data.index import column_encodings, fingerprint, inspect_index, raise_problems
+from megaflux.data.quarantine import BucketDataset, QuarantiningStream
 from megaflux.data.ranks import World, as_streaming_sees, barrier, detect_world
 from megaflux.data.shards import DatasetInfo, read_dataset_info
 from megaflux.data.shared_memory import claim, exclusive_set_up, release, remove_leftovers
+from megaflux.data.verdict import verify_on_all_ranks
 from megaflux.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,6 +40,7 @@ logger = logging.getLogger(__name__)
 # is drawn divides evenly here, and a short epoch is an error below.
 logging.getLogger("streaming.base.batching.per_stream").setLevel(logging.ERROR)
 
+MIN_REPLACED = 100  # samples; fewer are replaced whatever share of the first batches they are
 SHUFFLE_BLOCK = 4_000_000  # samples over which a shard's samples are spread, streaming's own default
 
 
@@ -57,6 +55,9 @@ def build_loader(
     split: str = "train",
     prefetch_factor: int = 2,
     shuffle: bool = True,
+    verify: bool = False,
+    run_folder: str | Path | None = None,
+    max_replaced: float = 0.01,
 ) -> BucketLoader:
     """Open a dataset of megaflux.data.prepare (or one derived from it) for training.
 
@@ -64,7 +65,10 @@ def build_loader(
     per rank and batch. seed: of the order, which it and the world size determine. num_workers: loading
     processes per rank, 0: load in this process. remote: where the dataset is, anything that
     mosaicml-streaming reads (s3://, gs://, a path, ...). cache_limit: of the cache, as "100gb"; None: no
-    limit. prefetch_factor: batches each worker loads ahead. shuffle: False for the stored order.
+    limit. prefetch_factor: batches each worker loads ahead. shuffle: False for the stored order. verify: first hold
+    every local shard of this split and the held-out one against its hash (megaflux.data.verdict). run_folder:
+    keeps that verdict where `path` cannot be written; None: it is then not kept. max_replaced: share of an epoch's
+    samples that may go bad while it is read and be replaced (megaflux.data.quarantine).
 
     Call it after torch.distributed is initialised, on every rank. Raises UserError if the dataset is
     missing, incomplete, damaged (every problem at once) or has no samples in this split.
@@ -80,6 +84,8 @@ def build_loader(
         if world.local_rank == 0:
             remote_data.fetch_indexes(remote, path, split)
         barrier()
+    elif verify:
+        verify_on_all_ranks(path, sorted({split, "held_out"}), run_folder, world)
     info = read_dataset_info(path)
     shards = _read_streams(path, info, split, check_files=remote is None)
     with exclusive_set_up(world), as_streaming_sees(world):
@@ -91,8 +97,14 @@ def build_loader(
         return BucketLoader(
             path, split, shards, world,
             micro_batch_size=micro_batch_size, seed=seed, num_workers=num_workers, remote=remote,
-            cache_limit=cache_limit, prefetch_factor=prefetch_factor, shuffle=shuffle,
+            cache_limit=cache_limit, prefetch_factor=prefetch_factor, shuffle=shuffle, max_replaced=max_replaced,
         )  # fmt: skip
+
+
+def _leave_signals_to_the_rank(_: int) -> None:
+    """Launchers ask a rank's workers to leave as well; the rank still needs them for the update it is in, and ends them."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _read_streams(path: Path, info: DatasetInfo, split: str, check_files: bool) -> dict[Bucket, list[dict]]:
@@ -117,39 +129,6 @@ def _read_streams(path: Path, info: DatasetInfo, split: str, check_files: bool) 
     return streams
 
 
-class _BucketDataset(StreamingDataset):
-    """A StreamingDataset whose samples say which stream (bucket) they come from, and that does not hang
-    where a shard cannot be had."""
-
-    failure: str | None = None  # the shard that could not be had, and why
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        try:
-            yield from super().__iter__()
-        except GeneratorExit:
-            # Abandoned within an epoch: streaming's own thread would wait for ever for a shard that is no
-            # longer being fetched, and its process would not end.
-            if hasattr(self, "_event"):
-                self._event.set()
-            raise
-
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        try:
-            super().prepare_shard(shard_id, blocking)
-        except Exception as error:
-            shard = self.shards[shard_id]
-            self.failure = f"{shard.dirname}/{shard.raw_data.basename}: {error}"
-            if get_worker_info() is None:
-                raise
-            # The other workers would wait for this shard for ever; a dead worker ends the run instead.
-            print(f"error: {self.failure}", file=sys.stderr, flush=True)
-            os._exit(1)
-
-    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        shard, _ = self.spanner[sample_id]
-        return {**super().get_item(sample_id, retry), "bucket": int(self.stream_per_shard[shard])}
-
-
 class BucketLoader:
     """Micro-batches without end, epoch after epoch; made by build_loader.
 
@@ -172,6 +151,7 @@ class BucketLoader:
         cache_limit: str | None,
         prefetch_factor: int,
         shuffle: bool,
+        max_replaced: float,
     ) -> None:
         self.buckets = tuple(shards)
         self.global_batch = micro_batch_size * world.size  # G
@@ -196,10 +176,13 @@ class BucketLoader:
             "world_size": world.size,
         }
         self._epoch, self._batches, self._started, self._closed = 0, 0, False, False
+        self._max_replaced, self._seen, self._replaced = max_replaced, 0, []
         self._iterator: Iterator[dict[str, Any]] | None = None
-        self._dataset = _BucketDataset(
+        self._dataset = BucketDataset(
+            buckets=self.buckets,
             streams=[
-                Stream(
+                QuarantiningStream(
+                    name=f"{split}/{bucket.folder}",
                     remote=f"{remote.rstrip('/')}/{split}/{bucket.folder}" if remote else None,
                     local=str(path / split / bucket.folder),
                     choose=drawn[bucket],
@@ -207,7 +190,7 @@ class BucketLoader:
                 for bucket in self.buckets
             ],
             validate_hash="xxh64",
-            download_retry=5,  # attempts, 1, 2, 4 and 8 s apart
+            download_retry=5 if remote else 1,  # attempts, 1, 2, 4 and 8 s apart
             batch_size=micro_batch_size,
             batching_method="per_stream",
             shuffle=shuffle,
@@ -226,6 +209,7 @@ class BucketLoader:
             collate_fn=partial(collate, buckets=self.buckets),
             persistent_workers=num_workers > 0,
             prefetch_factor=prefetch_factor if num_workers else None,
+            worker_init_fn=_leave_signals_to_the_rank,
             pin_memory=torch.cuda.is_available(),
             # Each epoch draws its workers' seed; from the global generator, that would make resuming differ.
             generator=torch.Generator().manual_seed(seed),
@@ -234,8 +218,9 @@ class BucketLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current position on, without end. Only one iteration per loader.
 
-        Raises UserError when an epoch ends before its last batch, because a shard is missing or damaged:
-        streaming would end it silently.
+        What is missing or damaged is replaced, and named in Batch.replaced. Raises UserError when more than
+        max_replaced of this rank's samples of an epoch are (counted since the start or resumption, from MIN_REPLACED
+        of them on), when nothing can stand in, and when an epoch ends before its last batch.
         """
         if self._started or self._closed:
             raise RuntimeError("a loader is iterated once; build a new one and load the state")
@@ -246,6 +231,9 @@ class BucketLoader:
         while True:
             self._iterator = iter(self._loader)
             while not self._closed and (fields := self._next()) is not None:
+                if "failure" in fields:
+                    raise self._cut_short(fields["failure"])
+                self._count_replaced(fields)
                 self._batches += 1  # before the yield: whoever holds the batch may ask for the state
                 fields["bucket"] = self.buckets[fields["bucket"]]
                 yield Batch(**fields)
@@ -254,6 +242,18 @@ class BucketLoader:
             if self._batches != self.batches_per_epoch:
                 raise self._cut_short(self._dataset.failure)
             self._epoch, self._batches = self._epoch + 1, 0
+            self._seen, self._replaced = 0, []
+
+    def _count_replaced(self, fields: dict[str, Any]) -> None:
+        self._seen += len(fields["keys"])
+        self._replaced += fields["replaced"]
+        bad = len(self._replaced)
+        if bad >= MIN_REPLACED and bad > self._max_replaced * self._seen:
+            raise UserError(
+                f"epoch {self._epoch}: {bad} of {self._seen} samples could not be read and were replaced, more than "
+                f"{self._max_replaced:.2%}: {'; '.join(self._replaced[:3])}; ...; python -m megaflux.data.verify "
+                "names all damage"
+            )
 
     def _next(self) -> dict[str, Any] | None:
         try:
@@ -261,14 +261,14 @@ class BucketLoader:
         except RuntimeError as error:
             if "DataLoader worker" in str(error):  # it died, having said why on stderr
                 for worker in getattr(self._iterator, "_workers", ()):
-                    worker.terminate()  # or the others, waiting for the same shard, get 5 s each to leave
+                    worker.kill()  # or the others, waiting for the same shard, get 5 s each to leave
                 raise self._cut_short(str(error).partition("\n")[0]) from error
             raise
 
     def _cut_short(self, reason: str | None) -> UserError:
         return UserError(
             f"epoch {self._epoch} ended after {self._batches} of {self.batches_per_epoch} batches: "
-            f"{reason or 'a shard is missing or damaged'}; python -m megaflux.data.verify names all damage"
+            f"{reason or 'a shard is missing or damaged; python -m megaflux.data.verify names all damage'}"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -247,8 +247,11 @@ def test_a_shard_damaged_behind_the_index_is_no_short_epoch(build, small_dataset
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"ended after \d+ of 17 batches: .*(Checksum failure|worker)"):
-        take(build(tmp_path / "copy", num_workers=num_workers), BATCHES)
+    batches = take(build(tmp_path / "copy", num_workers=num_workers), BATCHES)  # tests/data/test_faults.py has the rest
+    assert sorted(Counter(batch.bucket.name for batch in batches).values()) == [1, 6, 10]
+    texts = [text for batch in batches for text in batch.replaced]
+    assert texts
+    assert all("Checksum failure" in text for text in texts)
 
 
 def test_a_remote_dataset_is_cached(build, small_dataset, tmp_path):
