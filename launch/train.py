@@ -14,6 +14,7 @@ from megaflux.config import Parser, add_config_arguments, parse_config
 from megaflux.errors import UserError, exit_on_user_error
 from megaflux.training.checks import find_problems
 from megaflux.training.ds_config import load_ds_config
+from megaflux.training.watch import Watch
 
 DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
 
@@ -42,10 +43,10 @@ def main() -> int | None:
     ranks = started_ranks() or 1
     if problems := find_problems(config, ds_config, ranks):
         raise UserError("; ".join(problems))
+    watch = Watch(config.train.hang_timeout)  # before the imports, which take seconds: a signal may come meanwhile
     from megaflux.training.loop import train
 
-    train(config, ds_config)
-    return None
+    return train(config, ds_config, watch)
 
 
 def build_parser() -> Parser:

@@ -3,13 +3,20 @@
 0   done
 2   bad input: configuration, command line, checkpoint or data; one line says what and how to mend it
 3   `megaflux.data.prepare` refused more images than `--max-bad`
+10  training was asked to leave by SIGTERM or SIGUSR1 and has saved: the same command goes on from there
+11  training gave up: a rank died or hung; stacks are on stderr, and the same command goes on from the last checkpoint
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
+
+STOPPED, STUCK = 10, 11
+_PEER_GONE = r"by peer|[Rr]emote worker|NCCL|Socket Timeout|[Tt]imed out waiting"
 
 
 class UserError(Exception):
@@ -19,7 +26,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, agreed: bool = False):
-        super().__init__(message)
+        super().__init__(" ".join(message.splitlines()))  # names and values that it quotes may hold line breaks
         self.agreed = agreed
 
 
@@ -48,4 +55,13 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+    except Exception as error:
+        dist = sys.modules.get("torch.distributed")
+        if dist is None or not dist.is_available() or not dist.is_initialized():
+            raise
+        # A bug, or a peer that is gone. Either way the others wait for this rank, and Python's way out may hang.
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(STUCK if re.search(_PEER_GONE, str(error)) else 1)
     sys.exit(code)

@@ -7,9 +7,10 @@ nothing else is. Where the values come from: megaflux.config.
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from megaflux import plain_yaml
 
@@ -24,12 +25,15 @@ def _policy(value: Any) -> Any:
     return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
 
+MOST = 2**53  # of a count: up to there a float holds every whole number
+MOST_SHARE = 1e12
+
 _NUMBER = BeforeValidator(_not_bool)
 Fraction = Annotated[float, _NUMBER, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, _NUMBER, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, _NUMBER, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, _NUMBER, Field(ge=1)]
-CountOrZero = Annotated[int, _NUMBER, Field(ge=0)]
+Count = Annotated[int, _NUMBER, Field(ge=1, le=MOST)]
+CountOrZero = Annotated[int, _NUMBER, Field(ge=0, le=MOST)]
 
 
 class Section(BaseModel):
@@ -42,7 +46,19 @@ class Section(BaseModel):
     )
 
 
-class Run(Section):
+class Named(Section):
+    """A section with names of files in it."""
+
+    @field_validator("*")
+    @classmethod
+    def _no_strange_characters(cls, value: Any) -> Any:
+        if isinstance(value, str) and (bad := re.search("[\0\ud800-\udfff]", value)):
+            what = "NUL" if bad[0] == "\0" else "half a surrogate pair, so not valid UTF-8"
+            raise ValueError(f"character {bad.start() + 1} is {what}; take it out")
+        return value
+
+
+class Run(Named):
     dir: str
     """Folder of the run: configuration, TensorBoard events, checkpoints, samples."""
     seed: CountOrZero = 0
@@ -52,7 +68,7 @@ class Run(Section):
     must: refuse to start from nothing."""
 
 
-class Model(Section):
+class Model(Named):
     flux: str | None = None
     """FLUX.1 in diffusers' layout (transformer, VAE, scheduler, CLIP): a directory or a hub name. None: the
     transformer and CLIP are built from `flux_config` and `clip_config` with seeded random weights, the VAE is
@@ -105,7 +121,7 @@ class ConditionModes(Section):
         return self
 
 
-class Data(Section):
+class Data(Named):
     path: str
     """Folder of MDS shards as `python -m megaflux.data.prepare` writes them; with `remote`, the local
     cache."""
@@ -117,7 +133,7 @@ class Data(Section):
     source: str | None = None
     """What to prepare `path` from when it does not exist (an argument of megaflux.data.prepare). None: an
     error."""
-    longest_side: Annotated[int, Field(ge=16)]
+    longest_side: Annotated[int, Field(ge=16, le=MOST)]
     """Longest side of a training image, px; must be what the shards were prepared with."""
     aspect_ratios: tuple[str, ...] = ("16:9", "2:1", "2.35:1", "1:1", "1:2")
     """Width : height of each bucket."""
@@ -131,10 +147,10 @@ class Data(Section):
     """Draw latents from the VAE's posterior instead of taking its mean (needs latents not to be cached)."""
 
 
-class Stage(Section):
+class Stage(Named):
     name: str
     """Name in logs and checkpoints."""
-    share: Positive
+    share: Annotated[float, _NUMBER, Field(gt=0, le=MOST_SHARE, allow_inf_nan=False)]
     """Part of the updates, relative to the other stages' shares (with shares that add up to train.updates,
     the updates themselves)."""
     blocks: tuple[CountOrZero, ...] | Literal["all"]
@@ -167,6 +183,13 @@ class Train(Section):
     """Updates between checkpoints; one is written at each stage's end as well."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 3
     """Newest checkpoints kept; older ones are deleted (a stage's last one stays)."""
+    keep_every: CountOrZero = 0
+    """Checkpoints of every so many updates are kept for good, as a stage's last is; 0: none."""
+    hang_timeout: Positive = 1800.0
+    """Seconds without an update, a validation batch or a step of a picture after which a rank dumps its stacks and leaves
+    with exit code 11; more than the longest save."""
+    bad_updates: Count = 10
+    """Dropped updates in a row after which the run goes back to its last checkpoint and leaves their data out."""
     stop_after: CountOrZero = 0
     """Save and leave after this many updates of the run, as if its time were up; 0: run to the end."""
 
@@ -181,6 +204,11 @@ class Optim(Section):
     """Part of all updates over which the rate rises linearly from lr / n to lr."""
     plateau_fraction: Fraction = 0.0
     """Part of all updates at lr; the rest falls linearly to 0 at the end of the run, across stages."""
+    spike_sigma: NonNegative = 6.0
+    """An update is dropped, on all ranks alike, where its gradient norm is this many standard deviations above the mean
+    of the norms before it; 0: never. One that is not finite always is."""
+    spike_window: Count = 128
+    """Norms that make that mean; it speaks once there are 32, and begins anew with each stage."""
     max_grad_norm: NonNegative = 1.0
     """Gradients are scaled down to this norm; 0: never."""
 
@@ -257,11 +285,9 @@ class Config(Section):
             raise ValueError("stages: two stages have the same name; give each its own")
         if min(self.stage_updates()) < 1:
             shares = [stage.share for stage in self.stages]
-            enough = math.ceil(math.fsum(shares) / min(shares))
-            raise ValueError(
-                f"train.updates: {self.train.updates} leaves a stage without updates; "
-                f"use at least {enough} or drop stages"
-            )
+            enough = math.fsum(shares) / min(shares)
+            mend = f"use at least {math.ceil(enough)} or drop stages" if enough <= MOST else "raise the smallest share"
+            raise ValueError(f"train.updates: {self.train.updates} leaves a stage without updates; {mend}")
         if "latents" in self.data.cache and self.data.sample_posterior:
             raise ValueError("data.cache: cached latents are the posterior's mean; set data.sample_posterior false")
         if "trunk" in self.data.cache and self.data.condition.image < 1:

@@ -53,7 +53,7 @@ def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype
     trained weights are seeded noise around the initial ones (the update is the seed)."""
     from megaflux.config import build_config
     from megaflux.models.pretrained import load_models
-    from megaflux.training import checkpoint
+    from megaflux.training import checkpoint, manifest
 
     config = build_config(values | {"run": {"dir": str(root), "seed": 3}})
     root.mkdir(parents=True)
@@ -71,7 +71,7 @@ def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype
         folder = checkpoint.folder(root) / f"update-{update:07d}"
         folder.mkdir(parents=True)
         save_file(weights, folder / checkpoint.WEIGHTS)
-        manifest = {
+        content = {
             "format": checkpoint.FORMAT,
             "update": update,
             "stage": stage,
@@ -79,11 +79,11 @@ def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype
             "world_size": 1,
             "data": {},
             "identity": checkpoint.identity(config),
-            "files": checkpoint._inventory(folder),
+            "files": manifest.inventory(folder),
             "base": models.base,
             "deepspeed": {"zero_stage": 2, "bf16": True},
         }
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "manifest.json").write_text(json.dumps(manifest.sealed(content)))
     return root
 
 

@@ -148,6 +148,7 @@ def sample(
 def generate(
     pipeline: FluxPipeline, model: Qwen2VLFlux, condition: Condition, pooled_projections: Tensor,
     seeds: Sequence[int | torch.Generator], height: int, width: int, steps: int, guidance: float,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:  # fmt: skip
     """Variations in a batch, for validation: uint8 (B, 3, height, width) on the CPU, one per condition and seed.
 
@@ -160,5 +161,5 @@ def generate(
     prompt = PromptEmbeds(tokens, None, model.fused, tokens.shape[1])
     generators = [s if isinstance(s, torch.Generator) else torch.Generator().manual_seed(s) for s in seeds]
     images = sample(pipeline, model, prompt, pooled_projections, generators, height, width, steps, guidance,
-                    output_type="pt")  # fmt: skip
+                    output_type="pt", callback=lambda *_: on_step() or {})  # fmt: skip
     return (images.float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)

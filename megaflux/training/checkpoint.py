@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written under a temporary name, completed by a manifest, then renamed.
+"""Checkpoints of a run: what is in them, which one a run goes on from, and how it takes it up.
 
     RUN/checkpoints/update-0000400/
         manifest.json          format, update, stage, world size, data position; size and SHA-256 of every file below
@@ -6,18 +6,18 @@
         deepspeed/...          DeepSpeed's shards: fp32 masters and Adam's moments of the active stage
         rng-rank0000.pt        global random state of each rank
 
-A folder without manifest.json is not a checkpoint. The learning rate is a function of the update and needs no state.
+How they come to be, durably, is in manifest.py. The learning rate is a function of the update and needs no state.
+
+For people: python -m megaflux.training.checkpoint ls|verify|prune RUN
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import shutil
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,21 @@ from torch import nn
 from megaflux.config import Config
 from megaflux.errors import UserError
 from megaflux.models.pretrained import Models
-from megaflux.training import distributed, stages
+from megaflux.training import distributed, manifest, repartition, stages
 from megaflux.training.distributed import World
 from megaflux.training.ds_config import sharding
 from megaflux.training.engine import StageEngine
+from megaflux.training.manifest import FORMAT, folder, listed, verify
+
+__all__ = ["FORMAT", "WEIGHTS", "Checkpoint", "folder", "identity", "listed", "load_training_state", "load_weights",
+           "resolve", "save", "trained_names", "verify"]  # fmt: skip
 
 log = logging.getLogger("megaflux")
-FORMAT = 1
 WEIGHTS = "weights.safetensors"
-MANIFEST_KEYS = {"format", "update", "stage", "stage_name", "world_size", "data", "identity", "base", "deepspeed",
-                 "files"}  # fmt: skip
+WAYS_OUT = (
+    "Three ways out: put the named file back (from a copy) and start again; or give another --run.dir and begin anew; "
+    "or move {root} away, which gives up what it holds, and begin anew here"
+)
 
 
 @dataclass(frozen=True)
@@ -45,68 +50,78 @@ class Checkpoint:
     """A complete checkpoint on disk, its files verified."""
 
     path: Path
-    update: int
-    """Updates done."""
-    stage: int
-    """Index of the stage whose optimizer it holds."""
-    world_size: int
-    data: dict[str, Any]
-    """Position of the loader."""
     manifest: dict[str, Any]
+    refused: list[str] = field(default_factory=list)
+    """Why newer ones were not taken, one line each."""
+
+    @property
+    def update(self) -> int:
+        """Updates done."""
+        return self.manifest["update"]
+
+    @property
+    def stage(self) -> int:
+        """Index of the stage whose optimizer it holds."""
+        return self.manifest["stage"]
+
+    @property
+    def world_size(self) -> int:
+        return self.manifest["world_size"]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Position of the loader."""
+        return self.manifest["data"]
 
 
-def listed(run_dir: str | Path) -> dict[int, Path]:
-    """The checkpoint folders of a run by update, oldest first; complete or not. Others' names are passed over, so one
-    that somebody moved aside as update-0000400.bad is none."""
-    found = folder(run_dir).glob("update-*") if folder(run_dir).is_dir() else []
-    numbered = {path.name.removeprefix("update-"): path for path in found if path.is_dir()}
-    return dict(sorted((int(number), path) for number, path in numbered.items() if number.isdigit()))
-
-
-def folder(run_dir: str | Path) -> Path:
-    return Path(run_dir) / "checkpoints"
-
-
-def save(config: Config, engine: StageEngine, update: int, data: dict[str, Any], base: str, world: World) -> Path:
+def save(
+    config: Config, engine: StageEngine, update: int, data: dict[str, Any], base: str, world: World,
+    guard: dict[str, Any] | None = None, resumed_from: int | None = None,
+) -> Path:  # fmt: skip
     """Write a checkpoint after `update` updates; returns its folder. Collective.
 
-    base: fingerprint of the weights that the run started from (`Models.base`).
+    base: fingerprint of the weights that the run started from (`Models.base`). guard: state of the spike rule.
+    resumed_from: update of the checkpoint that this process began with, which is kept. UserError, alike on all ranks,
+    where the disk refuses; the checkpoints before stay.
     """
-    final = folder(config.run.dir) / f"update-{update:07d}"
-    partial = final.with_name(f".{final.name}.partial")
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    distributed.barrier(world)
-    engine.deepspeed.save_checkpoint(
-        str(partial), tag="deepspeed", client_state={}, save_latest=False, exclude_frozen_parameters=True
-    )
-    torch.save(distributed.rng_state(), partial / f"rng-rank{world.rank:04d}.pt")
-    weights = trained_weights(config, engine, keep=world.is_main)
-    if world.is_main:
-        save_file(weights, partial / WEIGHTS)
-        (partial / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
-    distributed.barrier(world)
-    if world.is_main:
-        shards = len(list(partial.glob("rng-rank*.pt"))), len(list(partial.glob("deepspeed/*optim_states.pt")))
-        if shards != (world.size, world.size):
-            raise UserError(
-                f"{partial}: {shards[1]} of {world.size} ranks' shards are here; run.dir must be on storage that all "
-                "machines share"
-            )
-        manifest = {
-            "format": FORMAT, "update": update, "stage": engine.stage, "stage_name": config.stages[engine.stage].name,
-            "world_size": world.size, "data": data, "identity": identity(config), "base": base,
-            "deepspeed": engine.sharding, "files": _inventory(partial),
-        }  # fmt: skip
-        _write_durably(partial / "manifest.json", json.dumps(manifest, indent=1))
-        if final.exists():  # written by the run this one was resumed from, and never worse than this one
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync_folder(final.parent)
-        prune(config)
-    distributed.barrier(world)
+    partial, final = manifest.partial_of(config.run.dir, update), folder(config.run.dir) / manifest.name_of(update)
+    with _alike(world, f"{final}: cannot be written"):
+        if world.is_main:
+            manifest.clear(partial)
+            partial.mkdir(parents=True)
+    with _alike(world, f"{final}: cannot be written"):
+        engine.deepspeed.save_checkpoint(
+            str(partial), tag="deepspeed", client_state={}, save_latest=False, exclude_frozen_parameters=True
+        )
+        torch.save(distributed.rng_state(), partial / f"rng-rank{world.rank:04d}.pt")
+        weights = trained_weights(config, engine, keep=world.is_main)
+        if world.is_main:
+            save_file(weights, partial / WEIGHTS)
+            (partial / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
+        for file in partial.rglob(f"*rank*{world.rank}*"):  # each machine has its own unwritten pages
+            manifest.sync(file)
+    with _alike(world, f"{final}: cannot be written"):
+        if world.is_main:
+            shards = len(list(partial.glob("rng-rank*.pt"))), len(list(partial.glob("deepspeed/*optim_states.pt")))
+            if shards != (world.size, world.size):
+                raise UserError(
+                    f"{partial}: {shards[1]} of {world.size} ranks' shards are here; run.dir must be on storage that "
+                    "all machines share"
+                )
+            manifest.publish(partial, final, {
+                "format": FORMAT, "update": update, "stage": engine.stage,
+                "stage_name": config.stages[engine.stage].name, "world_size": world.size, "data": data,
+                "identity": identity(config), "base": base, "deepspeed": engine.sharding, "guard": guard or {},
+            })  # fmt: skip
+            protected = () if resumed_from is None else (resumed_from,)
+            manifest.prune(config.run.dir, config.train.keep_checkpoints, milestones(config), protected)
     return final
+
+
+def milestones(config: Config) -> set[int]:
+    """Updates whose checkpoints are never deleted: each stage's last, and every `keep_every`-th."""
+    every = config.train.keep_every
+    return set(config.stage_ends()) | (set(range(every, config.train.updates + 1, every)) if every else set())
 
 
 def trained_weights(config: Config, engine: StageEngine, keep: bool = True) -> dict[str, torch.Tensor]:
@@ -126,14 +141,25 @@ def trained_names(config: Config, module: nn.Module, stage: int) -> set[str]:
     return {name for s in config.stages[: stage + 1] for name in stages.trainable_names(module, s)}
 
 
-def resolve(config: Config, ds_config: dict[str, Any], world: World) -> Checkpoint | None:
-    """The newest checkpoint of the run folder, verified; None where the run folder holds no trace of any.
+def count_trained(config: Config, module: nn.Module, stage: int) -> int:
+    """Parameters in a checkpoint's weights at this stage."""
+    names = trained_names(config, module, stage)
+    return sum(p.numel() for name, p in module.named_parameters() if name in names)
 
-    Raises UserError for one that cannot be used: a run never starts over silently. Rank 0 looks, all hear the same.
+
+def resolve(config: Config, ds_config: dict[str, Any], world: World, sound: bool = False) -> Checkpoint | None:
+    """The newest checkpoint of the run folder whose every file is whole; None where the folder holds no trace of any.
+
+    Damaged newer ones are passed over and said. UserError where there are some and none can be used, or this run is
+    another one: a run never starts over silently. Rank 0 looks, all hear the same.
+
+    sound: delete those first that were saved between dropped updates; going back to them would change nothing.
     """
     found: Checkpoint | str | None = None
     if world.is_main:
         try:
+            if sound:
+                manifest.forget(config.run.dir, lambda content: content.get("guard", {}).get("in_a_row", 0) > 0)
             found = _resolve(config, ds_config, world.size)
         except UserError as error:
             found = str(error)
@@ -144,65 +170,54 @@ def resolve(config: Config, ds_config: dict[str, Any], world: World) -> Checkpoi
 
 
 def _resolve(config: Config, ds_config: dict[str, Any], world_size: int) -> Checkpoint | None:
-    root, found = folder(config.run.dir), list(listed(config.run.dir).values())
-    if config.run.resume == "never" and found:
+    root = folder(config.run.dir)
+    if config.run.resume == "never" and listed(config.run.dir):
         raise UserError(f"run.dir: {config.run.dir} holds checkpoints and run.resume is never; give another --run.dir")
+    manifest.recover(config.run.dir, log.warning)
+    found = list(listed(config.run.dir).values())
     if not found:
-        if root.is_dir() and any(root.iterdir()):
-            log.warning("%s holds no checkpoint, only unfinished or moved ones; the run starts at update 0", root)
+        aside = sorted(path.name for path in root.glob("update-*")) if root.is_dir() else []
+        if aside:
+            raise UserError(f"{root}: holds no checkpoint under its own name, only {', '.join(aside[:3])}. "
+                            + WAYS_OUT.format(root=root))  # fmt: skip
         if config.run.resume == "must":
             raise UserError(f"run.dir: {config.run.dir} holds no checkpoint and run.resume is must")
         return None
-    manifest = verify(found[-1])
-    if manifest["world_size"] != world_size:
-        raise UserError(
-            f"{found[-1]}: saved by {manifest['world_size']} ranks, this run has {world_size}; start it with "
-            f"{manifest['world_size']} (resuming on another number is not done yet)"
-        )
-    if "parameter_order" not in manifest["deepspeed"]:
-        raise UserError(f"{found[-1]}: an earlier megaflux began this run, and its optimizer shards have another order; "
+    refused: list[str] = []
+    for path in reversed(found):
+        try:
+            content = verify(path)
+        except UserError as error:
+            refused.append(str(error))
+            continue
+        _check_same_run(path, content, config, ds_config, world_size)
+        for line in refused:
+            log.warning("%s; going on from %s, the newest that is whole", line, path.name)
+        return Checkpoint(path, content, refused)
+    raise UserError(
+        f"{refused[0]}; and no other of the {len(found)} checkpoints is whole. " + WAYS_OUT.format(root=root)
+    )
+
+
+def _check_same_run(
+    path: Path, content: dict[str, Any], config: Config, ds_config: dict[str, Any], world_size: int
+) -> None:
+    """UserError where a whole checkpoint is of another run than this one."""
+    if "parameter_order" not in content["deepspeed"]:
+        raise UserError(f"{path}: an earlier megaflux began this run, and its optimizer shards have another order; "
                         "finish the run with that version, or give another --run.dir")  # fmt: skip
-    if manifest["deepspeed"] != sharding(ds_config):
-        raise UserError(f"--deepspeed: {found[-1]} was saved with {manifest['deepspeed']}, this file says "
+    if content["deepspeed"] != sharding(ds_config):
+        raise UserError(f"--deepspeed: {path} was saved with {content['deepspeed']}, this file says "
                         f"{sharding(ds_config)}; give the one the run began with")  # fmt: skip
-    changed = [key for key, value in identity(config).items() if manifest["identity"].get(key) != value]
+    if content["world_size"] != world_size and content["deepspeed"]["zero_stage"] != 2:
+        raise UserError(f"{path}: saved by {content['world_size']} ranks, this run has {world_size}, and ZeRO-3's shards "
+                        f"are not cut anew; start it with {content['world_size']}")  # fmt: skip
+    changed = [key for key, value in identity(config).items() if content["identity"].get(key) != value]
     if changed:
         raise UserError(
             f"run.dir: {config.run.dir} holds a run with other {', '.join(changed)}; restore the old values "
             f"(they are in {config.run.dir}/config.yaml) or give another --run.dir"
         )
-    return Checkpoint(found[-1], manifest["update"], manifest["stage"], manifest["world_size"], manifest["data"],
-                      manifest)  # fmt: skip
-
-
-def verify(path: Path, only: Collection[str] | None = None) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files match it; only: just these files. UserError naming the first that
-    doesn't."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        if manifest["format"] > FORMAT:
-            raise UserError(f"{path}: format {manifest['format']} is newer than this code's {FORMAT}; update megaflux")
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        missing = MANIFEST_KEYS - set(manifest)
-        if missing:
-            raise KeyError(f"{sorted(missing)[0]} is missing")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}/manifest.json: {getattr(error, 'strerror', None) or error}; this is not a complete checkpoint; "
-            f"move {path.name} away to go on from the one before"
-        ) from None
-    for name, (size, digest) in files.items():
-        if only is not None and name not in only:
-            continue
-        file = path / name
-        if not file.resolve().is_relative_to(path.resolve()):
-            raise UserError(f"{path}/manifest.json: {name} lies outside the checkpoint; do not use it")
-        if not file.is_file():
-            raise UserError(f"{file}: missing; move {path.name} away to go on from the checkpoint before")
-        if file.stat().st_size != size or _sha256(file) != digest:
-            raise UserError(f"{file}: damaged (not what the manifest says); move {path.name} away to go on "
-                            "from the checkpoint before")  # fmt: skip
-    return manifest
 
 
 def load_weights(path: Path, manifest: dict[str, Any], config: Config, models: Models) -> None:
@@ -228,6 +243,11 @@ def load_weights(path: Path, manifest: dict[str, Any], config: Config, models: M
 
 def load_training_state(checkpoint: Checkpoint, engine: StageEngine, world: World) -> None:
     """Optimizer and random state into an engine of the same stage. Collective."""
+    if checkpoint.world_size != world.size:  # cut anew, by name; the global random state of other ranks says nothing
+        engine.take_over(repartition.read(checkpoint.path / "deepspeed", checkpoint.world_size, engine.shapes()))
+        log.info("%s was saved by %d ranks; its optimizer state is cut anew for %d", checkpoint.path.name,
+                 checkpoint.world_size, world.size)  # fmt: skip
+        return
     path, _ = engine.deepspeed.load_checkpoint(
         str(checkpoint.path), tag="deepspeed", load_module_strict=False, load_lr_scheduler_states=False
     )
@@ -243,49 +263,31 @@ def identity(config: Config) -> dict[str, Any]:
     same_result = ("activation_checkpointing", "kernels")  # within rounding, and so a run's owner may change them
     kept = {f"model.{key}": value for key, value in values["model"].items() if key not in same_result}
     kept |= {f"data.{key}": values["data"][key] for key in ("longest_side", "aspect_ratios", "condition")}
-    kept |= {f"train.{key}": values["train"][key] for key in ("updates", "global_batch_size", "micro_batch_size")}
+    kept |= {f"train.{key}": values["train"][key] for key in ("updates", "global_batch_size")}
     return kept | {"stages": values["stages"], "run.seed": values["run"]["seed"], "flow": values["flow"]}
 
 
-def prune(config: Config) -> None:
-    """Delete old checkpoints: the newest `keep_checkpoints` and each stage's last stay."""
-    ends = set(config.stage_ends())
-    for update, path in list(listed(config.run.dir).items())[: -config.train.keep_checkpoints]:
-        if update not in ends:
-            going = path.with_name(f".{path.name}.deleting")  # half a folder must not look like a checkpoint
-            path.rename(going)
-            shutil.rmtree(going)
+@contextmanager
+def _alike(world: World, what: str) -> Iterator[None]:
+    """A part of a save that all ranks leave alike: where one of them fails, all raise its UserError.
+
+    Inside, only what every rank does without waiting for another after it failed; the wait is at the end."""
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError on a full disk
+        problem = f"{what} ({getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]})"
+    first = distributed.first_problem(problem, world)
+    if first is not None:
+        raise UserError(first, agreed=True)
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _inventory(path: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return {str(file.relative_to(path)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_durably(file: Path, text: str) -> None:
-    with file.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _gathered(parameter: nn.Parameter, zero_stage: int):
@@ -296,3 +298,10 @@ def _gathered(parameter: nn.Parameter, zero_stage: int):
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([parameter])
+
+
+if __name__ == "__main__":
+    from megaflux.errors import exit_on_user_error
+    from megaflux.training.checkpoint_tool import main
+
+    exit_on_user_error(main)

@@ -102,11 +102,34 @@ def from_main(value: T, world: World) -> T:
     return values[0]
 
 
+def first_problem(problem: str | None, world: World) -> str | None:
+    """The first rank's problem that has one, on every rank; None: no rank has. Also a barrier."""
+    if world.size == 1:
+        return problem
+    problems: list[str | None] = [None] * world.size
+    dist.all_gather_object(problems, problem)
+    return next((f"rank {r}: {p}" if r else p for r, p in enumerate(problems) if p is not None), None)
+
+
 def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """The tensor's sum over all ranks, in place."""
     if world.size > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def any_over_ranks(value: bool, world: World) -> bool:
+    """Whether it holds on any rank, told to all."""
+    return min_over_ranks(int(not value), world) == 0
+
+
+def gathered(value: T, world: World) -> list[T]:
+    """Every rank's value, in rank order, on every rank."""
+    if world.size == 1:
+        return [value]
+    values: list[T] = [value] * world.size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def min_over_ranks(value: int, world: World) -> int:

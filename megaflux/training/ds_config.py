@@ -61,6 +61,8 @@ def resolve_ds_config(ds_config: dict[str, Any], config: Config, world_size: int
     UserError where the global batch does not divide; see accumulation_steps.
     """
     config = config.for_world(world_size)
+    if uses_bf16(ds_config):  # without it a gradient that is not finite would be stepped on, unclipped
+        ds_config = ds_config | {"bf16": ds_config["bf16"] | {"check_grad_overflow": True}}
     return ds_config | {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +21,15 @@ from megaflux.training.ds_config import resolve_ds_config, sharding
 
 log = logging.getLogger("megaflux")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Judge = Callable[[float], str | None]
+"""Global gradient norm before clipping (nan: not finite) -> None to take the step, or why it is dropped."""
 
 
 @dataclass
 class Carried:
     """What a stage hands to the next: Adam's moments and fp32 masters by name, on the host, and steps by group."""
 
-    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    tensors: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
     """parameter name -> {"master", "exp_avg", "exp_avg_sq"} -> float32, the parameter's shape."""
     steps: dict[int, Tensor] = field(default_factory=dict)
     """first stage of a group -> Adam steps it has taken."""
@@ -36,7 +39,7 @@ class StageEngine:
     """The engine of one stage: `forward`, `backward` and `step` are DeepSpeed's, the freezing hooks come with it."""
 
     def __init__(self, module: nn.Module, config: Config, ds_config: dict[str, Any], stage: int, world_size: int,
-                 carried: Carried | None = None):  # fmt: skip
+                 carried: Carried | None = None, judge: Judge | None = None):  # fmt: skip
         import deepspeed
 
         self.module, self.stage, self.config = module, stage, config
@@ -50,8 +53,12 @@ class StageEngine:
         _restore_buffers(module, buffers)
         self.sharding = sharding(ds_config)
         self.zero_stage = self.sharding["zero_stage"]
+        self.judge = judge
+        self.dropped: str | None = None
+        """Why the last step was dropped, on all ranks alike; None: it was taken."""
+        self._put_judge_before_step()
         if carried is not None and carried.tensors:
-            self._take_over(carried)
+            self.take_over(carried)
 
     @property
     def num_trainable(self) -> int:
@@ -67,7 +74,17 @@ class StageEngine:
     def step(self) -> None:
         """Call after every backward; the optimizer moves at the last micro-batch of an update."""
         self.hooks.check()
-        self.deepspeed.step()
+        if self.deepspeed.is_gradient_accumulation_boundary():
+            self.dropped, before = None, self.deepspeed.skipped_steps
+            self.deepspeed.step()
+            if self.deepspeed.skipped_steps > before and self.dropped is None:  # found before a norm was taken
+                self.dropped = self.judge(float("nan")) if self.judge else "its gradient is not finite"
+        else:
+            self.deepspeed.step()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter that trains, by name."""
+        return {name: tuple(p.shape) for name, p in self.module.named_parameters() if name in self.first_stage}
 
     def set_learning_rate(self, update: int) -> float:
         return optim.set_learning_rate(self.deepspeed.optimizer, update, self.config)
@@ -79,7 +96,7 @@ class StageEngine:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps of this engine that an overflow made it drop; DeepSpeed does so without a word (#8415)."""
+        """Steps of this engine that were dropped."""
         return self.deepspeed.skipped_steps
 
     def grad_norms(self) -> dict[str, float]:
@@ -133,6 +150,26 @@ class StageEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def _put_judge_before_step(self) -> None:
+        """Between DeepSpeed's gradient norm and its step: what the judge refuses is told to it as an invalid norm, which
+        it drops as it drops an overflow, before anything has changed."""
+        zero = self.deepspeed.optimizer
+        name = "scaled_global_norm" if self.zero_stage < 3 else "_get_norm_groups"
+        real = getattr(zero, name)
+
+        def judged(*args: Any, **kwargs: Any) -> Any:
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            norms = real(*args, **kwargs)
+            norm = float(norms if self.zero_stage < 3 else combine_grad_norm_groups(norms))
+            self.dropped = self.judge(norm) if self.judge else None
+            if self.dropped is None:
+                return norms
+            invalid = torch.full_like(torch.as_tensor(norms if self.zero_stage < 3 else norms[0]), -1.0)
+            return invalid if self.zero_stage < 3 else [invalid] * len(norms)
+
+        setattr(zero, name, judged)
+
     def _flat_groups(self) -> list[tuple[int, Tensor]]:
         """(first stage of the group, this rank's fp32 partition) of each tensor that the inner optimizer steps."""
         zero = self.deepspeed.optimizer
@@ -143,7 +180,8 @@ class StageEngine:
         flats = zero.fp32_partitioned_groups_flat
         return [(firsts[zero.sub_group_to_group_id[i]], flat) for i, flat in enumerate(flats)]
 
-    def _take_over(self, carried: Carried) -> None:
+    def take_over(self, carried: Carried) -> None:
+        """Put Adam's memory, whole by name, into this rank's part of the optimizer. Collective."""
         zero = self.deepspeed.optimizer
         # torch creates Adam's state at the first step; create it now, for there is something to put in.
         for first_stage, flat in self._flat_groups():

@@ -8,70 +8,139 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from megaflux.config import Config
 from megaflux.data.loader import Batch, build_loader
+from megaflux.data.pieces import pieces, position_for
+from megaflux.errors import STOPPED, UserError
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models, load_models
 from megaflux.models.vlm import Condition
-from megaflux.training import checkpoint, distributed, memory, noise, validation
+from megaflux.training import checkpoint, distributed, elastic, memory, noise, space, validation
 from megaflux.training.cache import cached_dataset
+from megaflux.training.checkpoint import Checkpoint
 from megaflux.training.distributed import World
 from megaflux.training.ds_config import accumulation_steps, compute_dtype, uses_kernels
 from megaflux.training.engine import Carried, StageEngine
+from megaflux.training.events import Events
+from megaflux.training.guard import Guard
 from megaflux.training.monitor import Monitor
 from megaflux.training.setup import prepare_data, prepare_run_folder
 from megaflux.training.stages import trainable_names
 from megaflux.training.validation import References
+from megaflux.training.watch import Watch
 
 log = logging.getLogger("megaflux")
 
 
-def train(config: Config, ds_config: dict[str, Any]) -> None:
-    """Train through all stages, or go on where the run folder's newest checkpoint stands.
+def train(config: Config, ds_config: dict[str, Any], watch: Watch) -> int:
+    """Train through all stages, or go on where the run folder's newest whole checkpoint stands.
 
-    Collective: every rank calls it. Raises UserError for input that a person can mend.
+    Collective: every rank calls it. Returns the exit code: 0 when done, STOPPED when a signal asked to leave and all is
+    saved. Raises UserError for input that a person can mend.
     """
     world = distributed.start()
+    events = Events(config.run.dir, enabled=world.is_main)
     config = config.for_world(world.size)
     resumed = checkpoint.resolve(config, ds_config, world)
+    config = elastic.fit(config, resumed, world.size)
     prepare_run_folder(config, ds_config, world)
+    began = psutil.Process().create_time()
+    events.record("start", time=began, update=resumed.update if resumed else 0, world_size=world.size, pid=os.getpid(),
+                  host=socket.gethostname())  # fmt: skip
+    for line in resumed.refused if resumed else ():
+        events.record("fault", what="checkpoint_refused", update=resumed.update, detail=line)
     prepare_data(config, world)
-    distributed.seed_everything(config.run.seed + world.rank)
 
+    went_back_to, position = set(), None
+    try:
+        while True:
+            outcome = _run(config, ds_config, world, watch, events, resumed, position)
+            if not isinstance(outcome, Diverged):
+                break
+            # The state is as the last update left it, and that one may be the cause: back to the last checkpoint, and
+            # on behind the data that was dropped.
+            resumed, position = checkpoint.resolve(config, ds_config, world, sound=True), outcome.position
+            if resumed is None or resumed.update in went_back_to:
+                back = (
+                    f"going back to update {resumed.update} did not help" if resumed else "there is no checkpoint yet"
+                )
+                raise UserError(f"{config.train.bad_updates} updates in a row were dropped, the last because {outcome.why}; "
+                                f"{back}; lower optim.lr, or look at the samples in {config.run.dir}/events.jsonl",
+                                agreed=True)  # fmt: skip
+            went_back_to.add(resumed.update)
+            if world.is_main:
+                log.warning("%d updates in a row were dropped; back to update %d, leaving their data out",
+                            config.train.bad_updates, resumed.update)  # fmt: skip
+            events.record("fault", what="rollback", update=resumed.update, detail=outcome.why)
+    except UserError as error:
+        events.record("stop", update=-1, why="error", detail=str(error))
+        raise
+    watch.close()
+    distributed.stop()
+    return outcome
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """A run that must go back: as many updates in a row were dropped as it puts up with."""
+
+    why: str
+    position: dict[str, Any]
+    """Of the loader, behind the data that was dropped."""
+
+
+def _run(
+    config: Config, ds_config: dict[str, Any], world: World, watch: Watch, events: Events, resumed: Checkpoint | None,
+    position: dict[str, Any] | None,
+) -> int | Diverged:  # fmt: skip
+    """From a checkpoint, or the start, to the end, a signal, or divergence. position: of the data, other than the
+    checkpoint's."""
+    distributed.seed_everything(config.run.seed + world.rank)
     models = load_models(config).to(world.device, compute_dtype(ds_config))
     models.trainable.train()  # transformers recomputes activations in training mode only
     references = validation.load_references(config, models)
+    accumulation = accumulation_steps(config, world.size)
     loader = build_loader(
         cached_dataset(config, models, world), remote=config.data.remote, cache_limit=config.data.cache_limit,
-        micro_batch_size=config.train.micro_batch_size, seed=config.run.seed, num_workers=config.data.num_workers,
+        micro_batch_size=elastic.drawn(config, resumed, world.size) // world.size, seed=config.run.seed,
+        num_workers=config.data.num_workers, verify=True, run_folder=config.run.dir,
     )  # fmt: skip
+    guard = Guard(config.optim.spike_sigma, config.optim.spike_window, config.train.bad_updates)
     if resumed:
         checkpoint.load_weights(resumed.path, resumed.manifest, config, models)
-        loader.load_state_dict(resumed.data)
+        loader.load_state_dict(position_for(position or resumed.data, world.size))
+        guard.load_state_dict(resumed.manifest.get("guard", {}))
         log.info("resuming %s at update %d", config.run.dir, resumed.update)
-    batches = iter(loader)
+    batches = pieces(iter(loader), config.train.micro_batch_size)
     done = resumed.update if resumed else 0
-    monitor = Monitor(config, world, models.trainable, done)
-    accumulation = accumulation_steps(config, world.size)
+    monitor = Monitor(config, world, models.trainable, done, events)
     last = config.train.stop_after or config.train.updates
-    skipped, carried = 0, Carried()
+    carried, outcome = Carried(), 0
 
     for stage in range(resumed.stage if resumed else 0, len(config.stages)):
-        if done >= last:
+        if done >= last or outcome != 0:
             break
         with _not_counted(monitor):
-            engine = StageEngine(models.trainable, config, ds_config, stage, world.size, carried)
+            if not (resumed and stage == resumed.stage):
+                guard.new_stage()
+            engine = StageEngine(models.trainable, config, ds_config, stage, world.size, carried, guard.judge)
             if resumed and stage == resumed.stage:
                 checkpoint.load_training_state(resumed, engine, world)
+            trained = checkpoint.count_trained(config, models.trainable, stage)
+            space.check(config, engine, trained, world)
             policies = memory.choose_policies(config, ds_config, world, models, config.stages[stage])
             models.trainable.configure(uses_kernels(config, ds_config), policies)
             log.info("stage %s: %d parameters train; %s; computed again in the backward pass, %s",
@@ -80,14 +149,17 @@ def train(config: Config, ds_config: dict[str, Any]) -> None:
             if done == 0:
                 _validate(engine, config, models, references, monitor, world, done)
         stage_end = config.stage_ends()[stage]
+        watch.ready()
+        events.record("ready", update=done)
 
         while done < min(stage_end, last):
-            learning_rate, seen = engine.set_learning_rate(done), Counter()
+            learning_rate, seen, keys = engine.set_learning_rate(done), Counter(), []
             for micro in range(accumulation):
                 # 1. a batch of one bucket, the same bucket on every rank
                 waiting = time.perf_counter()
                 batch = next(batches).to(world.device)
                 monitor.data_wait += time.perf_counter() - waiting
+                keys += batch.keys
                 # 2. VAE latents
                 latents = _latents(config, models, batch, done, micro)
                 # 3. the condition, as far as nothing trains: the frozen trunk of Qwen2-VL
@@ -100,30 +172,50 @@ def train(config: Config, ds_config: dict[str, Any]) -> None:
                 engine.backward(losses.mean())
                 if micro == accumulation - 1 and _due(done + 1, config.monitor.grad_norms_every):
                     monitor.scalars({f"grad_norm/{k}": v for k, v in engine.grad_norms().items()}, done + 1)
-                # 7. at the last micro-batch: clip, AdamW
+                # 7. at the last micro-batch: clip, AdamW; or nothing, where the guard refuses the gradient
                 engine.step()
-                monitor.micro_batch(losses, t, batch.bucket, stage)
+                monitor.micro_batch(losses, t, batch, stage, done)
             done += 1
+            watch.moved()
             # 8. what a person sees
-            monitor.update(done, learning_rate, engine.grad_norm(), skipped + engine.skipped_steps)
+            monitor.update(done, learning_rate, engine.grad_norm(), guard.dropped)
+            if engine.dropped:
+                monitor.dropped(done, engine.dropped, distributed.gathered(keys, world))
 
+            if guard.exhausted:
+                outcome = Diverged(engine.dropped, loader.state_dict())
+                break
+            leaving = distributed.any_over_ranks(watch.signal is not None, world)
             with _not_counted(monitor):
                 at_end = done == stage_end
+                if at_end or done == last or leaving or _due(done, config.train.checkpoint_every):
+                    space.check(config, engine, trained, world, copies=1)
+                    with monitor.timed("save", done):
+                        checkpoint.save(config, engine, done, loader.state_dict(), models.base, world, guard.state_dict(),
+                                        resumed.update if resumed else None)  # fmt: skip
+                if leaving:
+                    outcome = STOPPED
+                    break
                 if at_end or _due(done, config.validation.every):
                     _validate(engine, config, models, references, monitor, world, done)
                 if at_end or _due(done, config.validation.panel_every):
-                    _panel(engine, config, models, references, monitor, world, done)
-                if at_end or done == last or _due(done, config.train.checkpoint_every):
-                    checkpoint.save(config, engine, done, loader.state_dict(), models.base, world)
+                    _panel(engine, config, models, references, monitor, world, done, watch)
+                watch.moved()
 
-        skipped += engine.skipped_steps
-        if stage + 1 < len(config.stages):
+        if outcome == 0 and stage + 1 < len(config.stages):
             carried = engine.carry(set(trainable_names(models.trainable, config.stages[stage + 1])))
         engine.close()
 
     monitor.close()
     loader.close()
-    distributed.stop()
+    if outcome == 0:
+        events.record("stop", update=done, why="done" if done == config.train.updates else "stop_after")
+    elif outcome == STOPPED:
+        why = next(name for name in distributed.gathered(watch.signal, world) if name)
+        if world.is_main:
+            log.warning("%s: saved after update %d; the same command goes on from there", why, done)
+        events.record("stop", update=done, why=f"signal {why}")
+    return outcome
 
 
 def _latents(config: Config, models: Models, batch: Batch, update: int, micro: int) -> torch.Tensor:
@@ -149,7 +241,8 @@ def _validate(
     update: int,
 ) -> None:  # fmt: skip
     """Seeded validation loss, to TensorBoard, the bar and RUN/validation.jsonl. Collective."""
-    values = validation.validation_loss(engine.module, config, models, references, world)
+    with monitor.timed("validation", update):
+        values = validation.validation_loss(engine.module, config, models, references, world)
     monitor.scalars({f"validation/{name}": value for name, value in values.items()}, update)
     monitor.show(val=f"{values['loss']:.3f}", gap=f"{values['gap']:.2f}")
     if world.is_main:
@@ -159,13 +252,25 @@ def _validate(
 
 def _panel(
     engine: StageEngine, config: Config, models: Models, references: References, monitor: Monitor, world: World,
-    update: int,
+    update: int, watch: Watch,
 ) -> None:  # fmt: skip
-    """Rows [reference | variations of fixed seeds]; under ZeRO-3 all ranks must run the model together."""
-    if not world.is_main and engine.zero_stage < 3:
+    """Rows [reference | variations of fixed seeds]; under ZeRO-3 all ranks must run the model together. Given up where a
+    signal asks to leave: minutes of pictures must not cost the save."""
+    alone = engine.zero_stage < 3
+    if not world.is_main and alone:
         return
+
+    def on_step() -> None:
+        watch.moved()
+        if alone and watch.signal is not None:
+            raise InterruptedError
+
     index = list(range(min(config.validation.panel_samples, len(references.keys))))
-    pictures = validation.variations(config, models, references, index, per_reference=4)
+    try:
+        with monitor.timed("validation", update):
+            pictures = validation.variations(config, models, references, index, 4, on_step=on_step)
+    except InterruptedError:
+        return
     if world.is_main:
         sheet = validation.panel(references, index, pictures)
         monitor.picture("variations", sheet, update)

@@ -6,9 +6,12 @@ trains only, attention's backward twice its forward; recomputation is not counte
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,19 +20,22 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megaflux.config import Config
-from megaflux.data.buckets import Bucket
+from megaflux.data.batches import Batch
 from megaflux.gpus import peak_tflops_for
 from megaflux.training import costs
 from megaflux.training.distributed import World, sum_over_ranks
+from megaflux.training.events import Events
 
 T_BUCKETS = 8
+log = logging.getLogger("megaflux")
 
 
 class Monitor:
     """Collects over `monitor.every` updates, then writes one point per curve."""
 
-    def __init__(self, config: Config, world: World, module, start_update: int):
-        self.config, self.world, self.module = config, world, module
+    def __init__(self, config: Config, world: World, module, start_update: int, events: Events):
+        self.config, self.world, self.module, self.events = config, world, module, events
+        self.replaced = 0
         folder = Path(config.run.dir) / "tensorboard"
         # Points after the checkpoint that a run resumes from are made again: hide the old ones.
         self.writer = SummaryWriter(folder, purge_step=start_update + 1) if world.is_main else None
@@ -49,13 +55,33 @@ class Monitor:
         self.data_wait = 0.0
         self.since = time.perf_counter()
 
-    def micro_batch(self, loss: Tensor, t: Tensor, bucket: Bucket, stage: int) -> None:
+    def micro_batch(self, loss: Tensor, t: Tensor, batch: Batch, stage: int, update: int) -> None:
         """Count one micro-batch of this rank: losses (B,), times (B,)."""
         which = (t * T_BUCKETS).long().clamp(max=T_BUCKETS - 1)
         self.loss[:, 0].index_add_(0, which, loss.detach().double())
         self.loss[:, 1].index_add_(0, which, torch.ones_like(loss, dtype=torch.float64))
         self.images += len(loss)
-        self.flops += len(loss) * costs.train_flops_per_image(self.config, self.module, stage, bucket)
+        self.flops += len(loss) * costs.train_flops_per_image(self.config, self.module, stage, batch.bucket)
+        for line in batch.replaced:
+            self.replaced += 1
+            log.warning("update %d: %s", update + 1, line)
+            self.events.record("fault", what="replaced_sample", update=update + 1, detail=line)
+
+    def dropped(self, update: int, why: str, keys: list[list[str]]) -> None:
+        """An update that changed nothing, and the samples of each rank that were in it."""
+        names = [key for of_rank in keys for key in of_rank]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        if self.world.is_main:
+            log.warning("update %d was dropped: %s; its samples: %s", update, why, shown)
+        what = "spike" if "spike" in why else "skipped_update"
+        self.events.record("fault", what=what, update=update, detail=why, keys=names)
+
+    @contextmanager
+    def timed(self, kind: str, update: int) -> Iterator[None]:
+        """Record how long a part outside the updates takes."""
+        started = time.perf_counter()
+        yield
+        self.events.record(kind, update=update, seconds=time.perf_counter() - started)
 
     def excluded(self, seconds: float) -> None:
         """Leave time spent on validation, panels or checkpoints out of images/s."""
@@ -67,6 +93,8 @@ class Monitor:
         if update % self.config.monitor.every:
             return
         seconds = time.perf_counter() - self.since
+        counted = torch.tensor(float(self.replaced), dtype=torch.float64, device=self.world.device)
+        replaced = int(sum_over_ranks(counted, self.world))
         sums = sum_over_ranks(self.loss.clone(), self.world).cpu()
         images = self.images * self.world.size
         mean = (sums[:, 0].sum() / sums[:, 1].sum()).item()
@@ -75,6 +103,7 @@ class Monitor:
             "train/learning_rate": learning_rate,
             "train/grad_norm": grad_norm,
             "train/skipped_steps": skipped_steps,
+            "data/replaced_samples": replaced,
             "speed/images_per_second": images / seconds,
             "speed/data_wait_fraction": self.data_wait / seconds,
             "speed/mfu": self.flops / seconds / self.peak,
@@ -83,6 +112,7 @@ class Monitor:
         scalars |= {f"train/loss_t{j}": (s / n).item() for j, (s, n) in enumerate(sums) if n > 0}
         self.scalars(scalars, update)
         self.show(loss=f"{mean:.3f}", lr=f"{learning_rate:.1e}", img_s=f"{images / seconds:.1f}")
+        self.events.record("progress", update=update, seconds=seconds, data_wait=self.data_wait)
         self._reset()
 
     def scalars(self, values: dict[str, float], update: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,9 +122,11 @@ def denoising_loss(
 
 @torch.no_grad()
 def variations(
-    config: Config, models: Models, references: References, index: list[int], per_reference: int, seed: int = 0
-) -> Tensor:
-    """Variations with seeds seed, seed + 1, ...: uint8 (len(index), per_reference, 3, H, W)."""
+    config: Config, models: Models, references: References, index: list[int], per_reference: int, seed: int = 0,
+    on_step: Callable[[], None] = lambda: None,
+) -> Tensor:  # fmt: skip
+    """Variations with seeds seed, seed + 1, ...: uint8 (len(index), per_reference, 3, H, W). on_step: called after each
+    step of each batch; what it raises ends them."""
     pipeline = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
     bucket, pictures = references.bucket, []
     chunk = max(1, config.train.micro_batch_size // per_reference)
@@ -132,7 +135,7 @@ def variations(
         condition = references.condition(models, part).repeated(per_reference)
         seeds = [seed + k for _ in part for k in range(per_reference)]
         images = generate(pipeline, models.trainable, condition, models.pooled_projections, seeds, bucket.height,
-                          bucket.width, config.validation.steps, config.flow.guidance)  # fmt: skip
+                          bucket.width, config.validation.steps, config.flow.guidance, on_step)  # fmt: skip
         pictures.append(images.unflatten(0, (len(part), per_reference)))
     return torch.cat(pictures)
 

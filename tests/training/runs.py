@@ -18,14 +18,14 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = str(ROOT / "launch" / "train.py")
 
 
-def make_dataset(folder: Path, images: int = 40) -> Path:
-    """A prepared dataset of two buckets (64x64, 64x32), every fourth picture held out or so."""
+def make_dataset(folder: Path, images: int = 40, square: bool = False) -> Path:
+    """A prepared dataset of two buckets (64x64, 64x32; square: one), every fourth picture held out or so."""
     from megaflux.data.prepare import Options, prepare
 
     source, rng = folder / "pictures", np.random.default_rng(0)
     source.mkdir(parents=True)
     for i in range(images):
-        height = 64 if i % 2 else 32
+        height = 64 if i % 2 or square else 32
         picture = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(picture).resize((64, height), Image.Resampling.BICUBIC).save(source / f"{i:03d}.png")
         (source / f"{i:03d}.txt").write_text(f"picture number {i}")

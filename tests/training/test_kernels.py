@@ -38,6 +38,7 @@ def newest(run):
     return load_file(max((run / "checkpoints").glob("update-*")) / "weights.safetensors")
 
 
+@pytest.mark.slow
 def test_fifty_updates_have_the_same_losses_with_kernels_on_and_off(tmp_path, data):
     fifty = {"train__updates": 50, "train__checkpoint_every": 25, "optim__lr": 2e-3}
     off, run_off, said_off = train(tmp_path, data, "off", model__kernels="off", **fifty)
@@ -65,6 +66,7 @@ def test_fifty_updates_have_the_same_losses_with_kernels_on_and_off(tmp_path, da
     assert made[0].std() > 5
 
 
+@pytest.mark.slow
 def test_policies_train_to_the_same_bits(tmp_path, data):
     weights = []
     for policy in ("mlp", "full", "auto"):  # two ranks each, over a stage change

@@ -17,6 +17,7 @@ from megaflux.models.pretrained import load_models
 from megaflux.presets import PUBLISHED_STAGES, tiny
 from megaflux.training.noise import draw_mode
 from megaflux.training.stages import trainable_names
+from tests.training.faults import assert_same, final_state, final_weights
 from tests.training.runs import ROOT, copy_until, ds_config, launch, make_dataset, small_config, write_config
 
 
@@ -25,41 +26,13 @@ def data(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data"))
 
 
-def final_weights(run):
-    return load_file(max((run / "checkpoints").glob("update-*")) / "weights.safetensors")
-
-
-def final_state(run):
-    """Everything DeepSpeed saved of the optimizer, rank by rank."""
-    newest = max((run / "checkpoints").glob("update-*"))
-    files = sorted((newest / "deepspeed").glob("*optim_states.pt"))
-    return [torch.load(file, weights_only=False)["optimizer_state_dict"] for file in files]
-
-
-def assert_same(a, b, where="state"):
-    """Bitwise equality of nested containers of tensors and numbers."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{where}[{i}]")
-    elif isinstance(a, int | float | str | bool | None):
-        assert a == b, where
-
-
 def run_ok(*arguments, **kwargs):
     done = launch(*arguments, **kwargs)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_resumed_run_is_bit_equal_to_the_uninterrupted_one(tmp_path, data, precision, ranks):
     # 6 updates over two stages, in a new process from update 2: the resumed half crosses the stage boundary at 3.
@@ -142,7 +115,7 @@ def test_published_block_lists_run_on_57_blocks(tmp_path, data):
     assert len(lists) == 57 - 12
 
 
-@pytest.mark.parametrize("base", ["zero2_offload.json", "zero3.json"])
+@pytest.mark.parametrize("base", [pytest.param("zero2_offload.json", marks=pytest.mark.slow), "zero3.json"])
 def test_other_deepspeed_configurations_run_over_a_stage_change_and_resume(tmp_path, data, base):
     values = small_config(data, tmp_path / "run", validation__every=2, validation__panel_every=2)
     values["model"]["flux_config"]["joint_attention_dim"] = 47  # a bias that two ranks cannot share evenly
@@ -240,10 +213,21 @@ def test_a_damaged_or_foreign_checkpoint_stops_the_run_in_one_line(tmp_path, dat
 
     weights = checkpoint / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert "weights.safetensors" in refusal()
+    back = launch("--deepspeed", ds, "--config", config, with_="python")
+    assert back.returncode == 0 and "going on from update-0000001, the newest that is whole" in back.stderr
+    for path in checkpoint.parent.iterdir():
+        shutil.rmtree(path)
+    shutil.copytree(pristine, checkpoint)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    said = refusal()
+    assert (
+        "weights.safetensors" in said and "no other of the 1 checkpoints is whole" in said and "Three ways out" in said
+    )
     shutil.rmtree(checkpoint)
     shutil.copytree(pristine, checkpoint)
     assert "seed" in refusal("--run.seed", "5")
-    assert "saved by 1 ranks, this run has 2" in refusal("--train.micro_batch_size", "1", ranks=2)
+    checkpoint.rename(checkpoint.with_name("update-0000002.aside"))
+    assert "holds no checkpoint under its own name, only update-0000002.aside" in refusal()
+    checkpoint.with_name("update-0000002.aside").rename(checkpoint)
     (checkpoint / "manifest.json").unlink()
     assert "manifest.json" in refusal()

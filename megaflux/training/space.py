@@ -1,0 +1,45 @@
+"""Is there room for the checkpoints to come? Asked before a stage's first update and before each save."""
+
+from __future__ import annotations
+
+import os
+
+from megaflux.config import Config
+from megaflux.errors import UserError
+from megaflux.training import distributed, manifest
+from megaflux.training.distributed import World
+from megaflux.training.engine import StageEngine
+
+STATE_BYTES = 12  # per trainable parameter: master, exp_avg and exp_avg_sq in fp32
+MARGIN = 1.02  # file headers, rounding up to blocks
+FILES_EACH = 6  # beside a shard and a random state per rank
+
+
+def checkpoint_bytes(engine: StageEngine, weights: int) -> int:
+    """Size of one checkpoint of this stage. weights: parameters that any stage so far has trained."""
+    item = next(engine.module.parameters()).element_size()
+    state = STATE_BYTES * engine.num_trainable + item * engine.num_trainable  # DeepSpeed keeps a copy of what trains
+    return int(MARGIN * (state + item * weights))
+
+
+def check(config: Config, engine: StageEngine, weights: int, world: World, copies: int | None = None) -> None:
+    """UserError, alike on all ranks, where the disk of run.dir has no room or no inodes for `copies` more checkpoints.
+
+    None: as many as will ever be there at once, the one being written included, less those that are. Collective."""
+    problem = None
+    if world.is_main:
+        there = len(manifest.listed(config.run.dir))
+        wanted = max(1, config.train.keep_checkpoints + 1 - there) if copies is None else copies
+        need, files = wanted * checkpoint_bytes(engine, weights), wanted * (2 * world.size + FILES_EACH)
+        disk = os.statvfs(config.run.dir)
+        free = disk.f_bavail * disk.f_frsize
+        if free < need:
+            problem = (f"run.dir: {config.run.dir} has {free / 1e9:.1f} GB free, and {wanted} checkpoint"
+                       f"{'s' * (wanted > 1)} of this stage need {need / 1e9:.1f} GB; make room, lower "
+                       "train.keep_checkpoints, or give another --run.dir")  # fmt: skip
+        elif disk.f_files and disk.f_favail < files:
+            problem = (f"run.dir: {config.run.dir} has {disk.f_favail} inodes left, and {wanted} checkpoints need {files}; "
+                       "delete files there, or give another --run.dir")  # fmt: skip
+    problem = distributed.from_main(problem, world)
+    if problem:
+        raise UserError(problem, agreed=True)

@@ -1,0 +1,50 @@
+"""launch/train.py with one fault put in, for tests: FAULT=kind:update[:rank] in the environment.
+
+nan, spike: the noise of that update is not finite, or huge. nan_from: from that update on, until the run went back.
+die, hang, throw: the rank ends itself, stops moving, or raises, in the forward pass. slow: every update takes 0.3 s.
+"""
+
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+kind, update, *rank = os.environ["FAULT"].split(":")
+rank = int(rank[0]) if rank else None
+mine = rank is None or int(os.environ.get("RANK", "0")) == rank
+
+from megaflux.training import noise  # noqa: E402
+
+real, calls, cured = noise.draw_time_and_noise, set(), []
+
+
+def draw(config, seed, at, keys, seen, latents):
+    t, n = real(config, seed, at, keys, seen, latents)
+    if calls and at < max(calls):
+        cured.append(at)
+    calls.add(at)
+    if kind == "slow":
+        time.sleep(0.3)
+    if not mine:
+        return t, n
+    once = kind in ("nan", "spike") and at == int(update)
+    if once or (kind == "nan_from" and at >= int(update) and not cured):
+        n = n * (float("nan") if kind != "spike" else 1e4)
+    if at == int(update):
+        if kind == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "throw":
+            raise RuntimeError("a bug, put in by a test")
+        if kind == "hang":
+            time.sleep(10_000)
+    return t, n
+
+
+noise.draw_time_and_noise = draw
+sys.argv[0] = str(ROOT / "launch" / "train.py")
+runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,273 @@
+"""Checkpoints on disk: every state that a crash can leave, damage of every kind, what is deleted and what never is."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megaflux.errors import UserError
+from megaflux.training import manifest
+
+CONTENT = {"format": manifest.FORMAT, "update": 0, "stage": 0, "stage_name": "one", "world_size": 2, "data": {"epoch": 1}, "base": "b",
+           "identity": {}, "deepspeed": {"zero_stage": 2}, "guard": {}}  # fmt: skip
+
+
+def write_files(folder: Path, seed: int) -> None:
+    """What a save writes before its manifest, small."""
+    rng = random.Random(seed)
+    for name in (
+        "deepspeed/a_optim_states.pt",
+        "deepspeed/b_optim_states.pt",
+        "weights.safetensors",
+        "rng-rank0000.pt",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(rng.randbytes(300 + rng.randrange(200)))
+
+
+def save(run: Path, update: int) -> None:
+    """What checkpoint.save does on the main rank, without a model."""
+    partial = manifest.partial_of(run, update)
+    manifest.clear(partial)
+    partial.mkdir(parents=True)
+    write_files(partial, update)
+    manifest.publish(partial, manifest.folder(run) / manifest.name_of(update), CONTENT | {"update": update})
+    manifest.prune(run, 2, milestones=(), protect=())
+
+
+def newest(run: Path) -> int | None:
+    """The update that a run would go on from."""
+    manifest.recover(run, lambda line: None)
+    for update, path in reversed(manifest.listed(run).items()):
+        try:
+            assert manifest.verify(path)["update"] == update
+        except UserError:
+            continue
+        return update
+    return None
+
+
+class Crash(BaseException):
+    """The machine stops here."""
+
+
+class Machine:
+    """Counts what changes the disk and stops before the n-th of it; torn: the write it stops at has half arrived."""
+
+    def __init__(self, stop_at: int | None, torn: bool = False):
+        self.stop_at, self.torn, self.count = stop_at, torn, 0
+
+    def step(self) -> bool:
+        """Whether this operation still happens; raises where it is the last, unless it is to be torn."""
+        self.count += 1
+        if self.stop_at is None or self.count < self.stop_at:
+            return True
+        if self.count > self.stop_at or not self.torn:
+            raise Crash
+        return False
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        machine, real_open = self, builtins.open
+
+        def wrap(module, name: str) -> None:
+            real = getattr(module, name)
+
+            def changed(*args, **kwargs):
+                if not machine.step():
+                    raise Crash  # a rename, a deletion of one name or an fsync is done or is not
+                return real(*args, **kwargs)
+
+            patch.setattr(module, name, changed)
+
+        for name in ("rename", "fsync", "unlink", "rmdir", "mkdir"):
+            wrap(os, name)
+
+        class Torn:
+            def __init__(self, stream):
+                self.stream = stream
+
+            def __getattr__(self, name):
+                return getattr(self.stream, name)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                self.stream.close()
+
+            def write(self, data):
+                if machine.step():
+                    return self.stream.write(data)
+                self.stream.write(data[: len(data) // 2])
+                self.stream.flush()
+                raise Crash
+
+        def opened(file, mode="r", *args, **kwargs):
+            stream = real_open(file, mode, *args, **kwargs)
+            return Torn(stream) if "w" in mode else stream
+
+        patch.setattr("io.open", opened)
+
+
+def enumerate_states(tmp_path: Path, prepare, act) -> int:
+    """Crash `act` before each of its changes and inside each of its writes; yields nothing, checks each state. Returns
+    how many states there were."""
+    whole = Machine(None)
+    states = 0
+    stop = 1
+    while True:
+        for torn in (False, True):
+            run = tmp_path / f"{stop}-{torn}"
+            before = prepare(run)
+            machine = Machine(stop, torn)
+            with pytest.MonkeyPatch.context() as patch:
+                machine.install(patch)
+                try:
+                    act(run)
+                    finished = True
+                except Crash:
+                    finished = False
+            states += 1
+            after = newest(run)
+            assert after is not None and after >= before, (stop, torn, sorted(p.name for p in run.rglob("update-*")))
+            assert not [p for p in manifest.folder(run).iterdir() if p.name.startswith(".")]  # leftovers are gone
+            act(run)  # and the next save works
+            shutil.rmtree(run)
+        if finished:
+            return states
+        stop += 1
+        whole.count = stop
+
+
+def test_every_state_that_a_crash_can_leave_has_a_whole_checkpoint(tmp_path):
+    def prepare(run: Path) -> int:
+        save(run, 1)
+        save(run, 2)
+        return 2
+
+    states = enumerate_states(tmp_path, prepare, lambda run: save(run, 3))
+    assert states > 50
+    print(f"{states} states of a save")
+
+
+def test_every_state_of_a_save_over_a_damaged_twin(tmp_path):
+    def prepare(run: Path) -> int:
+        save(run, 2)
+        save(run, 3)
+        (manifest.folder(run) / "update-0000003" / "weights.safetensors").write_bytes(b"damaged")
+        return 2
+
+    assert enumerate_states(tmp_path, prepare, lambda run: save(run, 3)) > 50
+
+
+def test_a_thousand_corruptions_are_all_refused_and_the_one_before_is_used(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    path, rng = manifest.folder(tmp_path) / "update-0000002", random.Random(0)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    contents = {file: file.read_bytes() for file in files}
+    for number in range(1000):
+        file, data = files[number % len(files)], bytearray(contents[files[number % len(files)]])
+        kind = rng.choice(["flip", "truncate", "zero", "grow", "missing"])
+        if kind == "flip":
+            position = rng.randrange(len(data))
+            data[position] ^= 1 << rng.randrange(8)
+        elif kind == "truncate":
+            del data[rng.randrange(len(data)) :]
+        elif kind == "zero":
+            start = rng.randrange(len(data))
+            data[start : start + 16] = bytes(len(data[start : start + 16]))
+        elif kind == "grow":
+            data += bytes([rng.randrange(256)])
+        if kind == "missing":
+            file.unlink()
+        else:
+            file.write_bytes(data)
+        if kind == "missing" or bytes(data) != contents[file]:
+            same = kind != "missing" and file.name == "manifest.json" and _says_the_same(data, contents[file])
+            assert newest(tmp_path) == (2 if same else 1), (kind, file.name)
+        file.write_bytes(contents[file])
+    assert newest(tmp_path) == 2
+
+
+def _says_the_same(data: bytes, original: bytes) -> bool:
+    """Whether only white space has changed."""
+    try:
+        return json.loads(data) == json.loads(original)
+    except ValueError:
+        return False
+
+
+def test_what_is_deleted_and_what_never_is(tmp_path):
+    for update in (1, 2, 3, 4, 5, 6):
+        partial = manifest.partial_of(tmp_path, update)
+        partial.mkdir(parents=True)
+        write_files(partial, update)
+        manifest.publish(partial, manifest.folder(tmp_path) / manifest.name_of(update), CONTENT | {"update": update})
+    (manifest.folder(tmp_path) / "update-0000004.bad").mkdir()
+    manifest.prune(tmp_path, 2, milestones={3}, protect={1})
+    assert list(manifest.listed(tmp_path)) == [1, 3, 5, 6]
+    assert (manifest.folder(tmp_path) / "update-0000004.bad").is_dir()  # somebody's own
+    manifest.prune(tmp_path, 0, milestones=(), protect=())
+    assert list(manifest.listed(tmp_path)) == [6]  # never the only one
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(
+    st.binary(max_size=200), json_values.map(lambda v: json.dumps(v).encode()),
+    st.tuples(st.sampled_from(sorted(manifest.KEYS)), json_values).map(
+        lambda change: json.dumps(manifest.sealed(CONTENT | {"files": {}} | {change[0]: change[1]})).encode()),
+    st.tuples(st.text(max_size=12), json_values).map(
+        lambda entry: json.dumps(manifest.sealed(CONTENT | {"files": {entry[0]: entry[1]}})).encode()),
+))  # fmt: skip
+def test_no_manifest_whatsoever_raises_anything_but_one_line(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("m")
+    (folder / "manifest.json").write_bytes(data)
+    try:
+        manifest.verify(folder)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "deepspeed/../../x"])
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
+    entry = {"bytes": 0, "sha256": "0" * 64}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest.sealed(CONTENT | {"files": {name: entry}})))
+    with pytest.raises(UserError, match="lies outside the checkpoint"):
+        manifest.verify(tmp_path)
+
+
+def test_the_tool_lists_verifies_and_prunes(tmp_path):
+    def tool(*arguments):
+        return subprocess.run([sys.executable, "-m", "megaflux.training.checkpoint", *map(str, arguments)],
+                              capture_output=True, text=True)  # fmt: skip
+
+    nothing = tool("ls", tmp_path)
+    assert nothing.returncode == 2 and "holds no checkpoint" in nothing.stderr
+    assert tool("verify", tmp_path / "gone").returncode == 2
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    listed = tool("ls", tmp_path)
+    assert listed.returncode == 0 and listed.stdout.count("update-000000") == 2 and "kB" in listed.stdout
+    sound = tool("verify", tmp_path)
+    assert sound.returncode == 0 and "goes on from update-0000002" in sound.stdout
+    (manifest.folder(tmp_path) / "update-0000002" / "weights.safetensors").write_bytes(b"")
+    bad = tool("verify", tmp_path)
+    assert bad.returncode == 2 and "goes on from update-0000001" in bad.stdout and "weights.safetensors" in bad.stdout
+    assert "Traceback" not in bad.stderr + listed.stderr + nothing.stderr

@@ -1,0 +1,287 @@
+"""Whole runs that meet a fault: killed, asked to leave, hung, diverging, on other ranks, on a full disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaflux.errors import UserError
+from megaflux.training import elastic
+from megaflux.training.checkpoint import Checkpoint
+from tests.training.faults import (
+    Reference,
+    assert_same,
+    both_ranks,
+    end,
+    events,
+    final_weights,
+    kill_chain,
+    left_behind,
+    newest,
+    ranks_of,
+    same_end,
+    start,
+    wait_for,
+)
+from tests.training.runs import (
+    LAUNCH,
+    copy_until,
+    ds_config,
+    environment,
+    launch,
+    make_dataset,
+    small_config,
+    write_config,
+)
+
+NO_REPEATS = 38  # pictures of which 28 train, a multiple of the 4 drawn at a time
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, data):
+    """12 updates on two ranks over a stage boundary, never disturbed."""
+    folder = tmp_path_factory.mktemp("reference")
+    values = small_config(data, folder / "run", train__updates=12)
+    whole = Reference(folder / "run", ds_config(folder, "bf16"), write_config(values, folder / "config.yaml"))
+    done = launch(*whole.started_by, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return whole
+
+
+def go_on(reference: Reference, run: Path, *more: object) -> None:
+    """The same command again: it ends as the run that nothing disturbed."""
+    done = launch(*reference.started_by, "--run.dir", run, *more, ranks=2)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    same_end(reference.run, run)
+
+
+def check_kills(kills, points):
+    assert len(kills) == points  # else the run was over before
+    for kill in kills:
+        assert kill.seconds < 10, kill
+        assert kill.reached - kill.resumed <= 2, kill  # one checkpoint interval, at most
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(reference, tmp_path):
+    check_kills(kill_chain(reference, tmp_path / "run", [1, 2, 3], within=0.8), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chain", range(5))
+def test_kill_sweep(reference, tmp_path, chain):
+    check_kills(kill_chain(reference, tmp_path / "run", [10 * chain + i for i in range(11, 14)], within=0.8), 3)
+
+
+def ask_to_leave(reference: Reference, run: Path, to: str, phase: str, *more: object) -> None:
+    """SIGTERM to the launcher or SIGUSR1 to each rank, in a phase; asserts what is promised of the answer."""
+    process, before = start(*reference.started_by, "--run.dir", run, *more, fault="slow:0"), len(events(run, "stop"))
+    try:
+        ranks, kind = both_ranks(process), {"save": "save", "validation": "save"}.get(phase, "progress")
+        seen = len(events(run, kind))
+        if phase == "start-up":
+            time.sleep(1.0)
+        else:
+            wait_for(lambda: len(events(run, kind)) > seen + 1 or process.poll() is not None)
+            time.sleep(0.1)
+        asked = time.monotonic()
+        if to == "launcher":
+            process.terminate()
+        else:
+            for rank in ranks:
+                rank.send_signal(signal.SIGUSR1)
+        said, _ = process.communicate(timeout=60)
+        wait_for(lambda: not left_behind(run), 30)
+        assert time.monotonic() - asked < 25, said[-2000:]
+    finally:
+        end(process)
+    if to == "ranks":
+        assert process.returncode == 10, said[-2000:]  # the launcher itself leaves with 1 when it is told to
+    if phase == "start-up":
+        assert not (run / "checkpoints").exists(), said[-2000:]
+        return
+    (stop,) = events(run, "stop")[before:]
+    name = "SIGTERM" if to == "launcher" else "SIGUSR1"
+    assert stop["why"] == f"signal {name}", said[-2000:]
+    assert (run / "checkpoints" / f"update-{stop['update']:07d}" / "manifest.json").is_file()
+    assert 0 < stop["update"] < 12
+
+
+def test_asked_to_leave_it_saves_and_goes_on(reference, tmp_path):
+    ask_to_leave(reference, tmp_path / "run", "launcher", "start-up")
+    ask_to_leave(reference, tmp_path / "run", "ranks", "update")
+    ask_to_leave(reference, tmp_path / "run", "launcher", "update")
+    go_on(reference, tmp_path / "run")
+
+
+IN_A_PHASE = {
+    "start-up": [],
+    "save": ["--train.checkpoint_every", "1"],
+    "validation": ["--validation.panel_every", "1", "--validation.steps", "400", "--validation.panel_samples", "3"],
+    "data": ["--data.num_workers", "1"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", IN_A_PHASE)
+@pytest.mark.parametrize("to", ["ranks", "launcher"])
+def test_asked_to_leave_in_every_phase(reference, tmp_path, phase, to):
+    run, more = tmp_path / "run", IN_A_PHASE[phase]
+    ask_to_leave(reference, run, to, phase, *more)
+    go_on(reference, run, *more)
+
+
+def fault(reference: Reference, run: Path, kind: str, at: int) -> None:
+    """One rank dies, hangs or raises in an update: all are gone in bounded time."""
+    process = start(*reference.started_by, "--run.dir", run, "--train.hang_timeout", "5", fault=f"{kind}:{at}:1")
+    try:
+        wait_for(lambda: any(e["update"] == at for e in events(run, "progress")) or process.poll() is not None)
+        reached = time.monotonic()
+        said, _ = process.communicate(timeout=60)
+        wait_for(lambda: not left_behind(run), 30)
+        assert time.monotonic() - reached < (5 if kind == "hang" else 0) + 10
+    finally:
+        end(process)
+    assert process.returncode not in (0, 2, 10)
+    if kind == "hang":
+        assert process.returncode == 11 and "nothing moved for" in said and "faulty_train.py" in said  # the very line
+    if kind == "throw":
+        assert "a bug, put in by a test" in said
+
+
+def test_no_rank_outlives_a_dead_or_hung_one(reference, tmp_path):
+    for kind, at in (("die", 3), ("hang", 5)):
+        fault(reference, tmp_path / "run", kind, at)
+    go_on(reference, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_one_that_raises(reference, tmp_path):
+    fault(reference, tmp_path / "run", "throw", 5)
+    go_on(reference, tmp_path / "run")
+
+
+def test_a_bad_update_changes_nothing_and_names_its_samples(data, tmp_path):
+    values = small_config(data, tmp_path / "run", train__updates=6, train__checkpoint_every=1, optim__weight_decay=0.5)
+    config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "bf16")
+    process = start("--deepspeed", ds, "--config", config, fault="nan:4:1")  # on one rank of two
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said[-2000:]
+    before, after = (tmp_path / "run" / "checkpoints" / f"update-000000{n}" for n in (4, 5))
+    for name in ["weights.safetensors"]:
+        assert (before / name).read_bytes() == (after / name).read_bytes()
+    for file in sorted((before / "deepspeed").glob("*optim_states.pt")):
+        states = [torch.load(folder / "deepspeed" / file.name, weights_only=False)["optimizer_state_dict"]
+                  for folder in (before, after)]  # fmt: skip
+        assert_same(states[0]["base_optimizer_state"]["state"], states[1]["base_optimizer_state"]["state"])
+        assert_same(states[0]["single_partition_of_fp32_groups"], states[1]["single_partition_of_fp32_groups"])
+    (fault,) = events(tmp_path / "run", "fault")
+    assert fault["what"] == "skipped_update" and fault["update"] == 5 and len(fault["keys"]) == 4
+    assert all(key in said for key in fault["keys"])
+    last = newest(tmp_path / "run") / "weights.safetensors"
+    assert last.read_bytes() != (after / "weights.safetensors").read_bytes()  # and it went on training
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [e.value for e in board.Scalars("train/skipped_steps")] == [0, 0, 0, 0, 1, 1]
+
+
+def test_divergence_goes_back_to_a_sound_checkpoint_and_leaves_the_data_out(data, tmp_path):
+    values = small_config(data, tmp_path / "run", train__bad_updates=2, train__updates=8)
+    config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "fp32")
+    process = start("--deepspeed", ds, "--config", config, fault="nan_from:5:0", ranks=1)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said[-2000:]
+    back = [fault for fault in events(tmp_path / "run", "fault") if fault["what"] == "rollback"]
+    assert len(back) == 1 and back[0]["update"] == 4 and "back to update 4" in said
+    position = json.loads((tmp_path / "run" / "checkpoints" / "update-0000008" / "manifest.json").read_text())["data"]
+    straight = small_config(data, tmp_path / "straight", train__updates=8)
+    launch("--deepspeed", ds, "--config", write_config(straight, tmp_path / "straight.yaml"), with_="python")
+    other = json.loads((tmp_path / "straight/checkpoints/update-0000008/manifest.json").read_text())["data"]
+    taken = [(d["epoch"], d["batches"]) for d in (position, other)]
+    assert taken[0] > taken[1]  # the dropped updates' data was left behind
+
+
+def test_other_ranks_go_on_with_the_same_batches(tmp_path):
+    # One bucket without repeats: a sample drawn twice in an update may get other noise on other ranks.
+    square = make_dataset(tmp_path / "square", images=NO_REPEATS, square=True)
+    values = small_config(square, tmp_path / "whole", train__updates=8)
+    config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "fp32")
+    assert launch("--deepspeed", ds, "--config", config, ranks=2).returncode == 0
+    run = copy_until(tmp_path / "whole", tmp_path / "run", 2)
+    one = launch("--deepspeed", ds, "--config", config, "--run.dir", run, "--train.stop_after", "5", ranks=1)
+    assert one.returncode == 0 and "cut anew for 1" in one.stderr + one.stdout, one.stderr[-2000:]
+    two = launch("--deepspeed", ds, "--config", config, "--run.dir", run, ranks=2)
+    assert two.returncode == 0 and "cut anew for 2" in two.stderr + two.stdout, two.stderr[-2000:]
+    want, got = final_weights(tmp_path / "whole"), final_weights(run)
+    assert max((want[name] - got[name]).abs().max() for name in want) < 1e-5
+    ends = [json.loads((folder / "checkpoints/update-0000008/manifest.json").read_text())["data"]
+            for folder in (tmp_path / "whole", run)]  # fmt: skip
+    assert ends[0] == ends[1]
+    assert "0 repeats" in two.stderr + two.stdout
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 2), (2, 2), (4, 2), (8, 1)])
+def test_ranks_share_what_the_run_draws(small_config, tmp_path, ranks, micro):
+    config = small_config.model_copy(update={"train": small_config.train.model_copy(update={"micro_batch_size": 2})})
+    resumed = Checkpoint(tmp_path, {"data": {"micro_batch_size": 2, "world_size": 4}})  # 8 together
+    assert elastic.fit(config, resumed, ranks).train.micro_batch_size == micro
+    assert elastic.drawn(config, resumed, ranks) == 8
+    with pytest.raises(
+        UserError, match="8 pictures at a time, which 3 ranks cannot share evenly; use 1, 2, 4, 8 ranks"
+    ):
+        elastic.fit(config, resumed, 3)
+
+
+def test_a_full_disk_keeps_what_there_is_and_says_so(data, tmp_path):
+    values = small_config(data, tmp_path / "run", train__updates=6)
+    config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "fp32")
+    assert launch("--deepspeed", ds, "--config", config, "--train.stop_after", "2", with_="python").returncode == 0
+    limit = max(f.stat().st_size for f in (tmp_path / "run/checkpoints").rglob("*optim_states.pt")) // 2
+
+    def small_files() -> None:  # a write beyond it fails as on a full disk, with EFBIG in the place of ENOSPC
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    full = subprocess.run([sys.executable, LAUNCH, "--deepspeed", str(ds), "--config", str(config)], env=environment(),
+                          capture_output=True, text=True, timeout=120, preexec_fn=small_files)  # fmt: skip
+    assert full.returncode == 2, full.stderr[-2000:]
+    (line,) = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
+    assert "update-0000003: cannot be written" in line
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").glob("update-*")) == ["update-0000002"]
+    again = launch("--deepspeed", ds, "--config", config, with_="python")
+    assert again.returncode == 0 and "deleted" in again.stderr  # the save that was cut short
+
+
+def test_stale_shared_memory_of_a_killed_run_is_no_hindrance(data, tmp_path):
+    values = small_config(data, tmp_path / "run", train__updates=4, data__num_workers=1)
+    config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "bf16")
+    before = {file.name for file in Path("/dev/shm").iterdir()}
+    process = start("--deepspeed", ds, "--config", config, fault="slow:0")
+    wait_for(lambda: events(tmp_path / "run", "progress") or process.poll() is not None)
+    for rank in ranks_of(process):
+        rank.kill()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_for(lambda: not left_behind(tmp_path / "run"), 30)  # workers see that their rank is gone
+    stale = {file.name for file in Path("/dev/shm").iterdir()} - before
+    assert any(name.endswith("_locals") for name in stale)  # this is what a kill leaves
+    done = launch("--deepspeed", ds, "--config", config, ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    after = {file.name for file in Path("/dev/shm").iterdir()} - before
+    assert not {name for name in after if name[:6].isdigit()}
+    shutil.rmtree(tmp_path / "run")
