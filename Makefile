@@ -1,6 +1,7 @@
 # make demo   train the tiny preset on real images through the deepspeed launcher, generate, say where to look
 # make test   every CPU test but the slow ones and those in a browser
 # make test-browser   the panel, driven in Chromium (installed as Debian's package where that is possible)
+# make test-slow  the minutes-long ones; make soak  the hours-long proofs of survival, which go on where they were stopped
 # All make their own virtual environment (.venv) the first time; the second time they install nothing.
 #
 # On a machine with an NVIDIA GPU:
@@ -19,7 +20,7 @@ GPU := PYTHONPATH=.:kernels:$(PYTHONPATH) $(GPU_PYTHON)
 MAIN_ARMS := diffusers-eager,diffusers-eager-full,ours-none,ours-mlp
 STEP := $(GPU) -m megaflux.bench step --resume
 
-.PHONY: install demo test test-browser test-slow lint clean gpu gpu-check gpu-bench gpu-train
+.PHONY: install demo test test-browser test-slow soak lint clean gpu gpu-check gpu-bench gpu-train
 
 install: $(VENV)/.installed
 
@@ -48,6 +49,9 @@ test-browser: install
 
 test-slow: install
 	python -m pytest tests -m slow -q
+
+soak: install
+	python -m tests.soak
 
 lint: install
 	ruff check .

@@ -219,9 +219,10 @@ def break_run(root: Path, how: str) -> str:
         (newest / "weights.safetensors").write_bytes(content)
         return "update-0000008/weights.safetensors: damaged"
     if how == "weights not in the manifest":
-        manifest = json.loads((newest / "manifest.json").read_text())
-        manifest["files"] = {}
-        (newest / "manifest.json").write_text(json.dumps(manifest))
+        from megaflux.training import manifest
+
+        content = json.loads((newest / "manifest.json").read_text()) | {"files": {}}
+        (newest / "manifest.json").write_text(json.dumps(manifest.sealed(content)))
         return "update-0000008/manifest.json: says nothing of weights.safetensors"
     if how == "another configuration":
         text = (root / "config.yaml").read_text()
@@ -267,17 +268,15 @@ def test_a_checkpoint_put_aside_is_not_the_newest(run_folder, cat, tmp_path):
 def test_a_checkpoint_without_one_trained_weight_is_refused(small_config, cat, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from megaflux.training import checkpoint
+    from megaflux.training import manifest
 
     root = write_run(tmp_path / "run", small_config.model_dump(), updates=(8,))
     folder = root / "checkpoints/update-0000008"
     weights = load_file(folder / "weights.safetensors")
     del weights["connector.bias"]
     save_file(weights, folder / "weights.safetensors")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").unlink()
-    manifest["files"] = checkpoint._inventory(folder)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    content = json.loads((folder / "manifest.json").read_text()) | {"files": manifest.inventory(folder)}
+    (folder / "manifest.json").write_text(json.dumps(manifest.sealed(content)))
     with pytest.raises(UserError, match="weights.safetensors: missing key connector.bias"):
         run(root, cat, tmp_path / "out")
 

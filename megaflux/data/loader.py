@@ -89,6 +89,7 @@ def build_loader(
     info = read_dataset_info(path)
     shards = _read_streams(path, info, split, check_files=remote is None)
     with exclusive_set_up(world), as_streaming_sees(world):
+        stale = []
         if world.local_rank == 0:
             stale = remove_leftovers(os.path.abspath(path / split / bucket.folder) for bucket in shards)
             if stale:
@@ -98,6 +99,7 @@ def build_loader(
             path, split, shards, world,
             micro_batch_size=micro_batch_size, seed=seed, num_workers=num_workers, remote=remote,
             cache_limit=cache_limit, prefetch_factor=prefetch_factor, shuffle=shuffle, max_replaced=max_replaced,
+            stale=stale,
         )  # fmt: skip
 
 
@@ -134,7 +136,7 @@ class BucketLoader:
 
     buckets: those that have samples. samples_per_epoch: drawn in an epoch over all ranks, the repeats
     included. repeats: bucket name -> samples that are drawn once more than the others in an epoch.
-    batches_per_epoch: micro-batches of each rank.
+    batches_per_epoch: micro-batches of each rank. stale: shared memory of killed runs that this rank removed.
     """
 
     def __init__(
@@ -152,8 +154,9 @@ class BucketLoader:
         prefetch_factor: int,
         shuffle: bool,
         max_replaced: float,
+        stale: list[str],
     ) -> None:
-        self.buckets = tuple(shards)
+        self.buckets, self.stale = tuple(shards), stale
         self.global_batch = micro_batch_size * world.size  # G
         counts = {bucket: sum(shard["samples"] for shard in shards[bucket]) for bucket in self.buckets}
         drawn = {bucket: -(-n // self.global_batch) * self.global_batch for bucket, n in counts.items()}

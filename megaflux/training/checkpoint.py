@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,12 +28,15 @@ from torch import nn
 
 from megaflux.config import Config
 from megaflux.errors import UserError
-from megaflux.models.pretrained import Models
 from megaflux.training import distributed, manifest, repartition, stages
 from megaflux.training.distributed import World
 from megaflux.training.ds_config import sharding
 from megaflux.training.engine import StageEngine
 from megaflux.training.manifest import FORMAT, folder, listed, verify
+from megaflux.training.space import NoRoom
+
+if TYPE_CHECKING:  # seconds of imports that the tool for people does not need
+    from megaflux.models.pretrained import Models
 
 __all__ = ["FORMAT", "WEIGHTS", "Checkpoint", "folder", "identity", "listed", "load_training_state", "load_weights",
            "resolve", "save", "trained_names", "verify"]  # fmt: skip
@@ -98,8 +102,12 @@ def save(
         if world.is_main:
             save_file(weights, partial / WEIGHTS)
             (partial / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
-        for file in partial.rglob(f"*rank*{world.rank}*"):  # each machine has its own unwritten pages
+        # Each rank syncs and hashes what it wrote: a machine has its own unwritten pages, and it all goes side by side.
+        mine = [file for file in manifest.files_in(partial) if _writer(file.name) == world.rank]
+        for file in mine:
             manifest.sync(file)
+        files = manifest.inventory(partial, mine)
+    files = {name: entry for of_rank in distributed.gathered(files, world) for name, entry in of_rank.items()}
     with _alike(world, f"{final}: cannot be written"):
         if world.is_main:
             shards = len(list(partial.glob("rng-rank*.pt"))), len(list(partial.glob("deepspeed/*optim_states.pt")))
@@ -112,7 +120,7 @@ def save(
                 "format": FORMAT, "update": update, "stage": engine.stage,
                 "stage_name": config.stages[engine.stage].name, "world_size": world.size, "data": data,
                 "identity": identity(config), "base": base, "deepspeed": engine.sharding, "guard": guard or {},
-            })  # fmt: skip
+            }, files)  # fmt: skip
             protected = () if resumed_from is None else (resumed_from,)
             manifest.prune(config.run.dir, config.train.keep_checkpoints, milestones(config), protected)
     return final
@@ -281,7 +289,13 @@ def _alike(world: World, what: str) -> Iterator[None]:
         problem = f"{what} ({getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]})"
     first = distributed.first_problem(problem, world)
     if first is not None:
-        raise UserError(first, agreed=True)
+        raise NoRoom(first, agreed=True)
+
+
+def _writer(name: str) -> int:
+    """Rank that wrote a file of a checkpoint: its number is in DeepSpeed's names of shards and in ours; the rest is 0's."""
+    found = re.search(r"(?:pp_rank_|rng-rank)(\d+)", name)
+    return int(found[1]) if found else 0
 
 
 def _umask() -> int:

@@ -6,6 +6,7 @@ exit codes: 0; 2 no such run, or (verify) a checkpoint that is not whole.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument("--keep", type=int, metavar="N", help="newest ones to keep (default: the run's own)")
             command.add_argument("--yes", action="store_true", help="delete; without it they are only named")
     args = parser.parse_args(argv)
-    if not Path(args.run).is_dir():
+    if not os.path.isdir(args.run):
         raise UserError(f"{args.run}: no such folder; give a run's")
     found = manifest.listed(args.run)
     if not found:

@@ -60,6 +60,7 @@ def train(config: Config, ds_config: dict[str, Any], watch: Watch) -> int:
     began = psutil.Process().create_time()
     events.record("start", time=began, update=resumed.update if resumed else 0, world_size=world.size, pid=os.getpid(),
                   host=socket.gethostname())  # fmt: skip
+    watch.on_hang = lambda why: events.record("fault", what="hang", update=-1, detail=why)
     for line in resumed.refused if resumed else ():
         events.record("fault", what="checkpoint_refused", update=resumed.update, detail=line)
     prepare_data(config, world)
@@ -86,6 +87,8 @@ def train(config: Config, ds_config: dict[str, Any], watch: Watch) -> int:
                             config.train.bad_updates, resumed.update)  # fmt: skip
             events.record("fault", what="rollback", update=resumed.update, detail=outcome.why)
     except UserError as error:
+        if isinstance(error, space.NoRoom):
+            events.record("fault", what="disk", update=-1, detail=str(error))
         events.record("stop", update=-1, why="error", detail=str(error))
         raise
     watch.close()
@@ -118,6 +121,8 @@ def _run(
         micro_batch_size=elastic.drawn(config, resumed, world.size) // world.size, seed=config.run.seed,
         num_workers=config.data.num_workers, verify=True, run_folder=config.run.dir,
     )  # fmt: skip
+    for name in loader.stale:
+        events.record("fault", what="stale_shared_memory", update=resumed.update if resumed else 0, detail=name)
     guard = Guard(config.optim.spike_sigma, config.optim.spike_window, config.train.bad_updates)
     if resumed:
         checkpoint.load_weights(resumed.path, resumed.manifest, config, models)

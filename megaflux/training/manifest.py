@@ -98,14 +98,13 @@ def verify(path: Path, only: Collection[str] | None = None) -> dict[str, Any]:
     return manifest
 
 
-def publish(partial: Path, final: Path, content: dict[str, Any]) -> None:
-    """Make the files in `partial` the checkpoint `final`: sync them, write the manifest, rename. Durable on return."""
-    files = sorted(file for file in partial.rglob("*") if file.is_file() and file.name != MANIFEST)
-    for file in files:
-        sync(file)
-    for inner in sorted({file.parent for file in files} | {partial}):
+def publish(partial: Path, final: Path, content: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+    """Make `partial` the checkpoint `final`: sync its folders, write the manifest, rename. Durable on return.
+
+    files: what `inventory` says of every file in it; whoever wrote one has synced it."""
+    for inner in sorted({(partial / name).parent for name in files} | {partial}):
         sync(inner)
-    write_durably(partial / MANIFEST, json.dumps(sealed(content | {"files": inventory(partial)}), indent=1))
+    write_durably(partial / MANIFEST, json.dumps(sealed(content | {"files": files}), indent=1))
     sync(partial)
     replaced = final.with_name(f".{final.name}.old")
     if final.exists():  # by a run that went back to an older one; what stands there is damaged or its twin
@@ -126,9 +125,14 @@ def _seal(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def inventory(path: Path) -> dict[str, dict[str, Any]]:
-    """{"deepspeed/...": {"bytes", "sha256"}, ...} of every file in a folder but its manifest."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
+def files_in(path: Path) -> list[Path]:
+    """Every file of a checkpoint's folder but its manifest."""
+    return sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
+
+
+def inventory(path: Path, files: Iterable[Path] | None = None) -> dict[str, dict[str, Any]]:
+    """{"deepspeed/...": {"bytes", "sha256"}, ...} of files in a folder; None: of all but its manifest."""
+    files = files_in(path) if files is None else list(files)
     return {
         str(file.relative_to(path)): {"bytes": file.stat().st_size, "sha256": digest}
         for file, digest in zip(files, _hashed(files))

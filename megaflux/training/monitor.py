@@ -23,7 +23,7 @@ from megaflux.config import Config
 from megaflux.data.batches import Batch
 from megaflux.gpus import peak_tflops_for
 from megaflux.training import costs
-from megaflux.training.distributed import World, sum_over_ranks
+from megaflux.training.distributed import World, gathered, sum_over_ranks
 from megaflux.training.events import Events
 
 T_BUCKETS = 8
@@ -35,7 +35,7 @@ class Monitor:
 
     def __init__(self, config: Config, world: World, module, start_update: int, events: Events):
         self.config, self.world, self.module, self.events = config, world, module, events
-        self.replaced = 0
+        self.replaced, self.replacements, self.done = 0, [], start_update
         folder = Path(config.run.dir) / "tensorboard"
         # Points after the checkpoint that a run resumes from are made again: hide the old ones.
         self.writer = SummaryWriter(folder, purge_step=start_update + 1) if world.is_main else None
@@ -63,9 +63,8 @@ class Monitor:
         self.images += len(loss)
         self.flops += len(loss) * costs.train_flops_per_image(self.config, self.module, stage, batch.bucket)
         for line in batch.replaced:
-            self.replaced += 1
             log.warning("update %d: %s", update + 1, line)
-            self.events.record("fault", what="replaced_sample", update=update + 1, detail=line)
+            self.replacements.append((update + 1, line))
 
     def dropped(self, update: int, why: str, keys: list[list[str]]) -> None:
         """An update that changed nothing, and the samples of each rank that were in it."""
@@ -90,11 +89,11 @@ class Monitor:
     def update(self, update: int, learning_rate: float, grad_norm: float, skipped_steps: int) -> None:
         """After each update; `update` counts those done. Writes a point every `monitor.every`."""
         self.bar.update()
+        self.done = update
         if update % self.config.monitor.every:
             return
         seconds = time.perf_counter() - self.since
-        counted = torch.tensor(float(self.replaced), dtype=torch.float64, device=self.world.device)
-        replaced = int(sum_over_ranks(counted, self.world))
+        self._tell_replacements()
         sums = sum_over_ranks(self.loss.clone(), self.world).cpu()
         images = self.images * self.world.size
         mean = (sums[:, 0].sum() / sums[:, 1].sum()).item()
@@ -103,7 +102,7 @@ class Monitor:
             "train/learning_rate": learning_rate,
             "train/grad_norm": grad_norm,
             "train/skipped_steps": skipped_steps,
-            "data/replaced_samples": replaced,
+            "data/replaced_samples": self.replaced,
             "speed/images_per_second": images / seconds,
             "speed/data_wait_fraction": self.data_wait / seconds,
             "speed/mfu": self.flops / seconds / self.peak,
@@ -112,8 +111,18 @@ class Monitor:
         scalars |= {f"train/loss_t{j}": (s / n).item() for j, (s, n) in enumerate(sums) if n > 0}
         self.scalars(scalars, update)
         self.show(loss=f"{mean:.3f}", lr=f"{learning_rate:.1e}", img_s=f"{images / seconds:.1f}")
-        self.events.record("progress", update=update, seconds=seconds, data_wait=self.data_wait)
+        self._record_progress(seconds)
         self._reset()
+
+    def _tell_replacements(self) -> None:
+        """Every rank's, in the events and counted on all. Collective."""
+        new = [one for of_rank in gathered(self.replacements, self.world) for one in of_rank]
+        for update, line in new:
+            self.events.record("fault", what="replaced_sample", update=update, detail=line)
+        self.replaced, self.replacements = self.replaced + len(new), []
+
+    def _record_progress(self, seconds: float) -> None:
+        self.events.record("progress", update=self.done, seconds=seconds, data_wait=self.data_wait)
 
     def scalars(self, values: dict[str, float], update: int) -> None:
         if self.writer:
@@ -131,6 +140,10 @@ class Monitor:
         self.bar.set_postfix(self.shown, refresh=False)
 
     def close(self) -> None:
+        """Of a run that ends as agreed on. Collective."""
+        if self.images:  # of updates since the last point
+            self._tell_replacements()
+            self._record_progress(time.perf_counter() - self.since)
         self.bar.close()
         if self.writer:
             self.writer.close()

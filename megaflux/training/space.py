@@ -10,6 +10,11 @@ from megaflux.training import distributed, manifest
 from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine
 
+
+class NoRoom(UserError):
+    """The disk has no room for a checkpoint, or refused one."""
+
+
 STATE_BYTES = 12  # per trainable parameter: master, exp_avg and exp_avg_sq in fp32
 MARGIN = 1.02  # file headers, rounding up to blocks
 FILES_EACH = 6  # beside a shard and a random state per rank
@@ -42,4 +47,4 @@ def check(config: Config, engine: StageEngine, weights: int, world: World, copie
                        "delete files there, or give another --run.dir")  # fmt: skip
     problem = distributed.from_main(problem, world)
     if problem:
-        raise UserError(problem, agreed=True)
+        raise NoRoom(problem, agreed=True)

@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import psutil
 
@@ -34,6 +35,8 @@ class Watch:
         self.hang_timeout = hang_timeout
         self.signal: str | None = None
         """Name of the signal that asked."""
+        self.on_hang: Callable[[str], object] = lambda why: None
+        """Called with the reason before a rank is given up for not moving; must not wait for anything."""
         self._asked = 0.0
         self._saveable = False
         self._moved = time.monotonic()
@@ -76,9 +79,13 @@ class Watch:
             if self.signal is not None and not orphaned and _siblings(self._parent) < self._siblings:
                 _leave(f"{self.signal}, and another rank of this machine is gone: no save is possible", STUCK)
             if self.signal is not None and now - self._asked > GRACE:
-                _leave(f"{self.signal}, and no update ended within {GRACE:.0f} s", STUCK, stacks=True)
+                self._give_up(f"{self.signal}, and no update ended within {GRACE:.0f} s")
             if now - self._moved > self.hang_timeout:
-                _leave(f"nothing moved for {now - self._moved:.0f} s (train.hang_timeout)", STUCK, stacks=True)
+                self._give_up(f"nothing moved for {now - self._moved:.0f} s (train.hang_timeout)")
+
+    def _give_up(self, why: str) -> None:
+        self.on_hang(why)
+        _leave(why, STUCK, stacks=True)
 
 
 def _siblings(parent: int) -> int:

@@ -142,6 +142,8 @@ class Kill:
     """Updates done when it was killed."""
     at: float
     """When, in seconds since 1970."""
+    in_save: bool
+    """Whether it left half a checkpoint behind."""
     resumed: int | None = None
     """Update that the next start went on from."""
 
@@ -173,7 +175,8 @@ def kill_once(reference: Reference, run: Path, seed: int, within: float = 1.0) -
         end(process)
     reached = max((event["update"] for event in events(run, "progress")[-1:]), default=0)
     phase = "updates" if len(events(run, "ready")) > begun else "start-up"
-    return Kill(seed, chosen, phase, round(time.monotonic() - killed, 2), reached, at)
+    return Kill(seed, chosen, phase, round(time.monotonic() - killed, 2), reached, at,
+                any((run / "checkpoints").glob(".update-*.partial")))  # fmt: skip
 
 
 def kill_chain(reference: Reference, run: Path, seeds: Sequence[int], within: float = 1.0) -> list[Kill]:

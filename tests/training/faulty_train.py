@@ -1,15 +1,20 @@
 """launch/train.py with one fault put in, for tests: FAULT=kind:update[:rank] in the environment.
 
 nan, spike: the noise of that update is not finite, or huge. nan_from: from that update on, until the run went back.
+DIGESTS=file in the environment: a line for each stage begun and ended, with the SHA-256 of every parameter's bytes.
 die, hang, throw: the rank ends itself, stops moving, or raises, in the forward pass. slow: every update takes 0.3 s.
 """
 
+import hashlib
+import json
 import os
 import runpy
 import signal
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -46,5 +51,34 @@ def draw(config, seed, at, keys, seen, latents):
 
 
 noise.draw_time_and_noise = draw
+
+
+def keep_digests(path: str) -> None:
+    from megaflux.training import engine
+
+    def write(self, when: str) -> None:
+        of = {
+            n: hashlib.sha256(p.detach().view(torch.uint8).numpy()).hexdigest()
+            for n, p in self.module.named_parameters()
+        }
+        line = {"when": when, "stage": self.stage, "trains": sorted(self.first_stage), "sha256": of}
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    begin, end = engine.StageEngine.__init__, engine.StageEngine.close
+
+    def __init__(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        write(self, "begin")
+
+    def close(self):
+        end(self)
+        write(self, "end")
+
+    engine.StageEngine.__init__, engine.StageEngine.close = __init__, close
+
+
+if "DIGESTS" in os.environ:
+    keep_digests(os.environ["DIGESTS"])
 sys.argv[0] = str(ROOT / "launch" / "train.py")
 runpy.run_path(sys.argv[0], run_name="__main__")

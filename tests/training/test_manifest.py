@@ -41,7 +41,10 @@ def save(run: Path, update: int) -> None:
     manifest.clear(partial)
     partial.mkdir(parents=True)
     write_files(partial, update)
-    manifest.publish(partial, manifest.folder(run) / manifest.name_of(update), CONTENT | {"update": update})
+    for file in manifest.files_in(partial):
+        manifest.sync(file)
+    manifest.publish(partial, manifest.folder(run) / manifest.name_of(update), CONTENT | {"update": update},
+                     manifest.inventory(partial))  # fmt: skip
     manifest.prune(run, 2, milestones=(), protect=())
 
 
@@ -213,7 +216,8 @@ def test_what_is_deleted_and_what_never_is(tmp_path):
         partial = manifest.partial_of(tmp_path, update)
         partial.mkdir(parents=True)
         write_files(partial, update)
-        manifest.publish(partial, manifest.folder(tmp_path) / manifest.name_of(update), CONTENT | {"update": update})
+        manifest.publish(partial, manifest.folder(tmp_path) / manifest.name_of(update), CONTENT | {"update": update},
+                         manifest.inventory(partial))  # fmt: skip
     (manifest.folder(tmp_path) / "update-0000004.bad").mkdir()
     manifest.prune(tmp_path, 2, milestones={3}, protect={1})
     assert list(manifest.listed(tmp_path)) == [1, 3, 5, 6]

@@ -19,6 +19,7 @@ from megaflux.errors import UserError
 from megaflux.training import elastic
 from megaflux.training.checkpoint import Checkpoint
 from tests.training.faults import (
+    FAULTY,
     Reference,
     assert_same,
     both_ranks,
@@ -198,6 +199,41 @@ def test_a_bad_update_changes_nothing_and_names_its_samples(data, tmp_path):
 
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [e.value for e in board.Scalars("train/skipped_steps")] == [0, 0, 0, 0, 1, 1]
+
+
+def test_not_a_byte_of_what_is_frozen_changes_in_three_stages_with_kills_between(data, tmp_path):
+    stages = [{"name": "a", "share": 1, "blocks": [0]}, {"name": "b", "share": 1, "blocks": [1]},
+              {"name": "c", "share": 1, "blocks": [0], "components": "block"}]  # fmt: skip
+    values = small_config(data, tmp_path / "run", stages=stages, train__checkpoint_every=1, optim__weight_decay=0.5,
+                          optim__lr=1e-2)  # fmt: skip
+    config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "bf16")  # two updates a stage
+    for at in (2, 3, None):  # in the first update of the second stage, and in its last
+        env = environment() | {"FAULT": f"die:{at}" if at else "none:-1", "DIGESTS": str(tmp_path / "digests.jsonl")}
+        done = subprocess.run([sys.executable, FAULTY, "--deepspeed", str(ds), "--config", str(config)], env=env,
+                              capture_output=True, text=True, timeout=120)  # fmt: skip
+        assert done.returncode == (-signal.SIGKILL if at else 0), done.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "digests.jsonl").read_text().splitlines()]
+    assert [(line["when"], line["stage"]) for line in lines] == [
+        ("begin", 0), ("end", 0), ("begin", 1),  # killed
+        ("begin", 0), ("end", 0), ("begin", 1),  # killed again, after the checkpoint of update 3
+        ("begin", 1), ("end", 1), ("begin", 2), ("end", 2),
+    ]  # fmt: skip
+    trained_by = [{name for line in lines if line["stage"] == stage for name in line["trains"]} for stage in range(3)]
+    first, frozen = lines[0]["sha256"], 0
+    for line in lines:
+        may_differ = set().union(*trained_by[: line["stage"] + 1])
+        same = set(first) - may_differ
+        frozen += len(same)
+        assert not [name for name in same if line["sha256"][name] != first[name]]
+    whole = [(begin, end_) for begin, end_ in zip(lines, lines[1:]) if end_["when"] == "end"]
+    changed = [{name for name in first if begin["sha256"][name] != end_["sha256"][name]} for begin, end_ in whole]
+    trains = [set(begin["trains"]) for begin, _ in whole]
+    assert all(some <= of for some, of in zip(changed, trains))
+    assert changed.pop(1) == set()  # had nothing left to do
+    assert all(
+        len(some) > len(of) / 2 for some, of in zip(changed, [trains[0], *trains[2:]])
+    )  # some are too small in bf16
+    assert frozen > 100 and trained_by[0] != trained_by[1] != trained_by[2]
 
 
 def test_divergence_goes_back_to_a_sound_checkpoint_and_leaves_the_data_out(data, tmp_path):
