@@ -1,0 +1,119 @@
+"""Which updates are dropped, and that a dropped one changes nothing: neither weights nor masters nor moments."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+
+import pytest
+import torch
+
+from megaflux.training import distributed
+from megaflux.training.engine import StageEngine
+from megaflux.training.guard import FEWEST, Guard
+from tests.training.carry_worker import Toy, toy_config
+from tests.training.runs import ds_config
+
+
+def norms(count: int, seed: int = 0) -> list[float]:
+    rng = random.Random(seed)
+    return [1 + rng.gauss(0, 0.1) for _ in range(count)]
+
+
+def test_six_deviations_over_the_last_128_norms():
+    guard, taken = Guard(6, 128, 10), norms(300)
+    assert all(guard.judge(norm) is None for norm in taken)
+    window = taken[-128:]
+    limit = statistics.fmean(window) + 6 * statistics.pstdev(window)
+    assert guard.judge(limit * 1.001) == (
+        f"its gradient norm {limit * 1.001:.3g} is a spike: the last 128 allow {limit:.3g}"
+    )
+    assert guard.judge(limit * 0.999) is None
+    # A dropped norm is not remembered: the limit has not moved but for the one that was let pass.
+    assert list(guard.norms) == [*window[1:], limit * 0.999]
+
+
+def test_it_is_silent_while_it_knows_too_little_and_after_a_stage():
+    guard = Guard(6, 128, 10)
+    assert all(guard.judge(norm) is None for norm in [*norms(FEWEST - 1), 1e6])
+    guard.new_stage()
+    assert guard.judge(1e9) is None
+    assert Guard(0, 128, 10).judge(1e30) is None and Guard(6, 4, 10).judge(5.0) is None
+
+
+def test_norms_all_but_equal_allow_a_third_more():
+    guard = Guard(6, 128, 10)
+    for _ in range(64):
+        guard.judge(1.0)
+    assert guard.judge(1.29) is None
+    assert "spike" in guard.judge(1.4)
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0])
+def test_what_is_not_finite_is_dropped_from_the_first_update_on(norm):
+    guard = Guard(0, 128, 3)
+    assert guard.judge(norm) == "its gradient is not finite"
+    assert (guard.dropped, guard.in_a_row, guard.exhausted) == (1, 1, False)
+    assert guard.judge(norm) and guard.judge(1.0) is None
+    assert (guard.dropped, guard.in_a_row) == (2, 0)
+    assert [bool(guard.judge(norm)) for _ in range(3)] == [True] * 3 and guard.exhausted
+
+
+def test_its_state_survives_a_checkpoint():
+    one, other = Guard(6, 16, 10), Guard(6, 16, 10)
+    for norm in [*norms(60), float("nan")]:
+        one.judge(norm)
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert other.state_dict() == one.state_dict()
+    assert [one.judge(n) for n in (1.0, 1.3, 9.0)] == [other.judge(n) for n in (1.0, 1.3, 9.0)]
+    other.load_state_dict({})  # of an older checkpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group():
+    import os
+
+    found = dict(os.environ)
+    distributed.start()
+    yield
+    distributed.stop()
+    os.environ.clear()
+    os.environ.update(found)
+
+
+@pytest.mark.parametrize("base", ["zero2.json", "zero3.json"])
+def test_a_refused_step_changes_not_a_byte(tmp_path, base):
+    heard: list[float] = []
+
+    def judge(norm: float) -> str | None:
+        heard.append(norm)
+        return "the test says so" if len(heard) == 2 else None
+
+    import deepspeed
+
+    module = Toy()
+    if "zero3" in base:  # the toy reads its layers' weights without calling them
+        for parameter in module.parameters():
+            deepspeed.zero.register_external_parameter(module, parameter)
+    ds = json.loads(ds_config(tmp_path, "bf16", base).read_text())
+    engine = StageEngine(module, toy_config(weight_decay=0.5, max_grad_norm=1.0).for_world(1), ds, 0, 1, judge=judge)
+
+    def state() -> dict[str, torch.Tensor]:
+        carried = engine.carry(set(engine.first_stage))
+        found = {f"{n}.{k}": t.clone() for n, of in carried.tensors.items() for k, t in of.items()}
+        return found | {f"step {group}": step.clone() for group, step in carried.steps.items()}
+
+    seen = []
+    for update in range(3):
+        engine.set_learning_rate(update)
+        engine.backward(engine(update))
+        engine.step()
+        seen.append(state())
+        assert engine.dropped == ("the test says so" if update == 1 else None)
+        assert heard[update] == pytest.approx(engine.grad_norm(), rel=1e-3) or update == 1
+    assert engine.skipped_steps == 1 and len(seen[0]) > 20
+    assert all(torch.equal(seen[1][name], seen[0][name]) for name in seen[0])
+    moved = [name for name in seen[0] if not torch.equal(seen[2][name], seen[1][name])]
+    assert len(moved) > len(seen[0]) / 2
+    engine.close()
