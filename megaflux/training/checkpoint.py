@@ -94,9 +94,10 @@ def save(
             manifest.clear(partial)
             partial.mkdir(parents=True)
     with _alike(world, f"{final}: cannot be written"):
-        engine.deepspeed.save_checkpoint(
-            str(partial), tag="deepspeed", client_state={}, save_latest=False, exclude_frozen_parameters=True
-        )
+        with _errors_after(engine):
+            engine.deepspeed.save_checkpoint(
+                str(partial), tag="deepspeed", client_state={}, save_latest=False, exclude_frozen_parameters=True
+            )
         torch.save(distributed.rng_state(), partial / f"rng-rank{world.rank:04d}.pt")
         weights = trained_weights(config, engine, keep=world.is_main)
         if world.is_main:
@@ -290,6 +291,29 @@ def _alike(world: World, what: str) -> Iterator[None]:
     first = distributed.first_problem(problem, world)
     if first is not None:
         raise NoRoom(first, agreed=True)
+
+
+@contextmanager
+def _errors_after(engine: StageEngine) -> Iterator[None]:
+    """What DeepSpeed cannot write is raised once it is through: it ends with a barrier, where the other ranks would wait
+    for one that raised before."""
+    writer, errors = engine.deepspeed.checkpoint_engine, []
+    real = writer.save
+
+    def save(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return real(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            errors.append(error)
+
+    # Nor its script that puts shards together, another file that a full disk refuses: weights.safetensors is that.
+    writer.save, engine.deepspeed._copy_recovery_script = save, lambda path: None
+    try:
+        yield
+    finally:
+        del writer.save, engine.deepspeed._copy_recovery_script
+    if errors:
+        raise errors[0]
 
 
 def _writer(name: str) -> int:

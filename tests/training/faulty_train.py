@@ -2,12 +2,13 @@
 
 nan, spike: the noise of that update is not finite, or huge. nan_from: from that update on, until the run went back.
 DIGESTS=file in the environment: a line for each stage begun and ended, with the SHA-256 of every parameter's bytes.
-die, hang, throw: the rank ends itself, stops moving, or raises, in the forward pass. slow: every update takes 0.3 s.
+die, hang, throw: the rank ends itself, stops moving, or raises, in the forward pass. full: from there on its disk is full. slow: every update takes 0.3 s.
 """
 
 import hashlib
 import json
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -45,6 +46,8 @@ def draw(config, seed, at, keys, seen, latents):
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "throw":
             raise RuntimeError("a bug, put in by a test")
+        if kind == "full":  # to this rank the disk is full: a write beyond fails, with EFBIG in the place of ENOSPC
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         if kind == "hang":
             time.sleep(10_000)
     return t, n

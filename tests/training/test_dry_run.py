@@ -133,8 +133,11 @@ def test_data(data, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "not a prepared dataset" in only_problem(configure(data__path=str(empty)))
-    (empty / "dataset.json").write_text("{")
-    assert "cannot be read" in only_problem(configure(data__path=str(empty)))
+    for text in ("{", "[" * 100_000, "[]", '{"longest_side": 1024, "buckets": 5}'):
+        (empty / "dataset.json").write_text(text)
+        assert "cannot be read" in only_problem(configure(data__path=str(empty)))
+    (empty / "dataset.json").write_text('{"longest_side": 1024, "buckets": [{"name": 5, "width": 1, "height": 1}]}')
+    assert "data.aspect_ratios" in only_problem(configure(data__path=str(empty)))
     assert "is a file" in only_problem(configure(data__path=str(empty / "dataset.json")))
     assert "data.longest_side" in only_problem(configure(data__path=str(data), data__longest_side=64))
     assert "multiple of 16" in only_problem(configure(data__path=str(data), data__longest_side=1000))
@@ -161,6 +164,13 @@ def test_run_folder_is_a_file(data, tmp_path):
         assert f"run.dir: {file} is a file" in only_problem(configure(data__path=str(data), run__dir=str(place)))
 
 
+def test_names_that_are_too_long_for_a_file_system(data):
+    long, path = "x" * 300, str(data)
+    assert "File name too long; give another folder" in only_problem(configure(data__path=path, run__dir=long))
+    assert "does not exist" in only_problem(configure(data__path=long))
+    assert "does not exist" in only_problem(configure(data__path=path, model__flux=long))
+
+
 def test_model_folders(data, tmp_path):
     def config(**changes):
         return configure(data__path=str(data), **changes)
@@ -179,6 +189,10 @@ def test_model_folders(data, tmp_path):
     assert "is a file" in only_problem(config(model__vae=str(folder / "config.json")))
     (folder / "transformer/config.json").write_text('{"num_layers": 5, "num_single_layers": 10}')
     assert "blocks 0 to 14" in find_problems(config(model__flux=str(folder)), DS_CONFIG, 8)[0]
+    for text in ('["a"]', '{"num_layers": "many"}', "5"):
+        (folder / "transformer/config.json").write_text(text)
+        problem, *_ = find_problems(config(model__vlm=str(folder), model__flux=str(folder)), DS_CONFIG, 8)
+        assert "gives no number of blocks" in problem
     assert "hub" in find_notes(config())[0]
 
 
@@ -188,6 +202,9 @@ def test_sizes_that_do_not_fit_each_other():
     problems = find_problems(tiny, DS_CONFIG, 1)
     assert [p.split(":")[0].rpartition(".")[2] for p in problems] == ["axes_dims_rope", "in_channels"]
     assert "model.vae" in only_problem(configure("tiny", model__vae=None), 1)
+    for axes in (5, ["a"], "abc"):
+        tiny = configure("tiny", model__flux_config=flux | {"axes_dims_rope": axes})
+        assert "axes_dims_rope: must be a list" in only_problem(tiny, 1)
 
 
 def test_panel_larger_than_the_held_out_set(data):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -35,7 +34,6 @@ from tests.training.faults import (
     wait_for,
 )
 from tests.training.runs import (
-    LAUNCH,
     copy_until,
     ds_config,
     environment,
@@ -283,24 +281,18 @@ def test_ranks_share_what_the_run_draws(small_config, tmp_path, ranks, micro):
         elastic.fit(config, resumed, 3)
 
 
-def test_a_full_disk_keeps_what_there_is_and_says_so(data, tmp_path):
-    values = small_config(data, tmp_path / "run", train__updates=6)
-    config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "fp32")
-    assert launch("--deepspeed", ds, "--config", config, "--train.stop_after", "2", with_="python").returncode == 0
-    limit = max(f.stat().st_size for f in (tmp_path / "run/checkpoints").rglob("*optim_states.pt")) // 2
-
-    def small_files() -> None:  # a write beyond it fails as on a full disk, with EFBIG in the place of ENOSPC
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    full = subprocess.run([sys.executable, LAUNCH, "--deepspeed", str(ds), "--config", str(config)], env=environment(),
-                          capture_output=True, text=True, timeout=120, preexec_fn=small_files)  # fmt: skip
-    assert full.returncode == 2, full.stderr[-2000:]
-    (line,) = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
-    assert "update-0000003: cannot be written" in line
-    assert sorted(p.name for p in (tmp_path / "run/checkpoints").glob("update-*")) == ["update-0000002"]
-    again = launch("--deepspeed", ds, "--config", config, with_="python")
-    assert again.returncode == 0 and "deleted" in again.stderr  # the save that was cut short
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_full_disk_keeps_what_there_is_and_says_so(reference, tmp_path, rank):
+    run = tmp_path / "run"  # the save after update 4 fails on one rank; the other must not wait for it
+    process = start(*reference.started_by, "--run.dir", run, fault=f"full:3:{rank}")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, said[-3000:]
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "update-0000004: cannot be written" in line and "Traceback" not in said
+    assert [event["what"] for event in events(run, "fault")] == ["disk"] if rank else True  # rank 0 keeps the diary
+    assert [p.name for p in (run / "checkpoints").glob("update-*")] == ["update-0000002"]
+    go_on(reference, run)
+    assert not list((run / "checkpoints").glob(".update-*"))  # the save that was cut short
 
 
 def test_stale_shared_memory_of_a_killed_run_is_no_hindrance(data, tmp_path):
