@@ -49,6 +49,10 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {match[0]}?" if match else "known: " + ", ".join(known)
 
 
+def _shown(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def field_paths(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
     """Every dotted field of the configuration and its help text."""
     paths: dict[str, str] = {}
@@ -66,7 +70,7 @@ def load_yaml(path: str) -> dict[str, Any]:
     try:
         values = plain_yaml.load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; give an existing YAML file") from None
+        raise UserError(f"--config {_shown(path, 400)}: {error.strerror}; give an existing YAML file") from None
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -125,7 +129,7 @@ def _parse_text(path: str, text: str) -> Any:
         return plain_yaml.load(text)
     except yaml.YAMLError as error:
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"--{path} {text}: {problem}") from None
+        raise UserError(f"--{path} {_shown(text)}: {problem}") from None
 
 
 def _kinds(path: str) -> set[Any]:
@@ -157,8 +161,9 @@ def _is_section(annotation: Any) -> bool:
 
 def _step(at: Any, key: str, path: str) -> Any:
     if isinstance(at, list):
-        if not (key.isascii() and key.isdigit()) or int(key) >= len(at):
-            raise UserError(f"--{path}: {key!r} is not one of 0 to {len(at) - 1}")
+        if key not in map(str, range(len(at))):
+            there = f"is not one of 0 to {len(at) - 1}" if at else "is not there, the list is empty"
+            raise UserError(f"--{_shown(path)}: {_shown(key)!r} {there}")
         return at[int(key)]
     if isinstance(at, dict):
         return at.setdefault(key, {})
@@ -188,7 +193,7 @@ def _explain(item: dict[str, Any]) -> tuple[str, str]:
     """(dotted field, what is wrong with it) of one of pydantic's errors."""
     where = ".".join(str(part) for part in item["loc"] if not _is_union_branch(part))
     if item["type"] == "extra_forbidden":
-        return where, f"unknown key, {nearest(where, _siblings(item['loc']))}"
+        return _shown(where), f"unknown key, {nearest(_shown(where), _siblings(item['loc']))}"
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     message = message.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
     if item["type"] in ("too_long", "too_short"):
@@ -196,8 +201,7 @@ def _explain(item: dict[str, Any]) -> tuple[str, str]:
     message = " ".join(_REWORDED.get(item["type"], message).split())
     if item["type"] in ("value_error", "missing"):
         return where, message
-    got = repr(item["input"])
-    return where, f"{message}, got {got if len(got) <= 80 else got[:77] + '...'}"
+    return where, f"{message}, got {_shown(repr(item['input']))}"
 
 
 def _either(problems: list[str]) -> str:
@@ -268,6 +272,7 @@ def parse_config(
     known = [option for action in parser._actions for option in action.option_strings]
     for text in rest:
         option, equals, value = text.partition("=")
+        option = option if option.startswith("--stages.") else _shown(option)
         if not option.startswith("-"):
             raise UserError(f"{option}: not expected here; every option has the form --name VALUE")
         if not option.startswith("--stages."):
@@ -278,7 +283,8 @@ def parse_config(
     from_file = load_yaml(args.config) if args.config is not None else {}
     preset = args.preset or from_file.get("preset") or "tiny"
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise UserError(f"--preset {preset}: unknown preset, {nearest(str(preset), list(PRESETS))}")
+        preset = _shown(str(preset))
+        raise UserError(f"--preset {preset}: unknown preset, {nearest(preset, list(PRESETS))}")
     values = merge(PRESETS[preset](), from_file)
     values["preset"] = preset
     for path, text in overrides.items():
@@ -299,7 +305,7 @@ def _join_values(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[s
         if option in valued or option.startswith("--stages."):
             name = valued.get(option, option)
             if name in seen:
-                raise UserError(f"{option}: given twice; give it once")
+                raise UserError(f"{_shown(option)}: given twice; give it once")
             seen.add(name)
             if not equals and words and not words[0].startswith("--"):
                 word = f"{word}={words.pop(0)}"

@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                         "export holds none")  # fmt: skip
     args = parser.parse_args(argv)
     source, out = Path(args.source), Path(args.out)
-    if not source.is_dir():
+    if not os.path.isdir(source):
         raise UserError(
-            f"{source}: {'not a folder' if source.exists() else 'no such folder'}; give the released weights"
+            f"{source}: {'not a folder' if os.path.exists(source) else 'no such folder'}; give the released weights"
         )
     check_out(out)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

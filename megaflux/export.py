@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", help="folder to write; must not exist")
     parser.add_argument("--update", type=int, metavar="N", help="the run's N-th update (default: the newest)")
     args = parser.parse_args(argv)
-    if not Path(args.run).is_dir():
+    if not os.path.isdir(args.run):
         raise UserError(f"{args.run}: no such folder; give a run")
     check_out(Path(args.out))
     from megaflux.runs import find

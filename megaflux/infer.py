@@ -67,7 +67,7 @@ def replayed(file: str) -> tuple[tuple[Job, Runtime], dict[str, bytes], dict[str
     seed = settings.get("seed")
     if seed is not None:
         if seed not in job.seeds:
-            raise UserError(f"--from-image {file}: settings: seed {seed} is not among the job's {list(job.seeds)}")
+            raise UserError(f"--from-image {file}: settings: seed {seed} is not one of the job's")
         job = job.model_copy(update={"seeds": batch_of(job, seed)})
     return (job, runtime), embedded, settings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -213,8 +214,8 @@ def to_job(given: dict[str, Any], base: tuple[Job, Runtime] | None = None) -> tu
     if base is None and "checkpoint" not in runtime_values:
         raise UserError("--checkpoint: missing; give a run's folder or an export's")
     runtime = validated(Runtime, (base[1].model_dump() if base else {}) | runtime_values, "")
-    if not Path(runtime.checkpoint).is_dir():
-        what = "not a folder" if Path(runtime.checkpoint).exists() else "no such folder"
+    if not os.path.isdir(runtime.checkpoint):  # Path's own raises where a name is too long
+        what = "not a folder" if is_there(runtime.checkpoint) else "no such folder"
         raise UserError(f"--checkpoint {runtime.checkpoint}: {what}; give a run's folder or an export's")
     runtime = runtime.model_copy(update={"checkpoint": str(Path(runtime.checkpoint).absolute())})
     if merged.controls and not runtime.controlnet:

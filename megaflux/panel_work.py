@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from megaflux import infer
-from megaflux.data.images import decode
+from megaflux.data.images import decode, strict_pillow
 from megaflux.errors import UserError
 from megaflux.generation import griddot
 from megaflux.generation.condition import ReferenceTokens, t5_limits, token_weights
@@ -193,9 +193,9 @@ def short(path: str | Path) -> str:
 def settings_text(file: str) -> str:
     """The settings in a picture's chunk `megaflux`, as they stand there. UserError where they are gone."""
     try:
-        with Image.open(file) as picture:
+        with strict_pillow(), Image.open(file, formats=("PNG",)) as picture:
             return picture.text["megaflux"]
-    except (OSError, KeyError, AttributeError):
+    except Exception:  # another file under this name, or none; Pillow's decoders raise what they meet
         raise UserError(f"{file}: its settings cannot be read; generate again") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megaflux.config import Config, build_config, load_yaml
 from megaflux.errors import UserError
 from megaflux.generation.layout import MANIFEST, Settings
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline, device_and_dtype
+from megaflux.models.loading_errors import named
 from megaflux.models.pretrained import Models, cast, load_models
 from megaflux.training import checkpoint
 
@@ -43,8 +45,8 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
     UserError, naming the file, where there is none or it is not whole: never an older one in silence.
     """
     root = Path(path)
-    if not root.is_dir():
-        what = "not a folder" if root.exists() else "no such folder"
+    if not os.path.isdir(root):  # Path's own raises where a name is too long
+        what = "not a folder" if os.path.exists(root) else "no such folder"
         raise UserError(f"{root}: {what}; give a run or an export")
     if (root / checkpoint.WEIGHTS).is_file() or (root / "manifest.json").is_file():
         number = root.name.removeprefix("update-").lstrip("0") or "0"
@@ -83,7 +85,7 @@ def load(run: TrainedRun, device: torch.device | str = "cpu", dtype: torch.dtype
     """
     models = load_models(run.config)
     weights = run.checkpoint / checkpoint.WEIGHTS
-    with safe_open(weights, "pt") as file:
+    with named(str(weights)), safe_open(weights, "pt") as file:
         full = any(file.get_slice(name).get_dtype() == "F32" for name in file.keys())
     # Cast first: what was trained in float32 would lose bits on its way through a bfloat16 base.
     if dtype is not None:

@@ -317,4 +317,4 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The whole configuration as text that `--config` reads back equal."""
-        return plain_yaml.dump(self.model_dump(mode="json"))
+        return plain_yaml.dump(self.model_dump())  # mode json would make null of .inf

@@ -18,6 +18,7 @@ from megaflux.errors import UserError
 
 STORED = ("PNG", "JPEG", "WEBP")  # what prepare writes; Pillow would hand other formats to other programs
 
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank. B: samples; all from one bucket. What the shards lack is None."""

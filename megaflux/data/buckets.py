@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from megaflux.errors import UserError
 
@@ -39,10 +40,11 @@ class Bucket:
         return f"{self.name} ({self.width}x{self.height})"
 
 
-def _parse_ratio(name: str) -> Fraction:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", name)
+def check_ratio(name: Any) -> Fraction:
+    """Width over height of an aspect ratio as it is written. UserError for what is none."""
+    match = isinstance(name, str) and re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?):(\d{1,6}(?:\.\d{1,6})?)", name)
     if not match or not (Fraction(match[1]) and Fraction(match[2])):
-        raise UserError(f"aspect ratio {name!r} is not WIDTH:HEIGHT, as in 16:9 or 2.35:1")
+        raise UserError(f"aspect ratio {str(name)[:80]!r} is not WIDTH:HEIGHT, as in 16:9 or 2.35:1")
     return Fraction(match[1]) / Fraction(match[2])
 
 
@@ -65,7 +67,7 @@ def make_buckets(aspect_ratios: Sequence[str], longest_side: int, multiple: int 
         raise UserError("no aspect ratios given; the default is " + ",".join(ASPECT_RATIOS))
     buckets: dict[tuple[int, int], Bucket] = {}
     for name in aspect_ratios:
-        ratio = _parse_ratio(name)
+        ratio = check_ratio(name)
         if ratio >= 1:
             bucket = Bucket(name, longest_side, _round_half_up(longest_side / ratio, multiple))
         else:

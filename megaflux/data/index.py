@@ -10,6 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import reprlib
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,8 +20,17 @@ from typing import Any
 from megaflux.errors import UserError
 
 INDEX = "index.json"
-SAFE_ENCODINGS = ("str", "bytes", "int", "ndarray:")  # never pkl: it runs code on reading
+# Never pkl: it runs code on reading.
+SAFE_ENCODING = re.compile(r"str|bytes|int|ndarray:(u?int(8|16|32|64)|float(16|32|64)):[1-9]\d{0,8}(,[1-9]\d{0,8})*")
+COMPRESSION = re.compile(r"(br|bz2|gz|snappy|zstd)(:\d{1,2})?")
+KEYS = {"column_encodings", "column_names", "column_sizes", "compression", "format", "hashes", "raw_data", "samples",
+        "size_limit", "version", "zip_data"}  # fmt: skip
+MAX_NAME, MAX_PART = 1000, 255  # bytes of a file's name and of each of its parts; file systems take no more
 MAX_PROBLEMS = 20  # reported by name; the rest as a number
+
+_short = reprlib.Repr()  # of what a file holds: no more than a line has room for, however deep or long it is
+_short.maxstring = _short.maxother = _short.maxlong = 80
+shown = _short.repr
 
 
 def read_index(folder: Path, check_files: bool = True, expected_samples: int | None = None) -> list[dict[str, Any]]:
@@ -49,7 +61,7 @@ def inspect_index(
         index = json.loads(path.read_text())
     except FileNotFoundError:
         return [], [f"{path}: missing"]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return [], [f"{path}: cannot be read ({str(error)[:80]})"]
     if not isinstance(index, dict) or index.get("version") != 2 or not isinstance(index.get("shards"), list):
         return [], [f"{path}: not an MDS index of version 2"]
@@ -125,18 +137,28 @@ def _shard_problems(shard: Any, seen: set[str]) -> list[str]:
     problems = []
     if shard.get("version") != 2 or shard.get("format") != "mds":
         problems.append("not in MDS format, version 2")
+    if set(shard) != KEYS:
+        problems.append(f"{', '.join(sorted(ascii(key) for key in set(shard) ^ KEYS))[:200]} missing or unknown")
     samples = shard.get("samples")
-    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-        problems.append(f"samples = {samples!r}, not a positive count")
+    if not _is_count(samples, 2**32):  # four bytes hold it in the shard
+        problems.append(f"samples = {shown(samples)}, not a positive count")
     names, encodings = shard.get("column_names"), shard.get("column_encodings")
-    if not _are_strings(names) or not _are_strings(encodings) or len(names) != len(encodings):
+    sizes = shard.get("column_sizes")
+    if not _are_strings(names) or not _are_strings(encodings) or {len(names), len({*names})} != {len(encodings)}:
         problems.append("column names and encodings do not match up")
     else:
         for name, encoding in zip(names, encodings, strict=True):
-            if not any(encoding == safe or (safe[-1] == ":" and encoding.startswith(safe)) for safe in SAFE_ENCODINGS):
-                problems.append(f"column {name} has the encoding {encoding!r}, which is not allowed")
-    if bool(shard.get("compression")) != bool(shard.get("zip_data")):
+            if not SAFE_ENCODING.fullmatch(encoding):
+                problems.append(f"column {shown(name)} has the encoding {shown(encoding)}, which is not allowed")
+        if not isinstance(sizes, list) or [_is_size(size) for size in sizes] != [True] * len(names):
+            problems.append("column names and sizes do not match up")
+    compression = shard.get("compression")
+    if bool(compression) != bool(shard.get("zip_data")):
         problems.append("compression and zip_data do not match up")
+    elif compression is not None and not (isinstance(compression, str) and COMPRESSION.fullmatch(compression)):
+        problems.append(f"compression {shown(compression)} is none of br, bz2, gz, snappy, zstd")
+    if not _is_size(shard.get("size_limit")):
+        problems.append("size_limit is not a size")
     raw_bytes = None
     for field in ("raw_data", "zip_data"):
         info = shard.get(field)
@@ -154,28 +176,39 @@ def _are_strings(values: Any) -> bool:
     return isinstance(values, list) and bool(values) and all(isinstance(value, str) for value in values)
 
 
+def _is_count(value: Any, most: int = 2**63) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < most
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or _is_count(value)
+
+
 def _file_info_problems(field: str, info: Any, seen: set[str]) -> tuple[list[str], int | None]:
     if not isinstance(info, dict) or set(info) != {"basename", "bytes", "hashes"}:
         return [f"{field} is not an object of basename, bytes and hashes"], None
     name, size = info["basename"], info["bytes"]
     problems = []
     if not isinstance(name, str) or not _is_inside(name):
-        problems.append(f"{field} basename {name!r} does not stay inside the folder")
+        problems.append(f"{field} basename {shown(name)} does not stay inside the folder")
     elif name in seen:
-        problems.append(f"{field} basename {name!r} is there twice")
+        problems.append(f"{field} basename {shown(name)} is there twice")
     else:
         seen.add(name)
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        problems.append(f"{field} bytes = {size!r}, not a positive size")
-    if not isinstance(info["hashes"], dict) or not info["hashes"]:
+    if not _is_count(size):
+        problems.append(f"{field} bytes = {shown(size)}, not a positive size")
+    hashes = info["hashes"]
+    if not isinstance(hashes, dict) or not hashes or not all(isinstance(digest, str) for digest in hashes.values()):
         problems.append(f"{field} has no hashes")
-    return problems, size if isinstance(size, int) else None
+    return problems, size
 
 
 def _is_inside(name: str) -> bool:
-    if not name or "\\" in name or "\0" in name or ":" in name:
+    if not name or re.search("[\\\\\0:\ud800-\udfff]", name) or len(name.encode()) > MAX_NAME:
         return False
     path = PurePosixPath(name)
+    if any(len(part.encode()) > MAX_PART for part in path.parts):
+        return False
     return not path.is_absolute() and ".." not in path.parts and str(path) == name and path.name not in (INDEX, ".")
 
 
@@ -185,10 +218,14 @@ def _file_problems(folder: Path, shards: Sequence[dict[str, Any]]) -> list[str]:
         stored = stored_file(shard)
         path = folder / stored["basename"]
         try:
-            size = path.stat().st_size
+            found = path.stat()
         except OSError:
             problems.append(f"{path}: missing")
             continue
+        if not stat.S_ISREG(found.st_mode):
+            problems.append(f"{path}: not a file")
+            continue
+        size = found.st_size
         if size != stored["bytes"]:
             problems.append(f"{path}: {size} bytes, the index says {stored['bytes']}")
         raw = folder / shard["raw_data"]["basename"]  # streaming unpacks beside the compressed file

@@ -67,7 +67,7 @@ def describe(info: DatasetInfo) -> str:
     """The dataset as a small table: samples by bucket and split, and what was noted or skipped."""
     lines = [f"{'bucket':<10}{'size':>12}" + "".join(f"{split:>12}" for split in SPLITS)]
     for bucket in info.buckets:
-        numbers = "".join(f"{info.counts[split][bucket.name]:>12}" for split in SPLITS)
+        numbers = "".join(f"{info.counts.get(split, {}).get(bucket.name, 0):>12}" for split in SPLITS)
         lines.append(f"{bucket.name:<10}{f'{bucket.width}x{bucket.height}':>12}{numbers}")
     lines.append(f"{'all':<22}" + "".join(f"{info.samples(split):>12}" for split in SPLITS))
     if info.notes:

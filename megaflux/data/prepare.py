@@ -168,11 +168,11 @@ def _fingerprint(items: Sequence[Item]) -> str:
 
 def _claim(out: Path, plan: dict[str, Any]) -> None:
     """Write prepare.json into a new folder, or refuse a folder that holds something else."""
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"{out}: is a file, not a folder to write the dataset into")
     before = read_plan(out)
     if before is None:
-        if out.exists() and any(entry.name != chunks.UNFINISHED for entry in out.iterdir()):
+        if os.path.exists(out) and any(entry.name != chunks.UNFINISHED for entry in out.iterdir()):
             raise UserError(f"{out}: not empty and not begun by this command; give a new folder")
         try:
             out.mkdir(parents=True, exist_ok=True)

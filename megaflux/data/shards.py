@@ -31,11 +31,12 @@ from streaming.base.compression import decompress
 from streaming.base.format import reader_from_json
 from streaming.base.hashing import get_hash, is_hash
 
-from megaflux.data.buckets import Bucket
+from megaflux.data.buckets import Bucket, check_ratio
 from megaflux.data.index import (
     inspect_index,
     raise_problems,
     read_index,
+    shown,
     stored_file,
     with_prefix,
     write_index,
@@ -88,16 +89,54 @@ def read_dataset_info(path: str | Path) -> DatasetInfo:
             f"{file}: missing, so there is no complete dataset here; make one with "
             f"python -m megaflux.data.prepare SOURCE {path}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from None
     try:
         version = content.pop("format_version")
         if version > FORMAT_VERSION:
-            raise UserError(f"{file}: format version {version}, this code reads up to {FORMAT_VERSION}; update it")
+            newer = f"format version {shown(version)}, this code reads up to {FORMAT_VERSION}"
+            raise UserError(f"{file}: {newer}; update it")
+        if not _is_whole(version, 1):
+            raise TypeError(f"format version {shown(version)}")
         buckets = tuple(Bucket(**bucket) for bucket in content.pop("buckets"))
-        return DatasetInfo(buckets=buckets, **content)
+        info = DatasetInfo(buckets=buckets, **content)
+        _check_info(info)
+        return info
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a dataset description ({type(error).__name__}: {error})") from None
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(f"{file}: not a dataset description ({what}); prepare the dataset again") from None
+
+
+def _check_info(info: DatasetInfo) -> None:
+    """TypeError for a description whose values are of other types, or that would lead out of the dataset's folder."""
+    names = [bucket.name for bucket in info.buckets]
+    for bucket in info.buckets:
+        try:
+            check_ratio(bucket.name)  # it becomes a folder's name
+        except UserError as error:
+            raise TypeError(str(error)) from None
+        if not _is_whole(bucket.width, 1) or not _is_whole(bucket.height, 1):
+            raise TypeError(f"bucket {bucket.name} of {shown(bucket.width)} x {shown(bucket.height)} px")
+    if len(set(names)) < len(names):
+        raise TypeError("a bucket is there twice")
+    if not _is_whole(info.longest_side, 1):
+        raise TypeError(f"longest_side {shown(info.longest_side)}")
+    for name in ("counts", "columns", "settings", "bad", "notes"):
+        if not isinstance(getattr(info, name), dict):
+            raise TypeError(f"{name} is no object")
+    for split, counts in info.counts.items():
+        if not isinstance(counts, dict) or not all(_is_whole(count, 0) for count in counts.values()):
+            raise TypeError(f"counts of {shown(split)} are none")
+        if unknown := counts.keys() - set(names):
+            raise TypeError(f"counts of {shown(split)} name {shown(min(unknown))}, which is no bucket")
+    if not all(_is_whole(count, 0) for counts in (info.bad, info.notes) for count in counts.values()):
+        raise TypeError("bad or notes holds something else than counts")
+    if not isinstance(info.attribution, str | None):
+        raise TypeError("attribution is no text")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
 
 
 def squarest_bucket(info: DatasetInfo, split: str) -> Bucket | None:
@@ -186,13 +225,18 @@ def read_split(root: str | Path, split: str, bucket: Bucket, limit: int | None =
     given = 0
     for shard in read_index(folder):
         data = _read_shard(folder, shard)
+        file = folder / stored_file(shard)["basename"]
         reader = reader_from_json(str(folder), None, shard)
         offsets = np.frombuffer(data, np.uint32, shard["samples"] + 1, offset=4)
         for begin, end in itertools.pairwise(offsets):
             if given == limit:
                 return
             given += 1
-            sample = reader.decode_sample(data[begin:end])
+            try:
+                sample = reader.decode_sample(data[begin:end])
+            except Exception as error:  # streaming's decoders raise what they meet
+                problem = f"{type(error).__name__}: {str(error)[:200]}"
+                raise UserError(f"{file}: sample {given - 1} of the bucket cannot be read ({problem})") from None
             yield {name: from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in sample.items()}
 
 
@@ -269,7 +313,12 @@ def _read_shard(folder: Path, shard: dict[str, Any]) -> bytes:
         if not is_hash(algorithm) or get_hash(algorithm, data) != digest:
             raise UserError(f"{path}: damaged, its {algorithm} is not the one in the index")
     if shard["zip_data"]:
-        data = decompress(shard["compression"], data)
+        try:
+            data = decompress(shard["compression"], data)
+        except Exception as error:  # each library has its own
+            raise UserError(f"{path}: cannot be unpacked ({str(error)[:200]})") from None
+    if len(data) != shard["raw_data"]["bytes"]:
+        raise UserError(f"{path}: holds {len(data)} bytes, the index says {shard['raw_data']['bytes']}")
     count = int.from_bytes(data[:4], "little")
     if count != shard["samples"]:
         raise UserError(f"{path}: holds {count} samples, the index says {shard['samples']}")

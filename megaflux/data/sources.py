@@ -34,7 +34,7 @@ def open_source(source: str, buckets: Sequence[Bucket], canvases: float = 2) -> 
     if source == OpenMoji.kind:
         return OpenMoji(buckets, canvases)
     root = Path(source)
-    if not root.exists():
+    if not os.path.exists(root):  # Path's own raises where a name is too long
         raise UserError(f"source {source}: no such file or folder (and not the name openmoji)")
     files = _walk(root) if root.is_dir() else [root.name]
     if not root.is_dir():

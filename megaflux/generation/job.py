@@ -17,6 +17,7 @@ from pydantic import Field
 from megaflux.config import Section
 from megaflux.errors import UserError
 from megaflux.generation.dots import Dot, Weighting
+from megaflux.generation.prompt import check_prompt
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a command line wants to answer at once
     from PIL import Image
@@ -163,6 +164,7 @@ def check(job: Job) -> Job:
     No file is opened. img2img, inpaint and control begin at the image; without one, at the first reference. Where
     nothing else is given, the image is the reference, too.
     """
+    check_prompt(job.prompt)  # a replay's comes from a file
     mode, needs_image = job.mode, job.mode in ("img2img", "inpaint", "controlnet-inpaint")
     if mode == "text" and job.references:
         raise UserError("mode text takes no reference; leave --reference out, or --mode")

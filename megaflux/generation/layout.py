@@ -110,10 +110,11 @@ def read_manifest(root: Path) -> Manifest:
     except FileNotFoundError:
         hint = f"; {root} is a run: use megaflux.runs.load_pipeline" if (root / "config.yaml").is_file() else ""
         raise UserError(f"{file}: missing, so this is no export of python -m megaflux.export{hint}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({error}); export again") from None
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT:
+        version = str(version)[:80]
         raise UserError(f"{file}: format {version}, this code reads {FORMAT}; update megaflux or export again")
     try:
         manifest = Manifest.model_validate(content)
@@ -123,7 +124,9 @@ def read_manifest(root: Path) -> Manifest:
         raise UserError(f"{file}: {where}: {first['msg']}; export again") from None
     for name, known in manifest.files.items():
         part = root / name
-        if not part.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{file}: {name} lies outside the export; do not use it")
+        if not os.path.isfile(part):
             raise UserError(f"{part}: missing; export the run again")
         if part.stat().st_size != known.bytes:
             raise UserError(f"{part}: {part.stat().st_size} bytes, not {known.bytes} as written; export again")
@@ -132,10 +135,10 @@ def read_manifest(root: Path) -> Manifest:
 
 def check_out(out: Path) -> None:
     """UserError where `out` exists or cannot be made."""
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise UserError(f"{out}: exists; an export never overwrites, give another folder")
     parent = out.absolute().parent
-    while not parent.exists():
+    while not os.path.exists(parent):
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{out}: cannot be made, {parent} is not a folder that can be written")

@@ -33,8 +33,15 @@ INPUT_CHUNK = b"mfIn"
 def check_out(path: str) -> None:
     """UserError where no folder can be made, or written to, at `path`. Makes nothing."""
     folder = Path(path).absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    try:
+        os.fsencode(folder)
+        if "\0" in path:
+            raise ValueError("NUL")
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "no file system holds such a name"
+        raise UserError(f"--out {ascii(path)[:80]}: {why}; give another folder") from None
     if not folder.is_dir():
         raise UserError(f"--out {path}: {folder} is a file; give a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -135,7 +142,7 @@ def read_settings(path: str) -> tuple[Job, Runtime, dict[str, Any], dict[str, by
             text, chunks = dict(picture.text), list(getattr(picture, "private_chunks", []))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"--from-image {path}: has too many pixels; give a PNG that megaflux wrote") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow's decoders raise what they meet
         why = getattr(error, "strerror", None) or "no PNG picture"
         raise UserError(f"--from-image {path}: {why}; give a PNG that megaflux wrote") from None
     if "megaflux" not in text:
@@ -143,18 +150,20 @@ def read_settings(path: str) -> tuple[Job, Runtime, dict[str, Any], dict[str, by
     try:
         settings = json.loads(text["megaflux"])
         if settings.get("format") != FORMAT:
-            raise UserError(
-                f"--from-image {path}: settings of format {settings.get('format')}, this code reads {FORMAT}"
-            )
+            found = str(settings.get("format"))[:80]
+            raise UserError(f"--from-image {path}: settings of format {found}, this code reads {FORMAT}")
         job, runtime = Job.model_validate(settings["job"]), Runtime.model_validate(settings["runtime"])
         if not isinstance(settings["source"], dict):
             raise TypeError("source is no object")
+        maps = settings.get("maps") or {}
+        if not isinstance(maps, dict) or not all(isinstance(digest, str) for digest in maps.values()):
+            raise TypeError("maps is no object of hashes")
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"--from-image {path}: settings: {where}: {first['msg']}") from None
+        where = ".".join(map(str, first["loc"]))[:80]
+        raise UserError(f"--from-image {path}: settings: {where}: {first['msg'][:200]}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"--from-image {path}: settings cannot be read ({error!r})") from None
+        raise UserError(f"--from-image {path}: settings cannot be read ({repr(error)[:200]})") from None
     embedded = {chunk[1][:32].hex(): chunk[1][32:] for chunk in chunks if chunk[0] == INPUT_CHUNK}
     return job, runtime, settings, embedded
 

@@ -40,7 +40,8 @@ def cached_dataset(config: Config, models: Models, world: World) -> str:
     if not kinds:
         return config.data.path
     info = read_dataset_info(config.data.path)
-    info = dataclasses.replace(info, counts={"train": info.counts["train"]})  # validation encodes its few itself
+    train = info.counts.get("train", {})  # validation encodes its few itself
+    info = dataclasses.replace(info, counts={"train": train})
     root = Path(config.data.path) / "cache" / _fingerprint(config, models, info)
     if not from_main((root / "dataset.json").exists(), world):
         started = time.monotonic()

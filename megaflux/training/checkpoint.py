@@ -28,6 +28,7 @@ from torch import nn
 
 from megaflux.config import Config
 from megaflux.errors import UserError
+from megaflux.models.loading_errors import named
 from megaflux.training import distributed, manifest, repartition, stages
 from megaflux.training.distributed import World
 from megaflux.training.ds_config import sharding
@@ -196,6 +197,8 @@ def _resolve(config: Config, ds_config: dict[str, Any], world_size: int) -> Chec
     for path in reversed(found):
         try:
             content = verify(path)
+        except manifest.NewerFormat:
+            raise
         except UserError as error:
             refused.append(str(error))
             continue
@@ -239,7 +242,9 @@ def load_weights(path: Path, manifest: dict[str, Any], config: Config, models: M
             f"{path}: was trained on other base weights than model.* names now (or than this version of megaflux "
             "builds); give the ones it started from"
         )
-    weights, parameters = load_file(path / WEIGHTS), dict(models.trainable.named_parameters())
+    with named(str(path / WEIGHTS)):
+        weights = load_file(path / WEIGHTS)
+    parameters = dict(models.trainable.named_parameters())
     missing = trained_names(config, models.trainable, manifest["stage"]) - set(weights)
     if missing:
         raise UserError(f"{path / WEIGHTS}: missing key {sorted(missing)[0]} (of {len(missing)}); it was trained")
@@ -262,8 +267,9 @@ def load_training_state(checkpoint: Checkpoint, engine: StageEngine, world: Worl
     )
     if path is None:  # DeepSpeed's way of saying that it found nothing
         raise UserError(f"{checkpoint.path}/deepspeed: cannot be loaded; move {checkpoint.path.name} away")
-    state = torch.load(checkpoint.path / f"rng-rank{world.rank:04d}.pt", weights_only=True)
-    distributed.set_rng_state(state)
+    file = checkpoint.path / f"rng-rank{world.rank:04d}.pt"
+    with named(str(file)):
+        distributed.set_rng_state(torch.load(file, weights_only=True))
 
 
 def identity(config: Config) -> dict[str, Any]:

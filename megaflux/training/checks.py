@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from os.path import exists, isdir, isfile  # Path's own raise where a name is too long
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def find_notes(config: Config) -> list[str]:
         notes.append(f"data.path: {config.data.path} is not there yet; it is prepared from {config.data.source}")
     for field in ("flux", "vlm", "vae"):
         source = getattr(config.model, field)
-        if source and source != "tiny" and not Path(source).exists() and HUB_NAME.fullmatch(source):
+        if source and source != "tiny" and not exists(source) and HUB_NAME.fullmatch(source):
             notes.append(f"model.{field}: {source} is no folder here, so it is fetched from the hub")
     return notes
 
@@ -64,8 +65,10 @@ def _sizes(config: Config) -> Iterator[str]:
     """The tables of sizes against each other and against the local folders that replace them."""
     model, flux = config.model, config.model.flux_config
     if model.flux is None:
-        axes, head = flux.get("axes_dims_rope", ()), flux.get("attention_head_dim")
-        if axes and head and sum(axes) != head:
+        axes, head = flux.get("axes_dims_rope") or (), flux.get("attention_head_dim")
+        if not isinstance(axes, list | tuple) or not all(isinstance(axis, int) for axis in axes):
+            yield f"model.flux_config.axes_dims_rope: must be a list of whole numbers, got {str(axes)[:80]!r}"
+        elif axes and head and sum(axes) != head:
             yield f"model.flux_config.axes_dims_rope: sum is {sum(axes)}; make it attention_head_dim, {head}"
         channels = flux.get("in_channels")
         if channels and channels != 4 * model.latent_channels:
@@ -75,7 +78,12 @@ def _sizes(config: Config) -> Iterator[str]:
             )
     stored = _read_json(Path(model.flux) / "transformer/config.json") if model.flux else None
     if stored:
-        blocks = stored.get("num_layers", 0) + stored.get("num_single_layers", 0)
+        names = ("num_layers", "num_single_layers")
+        counts = [stored.get(name, 0) for name in names] if isinstance(stored, dict) else [None]
+        if not all(isinstance(count, int) for count in counts):
+            yield f"model.flux: {model.flux}/transformer/config.json gives no number of blocks; restore it"
+            return
+        blocks = sum(counts)
         for i, stage in enumerate(config.stages):
             out = [b for b in stage.blocks if b >= blocks] if stage.blocks != "all" else []
             if out:
@@ -85,6 +93,11 @@ def _sizes(config: Config) -> Iterator[str]:
 
 def _run_folder(config: Config) -> Iterator[str]:
     path = Path(config.run.dir)
+    try:
+        path.exists()
+    except OSError as error:
+        yield f"run.dir: {str(path)[:80]}: {error.strerror}; give another folder"
+        return
     for place in (path, *path.parents):
         if place.exists():
             if not place.is_dir():
@@ -104,13 +117,13 @@ def _models(config: Config) -> Iterator[str]:
         if source is None:
             continue
         path = Path(source)
-        if path.is_dir():
+        if isdir(path):
             missing = [name for name in files if not (path / name).is_file()]
             if missing:
                 yield f"model.{field}: {source} lacks {', '.join(missing)}; give a complete folder"
             elif not any(path.rglob("*.safetensors")):
                 yield f"model.{field}: {source} holds no .safetensors file; give a folder with weights"
-        elif path.exists():
+        elif exists(path):
             yield f"model.{field}: {source} is a file; give the folder it belongs to"
         elif not HUB_NAME.fullmatch(source):
             yield f"model.{field}: {source} does not exist; give a folder or a hub name (owner/name)"
@@ -133,19 +146,20 @@ def _data(config: Config) -> Iterator[str]:
         yield "data.cache: only shards in data.path can be cached; empty it or drop data.remote"
     if data.cache_limit and not re.fullmatch(r"\d+(\.\d+)?\s*[kmgt]?b?", data.cache_limit, re.IGNORECASE):
         yield f"data.cache_limit: {data.cache_limit!r} is no size; write it as 500gb"
-    if root.exists() and not root.is_dir():
+    if exists(root) and not isdir(root):
         yield f"data.path: {root} is a file; give a folder"
         return
     description = root / "dataset.json"
-    if not description.is_file():
+    if not isfile(description):
         if not data.remote and not _data_will_be_prepared(config):
-            what = "is not a prepared dataset (no dataset.json)" if root.exists() else "does not exist"
+            what = "is not a prepared dataset (no dataset.json)" if exists(root) else "does not exist"
             yield f"data.path: {root} {what}; make it with python -m megaflux.data.prepare SOURCE {root}"
         return
     stored = _read_json(description)
     try:
         side = stored["longest_side"]
-        buckets = {(b["name"], b["width"], b["height"]) for b in stored["buckets"]}
+        buckets = {(str(b["name"]), b["width"], b["height"]) for b in stored["buckets"]}
+        names = ",".join(str(b["name"]) for b in stored["buckets"])
     except (TypeError, KeyError):
         yield f"data.path: {description} cannot be read; restore it or prepare the data again"
         return
@@ -155,7 +169,6 @@ def _data(config: Config) -> Iterator[str]:
             "prepare the data again"
         )
     elif buckets != wanted:
-        names = ",".join(b["name"] for b in stored["buckets"])
         yield (
             f"data.aspect_ratios: {','.join(data.aspect_ratios)}, but {root} was prepared with {names}; set them "
             "to those or prepare the data again"
@@ -170,11 +183,11 @@ def _validation(config: Config) -> Iterator[str]:
 
 def _data_will_be_prepared(config: Config) -> bool:
     data = config.data
-    return bool(data.source) and not data.remote and not (Path(data.path) / "dataset.json").exists()
+    return bool(data.source) and not data.remote and not exists(Path(data.path) / "dataset.json")
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None

@@ -51,14 +51,22 @@ def partial_of(run_dir: str | Path, update: int) -> Path:
     return folder(run_dir) / f".{name_of(update)}.partial"
 
 
+class NewerFormat(UserError):
+    """A whole checkpoint of a later megaflux: to pass it over would give up what it holds."""
+
+
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint's manifest, its keys and its files' names checked. UserError for what is none."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] > FORMAT:
-            raise UserError(f"{path}: format {manifest['format']} is newer than this code's {FORMAT}; update megaflux")
-        if manifest["format"] < 1 or (manifest["format"] > 1 and manifest.get("seal") != _seal(manifest)):
+        if manifest["format"] != 1 and manifest.get("seal") != _seal(manifest):
             raise KeyError("damaged (not what its own hash says)")
+        if manifest["format"] > FORMAT:  # every format to come has this seal
+            raise NewerFormat(
+                f"{path}: format {manifest['format']} is newer than this code's {FORMAT}; update megaflux"
+            )
+        if manifest["format"] < 1:
+            raise KeyError(f"format {manifest['format']} is none")
         if missing := KEYS - set(manifest):
             raise KeyError(f"{sorted(missing)[0]} is missing")
         whole = all(isinstance(manifest[key], int) for key in ("format", "update", "stage", "world_size"))
@@ -165,10 +173,13 @@ def clear(path: Path) -> None:
 
 
 def forget(run_dir: str | Path, unwanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Delete the newest checkpoints as long as their manifest is unwanted."""
+    """Delete the newest checkpoints as long as their manifest is unwanted; damaged ones stay."""
     for path in reversed(listed(run_dir).values()):
-        if not unwanted(read(path)):
-            return
+        try:
+            if not unwanted(read(path)):
+                return
+        except UserError:
+            continue
         going = path.with_name(f".{path.name}.deleting")
         path.rename(going)
         shutil.rmtree(going, ignore_errors=True)

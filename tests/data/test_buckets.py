@@ -30,7 +30,7 @@ def test_two_ratios_of_one_size_are_refused_by_name():
         make_buckets(ASPECT_RATIOS, 64)
 
 
-@pytest.mark.parametrize("ratios", [("16x9",), ("0:1",), ("1:0",), ("-1:1",), ("1:1; rm",), ()])
+@pytest.mark.parametrize("ratios", [("16x9",), ("0:1",), ("1:0",), ("-1:1",), ("1:1; rm",), ("9" * 5000 + ":1",), ()])
 def test_ratios_that_make_no_sense(ratios):
     with pytest.raises(UserError):
         make_buckets(ratios, 128)

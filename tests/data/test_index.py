@@ -64,7 +64,30 @@ CASES = {
     "different columns": lambda i: i["shards"][0]["column_names"].__setitem__(0, "title"),
     "no shards": lambda i: i["shards"].clear(),
     "not an MDS index of version 2": lambda i: i.update(version=3),
-}
+    "'\\ud800' does not stay": lambda i: i["shards"][0]["raw_data"].update(basename="\ud800"),
+    "does not stay inside": lambda i: i["shards"][0]["raw_data"].update(basename="x" * 300),
+    "'surprise' missing or unknown": lambda i: i["shards"][0].update(surprise=1),
+    "'hashes' missing or unknown": lambda i: i["shards"][0].pop("hashes"),
+    "names and sizes do not match": lambda i: i["shards"][0]["column_sizes"].pop(),
+    "compression 'zip' is none of": lambda i: i["shards"][0].update(compression="zip"),
+    "compression 5 is none of": lambda i: i["shards"][0].update(compression=5),
+    "size_limit is not a size": lambda i: i["shards"][0].update(size_limit="a lot"),
+    "encoding 'ndarray:object:2'": lambda i: i["shards"][0]["column_encodings"].__setitem__(1, "ndarray:object:2"),
+    "column 'two\\nlines' has": lambda i: (
+        i["shards"][0]["column_names"].__setitem__(1, "two\nlines"), i["shards"][0]["column_encodings"].__setitem__(1, "pkl")),
+    "not a positive count": lambda i: i["shards"][0].update(samples=2**32),
+    "not a positive size": lambda i: i["shards"][0]["raw_data"].update(bytes=10**4000),
+    "zip_data has no hashes": lambda i: i["shards"][0]["zip_data"].update(hashes={"sha1": None}),
+    "[[[": lambda i: i["shards"][0].update(samples=deep(400)),
+    "chunk-00000: not a file": lambda i: i["shards"][0]["zip_data"].update(basename="chunk-00000"),
+}  # fmt: skip
+
+
+def deep(levels):
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
 
 
 @pytest.mark.parametrize("message", CASES)
@@ -73,7 +96,7 @@ def test_each_fault_is_named(folder, message):
     assert message.replace("\\\\\\\\", "\\\\") in problems(folder, expected_samples=37)
 
 
-@pytest.mark.parametrize("content", ["", '{"version": 2, "shards": [', "[]", "null", '{"version": 2}'])
+@pytest.mark.parametrize("content", ["", '{"version": 2, "shards": [', "[]", "null", '{"version": 2}', "[" * 100_000])
 def test_an_index_that_is_partial_or_something_else(folder, content):
     (folder / "index.json").write_text(content)
     with pytest.raises(UserError, match=r"index\.json"):
@@ -147,9 +170,37 @@ def test_a_count_that_disagrees_with_the_shard_itself(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda s: s.update(compression="gz"), "shard.00000.mds.zstd: cannot be unpacked"),
+        (lambda s: s["raw_data"].update(bytes=s["raw_data"]["bytes"] + 1), "the index says"),
+        (lambda s: s.update(column_sizes=[None, None, 4]), "sample 0 of the bucket|holds"),
+        (lambda s: s.update(column_encodings=["str", "str", "ndarray:uint8:7"]), "sample 0 of the bucket"),
+    ],
+)
+def test_an_index_that_does_not_say_what_the_shard_holds(folder, change, message):
+    edit(folder, lambda index: [change(shard) for shard in index["shards"]])
+    with pytest.raises(UserError, match=message):
+        list(read_split(folder.parent.parent, "train", SQUARE))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         (lambda c: c.update(format_version=99), "format version 99"),
         (lambda c: c.pop("buckets"), "not a dataset description"),
         (lambda c: c.update(surprise=1), "not a dataset description"),
+        (lambda c: c.update(format_version="1"), "not a dataset description"),
+        (lambda c: c.update(format_version=0.5), "format version 0.5"),
+        (lambda c: c["buckets"][0].update(name="../../x"), "'../../x' is not WIDTH:HEIGHT"),
+        (lambda c: c["buckets"][0].update(name=5), "'5' is not WIDTH:HEIGHT"),
+        (lambda c: c["buckets"][0].update(width="64"), "bucket 1:1 of '64' x 64 px"),
+        (lambda c: c["buckets"].append(c["buckets"][0]), "a bucket is there twice"),
+        (lambda c: c.update(longest_side=None), "longest_side None"),
+        (lambda c: c.update(counts=5), "counts is no object"),
+        (lambda c: c["counts"].update(train=5), "counts of 'train' are none"),
+        (lambda c: c["counts"]["train"].update({"1:1": -1}), "counts of 'train' are none"),
+        (lambda c: c["counts"]["train"].update({"9:9": 1}), "name '9:9', which is no bucket"),
+        (lambda c: c.update(notes={"rotated": "many"}), "something else than counts"),
+        (lambda c: c.update(attribution=[1]), "attribution is no text"),
     ],
 )
 def test_dataset_json(folder, change, message):
@@ -159,9 +210,10 @@ def test_dataset_json(folder, change, message):
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         read_dataset_info(path.parent)
-    path.write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_dataset_info(path.parent)
+    for text in ("{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UserError, match="cannot be read"):
+            read_dataset_info(path.parent)
     path.unlink()
     with pytest.raises(UserError, match=r"megaflux\.data\.prepare"):
         read_dataset_info(path.parent)

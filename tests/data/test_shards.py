@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from megaflux.data import verify
 from megaflux.data.buckets import Bucket, make_buckets
 from megaflux.data.shards import (
     DatasetInfo,
@@ -95,6 +96,14 @@ def test_reading_part_of_a_split(tmp_path):
     assert [s["key"] for s in read_split(tmp_path, "train", SQUARE, limit=7)] == [f"k{n}" for n in range(7)]
     assert list(read_split(tmp_path, "train", Bucket("1:2", 32, 64))) == []
     assert list(read_split(tmp_path, "nowhere", SQUARE)) == []
+
+
+def test_a_dataset_without_held_out_samples_is_described(tmp_path, capsys):
+    buckets = make_buckets(("1:1", "2:1"), 64)
+    count, columns = write_bucket(tmp_path, "train", buckets[0], cached_samples(2))
+    write_dataset(tmp_path, DatasetInfo(64, buckets, {"train": {"1:1": count}}, columns))
+    assert verify.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["all", "2", "0"]
 
 
 def test_rewriting_a_bucket_replaces_it(tmp_path):

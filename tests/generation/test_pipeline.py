@@ -221,6 +221,8 @@ def test_an_export_without_a_key_is_refused_by_name(export_folder, tmp_path, par
         ({"files": 3}, "files: "),
         ({"files": {"x": 3}}, "files.x: "),
         ({"source": None}, "source: "),
+        ({"files": {"../x": {"bytes": 1, "sha256": "0" * 64}}}, "megaflux.json: ../x lies outside the export"),
+        ({"files": {"x" * 300: {"bytes": 1, "sha256": "0" * 64}}}, "xxx: missing"),
     ],
 )
 def test_a_strange_manifest_is_refused(export_folder, tmp_path, change, said):
