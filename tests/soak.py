@@ -91,6 +91,7 @@ def kills(folder: Path, points: int) -> bool:
     gone = [point["seconds"] for point in done]
     print(f"kills: {len(done)} points in {len({p['chain'] for p in done})} runs, all bit-equal; "
           f"{sum(p['phase'] == 'start-up' for p in done)} in start-up, {sum(p['in_save'] for p in done)} in a save; "
+          f"{sum(p['stale'] for p in done)} left shared memory, which the next start removed; "
           f"updates done again: at most {max(redone)} (a checkpoint is every 2); "
           f"kill to all processes gone: median {statistics.median(gone):.1f} s, at most {max(gone):.1f} s")  # fmt: skip
     return max(redone) <= 2 and max(gone) < 10
@@ -99,7 +100,8 @@ def kills(folder: Path, points: int) -> bool:
 def undisturbed(folder: Path) -> Reference:
     """24 updates on two ranks over a stage boundary."""
     values = small_config(folder / "pictures" / "data", folder / "reference", train__updates=24)
-    whole = Reference(folder / "reference", ds_config(folder), write_config(values, folder / "config.yaml"))
+    whole = Reference(folder / "reference", ds_config(folder), write_config(values, folder / "config.yaml"),
+                      folder / "pictures" / "data")  # fmt: skip
     done = launch(*whole.started_by, ranks=2)  # goes on, or sees that it is done
     if done.returncode:
         raise UserError(f"{whole.run}: the undisturbed run failed: {done.stderr.strip().splitlines()[-1]}")

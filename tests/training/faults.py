@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from megaflux.data.shared_memory import _folders_in
 from megaflux.training.events import NAME, read
 from tests.training.runs import LAUNCH, ROOT, environment, free_port, launch
 
@@ -29,6 +31,7 @@ class Reference:
     run: Path
     ds: Path
     config: Path
+    data: Path
 
     @property
     def started_by(self) -> list[object]:
@@ -77,6 +80,16 @@ def left_behind(run: Path) -> list[str]:
     """Processes that still name the run."""
     found = psutil.process_iter(["name", "cmdline"])
     return [p.info["name"] for p in found if str(run) in " ".join(p.info["cmdline"] or ())]
+
+
+def shared_memory_of(data: Path) -> set[str]:
+    """Streaming's prefixes in shared memory whose streams lie in this dataset; other tests run beside this one."""
+    found = set()
+    for block in Path("/dev/shm").glob("[0-9]*_locals"):
+        with contextlib.suppress(OSError):
+            if any(Path(stream).is_relative_to(data) for stream in _folders_in(block.read_bytes())):
+                found.add(block.name.partition("_")[0])
+    return found
 
 
 def end(process: subprocess.Popen) -> None:
@@ -134,6 +147,7 @@ class Kill:
 
     seed: int
     ranks: list[int]
+    """[]: every process, launcher and all."""
     phase: str
     """start-up, or updates (the saves and validations among them)."""
     seconds: float
@@ -144,12 +158,15 @@ class Kill:
     """When, in seconds since 1970."""
     in_save: bool
     """Whether it left half a checkpoint behind."""
+    stale: bool
+    """Whether it left shared memory behind."""
     resumed: int | None = None
     """Update that the next start went on from."""
 
 
 def kill_once(reference: Reference, run: Path, seed: int, within: float = 1.0) -> Kill | None:
-    """Start or go on, and kill -9 one rank or both at a random moment. None: the run was done before.
+    """Start or go on, and kill -9 one rank, or all there is (as a machine that loses its power), at a random moment. None:
+    the run was done before.
 
     within: seconds of training or of start-up in which the moment lies."""
     rng = random.Random(seed)
@@ -160,11 +177,14 @@ def kill_once(reference: Reference, run: Path, seed: int, within: float = 1.0) -
         if not early:
             wait_for(lambda: len(events(run, "ready")) > begun or process.poll() is not None)
         time.sleep(rng.uniform(0, 8.0 if early else within))
-        chosen = [rng.randrange(2)] if rng.random() < 0.8 else [0, 1]
+        chosen = [rng.randrange(2)] if rng.random() < 0.8 else []
         done = process.poll() is not None
-        for rank in chosen if not done else []:
-            if ranks[rank].is_running():
-                ranks[rank].kill()
+        family = (
+            [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] if not done else []
+        )
+        for victim in ([ranks[rank] for rank in chosen] or family) if not done else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
         killed, at = time.monotonic(), time.time()
         said, _ = process.communicate(timeout=60)
         wait_for(lambda: not left_behind(run), 30)
@@ -176,7 +196,7 @@ def kill_once(reference: Reference, run: Path, seed: int, within: float = 1.0) -
     reached = max((event["update"] for event in events(run, "progress")[-1:]), default=0)
     phase = "updates" if len(events(run, "ready")) > begun else "start-up"
     return Kill(seed, chosen, phase, round(time.monotonic() - killed, 2), reached, at,
-                any((run / "checkpoints").glob(".update-*.partial")))  # fmt: skip
+                any((run / "checkpoints").glob(".update-*.partial")), bool(shared_memory_of(reference.data)))  # fmt: skip
 
 
 def kill_chain(reference: Reference, run: Path, seeds: Sequence[int], within: float = 1.0) -> list[Kill]:
@@ -192,6 +212,7 @@ def kill_chain(reference: Reference, run: Path, seeds: Sequence[int], within: fl
     done = launch(*reference.started_by, "--run.dir", run, ranks=2)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     same_end(reference.run, run)
+    assert not shared_memory_of(reference.data)
     for kill in kills:  # a start that was killed early wrote no event: the next one counts
         after = [event["update"] for event in events(run, "start") if event["time"] > kill.at]
         kill.resumed = after[0] if after else None

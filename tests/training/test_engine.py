@@ -14,7 +14,6 @@ from megaflux.data.buckets import Bucket
 from megaflux.models.flux_functions import side_by_side
 from megaflux.models.pretrained import load_models
 from megaflux.presets import tiny
-from megaflux.training import distributed
 from megaflux.training.engine import StageEngine
 from megaflux.training.optim import learning_rate
 from megaflux.training.validation import denoising_loss
@@ -23,6 +22,7 @@ from tests.training.runs import ROOT, ds_config, environment, free_port, small_c
 
 WORKER = str(ROOT / "tests" / "training" / "parity_worker.py")
 CARRY = str(ROOT / "tests" / "training" / "carry_worker.py")
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def run_worker(out: Path, ds: Path, *nodes: list[str]) -> dict:
@@ -66,18 +66,6 @@ def test_two_ranks_compute_what_one_does(tmp_path, one_process, layout):
     for name, gradient_ in one_process["gradients"].items():
         counts = gradient_.abs() > 1e-6 * largest
         torch.testing.assert_close(two["weights"][name][counts], one_process["weights"][name][counts])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    import os
-
-    found = dict(os.environ)
-    distributed.start()
-    yield
-    distributed.stop()
-    os.environ.clear()
-    os.environ.update(found)
 
 
 @pytest.mark.parametrize(("precision", "ranks"), [("fp32", 1), ("fp32", 2), ("bf16", 2)])

@@ -9,7 +9,6 @@ import statistics
 import pytest
 import torch
 
-from megaflux.training import distributed
 from megaflux.training.engine import StageEngine
 from megaflux.training.guard import FEWEST, Guard
 from tests.training.carry_worker import Toy, toy_config
@@ -70,18 +69,7 @@ def test_its_state_survives_a_checkpoint():
     other.load_state_dict({})  # of an older checkpoint
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    import os
-
-    found = dict(os.environ)
-    distributed.start()
-    yield
-    distributed.stop()
-    os.environ.clear()
-    os.environ.update(found)
-
-
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("base", ["zero2.json", "zero3.json"])
 def test_a_refused_step_changes_not_a_byte(tmp_path, base):
     heard: list[float] = []
