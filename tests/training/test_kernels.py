@@ -83,7 +83,7 @@ def test_zero3_runs_on_diffusers_own_path_and_says_so(tmp_path, data):
     values = small_config(data, tmp_path / "run", train__updates=2)
     config = write_config(values, tmp_path / "config.yaml")
     zero3 = ds_config(tmp_path, base="zero3.json")
-    done = launch("--deepspeed", zero3, "--config", config)
+    done = launch("--deepspeed", zero3, "--config", config, with_="python")
     assert done.returncode == 0, done.stderr[-3000:]
     said = done.stdout + done.stderr
     assert "kernels off (diffusers' own path)" in said

@@ -32,8 +32,9 @@ def run_ok(*arguments, **kwargs):
     return done
 
 
+# bf16 on two ranks is also what the kills of test_survival end in.
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp32"])
 def test_resumed_run_is_bit_equal_to_the_uninterrupted_one(tmp_path, data, precision, ranks):
     # 6 updates over two stages, in a new process from update 2: the resumed half crosses the stage boundary at 3.
     config = write_config(small_config(data, tmp_path / "whole"), tmp_path / "config.yaml")
@@ -57,9 +58,9 @@ def test_resumed_run_is_bit_equal_to_the_uninterrupted_one(tmp_path, data, preci
 def test_a_run_stopped_at_a_stages_end_goes_on_with_its_moments(tmp_path, data):
     config = write_config(small_config(data, tmp_path / "whole"), tmp_path / "config.yaml")
     ds = ds_config(tmp_path, "fp32")
-    run_ok("--deepspeed", ds, "--config", config)
+    run_ok("--deepspeed", ds, "--config", config, with_="python")
     half = copy_until(tmp_path / "whole", tmp_path / "half", 3)
-    run_ok("--deepspeed", ds, "--config", config, "--run.dir", half)
+    run_ok("--deepspeed", ds, "--config", config, "--run.dir", half, with_="python")
     assert_same(final_weights(tmp_path / "whole"), final_weights(half))
     assert_same(final_state(tmp_path / "whole"), final_state(half))
 
@@ -67,7 +68,7 @@ def test_a_run_stopped_at_a_stages_end_goes_on_with_its_moments(tmp_path, data):
 def test_checkpoint_holds_what_trained_and_all_of_it_changed(tmp_path, data):
     values = small_config(data, tmp_path / "run", train__updates=10)
     config = write_config(values, tmp_path / "config.yaml")
-    run_ok("--deepspeed", ds_config(tmp_path, "fp32"), "--config", config)
+    run_ok("--deepspeed", ds_config(tmp_path, "fp32"), "--config", config, with_="python")
     resolved = build_config(merge(tiny(), values))
     models = load_models(resolved)
     before = dict(models.trainable.named_parameters())
@@ -78,6 +79,7 @@ def test_checkpoint_holds_what_trained_and_all_of_it_changed(tmp_path, data):
     assert not [name for name in after if torch.equal(before[name], after[name])]
 
 
+@pytest.mark.slow  # test_survival goes from two ranks to one and back
 def test_two_ranks_train_as_one_does(tmp_path, data):
     # The loader, the noise of each sample, the gradient: all of it the same global batches, whatever the ranks.
     weights = []
@@ -107,7 +109,9 @@ def test_published_block_lists_run_on_57_blocks(tmp_path, data):
     sizes = {"num_layers": 19, "num_single_layers": 38, "attention_head_dim": 16, "num_attention_heads": 1,
              "axes_dims_rope": [4, 6, 6], "joint_attention_dim": 24}  # fmt: skip
     values = small_config(data, tmp_path / "run", stages=stages, model__flux_config=sizes, train__updates=3)
-    run_ok("--deepspeed", ds_config(tmp_path), "--config", write_config(values, tmp_path / "config.yaml"))
+    run_ok(
+        "--deepspeed", ds_config(tmp_path), "--config", write_config(values, tmp_path / "config.yaml"), with_="python"
+    )
     trained = {name.split(".")[2] for name in final_weights(tmp_path / "run") if ".transformer_blocks." in name}
     single = {int(name.split(".")[2]) + 19 for name in final_weights(tmp_path / "run") if "single_transformer" in name}
     lists = {block for blocks in PUBLISHED_STAGES.values() for block in blocks}
@@ -169,7 +173,9 @@ def test_a_run_starts_from_folders_in_the_published_layouts(tmp_path, data, publ
 
 def test_run_shows_itself_in_tensorboard(tmp_path, data):
     values = small_config(data, tmp_path / "run", validation__every=2, validation__panel_every=4)
-    run_ok("--deepspeed", ds_config(tmp_path), "--config", write_config(values, tmp_path / "config.yaml"))
+    run_ok(
+        "--deepspeed", ds_config(tmp_path), "--config", write_config(values, tmp_path / "config.yaml"), with_="python"
+    )
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     scalars = set(events.Tags()["scalars"])
     wanted = {"train/loss", "train/learning_rate", "train/grad_norm", "train/skipped_steps", "speed/images_per_second",
@@ -226,8 +232,3 @@ def test_a_damaged_or_foreign_checkpoint_stops_the_run_in_one_line(tmp_path, dat
     shutil.rmtree(checkpoint)
     shutil.copytree(pristine, checkpoint)
     assert "seed" in refusal("--run.seed", "5")
-    checkpoint.rename(checkpoint.with_name("update-0000002.aside"))
-    assert "holds no checkpoint under its own name, only update-0000002.aside" in refusal()
-    checkpoint.with_name("update-0000002.aside").rename(checkpoint)
-    (checkpoint / "manifest.json").unlink()
-    assert "manifest.json" in refusal()
