@@ -208,7 +208,7 @@ class Optim(Section):
     """An update is dropped, on all ranks alike, where its gradient norm is this many standard deviations above the mean
     of the norms before it; 0: never. One that is not finite always is."""
     spike_window: Count = 128
-    """Norms that make that mean; it speaks once there are 32, and begins anew with each stage."""
+    """Norms that make that mean; it speaks once there are 64, and begins anew with each stage."""
     max_grad_norm: NonNegative = 1.0
     """Gradients are scaled down to this norm; 0: never."""
 

@@ -1,8 +1,9 @@
 """Which updates are dropped: a gradient that is not finite, or one far larger than those before it.
 
-The spike rule is that of OLMo-core's SkipStepAdamW: an update is dropped where its gradient norm lies more than `sigma`
-standard deviations above the mean of the last `window` norms that were taken. It judges by a number that all ranks
-share, so they drop alike.
+The spike rule follows OLMo-core's SkipStepAdamW: an update is dropped where its gradient norm lies more than `sigma`
+standard deviations above the mean of the last `window` norms. It judges by a number that all ranks share, so they drop
+alike. A dropped norm is remembered as the limit that it broke: a run whose norms have risen for good, by less than about
+two times, is let on after a few drops, and one that diverges is not.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import math
 from collections import deque
 from typing import Any
 
-FEWEST = 32  # norms before the rule speaks: a run's first ones fall fast, and a mean of three says nothing
+FEWEST = 64  # norms before the rule speaks: a run's first ones fall fast, and a mean of three says nothing
+LEAST = 0.1  # of the mean, for the deviation: norms all but equal must not make every next one a spike
 
 
 class Guard:
-    """Judges one norm per update and remembers those it let pass.
+    """Judges one norm per update and remembers them.
 
     sigma: 0 switches the spike rule off; window: norms remembered; patience: dropped updates in a row after which the
     run goes back to its last checkpoint.
@@ -46,9 +48,9 @@ class Guard:
             return None
         mean = math.fsum(self.norms) / len(self.norms)
         deviation = math.sqrt(math.fsum((n - mean) ** 2 for n in self.norms) / len(self.norms))
-        # Norms all but equal (a tiny run at its end) must not make every next one a spike.
-        limit = mean + self.sigma * max(deviation, 0.05 * mean)
+        limit = mean + self.sigma * max(deviation, LEAST * mean)
         if norm > limit:
+            self.norms.append(limit)
             return f"its gradient norm {norm:.3g} is a spike: the last {len(self.norms)} allow {limit:.3g}"
         return None
 
