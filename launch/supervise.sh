@@ -10,17 +10,17 @@
 #
 # Before each start all that is left of the attempt before is stopped: two of them must never write to one run. The wait is
 # 5 s, doubled each time up to 300 s, and 5 s again after an attempt of more than 10 minutes. After MAX_FAST_FAILURES
-# attempts in a row that each ended within 60 s with the run's newest checkpoint where it was, it gives up and ends with the
+# attempts in a row that got nowhere (no new checkpoint and no progress in RUN/events.jsonl) it gives up and ends with the
 # last exit code. RUN, the run's folder, is read from --run.dir in the command, else from RUN_DIR in the environment; without
-# either (run.dir in a --config file) an attempt's length alone counts.
+# either (run.dir in a --config file) an attempt that ended within 60 s counts as one: better give it.
 #
 #     touch RUN/SUPERVISE_STOP    the attempt that runs is the last; remove the file before the next time
-#     kill SUPERVISOR             SIGTERM, SIGINT, SIGHUP: the ranks of this machine get SIGTERM, have 40 s to save, and it
+#     kill SUPERVISOR             SIGTERM, SIGINT, SIGHUP: the ranks of this machine get SIGTERM, have 300 s to save, and it
 #                                 ends with 143, 130, 129. SIGUSR1: the same, ends with 10. Nothing is started again.
 #
 # torchrun turns every failure into exit code 1, bad input too: then the fast failures end it.
 # From the environment, in whole seconds: FIRST_WAIT (5), MAX_WAIT (300), FAST_SECONDS (60), LONG_SECONDS (600),
-# SAVE_SECONDS (40); and MAX_FAST_FAILURES (5; 0: it never gives up). Ranks that DeepSpeed's pdsh started on several machines
+# SAVE_SECONDS (300); and MAX_FAST_FAILURES (5; 0: it never gives up). Ranks that DeepSpeed's pdsh started on several machines
 # are told by that launcher, which gets the SIGTERM in their place.
 set -u
 
@@ -130,6 +130,16 @@ leave() {
   exit "$2"
 }
 
+# Whether this attempt brought the run no further.
+got_nowhere() {
+  if [ -z "$run" ]; then
+    [ "$lasted" -lt "$FAST_SECONDS" ]
+  else
+    [ "$(newest_checkpoint)" = "$checkpoint_before" ] &&
+      ! { [ -f "$run/events.jsonl" ] && tail -c "+$((diary_before + 1))" "$run/events.jsonl" | grep -q '"kind": "progress"'; }
+  fi
+}
+
 # DeepSpeed's launcher leaves with 0 when its child was killed by a signal. A run that is done has no rank left and, where
 # it wrote events at all, says so in the last.
 is_done() {
@@ -147,7 +157,7 @@ if [ "$1" = --help ]; then
 fi
 
 FIRST_WAIT=${FIRST_WAIT:-5} MAX_WAIT=${MAX_WAIT:-300} FAST_SECONDS=${FAST_SECONDS:-60} LONG_SECONDS=${LONG_SECONDS:-600}
-SAVE_SECONDS=${SAVE_SECONDS:-40} MAX_FAST_FAILURES=${MAX_FAST_FAILURES:-5}
+SAVE_SECONDS=${SAVE_SECONDS:-300} MAX_FAST_FAILURES=${MAX_FAST_FAILURES:-5}
 for name in FIRST_WAIT MAX_WAIT FAST_SECONDS LONG_SECONDS SAVE_SECONDS MAX_FAST_FAILURES; do
   case ${!name} in *[!0-9]*) refuse "$name: must be a whole number, got '${!name}'" ;; esac
 done
@@ -189,13 +199,13 @@ while :; do
     log "attempt $attempt: exit code 2 after $lasted s: bad input, which no restart mends"
     exit 2
   fi
-  if [ "$lasted" -lt "$FAST_SECONDS" ] && { [ -z "$run" ] || [ "$(newest_checkpoint)" = "$checkpoint_before" ]; }; then
+  if got_nowhere; then
     fast=$((fast + 1))
   else
     fast=0
   fi
   if [ "$MAX_FAST_FAILURES" -gt 0 ] && [ "$fast" -ge "$MAX_FAST_FAILURES" ]; then
-    log "attempt $attempt: exit code $code after $lasted s; $fast in a row failed within $FAST_SECONDS s, giving up"
+    log "attempt $attempt: exit code $code after $lasted s; $fast in a row got nowhere, giving up"
     exit "$code"
   fi
   if [ "$lasted" -gt "$LONG_SECONDS" ]; then pause=$FIRST_WAIT; fi

@@ -43,7 +43,9 @@ def main() -> int | None:
     ranks = started_ranks() or 1
     if problems := find_problems(config, ds_config, ranks):
         raise UserError("; ".join(problems))
-    watch = Watch(config.train.hang_timeout)  # before the imports, which take seconds: a signal may come meanwhile
+    watch = Watch(
+        config.train.hang_timeout, config.train.leave_within
+    )  # before the imports, which take seconds: a signal may come meanwhile
     from megaflux.training.loop import train
 
     return train(config, ds_config, watch)

@@ -122,6 +122,25 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_says_so_or_stops(tmp
     assert "no other of the 2 checkpoints is whole" in line and "Three ways out" in line
 
 
+def test_a_run_that_diverges_goes_back_to_one_from_before_and_deletes_none(tmp_path):
+    def sound() -> int | None:
+        found = checkpoint._resolve(configure(tmp_path), DS_CONFIG, 1, sound=True)
+        return found and found.update
+
+    save(tmp_path, 4, guard={"in_a_row": 1})
+    assert sound() is None
+    for update, in_a_row in ((2, 0), (8, 2)):
+        save(tmp_path, update, guard={"in_a_row": in_a_row})
+    assert sound() == 2 and resolve(tmp_path) == 8
+    assert list(manifest.listed(tmp_path)) == [2, 4, 8]
+
+
+def test_a_pickle_beside_those_that_were_hashed_is_refused(tmp_path):
+    save(tmp_path, 4)
+    (save(tmp_path, 8) / "deepspeed" / "mp_rank_00_model_states.pt").write_bytes(b"x")
+    assert resolve(tmp_path) == 4
+
+
 def test_a_newer_format_is_not_passed_over(tmp_path):
     save(tmp_path, 4)
     reseal(save(tmp_path, 8), format=99)

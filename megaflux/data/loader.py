@@ -18,7 +18,7 @@ import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -58,6 +58,7 @@ def build_loader(
     verify: bool = False,
     run_folder: str | Path | None = None,
     max_replaced: float = 0.01,
+    damaged: Literal["refuse", "replace"] = "refuse",
 ) -> BucketLoader:
     """Open a dataset of megaflux.data.prepare (or one derived from it) for training.
 
@@ -68,7 +69,9 @@ def build_loader(
     limit. prefetch_factor: batches each worker loads ahead. shuffle: False for the stored order. verify: first hold
     every local shard of this split and the held-out one against its hash (megaflux.data.verdict). run_folder:
     keeps that verdict where `path` cannot be written; None: it is then not kept. max_replaced: share of an epoch's
-    samples that may go bad while it is read and be replaced (megaflux.data.quarantine).
+    samples that may go bad while it is read and be replaced (megaflux.data.quarantine). damaged: replace, for a run
+    that goes on: local shards that are missing or damaged at the start are warned of, and treated as those that go bad
+    later.
 
     Call it after torch.distributed is initialised, on every rank. Raises UserError if the dataset is
     missing, incomplete, damaged (every problem at once) or has no samples in this split.
@@ -85,9 +88,14 @@ def build_loader(
             remote_data.fetch_indexes(remote, path, split)
         barrier()
     elif verify:
-        verify_on_all_ranks(path, sorted({split, "held_out"}), run_folder, world)
+        try:
+            verify_on_all_ranks(path, sorted({split, "held_out"}), run_folder, world)
+        except UserError as error:
+            if damaged == "refuse":
+                raise
+            logger.warning("going on with damaged data, whose samples are replaced: %s", error)
     info = read_dataset_info(path)
-    shards = _read_streams(path, info, split, check_files=remote is None)
+    shards = _read_streams(path, info, split, check_files=remote is None and damaged == "refuse")
     with exclusive_set_up(world), as_streaming_sees(world):
         stale = []
         if world.local_rank == 0:

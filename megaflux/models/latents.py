@@ -27,10 +27,10 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(vae, pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def encode(vae, pixel_values: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
     """uint8 pictures (B, 3, H, W) -> latents (B, C, h, w) of about unit variance, in the VAE's dtype.
 
-    The posterior's mean, or a draw from it where a generator is given. H and W are multiples of 16.
+    The posterior's mean, or a draw from it where a generator, or one for each picture, is given. H and W are multiples of 16.
     """
     posterior = vae.encode(to_unit_range(pixel_values, vae.dtype).to(vae.device)).latent_dist
     latents = posterior.mode() if generator is None else posterior.sample(generator)

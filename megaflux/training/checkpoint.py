@@ -16,8 +16,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +33,11 @@ from megaflux.models.loading_errors import named
 from megaflux.training import distributed, manifest, repartition, stages
 from megaflux.training.distributed import World
 from megaflux.training.ds_config import sharding
-from megaflux.training.engine import StageEngine
+from megaflux.training.engine import StageEngine, whole_size
 from megaflux.training.manifest import FORMAT, folder, listed, verify
 from megaflux.training.space import NoRoom
 
-if TYPE_CHECKING:  # seconds of imports that the tool for people does not need
+if TYPE_CHECKING:  # diffusers and transformers: seconds that the tool for people need not wait
     from megaflux.models.pretrained import Models
 
 __all__ = ["FORMAT", "WEIGHTS", "Checkpoint", "folder", "identity", "listed", "load_training_state", "load_weights",
@@ -90,17 +91,17 @@ def save(
     where the disk refuses; the checkpoints before stay.
     """
     partial, final = manifest.partial_of(config.run.dir, update), folder(config.run.dir) / manifest.name_of(update)
-    with _alike(world, f"{final}: cannot be written"):
+    with _written(partial, final, world):
         if world.is_main:
             manifest.clear(partial)
             partial.mkdir(parents=True)
-    with _alike(world, f"{final}: cannot be written"):
+    weights = trained_weights(config, engine, keep=world.is_main)  # collective, so before anything can fail on one rank
+    with _written(partial, final, world):
         with _errors_after(engine):
             engine.deepspeed.save_checkpoint(
                 str(partial), tag="deepspeed", client_state={}, save_latest=False, exclude_frozen_parameters=True
             )
         torch.save(distributed.rng_state(), partial / f"rng-rank{world.rank:04d}.pt")
-        weights = trained_weights(config, engine, keep=world.is_main)
         if world.is_main:
             save_file(weights, partial / WEIGHTS)
             (partial / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
@@ -110,28 +111,42 @@ def save(
             manifest.sync(file)
         files = manifest.inventory(partial, mine)
     files = {name: entry for of_rank in distributed.gathered(files, world) for name, entry in of_rank.items()}
-    with _alike(world, f"{final}: cannot be written"):
+    with _written(partial, final, world):
         if world.is_main:
-            shards = len(list(partial.glob("rng-rank*.pt"))), len(list(partial.glob("deepspeed/*optim_states.pt")))
+            shards = (
+                sum(name.startswith("rng-") for name in files),
+                sum(name.endswith("optim_states.pt") for name in files),
+            )
             if shards != (world.size, world.size):
-                raise UserError(
-                    f"{partial}: {shards[1]} of {world.size} ranks' shards are here; run.dir must be on storage that "
-                    "all machines share"
-                )
+                raise UserError(f"{partial}: {shards[1]} of {world.size} ranks' shards are here; run.dir must be on storage "
+                                "that all machines share")  # fmt: skip
             manifest.publish(partial, final, {
                 "format": FORMAT, "update": update, "stage": engine.stage,
                 "stage_name": config.stages[engine.stage].name, "world_size": world.size, "data": data,
                 "identity": identity(config), "base": base, "deepspeed": engine.sharding, "guard": guard or {},
             }, files)  # fmt: skip
-            protected = () if resumed_from is None else (resumed_from,)
-            manifest.prune(config.run.dir, config.train.keep_checkpoints, milestones(config), protected)
+            # In a row of dropped updates the run may go back, to one that must still be there.
+            if not (guard or {}).get("in_a_row"):
+                _prune(config, () if resumed_from is None else (resumed_from,))
     return final
+
+
+def _prune(config: Config, protected: Collection[int]) -> None:
+    try:
+        manifest.prune(config.run.dir, config.train.keep_checkpoints, milestones(config), protected)
+    except OSError as error:  # the checkpoint is there; an old one too many is no reason to stop
+        log.warning("%s: %s; an old checkpoint stays", error.filename, error.strerror)
 
 
 def milestones(config: Config) -> set[int]:
     """Updates whose checkpoints are never deleted: each stage's last, and every `keep_every`-th."""
     every = config.train.keep_every
     return set(config.stage_ends()) | (set(range(every, config.train.updates + 1, every)) if every else set())
+
+
+def kept_for_good(config: Config, update: int) -> int:
+    """How many checkpoints after this update are never deleted."""
+    return sum(milestone > update for milestone in milestones(config))
 
 
 def trained_weights(config: Config, engine: StageEngine, keep: bool = True) -> dict[str, torch.Tensor]:
@@ -154,7 +169,7 @@ def trained_names(config: Config, module: nn.Module, stage: int) -> set[str]:
 def count_trained(config: Config, module: nn.Module, stage: int) -> int:
     """Parameters in a checkpoint's weights at this stage."""
     names = trained_names(config, module, stage)
-    return sum(p.numel() for name, p in module.named_parameters() if name in names)
+    return sum(whole_size(p) for name, p in module.named_parameters() if name in names)
 
 
 def resolve(config: Config, ds_config: dict[str, Any], world: World, sound: bool = False) -> Checkpoint | None:
@@ -163,23 +178,25 @@ def resolve(config: Config, ds_config: dict[str, Any], world: World, sound: bool
     Damaged newer ones are passed over and said. UserError where there are some and none can be used, or this run is
     another one: a run never starts over silently. Rank 0 looks, all hear the same.
 
-    sound: delete those first that were saved between dropped updates; going back to them would change nothing.
+    sound: pass over those that were saved between dropped updates, too; going back to them would change nothing.
     """
     found: Checkpoint | str | None = None
     if world.is_main:
         try:
-            if sound:
-                manifest.forget(config.run.dir, lambda content: content.get("guard", {}).get("in_a_row", 0) > 0)
-            found = _resolve(config, ds_config, world.size)
+            found = _resolve(config, ds_config, world.size, sound)
         except UserError as error:
             found = str(error)
+        except OSError as error:
+            found = (
+                f"{error.filename or config.run.dir}: {error.strerror}; run.dir must be a folder that can be written"
+            )
     found = distributed.from_main(found, world)
     if isinstance(found, str):
         raise UserError(found, agreed=True)
     return found
 
 
-def _resolve(config: Config, ds_config: dict[str, Any], world_size: int) -> Checkpoint | None:
+def _resolve(config: Config, ds_config: dict[str, Any], world_size: int, sound: bool = False) -> Checkpoint | None:
     root = folder(config.run.dir)
     if config.run.resume == "never" and listed(config.run.dir):
         raise UserError(f"run.dir: {config.run.dir} holds checkpoints and run.resume is never; give another --run.dir")
@@ -202,10 +219,14 @@ def _resolve(config: Config, ds_config: dict[str, Any], world_size: int) -> Chec
         except UserError as error:
             refused.append(str(error))
             continue
+        if sound and content.get("guard", {}).get("in_a_row"):
+            continue
         _check_same_run(path, content, config, ds_config, world_size)
         for line in refused:
             log.warning("%s; going on from %s, the newest that is whole", line, path.name)
         return Checkpoint(path, content, refused)
+    if sound and not refused:
+        return None
     raise UserError(
         f"{refused[0]}; and no other of the {len(found)} checkpoints is whole. " + WAYS_OUT.format(root=root)
     )
@@ -283,8 +304,8 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 @contextmanager
-def _alike(world: World, what: str) -> Iterator[None]:
-    """A part of a save that all ranks leave alike: where one of them fails, all raise its UserError.
+def _written(partial: Path, final: Path, world: World) -> Iterator[None]:
+    """A part of a save that all ranks leave alike: where one of them fails, all raise its NoRoom, and what is there goes.
 
     Inside, only what every rank does without waiting for another after it failed; the wait is at the end."""
     problem = None
@@ -293,9 +314,13 @@ def _alike(world: World, what: str) -> Iterator[None]:
     except UserError as error:
         problem = str(error)
     except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError on a full disk
-        problem = f"{what} ({getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]})"
+        problem = (
+            f"{final}: cannot be written ({getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]})"
+        )
     first = distributed.first_problem(problem, world)
     if first is not None:
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
         raise NoRoom(first, agreed=True)
 
 
@@ -334,11 +359,9 @@ def _umask() -> int:
     return mask
 
 
-def _gathered(parameter: nn.Parameter, zero_stage: int):
-    import contextlib
-
+def _gathered(parameter: nn.Parameter, zero_stage: int) -> AbstractContextManager:
     if zero_stage < 3:
-        return contextlib.nullcontext()
+        return nullcontext()
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([parameter])

@@ -13,6 +13,7 @@ from typing import Any
 from megaflux.config import Config
 from megaflux.data.buckets import make_buckets
 from megaflux.errors import UserError
+from megaflux.training import manifest
 from megaflux.training.ds_config import batch_problem, uses_kernels, zero_stage
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
@@ -50,6 +51,8 @@ def find_notes(config: Config) -> list[str]:
 
 
 def _batch(config: Config, world_size: int) -> Iterator[str]:
+    if os.path.isdir(manifest.folder(config.run.dir)) and manifest.listed(config.run.dir):
+        return  # a run that goes on cuts its micro-batches for the ranks there are (training.elastic)
     problem = batch_problem(config.train.global_batch_size, config.train.micro_batch_size, world_size)
     if problem:
         yield problem

@@ -62,7 +62,7 @@ class StageEngine:
 
     @property
     def num_trainable(self) -> int:
-        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        return sum(whole_size(p) for p in self.module.parameters() if p.requires_grad)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.deepspeed(*args, **kwargs)
@@ -90,9 +90,9 @@ class StageEngine:
         return optim.set_learning_rate(self.deepspeed.optimizer, update, self.config)
 
     def grad_norm(self) -> float:
-        """Global norm of the last step's gradient before clipping; nan if that step was skipped."""
+        """Global norm of the last step's gradient before clipping; nan if that step was dropped."""
         norm = self.deepspeed.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return float("nan") if norm is None or self.dropped else float(norm)
 
     @property
     def skipped_steps(self) -> int:
@@ -211,6 +211,11 @@ class StageEngine:
             safe_set_full_fp32_param(parameter, value.to(parameter.device))
         else:
             safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+
+def whole_size(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter, which ZeRO-3 empties between its uses."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:

@@ -6,7 +6,6 @@ batch -> VAE latents -> Qwen2-VL trunk -> x_t at t -> Qwen layer, connector, FLU
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -22,7 +21,7 @@ import psutil
 import torch
 
 from megaflux.config import Config
-from megaflux.data.loader import Batch, build_loader
+from megaflux.data.loader import Batch, BucketLoader, build_loader
 from megaflux.data.pieces import pieces, position_for
 from megaflux.errors import STOPPED, UserError
 from megaflux.models import latents as latent_ops
@@ -37,7 +36,7 @@ from megaflux.training.engine import Carried, StageEngine
 from megaflux.training.events import Events
 from megaflux.training.guard import Guard
 from megaflux.training.monitor import Monitor
-from megaflux.training.setup import prepare_data, prepare_run_folder
+from megaflux.training.setup import lock_run_folder, prepare_data, prepare_run_folder
 from megaflux.training.stages import trainable_names
 from megaflux.training.validation import References
 from megaflux.training.watch import Watch
@@ -54,6 +53,7 @@ def train(config: Config, ds_config: dict[str, Any], watch: Watch) -> int:
     world = distributed.start()
     events = Events(config.run.dir, enabled=world.is_main)
     config = config.for_world(world.size)
+    lock_run_folder(config, world)
     resumed = checkpoint.resolve(config, ds_config, world)
     config = elastic.fit(config, resumed, world.size)
     prepare_run_folder(config, ds_config, world)
@@ -65,15 +65,16 @@ def train(config: Config, ds_config: dict[str, Any], watch: Watch) -> int:
         events.record("fault", what="checkpoint_refused", update=resumed.update, detail=line)
     prepare_data(config, world)
 
-    went_back_to, position = set(), None
+    went_back_to, behind = set(), None
     try:
         while True:
-            outcome = _run(config, ds_config, world, watch, events, resumed, position)
+            outcome = _run(config, ds_config, world, watch, events, resumed, behind)
             if not isinstance(outcome, Diverged):
                 break
             # The state is as the last update left it, and that one may be the cause: back to the last checkpoint, and
             # on behind the data that was dropped.
-            resumed, position = checkpoint.resolve(config, ds_config, world, sound=True), outcome.position
+            watch.pause()
+            resumed, behind = checkpoint.resolve(config, ds_config, world, sound=True), outcome
             if resumed is None or resumed.update in went_back_to:
                 back = (
                     f"going back to update {resumed.update} did not help" if resumed else "there is no checkpoint yet"
@@ -103,14 +104,16 @@ class Diverged:
     why: str
     position: dict[str, Any]
     """Of the loader, behind the data that was dropped."""
+    dropped: int
+    """Updates dropped since the run began."""
 
 
 def _run(
     config: Config, ds_config: dict[str, Any], world: World, watch: Watch, events: Events, resumed: Checkpoint | None,
-    position: dict[str, Any] | None,
+    behind: Diverged | None,
 ) -> int | Diverged:  # fmt: skip
-    """From a checkpoint, or the start, to the end, a signal, or divergence. position: of the data, other than the
-    checkpoint's."""
+    """From a checkpoint, or the start, to the end, a signal, or divergence. behind: what sent the run back to it; its data
+    are left out."""
     distributed.seed_everything(config.run.seed + world.rank)
     models = load_models(config).to(world.device, compute_dtype(ds_config))
     models.trainable.train()  # transformers recomputes activations in training mode only
@@ -119,15 +122,17 @@ def _run(
     loader = build_loader(
         cached_dataset(config, models, world), remote=config.data.remote, cache_limit=config.data.cache_limit,
         micro_batch_size=elastic.drawn(config, resumed, world.size) // world.size, seed=config.run.seed,
-        num_workers=config.data.num_workers, verify=True, run_folder=config.run.dir,
+        num_workers=config.data.num_workers, verify=behind is None, run_folder=config.run.dir,
+        damaged="replace" if resumed else "refuse",
     )  # fmt: skip
     for name in loader.stale:
         events.record("fault", what="stale_shared_memory", update=resumed.update if resumed else 0, detail=name)
     guard = Guard(config.optim.spike_sigma, config.optim.spike_window, config.train.bad_updates)
     if resumed:
         checkpoint.load_weights(resumed.path, resumed.manifest, config, models)
-        loader.load_state_dict(position_for(position or resumed.data, world.size))
+        loader.load_state_dict(position_for(behind.position if behind else resumed.data, world.size))
         guard.load_state_dict(resumed.manifest.get("guard", {}))
+        guard.dropped = max(guard.dropped, behind.dropped if behind else 0)
         log.info("resuming %s at update %d", config.run.dir, resumed.update)
     batches = pieces(iter(loader), config.train.micro_batch_size)
     done = resumed.update if resumed else 0
@@ -145,15 +150,18 @@ def _run(
             if resumed and stage == resumed.stage:
                 checkpoint.load_training_state(resumed, engine, world)
             trained = checkpoint.count_trained(config, models.trainable, stage)
-            space.check(config, engine, trained, world)
+            space.check(config, engine, trained, world, kept=checkpoint.kept_for_good(config, done))
             policies = memory.choose_policies(config, ds_config, world, models, config.stages[stage])
             models.trainable.configure(uses_kernels(config, ds_config), policies)
             log.info("stage %s: %d parameters train; %s; computed again in the backward pass, %s",
                      config.stages[stage].name, engine.num_trainable, models.trainable.describe(),
                      memory.counted(policies))  # fmt: skip
-            if done == 0:
+            stage_end = config.stage_ends()[stage]
+            cut_off = resumed and done == stage_end and not _was_validated(config, world, done)
+            if done == 0 or cut_off:
                 _validate(engine, config, models, references, monitor, world, done)
-        stage_end = config.stage_ends()[stage]
+            if cut_off:
+                _panel(engine, config, models, references, monitor, world, done, watch)
         watch.ready()
         events.record("ready", update=done)
 
@@ -163,12 +171,13 @@ def _run(
                 # 1. a batch of one bucket, the same bucket on every rank
                 waiting = time.perf_counter()
                 batch = next(batches).to(world.device)
+                turn = micro * config.train.micro_batch_size * world.size // loader.global_batch
                 monitor.data_wait += time.perf_counter() - waiting
                 keys += batch.keys
                 # 2. VAE latents
-                latents = _latents(config, models, batch, done, micro)
+                latents = _latents(config, models, batch, done)
                 # 3. the condition, as far as nothing trains: the frozen trunk of Qwen2-VL
-                condition = _condition(config, models, batch, done, micro)
+                condition = _condition(config, models, batch, done, turn)
                 # 4. t and noise, which make x_t
                 t, n = noise.draw_time_and_noise(config.flow, config.run.seed, done, batch.keys, seen, latents)
                 # 5. Qwen's last layer, connector and FLUX predict the velocity; mean squared error per sample
@@ -188,25 +197,37 @@ def _run(
                 monitor.dropped(done, engine.dropped, distributed.gathered(keys, world))
 
             if guard.exhausted:
-                outcome = Diverged(engine.dropped, loader.state_dict())
+                outcome = Diverged(engine.dropped, loader.state_dict(), guard.dropped)
                 break
+            at_end, saved, shown = done == stage_end, False, False
             leaving = distributed.any_over_ranks(watch.signal is not None, world)
-            with _not_counted(monitor):
-                at_end = done == stage_end
-                if at_end or done == last or leaving or _due(done, config.train.checkpoint_every):
-                    space.check(config, engine, trained, world, copies=1)
-                    with monitor.timed("save", done):
-                        checkpoint.save(config, engine, done, loader.state_dict(), models.base, world, guard.state_dict(),
-                                        resumed.update if resumed else None)  # fmt: skip
-                if leaving:
-                    outcome = STOPPED
-                    break
-                if at_end or _due(done, config.validation.every):
+            with _not_counted(monitor), watch.unhurried():
+                # Between dropped updates nothing has changed since the last save.
+                if (
+                    at_end
+                    or done == last
+                    or leaving
+                    or (_due(done, config.train.checkpoint_every) and not guard.in_a_row)
+                ):
+                    saved = _save(engine, config, done, loader, models, guard, resumed, monitor, world, events,
+                                  must=at_end or done == last or leaving)  # fmt: skip
+                if not leaving and (at_end or _due(done, config.validation.every)):
                     _validate(engine, config, models, references, monitor, world, done)
-                if at_end or _due(done, config.validation.panel_every):
+                    shown = True
+                if not leaving and (at_end or _due(done, config.validation.panel_every)):
                     _panel(engine, config, models, references, monitor, world, done, watch)
-                watch.moved()
+                    shown = True
+                if shown and distributed.any_over_ranks(watch.signal is not None, world):
+                    leaving = True
+                    saved or _save(
+                        engine, config, done, loader, models, guard, resumed, monitor, world, events, must=True
+                    )
+            if leaving:
+                outcome = STOPPED
+                break
 
+        if outcome == 0:  # saved at its end
+            watch.pause()
         if outcome == 0 and stage + 1 < len(config.stages):
             carried = engine.carry(set(trainable_names(models.trainable, config.stages[stage + 1])))
         engine.close()
@@ -223,21 +244,44 @@ def _run(
     return outcome
 
 
-def _latents(config: Config, models: Models, batch: Batch, update: int, micro: int) -> torch.Tensor:
+def _save(
+    engine: StageEngine, config: Config, update: int, loader: BucketLoader, models: Models, guard: Guard,
+    resumed: Checkpoint | None, monitor: Monitor, world: World, events: Events, must: bool,
+) -> bool:  # fmt: skip
+    """Whether there is a checkpoint now. A disk that refuses one ends the run only where there must be one. Collective."""
+    try:
+        space.check(config, engine, checkpoint.count_trained(config, engine.module, engine.stage), world, copies=1)
+        with monitor.timed("save", update):
+            checkpoint.save(config, engine, update, loader.state_dict(), models.base, world, guard.state_dict(),
+                            resumed.update if resumed else None)  # fmt: skip
+    except space.NoRoom as error:
+        if must:
+            raise
+        if world.is_main:
+            log.error("error, going on without this checkpoint: %s", error)
+        events.record("fault", what="disk", update=update, detail=str(error))
+        return False
+    return True
+
+
+def _latents(config: Config, models: Models, batch: Batch, update: int) -> torch.Tensor:
     """Latents (B, C, h, w) of a batch, from the cache or the VAE."""
     if batch.latents is not None:
         return batch.latents
-    generator = None
+    generators = None
     if config.data.sample_posterior:
-        generator = distributed.generator_for(config.run.seed, "posterior", update, micro, *batch.keys)
-    return latent_ops.encode(models.vae, batch.pixel_values, generator)
+        generators = [distributed.generator_for(config.run.seed, "posterior", update, key) for key in batch.keys]
+    return latent_ops.encode(models.vae, batch.pixel_values, generators)
 
 
-def _condition(config: Config, models: Models, batch: Batch, update: int, micro: int) -> Condition:
-    """The condition of a batch, from the cache or the trunk; its kind is drawn alike on all ranks."""
+def _condition(config: Config, models: Models, batch: Batch, update: int, turn: int) -> Condition:
+    """The condition of a batch, from the cache or the trunk; its kind is drawn alike on all ranks.
+
+    turn: which of the update's drawn batches it is of; micro-batches may be smaller, on other ranks than the run's first.
+    """
     if batch.hidden_states is not None:
         return models.trunk.from_cache(batch.hidden_states, batch.bucket.height, batch.bucket.width)
-    mode = noise.draw_mode(config.data.condition, config.run.seed, update, micro)
+    mode = noise.draw_mode(config.data.condition, config.run.seed, update, turn)
     return models.trunk.encode(batch.pixel_values, batch.captions, mode)
 
 
@@ -250,9 +294,12 @@ def _validate(
         values = validation.validation_loss(engine.module, config, models, references, world)
     monitor.scalars({f"validation/{name}": value for name, value in values.items()}, update)
     monitor.show(val=f"{values['loss']:.3f}", gap=f"{values['gap']:.2f}")
-    if world.is_main:
-        with (Path(config.run.dir) / "validation.jsonl").open("a") as file:
-            file.write(json.dumps({"update": update, **values}) + "\n")
+    monitor.write_line("validation.jsonl", {"update": update, **values})
+
+
+def _was_validated(config: Config, world: World, update: int) -> bool:
+    file = Path(config.run.dir) / "validation.jsonl"
+    return distributed.from_main(file.is_file() and f'"update": {update},' in file.read_text(), world)
 
 
 def _panel(
@@ -263,6 +310,8 @@ def _panel(
     signal asks to leave: minutes of pictures must not cost the save."""
     alone = engine.zero_stage < 3
     if not world.is_main and alone:
+        with watch.unhurried(waiting=True):
+            distributed.barrier(world)
         return
 
     def on_step() -> None:
@@ -275,11 +324,11 @@ def _panel(
         with monitor.timed("validation", update):
             pictures = validation.variations(config, models, references, index, 4, on_step=on_step)
     except InterruptedError:
-        return
-    if world.is_main:
-        sheet = validation.panel(references, index, pictures)
-        monitor.picture("variations", sheet, update)
-        validation.save_picture(sheet, Path(config.run.dir) / "samples" / f"update-{update:07d}.png")
+        pictures = None
+    if world.is_main and pictures is not None:
+        monitor.picture("variations", validation.panel(references, index, pictures), update)
+    if alone:
+        distributed.barrier(world)
 
 
 def _due(update: int, every: int) -> bool:

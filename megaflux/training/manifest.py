@@ -96,6 +96,10 @@ def verify(path: Path, only: Collection[str] | None = None) -> dict[str, Any]:
             raise UserError(f"{file}: missing")
         if file.stat().st_size != entry["bytes"]:
             raise UserError(f"{file}: damaged ({file.stat().st_size} bytes, the manifest says {entry['bytes']})")
+    if only is None:  # a pickle beside those that were hashed would be loaded unseen
+        for file in sorted(path.rglob("*.pt")):
+            if str(file.relative_to(path)) not in files:
+                raise UserError(f"{file}: not in the manifest; do not use it")
     try:
         digests = _hashed(path / name for name in files)
     except OSError as error:
@@ -170,19 +174,6 @@ def clear(path: Path) -> None:
     """Delete what a save that was cut short left under this name."""
     if path.exists():
         shutil.rmtree(path)
-
-
-def forget(run_dir: str | Path, unwanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Delete the newest checkpoints as long as their manifest is unwanted; damaged ones stay."""
-    for path in reversed(listed(run_dir).values()):
-        try:
-            if not unwanted(read(path)):
-                return
-        except UserError:
-            continue
-        going = path.with_name(f".{path.name}.deleting")
-        path.rename(going)
-        shutil.rmtree(going, ignore_errors=True)
 
 
 def prune(run_dir: str | Path, keep: int, milestones: Collection[int], protect: Collection[int] = ()) -> list[Path]:

@@ -6,6 +6,7 @@ trains only, attention's backward twice its forward; recomputation is not counte
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
 import sys
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from megaflux.gpus import peak_tflops_for
 from megaflux.training import costs
 from megaflux.training.distributed import World, gathered, sum_over_ranks
 from megaflux.training.events import Events
+from megaflux.training.validation import save_picture
 
 T_BUCKETS = 8
 log = logging.getLogger("megaflux")
@@ -36,7 +39,8 @@ class Monitor:
     def __init__(self, config: Config, world: World, module, start_update: int, events: Events):
         self.config, self.world, self.module, self.events = config, world, module, events
         self.replaced, self.replacements, self.done = 0, [], start_update
-        folder = Path(config.run.dir) / "tensorboard"
+        self.folder, self.warned = Path(config.run.dir), False
+        folder = self.folder / "tensorboard"
         # Points after the checkpoint that a run resumes from are made again: hide the old ones.
         self.writer = SummaryWriter(folder, purge_step=start_update + 1) if world.is_main else None
         if self.writer and start_update == 0:
@@ -58,8 +62,9 @@ class Monitor:
     def micro_batch(self, loss: Tensor, t: Tensor, batch: Batch, stage: int, update: int) -> None:
         """Count one micro-batch of this rank: losses (B,), times (B,)."""
         which = (t * T_BUCKETS).long().clamp(max=T_BUCKETS - 1)
-        self.loss[:, 0].index_add_(0, which, loss.detach().double())
-        self.loss[:, 1].index_add_(0, which, torch.ones_like(loss, dtype=torch.float64))
+        finite = loss.detach().isfinite()  # of an update that the guard drops: the interval's other updates still count
+        self.loss[:, 0].index_add_(0, which, torch.where(finite, loss.detach(), 0).double())
+        self.loss[:, 1].index_add_(0, which, finite.double())
         self.images += len(loss)
         self.flops += len(loss) * costs.train_flops_per_image(self.config, self.module, stage, batch.bucket)
         for line in batch.replaced:
@@ -125,14 +130,33 @@ class Monitor:
         self.events.record("progress", update=self.done, seconds=seconds, data_wait=self.data_wait)
 
     def scalars(self, values: dict[str, float], update: int) -> None:
-        if self.writer:
-            for name, value in values.items():
+        with self._never_fatal():
+            for name, value in values.items() if self.writer else ():
                 self.writer.add_scalar(name, value, update)
 
     def picture(self, name: str, sheet: Tensor, update: int) -> None:
-        """uint8 (3, H, W)."""
-        if self.writer:
-            self.writer.add_image(name, sheet, update)
+        """uint8 (3, H, W), to TensorBoard and RUN/samples."""
+        with self._never_fatal():
+            if self.writer:
+                self.writer.add_image(name, sheet, update)
+                save_picture(sheet, self.folder / "samples" / f"update-{update:07d}.png")
+
+    def write_line(self, name: str, values: dict[str, Any]) -> None:
+        """A line of JSON at the end of a file of the run."""
+        with self._never_fatal():
+            if self.world.is_main:
+                with (self.folder / name).open("a") as file:
+                    file.write(json.dumps(values) + "\n")
+
+    @contextmanager
+    def _never_fatal(self) -> Iterator[None]:
+        """A full disk costs curves and pictures, with one warning, and not the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self.warned:
+                log.warning("%s: %s; curves and pictures are lost until it can be written", self.folder, error)
+            self.warned = True
 
     def show(self, **numbers: str) -> None:
         """Put numbers into the progress bar."""
@@ -145,8 +169,9 @@ class Monitor:
             self._tell_replacements()
             self._record_progress(time.perf_counter() - self.since)
         self.bar.close()
-        if self.writer:
-            self.writer.close()
+        with self._never_fatal():
+            if self.writer:
+                self.writer.close()
 
 
 def peak_memory_gb(world: World) -> float:

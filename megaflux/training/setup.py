@@ -2,30 +2,78 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import os
+import socket
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megaflux.config import Config
 from megaflux.errors import UserError
-from megaflux.training.distributed import World, barrier
+from megaflux.training.distributed import World, barrier, from_main
 
 log = logging.getLogger("megaflux")
+LOCK_PATIENCE = 20.0  # s for a run that is about to leave
+_held: list[IO[str]] = []
 
 
-def prepare_run_folder(config: Config, ds_config: dict[str, Any], world: World) -> None:
-    """Make the run's folder and save the resolved configuration in it. UserError where that cannot be written."""
-    root = Path(config.run.dir)
+def lock_run_folder(config: Config, world: World) -> None:
+    """Make the run's folder and hold it for this process and its life. UserError, alike on all ranks, where it cannot be
+    made, or another run has it: two would delete each other's half-written checkpoints."""
+    root, problem = Path(config.run.dir), None
     if world.is_main:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            (root / "config.yaml").write_text(config.to_yaml())
-            (root / "ds_config.json").write_text(json.dumps(ds_config, indent=2))
+            problem = _lock(root / ".lock")
         except OSError as error:
-            raise UserError(f"run.dir: {root}: {error.strerror}; give a folder that can be written") from None
-    barrier(world)
+            problem = f"run.dir: {root}: {error.strerror}; give a folder that can be written"
+    problem = from_main(problem, world)
+    if problem:
+        raise UserError(problem, agreed=True)
+
+
+def _lock(file: Path) -> str | None:
+    """None: held from now on, by a lock that ends with the process; or who has it."""
+    stream = file.open("a+")
+    _held.append(stream)  # closing it would give the lock up
+    until = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                log.warning(
+                    "%s: no locks on this storage (%s); see to it that only one run writes there", file, error.strerror
+                )
+                return None
+        if time.monotonic() > until:
+            stream.seek(0)
+            return f"run.dir: {file.parent} is in use by {stream.read().strip() or 'another process'}; stop that run, or give another --run.dir"
+        time.sleep(0.2)  # it may be about to leave
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    stream.flush()
+    return None
+
+
+def prepare_run_folder(config: Config, ds_config: dict[str, Any], world: World) -> None:
+    """Save the resolved configuration in the run's folder. UserError, alike on all ranks, where it cannot be written."""
+    root, problem = Path(config.run.dir), None
+    if world.is_main:
+        try:
+            for name, text in (("config.yaml", config.to_yaml()), ("ds_config.json", json.dumps(ds_config, indent=2))):
+                (root / f".{name}").write_text(text)
+                (root / f".{name}").replace(root / name)  # a kill leaves the old one or the new one
+        except OSError as error:
+            problem = f"run.dir: {root}: {error.strerror}; give a folder that can be written"
+    problem = from_main(problem, world)
+    if problem:
+        raise UserError(problem, agreed=True)
 
 
 def prepare_data(config: Config, world: World) -> None:

@@ -272,6 +272,19 @@ def go_bad(build, origin, path, start, count, **options):
     return batches, state, reasons
 
 
+def test_a_run_that_goes_on_replaces_what_was_damaged_before_it_started(dataset, tmp_path, opened, caplog):
+    for name in ("before", "meanwhile"):
+        shutil.copytree(dataset, tmp_path / name, ignore=shutil.ignore_patterns("*.mds"))
+    damage(tmp_path / "before")
+    with pytest.raises(UserError, match="missing"):
+        opened(tmp_path / "before", verify=True)
+    loader = opened(tmp_path / "before", verify=True, damaged="replace")
+    assert "going on with damaged data" in caplog.text
+    meanwhile = opened(tmp_path / "meanwhile", verify=True)
+    damage(tmp_path / "meanwhile")
+    assert keys_of(take(loader, BATCHES)) == keys_of(take(meanwhile, BATCHES))
+
+
 @pytest.mark.parametrize("num_workers", [0, 1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_goes_bad_is_replaced(dataset, without_images, tmp_path, opened, num_workers):
     """Three bad shards and four bad samples: full epochs, each stand-in foretold, named, and the same on resuming."""

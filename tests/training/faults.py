@@ -38,11 +38,11 @@ class Reference:
         return ["--deepspeed", self.ds, "--config", self.config]
 
 
-def start(*arguments: object, ranks: int = 2, fault: str | None = None) -> subprocess.Popen:
-    """The deepspeed launcher in a session of its own; fault: see faulty_train.py."""
+def start(*arguments: object, ranks: int = 2, fault: str | None = None, mark: Path | None = None) -> subprocess.Popen:
+    """The deepspeed launcher in a session of its own; fault, mark: see faulty_train.py."""
     command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()),
                FAULTY if fault else LAUNCH, *map(str, arguments)]  # fmt: skip
-    env = environment() | ({"FAULT": fault} if fault else {})
+    env = environment() | ({"FAULT": fault, "MARK": str(mark)} if fault else {})
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
                             start_new_session=True)  # fmt: skip
 

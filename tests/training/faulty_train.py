@@ -1,6 +1,7 @@
 """launch/train.py with one fault put in, for tests: FAULT=kind:update[:rank] in the environment.
 
 nan, spike: the noise of that update is not finite, or huge. nan_from: from that update on, until the run went back.
+slow_save, slow_data, slow_validation: from that update on, that part takes 1.5 s more, and the file MARK says when it began.
 DIGESTS=file in the environment: a line for each stage begun and ended, with the SHA-256 of every parameter's bytes.
 die, hang, throw: the rank ends itself, stops moving, or raises, in the forward pass. full: from there on its disk is full. slow: every update takes 0.3 s.
 """
@@ -54,6 +55,34 @@ def draw(config, seed, at, keys, seen, latents):
 
 
 noise.draw_time_and_noise = draw
+
+
+def slow_down(module, name: str) -> None:
+    """A part of the loop takes 1.5 s more, once updates have begun, and says on one rank that it is in it."""
+    real = getattr(module, name)
+
+    def slow(*args, **kwargs):
+        if calls and max(calls) >= int(update):
+            if os.environ.get("RANK", "0") == "0":
+                Path(os.environ["MARK"]).touch()
+            time.sleep(1.5)
+        return real(*args, **kwargs)
+
+    setattr(module, name, slow)
+
+
+if kind == "slow_save":
+    from megaflux.training import manifest
+
+    slow_down(manifest, "inventory")
+if kind == "slow_validation":
+    from megaflux.training import validation
+
+    slow_down(validation, "validation_loss")
+if kind == "slow_data":
+    from megaflux.data import loader
+
+    slow_down(loader.BucketLoader, "_next")
 
 
 def keep_digests(path: str) -> None:

@@ -89,15 +89,22 @@ def test_kill_sweep(reference, tmp_path, chain):
 
 def ask_to_leave(reference: Reference, run: Path, to: str, phase: str, *more: object) -> None:
     """SIGTERM to the launcher or SIGUSR1 to each rank, in a phase; asserts what is promised of the answer."""
-    process, before = start(*reference.started_by, "--run.dir", run, *more, fault="slow:0"), len(events(run, "stop"))
+    mark, before = run.with_name("mark"), len(events(run, "stop"))
+    mark.unlink(missing_ok=True)
+    slow = f"slow_{phase}:2" if phase in ("save", "data", "validation") else "slow:0"
+    process = start(*reference.started_by, "--run.dir", run, *more, fault=slow, mark=mark)
     try:
-        ranks, kind = both_ranks(process), {"save": "save", "validation": "save"}.get(phase, "progress")
-        seen = len(events(run, kind))
+        ranks, seen = both_ranks(process), len(events(run, "progress"))
         if phase == "start-up":
             time.sleep(1.0)
-        else:
+        elif phase in ("update", "panel"):
+            kind = "progress" if phase == "update" else "save"
+            seen = len(events(run, kind))
             wait_for(lambda: len(events(run, kind)) > seen + 1 or process.poll() is not None)
             time.sleep(0.1)
+        else:
+            wait_for(lambda: mark.exists() or process.poll() is not None)
+            time.sleep(0.3)
         asked = time.monotonic()
         if to == "launcher":
             process.terminate()
@@ -114,7 +121,7 @@ def ask_to_leave(reference: Reference, run: Path, to: str, phase: str, *more: ob
     if to == "ranks":
         assert process.returncode == 10, said[-2000:]  # the launcher itself leaves with 1 when it is told to
     if phase == "start-up":
-        assert not (run / "checkpoints").exists(), said[-2000:]
+        assert not list(run.glob("checkpoints/*")), said[-2000:]
         return
     (stop,) = events(run, "stop")[before:]
     name = "SIGTERM" if to == "launcher" else "SIGUSR1"
@@ -132,9 +139,10 @@ def test_asked_to_leave_it_saves_and_goes_on(reference, tmp_path):
 
 IN_A_PHASE = {
     "start-up": [],
-    "save": ["--train.checkpoint_every", "1"],
-    "validation": ["--validation.panel_every", "1", "--validation.steps", "400", "--validation.panel_samples", "3"],
-    "data": ["--data.num_workers", "1"],
+    "save": [],
+    "data": [],
+    "validation": ["--validation.every", "3"],
+    "panel": ["--validation.panel_every", "1", "--validation.steps", "400", "--validation.panel_samples", "3"],
 }
 
 
@@ -174,7 +182,8 @@ def test_no_rank_outlives_another(reference, tmp_path, kind):
 
 
 def test_a_bad_update_changes_nothing_and_names_its_samples(data, tmp_path):
-    values = small_config(data, tmp_path / "run", train__updates=6, train__checkpoint_every=1, optim__weight_decay=0.5)
+    # The fifth update, a stage's last: between dropped ones only a stage's end is saved.
+    values = small_config(data, tmp_path / "run", train__updates=10, train__checkpoint_every=1, optim__weight_decay=0.5)
     config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "bf16")
     process = start("--deepspeed", ds, "--config", config, fault="nan:4:1")  # on one rank of two
     said, _ = process.communicate(timeout=120)
@@ -195,7 +204,7 @@ def test_a_bad_update_changes_nothing_and_names_its_samples(data, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert [e.value for e in board.Scalars("train/skipped_steps")] == [0, 0, 0, 0, 1, 1]
+    assert [e.value for e in board.Scalars("train/skipped_steps")] == [0] * 4 + [1] * 6
 
 
 @pytest.mark.parametrize(
@@ -232,15 +241,15 @@ def test_not_a_byte_of_what_is_frozen_changes_in_three_stages_with_kills_between
 def test_divergence_goes_back_to_a_sound_checkpoint_and_leaves_the_data_out(data, tmp_path):
     values = small_config(data, tmp_path / "run", train__bad_updates=2, train__updates=5, train__checkpoint_every=1)
     config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "fp32")
-    process = start("--deepspeed", ds, "--config", config, fault="nan_from:2:0", ranks=1)
+    process = start("--deepspeed", ds, "--config", config, fault="nan_from:2:1")
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said[-2000:]
     back = [fault for fault in events(tmp_path / "run", "fault") if fault["what"] == "rollback"]
-    # 3 was saved between the dropped ones and is no place to go back to
     assert len(back) == 1 and back[0]["update"] == 2 and "back to update 2" in said
     position = json.loads((newest(tmp_path / "run") / "manifest.json").read_text())
-    # 5 updates of two micro-batches, and the two dropped ones, whose data was left out
-    assert (position["update"], position["data"]["epoch"], position["data"]["batches"]) == (5, 0, 14)
+    # 5 updates of one batch, and the two dropped ones, whose data was left out
+    assert (position["update"], position["data"]["epoch"], position["data"]["batches"]) == (5, 0, 7)
+    assert position["guard"]["dropped"] == 2
 
 
 def test_other_ranks_go_on_with_the_same_batches(tmp_path):
@@ -278,13 +287,14 @@ def test_ranks_share_what_the_run_draws(small_config, tmp_path, ranks, micro):
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_full_disk_keeps_what_there_is_and_says_so(reference, tmp_path, rank):
-    run = tmp_path / "run"  # the save after update 4 fails on one rank; the other must not wait for it
+    run = tmp_path / "run"  # saves fail on one rank; the other must not wait for it
     process = start(*reference.started_by, "--run.dir", run, fault=f"full:3:{rank}")
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2, said[-3000:]
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert "update-0000004: cannot be written" in line and "Traceback" not in said
-    assert [event["what"] for event in events(run, "fault")] == ["disk"] if rank else True  # rank 0 keeps the diary
+    assert "update-0000006: cannot be written" in line and "Traceback" not in said  # the stage's end
+    assert "going on without this checkpoint" in said and "update-0000004: cannot be written" in said
+    assert [event["what"] for event in events(run, "fault")] == ["disk", "disk"]
     assert [p.name for p in (run / "checkpoints").glob("update-*")] == ["update-0000002"]
     go_on(reference, run)
     assert not list((run / "checkpoints").glob(".update-*"))  # the save that was cut short

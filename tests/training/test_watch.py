@@ -1,0 +1,133 @@
+"""Who asks a rank to leave, and when it gives up; the lock of a run's folder; room for checkpoints."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megaflux.config import build_config, merge
+from megaflux.errors import UserError
+from megaflux.presets import tiny
+from megaflux.training import setup, space
+from megaflux.training.distributed import World
+from tests.training.runs import ROOT, small_config
+
+ALONE = World(0, 1, torch.device("cpu"))
+BLOCKED = """
+import ctypes, sys
+from megaflux.training.watch import Watch
+watch = Watch(hang_timeout={hang}, leave_within=1)
+{ready}
+print("up", flush=True)
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+libc.pthread_mutex_lock(mutex), libc.pthread_mutex_lock(mutex)  # as in a collective: no handler of Python's runs
+"""
+
+
+def blocked(ready: str = "", hang: float = 1000, rank: bool = True) -> subprocess.Popen:
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_PROCID")} | ({"RANK": "0"} if rank else {})
+    process = subprocess.Popen([sys.executable, "-c", BLOCKED.format(ready=ready, hang=hang)], env=env, cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout.readline() == "up\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_before_the_first_update_it_leaves_at_once_even_from_within_a_collective(number):
+    process = blocked()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 10 and "nothing to save" in said
+
+
+def test_an_update_that_does_not_end_is_given_up_with_its_stacks():
+    process = blocked("watch.ready()")
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 11
+    assert "SIGUSR1, and no update ended within 1 s (train.leave_within)" in said and "most recent call first" in said
+
+
+def test_a_save_takes_its_time():
+    process = blocked("watch.ready(); part = watch.unhurried(); part.__enter__()")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2.5)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+def test_start_up_is_not_held_to_the_hang_timeout_and_updates_are():
+    starting, training = blocked(hang=1), blocked("watch.ready()", hang=1)
+    _, said = training.communicate(timeout=10)
+    assert training.returncode == 11 and "(train.hang_timeout)" in said
+    assert starting.poll() is None
+    starting.kill()
+    starting.communicate()
+
+
+def test_a_hang_that_cannot_even_be_written_down_is_left():
+    process = blocked("import time; watch.on_hang = lambda why: time.sleep(1000); watch.ready()", hang=1)
+    assert process.wait(timeout=15) == 11
+    process.communicate()
+
+
+def test_a_persons_python_outlives_its_shell_and_what_else_ran_there(tmp_path):
+    code = "from megaflux.training.watch import Watch; import sys, time; w = Watch(1000); w.ready(); time.sleep(3); "
+    code += f"open({str(tmp_path / 'asked')!r}, 'w').write(str(w.signal))"
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_PROCID")}
+    shell = f'sleep 1 & "{sys.executable}" -c "{code}" & sleep 1.5'
+    subprocess.run(["bash", "-c", shell], env=env, cwd=ROOT, check=True)
+    until = time.monotonic() + 15
+    while not (tmp_path / "asked").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    time.sleep(0.1)
+    assert (tmp_path / "asked").read_text() == "None"
+
+
+def config_for(run):
+    return build_config(merge(tiny(), small_config(run / "data", run / "run")))
+
+
+def test_a_run_folder_is_held_by_one_run(tmp_path, monkeypatch):
+    config = config_for(tmp_path)
+    code = (
+        "import sys, time; from types import SimpleNamespace as N; from megaflux.training import setup; "
+        "from megaflux.training.distributed import World; "
+        "setup.lock_run_folder(N(run=N(dir=sys.argv[1])), World(0, 1, None)); print('held', flush=True); time.sleep(1000)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, config.run.dir], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    monkeypatch.setattr(setup, "LOCK_PATIENCE", 0.5)
+    with pytest.raises(UserError, match=rf"is in use by process {other.pid} on .*; stop that run"):
+        setup.lock_run_folder(config, ALONE)
+    other.kill()  # -9: the lock goes with it
+    other.communicate()
+    setup.lock_run_folder(config, ALONE)
+
+
+@pytest.mark.parametrize(("free", "inodes", "said"), [
+    (10**9, 10**6, None),
+    (10**6, 10**6, "0.0 GB free, and 4 checkpoints of this stage need"),
+    (10**9, 3, "3 inodes left, and 4 checkpoints need"),
+    (10**9, 0, None),  # a file system that counts none
+])  # fmt: skip
+def test_what_cannot_fit_is_refused(tmp_path, monkeypatch, free, inodes, said):
+    config = config_for(tmp_path)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"keep_checkpoints": 2})})
+    engine = SimpleNamespace(module=torch.nn.Linear(1000, 100), num_trainable=100_100)
+    disk = SimpleNamespace(f_bavail=free // 4096, f_frsize=4096, f_files=inodes and 10**7, f_favail=inodes)
+    monkeypatch.setattr(space.os, "statvfs", lambda path: disk)
+    assert space.checkpoint_bytes(engine, 100_100) == pytest.approx(100_100 * (12 + 4 + 4), rel=0.05)
+    if said is None:
+        space.check(config, engine, 100_100, ALONE, kept=1)
+    else:
+        with pytest.raises(space.NoRoom, match=said):
+            space.check(config, engine, 100_100, ALONE, kept=1)
