@@ -121,7 +121,7 @@ def test_published_block_lists_run_on_57_blocks(tmp_path, data):
 
 @pytest.mark.parametrize("base", [pytest.param("zero2_offload.json", marks=pytest.mark.slow), "zero3.json"])
 def test_other_deepspeed_configurations_run_over_a_stage_change_and_resume(tmp_path, data, base):
-    values = small_config(data, tmp_path / "run", validation__every=2, validation__panel_every=2)
+    values = small_config(data, tmp_path / "run", validation__every=4, validation__panel_every=4)
     values["model"]["flux_config"]["joint_attention_dim"] = 47  # a bias that two ranks cannot share evenly
     config = write_config(values, tmp_path / "config.yaml")
     ds = ds_config(tmp_path, base=base)
@@ -229,6 +229,3 @@ def test_a_damaged_or_foreign_checkpoint_stops_the_run_in_one_line(tmp_path, dat
     assert (
         "weights.safetensors" in said and "no other of the 1 checkpoints is whole" in said and "Three ways out" in said
     )
-    shutil.rmtree(checkpoint)
-    shutil.copytree(pristine, checkpoint)
-    assert "seed" in refusal("--run.seed", "5")
