@@ -19,8 +19,9 @@ sleep 60 & while :; do wait $!; done"""
 
 def start(*command: object, **environment: str) -> subprocess.Popen:
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "RUN_DIR")}
-    return subprocess.Popen([SUPERVISE, *map(str, command)], env=kept | QUICK | environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    # nohup, under which tests may run, has SIGHUP ignored, and a shell cannot trap what was ignored before it.
+    return subprocess.Popen(["env", "--default-signal=HUP", SUPERVISE, *map(str, command)], env=kept | QUICK | environment,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
 def run(*command: object, **environment: str) -> tuple[int, list[str]]:
