@@ -44,12 +44,12 @@ def read_index(folder: Path, check_files: bool = True, expected_samples: int | N
     return shards
 
 
-def raise_problems(problems: Sequence[str]) -> None:
-    """Raise one UserError naming all problems, if there are any."""
+def raise_problems(problems: Sequence[str], agreed: bool = False) -> None:
+    """Raise one UserError naming all problems, if there are any. agreed: all ranks raise it."""
     if problems:
         more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
         listed = "; ".join(problems[:MAX_PROBLEMS])
-        raise UserError(f"{listed}{more}. Restore the files or prepare the dataset again")
+        raise UserError(f"{listed}{more}. Restore the files or prepare the dataset again", agreed)
 
 
 def inspect_index(

@@ -87,13 +87,13 @@ def build_loader(
         if world.local_rank == 0:
             remote_data.fetch_indexes(remote, path, split)
         barrier()
-    elif verify:
-        try:
-            verify_on_all_ranks(path, sorted({split, "held_out"}), run_folder, world)
-        except UserError as error:
-            if damaged == "refuse":
-                raise
-            logger.warning("going on with damaged data, whose samples are replaced: %s", error)
+    problems = []
+    if verify and not remote:
+        problems = verify_on_all_ranks(path, sorted({split, "held_out"}), run_folder, world)
+        if damaged == "refuse":
+            raise_problems(problems, agreed=True)
+        for problem in problems:
+            logger.warning("going on with damaged data, whose samples are replaced: %s", problem)
     info = read_dataset_info(path)
     shards = _read_streams(path, info, split, check_files=remote is None and damaged == "refuse")
     with exclusive_set_up(world), as_streaming_sees(world):
@@ -107,7 +107,7 @@ def build_loader(
             path, split, shards, world,
             micro_batch_size=micro_batch_size, seed=seed, num_workers=num_workers, remote=remote,
             cache_limit=cache_limit, prefetch_factor=prefetch_factor, shuffle=shuffle, max_replaced=max_replaced,
-            stale=stale,
+            stale=stale, damaged=problems,
         )  # fmt: skip
 
 
@@ -163,6 +163,7 @@ class BucketLoader:
         shuffle: bool,
         max_replaced: float,
         stale: list[str],
+        damaged: list[str],
     ) -> None:
         self.buckets, self.stale = tuple(shards), stale
         self.global_batch = micro_batch_size * world.size  # G
@@ -211,6 +212,7 @@ class BucketLoader:
             num_canonical_nodes=self._canonical_nodes,
             cache_limit=cache_limit,
         )
+        self._dataset.set_aside(damaged)
         self._claimed = claim(self._dataset)
         atexit.register(self.close)  # streaming's own handlers leave lock files that block the prefix for good
         self._loader = DataLoader(

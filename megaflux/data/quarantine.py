@@ -136,6 +136,16 @@ class BucketDataset(StreamingDataset):
         self.buckets = tuple(buckets)
         super().__init__(streams=streams, **options)
 
+    def set_aside(self, problems: Sequence[str]) -> None:
+        """Quarantine the shards that the verdict found bad ("FILE: reason", megaflux.data.verdict): streaming itself does
+        not hash what is there, and would read them as they are."""
+        reasons = dict(problem.split(": ", 1) for problem in problems)
+        for shard_id, shard in enumerate(self.shards if reasons else ()):
+            stream = self.streams[int(self.stream_per_shard[shard_id])]
+            for file in stream._files(shard):
+                if reason := reasons.get(str(file)):
+                    stream.quarantine(shard, reason)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
             yield from super().__iter__()

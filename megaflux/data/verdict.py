@@ -32,7 +32,7 @@ import torch.distributed as dist
 import xxhash
 from tqdm import tqdm
 
-from megaflux.data.index import inspect_index, raise_problems, stored_file, write_json
+from megaflux.data.index import inspect_index, stored_file, write_json
 from megaflux.data.ranks import World
 from megaflux.data.shards import read_dataset_info
 from megaflux.errors import UserError
@@ -71,12 +71,11 @@ def verify_shards(path: str | Path, split: str, cache: Path | None = None, progr
     return _verify(Path(path), split, cache, progress, threading.Event())
 
 
-def verify_on_all_ranks(path: str | Path, splits: Sequence[str], cache: Path | None, world: World) -> None:
+def verify_on_all_ranks(path: str | Path, splits: Sequence[str], cache: Path | None, world: World) -> list[str]:
     """verify_shards of several splits by the first rank of each node; the others wait. Collective.
 
     Waiting takes as long as reading does, which no barrier's time limit allows for: the ranks exchange a
-    sign of life every HEARTBEAT seconds instead. Raises the same UserError, with every problem of every
-    node, on all ranks.
+    sign of life every HEARTBEAT seconds instead. Returns every problem of every node, on all ranks.
     """
     stop = threading.Event()
 
@@ -87,19 +86,14 @@ def verify_on_all_ranks(path: str | Path, splits: Sequence[str], cache: Path | N
             return [str(error)]
 
     if world.size == 1:
-        problems = [p for split in splits for p in _verify(Path(path), split, cache, True, stop)]
-    else:
-        with ThreadPoolExecutor(1) as pool:
-            work = pool.submit(mine) if world.local_rank == 0 else None
-            try:
-                problems = _exchange(work, world)
-            except BaseException:
-                stop.set()  # or the pool would first read the rest
-                raise
-    try:
-        raise_problems(problems)
-    except UserError as error:
-        raise UserError(str(error), agreed=True) from None
+        return [p for split in splits for p in _verify(Path(path), split, cache, True, stop)]
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(mine) if world.local_rank == 0 else None
+        try:
+            return _exchange(work, world)
+        except BaseException:
+            stop.set()  # or the pool would first read the rest
+            raise
 
 
 def _exchange(work: Future[list[str]] | None, world: World) -> list[str]:

@@ -285,6 +285,21 @@ def test_a_run_that_goes_on_replaces_what_was_damaged_before_it_started(dataset,
     assert keys_of(take(loader, BATCHES)) == keys_of(take(meanwhile, BATCHES))
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unpacked_shard_that_was_flipped_is_not_read_by_a_run_that_goes_on(dataset, tmp_path, opened, num_workers):
+    """Of the right size, so that only its hash tells: nothing in streaming looks at that."""
+    shutil.copytree(dataset, tmp_path / "x", ignore=shutil.ignore_patterns("*.mds"))
+    take(opened(tmp_path / "x"), BATCHES)  # unpacks all
+    unpacked = sorted((tmp_path / "x" / "train").rglob("*.mds"))[0]
+    lost = set(keys_in(dataset, 0)[0])
+    flip(unpacked)
+    loader = opened(tmp_path / "x", verify=True, damaged="replace", num_workers=num_workers)
+    batches = take(loader, BATCHES)
+    assert not lost & {key for batch in batches for key in batch.keys}
+    texts = [text for batch in batches for text in batch.replaced]
+    assert len(texts) >= len(lost) and all("damaged, its xxh64 is not the one in the index" in text for text in texts)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_goes_bad_is_replaced(dataset, without_images, tmp_path, opened, num_workers):
     """Three bad shards and four bad samples: full epochs, each stand-in foretold, named, and the same on resuming."""
