@@ -35,7 +35,7 @@ def write_files(folder: Path, seed: int) -> None:
         (folder / name).write_bytes(rng.randbytes(300 + rng.randrange(200)))
 
 
-def save(run: Path, update: int) -> None:
+def save(run: Path, update: int, keep: int = 2) -> None:
     """What checkpoint.save does on the main rank, without a model."""
     partial = manifest.partial_of(run, update)
     manifest.clear(partial)
@@ -45,7 +45,7 @@ def save(run: Path, update: int) -> None:
         manifest.sync(file)
     manifest.publish(partial, manifest.folder(run) / manifest.name_of(update), CONTENT | {"update": update},
                      manifest.inventory(partial))  # fmt: skip
-    manifest.prune(run, 2, milestones=(), protect=())
+    manifest.prune(run, keep, milestones=(), protect=())
 
 
 def newest(run: Path) -> int | None:
@@ -65,15 +65,30 @@ class Crash(BaseException):
 
 
 class Machine:
-    """Counts what changes the disk and stops before the n-th of it; torn: the write it stops at has half arrived."""
+    """Counts what changes the disk and stops before the n-th of it.
 
-    def __init__(self, stop_at: int | None, torn: bool = False):
+    torn: the write it stops at has half arrived. `lose` then takes away what no fsync had made durable."""
+
+    def __init__(self, stop_at: int, torn: bool = False):
         self.stop_at, self.torn, self.count = stop_at, torn, 0
+        self.tore = False
+        self.unsynced: set[int] = set()
+        """Inodes of files written to since their fsync."""
+        self.renames: list[tuple[int, Path, Path]] = []
+        """(inode of the folder, from, to) of those since its fsync."""
+
+    def lose(self, run: Path) -> None:
+        for _, old, new in reversed(self.renames):
+            if new.exists() and not old.exists():
+                new.rename(old)
+        for file in run.rglob("*"):
+            if file.is_file() and file.stat().st_ino in self.unsynced:
+                file.write_bytes(b"")
 
     def step(self) -> bool:
         """Whether this operation still happens; raises where it is the last, unless it is to be torn."""
         self.count += 1
-        if self.stop_at is None or self.count < self.stop_at:
+        if self.count < self.stop_at:
             return True
         if self.count > self.stop_at or not self.torn:
             raise Crash
@@ -88,6 +103,13 @@ class Machine:
             def changed(*args, **kwargs):
                 if not machine.step():
                     raise Crash  # a rename, a deletion of one name or an fsync is done or is not
+                if name == "rename":
+                    old, new = map(Path, args[:2])
+                    machine.renames.append((new.parent.stat().st_ino, old, new))
+                if name == "fsync":
+                    synced = os.fstat(args[0]).st_ino
+                    machine.unsynced.discard(synced)
+                    machine.renames = [rename for rename in machine.renames if rename[0] != synced]
                 return real(*args, **kwargs)
 
             patch.setattr(module, name, changed)
@@ -109,8 +131,10 @@ class Machine:
                 self.stream.close()
 
             def write(self, data):
+                machine.unsynced.add(os.fstat(self.stream.fileno()).st_ino)
                 if machine.step():
                     return self.stream.write(data)
+                machine.tore = True
                 self.stream.write(data[: len(data) // 2])
                 self.stream.flush()
                 raise Crash
@@ -123,33 +147,30 @@ class Machine:
 
 
 def enumerate_states(tmp_path: Path, prepare, act) -> int:
-    """Crash `act` before each of its changes and inside each of its writes; yields nothing, checks each state. Returns
-    how many states there were."""
-    whole = Machine(None)
-    states = 0
-    stop = 1
-    while True:
-        for torn in (False, True):
-            run = tmp_path / f"{stop}-{torn}"
+    """Crash `act` before each of its changes, there without what was not synced, and inside each of its writes; checks
+    each state. Returns how many states there were."""
+    states, stop, finished = 0, 1, False
+    while not finished:
+        for kind in ("kept", "lost", "torn"):
+            run = tmp_path / f"{stop}-{kind}"
             before = prepare(run)
-            machine = Machine(stop, torn)
+            machine, finished = Machine(stop, kind == "torn"), True
             with pytest.MonkeyPatch.context() as patch:
                 machine.install(patch)
                 try:
                     act(run)
-                    finished = True
                 except Crash:
                     finished = False
-            states += 1
+            if kind == "lost":
+                machine.lose(run)
+            states += kind != "torn" or machine.tore
             after = newest(run)
-            assert after is not None and after >= before, (stop, torn, sorted(p.name for p in run.rglob("update-*")))
+            assert after is not None and after >= before, (stop, kind, sorted(p.name for p in run.rglob("update-*")))
             assert not [p for p in manifest.folder(run).iterdir() if p.name.startswith(".")]  # leftovers are gone
             act(run)  # and the next save works
             shutil.rmtree(run)
-        if finished:
-            return states
         stop += 1
-        whole.count = stop
+    return states
 
 
 def test_every_state_that_a_crash_can_leave_has_a_whole_checkpoint(tmp_path):
@@ -161,6 +182,15 @@ def test_every_state_that_a_crash_can_leave_has_a_whole_checkpoint(tmp_path):
     states = enumerate_states(tmp_path, prepare, lambda run: save(run, 3))
     assert states > 50
     print(f"{states} states of a save")
+
+
+def test_every_state_of_a_save_that_keeps_only_itself(tmp_path):
+    def prepare(run: Path) -> int:
+        save(run, 1)
+        save(run, 2)
+        return 2
+
+    assert enumerate_states(tmp_path, prepare, lambda run: save(run, 3, keep=1)) > 50
 
 
 def test_every_state_of_a_save_over_a_damaged_twin(tmp_path):
