@@ -159,7 +159,7 @@ def _run(
             stage_end = config.stage_ends()[stage]
             cut_off = resumed and done == stage_end and not _was_validated(config, world, done)
             if done == 0 or cut_off:
-                _validate(engine, config, models, references, monitor, world, done)
+                _validate(engine, config, models, references, monitor, world, done, watch)
             if cut_off:
                 _panel(engine, config, models, references, monitor, world, done, watch)
         watch.ready()
@@ -212,7 +212,7 @@ def _run(
                     saved = _save(engine, config, done, loader, models, guard, resumed, monitor, world, events,
                                   must=at_end or done == last or leaving)  # fmt: skip
                 if not leaving and (at_end or _due(done, config.validation.every)):
-                    _validate(engine, config, models, references, monitor, world, done)
+                    _validate(engine, config, models, references, monitor, world, done, watch)
                     shown = True
                 if not leaving and (at_end or _due(done, config.validation.panel_every)):
                     _panel(engine, config, models, references, monitor, world, done, watch)
@@ -287,11 +287,11 @@ def _condition(config: Config, models: Models, batch: Batch, update: int, turn: 
 
 def _validate(
     engine: StageEngine, config: Config, models: Models, references: References, monitor: Monitor, world: World,
-    update: int,
+    update: int, watch: Watch,
 ) -> None:  # fmt: skip
     """Seeded validation loss, to TensorBoard, the bar and RUN/validation.jsonl. Collective."""
     with monitor.timed("validation", update):
-        values = validation.validation_loss(engine.module, config, models, references, world)
+        values = validation.validation_loss(engine.module, config, models, references, world, watch.moved)
     monitor.scalars({f"validation/{name}": value for name, value in values.items()}, update)
     monitor.show(val=f"{values['loss']:.3f}", gap=f"{values['gap']:.2f}")
     monitor.write_line("validation.jsonl", {"update": update, **values})

@@ -69,8 +69,13 @@ def load_references(config: Config, models: Models) -> References:
 
 
 @torch.no_grad()
-def validation_loss(model, config: Config, models: Models, references: References, world: World) -> dict[str, float]:
-    """{"loss", "shuffled", "gap", "loss_t0".."loss_t7", "shuffled_t0"..}. Collective: each rank takes its share of the pictures."""
+def validation_loss(
+    model, config: Config, models: Models, references: References, world: World,
+    on_batch: Callable[[], object] = lambda: None,
+) -> dict[str, float]:  # fmt: skip
+    """{"loss", "shuffled", "gap", "loss_t0".."loss_t7", "shuffled_t0"..}. Collective: each rank takes its share of the pictures.
+
+    on_batch: called after each batch."""
     n, device, micro = len(references.keys), world.device, config.train.micro_batch_size
     sums = torch.zeros(2, len(TIMES), dtype=torch.float64, device=device)
     # Ranks take equally many forward passes, as ZeRO-3 needs it: the last ones repeat a picture with weight 0.
@@ -87,6 +92,7 @@ def validation_loss(model, config: Config, models: Models, references: Reference
                 times = torch.full((len(index),), t, device=device)
                 loss = denoising_loss(model, config, models, references.bucket, latents, noise, condition, times)
                 sums[which, j] += (loss * weights).double().sum()
+        on_batch()
     sums = sum_over_ranks(sums, world).cpu() / n
     matched, shuffled = sums.mean(1).tolist()
     result = {"loss": matched, "shuffled": shuffled, "gap": shuffled / matched - 1}
