@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from megaflux.config import Parser, add_config_arguments, parse_config
 from megaflux.errors import UserError, exit_on_user_error
+from megaflux.training import saved
 from megaflux.training.checks import find_problems
 from megaflux.training.ds_config import load_ds_config
 from megaflux.training.watch import Watch
@@ -21,7 +23,11 @@ DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
 
 def main() -> int | None:
     """Parse first and import the heavy libraries after, so that bad input is answered at once."""
-    args, config = parse_config(build_parser())
+    args, config = parse_config(build_parser(), saved=saved.resume_values)
+    if kept := saved.resume_values(config):
+        saved.refuse_changes(config, kept)
+    if args.kept and os.environ.get("RANK", "0") == "0":
+        print(saved.describe(config.run.dir, args.kept), file=sys.stderr)
     ds_config = load_ds_config(args.deepspeed)
     if args.dry_run:
         if os.environ.get("RANK", "0") != "0":

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -258,9 +259,15 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_config(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    saved: Callable[[Config], dict[str, Any] | None] = lambda config: None,
 ) -> tuple[argparse.Namespace, Config]:
     """Parse the command line and resolve the three layers.
+
+    saved: gives the values of a run that the resolved configuration would resume, which then stand in the preset's place
+    (None: there is no such run); `args.kept` lists those that differ from the preset's, dotted field -> value. Not where
+    the user names another preset than the run's.
 
     Options of the form --stages.1.share are accepted beside the declared ones. Raises UserError for unknown
     options (with the nearest known one), options given twice, unknown presets and invalid values.
@@ -281,15 +288,30 @@ def parse_config(
             raise UserError(f"{option}: needs a value")
         overrides[option[2:]] = value
     from_file = load_yaml(args.config) if args.config is not None else {}
-    preset = args.preset or from_file.get("preset") or "tiny"
+    asked = args.preset or from_file.get("preset")
+    preset = asked or "tiny"
     if not isinstance(preset, str) or preset not in PRESETS:
         preset = _shown(str(preset))
         raise UserError(f"--preset {preset}: unknown preset, {nearest(preset, list(PRESETS))}")
-    values = merge(PRESETS[preset](), from_file)
-    values["preset"] = preset
-    for path, text in overrides.items():
-        set_dotted(values, path, text)
-    return args, build_config(values)
+
+    def resolved(below: dict[str, Any]) -> Config:
+        values = merge(below, from_file) | {"preset": below["preset"]}
+        for path, text in overrides.items():
+            set_dotted(values, path, text)
+        return build_config(values)
+
+    config, args.kept = resolved(PRESETS[preset]()), {}
+    below = saved(config)
+    if below is not None and asked in (None, below["preset"]):
+        config = resolved(below)
+        args.kept = _differences(config, resolved(PRESETS[below["preset"]]()))
+    return args, config
+
+
+def _differences(config: Config, other: Config) -> dict[str, Any]:
+    """Dotted field -> value, where another configuration has another one."""
+    pairs = {path: [reduce(getattr, path.split("."), c) for c in (config, other)] for path in field_paths()}
+    return {path: mine for path, (mine, theirs) in pairs.items() if mine != theirs}
 
 
 def _join_values(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:

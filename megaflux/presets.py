@@ -78,7 +78,13 @@ def dev() -> dict[str, Any]:
             {"name": name, "share": 1.0, "blocks": blocks, "components": "attention"}
             for name, blocks in PUBLISHED_STAGES.items()
         ],
-        "train": {"updates": 100_000, "global_batch_size": 128, "micro_batch_size": 8, "checkpoint_every": 500},
+        "train": {
+            "updates": 100_000,
+            "global_batch_size": 128,
+            "drawn_per_rank": 8,
+            "micro_batch_size": 8,
+            "checkpoint_every": 500,
+        },
         "optim": {"lr": 1e-5, "betas": [0.9, 0.95], "weight_decay": 0.1, "warmup_fraction": 0.01},
         "validation": {"every": 1000, "panel_every": 5000},
     }

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from megaflux.config import Config, build_config, load_yaml
+from megaflux.config import Config
 from megaflux.errors import UserError
 from megaflux.generation.layout import MANIFEST, Settings
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline, device_and_dtype
 from megaflux.models.loading_errors import named
 from megaflux.models.pretrained import Models, cast, load_models
-from megaflux.training import checkpoint
+from megaflux.training import checkpoint, saved
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,7 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
         raise UserError(f"{root}: one checkpoint of a run; give the run's folder and --update {number}")
     if not (root / "config.yaml").is_file():
         raise UserError(f"{root}: neither a run (no config.yaml) nor an export (no {MANIFEST})")
-    try:
-        config = build_config(load_yaml(str(root / "config.yaml")))
-    except UserError as error:
-        raise UserError(f"{root / 'config.yaml'}: {error}") from None
+    config = saved.load(root)
     folder = checkpoint.folder(root)
     found = checkpoint.listed(root)
     if not found:
@@ -69,7 +66,7 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
     manifest = checkpoint.verify(chosen, only={checkpoint.WEIGHTS})  # the optimizer's shards are not read here
     if checkpoint.WEIGHTS not in manifest["files"]:
         raise UserError(f"{chosen}/manifest.json: says nothing of {checkpoint.WEIGHTS}; it is not whole")
-    changed = [k for k, value in checkpoint.identity(config).items() if manifest["identity"].get(k) != value]
+    changed = saved.changed(manifest["identity"], manifest["format"], checkpoint.identity(config))
     if changed:
         raise UserError(
             f"{root}/config.yaml: {', '.join(changed)} is not what {chosen.name} was trained with; restore it"

@@ -176,9 +176,13 @@ class Train(Section):
     updates: Count
     """Optimizer steps of the whole run."""
     global_batch_size: Count
-    """Images per update over all ranks; accumulation = global / (micro x ranks) must be whole."""
+    """Images per update over all ranks; a multiple of what all ranks draw at a time."""
+    drawn_per_rank: Count | None = None
+    """Images of one aspect bucket that a rank draws at a time; all ranks draw from the same bucket. Fixed when a run
+    begins; lowered to global_batch_size / ranks where that is less. None: micro_batch_size."""
     micro_batch_size: Count | None
-    """Images per forward pass and rank. None: global_batch_size / ranks, so no accumulation."""
+    """Images per forward pass and rank: how the drawn ones are cut. Must divide them; lowered to them where larger. None:
+    all that are drawn, and global_batch_size / ranks where drawn_per_rank is None too."""
     checkpoint_every: Count
     """Updates between checkpoints; one is written at each stage's end as well."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 3
@@ -298,11 +302,16 @@ class Config(Section):
         return self
 
     def for_world(self, world_size: int) -> Config:
-        """The configuration with what depends on the number of ranks filled in: train.micro_batch_size."""
-        if self.train.micro_batch_size is not None:
-            return self
-        micro = max(1, self.train.global_batch_size // world_size)
-        return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch_size": micro})})
+        """The configuration with what depends on the number of ranks filled in: train.drawn_per_rank and
+        train.micro_batch_size."""
+        train, share = self.train, max(1, self.train.global_batch_size // world_size)
+        drawn = min(train.drawn_per_rank or train.micro_batch_size or share, share)
+        return self.with_batches(drawn, min(train.micro_batch_size or drawn, drawn))
+
+    def with_batches(self, drawn_per_rank: int, micro_batch_size: int) -> Config:
+        """The configuration with these in `train`."""
+        sizes = {"drawn_per_rank": drawn_per_rank, "micro_batch_size": micro_batch_size}
+        return self.model_copy(update={"train": self.train.model_copy(update=sizes)})
 
     def stage_ends(self) -> list[int]:
         """Number of updates done when each stage ends; the last is train.updates."""

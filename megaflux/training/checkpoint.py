@@ -30,7 +30,7 @@ from torch import nn
 from megaflux.config import Config
 from megaflux.errors import UserError
 from megaflux.models.loading_errors import named
-from megaflux.training import distributed, manifest, repartition, stages
+from megaflux.training import distributed, manifest, repartition, saved, stages
 from megaflux.training.distributed import World
 from megaflux.training.ds_config import sharding
 from megaflux.training.engine import StageEngine, whole_size
@@ -239,13 +239,13 @@ def _check_same_run(
     if "parameter_order" not in content["deepspeed"]:
         raise UserError(f"{path}: an earlier megaflux began this run, and its optimizer shards have another order; "
                         "finish the run with that version, or give another --run.dir")  # fmt: skip
-    if content["deepspeed"] != sharding(ds_config):
+    if saved.changed({"deepspeed": content["deepspeed"]}, content["format"], {"deepspeed": sharding(ds_config)}):
         raise UserError(f"--deepspeed: {path} was saved with {content['deepspeed']}, this file says "
                         f"{sharding(ds_config)}; give the one the run began with")  # fmt: skip
     if content["world_size"] != world_size and content["deepspeed"]["zero_stage"] != 2:
         raise UserError(f"{path}: saved by {content['world_size']} ranks, this run has {world_size}, and ZeRO-3's shards "
                         f"are not cut anew; start it with {content['world_size']}")  # fmt: skip
-    changed = [key for key, value in identity(config).items() if content["identity"].get(key) != value]
+    changed = saved.changed(content["identity"], content["format"], identity(config))
     if changed:
         raise UserError(
             f"run.dir: {config.run.dir} holds a run with other {', '.join(changed)}; restore the old values "

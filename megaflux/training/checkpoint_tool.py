@@ -71,10 +71,10 @@ def verify(found: dict[int, Path]) -> int:
 
 def prune(run: str, keep: int | None, sure: bool) -> int:
     """Delete what the run's own configuration would; never the newest that is whole."""
-    from megaflux.config import build_config, load_yaml
+    from megaflux.training import saved
     from megaflux.training.checkpoint import milestones
 
-    config = build_config(load_yaml(str(Path(run) / "config.yaml")))
+    config = saved.load(run)
     keep = config.train.keep_checkpoints if keep is None else keep
     if keep < 1:
         raise UserError(f"--keep {keep}: at least 1")

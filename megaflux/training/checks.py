@@ -25,7 +25,6 @@ VLM_FILES = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) -> list[str]:
     """Everything that would stop the run, one line each, naming the field and the mend. Reads small files
     only."""
-    config = config.for_world(world_size)
     return [
         *_batch(config, world_size),
         *_sharding(config, ds_config),
@@ -53,7 +52,7 @@ def find_notes(config: Config) -> list[str]:
 def _batch(config: Config, world_size: int) -> Iterator[str]:
     if os.path.isdir(manifest.folder(config.run.dir)) and manifest.listed(config.run.dir):
         return  # a run that goes on cuts its micro-batches for the ranks there are (training.elastic)
-    problem = batch_problem(config.train.global_batch_size, config.train.micro_batch_size, world_size)
+    problem = batch_problem(config, world_size)
     if problem:
         yield problem
 

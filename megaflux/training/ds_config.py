@@ -75,31 +75,45 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     """Micro-batches per update: global / (micro x ranks). UserError, saying what would work, if that is not
     whole."""
     config = config.for_world(world_size)
-    problem = batch_problem(config.train.global_batch_size, config.train.micro_batch_size, world_size)
+    problem = batch_problem(config, world_size)
     if problem:
         raise UserError(problem)
     return config.train.global_batch_size // (config.train.micro_batch_size * world_size)
 
 
-def batch_problem(global_batch: int, micro_batch: int, world_size: int) -> str | None:
-    """One line on a global batch that its ranks cannot share, with the nearest sizes that they can; else
-    None."""
-    step = micro_batch * world_size
-    if global_batch % step == 0:
-        return None
-    below, above = global_batch // step * step, -(-global_batch // step) * step
-    sizes = " or ".join(str(size) for size in (below, above) if size)
-    if global_batch % world_size:
-        micro = ""
-    else:
-        share = global_batch // world_size
-        fitting = [m for m in range(1, share + 1) if share % m == 0]
-        nearest = sorted(sorted(fitting, key=lambda m: abs(m - micro_batch))[:3])
-        micro = f", or train.micro_batch_size to {' or '.join(map(str, nearest))}"
+def batch_problem(config: Config, world_size: int) -> str | None:
+    """One line on a global batch that its ranks cannot share, or drawn images that cannot be cut, with the nearest sizes
+    that work; else None."""
+    field = "train.drawn_per_rank" if config.train.drawn_per_rank else "train.micro_batch_size"
+    train = config.for_world(world_size).train
+    total, drawn, micro = train.global_batch_size, train.drawn_per_rank, train.micro_batch_size
+    step = drawn * world_size
+    if total % step == 0:
+        if drawn % micro == 0:
+            return None
+        return (
+            f"train.micro_batch_size: {micro} does not divide the {drawn} images that a rank draws at a time "
+            f"(train.drawn_per_rank); set it to {_nearest_divisors(drawn, micro)}"
+        )
+    wanted = config.train.drawn_per_rank or config.train.micro_batch_size or 1
+
+    def fits(size: int) -> bool:
+        return size % (min(wanted, max(1, size // world_size)) * world_size) == 0
+
+    below = next((size for size in range(total - 1, 0, -1) if fits(size)), None)
+    above = next(size for size in range(total + 1, total + wanted * world_size + 1) if fits(size))
+    sizes = f"{below} or {above}" if below else str(above)
+    other = "" if total % world_size else f", or {field} to {_nearest_divisors(total // world_size, drawn)}"
     return (
-        f"train.global_batch_size: {global_batch} is not a multiple of {step} (micro batch {micro_batch} x "
-        f"{world_size} rank{'s' * (world_size > 1)}); set it to {sizes}{micro}"
+        f"train.global_batch_size: {total} is not a multiple of {step} ({drawn} drawn by each of {world_size} "
+        f"rank{'s' * (world_size > 1)}); set it to {sizes}{other}"
     )
+
+
+def _nearest_divisors(number: int, wanted: int) -> str:
+    """The three divisors nearest to what was asked for, as text."""
+    fitting = [n for n in range(1, number + 1) if number % n == 0]
+    return " or ".join(map(str, sorted(sorted(fitting, key=lambda n: abs(n - wanted))[:3])))
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:

@@ -1,7 +1,7 @@
-"""A run that goes on with another number of ranks: the same global batches, cut into other micro-batches.
+"""Resuming on a different number of ranks: the same global batches, cut into other micro-batches.
 
-What all ranks draw together, of one bucket, is fixed when a run begins (ranks x micro-batch); later ranks share it.
-The optimizer's shards are cut anew in repartition.py.
+What all ranks draw together, of one bucket, is fixed when a run begins (ranks x train.drawn_per_rank); later ranks share
+it. The optimizer's shards are cut anew in repartition.py.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from megaflux.training.checkpoint import Checkpoint
 log = logging.getLogger("megaflux")
 
 
-def drawn(config: Config, resumed: Checkpoint | None, world_size: int) -> int:
-    """Samples that all ranks draw together."""
-    return global_micro_batch(resumed.data) if resumed else config.train.micro_batch_size * world_size
-
-
 def fit(config: Config, resumed: Checkpoint | None, world_size: int) -> Config:
-    """The configuration with the largest micro-batch, up to its own, that divides a rank's share of what is drawn.
+    """The configuration with what each rank draws, and the largest micro-batch, up to its own, that divides it.
 
-    UserError: ranks that cannot share it evenly. The same on all ranks."""
-    together, micro = drawn(config, resumed, world_size), config.train.micro_batch_size
+    UserError: ranks that cannot share evenly what the run draws at a time. The same on all ranks."""
+    train = config.for_world(world_size).train
+    together = global_micro_batch(resumed.data) if resumed else train.drawn_per_rank * world_size
     if together % world_size:
         fitting = [n for n in range(1, together + 1) if together % n == 0]
-        raise UserError(f"run.dir: this run draws {together} pictures at a time, which {world_size} ranks cannot share "
-                        f"evenly; use {', '.join(map(str, fitting))} ranks", agreed=True)  # fmt: skip
-    share = together // world_size
-    fitting = max(m for m in range(1, min(micro, share) + 1) if share % m == 0)
-    if fitting != micro:
-        log.warning("train.micro_batch_size: %d, for %d ranks share the %d pictures that this run draws at a time",
-                    fitting, world_size, together)  # fmt: skip
-    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": fitting})})
+        raise UserError(
+            f"run.dir: this run draws {together} pictures at a time, which {world_size} ranks cannot share evenly; "
+            f"use {', '.join(map(str, fitting))} ranks",
+            agreed=True,
+        )
+    share, wanted = together // world_size, config.train.micro_batch_size
+    micro = max(m for m in range(1, min(wanted or share, share) + 1) if share % m == 0)
+    if wanted not in (None, micro):
+        log.warning("train.micro_batch_size: %d, since %d ranks share the %d pictures that this run draws at a time",
+                    micro, world_size, together)  # fmt: skip
+    return config.with_batches(share, micro)

@@ -52,11 +52,10 @@ def train(config: Config, ds_config: dict[str, Any], watch: Watch) -> int:
     """
     world = distributed.start()
     events = Events(config.run.dir, enabled=world.is_main)
-    config = config.for_world(world.size)
     lock_run_folder(config, world)
     resumed = checkpoint.resolve(config, ds_config, world)
+    prepare_run_folder(config, ds_config, world)  # as given: what the number of ranks makes of it is for this start
     config = elastic.fit(config, resumed, world.size)
-    prepare_run_folder(config, ds_config, world)
     began = psutil.Process().create_time()
     events.record("start", time=began, update=resumed.update if resumed else 0, world_size=world.size, pid=os.getpid(),
                   host=socket.gethostname())  # fmt: skip
@@ -121,7 +120,7 @@ def _run(
     accumulation = accumulation_steps(config, world.size)
     loader = build_loader(
         cached_dataset(config, models, world), remote=config.data.remote, cache_limit=config.data.cache_limit,
-        micro_batch_size=elastic.drawn(config, resumed, world.size) // world.size, seed=config.run.seed,
+        micro_batch_size=config.train.drawn_per_rank, seed=config.run.seed,
         num_workers=config.data.num_workers, verify=behind is None, run_folder=config.run.dir,
         damaged="replace" if resumed else "refuse",
     )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import IO, Any
 from megaflux.config import Config
 from megaflux.errors import UserError
 from megaflux.training.distributed import World, barrier, from_main
+from megaflux.training.manifest import write_durably
 
 log = logging.getLogger("megaflux")
 LOCK_PATIENCE = 20.0  # s for a run that is about to leave
@@ -67,7 +68,7 @@ def prepare_run_folder(config: Config, ds_config: dict[str, Any], world: World) 
     if world.is_main:
         try:
             for name, text in (("config.yaml", config.to_yaml()), ("ds_config.json", json.dumps(ds_config, indent=2))):
-                (root / f".{name}").write_text(text)
+                write_durably(root / f".{name}", text)
                 (root / f".{name}").replace(root / name)  # a kill leaves the old one or the new one
         except OSError as error:
             problem = f"run.dir: {root}: {error.strerror}; give a folder that can be written"

@@ -83,18 +83,50 @@ def test_the_given_dict_is_left_alone():
     assert given == {"zero_optimization": {"stage": 2}}
 
 
-def test_every_suggested_batch_size_works():
+def batches(total: int, drawn: int | None, micro: int | None):
+    values = PRESETS["dev"]()
+    values["train"] |= {"global_batch_size": total, "drawn_per_rank": drawn, "micro_batch_size": micro}
+    return build_config(values)
+
+
+@pytest.mark.parametrize("named", ["drawn_per_rank", "micro_batch_size"])
+def test_every_suggested_batch_size_works(named):
     """For any sizes: the message's suggestions divide, and no message means that the sizes do."""
     for total in (1, 7, 32, 100, 128):
-        for micro in (1, 2, 3, 8, 50):
-            for ranks in (1, 2, 3, 8):
-                problem = batch_problem(total, micro, ranks)
-                assert (problem is None) == (total % (micro * ranks) == 0)
+        for drawn in (1, 2, 3, 8, 50):
+            for ranks in (1, 2, 3, 8, 64):
+
+                def sizes(total, drawn):
+                    return batches(total, drawn, None) if named == "drawn_per_rank" else batches(total, None, drawn)
+
+                problem = batch_problem(sizes(total, drawn), ranks)
+                lowered = min(drawn, max(1, total // ranks))
+                assert (problem is None) == (total % (lowered * ranks) == 0)
                 if problem:
                     advice = problem.partition("set it to ")[2]
-                    totals, _, micros = advice.partition(", or train.micro_batch_size to ")
-                    assert all(batch_problem(int(t), micro, ranks) is None for t in totals.split(" or "))
-                    assert all(batch_problem(total, int(m), ranks) is None for m in micros.split(" or ") if m)
+                    totals, _, others = advice.partition(f", or train.{named} to ")
+                    assert all(batch_problem(sizes(int(t), drawn), ranks) is None for t in totals.split(" or "))
+                    assert all(batch_problem(sizes(total, int(n)), ranks) is None for n in others.split(" or ") if n)
+
+
+def test_drawn_images_are_cut_by_what_divides_them():
+    for micro in (1, 2, 4, 8, 16):
+        assert batch_problem(batches(128, 8, micro), 8) is None  # 16: lowered to the 8 drawn
+    assert "train.micro_batch_size: 3 does not divide the 8 images" in batch_problem(batches(128, 8, 3), 8)
+    assert "set it to 2 or 4 or 8" in batch_problem(batches(128, 8, 5), 8)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "drawn", "steps"), [(1, 8, 16), (2, 8, 8), (8, 8, 2), (16, 8, 1), (32, 4, 1), (64, 2, 1), (128, 1, 1)]
+)
+def test_dev_draws_what_is_published_on_8_ranks_and_less_on_more(ranks, drawn, steps):
+    config = build_config(PRESETS["dev"]())
+    train = config.for_world(ranks).train
+    assert (train.drawn_per_rank, train.micro_batch_size) == (drawn, drawn)
+    assert accumulation_steps(config, ranks) == steps
+    cut = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": 2})})
+    assert cut.for_world(ranks).train.drawn_per_rank == drawn  # whatever the micro-batch
+    assert accumulation_steps(cut, ranks) == 128 // ranks // min(2, drawn)
 
 
 def test_batch_that_does_not_divide_is_refused_with_what_would():

@@ -284,8 +284,8 @@ def test_other_ranks_go_on_with_the_same_batches(tmp_path):
 def test_ranks_share_what_the_run_draws(small_config, tmp_path, ranks, micro):
     config = small_config.model_copy(update={"train": small_config.train.model_copy(update={"micro_batch_size": 2})})
     resumed = Checkpoint(tmp_path, {"data": {"micro_batch_size": 2, "world_size": 4}})  # 8 together
-    assert elastic.fit(config, resumed, ranks).train.micro_batch_size == micro
-    assert elastic.drawn(config, resumed, ranks) == 8
+    fitted = elastic.fit(config, resumed, ranks).train
+    assert (fitted.micro_batch_size, fitted.drawn_per_rank * ranks) == (micro, 8)
     with pytest.raises(
         UserError, match="8 pictures at a time, which 3 ranks cannot share evenly; use 1, 2, 4, 8 ranks"
     ):

@@ -1,0 +1,132 @@
+"""Runs and exports that earlier commits wrote (tests/old_runs) are resumed, exported and generated from."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from megaflux import runs
+from megaflux.config import Parser, add_config_arguments, parse_config
+from megaflux.errors import UserError
+from megaflux.export import export
+from megaflux.models.pretrained import load_vae
+from megaflux.presets import PRESETS
+from megaflux.training import manifest, saved
+from tests.conftest import picture
+from tests.training.runs import launch
+
+OLD = Path(__file__).parent / "old_runs" / "a9a4819"
+VAE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    """A copy, for resuming writes into a run's folder and into its data's."""
+    shutil.copytree(OLD, tmp_path / "old")
+    return tmp_path / "old"
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "validation.jsonl").read_text().splitlines()]
+
+
+def parse(*argv: object):
+    parser = Parser(prog="test")
+    add_config_arguments(parser)
+    return parse_config(parser, list(map(str, argv)), saved=saved.resume_values)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("tiny", 1), ("small", 2)])
+def test_an_old_run_is_resumed_with_its_own_values_to_the_end_that_it_would_have_had(old, name, ranks):
+    # Nothing but its folder and where its data now is: no preset, no file, no learning rate.
+    run = old / name
+    done = launch("--run.dir", run, "--data.path", old / "data", ranks=ranks)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"at update {max(manifest.listed(OLD / name))}" in done.stdout + done.stderr
+    # Another processor may round otherwise, so not to the bit.
+    assert losses(run)[-1] == pytest.approx(json.loads((OLD / "end.json").read_text())[name][-1], rel=1e-4)
+    values = yaml.safe_load((OLD / f"{name}.yaml").read_text())
+    config = saved.load(run)
+    assert (config.preset, config.train.updates) == (values["preset"], values["train"]["updates"])
+    assert manifest.read(manifest.listed(run)[config.train.updates])["format"] == manifest.FORMAT
+
+
+def test_an_old_run_is_exported_and_generates(old, tmp_path):
+    found = runs.find(old / "tiny")
+    assert found.config.train.drawn_per_rank == 4
+    export(found, tmp_path / "export")
+    load_vae("tiny", None).save_pretrained(tmp_path / "vae")  # the weights that the fixture leaves out
+    shutil.copy(tmp_path / "vae" / VAE, old / "export/vae")
+    reference, made = picture(64, 64), []
+    for source in (old / "tiny", old / "export", tmp_path / "export"):
+        pipeline = runs.load_pipeline(source, device="cpu", dtype=torch.float32)
+        images = pipeline(reference, num_inference_steps=2, output_type="pt",
+                          generator=torch.Generator().manual_seed(0)).images  # fmt: skip
+        made.append(images)
+    assert made[0].std() > 0.01
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+
+def test_a_changed_default_never_changes_a_run(old, monkeypatch):
+    """Today's presets with other values everywhere that a run's owner may change; and what the user sets counts."""
+    run = old / "small"
+    changed = PRESETS["dev"]()
+    changed["optim"]["lr"], changed["train"]["checkpoint_every"] = 5.0, 77
+    changed["train"]["drawn_per_rank"], changed["flow"] = 1, {"guidance": 9.0}
+    changed["model"]["vlm_config"]["text_config"]["new_in_a_preset"] = 1
+    monkeypatch.setitem(PRESETS, "dev", lambda: copy.deepcopy(changed))
+    before = saved.filled(yaml.safe_load((run / "config.yaml").read_text()))
+    before["run"]["dir"], before["train"]["stop_after"] = str(run), 0  # of one start only
+    for preset in ([], ["--preset", "dev"]):
+        args, config = parse("--run.dir", run, *preset)
+        assert before == config.model_dump(mode="json")
+        assert args.kept["optim.lr"] == 1e-3 and args.kept["train.checkpoint_every"] == 2
+    given = parse("--run.dir", run, "--optim.lr", "2e-4", "--train.stop_after", "3")[1]
+    assert given.optim.lr == 2e-4 and given.train.stop_after == 3 and given.train.checkpoint_every == 2
+    # Another preset by name is another run, which the identity then refuses.
+    assert parse("--run.dir", run, "--preset", "tiny")[1].preset == "tiny"
+    # Where there is nothing to resume, today's defaults hold.
+    shutil.rmtree(run / "checkpoints")
+    assert parse("--run.dir", run, "--preset", "dev")[1].optim.lr == 5.0
+
+
+def test_a_start_that_stopped_early_does_not_stop_the_next_one(old):
+    config = old / "small/config.yaml"
+    assert "stop_after: 2" in config.read_text()
+    assert parse("--run.dir", old / "small")[1].train.stop_after == 0
+
+
+def test_what_is_drawn_together_cannot_be_changed_while_resuming(old):
+    run = str(old / "small")
+    _, config = parse("--run.dir", run, "--train.drawn_per_rank", "2", "--train.micro_batch_size", "1")
+    saved.refuse_changes(config, saved.resume_values(config))  # what it is
+    _, config = parse("--run.dir", run, "--train.drawn_per_rank", "4")
+    with pytest.raises(UserError, match="train.drawn_per_rank: 4, but .*begun with 2; leave it out"):
+        saved.refuse_changes(config, saved.resume_values(config))
+
+
+def test_fields_are_filled_in_by_the_format_that_they_came_with(monkeypatch):
+    monkeypatch.setattr(saved, "ADDED", {
+        3: {"train.drawn_per_rank": lambda values: values["train"].get("micro_batch_size")},
+        4: {"stages.*.weight": 1.0, "flow.new": {"a": 1}, "deepspeed.new": "x"},
+    })  # fmt: skip
+    identity = {"train.updates": 6, "stages": [{"name": "a"}, {"name": "b"}], "flow": {"shift": 3.0}, "run.seed": 0}
+    now = identity | {"stages": [{"name": "a", "weight": 1.0}, {"name": "b", "weight": 1.0}],
+                      "flow": {"shift": 3.0, "new": {"a": 1}}}  # fmt: skip
+    assert saved.changed(identity, 2, now) == saved.changed(identity, 3, now) == []
+    assert saved.changed(identity, 4, now) == ["stages", "flow"]  # a manifest of that format lacks nothing by age
+    assert saved.changed(identity, 2, now | {"run.seed": 1}) == ["run.seed"]
+    assert saved.changed(identity, 2, now | {"stages": now["stages"][:1]}) == ["stages"]
+    assert saved.changed({"deepspeed": {"zero_stage": 2}}, 2, {"deepspeed": {"zero_stage": 2, "new": "x"}}) == []
+
+
+def test_a_configuration_that_cannot_be_read_is_named(old):
+    (old / "small/config.yaml").write_text("train: [")
+    with pytest.raises(UserError, match=r"small/config.yaml"):
+        parse("--run.dir", old / "small")
