@@ -146,13 +146,15 @@ def test_torchrun_and_python_train_to_the_same_weights_as_deepspeed(tmp_path, da
 def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_path, data):
     values = small_config(
         data, tmp_path / "run", data__condition={"image": 0.3, "image_text": 0.4, "text": 0.3}, data__num_workers=1,
-        model__activation_checkpointing=True,
+        model__activation_checkpointing=True, train__drawn_per_rank=2, train__micro_batch_size=1,
     )  # fmt: skip
     config = write_config(values, tmp_path / "config.yaml")
     run_ok("--deepspeed", ds_config(tmp_path), "--config", config, ranks=2)
     seed = build_config(merge(tiny(), values)).run.seed
     modes = ConditionModes(**values["data"]["condition"])
     assert {draw_mode(modes, seed, update, 0) for update in range(6)} == {"image", "image_text", "text"}
+    position = json.loads((tmp_path / "run/checkpoints/update-0000006/manifest.json").read_text())["data"]
+    assert (position["micro_batch_size"], position["world_size"]) == (2, 2)  # drawn by twos, computed one by one
     half = copy_until(tmp_path / "run", tmp_path / "half", 2)
     run_ok("--deepspeed", ds_config(tmp_path), "--config", config, "--run.dir", half, ranks=2)
     assert_same(final_weights(tmp_path / "run"), final_weights(half))
