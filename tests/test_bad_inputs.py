@@ -144,7 +144,9 @@ def test_a_pickle_beside_those_that_were_hashed_is_refused(tmp_path):
 def test_a_newer_format_is_not_passed_over(tmp_path):
     save(tmp_path, 4)
     reseal(save(tmp_path, 8), format=99)
-    assert f"update-0000008: format 99 is newer than this code's {manifest.FORMAT}; update megaflux" in refusal(tmp_path)
+    assert f"update-0000008: format 99 is newer than this code's {manifest.FORMAT}; update megaflux" in refusal(
+        tmp_path
+    )
 
 
 def test_where_there_is_no_checkpoint(tmp_path):

@@ -24,7 +24,7 @@ from megaflux import compat  # noqa: F401  (before diffusers)
 # isort: split
 from diffusers import FluxTransformer2DModel
 
-from megaflux.models.flux import all_blocks, fuse, is_fused, pack_projections, unfuse
+from megaflux.models.flux import all_blocks, even_attention_gradients, fuse, is_fused, pack_projections, unfuse
 
 ARMS: dict[str, tuple[str | None, bool]] = {
     "diffusers-eager": (None, False),
@@ -66,6 +66,7 @@ def build(flux_config: dict[str, Any], dtype: torch.dtype) -> FluxTransformer2DM
 def set_arm(transformer: FluxTransformer2DModel, arm: str) -> None:
     """Give a transformer the path of an arm."""
     policy, checkpointing = ARMS[arm]
+    even_attention_gradients(transformer)  # without it no arm's backward pass is right on a Hopper GPU
     if policy is None:
         unfuse(transformer)
     else:

@@ -30,7 +30,7 @@ from megaflux import compat  # noqa: F401  (before diffusers)
 from diffusers import FluxTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from megaflux.models.flux_functions import mlp, modulated, modulated_linear, pack
+from megaflux.models.flux_functions import even_gradient, mlp, modulated, modulated_linear, pack
 from megaflux_kernels.biased_attention import biased_attention
 from megaflux_kernels.gate_residual import gate_residual
 from megaflux_kernels.modulate import modulate
@@ -104,6 +104,19 @@ def unfuse(transformer: FluxTransformer2DModel) -> None:
 
 def is_fused(transformer: nn.Module) -> bool:
     return "fused" in vars(transformer)
+
+
+def even_attention_gradients(transformer: FluxTransformer2DModel) -> None:
+    """Give diffusers' own attention gradients of one layout on a GPU, as the fused blocks have them (see
+    `flux_functions.even_gradient`). Once or often: it is the same."""
+    for block in all_blocks(transformer):
+        if _even_outputs not in block.attn._forward_hooks.values():
+            block.attn.register_forward_hook(_even_outputs)
+
+
+def _even_outputs(attn: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    # A single block's output only: a double block's has passed linears already, whose gradients are joined.
+    return even_gradient(output) if isinstance(output, Tensor) else output
 
 
 def all_blocks(transformer: FluxTransformer2DModel) -> list[nn.Module]:
@@ -251,10 +264,8 @@ def _attention(block: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor |
     if (probe := vars(block).get("attention_probe")) is not None:  # see generation.attention_map
         probe(q, k, bias)
     if bias is None:
-        out = F.scaled_dot_product_attention(q, k, v)
-    else:
-        out = biased_attention(q, k, v, bias)
-    return out.transpose(1, 2).flatten(2)
+        return even_gradient(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    return biased_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
 
 def _attention_options(options: dict[str, Any] | None) -> tuple[Tensor | None, bool]:

@@ -18,6 +18,24 @@ from torch import Tensor, nn
 from megaflux_kernels import gelu_concat, modulate
 
 
+def even_gradient(attn_output: Tensor) -> Tensor:
+    """The tensor itself, (B, S, W); on a GPU its gradient is contiguous.
+
+    torch's cuDNN attention remembers a plan for its backward pass by the layout of q, k and v, not by that of the gradient
+    (aten/src/ATen/native/cudnn/MHA.cpp, the key of run_cudnn_SDP_bprop). A single block's gradient is a slice of a wider
+    tensor, a double block's is not: the second to come is read by the first one's strides, out of bounds. Seen on an H200
+    with torch 2.11 and cuDNN 9.19; diffusers' own blocks do the same.
+    """
+    if torch.is_grad_enabled() and attn_output.requires_grad and copies_gradients(attn_output):
+        return _EvenGradient.apply(attn_output)
+    return attn_output
+
+
+def copies_gradients(x: Tensor) -> bool:
+    """Whether `even_gradient` does anything: CPUs have no such attention."""
+    return x.is_cuda
+
+
 def linears(*layers: nn.Linear) -> list[Tensor]:
     """Weights, then biases, of the layers of one product."""
     return [layer.weight for layer in layers] + [layer.bias for layer in layers]
@@ -87,6 +105,16 @@ def pack(*layers: nn.Linear) -> None:
         for parameter in parameters:
             parameter.data = joined[start : start + parameter.shape[0]]
             start += parameter.shape[0]
+
+
+class _EvenGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, attn_output):
+        return attn_output.view_as(attn_output)
+
+    @staticmethod
+    def backward(ctx, dattn_output):
+        return dattn_output.contiguous()
 
 
 class _Modulated(torch.autograd.Function):

@@ -10,8 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from megaflux import compat  # noqa: F401  (before diffusers)
+
+# isort: split
+from diffusers import FluxTransformer2DModel
+
 from megaflux.models.connector import folded
-from megaflux.models.flux import Policy, fuse, is_fused, unfuse
+from megaflux.models.flux import Policy, even_attention_gradients, fuse, is_fused, unfuse
 from megaflux.models.latents import text_ids
 from megaflux.models.vlm import Condition, defer_norm
 from megaflux_kernels.dispatch import describe
@@ -30,6 +35,8 @@ class Qwen2VLFlux(nn.Module):
         self.vlm = vlm
         self.connector = connector
         self.transformer = transformer
+        if isinstance(transformer, FluxTransformer2DModel):
+            even_attention_gradients(transformer)
 
     @property
     def fused(self) -> bool:
