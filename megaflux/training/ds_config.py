@@ -56,8 +56,8 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     if zero_stage(values) not in (2, 3):
         raise UserError(f"{where}: zero_optimization.stage must be 2 or 3, got {zero_stage(values)!r}")
     bucket = values["zero_optimization"].get("reduce_bucket_size", BUCKET_ELEMENTS)
-    if isinstance(bucket, bool) or not isinstance(bucket, int | float) or not 0 < bucket < float("inf"):
-        raise UserError(f"{where}: zero_optimization.reduce_bucket_size must be a number above 0, got {bucket!r}")
+    if isinstance(bucket, bool) or not isinstance(bucket, int | float) or not 1 <= bucket < float("inf"):
+        raise UserError(f"{where}: zero_optimization.reduce_bucket_size must be a number from 1, got {bucket!r}")
     return values
 
 

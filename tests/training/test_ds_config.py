@@ -58,9 +58,9 @@ def test_shipped_files_resolve_for_the_published_recipe(path):
         ({"bf16": True}, "bf16 must be an object"),
         ({"zero_optimization": {"stage": 4}}, "must be 2 or 3"),
         ({"timers": True}, "timers must be an object"),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "1e8"}}, "must be a number above 0"),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}, "must be a number above 0"),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": True}}, "must be a number above 0"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "1e8"}}, "must be a number from 1"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0.5}}, "must be a number from 1"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": True}}, "must be a number from 1"),
     ],
 )
 def test_refused_in_one_line(tmp_path, content, words):
