@@ -8,14 +8,17 @@ import torch
 
 from megaflux.config import build_config
 from megaflux.errors import UserError
+from megaflux.models.pretrained import meta_models
 from megaflux.presets import PRESETS
 from megaflux.training.ds_config import (
+    BUCKET_ELEMENTS,
     accumulation_steps,
     batch_problem,
     compute_dtype,
     load_ds_config,
     resolve_ds_config,
 )
+from megaflux.training.stages import trainable_names
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -54,6 +57,10 @@ def test_shipped_files_resolve_for_the_published_recipe(path):
         ({"fp16": {"enabled": True}}, "fp16 is not supported"),
         ({"bf16": True}, "bf16 must be an object"),
         ({"zero_optimization": {"stage": 4}}, "must be 2 or 3"),
+        ({"timers": True}, "timers must be an object"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "1e8"}}, "must be a number from 1"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0.5}}, "must be a number from 1"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": True}}, "must be a number from 1"),
     ],
 )
 def test_refused_in_one_line(tmp_path, content, words):
@@ -75,6 +82,26 @@ def test_without_bf16_all_is_float32(tmp_path):
     assert compute_dtype(load_ds_config(write(tmp_path / "a.json", zero))) is torch.float32
     off = write(tmp_path / "b.json", zero | {"bf16": {"enabled": False}, "fp16": {"enabled": False}})
     assert compute_dtype(load_ds_config(off)) is torch.float32
+
+
+def test_what_the_file_does_not_name_is_filled_in_and_what_it_names_is_kept():
+    config = build_config(PRESETS["dev"]())
+    resolved = resolve_ds_config({"zero_optimization": {"stage": 2}}, config, 8)
+    assert resolved["zero_optimization"] == {"stage": 2, "reduce_bucket_size": BUCKET_ELEMENTS}
+    assert resolved["timers"] == {"throughput": {"enabled": False}}
+    own = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1e6}, "timers": {"throughput": {"enabled": True}}}
+    resolved = resolve_ds_config(own, config, 8)
+    assert resolved["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1_000_000}
+    assert resolved["timers"] == own["timers"]
+
+
+def test_a_bucket_holds_the_largest_parameter_that_dev_trains():
+    config = build_config(PRESETS["dev"]())
+    module, _ = meta_models(config)
+    parameters = dict(module.named_parameters())
+    for stage in config.stages:
+        largest = max(parameters[name].numel() for name in trainable_names(module, stage))
+        assert BUCKET_ELEMENTS / 8 < largest <= BUCKET_ELEMENTS
 
 
 def test_the_given_dict_is_left_alone():
