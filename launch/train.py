@@ -15,7 +15,7 @@ from megaflux.config import Parser, add_config_arguments, parse_config
 from megaflux.errors import UserError, exit_on_user_error
 from megaflux.training import saved
 from megaflux.training.checks import find_problems
-from megaflux.training.ds_config import load_ds_config
+from megaflux.training.ds_config import load_ds_config, with_defaults
 from megaflux.training.watch import Watch
 
 DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
@@ -24,11 +24,12 @@ DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
 def main() -> int | None:
     """Parse first and import the heavy libraries after, so that bad input is answered at once."""
     args, config = parse_config(build_parser(), saved=saved.resume_values)
-    if kept := saved.resume_values(config):
+    kept = saved.resume_values(config)
+    if kept is not None:
         saved.refuse_changes(config, kept)
     if args.kept and os.environ.get("RANK", "0") == "0":
         print(saved.describe(config.run.dir, args.kept), file=sys.stderr)
-    ds_config = load_ds_config(args.deepspeed)
+    ds_config = with_defaults(load_ds_config(args.deepspeed), None if kept is None else saved.ds_config(config.run.dir))
     if args.dry_run:
         if os.environ.get("RANK", "0") != "0":
             return 0  # a launcher started several: one report is enough

@@ -18,8 +18,9 @@ from megaflux.export import export
 from megaflux.models.pretrained import load_vae
 from megaflux.presets import PRESETS
 from megaflux.training import manifest, saved
+from megaflux.training.ds_config import load_ds_config, with_defaults
 from tests.conftest import picture
-from tests.training.runs import launch
+from tests.training.runs import ROOT, launch
 
 OLD = Path(__file__).parent / "old_runs" / "a9a4819"
 VAE = "diffusion_pytorch_model.safetensors"
@@ -52,6 +53,7 @@ def test_an_old_run_is_resumed_with_its_own_values_to_the_end_that_it_would_have
     # Another processor may round otherwise, so not to the bit.
     assert losses(run)[-1] == pytest.approx(json.loads((OLD / "end.json").read_text())[name][-1], rel=1e-4)
     values = yaml.safe_load((OLD / f"{name}.yaml").read_text())
+    assert saved.ds_config(str(run))["zero_optimization"]["use_multi_rank_bucket_allreduce"] is True
     config = saved.load(run)
     assert (config.preset, config.train.updates) == (values["preset"], values["train"]["updates"])
     assert manifest.read(manifest.listed(run)[config.train.updates])["format"] == manifest.FORMAT
@@ -94,6 +96,17 @@ def test_a_changed_default_never_changes_a_run(old, monkeypatch):
     # Where there is nothing to resume, today's defaults hold.
     shutil.rmtree(run / "checkpoints")
     assert parse("--run.dir", run, "--preset", "dev")[1].optim.lr == 5.0
+
+
+def test_an_old_runs_gradients_are_summed_in_the_order_that_they_were(old):
+    theirs = saved.ds_config(str(old / "small"))
+    given = load_ds_config(ROOT / "ds_configs/zero2.json")
+    new, resumed = with_defaults(given)["zero_optimization"], with_defaults(given, theirs)["zero_optimization"]
+    assert (resumed["use_multi_rank_bucket_allreduce"], resumed["reduce_bucket_size"]) == (True, 5e8)
+    assert new["use_multi_rank_bucket_allreduce"] is False and new["reduce_bucket_size"] < 1e8
+    assert with_defaults(given, with_defaults(given))["zero_optimization"] == new  # a run of today, resumed
+    mine = given | {"zero_optimization": given["zero_optimization"] | {"reduce_bucket_size": 7}}
+    assert with_defaults(mine, theirs)["zero_optimization"]["reduce_bucket_size"] == 7
 
 
 def test_a_start_that_stopped_early_does_not_stop_the_next_one(old):

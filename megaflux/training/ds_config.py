@@ -23,9 +23,15 @@ OWNED = {
     "optimizer": "optim",
     "scheduler": "optim.warmup_fraction and optim.plateau_fraction",
 }
-# Gradients reduced at once, in elements, where the file names no reduce_bucket_size. Of what dev trains the largest
-# parameter, a product of Qwen's MLP, has 67.9 M; DeepSpeed's own 500 M would take 4 GB during every backward.
-BUCKET_ELEMENTS = 70_000_000
+# Keys of zero_optimization that are filled in where the file does not name them: (in a new run, in one begun before they
+# were filled in, which had DeepSpeed's own).
+FILLED = {
+    # Gradients reduced at once, in elements. Of what dev trains the largest parameter, a product of Qwen's MLP, has 67.9 M;
+    # DeepSpeed's own would take 4 GB during every backward.
+    "reduce_bucket_size": (70_000_000, 500_000_000),
+    # False: each gradient goes to the rank that steps it, and not to all.
+    "use_multi_rank_bucket_allreduce": (False, True),
+}
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
@@ -55,10 +61,18 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{where}: fp16 is not supported: use bf16, or neither for float32")
     if zero_stage(values) not in (2, 3):
         raise UserError(f"{where}: zero_optimization.stage must be 2 or 3, got {zero_stage(values)!r}")
-    bucket = values["zero_optimization"].get("reduce_bucket_size", BUCKET_ELEMENTS)
+    bucket = with_defaults(values)["zero_optimization"]["reduce_bucket_size"]
     if isinstance(bucket, bool) or not isinstance(bucket, int | float) or not 1 <= bucket < float("inf"):
         raise UserError(f"{where}: zero_optimization.reduce_bucket_size must be a number from 1, got {bucket!r}")
     return values
+
+
+def with_defaults(ds_config: dict[str, Any], resumed: dict[str, Any] | None = None) -> dict[str, Any]:
+    """DeepSpeed's configuration with FILLED. resumed: that of a run which is resumed, whose values then stand where the file
+    names none, so that sums over more than two ranks keep their order; None: a new run."""
+    zero, before = ds_config.get("zero_optimization", {}), (resumed or {}).get("zero_optimization", {})
+    filled = {key: new if resumed is None else before.get(key, old) for key, (new, old) in FILLED.items()}
+    return ds_config | {"zero_optimization": filled | zero}
 
 
 def resolve_ds_config(ds_config: dict[str, Any], config: Config, world_size: int) -> dict[str, Any]:
@@ -68,8 +82,7 @@ def resolve_ds_config(ds_config: dict[str, Any], config: Config, world_size: int
     UserError where the global batch does not divide; see accumulation_steps.
     """
     config = config.for_world(world_size)
-    zero = ds_config.get("zero_optimization", {})
-    ds_config = ds_config | {"zero_optimization": zero | {"reduce_bucket_size": bucket_elements(ds_config)}}
+    ds_config = with_defaults(ds_config)
     # DeepSpeed's throughput timer waits for the GPU twice per micro-batch, and nothing reads it: the monitor measures.
     ds_config["timers"] = {"throughput": {"enabled": False}} | ds_config.get("timers", {})
     if uses_bf16(ds_config):  # without it a gradient that is not finite would be stepped on, unclipped
@@ -134,7 +147,7 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
 
 def bucket_elements(ds_config: dict[str, Any]) -> int:
     """Gradients that are reduced at once, in elements; a larger parameter is reduced alone."""
-    return int(ds_config.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET_ELEMENTS))
+    return int(with_defaults(ds_config)["zero_optimization"]["reduce_bucket_size"])
 
 
 def sharding(ds_config: dict[str, Any]) -> dict[str, Any]:

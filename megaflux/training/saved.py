@@ -12,6 +12,7 @@ of the configuration that must not change. Two rules keep old runs alive:
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,15 @@ def resume_values(config: Config) -> dict[str, Any] | None:
         section, _, name = path.partition(".")
         values[section][name] = getattr(getattr(config, section), name)
     return values
+
+
+def ds_config(run_dir: str) -> dict[str, Any]:
+    """DeepSpeed's configuration that a run was last started with; {} where there is none that can be read."""
+    try:
+        values = json.loads((Path(run_dir) / "ds_config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) and isinstance(values.get("zero_optimization"), dict) else {}
 
 
 def describe(run_dir: str, kept: dict[str, Any]) -> str:

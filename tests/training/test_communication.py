@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megaflux.training.distributed import World
-from megaflux.training.ds_config import BUCKET_ELEMENTS, load_ds_config
+from megaflux.training.ds_config import FILLED, load_ds_config
 from megaflux.training.engine import StageEngine
 from tests.training.carry_worker import Toy, toy_config
 from tests.training.parity_worker import MICROS, update
@@ -147,7 +147,7 @@ def test_no_timer_waits_for_the_device_and_buckets_fit_what_trains(tmp_path, mon
 
     waits = []
     engine = StageEngine(Toy(), toy_config().for_world(1), json.loads(ds_config(tmp_path, base=base).read_text()), 0, 1)
-    assert engine.deepspeed.optimizer.reduce_bucket_size == BUCKET_ELEMENTS
+    assert engine.deepspeed.optimizer.reduce_bucket_size == FILLED["reduce_bucket_size"][0]
     monkeypatch.setattr(get_accelerator(), "synchronize", lambda *device: waits.append(device))
     for number in range(4):  # the timer lets two updates pass before its first wait
         engine.set_learning_rate(number)

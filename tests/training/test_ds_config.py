@@ -11,7 +11,7 @@ from megaflux.errors import UserError
 from megaflux.models.pretrained import meta_models
 from megaflux.presets import PRESETS
 from megaflux.training.ds_config import (
-    BUCKET_ELEMENTS,
+    FILLED,
     accumulation_steps,
     batch_problem,
     compute_dtype,
@@ -87,7 +87,7 @@ def test_without_bf16_all_is_float32(tmp_path):
 def test_what_the_file_does_not_name_is_filled_in_and_what_it_names_is_kept():
     config = build_config(PRESETS["dev"]())
     resolved = resolve_ds_config({"zero_optimization": {"stage": 2}}, config, 8)
-    assert resolved["zero_optimization"] == {"stage": 2, "reduce_bucket_size": BUCKET_ELEMENTS}
+    assert resolved["zero_optimization"] == {"stage": 2} | {key: new for key, (new, _) in FILLED.items()}
     assert resolved["timers"] == {"throughput": {"enabled": False}}
     own = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1e6}, "timers": {"throughput": {"enabled": True}}}
     resolved = resolve_ds_config(own, config, 8)
@@ -101,7 +101,7 @@ def test_a_bucket_holds_the_largest_parameter_that_dev_trains():
     parameters = dict(module.named_parameters())
     for stage in config.stages:
         largest = max(parameters[name].numel() for name in trainable_names(module, stage))
-        assert BUCKET_ELEMENTS / 8 < largest <= BUCKET_ELEMENTS
+        assert FILLED["reduce_bucket_size"][0] / 8 < largest <= FILLED["reduce_bucket_size"][0]
 
 
 def test_the_given_dict_is_left_alone():
