@@ -91,7 +91,7 @@ def test_what_the_file_does_not_name_is_filled_in_and_what_it_names_is_kept():
     assert resolved["timers"] == {"throughput": {"enabled": False}}
     own = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1e6}, "timers": {"throughput": {"enabled": True}}}
     resolved = resolve_ds_config(own, config, 8)
-    assert resolved["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1_000_000}
+    assert resolved["zero_optimization"]["reduce_bucket_size"] == 1_000_000
     assert resolved["timers"] == own["timers"]
 
 
