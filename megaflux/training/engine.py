@@ -188,6 +188,14 @@ class StageEngine:
         flats = zero.fp32_partitioned_groups_flat
         return [(firsts[zero.sub_group_to_group_id[i]], flat) for i, flat in enumerate(flats)]
 
+    def coming(self, device: torch.device) -> list[int]:
+        """Bytes of each tensor that the updates to come keep on a device and that is not there yet: Adam's moments before
+        the first step, and the fp32 sum of the gradients, which every step gives back."""
+        state = self.deepspeed.optimizer.optimizer.state
+        flats = [flat for _, flat in self._flat_groups() if flat.device == device]
+        moments = [flat.nbytes for flat in flats for key in MOMENTS if key not in state.get(flat, {})]
+        return moments + [flat.nbytes for flat in flats]
+
     def take_over(self, carried: Carried) -> None:
         """Put Adam's memory, whole by name, into this rank's part of the optimizer. Collective."""
         zero = self.deepspeed.optimizer
@@ -271,7 +279,7 @@ class _Found:
             for module in self.module.modules():
                 for name in ("pre_bwd_fn", "post_bwd_fn"):  # classes around the engine's own functions
                     vars(module).pop(name, None)
-            stack = parameter_offload.FWD_MODULE_STACK  # a global one: each engine puts its module on, none takes it off
+            stack = parameter_offload.FWD_MODULE_STACK  # each engine puts its module on, and none takes it off
             stack[:] = [module for module in stack if module is not self.module]
 
 
