@@ -289,7 +289,7 @@ def _hooks(module: nn.Module) -> dict[tuple[int, str, int], tuple[dict[int, Any]
         (id(submodule), kind, number): (hooks, number)
         for submodule in module.modules()
         for kind, hooks in vars(submodule).items()
-        if kind.endswith("_hooks") and isinstance(hooks, dict)
+        if "_hooks" in kind and isinstance(hooks, dict)
         for number in hooks
     }
 

@@ -177,6 +177,7 @@ class Plan:
 
     def _fits(self, models: Models, engine: StageEngine, policies: list[Policy]) -> bool:
         models.trainable.configure(uses_kernels(self.config, self.ds_config), policies)
+        fits = True
         try:
             with _held(self.world.device, [*engine.coming(self.world.device), self._in_flight(policies)]):
                 for bucket in self._buckets:
@@ -184,10 +185,9 @@ class Plan:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            return False
-        finally:
-            release_memory()
-        return True
+            fits = False
+        release_memory()  # past the handler: its traceback holds all that the try had made
+        return fits
 
     @property
     def _micro(self) -> int:
