@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from megaflux.allocator import expand_segments
+
 if TYPE_CHECKING:
     from megaflux.generation.pipeline import Dot, Qwen2VLFluxPipeline, Reference, Weighting
 
 __all__ = ["Dot", "Qwen2VLFluxPipeline", "Reference", "Weighting"]
+
+expand_segments()  # before anything of this package imports torch, whatever a person started
 
 
 def __getattr__(name: str) -> Any:

@@ -47,9 +47,11 @@ class StageEngine:
         self.hooks = stages.FreezingHooks(module, self.first_stage, config.monitor.label_blocks)
         optimizer = optim.build_optimizer(optim.parameter_groups(module, self.first_stage), config.optim)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        self._found = _Found(module)
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=resolve_ds_config(ds_config, config, world_size)
         )
+        self._found.note_hooks_since()
         _restore_buffers(module, buffers)
         self.sharding = sharding(ds_config)
         self.zero_stage = self.sharding["zero_stage"]
@@ -125,7 +127,7 @@ class StageEngine:
         inner = self.deepspeed.optimizer.optimizer
         for first_stage, flat in self._flat_groups():
             if "step" in inner.state.get(flat, {}):
-                carried.steps[first_stage] = inner.state[flat]["step"].clone()
+                carried.steps[first_stage] = inner.state[flat]["step"].detach().cpu().clone()
         if not carried.steps:  # not one step taken (all were skipped): nothing to carry
             return carried
         if self.zero_stage < 3:  # linked by the first step, which an engine resumed at its stage's end never takes
@@ -138,17 +140,23 @@ class StageEngine:
         return carried
 
     def close(self) -> None:
-        """Take the engine and the hooks off the module, which stays usable and keeps its weights."""
+        """Take the engine and all hooks off the module, which stays usable and keeps its weights (under ZeRO-3: in parts,
+        as the next engine takes them). Nothing of the engine, its optimizer and its buffers lives on, unless the caller
+        holds it."""
+        zero_optimizer = self.deepspeed.optimizer
         self.deepspeed.destroy()
         self.hooks.remove()
+        self._found.restore(self.deepspeed, zero_optimizer, keep_partitions=self.zero_stage == 3)
         for parameter in self.module.parameters():
             parameter.grad = None
-            if self.zero_stage < 3:  # out of the engine's flat buffer, which a single view of it would keep alive
+            # Out of the engine's flat buffer, which a single view of it would keep alive.
+            if self.zero_stage < 3:
                 parameter.data = parameter.data.clone()
-        self.deepspeed = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            else:
+                parameter.ds_tensor.data = parameter.ds_tensor.data.clone()
+        self.deepspeed = self._found = None
+        del zero_optimizer
+        release_memory()
 
     def _put_judge_before_step(self) -> None:
         """Between DeepSpeed's gradient norm and its step: what the judge refuses is told to it as an invalid norm, which
@@ -180,14 +188,20 @@ class StageEngine:
         flats = zero.fp32_partitioned_groups_flat
         return [(firsts[zero.sub_group_to_group_id[i]], flat) for i, flat in enumerate(flats)]
 
+    def coming(self, device: torch.device) -> list[int]:
+        """Bytes of each tensor that the updates to come keep on a device and that is not there yet: Adam's moments before
+        the first step, and the fp32 sum of the gradients, which every step gives back."""
+        state = self.deepspeed.optimizer.optimizer.state
+        flats = [flat for _, flat in self._flat_groups() if flat.device == device]
+        moments = [flat.nbytes for flat in flats for key in MOMENTS if key not in state.get(flat, {})]
+        return moments + [flat.nbytes for flat in flats]
+
     def take_over(self, carried: Carried) -> None:
         """Put Adam's memory, whole by name, into this rank's part of the optimizer. Collective."""
         zero = self.deepspeed.optimizer
         # torch creates Adam's state at the first step; create it now, for there is something to put in.
         for first_stage, flat in self._flat_groups():
-            step = carried.steps.get(first_stage)
-            step = torch.zeros((), device=flat.device) if step is None else step.clone()
-            zero.optimizer.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+            zero.optimizer.state[flat] = adam_state(flat, carried.steps.get(first_stage))
         if self.zero_stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.module.named_parameters():
@@ -216,6 +230,68 @@ class StageEngine:
 def whole_size(parameter: nn.Parameter) -> int:
     """Numbers in a parameter, which ZeRO-3 empties between its uses."""
     return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def adam_state(flat: Tensor, step: Tensor | None) -> dict[str, Tensor]:
+    """The state that torch's AdamW keeps of one tensor, its moments at zero, all on the tensor's device: the fused one
+    refuses a step that lies elsewhere. step: steps taken, 0-dim float32 on any device; None: none."""
+    taken = torch.zeros((), dtype=torch.float32) if step is None else step
+    return {"step": taken.to(flat.device, copy=True), **{key: torch.zeros_like(flat) for key in MOMENTS}}
+
+
+def release_memory() -> None:
+    """Give back what nothing holds any more: DeepSpeed's engines and our models lie in reference cycles, which Python
+    finds when it likes, and torch keeps a GPU's freed memory to itself."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class _Found:
+    """A module as it was before DeepSpeed built an engine on it: `destroy` leaves hooks and attributes that lead back to
+    the engine, and so keep its optimizer and all its buffers alive."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.hooks = _hooks(module)
+        self.attributes = {parameter: set(vars(parameter)) for parameter in module.parameters()}
+        self.added: list[tuple[dict[int, Any], int]] = []
+
+    def note_hooks_since(self) -> None:
+        """Call it right after: what was not there before is DeepSpeed's."""
+        self.added = [hook for key, hook in _hooks(self.module).items() if key not in self.hooks]
+
+    def restore(self, engine: Any, zero_optimizer: Any, keep_partitions: bool) -> None:
+        """Take off the hooks, and of parameters and submodules the attributes that DeepSpeed gave them.
+
+        keep_partitions: a parameter's weights are in its attributes (ZeRO-3); only what leads back to the engine goes."""
+        from deepspeed.runtime.zero import parameter_offload
+
+        for hooks, number in self.added:
+            hooks.pop(number, None)
+        for handle in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
+            handle and handle.remove()  # the engine may have put them on again
+        for parameter, known in self.attributes.items():
+            for name, value in list(vars(parameter).items()):
+                if name not in known and (not keep_partitions or value is zero_optimizer):
+                    delattr(parameter, name)
+        if keep_partitions:
+            for module in self.module.modules():
+                for name in ("pre_bwd_fn", "post_bwd_fn"):  # classes around the engine's own functions
+                    vars(module).pop(name, None)
+            stack = parameter_offload.FWD_MODULE_STACK  # each engine puts its module on, and none takes it off
+            stack[:] = [module for module in stack if module is not self.module]
+
+
+def _hooks(module: nn.Module) -> dict[tuple[int, str, int], tuple[dict[int, Any], int]]:
+    """Where each hook of each submodule is: in which dictionary of it, under which number."""
+    return {
+        (id(submodule), kind, number): (hooks, number)
+        for submodule in module.modules()
+        for kind, hooks in vars(submodule).items()
+        if "_hooks" in kind and isinstance(hooks, dict)
+        for number in hooks
+    }
 
 
 def _restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:

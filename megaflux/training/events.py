@@ -2,7 +2,8 @@
 
 kind        facts beside {"time": seconds since 1970, "kind": ...}; all durations in seconds
 start       update (that the attempt goes on from), world_size, pid, host
-ready       update; the first update begins
+ready       update, plan (what is computed again), limit (bytes to plan with, after out_of_memory; else null); the first
+            update begins
 progress    update, seconds (spent in updates since the last progress), data_wait (of them)
 save        update, seconds
 validation  update, seconds
@@ -24,7 +25,7 @@ log = logging.getLogger("megaflux")
 NAME = "events.jsonl"
 LATEST = 1e11  # s since 1970: the year 5138
 FAULTS = ("skipped_update", "spike", "rollback", "checkpoint_refused", "replaced_sample", "stale_shared_memory",
-          "hang", "disk")  # fmt: skip
+          "hang", "disk", "out_of_memory")  # fmt: skip
 
 
 class Events:

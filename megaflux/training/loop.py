@@ -31,11 +31,12 @@ from megaflux.training import checkpoint, distributed, elastic, memory, noise, s
 from megaflux.training.cache import cached_dataset
 from megaflux.training.checkpoint import Checkpoint
 from megaflux.training.distributed import World
-from megaflux.training.ds_config import accumulation_steps, compute_dtype, uses_kernels
-from megaflux.training.engine import Carried, StageEngine
+from megaflux.training.ds_config import accumulation_steps, compute_dtype
+from megaflux.training.engine import Carried, StageEngine, release_memory
 from megaflux.training.events import Events
 from megaflux.training.guard import Guard
 from megaflux.training.monitor import Monitor
+from megaflux.training.out_of_memory import Plan, is_out_of_memory
 from megaflux.training.setup import lock_run_folder, prepare_data, prepare_run_folder
 from megaflux.training.stages import trainable_names
 from megaflux.training.validation import References
@@ -64,12 +65,14 @@ def train(config: Config, ds_config: dict[str, Any], watch: Watch) -> int:
         events.record("fault", what="checkpoint_refused", update=resumed.update, detail=line)
     prepare_data(config, world)
 
-    went_back_to, behind = set(), None
+    plan, went_back_to, behind = Plan(config, ds_config, world), set(), None
     try:
         while True:
-            outcome = _run(config, ds_config, world, watch, events, resumed, behind)
+            outcome = _run(config, ds_config, world, watch, events, plan, resumed, behind)
             if not isinstance(outcome, Diverged):
                 break
+            # The models are loaded anew, for a checkpoint has no weights that later stages changed; never beside the old.
+            release_memory()
             # The state is as the last update left it, and that one may be the cause: back to the last checkpoint, and
             # on behind the data that was dropped.
             watch.pause()
@@ -91,6 +94,10 @@ def train(config: Config, ds_config: dict[str, Any], watch: Watch) -> int:
             events.record("fault", what="disk", update=-1, detail=str(error))
         events.record("stop", update=-1, why="error", detail=str(error))
         raise
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        plan.leave(error)
     watch.close()
     distributed.stop()
     return outcome
@@ -108,8 +115,8 @@ class Diverged:
 
 
 def _run(
-    config: Config, ds_config: dict[str, Any], world: World, watch: Watch, events: Events, resumed: Checkpoint | None,
-    behind: Diverged | None,
+    config: Config, ds_config: dict[str, Any], world: World, watch: Watch, events: Events, plan: Plan,
+    resumed: Checkpoint | None, behind: Diverged | None,
 ) -> int | Diverged:  # fmt: skip
     """From a checkpoint, or the start, to the end, a signal, or divergence. behind: what sent the run back to it; its data
     are left out."""
@@ -134,7 +141,7 @@ def _run(
         guard.dropped = max(guard.dropped, behind.dropped if behind else 0)
         log.info("resuming %s at update %d", config.run.dir, resumed.update)
     batches = pieces(iter(loader), config.train.micro_batch_size)
-    done = resumed.update if resumed else 0
+    done = plan.update = resumed.update if resumed else 0
     monitor = Monitor(config, world, models.trainable, done, events)
     last = config.train.stop_after or config.train.updates
     carried, outcome = Carried(), 0
@@ -145,13 +152,13 @@ def _run(
         with _not_counted(monitor):
             if not (resumed and stage == resumed.stage):
                 guard.new_stage()
+            plan.enter(config.stages[stage])
             engine = StageEngine(models.trainable, config, ds_config, stage, world.size, carried, guard.judge)
             if resumed and stage == resumed.stage:
                 checkpoint.load_training_state(resumed, engine, world)
             trained = checkpoint.count_trained(config, models.trainable, stage)
             space.check(config, engine, trained, world, kept=checkpoint.kept_for_good(config, done))
-            policies = memory.choose_policies(config, ds_config, world, models, config.stages[stage])
-            models.trainable.configure(uses_kernels(config, ds_config), policies)
+            policies = plan.choose(models, engine)
             log.info("stage %s: %d parameters train; %s; computed again in the backward pass, %s",
                      config.stages[stage].name, engine.num_trainable, models.trainable.describe(),
                      memory.counted(policies))  # fmt: skip
@@ -162,7 +169,7 @@ def _run(
             if cut_off:
                 _panel(engine, config, models, references, monitor, world, done, watch)
         watch.ready()
-        events.record("ready", update=done)
+        events.record("ready", update=done, plan=memory.counted(policies), limit=plan.limit)
 
         while done < min(stage_end, last):
             learning_rate, seen, keys = engine.set_learning_rate(done), Counter(), []
@@ -188,7 +195,7 @@ def _run(
                 # 7. at the last micro-batch: clip, AdamW; or nothing, where the guard refuses the gradient
                 engine.step()
                 monitor.micro_batch(losses, t, batch, stage, done)
-            done += 1
+            done = plan.update = done + 1
             watch.moved()
             # 8. what a person sees
             monitor.update(done, learning_rate, engine.grad_norm(), guard.dropped)
@@ -229,6 +236,7 @@ def _run(
             watch.pause()
         if outcome == 0 and stage + 1 < len(config.stages):
             carried = engine.carry(set(trainable_names(models.trainable, config.stages[stage + 1])))
+        losses = condition = latents = n = t = batch = None  # what its last micro-batch left on the device
         engine.close()
 
     monitor.close()

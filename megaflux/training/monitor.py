@@ -98,7 +98,7 @@ class Monitor:
         if update % self.config.monitor.every:
             return
         seconds = time.perf_counter() - self.since
-        self._tell_replacements()
+        allocators = self._gather_news()
         sums = sum_over_ranks(self.loss.clone(), self.world).cpu()
         images = self.images * self.world.size
         mean = (sums[:, 0].sum() / sums[:, 1].sum()).item()
@@ -113,18 +113,21 @@ class Monitor:
             "speed/mfu": self.flops / seconds / self.peak,
             "memory/peak_gb": peak_memory_gb(self.world),
         }
+        scalars |= allocator_scalars(allocators)
         scalars |= {f"train/loss_t{j}": (s / n).item() for j, (s, n) in enumerate(sums) if n > 0}
         self.scalars(scalars, update)
         self.show(loss=f"{mean:.3f}", lr=f"{learning_rate:.1e}", img_s=f"{images / seconds:.1f}")
         self._record_progress(seconds)
         self._reset()
 
-    def _tell_replacements(self) -> None:
-        """Every rank's, in the events and counted on all. Collective."""
-        new = [one for of_rank in gathered(self.replacements, self.world) for one in of_rank]
+    def _gather_news(self) -> list[dict[str, int]]:
+        """Every rank's replaced samples, in the events and counted on all, and its `allocator_state`. Collective."""
+        of_ranks = gathered((self.replacements, allocator_state(self.world)), self.world)
+        new = [one for replacements, _ in of_ranks for one in replacements]
         for update, line in new:
             self.events.record("fault", what="replaced_sample", update=update, detail=line)
         self.replaced, self.replacements = self.replaced + len(new), []
+        return [state for _, state in of_ranks]
 
     def _record_progress(self, seconds: float) -> None:
         self.events.record("progress", update=self.done, seconds=seconds, data_wait=self.data_wait)
@@ -166,7 +169,7 @@ class Monitor:
     def close(self) -> None:
         """Of a run that ends as agreed on. Collective."""
         if self.images:  # of updates since the last point
-            self._tell_replacements()
+            self._gather_news()
             self._record_progress(time.perf_counter() - self.since)
         self.bar.close()
         with self._never_fatal():
@@ -179,6 +182,25 @@ def peak_memory_gb(world: World) -> float:
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def allocator_state(world: World) -> dict[str, int]:
+    """Of this rank's GPU: most bytes reserved so far, and how often torch had to give its cache back to find room (each
+    time all work on the GPU waits); empty on a CPU."""
+    if world.device.type != "cuda":
+        return {}
+    state = torch.cuda.memory_stats(world.device)
+    return {"reserved": state.get("reserved_bytes.all.peak", 0), "retries": state.get("num_alloc_retries", 0)}
+
+
+def allocator_scalars(states: list[dict[str, int]]) -> dict[str, float]:
+    """Curves of all ranks' `allocator_state`: the highest peak in GB, and the retries of all together."""
+    if not all(states):
+        return {}
+    return {
+        "memory/reserved_peak_gb": max(state["reserved"] for state in states) / 1e9,
+        "memory/allocator_retries": sum(state["retries"] for state in states),
+    }
 
 
 def _peak_flops(config: Config, world: World) -> float:

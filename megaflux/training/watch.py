@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import psutil
 
@@ -102,7 +103,7 @@ class Watch:
         if self.signal is None:
             self._asked, self.signal = time.monotonic(), signal.Signals(number).name
         if not self._saveable:
-            _leave(f"{self.signal} while no update is under way: there is nothing to save", STOPPED)
+            leave(f"{self.signal} while no update is under way: there is nothing to save", STOPPED)
 
     def _look(self) -> None:
         while not self._ended.is_set():
@@ -119,7 +120,7 @@ class Watch:
             if orphaned and self.signal is None:
                 self._on_signal(signal.SIGTERM)
             if self.signal is not None and not orphaned and self._count_siblings() < self._siblings:
-                _leave(f"{self.signal}, and another rank of this machine is gone: no save is possible", STUCK)
+                leave(f"{self.signal}, and another rank of this machine is gone: no save is possible", STUCK)
             if self.signal is not None and not self._unhurried and now - self._asked > self.leave_within:
                 self._give_up(
                     f"{self.signal}, and no update ended within {self.leave_within:.0f} s (train.leave_within)"
@@ -132,7 +133,7 @@ class Watch:
         telling = threading.Thread(target=self.on_hang, args=(why,), daemon=True)
         telling.start()
         telling.join(2.0)
-        _leave(why, STUCK, stacks=True)
+        leave(why, STUCK, stacks=True)
 
     def _count_siblings(self) -> int:
         """Living ranks of this process' launcher, this one included; 0: there is no launcher."""
@@ -173,7 +174,8 @@ def _was_orphaned(launchers: list[int]) -> bool:
     return len(launchers) == 2 and launchers[1] == 1 and not _lives(os.getpgid(launchers[0]))
 
 
-def _leave(why: str, code: int, stacks: bool = False) -> None:
+def leave(why: str, code: int, stacks: bool = False) -> NoReturn:
+    """End this process at once: a line on stderr, every thread's stack where asked for, the exit code."""
     rank = os.environ.get("RANK", "0")
     print(f"rank {rank}: {why}", file=sys.stderr, flush=True)
     if stacks:

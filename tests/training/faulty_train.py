@@ -2,6 +2,8 @@
 
 nan, spike: the noise of that update is not finite, or huge. nan_from: from that update on, until the run went back.
 slow_save, slow_data, slow_validation: from that update on, that part takes 1.5 s more, and the file MARK says when it began.
+oom_forward, oom_backward, oom_step: the GPU's memory runs out in that part. small_gpu: where plans are tried out, and fit
+that rank only with every block computed again.
 DIGESTS=file in the environment: a line for each stage begun and ended, with the SHA-256 of every parameter's bytes.
 die, hang, throw: the rank ends itself, stops moving, or raises, in the forward pass. full: from there on its disk is full. slow: every update takes 0.3 s.
 """
@@ -27,7 +29,7 @@ mine = rank is None or int(os.environ.get("RANK", "0")) == rank
 
 from megaflux.training import noise  # noqa: E402
 
-real, calls, cured = noise.draw_time_and_noise, set(), []
+real, calls, cured, now = noise.draw_time_and_noise, set(), [], [-1]
 
 
 def draw(config, seed, at, keys, seen, latents):
@@ -35,6 +37,7 @@ def draw(config, seed, at, keys, seen, latents):
     if calls and at < max(calls):
         cured.append(at)
     calls.add(at)
+    now[0] = at
     if kind == "slow":
         time.sleep(0.3)
     if not mine:
@@ -83,6 +86,66 @@ if kind == "slow_data":
     from megaflux.data import loader
 
     slow_down(loader.BucketLoader, "_next")
+
+
+def run_out(*_) -> None:
+    """As torch says it, in the update asked for."""
+    if mine and now[0] == int(update):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.")
+
+
+if kind in ("oom_forward", "oom_backward"):
+    from megaflux.models.qwen2vl_flux import Qwen2VLFlux
+
+    forward = Qwen2VLFlux.forward
+
+    def run_out_in(self, *args, **kwargs):
+        if kind == "oom_forward":
+            run_out()
+        velocity = forward(self, *args, **kwargs)
+        if velocity.requires_grad:
+            velocity.register_hook(run_out)
+        return velocity
+
+    Qwen2VLFlux.forward = run_out_in
+if kind == "oom_step":
+    torch.optim.AdamW.step = lambda self, *args, step=torch.optim.AdamW.step, **kwargs: (
+        run_out() or step(self, *args, **kwargs)
+    )
+if kind == "small_gpu":
+    from megaflux.training import out_of_memory
+
+    def too_large(config, models, bucket, real=out_of_memory.forward_and_backward):
+        real(config, models, bucket)
+        if mine and set(models.trainable.transformer.fused.policies) != {"full"}:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    out_of_memory.tries_out = lambda world, engine: True
+    out_of_memory.forward_and_backward = too_large
+
+
+def watch_models() -> None:
+    """Two copies of the models never stand side by side: what was loaded before is gone when they are loaded anew."""
+    import weakref
+
+    from megaflux.models import pretrained
+
+    loaded, load = [], pretrained.load_models
+
+    def load_models(config):
+        alive = [type(model()).__name__ for model in loaded if model() is not None]
+        print(f"models loaded, alive of those before: {alive}", flush=True)
+        models = load(config)
+        loaded.extend(
+            map(weakref.ref, (models.trainable, models.trainable.connector.weight, models.trunk.vlm, models.vae))
+        )
+        return models
+
+    pretrained.load_models = load_models
+
+
+if kind == "nan_from":
+    watch_models()
 
 
 def keep_digests(path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import weakref
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from megaflux.data.buckets import Bucket
 from megaflux.models.flux_functions import side_by_side
 from megaflux.models.pretrained import load_models
 from megaflux.presets import tiny
-from megaflux.training.engine import StageEngine
+from megaflux.training.engine import StageEngine, adam_state
+from megaflux.training.guard import Guard
 from megaflux.training.optim import learning_rate
+from megaflux.training.stages import trainable_names
 from megaflux.training.validation import denoising_loss
 from tests.training.carry_worker import Toy, toy_config
 from tests.training.runs import ROOT, ds_config, environment, free_port, small_config
@@ -64,6 +67,77 @@ def test_frozen_parameters_keep_every_bit_over_20_updates_with_weight_decay(tmp_
     assert 0 < len(trainable) < len(before)
     assert moved == trainable
     engine.close()
+
+
+def hooks_on(module: torch.nn.Module) -> dict[str, int]:
+    """How many of each kind every submodule and parameter has."""
+    found = {}
+    for name, part in [*module.named_modules(), *module.named_parameters()]:
+        kinds = {kind: hooks for kind, hooks in vars(part).items() if "_hooks" in kind}
+        if isinstance(part, torch.nn.Parameter):
+            kinds = {kind: getattr(part, kind, None) for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")}
+        found |= {f"{name} {kind}": len(hooks) for kind, hooks in kinds.items() if hooks}
+    return found
+
+
+@pytest.mark.parametrize("file", ["zero2.json", "zero2_offload.json", "zero3.json"])
+def test_nothing_of_a_closed_engine_lives(tmp_path, file):
+    values = small_config(None, None, run__dir="unused", data__path="unused")
+    values["train"] |= {"global_batch_size": 2, "micro_batch_size": 2}
+    config = build_config(merge(tiny(), values))
+    models = load_models(config).to("cpu", torch.bfloat16)
+    module, guard = models.trainable, Guard(6.0, 128, 10)
+    module.connector.register_forward_hook(lambda *_: None)  # somebody else's, which stays
+    before, attributes = hooks_on(module), {name: set(vars(p)) for name, p in module.named_parameters()}
+    ds, carried = json.loads(ds_config(tmp_path, base=file).read_text()), None
+    generator = torch.Generator().manual_seed(0)
+    for stage in (0, 1):  # as the loop changes from one to the next
+        engine = StageEngine(module, config, ds, stage, 1, carried, guard.judge)
+        module.configure(file != "zero3.json", "none")
+        condition = models.trunk.encode(torch.randint(0, 256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8))
+        latents, noise = torch.randn(2, 2, 8, 8, 8, generator=generator)
+        engine.set_learning_rate(stage)
+        losses = denoising_loss(
+            engine, config, models, Bucket("1:1", 64, 64), latents, noise, condition, torch.tensor([0.3, 0.8])
+        )
+        engine.backward(losses.mean())
+        engine.grad_norms()
+        engine.step()
+        assert engine.skipped_steps == 0
+        zero = engine.deepspeed.optimizer
+        flats = [flat for _, flat in engine._flat_groups()]
+        moments = [moment for flat in flats for moment in zero.optimizer.state[flat].values()]
+        low = zero.bit16_groups_flat if engine.zero_stage < 3 else zero.lp_param_buffer
+        low = low if isinstance(low, list) else [low]
+        refs = {f"{type(x).__name__} {i}": weakref.ref(x) for i, x in enumerate(
+            [engine.deepspeed, zero, zero.optimizer, *flats, *moments, *low])}  # fmt: skip
+        storages = {storage.data_ptr() for storage in (flat.untyped_storage() for flat in low)}
+        del zero, flats, moments, low
+        if stage == 0:
+            carried = engine.carry(set(trainable_names(module, config.stages[1])))
+        del losses
+        engine.close()
+        assert [name for name, ref in refs.items() if ref() is not None] == []
+        assert hooks_on(module) == before
+        for name, parameter in module.named_parameters():
+            assert parameter.requires_grad and parameter.grad is None
+            if engine.zero_stage < 3:
+                assert set(vars(parameter)) == attributes[name]
+                assert parameter.untyped_storage().data_ptr() not in storages
+            else:  # the weights are in parts, and nothing else leads to the engine's buffers
+                assert parameter.ds_tensor.untyped_storage().data_ptr() not in storages
+                assert parameter.ds_tensor.untyped_storage().nbytes() <= 4 * parameter.ds_tensor.numel()
+
+
+def test_adams_state_lies_with_its_tensor():
+    flat = torch.empty(6, device="meta")  # in the place of a GPU's: the fused AdamW refuses a step that lies elsewhere
+    for step in (None, torch.tensor(7.0)):
+        state = adam_state(flat, step)
+        assert {name: (x.device.type, x.shape) for name, x in state.items()} == {
+            "step": ("meta", ()), "exp_avg": ("meta", (6,)), "exp_avg_sq": ("meta", (6,))}  # fmt: skip
+    step = torch.tensor(7.0)
+    taken = adam_state(torch.empty(6), step)["step"]
+    assert taken == 7 and taken.data_ptr() != step.data_ptr()  # Adam counts on in place
 
 
 def test_an_overflow_is_counted_and_changes_nothing(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -188,6 +189,31 @@ def test_no_rank_outlives_another(reference, tmp_path, kind):
         go_on(reference, tmp_path / "run")
 
 
+@pytest.mark.parametrize("part", [pytest.param("forward", marks=SLOW), "backward", pytest.param("step", marks=SLOW)])
+def test_a_rank_out_of_memory_leaves_word_and_the_next_start_plans_with_less(reference, tmp_path, part):
+    run, auto = tmp_path / "run", ("--model.activation_checkpointing", "auto")
+    process = start(*reference.started_by, "--run.dir", run, *auto, fault=f"oom_{part}:4:1")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 11, said[-3000:]
+    (line,) = [line for line in said.splitlines() if line.startswith("rank 1: out of memory")]
+    assert "after update 4" in line and "Tried to allocate 2.00 GiB" in line and "memory.json" in line
+    assert "of 3 blocks: 3 full" in line and "Traceback" not in said.partition(line)[0]
+    (fault,) = events(run, "fault")  # told by rank 1
+    assert fault["what"] == "out_of_memory" and fault["update"] == 4 and "Tried to allocate" in fault["detail"]
+    limits = json.loads((run / "memory.json").read_text())["bytes"]
+    assert limits.keys() == {"base"} and not list(run.glob(".memory*"))
+
+    process = start(*reference.started_by, "--run.dir", run, *auto, fault="small_gpu:0:1")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said[-3000:]
+    assert said.count(f"planned within {limits['base'] / 1e9:.1f} GB") == 1
+    plans = [(event["plan"], event["limit"]) for event in events(run, "ready")]
+    full = "of 3 blocks: 3 full"
+    assert plans == [("of 3 blocks: 3 none", None), (full, limits["base"]), (full, None)]
+    assert said.count("stage one: the plan did not fit the memory of every GPU; lowered 1 times") == 1  # rank 1's alone
+    same_end(reference.run, run)
+
+
 def test_a_bad_update_changes_nothing_and_names_its_samples(data, tmp_path):
     # The fifth update, a stage's last: between dropped ones only a stage's end is saved.
     values = small_config(data, tmp_path / "run", train__updates=10, train__checkpoint_every=1, optim__weight_decay=0.5)
@@ -257,6 +283,8 @@ def test_divergence_goes_back_to_a_sound_checkpoint_and_leaves_the_data_out(data
     # 5 updates of one batch, and the two dropped ones, whose data was left out
     assert (position["update"], position["data"]["epoch"], position["data"]["batches"]) == (5, 0, 7)
     assert position["guard"]["dropped"] == 2
+    copies = re.findall("models loaded, alive of those before: (.*)", said)
+    assert copies == ["[]"] * 4  # two ranks, twice
 
 
 def test_other_ranks_go_on_with_the_same_batches(tmp_path):

@@ -1,0 +1,264 @@
+"""Memory at its edge: a stage's activation policies tried out before its first update, and what to do when a GPU runs out.
+
+Before: each rank runs the real module forward and backward once at every bucket, without a collective and without a
+trace. A rank that runs out lowers its plan by the formula of memory.py and tries again; then all take the lowest.
+
+Later a peer may be inside a collective, so that nothing can be agreed on: the rank writes how much may be planned with
+into RUN/memory.json and leaves with exit code 11, as one that hangs. The next start plans within it.
+
+Only `model.activation_checkpointing auto` is lowered; what a person chose stays, and the mend is said.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from megaflux.config import Config, Stage
+from megaflux.data.buckets import Bucket, make_buckets
+from megaflux.errors import STUCK, UserError
+from megaflux.models import latents as latent_ops
+from megaflux.models.flux import Policy, uneven_norms
+from megaflux.models.pretrained import Models, meta_models
+from megaflux.training import distributed, manifest, memory, validation, watch
+from megaflux.training.distributed import World
+from megaflux.training.ds_config import uses_kernels
+from megaflux.training.engine import StageEngine, release_memory
+from megaflux.training.events import Events
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log = logging.getLogger("megaflux")
+FILE = "memory.json"
+STEP = 0.95  # of what a plan that did not fit needs
+TELLING = 10.0  # s for the run's file system, which may hang
+NEVER = 10**6  # steps: of a rank on which no plan fits
+OUTSIDE_TORCH = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+                 "[CUDA]: out of memory", "Cuda failure 2 'out of memory'", "Failed to CUDA malloc",
+                 "Failed to CUDA calloc")  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory was not enough: for torch's allocator, or for a library that asks CUDA itself (cuBLAS,
+    cuDNN, Triton, NCCL), which torch passes on as some RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in OUTSIDE_TORCH)
+
+
+class Plan:
+    """Activation policies of the stage at hand, alike on all ranks."""
+
+    def __init__(self, config: Config, ds_config: dict[str, Any], world: World):
+        """Reads RUN/memory.json, on rank 0 for all; UserError where it cannot be read. Collective."""
+        self.config, self.ds_config, self.world = config, ds_config, world
+        self.file = Path(config.run.dir) / FILE
+        self.stage: Stage | None = None
+        self.policies: list[Policy] = []
+        """Of the stage's blocks; empty while its engine is being built."""
+        self.began = False
+        """Whether this process has trained."""
+        self.update = 0
+        """Updates done, for whoever reads the events."""
+        found = distributed.from_main(_read(self.file) if world.is_main else None, world)
+        if isinstance(found, str):
+            raise UserError(found, agreed=True)
+        self.limits: dict[str, int] = found
+        """Stage -> bytes of memory.py's formula that may be planned with."""
+
+    def enter(self, stage: Stage) -> None:
+        """From here on, what does not fit is this stage's."""
+        self.stage, self.policies = stage, []
+
+    def choose(self, models: Models, engine: StageEngine) -> list[Policy]:
+        """The policies of the stage, whose engine is built: as planned, within what earlier attempts found, and tried out.
+        Configures the model with them. Collective.
+
+        UserError, alike on all ranks, where not even the lowest plan fits."""
+        kernels, stage = uses_kernels(self.config, self.ds_config), self.stage
+        self._uneven = uneven_norms(models.trainable.transformer) if kernels else None
+        self._meta = meta_models(self.config)
+        self._buckets = make_buckets(self.config.data.aspect_ratios, self.config.data.longest_side)
+        policies = memory.choose_policies(self.config, self.ds_config, self.world, models, stage)
+        limit = self.limit
+        if limit is not None and self._needs(policies) > limit:
+            policies = self._within(limit)
+            if self.world.is_main:
+                log.warning("stage %s: planned within %.1f GB, for a GPU ran out of memory with more; delete %s to plan anew",
+                            stage.name, limit / 1e9, self.file)  # fmt: skip
+        if tries_out(self.world, engine):
+            policies = self._tried(policies, lambda plan: self._fits(models, engine, plan))
+            if self.world.device.type == "cuda":  # what the tries needed is no news of the run
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.reset_accumulated_memory_stats()
+        models.trainable.configure(kernels, policies)
+        self.policies, self.began = policies, True
+        return policies
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes that an earlier attempt's end left to plan with in this stage; None: none ended so."""
+        if self.stage is None or self.config.model.activation_checkpointing != "auto":
+            return None
+        return self.limits.get(self.stage.name)
+
+    def lower(self, policies: Sequence[Policy]) -> tuple[list[Policy], int] | None:
+        """The next lower plan, and the bytes that it is planned within: a twentieth less than this one needs, or the next
+        twentieth at which anything changes. None: there is no lower one."""
+        limit = self._needs(policies)
+        while self.config.model.activation_checkpointing == "auto" and set(policies) != {"full"}:
+            limit = int(STEP * limit)
+            if (lower := self._within(limit)) != list(policies):
+                return lower, limit
+        return None
+
+    def leave(self, error: BaseException) -> NoReturn:
+        """This rank ran out of memory: leave word for the next start and end the process with exit code 11. UserError
+        where the models, or a first engine on them, do not fit: no plan and no other start would mend that."""
+        what = " ".join(str(error).split())[:200]
+        mend = "shard them (--deepspeed ds_configs/zero3.json), or use more or larger GPUs"
+        if not self.began:
+            raise UserError(f"{what}: the models and their optimizer do not fit this GPU; {mend}")
+        lower = self.lower(self.policies) if self.policies else None
+        if not self.policies:
+            then = f"the models and the stage's optimizer may not fit this GPU; if the next start ends here as well, {mend}"
+        elif lower is None:
+            then = f"nothing is left to compute again: {self._mend()}"
+        else:
+            then = f"the next start plans with less ({memory.counted(lower[0])}; {self.file})"
+        why = f"out of memory in stage {self.stage.name} after update {self.update}: {what}; {then}"
+        telling = threading.Thread(target=self._tell, args=(lower and lower[1], why), daemon=True)
+        telling.start()
+        telling.join(TELLING)
+        watch.leave(why, STUCK)
+
+    def _tell(self, limit: int | None, why: str) -> None:
+        if limit is not None:
+            try:
+                # A peer that ran out as well has planned alike, so that whoever comes last writes no more than it read.
+                limits = _read(self.file)
+                limits = limits if isinstance(limits, dict) else {}
+                limit = min(limit, limits.get(self.stage.name, limit))
+                draft = self.file.with_name(f".{FILE}.{self.world.rank}")
+                manifest.write_durably(draft, json.dumps({"bytes": limits | {self.stage.name: limit}}, indent=1) + "\n")
+                draft.replace(self.file)
+                manifest.sync(self.file.parent)
+            except OSError as error:
+                log.error("%s: %s; the next start plans as this one did", self.file, error.strerror)
+        # Any rank may be the one that ran out, and rank 0 may be waiting for it.
+        Events(self.config.run.dir, enabled=True).record("fault", what="out_of_memory", update=self.update, detail=why)
+
+    def _tried(self, plan: list[Policy], fits: Callable[[list[Policy]], bool]) -> list[Policy]:
+        """The highest plan that fits on every rank, from this one down. Collective."""
+        plans = [plan]
+        while not fits(plans[-1]):
+            if (lower := self.lower(plans[-1])) is None:
+                plans = []
+                break
+            plans.append(lower[0])
+        steps = -distributed.min_over_ranks(-(len(plans) - 1 if plans else NEVER), self.world)
+        if steps == NEVER:
+            raise UserError(f"stage {self.stage.name}: a micro-batch of {self._micro} does not fit the GPU's memory; "
+                            + self._mend(), agreed=True)  # fmt: skip
+        for _ in range(steps):  # those of another rank, the same everywhere
+            plan, _ = self.lower(plan)
+        if steps and self.world.is_main:
+            log.warning("stage %s: the plan did not fit the memory of every GPU; lowered %d times, to %s",
+                        self.stage.name, steps, memory.counted(plan))  # fmt: skip
+        return plan
+
+    def _fits(self, models: Models, engine: StageEngine, policies: list[Policy]) -> bool:
+        models.trainable.configure(uses_kernels(self.config, self.ds_config), policies)
+        fits = True
+        try:
+            with _held(self.world.device, [*engine.coming(self.world.device), self._in_flight(policies)]):
+                for bucket in self._buckets:
+                    forward_and_backward(self.config, models, bucket)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+        release_memory()  # past the handler: its traceback holds all that the try had made
+        return fits
+
+    @property
+    def _micro(self) -> int:
+        return self.config.for_world(self.world.size).train.micro_batch_size
+
+    def _mend(self) -> str:
+        if self.config.model.activation_checkpointing not in ("auto", "full"):
+            return "set model.activation_checkpointing to auto"
+        if self._micro > 1:
+            return f"lower train.micro_batch_size (it is {self._micro})"
+        return "train.micro_batch_size is 1 already: lower data.longest_side, or use more or larger GPUs"
+
+    def _needs(self, policies: Sequence[Policy]) -> int:
+        return max(memory.stage_memory(self.config, self.ds_config, self.world.size, *self._meta, self.stage, bucket,
+                                       policies, self._uneven).total for bucket in self._buckets)  # fmt: skip
+
+    def _within(self, limit: int) -> list[Policy]:
+        return memory.policies_for(self.config, self.ds_config, self.world.size, *self._meta, self._buckets, self.stage,
+                                   limit, self._uneven)  # fmt: skip
+
+    def _in_flight(self, policies: list[Policy]) -> int:
+        """Bytes of gradients that are being reduced while a backward pass runs."""
+        return memory.stage_memory(self.config, self.ds_config, self.world.size, *self._meta, self.stage,
+                                   self._buckets[0], policies, self._uneven).gradients  # fmt: skip
+
+
+def tries_out(world: World, engine: StageEngine) -> bool:
+    """Whether plans are tried out: on GPUs, and not under ZeRO-3, whose forward pass is made of collectives."""
+    return world.device.type == "cuda" and engine.zero_stage < 3
+
+
+def forward_and_backward(config: Config, models: Models, bucket: Bucket) -> None:
+    """What a micro-batch of this size needs, on blank pictures: encoders, forward, backward; nothing stays of it.
+
+    The module's own forward, past the hooks that DeepSpeed has on it, and gradients returned, not accumulated: no
+    collective, no state, no random number."""
+    batch, device = config.train.micro_batch_size, models.trunk.device
+    pictures = torch.zeros(batch, 3, bucket.height, bucket.width, dtype=torch.uint8, device=device)
+    latents = latent_ops.encode(models.vae, pictures)
+    words = "word " * models.trunk.max_caption_tokens if config.data.condition.image_text else ""
+    condition = models.trunk.encode(pictures, [words] * batch, "image_text" if words else "image")
+    t = torch.linspace(0.1, 0.9, batch, device=device)
+    losses = validation.denoising_loss(
+        models.trainable.forward, config, models, bucket, latents, torch.zeros_like(latents), condition, t
+    )
+    trained = [parameter for parameter in models.trainable.parameters() if parameter.requires_grad]
+    torch.autograd.grad(losses.mean(), trained, allow_unused=True)
+
+
+@contextmanager
+def _held(device: torch.device, sizes: Sequence[int]) -> Iterator[None]:
+    """Memory that the updates will take and nothing holds yet, held: so many bytes each."""
+    held = []
+    try:
+        held += [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+        yield
+    finally:
+        held.clear()
+
+
+def _read(file: Path) -> dict[str, int] | str:
+    """Stage -> bytes, nothing where there is no file; or what is wrong with it."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        limits = content["bytes"]
+        if not all(type(limit) is int and limit > 0 for limit in limits.values()):
+            raise ValueError
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        return f"{file}: {error.strerror}; delete it to plan the memory anew"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f'{file}: want {{"bytes": {{STAGE: BYTES}}}}; delete it to plan the memory anew'
+    return limits

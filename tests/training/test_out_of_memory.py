@@ -1,0 +1,193 @@
+"""Plans of memory: tried out without a trace, lowered, remembered."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megaflux.config import build_config, merge
+from megaflux.data.buckets import Bucket
+from megaflux.errors import UserError
+from megaflux.models.pretrained import load_models, meta_models
+from megaflux.presets import tiny
+from megaflux.training import distributed, memory, out_of_memory
+from megaflux.training.distributed import World
+from megaflux.training.engine import StageEngine
+from megaflux.training.monitor import allocator_scalars, allocator_state
+from megaflux.training.out_of_memory import Plan, is_out_of_memory
+from megaflux.training.validation import denoising_loss
+from tests.training.runs import ds_config, small_config
+
+pytestmark = pytest.mark.usefixtures("process_group")
+ALONE = World(0, 1, torch.device("cpu"))
+RAN_OUT = "CUDA out of memory. Tried to allocate 2.00 GiB"
+
+
+def config_of(run, activation_checkpointing: str = "auto"):
+    values = small_config(run, run, model__activation_checkpointing=activation_checkpointing)
+    values["train"] |= {"updates": 4, "global_batch_size": 2, "micro_batch_size": 2}
+    return build_config(merge(tiny(), values))
+
+
+@pytest.fixture(scope="module")
+def ds(tmp_path_factory) -> dict:
+    return json.loads(ds_config(tmp_path_factory.mktemp("ds")).read_text())
+
+
+def one_update(config, ds, tmp_path, tried_out: bool) -> dict[str, torch.Tensor]:
+    """Weights after an update of the first stage."""
+    torch.manual_seed(0)
+    models = load_models(config).to("cpu", torch.bfloat16)
+    models.trainable.train()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # away from the zeros of a fresh model
+        for parameter in models.trainable.transformer.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    engine = StageEngine(models.trainable, config, ds, 0, 1)
+    plan = Plan(config, ds, ALONE)
+    plan.enter(config.stages[0])
+    before = distributed.rng_state()["torch"]
+    policies = plan.choose(models, engine)
+    assert (set(policies) == {"full"}) == tried_out
+    assert torch.equal(distributed.rng_state()["torch"], before)
+    assert all(p.grad is None for p in models.trainable.parameters())
+    assert (engine.deepspeed.micro_steps, engine.deepspeed.global_steps) == (0, 0)
+    models.trainable.configure(True, "mlp")  # of both alike
+    engine.set_learning_rate(0)
+    condition = models.trunk.encode(torch.randint(0, 256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8))
+    latents, noise = torch.randn(2, 2, 8, 8, 8, generator=generator)
+    losses = denoising_loss(
+        engine, config, models, Bucket("1:1", 64, 64), latents, noise, condition, torch.tensor([0.3, 0.8])
+    )
+    engine.backward(losses.mean())
+    engine.step()
+    norm, weights = engine.grad_norm(), {n: p.detach().clone() for n, p in models.trainable.named_parameters()}
+    engine.close()
+    return weights | {"norm": torch.tensor(norm)}
+
+
+def test_a_plan_is_tried_out_at_every_bucket_without_a_trace(tmp_path, ds, monkeypatch):
+    config = config_of(tmp_path)
+    expected = one_update(config, ds, tmp_path, tried_out=False)
+    tried, made, real = [], [], out_of_memory.forward_and_backward
+
+    def forward_and_backward(config, models, bucket):
+        assert not [ref for ref in made if ref() is not None]  # each try begins with what the ones before gave back
+        real(config, models, bucket)
+        activations = torch.zeros(1000)
+        made.append(weakref.ref(activations))
+        tried.append(bucket.name)
+        if "none" in models.trainable.transformer.fused.policies:
+            raise torch.OutOfMemoryError(RAN_OUT)
+
+    monkeypatch.setattr(out_of_memory, "tries_out", lambda world, engine: True)
+    monkeypatch.setattr(out_of_memory, "forward_and_backward", forward_and_backward)
+    got = one_update(config, ds, tmp_path, tried_out=True)
+    assert tried == ["1:1", "1:1", "2:1"]  # of the first plan no more than was needed
+    assert float(expected["norm"]) > 0
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_what_fits_nowhere_is_refused_with_the_mend(tmp_path, ds, monkeypatch):
+    def never(*_):
+        raise torch.OutOfMemoryError(RAN_OUT)
+
+    monkeypatch.setattr(out_of_memory, "tries_out", lambda world, engine: True)
+    monkeypatch.setattr(out_of_memory, "forward_and_backward", never)
+    config = config_of(tmp_path)
+    with pytest.raises(UserError, match=r"micro-batch of 2 does not fit .* lower train.micro_batch_size \(it is 2\)"):
+        one_update(config, ds, tmp_path, tried_out=True)
+    chosen = config_of(tmp_path, activation_checkpointing="none")  # a person's choice is not lowered
+    with pytest.raises(UserError, match="set model.activation_checkpointing to auto"):
+        one_update(chosen, ds, tmp_path, tried_out=True)
+
+
+def planned(ds: dict, run) -> Plan:
+    """A plan as if its engine were built, of micro-batches so large that activations are most of the memory."""
+    values = tiny()
+    values["model"]["activation_checkpointing"], values["data"]["cache"] = "auto", ["latents", "trunk"]
+    values["data"]["aspect_ratios"] = ["1:1"]
+    values["train"] |= {"micro_batch_size": 2000, "global_batch_size": 2000}
+    config = build_config(values | {"run": {"dir": str(run)}})
+    plan = Plan(config, ds, ALONE)
+    plan.enter(config.stages[0])
+    plan._meta, plan._uneven, plan.began = meta_models(config), None, True
+    plan._buckets = memory.make_buckets(config.data.aspect_ratios, config.data.longest_side)
+    plan.policies = plan._within(10**15)
+    return plan
+
+
+def test_plans_are_lowered_by_a_twentieth_down_to_full(tmp_path, ds):
+    plan = planned(ds, tmp_path)
+    policies, steps = plan.policies, 0
+    assert set(policies) == {"none"}
+    while (lower := plan.lower(policies)) is not None:
+        assert lower[1] < plan._needs(policies) and plan._within(lower[1]) == lower[0] != policies
+        policies, steps = lower[0], steps + 1
+    assert set(policies) == {"full"} and 3 <= steps <= 2 * len(policies)
+
+
+def test_word_is_left_by_whoever_runs_out_and_the_lowest_counts(tmp_path, ds, monkeypatch):
+    left = []
+    monkeypatch.setattr(out_of_memory.watch, "leave", lambda why, code: left.append((why, code)))
+    plan = planned(ds, tmp_path)
+    plan.update, name = 70, plan.stage.name
+    (tmp_path / "memory.json").write_text('{"bytes": {"another": 5}}')
+    lower, limit = plan.lower(plan.policies)
+    second = plan.lower(lower)
+    plan.policies = lower
+    plan.leave(torch.OutOfMemoryError(RAN_OUT))
+    assert json.loads((tmp_path / "memory.json").read_text())["bytes"] == {"another": 5, name: second[1]}
+    higher = planned(ds, tmp_path)
+    assert higher.limit == second[1] < limit
+    higher.leave(torch.OutOfMemoryError(RAN_OUT))  # of a rank that planned higher: the lowest stays
+    assert json.loads((tmp_path / "memory.json").read_text())["bytes"] == {"another": 5, name: second[1]}
+    higher.policies = ["full"] * len(lower)
+    higher.leave(torch.OutOfMemoryError(RAN_OUT))
+    higher.policies = []  # in the change to this stage, with its engine not yet built
+    higher.leave(torch.OutOfMemoryError(RAN_OUT))
+    assert [code for _, code in left] == [11] * 4
+    assert "after update 70" in left[0][0] and memory.counted(second[0]) in left[0][0]
+    assert "nothing is left to compute again: lower train.micro_batch_size (it is 2000)" in left[2][0]
+    assert "if the next start ends here as well, shard them" in left[3][0]
+    told = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(event["what"], event["detail"]) for event in told] == [("out_of_memory", why) for why, _ in left]
+    higher.began = False  # in the first place
+    with pytest.raises(UserError, match="Tried to allocate .* do not fit this GPU; shard them"):
+        higher.leave(torch.OutOfMemoryError(RAN_OUT))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"bytes": [1]}', '{"bytes": {"base": -1}}', '{"bytes": {"base": true}}'])
+def test_an_invalid_memory_file_is_named(tmp_path, ds, text):
+    (tmp_path / "memory.json").write_text(text)
+    with pytest.raises(UserError, match=r"memory.json: want .*; delete it"):
+        Plan(config_of(tmp_path), ds, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (torch.OutOfMemoryError(RAN_OUT), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("NCCL error ... Cuda failure 2 'out of memory'"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), False),
+        (ValueError("CUDA error: out of memory"), False),
+    ],
+)
+def test_memory_that_libraries_ask_cuda_for_counts_as_well(error, is_it):
+    assert is_out_of_memory(error) is is_it
+
+
+def test_the_allocators_of_all_ranks_are_seen(monkeypatch):
+    stats = {"reserved_bytes.all.peak": 70 * 10**9, "num_alloc_retries": 2}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    gpu = allocator_state(SimpleNamespace(device=torch.device("cuda", 1)))
+    other = {"reserved": 71 * 10**9, "retries": 3}
+    assert allocator_scalars([gpu, other]) == {"memory/reserved_peak_gb": 71.0, "memory/allocator_retries": 5}
+    assert allocator_scalars([allocator_state(ALONE)]) == {}
