@@ -80,14 +80,12 @@ def load(run: TrainedRun, device: torch.device | str = "cpu", dtype: torch.dtype
     dtype None: each part's own, and float32 for what trains where the checkpoint holds float32. UserError
     where a trained weight is missing or does not fit.
     """
-    models = load_models(run.config)
+    models = load_models(run.config, device, dtype)
     weights = run.checkpoint / checkpoint.WEIGHTS
     with named(str(weights)), safe_open(weights, "pt") as file:
         full = any(file.get_slice(name).get_dtype() == "F32" for name in file.keys())
     # Cast first: what was trained in float32 would lose bits on its way through a bfloat16 base.
-    if dtype is not None:
-        models.to(device, dtype)
-    elif full:
+    if dtype is None and full:
         cast(models.trainable, device, torch.float32)
     checkpoint.load_weights(run.checkpoint, run.manifest, run.config, models)
     return models

@@ -118,8 +118,9 @@ class Qwen2VLFluxPipeline:
         root, device, dtype = Path(path), *device_and_dtype(device, dtype or torch_dtype)
         manifest = read_manifest(root)
         settings = manifest.settings
-        transformer = pretrained.load_transformer(str(root), dtype)
-        vlm, processor = pretrained.load_vlm(str(root / "text_encoder"), settings.attention, dtype)
+        target = pretrained.Target(device, dtype)
+        transformer = pretrained.load_transformer(str(root), dtype, target)
+        vlm, processor = pretrained.load_vlm(str(root / "text_encoder"), settings.attention, dtype, target)
         models = pretrained.assemble(
             transformer, pretrained.load_connector(root / CONNECTOR), vlm, processor,
             pretrained.load_vae(None, str(root)), pretrained.load_scheduler(str(root)),

@@ -1,22 +1,21 @@
 """Modules of a run: loaded from published layouts, strictly, or built from nothing (scratch.py).
 
 Loading reads safetensors only. A missing or unexpected key, a wrong shape, a truncated or a pickle file is a
-UserError that names it; no weight is ever left random in silence.
+UserError that names it; no weight is ever left random in silence. FLUX and Qwen2-VL, 39 of dev's 40 GB, are read tensor by
+tensor to where they are used (reading.py); CLIP, VAE and the rest of generation by the libraries' own from_pretrained.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -31,18 +30,17 @@ from transformers import (
     PreTrainedModel,
     Qwen2TokenizerFast,
     Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
     Qwen2VLModel,
     Qwen2VLProcessor,
     T5EncoderModel,
 )
-from transformers.utils import cached_file
 
 from megaflux.config import Config
 from megaflux.errors import UserError
 from megaflux.models.connector import build_connector
 from megaflux.models.loading_errors import named
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
+from megaflux.models.reading import Target, fill, refuse, sampled, shapes, some, tensors, weight_files, without_weights
 from megaflux.models.scratch import (
     TINY,
     build_clip,
@@ -69,8 +67,8 @@ class Models:
     t5: T5Path | None = None
     """The released weights' text path; a run has none."""
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Models:
-        """Move and cast; RoPE's frequencies stay float32."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None) -> Models:
+        """Move and cast, or only move; RoPE's frequencies stay float32."""
         for module in (self.trainable, self.trunk.vlm, self.vae):
             cast(module, device, dtype)
         self.pooled_projections = self.pooled_projections.to(device, dtype)
@@ -79,8 +77,8 @@ class Models:
         return self
 
 
-def cast(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Move a module, casting its parameters but not its buffers: RoPE's inv_freq loses its angles in bf16.
+def cast(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None) -> None:
+    """Move a module, casting its parameters but not its buffers: RoPE's inv_freq loses its angles in bf16. dtype None: move.
 
     On a CPU the parameters end at multiples of 64 bytes, which those mapped from a file need not be: matrix products
     round by the alignment, and the same weights from two files would give different last bits.
@@ -94,12 +92,17 @@ def cast(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> N
         parameter.data = data if aligned else data.clone()
 
 
-def load_models(config: Config) -> Models:
-    """The models of a configuration, on the CPU: loaded where it names a source, else built from its seed."""
-    model, seed = config.model, config.run.seed
-    dtype = torch.bfloat16 if model.flux else torch.float32  # published weights are bf16; casting up comes later
+def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Models:
+    """The models of a configuration on a device: loaded where it names a source, else built from its seed.
+
+    dtype: of every parameter; None: each part's own, bfloat16 for published weights. Published weights are read straight
+    to the device: beside what the models keep there, the host holds no more than the largest tensor and 1 GB. On a CPU
+    without a dtype they stay mapped from their files.
+    """
+    model, seed, target = config.model, config.run.seed, Target(device, dtype)
+    own = torch.bfloat16 if model.flux else torch.float32  # published weights are bf16; casting up comes later
     if model.flux:
-        transformer = load_transformer(model.flux, dtype)
+        transformer = load_transformer(model.flux, own, target)
         scheduler = load_scheduler(model.flux)
         pooled = empty_prompt_pooled(*load_clip(model.flux))
     else:
@@ -107,27 +110,32 @@ def load_models(config: Config) -> Models:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
         pooled = empty_prompt_pooled(*build_clip(model.clip_config, seed))
     vae = load_vae(model.vae, model.flux)
-    vlm, processor = load_vlm(model.vlm, model.attention) if model.vlm else build_vlm(model.vlm_config, seed)
+    if model.vlm:
+        vlm, processor = load_vlm(model.vlm, model.attention, target=target)
+    else:
+        vlm, processor = build_vlm(model.vlm_config, seed)
     connector = build_connector(vlm.config.text_config.hidden_size, transformer.config.joint_attention_dim, seed)
     models = assemble(
-        transformer, connector.to(transformer.dtype), vlm, processor, vae, scheduler, pooled,
+        transformer, connector.to(own), vlm, processor, vae, scheduler, pooled,
         model.vlm_max_tokens, model.caption_max_tokens,
     )  # fmt: skip
-    models.base = weights_fingerprint(models.trainable, models.trunk.vlm, models.vae)
-    return models
+    models.base = weights_fingerprint(models.trainable, models.trunk.vlm, models.vae, samples=target.samples)
+    return models if target.mapped else models.to(device, dtype)
 
 
-def weights_fingerprint(*modules: nn.Module, sample: int = 1024, dtype: torch.dtype = torch.float32) -> str:
+def weights_fingerprint(
+    *modules: nn.Module, dtype: torch.dtype = torch.float32, samples: Mapping[nn.Parameter, Tensor] | None = None
+) -> str:
     """Hash of every parameter's name, shape and evenly spaced values: cheap at 12 B, and no two trainings share it.
 
-    dtype: what values are rounded to first; bfloat16 gives one hash to weights loaded in any dtype."""
-    digest = hashlib.sha256()
+    dtype: what values are rounded to first; bfloat16 gives one hash to weights loaded in any dtype. samples: those values
+    of parameters that have been cast since."""
+    digest, samples = hashlib.sha256(), samples or {}
     for module in modules:
         for name, parameter in module.named_parameters():
-            flat = parameter.detach().flatten()
-            values = flat[:: max(1, flat.numel() // sample)].to(dtype).float().cpu()
+            values = samples[parameter] if parameter in samples else sampled(parameter)
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            digest.update(values.numpy().tobytes())
+            digest.update(values.to(dtype).float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -163,9 +171,18 @@ def assemble(
 # --- published layouts ----------------------------------------------------------------------------------------------
 
 
-def load_transformer(source: str, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """`transformer/` of a FLUX.1 folder or hub name in diffusers' layout."""
-    return load_strict(FluxTransformer2DModel, source, subfolder="transformer", torch_dtype=dtype)
+def load_transformer(source: str, dtype: torch.dtype, target: Target | None = None) -> FluxTransformer2DModel:
+    """`transformer/` of a FLUX.1 folder or hub name in diffusers' layout, loaded in `dtype` to where `target` says."""
+    where = f"{source}/transformer"
+    with named(where), _silent():
+        config = FluxTransformer2DModel.load_config(source, subfolder="transformer")
+        _refuse_quantized(where, config.get("quantization_config"))
+        with without_weights():
+            transformer = FluxTransformer2DModel.from_config(config)
+        names = (f"diffusion_pytorch_model.safetensors{end}" for end in (".index.json", ""))
+        fill(transformer, weight_files(source, "transformer", names), dtype, target or Target(), where)
+    transformer.register_to_config(_name_or_path=source)
+    return transformer.eval()
 
 
 def load_vae(source: str | None, flux: str | None) -> AutoencoderKL:
@@ -195,15 +212,42 @@ def load_clip(source: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
         return clip, CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
 
 
-def load_vlm(source: str, attention: str = "sdpa", dtype: torch.dtype = torch.bfloat16):
-    """(Qwen2VLModel, Qwen2VLProcessor) of a Qwen2-VL folder or hub name. lm_head is read and let go: nothing uses it."""
-    whole = load_strict(
-        Qwen2VLForConditionalGeneration, source, dtype=dtype, attn_implementation=attention,
-        allow_missing=lambda key: key == "lm_head.weight", allow_unexpected=lambda key: key == "lm_head.weight",
-    )  # fmt: skip
-    with named(source):
+def load_vlm(
+    source: str, attention: str = "sdpa", dtype: torch.dtype = torch.bfloat16, target: Target | None = None
+) -> tuple[Qwen2VLModel, Qwen2VLProcessor]:
+    """Model and processor of a Qwen2-VL folder or hub name, loaded in `dtype` to where `target` says. lm_head is not read:
+    nothing uses it."""
+    with named(source), _silent():
+        config = Qwen2VLConfig.from_pretrained(source, attn_implementation=attention)
+        _refuse_quantized(source, getattr(config, "quantization_config", None))
+        config.name_or_path = source
+        for part in (config, config.text_config, config.vision_config):
+            part.dtype = dtype
+        with without_weights():
+            vlm = Qwen2VLModel(config)
+        fill(vlm, weight_files(source, "", VLM_FILES), dtype, target or Target(), source, _vlm_name)
         processor = Qwen2VLProcessor.from_pretrained(source, use_fast=True)
-    return whole.model, processor
+    return vlm.eval(), processor
+
+
+VLM_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def _vlm_name(key: str) -> str | None:
+    """Qwen2VLModel's name of a stored key: published (model.*, visual.*), as newer libraries save it (model.language_model.*,
+    model.visual.*), or its own. None: lm_head."""
+    if key == "lm_head.weight":
+        return None
+    if key.startswith(("model.language_model.", "model.visual.")):
+        return key.removeprefix("model.")
+    return f"language_model.{key.removeprefix('model.')}" if key.startswith("model.") else key
+
+
+def _refuse_quantized(where: str, quantization: object) -> None:
+    if quantization:
+        raise UserError(
+            f"{where}/config.json: quantization_config: quantized weights are not read; give the plain ones"
+        )
 
 
 def load_connector(file: Path) -> nn.Linear:
@@ -249,22 +293,17 @@ def read_tensors(file: Path, keys: set[str]) -> dict[str, Tensor]:
         tensors = load_file(file)
     for what, found in (("missing key", keys - set(tensors)), ("unexpected key", set(tensors) - keys)):
         if found:
-            raise UserError(f"{file}: {what} {_some(sorted(found))}")
+            raise UserError(f"{file}: {what} {some(sorted(found))}")
     return tensors
 
 
 def read_lm_head(source: str) -> Tensor | None:
     """lm_head.weight of a Qwen2-VL folder or hub name, or None where it holds none (it is tied, or was left out)."""
     with named(source):
-        try:
-            index = json.loads(Path(cached_file(source, "model.safetensors.index.json")).read_text())
-            name = index["weight_map"].get("lm_head.weight")
-        except OSError:  # one file, no index
-            name = "model.safetensors"
-        if name is None:
-            return None
-        with safe_open(cached_file(source, name), "pt") as file:
-            return file.get_tensor("lm_head.weight") if "lm_head.weight" in file.keys() else None
+        for file in weight_files(source, "", VLM_FILES):
+            if "lm_head.weight" in shapes(file):
+                return next(tensors(file, ["lm_head.weight"]))[1]
+    return None
 
 
 def load_strict(
@@ -285,11 +324,7 @@ def load_strict(
         "wrong shape": [str(item[0] if isinstance(item, tuple | list) else item) for item in info["mismatched_keys"]],
         "error": list(info.get("error_msgs") or ()),
     }
-    found = [f"{what} {_some(sorted(keys))}" for what, keys in problems.items() if keys]
-    if found:
-        raise UserError(
-            f"{where}: {'; '.join(found)}; the files do not belong to a {cls.__name__} of their config.json"
-        )
+    refuse(where, cls, problems)
     return model
 
 
@@ -304,11 +339,6 @@ def _silent() -> Iterator[None]:
     finally:
         for library, level in levels:
             library.logging.set_verbosity(level)
-
-
-def _some(items: Iterable[str], most: int = 3) -> str:
-    items = list(items)
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 @torch.no_grad()

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from megaflux.config import Config
 from megaflux.errors import UserError
+from megaflux.models import reading
 from megaflux.models.loading_errors import named
 from megaflux.training import distributed, manifest, repartition, saved, stages
 from megaflux.training.distributed import World
@@ -263,16 +264,17 @@ def load_weights(path: Path, manifest: dict[str, Any], config: Config, models: M
             f"{path}: was trained on other base weights than model.* names now (or than this version of megaflux "
             "builds); give the ones it started from"
         )
-    with named(str(path / WEIGHTS)):
-        weights = load_file(path / WEIGHTS)
-    parameters = dict(models.trainable.named_parameters())
-    missing = trained_names(config, models.trainable, manifest["stage"]) - set(weights)
+    file, parameters = path / WEIGHTS, dict(models.trainable.named_parameters())
+    with named(str(file)):
+        stored = reading.shapes(file)
+    missing = trained_names(config, models.trainable, manifest["stage"]) - set(stored)
     if missing:
-        raise UserError(f"{path / WEIGHTS}: missing key {sorted(missing)[0]} (of {len(missing)}); it was trained")
-    for name, tensor in weights.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            raise UserError(f"{path / WEIGHTS}: {name} does not fit this model; check model.* of the configuration")
-        with torch.no_grad():
+        raise UserError(f"{file}: missing key {sorted(missing)[0]} (of {len(missing)}); it was trained")
+    for name, shape in stored.items():
+        if name not in parameters or parameters[name].shape != shape:
+            raise UserError(f"{file}: {name} does not fit this model; check model.* of the configuration")
+    with named(str(file)), torch.no_grad():
+        for name, tensor in reading.tensors(file, stored):
             parameters[name].copy_(tensor)
 
 

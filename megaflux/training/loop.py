@@ -121,7 +121,7 @@ def _run(
     """From a checkpoint, or the start, to the end, a signal, or divergence. behind: what sent the run back to it; its data
     are left out."""
     distributed.seed_everything(config.run.seed + world.rank)
-    models = load_models(config).to(world.device, compute_dtype(ds_config))
+    models = load_models(config, world.device, compute_dtype(ds_config))
     models.trainable.train()  # transformers recomputes activations in training mode only
     references = validation.load_references(config, models)
     accumulation = accumulation_steps(config, world.size)

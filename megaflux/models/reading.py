@@ -1,0 +1,182 @@
+"""Weights from safetensors files to where they are used, one tensor at a time.
+
+A module is built without memory for its parameters, and each of them is made on its device and in its dtype, filled
+from the file and registered. Beside what the module keeps, the host holds one tensor and a window of the file. Where
+nobody asks for a device or dtype, weights stay mapped from their files: the system can discard such memory and read it again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from megaflux.errors import UserError
+
+WINDOW = 32 * 2**20
+"""Bytes read before a file is opened anew: pages of a mapped file count as resident memory until it is closed."""
+SAMPLE = 1024
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where weights go as they are read, and what is remembered of how they came. By default they stay in their files."""
+
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype | None = None
+    """What they are cast to; None: the dtype they were loaded in."""
+    samples: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    """`sampled` of each parameter before that cast."""
+
+    @property
+    def mapped(self) -> bool:
+        """Whether weights whose dtype is right stay mapped from their file."""
+        return torch.device(self.device).type == "cpu" and self.dtype is None
+
+    def place(self, tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(a host tensor as it is wanted on the device, its sample). The values are rounded to `dtype` first."""
+        loaded = tensor.to(dtype)
+        if self.mapped:
+            return loaded, sampled(loaded).clone()
+        # Memory of its own, and so aligned: what is mapped from a file need not be, and matrix products round by it.
+        placed = torch.empty(tensor.shape, dtype=self.dtype or dtype, device=self.device)
+        return placed.copy_(loaded), sampled(loaded).clone()
+
+
+def sampled(tensor: Tensor) -> Tensor:
+    """Evenly spaced values of a tensor: (N,), all of them below 2,048, at least 1,024 of a larger one."""
+    flat = tensor.detach().flatten()
+    return flat[:: max(1, flat.numel() // SAMPLE)]
+
+
+def tensors(file: Path, names: Iterable[str], window: float = WINDOW) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a safetensors file, mapped from it: whoever keeps one keeps its part of the file in memory."""
+    waiting = list(names)[::-1]
+    while waiting:
+        seen = 0
+        with safe_open(file, "pt") as opened:
+            while waiting and seen < window:
+                name = waiting.pop()
+                tensor = opened.get_tensor(name)
+                seen += tensor.nbytes
+                yield name, tensor
+                del tensor
+
+
+def shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a safetensors file, from its header."""
+    with safe_open(file, "pt") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+
+
+def weight_files(source: str, subfolder: str, names: Iterable[str]) -> list[Path]:
+    """The safetensors files of a local folder or hub name. OSError or ValueError where there are none, or not all.
+
+    names: file names to look for, the first that exists is taken: one file, or an index of several."""
+    from transformers.utils import cached_file  # here: the checkpoint tool reads tensors without transformers
+
+    missing: OSError | None = None
+    for name in names:
+        try:
+            found = Path(cached_file(source, name, subfolder=subfolder))
+        except OSError as error:
+            missing = missing or error
+            continue
+        if not name.endswith(".index.json"):
+            return [found]
+        index = json.loads(found.read_text())
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(part, str) and Path(part).name == part and part.endswith(".safetensors")
+            for part in weight_map.values()
+        ):
+            raise ValueError(f"{name}: weight_map does not name safetensors files beside it")
+        files = [Path(cached_file(source, part, subfolder=subfolder)) for part in sorted(set(weight_map.values()))]
+        stored = {key: file.name for file in files for key in shapes(file)}
+        strayed = [key for key, part in weight_map.items() if key in stored and stored[key] != part]
+        absent = sorted(set(weight_map) - set(stored)) or strayed
+        if absent:
+            raise ValueError(f"{weight_map[absent[0]]}: missing key {absent[0]}, which {name} says it holds")
+        return files
+    raise missing or ValueError("no file names")
+
+
+def without_weights() -> AbstractContextManager:
+    """Modules built inside have parameters without memory; buffers (RoPE's frequencies) are computed as ever."""
+    from accelerate import init_empty_weights
+
+    return init_empty_weights(include_buffers=False)
+
+
+def fill(
+    module: nn.Module,
+    files: Collection[Path],
+    dtype: torch.dtype,
+    target: Target,
+    where: str,
+    rename: Callable[[str], str | None] = lambda name: name,
+) -> None:
+    """Fill a module built `without_weights` from safetensors files: every tensor of its state_dict, and no other.
+
+    dtype: what the weights are loaded in, before the target's. rename: a file's name -> the module's, None: not read.
+    UserError beginning with `where`, before any weight is read, where a key is missing, unexpected, there twice, or of a
+    wrong shape; where one is not floating point, when it is reached.
+    """
+    wanted = module.state_dict()
+    sources: dict[str, tuple[Path, str]] = {}
+    problems: dict[str, list[str]] = {"missing key": [], "unexpected key": [], "wrong shape": [], "key twice": []}
+    for file in files:
+        for key, shape in shapes(file).items():
+            name = rename(key)
+            if name is None:
+                continue
+            if name not in wanted:
+                problems["unexpected key"].append(key)
+            elif name in sources:
+                problems["key twice"].append(key)
+            elif shape != tuple(wanted[name].shape):
+                problems["wrong shape"].append(key)
+            sources.setdefault(name, (file, key))
+    problems["missing key"] = sorted(set(wanted) - set(sources))
+    refuse(where, type(module), problems)
+    names = {source: name for name, source in sources.items()}
+    window = math.inf if target.mapped else WINDOW
+    for file in files:
+        for key, tensor in tensors(file, [key for at, key in names if at == file], window):
+            if not tensor.is_floating_point():
+                raise UserError(f"{where}: {key} is stored as {tensor.dtype}; quantized weights are not read")
+            _register(module, names[file, key], tensor, dtype, target)
+
+
+def _register(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, target: Target) -> None:
+    owner, _, leaf = name.rpartition(".")
+    part = module.get_submodule(owner)
+    placed, sample = target.place(tensor, dtype)
+    if isinstance(getattr(part, leaf), nn.Parameter):
+        parameter = nn.Parameter(placed, requires_grad=getattr(part, leaf).requires_grad)
+        target.samples[parameter] = sample
+        setattr(part, leaf, parameter)
+    else:
+        setattr(part, leaf, placed)
+
+
+def refuse(where: str, cls: type, problems: dict[str, list[str]]) -> None:
+    """UserError of one line where any list of keys is not empty."""
+    found = [f"{what} {some(sorted(keys))}" for what, keys in problems.items() if keys]
+    if found:
+        raise UserError(
+            f"{where}: {'; '.join(found)}; the files do not belong to a {cls.__name__} of their config.json"
+        )
+
+
+def some(items: Collection[str], most: int = 3) -> str:
+    """The first few of many, for a message."""
+    items = list(items)
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
