@@ -98,8 +98,12 @@ class Monitor:
         if update % self.config.monitor.every:
             return
         seconds = time.perf_counter() - self.since
-        self._tell_replacements()
-        sums = sum_over_ranks(self.loss.clone(), self.world).cpu()
+        # One number more in the one tensor that is waited for: gathering objects waits a few times for each rank.
+        replaced = torch.full((1, 2), len(self.replacements), dtype=self.loss.dtype, device=self.loss.device)
+        *sums, (replaced, _) = sum_over_ranks(torch.cat([self.loss, replaced]), self.world).cpu()
+        if replaced:
+            self._tell_replacements()
+        sums = torch.stack(sums)
         images = self.images * self.world.size
         mean = (sums[:, 0].sum() / sums[:, 1].sum()).item()
         scalars = {
