@@ -18,7 +18,7 @@ from diffusers import FluxTransformer2DModel
 from megaflux.models.connector import folded
 from megaflux.models.flux import Policy, even_attention_gradients, fuse, is_fused, unfuse
 from megaflux.models.latents import text_ids
-from megaflux.models.vlm import Condition, defer_norm
+from megaflux.models.vlm import Condition, causal_mask, defer_norm
 from megaflux_kernels.dispatch import describe
 from megaflux_kernels.rmsnorm_linear import rmsnorm_linear
 
@@ -80,7 +80,8 @@ class Qwen2VLFlux(nn.Module):
         """
         hidden_states = self.vlm(
             inputs_embeds=condition.hidden_states, position_ids=condition.position_ids,
-            attention_mask=condition.attention_mask, use_cache=False, return_dict=True,
+            attention_mask=causal_mask(condition.attention_mask, condition.hidden_states.dtype), use_cache=False,
+            return_dict=True,
         ).last_hidden_state  # fmt: skip
         index = condition.select[..., None].expand(-1, -1, hidden_states.shape[-1])
         hidden_states = hidden_states.gather(1, index)  # (B, S, D) -> (B, T, D)

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from megaflux.transfer import to_device
+
 Mode = Literal["image", "image_text", "text"]
 QUESTION = "Describe this image."  # the released code's turn without a prompt
+GRIDS_KEPT = 256  # sizes of pictures
 _CAPTION = "\N{WHITE SQUARE}caption\N{WHITE SQUARE}"  # stands in for a caption when the chat template is rendered
 
 
@@ -128,6 +130,27 @@ def mrope_position_ids(length: int, image_start: int, grid: tuple[int, int] | No
     return positions
 
 
+def patch_positions(rows: int, columns: int, merge: int) -> Tensor:
+    """(rows x columns, 2) int64: row and column of each of an image's patches in the order of Qwen2-VL's ViT, which puts
+    the merge x merge patches of one image token next to each other."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    blocks = (side.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).transpose(1, 2) for side in (row, column))
+    return torch.stack([block.flatten() for block in blocks], dim=-1)
+
+
+def causal_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What Qwen's decoder adds to its scores for turns padded on the right: (B, 1, S, S) of 0 and -inf; None: no padding.
+
+    attention_mask: (B, S), 0 at the padding. transformers would make the same mask of it, but asks the GPU first whether
+    there is any padding, and waits for the answer.
+    """
+    if attention_mask is None:
+        return None
+    S = attention_mask.shape[1]
+    visible = attention_mask.new_ones(S, S, dtype=torch.bool).tril() & attention_mask.bool()[:, None, None, :]
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
+
+
 class Trunk:
     """The frozen part: pictures and captions -> Condition. Not a module: nothing of it trains or is saved."""
 
@@ -143,8 +166,9 @@ class Trunk:
         self.cell = vlm.config.vision_config.patch_size * self.merge  # pixels per image token, each way
         self.image_token = processor.tokenizer.convert_ids_to_tokens(vlm.config.image_token_id)
         self.pad_token_id = processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-        self.grid = lru_cache(maxsize=256)(self._measure_grid)
-        self._template = lru_cache(maxsize=None)(self._render_template)
+        # Not lru_cache: around a bound method it holds the trunk, and so all of Qwen2-VL, in a cycle.
+        self._grids: dict[tuple, tuple[int, int]] = {}
+        self._templates: dict[Mode, tuple[str, str, str]] = {}
 
     @torch.no_grad()
     def encode(
@@ -159,18 +183,32 @@ class Trunk:
         turns = [self.turn(mode, size, captions[i] if captions and mode != "image" else "", limits)
                  for i in range(batch)]  # fmt: skip
         input_ids, layout = self.collate(turns)
-        images = {}
+        # The parts of Qwen2VLModel, called as its forward calls them but for what waits for the GPU there: it looks the
+        # image tokens' places up in input_ids, and reads a grid that lies on the GPU some 200 times.
+        embeds = self.vlm.get_input_embeddings()(input_ids)
         if mode != "text":
-            images = self.processor.image_processor(
-                images=list(pixel_values), return_tensors="pt", **self._pixels(limits)
-            )
-            images = {"pixel_values": images["pixel_values"].to(self.device, self.dtype),
-                      "image_grid_thw": images["image_grid_thw"].to(self.device)}  # fmt: skip
-        hidden_states = self.vlm(
-            input_ids=input_ids, position_ids=layout["position_ids"], attention_mask=layout["attention_mask"],
-            use_cache=False, return_dict=True, **images,
+            for row, turn, tokens in zip(embeds, turns, self._see(pixel_values, turns[0].grid, limits), strict=True):
+                row[turn.image_start : turn.image_start + len(tokens)] = tokens
+        hidden_states = self.vlm.language_model(
+            inputs_embeds=embeds, position_ids=layout["position_ids"],
+            attention_mask=causal_mask(layout["attention_mask"], embeds.dtype), use_cache=False, return_dict=True,
         ).last_hidden_state  # fmt: skip
         return Condition(hidden_states, **layout)
+
+    def _see(self, pixel_values: Tensor, grid: tuple[int, int], limits: tuple[int, int] | None) -> Tensor:
+        """Image tokens (B, rows x columns, D) of pictures uint8 (B, 3, H, W)."""
+        patches = self.processor.image_processor(
+            images=list(pixel_values), return_tensors="pt", **self._pixels(limits)
+        )["pixel_values"]
+        batch, (rows, columns) = len(pixel_values), (side * self.merge for side in grid)
+        # transformers 5 computes with the positions, on the device; 4 makes its own of the grid and passes these over.
+        positions = to_device(patch_positions(rows, columns, self.merge).repeat(batch, 1), self.device)
+        tokens = self.vlm.visual(
+            patches.to(self.device, self.dtype), grid_thw=torch.tensor([[1, rows, columns]] * batch),
+            position_ids=positions,
+        )  # fmt: skip
+        tokens = getattr(tokens, "pooler_output", tokens)  # transformers 5; 4 gives the tensor
+        return tokens.unflatten(0, (batch, -1))
 
     def from_cache(self, hidden_states: Tensor, height: int, width: int) -> Condition:
         """A Condition of mode image around trunk output (B, S, D) computed before, for pictures of height x width px."""
@@ -213,8 +251,9 @@ class Trunk:
         select_mask = _length_mask(counts) if min(counts) < T else None
         layout = {"position_ids": position_ids, "select": select, "attention_mask": attention_mask,
                   "select_mask": select_mask}  # fmt: skip
-        moved = {name: None if value is None else value.to(self.device) for name, value in layout.items()}
-        return input_ids.to(self.device), moved
+        device = self.device
+        moved = {name: None if value is None else to_device(value, device) for name, value in layout.items()}
+        return to_device(input_ids, device), moved
 
     @property
     def device(self) -> torch.device:
@@ -227,6 +266,20 @@ class Trunk:
     @property
     def dtype(self) -> torch.dtype:
         return self.vlm.dtype
+
+    def grid(self, height: int, width: int, limits: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(rows, columns) of image tokens of a picture of height x width px; limits: as in `encode`."""
+        key = height, width, limits
+        if key not in self._grids:
+            if len(self._grids) >= GRIDS_KEPT:
+                self._grids.pop(next(iter(self._grids)))
+            self._grids[key] = self._measure_grid(height, width, limits)
+        return self._grids[key]
+
+    def _template(self, mode: Mode) -> tuple[str, str, str]:
+        if mode not in self._templates:
+            self._templates[mode] = self._render_template(mode)
+        return self._templates[mode]
 
     def _render_template(self, mode: Mode) -> tuple[str, str, str]:
         """Chat text before the caption, between caption and image tokens, and after them."""
@@ -259,8 +312,7 @@ class Trunk:
         least, most = limits or (self.min_image_tokens, self.max_image_tokens)
         return {"min_pixels": least * self.cell**2, "max_pixels": most * self.cell**2}
 
-    def _measure_grid(self, height: int, width: int, limits: tuple[int, int] | None = None) -> tuple[int, int]:
-        """(rows, columns) of image tokens of a picture of height x width px."""
+    def _measure_grid(self, height: int, width: int, limits: tuple[int, int] | None) -> tuple[int, int]:
         blank = torch.zeros(3, height, width, dtype=torch.uint8)
         out = self.processor.image_processor(images=[blank], return_tensors="pt", **self._pixels(limits))
         _, rows, columns = out["image_grid_thw"][0].tolist()

@@ -240,6 +240,8 @@ def vae_config(config: Config) -> dict[str, Any]:
 
 
 _counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple, int]] = weakref.WeakKeyDictionary()
+_trunks: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+"""Of each module that FLOPs were counted for: the trunk before it, on the meta device, where nobody gave it."""
 
 
 def train_flops_per_image(
@@ -252,6 +254,10 @@ def train_flops_per_image(
     known = _counted.setdefault(module, {})
     key = (stage.blocks, stage.components, bucket.size, config.data.cache, config.model.vlm_max_tokens)
     if key not in known:
+        if trunk is None and "trunk" not in config.data.cache:
+            if module not in _trunks:  # half a second for `dev`: not again for each stage and bucket
+                _trunks[module] = meta_models(config)[1]
+            trunk = _trunks[module]
         frozen = frozen_flops(config, trunk, bucket)
         known[key] = training_flops(module, stage, token_counts(config, bucket), frozen).model
     return known[key]

@@ -136,7 +136,7 @@ def min_over_ranks(value: int, world: World) -> int:
     """The smallest of the ranks' values."""
     if world.size == 1:
         return value
-    smallest = torch.tensor(value, dtype=torch.int64, device=world.device)
+    smallest = torch.full((), value, dtype=torch.int64, device=world.device)  # torch.tensor would wait for a copy
     dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
     return int(smallest)
 

@@ -56,6 +56,7 @@ class StageEngine:
         self.sharding = sharding(ds_config)
         self.zero_stage = self.sharding["zero_stage"]
         self.judge = judge
+        self._norm = float("nan")
         self.dropped: str | None = None
         """Why the last step was dropped, on all ranks alike; None: it was taken."""
         self._put_judge_before_step()
@@ -93,8 +94,7 @@ class StageEngine:
 
     def grad_norm(self) -> float:
         """Global norm of the last step's gradient before clipping; nan if that step was dropped."""
-        norm = self.deepspeed.get_global_grad_norm()
-        return float("nan") if norm is None or self.dropped else float(norm)
+        return float("nan") if self.dropped else self._norm
 
     @property
     def skipped_steps(self) -> int:
@@ -109,15 +109,16 @@ class StageEngine:
         from deepspeed.utils import safe_get_full_grad
 
         num_double = len(self.module.transformer.transformer_blocks)
-        squares: dict[str, float] = {}
+        squares: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
             if name in self.first_stage:
                 place = stages.locate(name, num_double)
-                square = float(safe_get_full_grad(parameter).float().square().sum())
+                square = safe_get_full_grad(parameter).float().square().sum().double()
                 for label in (place.group, f"block{place.block:02d}" if place.block is not None else None):
                     if label:
                         squares[label] = squares.get(label, 0.0) + square
-        return {label: square**0.5 for label, square in squares.items()}
+        values = torch.stack(list(squares.values())).tolist()  # once: each wait for the GPU is for all of them
+        return {label: square**0.5 for label, square in zip(squares, values, strict=True)}
 
     def carry(self, names: set[str]) -> Carried:
         """Adam's memory of the parameters named, gathered on every rank's host. Collective; leaves the engine whole."""
@@ -169,8 +170,8 @@ class StageEngine:
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
             norms = real(*args, **kwargs)
-            norm = float(norms if self.zero_stage < 3 else combine_grad_norm_groups(norms))
-            self.dropped = self.judge(norm) if self.judge else None
+            self._norm = float(norms if self.zero_stage < 3 else combine_grad_norm_groups(norms))
+            self.dropped = self.judge(self._norm) if self.judge else None
             if self.dropped is None:
                 return norms
             invalid = torch.full_like(torch.as_tensor(norms if self.zero_stage < 3 else norms[0]), -1.0)

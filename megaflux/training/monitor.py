@@ -98,8 +98,9 @@ class Monitor:
         if update % self.config.monitor.every:
             return
         seconds = time.perf_counter() - self.since
-        allocators = self._gather_news()
-        sums = sum_over_ranks(self.loss.clone(), self.world).cpu()
+        sums, replaced, allocators = self._sum_over_ranks()
+        if replaced:
+            self._tell_replacements()
         images = self.images * self.world.size
         mean = (sums[:, 0].sum() / sums[:, 1].sum()).item()
         scalars = {
@@ -120,14 +121,28 @@ class Monitor:
         self._record_progress(seconds)
         self._reset()
 
-    def _gather_news(self) -> list[dict[str, int]]:
-        """Every rank's replaced samples, in the events and counted on all, and its `allocator_state`. Collective."""
-        of_ranks = gathered((self.replacements, allocator_state(self.world)), self.world)
-        new = [one for replacements, _ in of_ranks for one in replacements]
+    def _sum_over_ranks(self) -> tuple[Tensor, int, list[dict[str, int]]]:
+        """Over all ranks: losses by t (sum, count), how many samples were replaced, and every rank's `allocator_state`.
+
+        One tensor that is waited for: gathering objects waits a few times for each rank. Collective."""
+        size, state = self.world.size, allocator_state(self.world)
+        news = torch.zeros(1 + 2 * size, dtype=self.loss.dtype, device=self.loss.device)
+        news[0].fill_(len(self.replacements))
+        news[1 + self.world.rank].fill_(state.get("reserved", 0))
+        news[1 + size + self.world.rank].fill_(state.get("retries", 0))
+        summed = sum_over_ranks(torch.cat([self.loss.flatten(), news]), self.world).cpu()
+        losses, replaced, reserved, retries = summed.split([self.loss.numel(), 1, size, size])
+        states = [
+            {"reserved": int(r), "retries": int(n)} if state else {} for r, n in zip(reserved, retries, strict=True)
+        ]
+        return losses.view(self.loss.shape), int(replaced), states
+
+    def _tell_replacements(self) -> None:
+        """Every rank's, in the events and counted on all. Collective."""
+        new = [one for of_rank in gathered(self.replacements, self.world) for one in of_rank]
         for update, line in new:
             self.events.record("fault", what="replaced_sample", update=update, detail=line)
         self.replaced, self.replacements = self.replaced + len(new), []
-        return [state for _, state in of_ranks]
 
     def _record_progress(self, seconds: float) -> None:
         self.events.record("progress", update=self.done, seconds=seconds, data_wait=self.data_wait)
@@ -169,7 +184,7 @@ class Monitor:
     def close(self) -> None:
         """Of a run that ends as agreed on. Collective."""
         if self.images:  # of updates since the last point
-            self._gather_news()
+            self._tell_replacements()
             self._record_progress(time.perf_counter() - self.since)
         self.bar.close()
         with self._never_fatal():

@@ -12,6 +12,7 @@ from megaflux.config import ConditionModes, Flow
 from megaflux.models.latents import PACK
 from megaflux.models.vlm import Mode
 from megaflux.training.distributed import generator_for
+from megaflux.transfer import pins, to_device
 
 
 def draw_time_and_noise(
@@ -21,17 +22,19 @@ def draw_time_and_noise(
 
     keys: the samples' names. seen: how often this rank has met each key in this update, counted on here, so that a
     repeated one (a bucket smaller than a batch) gets other draws. The resolution shift goes by the image tokens, h w / 4.
+    Nothing here waits for latents, which need only be asked for: the host draws while a GPU still makes them.
     """
-    z, noise = [], []
-    for key in keys:
+    z = torch.empty(len(keys))
+    noise = torch.empty(len(keys), *latents.shape[1:], pin_memory=pins(latents.device))
+    for i, key in enumerate(keys):
         generator = generator_for(seed, "noise", update, key, seen[key])
         seen[key] += 1
-        z.append(torch.randn((), generator=generator))
-        noise.append(torch.randn(latents.shape[1:], generator=generator))
-    t = flow.time_from_normal(torch.stack(z), config.density, config.logit_mean, config.logit_std)
+        z[i].normal_(generator=generator)
+        noise[i].normal_(generator=generator)
+    t = flow.time_from_normal(z, config.density, config.logit_mean, config.logit_std)
     num_tokens = latents[0, 0].numel() // PACK**2
     t = flow.shift_time(t, flow.shift_factor(config.shift, num_tokens))
-    return t.to(latents.device), torch.stack(noise).to(latents.device)
+    return to_device(t, latents.device), noise.to(latents.device, non_blocking=True)
 
 
 def draw_mode(modes: ConditionModes, seed: int, update: int, micro: int) -> Mode:

@@ -8,7 +8,15 @@ import torch
 
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.models.scratch import build_vlm
-from megaflux.models.vlm import QUESTION, Trunk, join_vlm, mrope_position_ids, split_vlm
+from megaflux.models.vlm import (
+    QUESTION,
+    Trunk,
+    causal_mask,
+    join_vlm,
+    mrope_position_ids,
+    patch_positions,
+    split_vlm,
+)
 from tests.conftest import picture
 
 CAPTIONS = [
@@ -153,6 +161,45 @@ def test_cut_model_on_cut_turn_is_whole_model_on_whole_turn(parts, mode, size):
         expected = torch.cat([expected, hidden[start : start + len(words)]])
     assert condition.hidden_states.shape[1] < len(ids)
     torch.testing.assert_close(tokens_of(tail, condition)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "attention"), [("image", "sdpa"), ("image_text", "sdpa"), ("text", "sdpa"), ("image_text", "eager")]
+)
+def test_encode_is_transformers_own_forward_bit_for_bit(parts, mode, attention):
+    """Called part by part, with a mask made beforehand; the tail likewise. (On a padded turn, which asks the most.)"""
+    _, processor, trunk, tail = parts
+    images, captions = pixels(2), ["a", "a rather longer caption than the first"]
+    input_ids, layout = trunk.collate([trunk.turn(mode, None if mode == "text" else SIZE, c) for c in captions])
+    given = {} if mode == "text" else processor.image_processor(list(images), return_tensors="pt", **trunk.limits)
+    for model in (trunk.vlm, tail):
+        model.set_attn_implementation(attention)
+    try:
+        with torch.no_grad():
+            expected = trunk.vlm(
+                input_ids=input_ids, position_ids=layout["position_ids"], attention_mask=layout["attention_mask"],
+                use_cache=False, **given,
+            ).last_hidden_state  # fmt: skip
+            condition = trunk.encode(images, captions, mode)
+            seen = [
+                tail(inputs_embeds=expected, position_ids=layout["position_ids"], attention_mask=mask, use_cache=False)
+                for mask in (layout["attention_mask"], causal_mask(layout["attention_mask"], expected.dtype))
+            ]
+    finally:
+        for model in (trunk.vlm, tail):
+            model.set_attn_implementation("sdpa")
+    assert (layout["attention_mask"] is None) == (mode == "image")
+    assert torch.equal(condition.hidden_states, expected)
+    assert torch.equal(*(out.last_hidden_state for out in seen))
+
+
+def test_patch_positions_are_transformers(parts):
+    """The rotary angles that Qwen's ViT (transformers 4) makes of its grid are those of our positions."""
+    _, _, trunk, _ = parts
+    rows, columns = 6, 4
+    positions = patch_positions(rows, columns, trunk.merge)
+    angles = trunk.vlm.visual.rotary_pos_emb(rows)[positions].flatten(1)
+    assert torch.equal(angles, trunk.vlm.visual.rot_pos_emb(torch.tensor([[1, rows, columns]])))
 
 
 def test_padding_changes_no_ones_condition(parts):

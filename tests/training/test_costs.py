@@ -308,3 +308,14 @@ def test_auto_without_kernels_is_all_or_nothing(dev_models):
     buckets = make_buckets(config.data.aspect_ratios, 1024)
     found = [memory.policies_for(config, ZERO2, 8, *dev_models, buckets, config.stages[0], n * GB) for n in (90, 1000)]
     assert found == [["full"] * 57, ["none"] * 57]
+
+
+def test_the_frozen_networks_are_built_once_for_all_stages_and_buckets(small_models, monkeypatch):
+    """Each build takes the host up to half a second for `dev`, between two micro-batches."""
+    built, module = [], copy.deepcopy(small_models[0])
+    monkeypatch.setattr(costs, "meta_models", lambda config: built.append(1) or meta_models(config))
+    config, buckets = small(), [Bucket("1:1", 128, 128), Bucket("2:1", 128, 64)]
+    flops = [costs.train_flops_per_image(config, module, stage, bucket) for stage in range(2) for bucket in buckets * 2]
+    assert len(built) == 1
+    assert flops[1] == costs.train_flops_per_image(config, small_models[0], 0, buckets[1], small_models[1])
+    assert len(built) == 1  # given one, it builds none
