@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -125,7 +126,7 @@ def test_attention_is_given_gradients_of_one_layout(monkeypatch, path):
     monkeypatch.setattr(flux_functions, "copies_gradients", lambda x: True)  # as on a GPU
     if path != "diffusers":
         fuse(flux, path)
-    with GradientLayouts() as layouts:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), GradientLayouts() as layouts:
         found = step(flux, arguments)
     assert len(layouts.found) == 1
     assert not {n: relative(found[n], plain[n]) for n in plain if relative(found[n], plain[n]) > 1e-5}

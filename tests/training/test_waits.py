@@ -196,7 +196,7 @@ def test_an_update_waits_four_times_at_most(tmp_path):
     assert [(what, where) for what, where, _ in ours] == [
         ("tolist", "engine.py:grad_norms"),  # every monitor.grad_norms_every
         ("_local_scalar_dense", "engine.py:judged"),
-        ("cpu", "monitor.py:update"),  # every monitor.every
+        ("cpu", "monitor.py:_sum_over_ranks"),  # every monitor.every
         ("_local_scalar_dense", "distributed.py:min_over_ranks"),
     ]
     # Copies to "its device", the CPU, are none on a GPU.
