@@ -4,7 +4,7 @@
 2   bad input: configuration, command line, checkpoint or data; one line says what and how to mend it
 3   `megaflux.data.prepare` refused more images than `--max-bad`
 10  training was asked to leave by SIGTERM or SIGUSR1 and has saved: the same command goes on from there
-11  training gave up: a rank died or hung; stacks are on stderr, and the same command goes on from the last checkpoint
+11  training gave up: a rank died, hung or ran out of GPU memory; stacks are on stderr, and the same command goes on from the last checkpoint
 """
 
 from __future__ import annotations
@@ -16,6 +16,15 @@ import traceback
 from collections.abc import Callable
 
 STOPPED, STUCK = 10, 11
+OUTSIDE_TORCH = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "[CUDA]: out of memory",
+    "Cuda failure 2 'out of memory'",
+    "Failed to CUDA malloc",
+    "Failed to CUDA calloc",
+)
 _PEER_GONE = r"by peer|[Rr]emote worker|NCCL|Socket Timeout|[Tt]imed out waiting"
 
 
@@ -32,6 +41,14 @@ class UserError(Exception):
 
 class FrozenParameterError(RuntimeError):
     """A gradient reached a parameter that the active stage keeps frozen. Always a bug, never skipped."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory was not enough: for torch's allocator, or for a library that asks CUDA itself (cuBLAS,
+    cuDNN, Triton, NCCL), which torch passes on as some RuntimeError."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; by name, for this file is read before torch
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in OUTSIDE_TORCH)
 
 
 def exit_on_user_error(main: Callable[[], int | None]) -> None:

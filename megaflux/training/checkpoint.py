@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from megaflux.config import Config
-from megaflux.errors import UserError
+from megaflux.errors import UserError, is_out_of_memory
 from megaflux.models import reading
 from megaflux.models.loading_errors import named
 from megaflux.training import distributed, manifest, repartition, saved, stages
@@ -316,6 +316,8 @@ def _written(partial: Path, final: Path, world: World) -> Iterator[None]:
     except UserError as error:
         problem = str(error)
     except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError on a full disk
+        if is_out_of_memory(error):  # of the GPU; the others leave as they do where a rank dies
+            raise
         problem = (
             f"{final}: cannot be written ({getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]})"
         )
@@ -337,6 +339,8 @@ def _errors_after(engine: StageEngine) -> Iterator[None]:
         try:
             return real(*args, **kwargs)
         except (OSError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             errors.append(error)
 
     # Nor its script that puts shards together, another file that a full disk refuses: weights.safetensors is that.

@@ -23,7 +23,7 @@ import torch
 from megaflux.config import Config
 from megaflux.data.loader import Batch, BucketLoader, build_loader
 from megaflux.data.pieces import pieces, position_for
-from megaflux.errors import STOPPED, UserError
+from megaflux.errors import STOPPED, UserError, is_out_of_memory
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models, load_models
 from megaflux.models.vlm import Condition
@@ -36,7 +36,7 @@ from megaflux.training.engine import Carried, StageEngine, release_memory
 from megaflux.training.events import Events
 from megaflux.training.guard import Guard
 from megaflux.training.monitor import Monitor
-from megaflux.training.out_of_memory import Plan, is_out_of_memory
+from megaflux.training.out_of_memory import Plan
 from megaflux.training.setup import lock_run_folder, prepare_data, prepare_run_folder
 from megaflux.training.stages import trainable_names
 from megaflux.training.validation import References

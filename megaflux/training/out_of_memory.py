@@ -23,7 +23,7 @@ import torch
 
 from megaflux.config import Config, Stage
 from megaflux.data.buckets import Bucket, make_buckets
-from megaflux.errors import STUCK, UserError
+from megaflux.errors import STUCK, UserError, is_out_of_memory
 from megaflux.models import latents as latent_ops
 from megaflux.models.flux import Policy, uneven_norms
 from megaflux.models.pretrained import Models, meta_models
@@ -41,17 +41,6 @@ FILE = "memory.json"
 STEP = 0.95  # of what a plan that did not fit needs
 TELLING = 10.0  # s for the run's file system, which may hang
 NEVER = 10**6  # steps: of a rank on which no plan fits
-OUTSIDE_TORCH = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
-                 "[CUDA]: out of memory", "Cuda failure 2 'out of memory'", "Failed to CUDA malloc",
-                 "Failed to CUDA calloc")  # fmt: skip
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory was not enough: for torch's allocator, or for a library that asks CUDA itself (cuBLAS,
-    cuDNN, Triton, NCCL), which torch passes on as some RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in OUTSIDE_TORCH)
 
 
 class Plan:

@@ -11,14 +11,15 @@ import torch
 
 from megaflux.config import build_config, merge
 from megaflux.data.buckets import Bucket
-from megaflux.errors import UserError
+from megaflux.errors import UserError, is_out_of_memory
 from megaflux.models.pretrained import load_models, meta_models
 from megaflux.presets import tiny
-from megaflux.training import distributed, memory, out_of_memory
+from megaflux.training import checkpoint, distributed, memory, out_of_memory
 from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine
 from megaflux.training.monitor import allocator_scalars, allocator_state
-from megaflux.training.out_of_memory import Plan, is_out_of_memory
+from megaflux.training.out_of_memory import Plan
+from megaflux.training.space import NoRoom
 from megaflux.training.validation import denoising_loss
 from tests.training.runs import ds_config, small_config
 
@@ -191,3 +192,10 @@ def test_the_allocators_of_all_ranks_are_seen(monkeypatch):
     other = {"reserved": 71 * 10**9, "retries": 3}
     assert allocator_scalars([gpu, other]) == {"memory/reserved_peak_gb": 71.0, "memory/allocator_retries": 5}
     assert allocator_scalars([allocator_state(ALONE)]) == {}
+
+
+def test_a_save_that_runs_out_of_gpu_memory_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), checkpoint._written(tmp_path / "a", tmp_path / "b", ALONE):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(NoRoom, match="cannot be written"), checkpoint._written(tmp_path / "a", tmp_path / "b", ALONE):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
