@@ -246,6 +246,7 @@ def test_nothing_holds_a_trunk_that_was_dropped(tmp_path):
         gc.enable()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_torch_itself_warns_of_no_other_wait(tmp_path):
     """A micro-batch on a real GPU under torch's own detector, which knows no pageable copy to the device."""

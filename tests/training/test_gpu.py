@@ -1,0 +1,142 @@
+"""What only a GPU can show of training; `make gpu-check` runs it where DeepSpeed is installed. Tiny models, one GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from megaflux.config import build_config, merge
+from megaflux.data.buckets import Bucket
+from megaflux.models.pretrained import load_models
+from megaflux.presets import tiny
+from megaflux.training import memory
+from megaflux.training.distributed import World
+from megaflux.training.engine import MOMENTS, Carried, StageEngine, release_memory
+from megaflux.training.out_of_memory import Plan, forward_and_backward
+from megaflux.training.stages import trainable_names
+from megaflux.training.validation import denoising_loss
+from tests.training.runs import ds_config, small_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.usefixtures("process_group"),
+]
+BUCKET = Bucket("1:1", 64, 64)
+
+
+@pytest.fixture(scope="module")
+def ds(tmp_path_factory) -> dict:
+    return json.loads(ds_config(tmp_path_factory.mktemp("ds")).read_text())
+
+
+def configured(run, micro: int = 2, width: int = 4):
+    """1 + 2 blocks of `width` heads x 16, bf16."""
+    values = small_config(run, run, model__activation_checkpointing="auto")
+    values["model"]["flux_config"] |= {"num_attention_heads": width, "joint_attention_dim": 48}
+    values["train"] |= {"updates": 4, "global_batch_size": micro, "micro_batch_size": micro}
+    return build_config(merge(tiny(), values))
+
+
+def loaded(config):
+    models = load_models(config, torch.device("cuda", 0), torch.bfloat16)
+    models.trainable.train()
+    with torch.no_grad():  # away from the zeros of a fresh model
+        for parameter in models.trainable.transformer.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return models
+
+
+def update(engine, config, models, micro: int = 2) -> None:
+    pictures = torch.randint(0, 256, (micro, 3, 64, 64), dtype=torch.uint8, device="cuda")
+    condition = models.trunk.encode(pictures)
+    latents, noise = torch.randn(2, micro, 8, 8, 8, device="cuda")
+    t = torch.linspace(0.2, 0.8, micro, device="cuda")
+    engine.set_learning_rate(0)
+    engine.backward(denoising_loss(engine, config, models, BUCKET, latents, noise, condition, t).mean())
+    engine.step()
+    assert engine.dropped is None and engine.grad_norm() > 0
+
+
+def test_a_closed_engine_gives_its_memory_back(tmp_path, ds):
+    config = configured(tmp_path, width=32)
+    models = loaded(config)
+    models.trainable.configure(True, "none")
+    release_memory()
+    before, carried = torch.cuda.memory_allocated(), None
+    for stage in (0, 1):
+        engine = StageEngine(models.trainable, config, ds, stage, 1, carried)
+        update(engine, config, models)
+        held = torch.cuda.memory_allocated() - before
+        assert held > 8 * engine.num_trainable  # masters and one moment at least: there is something to give back
+        if stage == 0:
+            carried = engine.carry(set(trainable_names(models.trainable, config.stages[1])))
+        engine.close()
+        left = torch.cuda.memory_allocated() - before
+        assert left < 0.01 * held + 2**20, f"{left} of {held} bytes stay"
+
+
+def test_adams_state_of_another_number_of_ranks_is_taken_over(tmp_path, ds):
+    """As repartition reads it: on the host, steps too."""
+    config = configured(tmp_path)
+    models = loaded(config)
+    engine = StageEngine(models.trainable, config, ds, 0, 1)
+    models.trainable.configure(True, "none")
+    parameters = {n: p for n, p in models.trainable.named_parameters() if n in engine.first_stage}
+    tensors = {
+        name: {"master": p.detach().float().cpu()} | {key: torch.full(p.shape, 1e-4) for key in MOMENTS}
+        for name, p in parameters.items()
+    }
+    engine.take_over(Carried(tensors, {0: torch.tensor(7.0)}))
+    update(engine, config, models)
+    (steps,) = {float(engine.deepspeed.optimizer.optimizer.state[flat]["step"]) for _, flat in engine._flat_groups()}
+    assert steps == 8
+    engine.close()
+
+
+def test_a_plan_that_does_not_fit_is_lowered_and_leaves_nothing(tmp_path, ds):
+    """A real out of memory, within a share of the GPU that recomputation fits and keeping everything does not."""
+    micro = 512
+    config = configured(tmp_path, micro, width=16)
+    models = loaded(config)
+    engine = StageEngine(models.trainable, config, ds, 0, 1)
+    world = World(0, 1, torch.device("cuda", 0))
+    needs = {}
+    for policy in ("none", "full"):
+        models.trainable.configure(True, policy)
+        release_memory()
+        torch.cuda.reset_peak_memory_stats()
+        forward_and_backward(config, models, BUCKET)
+        needs[policy] = torch.cuda.max_memory_reserved()
+    release_memory()
+    before = torch.cuda.memory_allocated()
+    assert needs["none"] > 1.2 * needs["full"], needs
+    share = (needs["none"] + needs["full"]) / 2 / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        plan = Plan(config, ds, world)
+        plan.enter(config.stages[0])
+        policies = plan.choose(models, engine)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert set(policies) != {"none"}, memory.counted(policies)
+    release_memory()
+    assert torch.cuda.memory_allocated() - before < 2**21
+    assert all(p.grad is None for p in models.trainable.parameters())
+    update(engine, config, models)
+    engine.close()
+
+
+def test_host_memory_stays_while_weights_go_to_the_gpu(tmp_path, published):
+    import psutil
+
+    values = small_config(tmp_path, tmp_path, model__flux=str(published["flux"]), model__vae=None,
+                          model__vlm=str(published["qwen"]), stages=[{"name": "one", "share": 1, "blocks": [1]}])  # fmt: skip
+    config = build_config(merge(tiny(), values))
+    load_models(config, torch.device("cuda", 0), torch.bfloat16)  # libraries' own memory
+    before = psutil.Process().memory_info().rss
+    models = load_models(config, torch.device("cuda", 0), torch.bfloat16)
+    assert all(p.is_cuda for module in (models.trainable, models.trunk.vlm, models.vae) for p in module.parameters())
+    assert psutil.Process().memory_info().rss - before < 200e6
