@@ -15,7 +15,7 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -58,6 +58,19 @@ def use_triton(x: Tensor) -> bool:
     if x.dtype == torch.float64:
         raise ValueError("MEGAFLUX_KERNELS=triton: float64 runs on the torch path only; use auto or torch")
     return True
+
+
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Inside, ops take the Triton path wherever their tensors are: for fake ones, whose kernels never run, so that what
+    is counted are a GPU's allocations and not those of the torch path."""
+    global CHOICE, _INSTALLED, _INTERPRETING
+    before = CHOICE, _INSTALLED, _INTERPRETING
+    CHOICE, _INSTALLED, _INTERPRETING = "triton", True, True
+    try:
+        yield
+    finally:
+        CHOICE, _INSTALLED, _INTERPRETING = before
 
 
 def describe(device: torch.device | str) -> str:

@@ -55,10 +55,15 @@ ATTENTION_FLOPS = {
 
 def build(flux_config: dict[str, Any], dtype: torch.dtype) -> FluxTransformer2DModel:
     """A FLUX of these sizes in dtype from the start: fake parameters cannot be cast in place."""
+    return in_dtype(dtype, lambda: FluxTransformer2DModel(**flux_config))
+
+
+def in_dtype(dtype: torch.dtype, make: Callable[[], Any]) -> Any:
+    """What `make` makes while dtype is torch's default."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return FluxTransformer2DModel(**flux_config)
+        return make()
     finally:
         torch.set_default_dtype(default)
 
@@ -141,7 +146,7 @@ def count(
     diffusers' path calls, is counted as the GPU's: it keeps its input and a statistic a row, while that of CPUs keeps
     up to two float32 copies.
     """
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION), _rms_norm_of_gpus():
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION), rms_norm_of_gpus():
         transformer = build(flux_config, dtype)
         freeze(transformer, trainable)
         set_arm(transformer, arm)
@@ -172,7 +177,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 @contextmanager
-def _rms_norm_of_gpus() -> Iterator[None]:
+def rms_norm_of_gpus() -> Iterator[None]:
     plain = F.rms_norm
     F.rms_norm = lambda x, shape, weight=None, eps=None: _RmsNorm.apply(x, weight)
     try:

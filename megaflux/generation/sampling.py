@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from diffusers import (
 )
 
 from megaflux.generation.condition import PromptEmbeds
-from megaflux.models.latents import TOKEN_PIXELS
+from megaflux.models.latents import TOKEN_PIXELS, chunk_size
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.models.t5 import image_tokens_only, split_context
 from megaflux.models.vlm import Condition
@@ -160,6 +160,19 @@ def generate(
     tokens = model.encode_condition(condition, embedded=model.fused)
     prompt = PromptEmbeds(tokens, None, model.fused, tokens.shape[1])
     generators = [s if isinstance(s, torch.Generator) else torch.Generator().manual_seed(s) for s in seeds]
-    images = sample(pipeline, model, prompt, pooled_projections, generators, height, width, steps, guidance,
-                    output_type="pt", callback=lambda *_: on_step() or {})  # fmt: skip
+    with decoding_in_chunks(pipeline.vae, len(seeds), height, width):
+        images = sample(pipeline, model, prompt, pooled_projections, generators, height, width, steps, guidance,
+                        output_type="pt", callback=lambda *_: on_step() or {})  # fmt: skip
     return (images.float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+@contextmanager
+def decoding_in_chunks(vae, pictures: int, height: int, width: int) -> Iterator[None]:
+    """Where the pictures are more than the VAE may take at once (`latents.chunk_size`), it takes them one by one inside,
+    as diffusers can. It is left as it was: training encodes with it, and bits depend on the batch."""
+    before = vae.use_slicing
+    vae.use_slicing = before or pictures > chunk_size(height, width)
+    try:
+        yield
+    finally:
+        vae.use_slicing = before

@@ -174,10 +174,13 @@ def _print_memory(config: Config, ds_config: dict[str, Any], world_size: int, me
         f"micro-batch {config.train.micro_batch_size}; peak: {memory.stage}, {memory.bucket}"
     )
     lines = {f"weights, {name}": size for name, size in memory.weights.items()}
-    lines |= {"gradients": memory.gradients, "optimizer shard": memory.optimizer,
-              "activations": memory.activations,
-              "or, when larger: VAE encode, optimizer step": memory.transient,
-              "CUDA and libraries": memory.runtime}  # fmt: skip
+    lines |= {
+        "gradients in flight": memory.gradients,
+        "optimizer shard, sum of gradients": memory.optimizer,
+        "activations": memory.activations,
+        "or, when larger: VAE encode or decode": memory.transient,
+        "CUDA, NCCL and libraries": memory.runtime,
+    }
     for name, size in lines.items():
         print(f"  {name:<46}{size / GIGA:>9.3f}")
     print(f"  {'total':<46}{memory.total / GIGA:>9.3f}")

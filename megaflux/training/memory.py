@@ -1,44 +1,51 @@
-"""Bytes per GPU of a configuration: weights, gradients, optimizer shards, activations. Formulas, no
-measurement.
+"""Bytes per GPU of a configuration: weights, gradients, optimizer shards, activations. Formulas, no measurement;
+`python -m megaflux.bench memory` holds them against one update on fake tensors and a real DeepSpeed engine's tensors.
 
-P parameters that train, N all that a part holds, R ranks, w bytes per weight (2 in bfloat16, 4 in float32),
-B images per micro-batch, W FLUX's width, r its MLP ratio (4), L image and T condition tokens.
+P parameters that train, L the largest of them, N all that a part holds, R ranks, E reduce_bucket_size, w bytes per
+weight (2 in bfloat16, 4 in float32), B images per micro-batch, W FLUX's width, r its MLP ratio (4), l image and T
+condition tokens. DeepSpeed 0.19.8, read in runtime/zero/stage_1_and_2.py and stage3.py.
 
-- weights: w N for FLUX, the whole of Qwen2-VL (no lm_head), connector and VAE on every GPU. ZeRO-3 shards
-  what is in the engine (FLUX, connector, Qwen's last layer) over R, and gathers at most
-  stage3_max_live_parameters at a time.
-- gradients: w P / R for the rank's own part (ZeRO-2, 3; w P below), and one bucket being reduced: up to
-  reduce_bucket_size elements in w bytes, and a copy in communication_data_type where that is wider.
-- optimizer: 16 P / R (P below ZeRO-1): float32 master, two moments of Adam, float32 sum over micro-batches.
-  With offload_optimizer it is on the host.
-- activations, in units of w W (T + L) bytes per image (saved by autograd; statistics and tables left out). With
-  kernels a block keeps the inputs of its norms (1 each), q, k, v and the output of attention (4) and the MLP's
-  pre-activation (r); where its modulations train, what its gates scale as well (1 each):
+- weights: w N for FLUX, the whole of Qwen2-VL (no lm_head), connector and VAE on every GPU. What trains is moved into
+  ZeRO's buffer, not copied. ZeRO-3 shards what is in the engine (FLUX, connector, Qwen's last layer) over R, and gathers
+  at most stage3_max_live_parameters at a time.
+- optimizer: 16 P / R: float32 master, two moments of Adam, float32 sum of the gradients of the rank's own part, from an
+  update's first reduction to its step; in float32 the sum takes 8 P / R. The step works in place. With offload_optimizer
+  masters and moments are on the host, as are a second gradient and a copy in w bytes; the GPU keeps ZeRO-2's sum,
+  4 P / R, and w L to copy through.
+- gradients, while the backward pass runs: a bucket of w E (twice with overlap_comm; as a whole, however small P is) and,
+  while it is reduced, its slices joined and, in a wider communication_data_type, copied: up to max(E, L) elements in
+  both; and w L that is on its way there. ZeRO-3's bucket is in communication_data_type and never freed.
+- activations, in units of w W (T + l) bytes per image (saved by autograd). With kernels a block keeps the inputs of its
+  norms (1 each), q, k, v and the output of attention (4) and the MLP's pre-activation (r); where its modulations train,
+  what its gates scale as well (1 each):
       double block:  6 + r frozen   8 + r `attention` and `block`
       single block:  5 + r frozen   6 + r `attention` and `block`
-  and, of a micro-batch above 1, the slices of attention's output that trainable linears read, copied: L / (T + L)
+  and, of a micro-batch above 1, the slices of attention's output that trainable linears read, copied: l / (T + l)
   for `attention`, 1 for `block`, in double blocks. A block with q/k norm weights near zero keeps q, k and v before
-  their norms too (3). Policy mlp: r less.
+  their norms too (3). Policy mlp: r less. Statistics, 4 bytes each: 3 a head and 4 to a token.
 - without kernels, eager diffusers: q and k before their norms too (2), and the inputs of linears that train:
-      double block:  8 + r frozen   12 + r + L / (T + L) `attention`   14 + 2 r `block`
+      double block:  8 + r frozen   12 + r + l / (T + l) `attention`   14 + 2 r `block`
       single block:  7 + r frozen   10 + r               `attention`   11 + 2 r `block`
-- policy full, either way: 1 per block, and everything of the one block being recomputed. Of what policy none keeps,
-  the most that any one block does is counted once more in policy mlp, for what lives while its gradients are made.
-- Qwen's last layer: about 16 D + 4 I per token of the turn (width D, MLP width I); its input only if
-  recomputed.
-- transient, alive only while activations are not, so that the larger of the two counts: the VAE's encoder,
-  about four maps of its first width at full resolution per image of the micro-batch (data.cache without
-  latents), and the flat float32 copy of the rank's gradients in the optimizer's step.
-- runtime: 1 GB for the CUDA context and libraries. Fragmentation is not counted.
+- policy full, either way: 1 per block.
+- backward, in the same units: while a block is at it, what it computes again (all but its input in policy full, r and
+  its norm's output in mlp) and the gradients of its MLP: of the stream, of the block's output, of proj_out's input
+  (1 + r) and of the pre-activation (r), then of the norm's output. The peak is the largest sum, over blocks, of what it
+  and the blocks before it keep and of this; mostly at the last block, where all is still kept.
+- Qwen's last layer: 11 D + 4 I per token of the turn (width D, MLP width I), and the connector's input and output; of
+  the layer only input and output if recomputed.
+- transient, alive only while activations are not, so that the larger of the two counts: the VAE, whose encoder works
+  before each forward pass (data.cache without latents) and whose decoder makes the panels (`latents.coding_peak`).
+- runtime: 2 GB for the CUDA context, NCCL and the libraries, which is an estimate. Fragmentation is not counted.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -48,13 +55,16 @@ from torch import nn
 from megaflux.config import Config, Stage
 from megaflux.data.buckets import Bucket, make_buckets
 from megaflux.models.flux import POLICIES, Policy, uneven_norms
+from megaflux.models.latents import coding_peak
 from megaflux.models.pretrained import AutoencoderKL, Models, meta_models
-from megaflux.training.costs import Tokens, stage_table, token_counts, vae_config
+from megaflux.training.costs import Tokens, token_counts, vae_config
 from megaflux.training.distributed import World, min_over_ranks
-from megaflux.training.ds_config import uses_bf16, uses_kernels, zero_stage
+from megaflux.training.ds_config import bucket_elements, uses_bf16, uses_kernels, zero_stage
+from megaflux.training.stages import trainable_names
 
 log = logging.getLogger("megaflux")
-RUNTIME_BYTES = 10**9
+RUNTIME_BYTES = 2 * 10**9
+USABLE = 0.92  # of a GPU's memory: fragmentation and what the formulas leave out take the rest
 MLP_RATIO = 4  # r: FluxSingleTransformerBlock's mlp_ratio and FeedForward's mult
 
 
@@ -67,6 +77,7 @@ class Memory:
     weights: dict[str, int]
     """flux, vlm, connector, vae; gathered (ZeRO-3)."""
     gradients: int
+    """In flight: ZeRO's bucket, and what reducing it takes."""
     optimizer: int
     activations: int
     transient: int
@@ -104,7 +115,7 @@ def policies_for(
     has it; auto: the least recomputation that fits in gpu_bytes at every bucket.
 
     auto starts with full everywhere and gives memory first to those blocks that save most FLOPs per byte: full ->
-    mlp in blocks that keep least, then mlp -> none. Without kernels it is none or full for all blocks. uneven: blocks
+    mlp in the last block and in those that keep least, then mlp -> none. Without kernels it is none or full for all blocks. uneven: blocks
     that keep their q, k, v product too (`flux.uneven_norms`); None: none does.
     """
     transformer = module.transformer
@@ -113,18 +124,23 @@ def policies_for(
     if wanted != "auto":
         return [wanted] * blocks
 
+    batch = config.for_world(world_size).train.micro_batch_size
+    width = 2 if uses_bf16(ds_config) else 4
+    given = config, ds_config, world_size, module, trunk, stage
+    fixed = [(stage_memory(*given, bucket), _worst_tokens(config, bucket)) for bucket in buckets]
+
     def fits(policies: list[Policy]) -> bool:
-        needs = (
-            stage_memory(config, ds_config, world_size, module, trunk, stage, bucket, policies, uneven).total
-            for bucket in buckets
-        )
-        return max(needs) <= gpu_bytes
+        for memory, tokens in fixed:
+            kept = activation_bytes(module, stage, tokens, width, policies, fused, batch, uneven)
+            if replace(memory, activations=batch * kept).total > gpu_bytes:
+                return False
+        return True
 
     if not fused:
         return ["none"] * blocks if fits(["none"] * blocks) else ["full"] * blocks
-    batch = config.for_world(world_size).train.micro_batch_size
     kept = block_units(module, stage, _worst_tokens(config, buckets[0]), True, batch, uneven)
-    order = sorted(range(blocks), key=lambda block: kept[block])
+    # First the last block: what it keeps it would compute again while all others' is still there.
+    order = sorted(range(blocks), key=lambda block: (block < blocks - 1, kept[block], -block))
     steps = [(block, policy) for policy in ("mlp", "none") for block in order]
     # The more steps, the more memory (the first step's transient apart), so the last that fits is found by halves.
     low, high = 0, len(steps)
@@ -136,7 +152,7 @@ def policies_for(
 
 def usable(gpu_bytes: float) -> int:
     """What of a GPU's memory the formulas may plan with: fragmentation and what they leave out take the rest."""
-    return int(0.92 * gpu_bytes)
+    return int(USABLE * gpu_bytes)
 
 
 def counted(policies: Sequence[Policy]) -> str:
@@ -145,27 +161,72 @@ def counted(policies: Sequence[Policy]) -> str:
     return f"of {len(policies)} blocks: " + ", ".join(parts)
 
 
-def choose_policies(
-    config: Config, ds_config: dict[str, Any], world: World, models: Models, stage: Stage
-) -> list[Policy]:
-    """`policies_for` on the machines at hand, alike on all ranks: the smallest GPU's memory less what others use of
-    it, or a rank's share of the memory that is free now. Collective."""
-    if world.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(world.device)
-        others = max(0, total - free - torch.cuda.memory_reserved(world.device) - RUNTIME_BYTES)
-        memory = total - others
-    else:
-        import psutil
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of one device as its driver and torch's allocator see them."""
 
-        memory = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        memory += sum(p.numel() * p.element_size() for p in models.trainable.parameters())  # here already
+    total: int
+    free: int
+    """That nobody has, as the driver counts."""
+    reserved: int = 0
+    """That this process's allocator has; of it `allocated` is in use."""
+    allocated: int = 0
+
+    def plannable(self, own: int) -> int:
+        """What the total of `stage_memory` may come to, once the engine is built. own: bytes of it that live already.
+
+        Only what is free can be had: memory that something else holds, in this process or another, is not planned with.
+        """
+        available = self.free + self.reserved - self.allocated
+        return own + RUNTIME_BYTES + available - (self.total - usable(self.total))
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """The memory of a rank's device; on a CPU its share of the host's. What is garbage is freed first."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        return DeviceMemory(total, free, torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device))
+    import psutil
+
+    host, ranks = psutil.virtual_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return DeviceMemory(host.total // ranks, host.available // ranks)
+
+
+def choose_policies(
+    config: Config,
+    ds_config: dict[str, Any],
+    world: World,
+    models: Models,
+    stage: Stage,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[Policy]:
+    """`policies_for` on the machines at hand, alike on all ranks: within what is really free on the smallest GPU, or of
+    a rank's share of the host. Call it when the stage's engine is built. Collective.
+
+    optimizer: the engine's inner one, whose shards are then known to live already; without it they are planned for anew.
+    """
+    modules = (models.trainable, models.trunk.vlm, models.vae)
+    tensors = [getattr(p, "ds_tensor", p) for module in modules for p in module.parameters()]  # ZeRO-3 empties p itself
+    if optimizer is not None:
+        tensors += [p for group in optimizer.param_groups for p in group["params"]]
+        tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    budget = device_memory(world.device).plannable(_bytes_on(world.device, tensors))
     buckets = make_buckets(config.data.aspect_ratios, config.data.longest_side)
     uneven = uneven_norms(models.trainable.transformer) if uses_kernels(config, ds_config) else None
     if uneven and any(uneven):
         log.info("%d of %d FLUX blocks keep their q, k, v product: norm weights near zero", sum(uneven), len(uneven))
     # Sizes as they are on the meta device: ZeRO-3 leaves the real parameters empty.
-    return policies_for(config, ds_config, world.size, *meta_models(config), buckets, stage,
-                        usable(min_over_ranks(memory, world)), uneven)  # fmt: skip
+    return policies_for(
+        config, ds_config, world.size, *meta_models(config), buckets, stage, min_over_ranks(budget, world), uneven
+    )
+
+
+def _bytes_on(device: torch.device, tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors' storages on a device, each counted once."""
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == device.type]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def _after(steps: Sequence[tuple[int, Policy]], blocks: int) -> list[Policy]:
@@ -176,16 +237,42 @@ def activation_bytes(
     module: nn.Module, stage: Stage, tokens: Tokens, width: int, policies: Sequence[Policy], fused: bool = True,
     micro_batch_size: int = 1, uneven: Sequence[bool] | None = None,
 ) -> int:  # fmt: skip
-    """Bytes that autograd keeps of FLUX's blocks and the Qwen layer for one image. width: bytes per number;
-    policies: one per block; fused: with kernels."""
+    """Bytes alive at the peak of the backward pass for one image of a micro-batch: what autograd keeps of FLUX's blocks,
+    the Qwen layer and the connector, and what the block at work adds. width: bytes per number; policies: one per block;
+    fused: with kernels."""
     transformer, text = module.transformer, module.vlm.config
     both = tokens.condition + tokens.image
     units = block_units(module, stage, tokens, fused, micro_batch_size, uneven)
-    kept = sum({"none": unit, "mlp": unit - MLP_RATIO, "full": 1}[p] for unit, p in zip(units, policies, strict=True))
-    again = {"none": 0, "mlp": MLP_RATIO, "full": max(units)}
-    kept += max(again[policy] for policy in policies)
-    layer = text.hidden_size if "full" in policies else 16 * text.hidden_size + 4 * text.intermediate_size
-    return round(width * (kept * both * transformer.inner_dim + layer * tokens.turn))
+    statistics = 4 * (3 * transformer.config.num_attention_heads + 4) / (width * transformer.inner_dim)
+    kept_so_far = peak = 0.0
+    for index, (unit, policy) in enumerate(zip(units, policies, strict=True)):
+        kept_so_far += {"none": unit + statistics, "mlp": unit - MLP_RATIO + statistics, "full": 1}[policy]
+        peak = max(peak, kept_so_far + _backward_units(module, stage, index, unit, policy, fused))
+    layer = 2 * text.hidden_size if "full" in policies else 11 * text.hidden_size + 4 * text.intermediate_size
+    connector = tokens.condition * (text.hidden_size + transformer.config.joint_attention_dim)
+    return round(width * (peak * both * transformer.inner_dim + layer * tokens.turn + connector))
+
+
+def _backward_units(module: nn.Module, stage: Stage, index: int, unit: float, policy: Policy, fused: bool) -> float:
+    """What a block adds to what is kept while its MLP's gradients are made, in the same units. unit: what it would keep
+    in policy none."""
+    single = index >= len(module.transformer.transformer_blocks)
+    trains = _components(stage, index)
+    again = {"none": 0, "mlp": MLP_RATIO, "full": unit - 1}[policy]
+    added = 2 + single + 2 * MLP_RATIO + 1  # of stream, output, proj_out's input, pre-activation, norm's output
+    if not fused:
+        added += 1  # the pre-activation's gradient beside the GELU's
+        return again + added - {"frozen": 0, "attention": 2, "block": 4}[trains]  # kept for gates, and gone by then
+    rebuilt = trains == "block" and policy != "mlp"  # the norm's output for the MLP's weights; mlp has it anyway
+    gone = (trains != "frozen") + (policy == "full")  # kept for a gate; a pre-activation that only this pass holds
+    return again + added + rebuilt - gone
+
+
+def _components(stage: Stage, index: int) -> str:
+    """frozen, attention or block (the set `model` counts as that): what trains of a FLUX block."""
+    if stage.blocks != "all" and index not in stage.blocks:
+        return "frozen"
+    return "attention" if stage.components == "attention" else "block"
 
 
 def block_units(
@@ -210,9 +297,7 @@ def block_units(
         }
     units = []
     for index in range(num_double + len(transformer.single_transformer_blocks)):
-        trains = stage.blocks == "all" or index in stage.blocks
-        components = ("attention" if stage.components == "attention" else "block") if trains else "frozen"
-        units.append(kept["double" if index < num_double else "single"][components])
+        units.append(kept["double" if index < num_double else "single"][_components(stage, index)])
     if uneven:
         units = [unit + 3 if keeps else unit for unit, keeps in zip(units, uneven, strict=True)]
     return units
@@ -224,49 +309,72 @@ def stage_memory(
 ) -> Memory:  # fmt: skip
     """Memory of one stage at one bucket. policies: of each block; None: as configured, auto as full."""
     vae = _vae(json.dumps(vae_config(config)))
-    row = next(row for row in stage_table(config, module) if row.name == stage.name)
     if policies is None:
         wanted = config.model.activation_checkpointing
         transformer = module.transformer
         blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
         policies = ["full" if wanted == "auto" else wanted] * blocks
-    zero = ds_config.get("zero_optimization", {})
-    level, batch = zero_stage(ds_config), config.for_world(world_size).train.micro_batch_size
+    batch = config.for_world(world_size).train.micro_batch_size
     width = 2 if uses_bf16(ds_config) else 4
-    trainable = sum(row.trainable.values())
+    weights = _weights(ds_config, world_size, module, trunk, vae, width)
+    gradients, optimizer, host_optimizer = zero_bytes(ds_config, world_size, module, stage, width)
+    tokens = _worst_tokens(config, bucket)
+    kept = activation_bytes(module, stage, tokens, width, policies, uses_kernels(config, ds_config), batch, uneven)
+    sizes = vae.config.block_out_channels, batch, bucket.height, bucket.width, width
+    encode, decode = coding_peak(*sizes)
+    return Memory(
+        stage=stage.name,
+        bucket=str(bucket),
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=batch * kept,
+        transient=decode if "latents" in config.data.cache else max(encode, decode),
+        runtime=RUNTIME_BYTES,
+        host_optimizer=host_optimizer,
+    )
+
+
+def _weights(
+    ds_config: dict[str, Any], world_size: int, module: nn.Module, trunk: nn.Module, vae: nn.Module, width: int
+) -> dict[str, int]:
     parts = {
         "flux": _numel(module.transformer),
         "vlm": _numel(module.vlm),
         "connector": _numel(module.connector),
     }
-    weights = {name: width * n // (world_size if level == 3 else 1) for name, n in parts.items()}
+    sharded = zero_stage(ds_config) == 3
+    weights = {name: width * n // (world_size if sharded else 1) for name, n in parts.items()}
     weights["vlm"] += width * _numel(trunk)
     weights["vae"] = width * _numel(vae)
-    if level == 3 and world_size > 1:
-        live = min(sum(parts.values()), int(zero.get("stage3_max_live_parameters", 1e9)))
-        weights["gathered"] = width * live
-    bucket_size = min(trainable, int(zero.get("reduce_bucket_size", 5e8)))
+    if sharded and world_size > 1:
+        live = ds_config.get("zero_optimization", {}).get("stage3_max_live_parameters", 1e9)
+        weights["gathered"] = width * min(sum(parts.values()), int(live))
+    return weights
+
+
+def zero_bytes(
+    ds_config: dict[str, Any], world_size: int, module: nn.Module, stage: Stage, width: int
+) -> tuple[int, int, int]:
+    """(gradients in flight, optimizer, optimizer on the host): bytes of DeepSpeed's ZeRO-2 or ZeRO-3 on a rank."""
+    zero, level = ds_config.get("zero_optimization", {}), zero_stage(ds_config)
+    names = set(trainable_names(module, stage))
+    sizes = [parameter.numel() for name, parameter in module.named_parameters() if name in names]
+    shard = sum(sizes) // (world_size if level >= 1 else 1)
+    bucket = bucket_elements(ds_config)
+    reduced = max(bucket, max(sizes))
     wide = {"fp32": 4, "fp16": 2, "bf16": 2}.get(ds_config.get("communication_data_type"), width)
-    gradients = width * trainable // (world_size if level >= 2 else 1)
-    gradients += bucket_size * (width + (wide if wide > width else 0))
-    shard = trainable // (world_size if level >= 1 else 1)
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") not in ("none", None)
-    tokens = _worst_tokens(config, bucket)
-    encode = 0
-    if "latents" not in config.data.cache:
-        encode = batch * 4 * vae.config.block_out_channels[0] * bucket.height * bucket.width * width
-    return Memory(
-        stage=row.name,
-        bucket=str(bucket),
-        weights=weights,
-        gradients=gradients,
-        optimizer=0 if offloaded else 16 * shard,
-        activations=batch
-        * activation_bytes(module, stage, tokens, width, policies, uses_kernels(config, ds_config), batch, uneven),
-        transient=max(encode, 0 if offloaded else 4 * shard),
-        runtime=RUNTIME_BYTES,
-        host_optimizer=16 * shard if offloaded else 0,
-    )
+    gradients = width * max(sizes)  # on its way into the bucket
+    if level == 3:
+        gradients, total = gradients + wide * (bucket + reduced), 4 * shard
+    else:
+        gradients += width * bucket * (2 if zero.get("overlap_comm") else 1)
+        gradients += reduced * (width + (wide if wide > width else 0))
+        total = (4 if width < 4 else 8) * shard
+    if zero.get("offload_optimizer", {}).get("device", "none") in ("none", None):
+        return gradients, 12 * shard + total, 0
+    on_gpu = 0 if level == 3 else total + width * max(sizes)
+    return gradients, on_gpu, (16 + width) * shard + width * max(sizes)
 
 
 def _worst_tokens(config: Config, bucket: Bucket) -> Tokens:

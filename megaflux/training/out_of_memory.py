@@ -76,7 +76,8 @@ class Plan:
         self._uneven = uneven_norms(models.trainable.transformer) if kernels else None
         self._meta = meta_models(self.config)
         self._buckets = make_buckets(self.config.data.aspect_ratios, self.config.data.longest_side)
-        policies = memory.choose_policies(self.config, self.ds_config, self.world, models, stage)
+        inner = engine.deepspeed.optimizer.optimizer
+        policies = memory.choose_policies(self.config, self.ds_config, self.world, models, stage, inner)
         limit = self.limit
         if limit is not None and self._needs(policies) > limit:
             policies = self._within(limit)

@@ -66,3 +66,34 @@ def test_decode_is_the_vaes_on_encodes_scale(vae):
     with torch.no_grad():
         plain = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
     assert torch.equal(decoded, ops.to_uint8(plain))
+
+
+def test_the_vae_takes_as_many_pictures_at_once_as_fit_and_small_ones_all(vae, monkeypatch):
+    assert [ops.chunk_size(side, side) for side in (128, 1024, 2048)] == [128, 2, 1]
+    assert ops.chunk_size(512, 1024) == 4
+    batch = pixels(*((32, 48, seed) for seed in range(5)))
+    drawing = [torch.Generator().manual_seed(seed) for seed in range(5)]
+    whole = ops.encode(vae, batch), ops.encode(vae, batch, drawing), ops.decode(vae, ops.encode(vae, batch))
+    seen = []
+
+    def counted(run):
+        return lambda x, *args, **kwargs: seen.append(len(x)) or run(x, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "CHUNK_PIXELS", 2 * 32 * 48)
+    monkeypatch.setattr(vae, "encode", counted(vae.encode))
+    monkeypatch.setattr(vae, "decode", counted(vae.decode))
+    drawing = [torch.Generator().manual_seed(seed) for seed in range(5)]
+    parts = ops.encode(vae, batch), ops.encode(vae, batch, drawing), ops.decode(vae, whole[0])
+    assert seen == [2, 2, 1] * 3
+    for one, other in zip(whole[:2], parts[:2], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert (whole[2].int() - parts[2].int()).abs().max() <= 1
+    single = ops.encode(vae, batch, torch.Generator().manual_seed(1))  # one generator draws for one after the other
+    assert len(single) == 5 and not torch.equal(single[0], parts[0][0])
+
+
+def test_encoding_in_chunks_draws_each_picture_by_its_own_generator(vae, monkeypatch):
+    batch = pixels(*((32, 48, 0) for _ in range(3)))
+    monkeypatch.setattr(ops, "CHUNK_PIXELS", 32 * 48)
+    drawn = ops.encode(vae, batch, [torch.Generator().manual_seed(seed) for seed in (4, 5, 4)])
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
