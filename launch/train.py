@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from megaflux.config import Parser, add_config_arguments, parse_config
 from megaflux.errors import UserError, exit_on_user_error
@@ -23,13 +24,20 @@ DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
 
 def main() -> int | None:
     """Parse first and import the heavy libraries after, so that bad input is answered at once."""
-    args, config = parse_config(build_parser(), saved=saved.resume_values)
-    kept = saved.resume_values(config)
-    if kept is not None:
-        saved.refuse_changes(config, kept)
-    if args.kept and os.environ.get("RANK", "0") == "0":
-        print(saved.describe(config.run.dir, args.kept), file=sys.stderr)
-    ds_config = with_defaults(load_ds_config(args.deepspeed), None if kept is None else saved.ds_config(config.run.dir))
+    args, config = parse_config(build_parser(), saved=saved_values)
+    ds_config = load_ds_config(args.deepspeed)
+    resumed = saved.begun(config.run.dir)
+    if resumed is not None and resumed.values is not None:
+        saved.refuse_changes(config, resumed.values)
+    ds_config = with_defaults(ds_config, None if resumed is None else resumed.ds_config)
+    if os.environ.get("RANK", "0") == "0":
+        if resumed is not None and resumed.values is None:
+            print(
+                f"{config.run.dir}: config.yaml is missing; what is not given is this version's default",
+                file=sys.stderr,
+            )
+        if args.kept:
+            print(saved.describe(config.run.dir, args.kept), file=sys.stderr)
     if args.dry_run:
         if os.environ.get("RANK", "0") != "0":
             return 0  # a launcher started several: one report is enough
@@ -56,6 +64,12 @@ def main() -> int | None:
     from megaflux.training.loop import train
 
     return train(config, ds_config, watch)
+
+
+def saved_values(run_dir: str) -> dict[str, Any] | None:
+    """What the run in a folder has where nobody sets it; None: there is nothing to resume."""
+    begun = saved.begun(run_dir)
+    return None if begun is None else begun.values
 
 
 def build_parser() -> Parser:

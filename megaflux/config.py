@@ -9,6 +9,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -261,13 +262,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_config(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None = None,
-    saved: Callable[[Config], dict[str, Any] | None] = lambda config: None,
+    saved: Callable[[str], dict[str, Any] | None] = lambda run_dir: None,
 ) -> tuple[argparse.Namespace, Config]:
     """Parse the command line and resolve the three layers.
 
-    saved: gives the values of a run that the resolved configuration would resume, which then stand in the preset's place
-    (None: there is no such run); `args.kept` lists those that differ from the preset's, dotted field -> value. Not where
-    the user names another preset than the run's.
+    saved: gives the values of the run that a run.dir holds, which then stand in the preset's place (None: it holds
+    none); `args.kept` lists those that differ from the preset's, dotted field -> value. Not where the user names another
+    preset than the run's.
 
     Options of the form --stages.1.share are accepted beside the declared ones. Raises UserError for unknown
     options (with the nearest known one), options given twice, unknown presets and invalid values.
@@ -300,11 +301,15 @@ def parse_config(
             set_dotted(values, path, text)
         return build_config(values)
 
-    config, args.kept = resolved(PRESETS[preset]()), {}
-    below = saved(config)
-    if below is not None and asked in (None, below["preset"]):
-        config = resolved(below)
-        args.kept = _differences(config, resolved(PRESETS[below["preset"]]()))
+    given, args.kept = from_file.get("run"), {}
+    run_dir = overrides.get("run.dir") or (given.get("dir") if isinstance(given, dict) else None)
+    below = saved(run_dir if isinstance(run_dir, str) else PRESETS[preset]()["run"]["dir"])
+    if below is None or asked not in (None, below["preset"]):
+        return args, resolved(PRESETS[preset]())
+    config = resolved(below)
+    if below["preset"] in PRESETS:  # it may have been renamed since
+        with suppress(UserError):  # options for the run's own stages, say
+            args.kept = _differences(config, resolved(PRESETS[below["preset"]]()))
     return args, config
 
 

@@ -179,7 +179,7 @@ def test_a_failure_midway_leaves_nothing(run_folder, tmp_path, monkeypatch):
 
 
 def test_a_broken_run_is_refused_before_models_load(run_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "load_models", lambda config: pytest.fail("models were loaded"))
+    monkeypatch.setattr(runs, "load_models", lambda *_, **__: pytest.fail("models were loaded"))
     shutil.copytree(run_folder, tmp_path / "run")
     (tmp_path / "run/checkpoints/update-0000008/manifest.json").unlink()
     with pytest.raises(UserError, match="manifest.json"):

@@ -40,10 +40,13 @@ def losses(run: Path) -> list[float]:
 def parse(*argv: object):
     parser = Parser(prog="test")
     add_config_arguments(parser)
-    return parse_config(parser, list(map(str, argv)), saved=saved.resume_values)
+    return parse_config(
+        parser, list(map(str, argv)), saved=lambda run_dir: (found := saved.begun(run_dir)) and found.values
+    )
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("tiny", 1), ("small", 2)])
+# small was saved by two ranks: its shards are cut anew.
+@pytest.mark.parametrize(("name", "ranks"), [("tiny", 1), ("small", 1)])
 def test_an_old_run_is_resumed_with_its_own_values_to_the_end_that_it_would_have_had(old, name, ranks):
     # Nothing but its folder and where its data now is: no preset, no file, no learning rate.
     run = old / name
@@ -53,7 +56,7 @@ def test_an_old_run_is_resumed_with_its_own_values_to_the_end_that_it_would_have
     # Another processor may round otherwise, so not to the bit.
     assert losses(run)[-1] == pytest.approx(json.loads((OLD / "end.json").read_text())[name][-1], rel=1e-4)
     values = yaml.safe_load((OLD / f"{name}.yaml").read_text())
-    assert saved.ds_config(str(run))["zero_optimization"]["use_multi_rank_bucket_allreduce"] is True
+    assert saved.begun(str(run)).ds_config["zero_optimization"]["use_multi_rank_bucket_allreduce"] is True
     config = saved.load(run)
     assert (config.preset, config.train.updates) == (values["preset"], values["train"]["updates"])
     assert manifest.read(manifest.listed(run)[config.train.updates])["format"] == manifest.FORMAT
@@ -91,15 +94,15 @@ def test_a_changed_default_never_changes_a_run(old, monkeypatch):
         assert args.kept["optim.lr"] == 1e-3 and args.kept["train.checkpoint_every"] == 2
     given = parse("--run.dir", run, "--optim.lr", "2e-4", "--train.stop_after", "3")[1]
     assert given.optim.lr == 2e-4 and given.train.stop_after == 3 and given.train.checkpoint_every == 2
-    # Another preset by name is another run, which the identity then refuses.
-    assert parse("--run.dir", run, "--preset", "tiny")[1].preset == "tiny"
+    with pytest.raises(UserError, match="--preset tiny: .* holds a run of the preset dev; leave it out"):
+        saved.refuse_changes(parse("--run.dir", run, "--preset", "tiny")[1], saved.begun(str(run)).values)
     # Where there is nothing to resume, today's defaults hold.
     shutil.rmtree(run / "checkpoints")
     assert parse("--run.dir", run, "--preset", "dev")[1].optim.lr == 5.0
 
 
 def test_an_old_runs_gradients_are_summed_in_the_order_that_they_were(old):
-    theirs = saved.ds_config(str(old / "small"))
+    theirs = saved.begun(str(old / "small")).ds_config
     given = load_ds_config(ROOT / "ds_configs/zero2.json")
     new, resumed = with_defaults(given)["zero_optimization"], with_defaults(given, theirs)["zero_optimization"]
     assert (resumed["use_multi_rank_bucket_allreduce"], resumed["reduce_bucket_size"]) == (True, 5e8)
@@ -115,13 +118,56 @@ def test_a_start_that_stopped_early_does_not_stop_the_next_one(old):
     assert parse("--run.dir", old / "small")[1].train.stop_after == 0
 
 
+def test_options_are_for_the_run_and_not_for_the_preset_that_is_the_default(old):
+    # tiny, the default preset, caches its trunk, has 6 blocks and 4 stages; this run has none of these
+    given = ["--data.condition.image", "0.8", "--data.condition.image_text", "0.2", "--train.micro_batch_size", "1"]
+    config = parse("--run.dir", old / "small", *given)[1]
+    assert config.data.condition.image_text == 0.2 and config.preset == "dev"
+
+
+def test_a_preset_that_is_gone_is_no_hindrance(old, monkeypatch):
+    monkeypatch.delitem(PRESETS, "dev")
+    args, config = parse("--run.dir", old / "small")
+    assert config.preset == "dev" and args.kept == {}
+
+
+def test_a_start_that_saved_nothing_leaves_nothing(old):
+    """What is kept is what the newest checkpoint was saved with, from format 3 on."""
+    root = old / "small"
+    newest = manifest.folder(root) / "update-0000002"
+    content = manifest.read(newest)
+    text = (root / "config.yaml").read_text()
+    new = content | {
+        "format": manifest.FORMAT,
+        "started_with": {"config": text, "ds_config": {"zero_optimization": {}}},
+    }
+    (newest / "manifest.json").write_text(json.dumps(manifest.sealed({k: v for k, v in new.items() if k != "seal"})))
+    (root / "config.yaml").write_text(text.replace("lr: 0.001", "lr: 0.5"))
+    assert parse("--run.dir", root)[1].optim.lr == 1e-3
+    (root / "config.yaml").unlink()
+    assert parse("--run.dir", root)[1].optim.lr == 1e-3
+
+
+def test_what_an_old_run_draws_is_what_it_drew_when_it_began(old):
+    file = old / "small/config.yaml"  # as a later start with smaller micro-batches left it
+    file.write_text(file.read_text().replace("micro_batch_size: 2", "micro_batch_size: 1"))
+    train = parse("--run.dir", old / "small")[1].train
+    assert (train.drawn_per_rank, train.micro_batch_size) == (2, 1)
+
+
 def test_what_is_drawn_together_cannot_be_changed_while_resuming(old):
     run = str(old / "small")
     _, config = parse("--run.dir", run, "--train.drawn_per_rank", "2", "--train.micro_batch_size", "1")
-    saved.refuse_changes(config, saved.resume_values(config))  # what it is
+    saved.refuse_changes(config, saved.begun(run).values)  # what it is
     _, config = parse("--run.dir", run, "--train.drawn_per_rank", "4")
     with pytest.raises(UserError, match="train.drawn_per_rank: 4, but .*begun with 2; leave it out"):
-        saved.refuse_changes(config, saved.resume_values(config))
+        saved.refuse_changes(config, saved.begun(run).values)
+
+
+def test_a_field_that_is_added_raises_the_format():
+    """Whoever adds one: a new entry of ADDED, a higher manifest.FORMAT, and a line here. A released entry never changes."""
+    assert {version: sorted(fields) for version, fields in saved.ADDED.items()} == {3: ["train.drawn_per_rank"]}
+    assert max(saved.ADDED) == manifest.FORMAT
 
 
 def test_fields_are_filled_in_by_the_format_that_they_came_with(monkeypatch):

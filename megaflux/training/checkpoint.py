@@ -125,6 +125,7 @@ def save(
                 "format": FORMAT, "update": update, "stage": engine.stage,
                 "stage_name": config.stages[engine.stage].name, "world_size": world.size, "data": data,
                 "identity": identity(config), "base": base, "deepspeed": engine.sharding, "guard": guard or {},
+                "started_with": saved.snapshot(config.run.dir),
             }, files)  # fmt: skip
             # In a row of dropped updates the run may go back, to one that must still be there.
             if not (guard or {}).get("in_a_row"):

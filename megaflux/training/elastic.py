@@ -30,7 +30,8 @@ def fit(config: Config, resumed: Checkpoint | None, world_size: int) -> Config:
             agreed=True,
         )
     share, wanted = together // world_size, config.train.micro_batch_size
-    micro = max(m for m in range(1, min(wanted or share, share) + 1) if share % m == 0)
+    most = wanted or config.train.drawn_per_rank or share  # fewer ranks draw more each, but hold no more at a time
+    micro = max(m for m in range(1, min(most, share) + 1) if share % m == 0)
     if wanted not in (None, micro):
         log.warning("train.micro_batch_size: %d, since %d ranks share the %d pictures that this run draws at a time",
                     micro, world_size, together)  # fmt: skip

@@ -191,10 +191,12 @@ class StageEngine:
 
     def coming(self, device: torch.device) -> list[int]:
         """Bytes of each tensor that the updates to come keep on a device and that is not there yet: Adam's moments before
-        the first step, and the fp32 sum of the gradients, which every step gives back."""
+        the first step, and the fp32 sum of the gradients, which every step gives back. That is on the GPU also where
+        ZeRO-2 has offloaded masters and moments."""
         state = self.deepspeed.optimizer.optimizer.state
-        flats = [flat for _, flat in self._flat_groups() if flat.device == device]
-        moments = [flat.nbytes for flat in flats for key in MOMENTS if key not in state.get(flat, {})]
+        flats = [flat for _, flat in self._flat_groups()]
+        there = [flat for flat in flats if flat.device == device]
+        moments = [flat.nbytes for flat in there for key in MOMENTS if key not in state.get(flat, {})]
         return moments + [flat.nbytes for flat in flats]
 
     def take_over(self, carried: Carried) -> None:

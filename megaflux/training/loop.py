@@ -52,6 +52,8 @@ def train(config: Config, ds_config: dict[str, Any], watch: Watch) -> int:
     saved. Raises UserError for input that a person can mend.
     """
     world = distributed.start()
+    # Each rank has read the run's folder for itself, which on network storage may not look alike everywhere.
+    config, ds_config = distributed.from_main((config, ds_config), world)
     events = Events(config.run.dir, enabled=world.is_main)
     lock_run_folder(config, world)
     resumed = checkpoint.resolve(config, ds_config, world)

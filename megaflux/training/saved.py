@@ -1,11 +1,11 @@
 """What a run was begun with, for whoever resumes it, exports it or generates from it.
 
-RUN/config.yaml holds the configuration that a run was last started with; each checkpoint's manifest, its format and the part
-of the configuration that must not change. Two rules keep old runs alive:
+Each checkpoint's manifest holds its format, the part of the configuration that must not change, and, from format 3 on, all that
+the run was started with then; RUN/config.yaml is what it was last started with. Two rules keep old runs alive:
 
 - A field that they lack means the value it had before it existed: ADDED, by the format that the field came with. Whoever
   adds a field to megaflux.schema raises `manifest.FORMAT` and writes it down here; tests/test_old_runs.py holds it.
-- On resume, a value that the user does not set, in a file or on the command line, is the run's saved one (`resume_values`):
+- On resume, a value that the user does not set, in a file or on the command line, is the run's saved one (`begun`):
   a changed default never changes a run.
 """
 
@@ -15,14 +15,16 @@ import copy
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megaflux import plain_yaml
 from megaflux.config import Config, build_config, load_yaml
 from megaflux.errors import UserError
 from megaflux.training import manifest
 
-NAME = "config.yaml"
+NAME, DS_NAME = "config.yaml", "ds_config.json"
 ADDED: dict[int, dict[str, Any]] = {
     3: {"train.drawn_per_rank": lambda values: values["train"].get("micro_batch_size")},
 }
@@ -51,52 +53,109 @@ def load(run_dir: str | Path) -> Config:
     """The configuration that a run was last started with. UserError, naming the file, where it cannot be read."""
     file = Path(run_dir) / NAME
     try:
-        return build_config(filled(load_yaml(str(file))))
+        values = load_yaml(str(file))
     except UserError as error:
-        raise UserError(f"{file}: {str(error).removeprefix(f'--config {file}').lstrip(': ')}") from None
+        raise UserError(str(error).removeprefix("--config ")) from None
+    return _built(values, file)
 
 
-def resume_values(config: Config) -> dict[str, Any] | None:
-    """The values that the run in `config.run.dir` has where nobody sets them, as plain nested data, with this start's own
-    in PER_START; None: it holds no checkpoint, so there is nothing to resume, or no configuration.
-
-    UserError where its configuration cannot be read."""
-    run_dir = config.run.dir
-    if not os.path.isdir(manifest.folder(run_dir)):  # Path's own raises where a name is too long
-        return None
-    cut_short = manifest.folder(run_dir).glob(".update-*.partial/manifest.json")  # whole but for its name, perhaps
-    if not (manifest.listed(run_dir) or any(cut_short)) or not (Path(run_dir) / NAME).is_file():
-        return None
-    values = load(run_dir).model_dump()
-    for path in PER_START:
-        section, _, name = path.partition(".")
-        values[section][name] = getattr(getattr(config, section), name)
-    return values
-
-
-def ds_config(run_dir: str) -> dict[str, Any]:
-    """DeepSpeed's configuration that a run was last started with; {} where there is none that can be read."""
+def _built(values: dict[str, Any], file: Path) -> Config:
     try:
-        values = json.loads((Path(run_dir) / "ds_config.json").read_text())
+        return build_config(filled(values))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) and isinstance(values.get("zero_optimization"), dict) else {}
 
 
-def describe(run_dir: str, kept: dict[str, Any]) -> str:
-    """One line on values that a run keeps though this version's preset has others. kept: dotted field -> value."""
-    shown = ", ".join(f"{path} {str(value)[:60]}" for path, value in kept.items())
-    return f"resuming {run_dir} with its own values where none is given now: {shown} (the preset has others)"
+@dataclass(frozen=True)
+class Begun:
+    """What a run that can be resumed was started with when its newest checkpoint was saved."""
+
+    values: dict[str, Any] | None
+    """Its configuration, without PER_START, as plain nested data; None: nobody knows (config.yaml is missing)."""
+    ds_config: dict[str, Any]
+    """DeepSpeed's; {}: nobody knows."""
+
+
+def begun(run_dir: str) -> Begun | None:
+    """What the run in a folder was started with; None: it holds no checkpoint, so there is nothing to resume.
+
+    A start that ended before it saved has left nothing here. UserError where RUN/config.yaml is needed (checkpoints before
+    format 3) and cannot be read."""
+    if not os.path.isdir(manifest.folder(run_dir)):  # Path's own raises where a name is too long
+        return None
+    content = _newest(run_dir)
+    if content is None:
+        return None
+    snapshot = content.get("started_with", {})
+    if "config" in snapshot:
+        config = build_config(filled(plain_yaml.load(snapshot["config"]), content["format"]))
+        ds_config = snapshot.get("ds_config", {})
+    elif (Path(run_dir) / NAME).is_file():
+        values = load_yaml(str(Path(run_dir) / NAME))
+        if isinstance(values.get("train"), dict) and "micro_batch_size" in content["data"]:
+            # what it drew when it began, however its micro-batches were cut since
+            values["train"].setdefault("drawn_per_rank", content["data"]["micro_batch_size"])
+        config, ds_config = _built(values, Path(run_dir) / NAME), _read_json(Path(run_dir) / DS_NAME)
+    else:
+        return Begun(None, _read_json(Path(run_dir) / DS_NAME))
+    values = config.model_dump()
+    for path in PER_START:
+        section, _, name = path.partition(".")
+        del values[section][name]
+    values["run"]["dir"] = run_dir
+    return Begun(values, ds_config)
+
+
+def snapshot(run_dir: str | Path) -> dict[str, Any]:
+    """What this start has written into the run's folder, for a checkpoint's manifest (`begun` reads it); {} where that
+    cannot be read."""
+    try:
+        return {"config": (Path(run_dir) / NAME).read_text(), "ds_config": _read_json(Path(run_dir) / DS_NAME)}
+    except OSError:
+        return {}
 
 
 def refuse_changes(config: Config, saved: dict[str, Any]) -> None:
-    """UserError where a configuration for resuming sets one of FIXED to another value than the run's saved one."""
+    """UserError where a configuration for resuming names another preset than the run's, or sets one of FIXED to another
+    value than the run's. saved: `Begun.values`."""
+    mend = "leave it out, or give another --run.dir"
+    if config.preset != saved["preset"]:
+        raise UserError(
+            f"--preset {config.preset}: {config.run.dir} holds a run of the preset {saved['preset']}; {mend}"
+        )
     for path in FIXED:
         section, _, name = path.partition(".")
         wanted, kept = getattr(getattr(config, section), name), saved[section][name]
         if wanted != kept:
-            raise UserError(f"{path}: {wanted}, but {config.run.dir} holds a run begun with {kept}; leave it out, or give "
-                            "another --run.dir")  # fmt: skip
+            raise UserError(f"{path}: {wanted}, but {config.run.dir} holds a run begun with {kept}; {mend}")
+
+
+def _newest(run_dir: str) -> dict[str, Any] | None:
+    """The manifest of the newest checkpoint that has one that can be read; {} with the keys of none where there are
+    checkpoints only without; None: no checkpoint."""
+    cut_short = sorted(manifest.folder(run_dir).glob(".update-*.partial"))  # whole but for its name, perhaps
+    found = [*reversed(cut_short), *reversed(manifest.listed(run_dir).values())]
+    for path in found:
+        if (path / manifest.MANIFEST).is_file():
+            try:
+                return manifest.read(path)
+            except UserError:  # it is refused, with its reason, where it would be resumed
+                continue
+    return {"data": {}} if manifest.listed(run_dir) else None
+
+
+def describe(run_dir: str, kept: dict[str, Any]) -> str:
+    """One line on values that a run keeps though this version's preset has others. kept: dotted field -> value."""
+    shown = ", ".join(f"{path} {str(value)[:60]}" for path, value in kept.items())
+    return f"resuming {run_dir} with its own values, where none is given now and the preset has others: {shown}"
 
 
 def changed(identity: dict[str, Any], format: int, now: dict[str, Any]) -> list[str]:

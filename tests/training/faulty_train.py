@@ -132,10 +132,10 @@ def watch_models() -> None:
 
     loaded, load = [], pretrained.load_models
 
-    def load_models(config):
+    def load_models(*args, **kwargs):
         alive = [type(model()).__name__ for model in loaded if model() is not None]
         print(f"models loaded, alive of those before: {alive}", flush=True)
-        models = load(config)
+        models = load(*args, **kwargs)
         loaded.extend(
             map(weakref.ref, (models.trainable, models.trainable.connector.weight, models.trunk.vlm, models.vae))
         )
