@@ -175,29 +175,30 @@ def _run(
 
         while done < min(stage_end, last):
             learning_rate, seen, keys = engine.set_learning_rate(done), Counter(), []
-            for micro in range(accumulation):
-                # 1. a batch of one bucket, the same bucket on every rank
-                waiting = time.perf_counter()
-                batch = next(batches).to(world.device)
-                turn = micro * config.train.micro_batch_size * world.size // loader.global_batch
-                monitor.data_wait += time.perf_counter() - waiting
-                keys += batch.keys
-                # 2. VAE latents
-                latents = _latents(config, models, batch, done)
-                # 3. the condition, as far as nothing trains: the frozen trunk of Qwen2-VL
-                condition = _condition(config, models, batch, done, turn)
-                # 4. t and noise, which make x_t
-                t, n = noise.draw_time_and_noise(config.flow, config.run.seed, done, batch.keys, seen, latents)
-                # 5. Qwen's last layer, connector and FLUX predict the velocity; mean squared error per sample
-                losses = validation.denoising_loss(engine, config, models, batch.bucket, latents, n, condition, t)
-                # 6. gradients
-                engine.backward(losses.mean())
-                if micro == accumulation - 1 and _due(done + 1, config.monitor.grad_norms_every):
-                    monitor.scalars({f"grad_norm/{k}": v for k, v in engine.grad_norms().items()}, done + 1)
-                # 7. at the last micro-batch: clip, AdamW; or nothing, where the guard refuses the gradient
-                engine.step()
-                monitor.micro_batch(losses, t, batch, stage, done)
-            done = plan.update = done + 1
+            with plan.one_update():
+                for micro in range(accumulation):
+                    # 1. a batch of one bucket, the same bucket on every rank
+                    waiting = time.perf_counter()
+                    batch = next(batches).to(world.device)
+                    turn = micro * config.train.micro_batch_size * world.size // loader.global_batch
+                    monitor.data_wait += time.perf_counter() - waiting
+                    keys += batch.keys
+                    # 2. VAE latents
+                    latents = _latents(config, models, batch, done)
+                    # 3. the condition, as far as nothing trains: the frozen trunk of Qwen2-VL
+                    condition = _condition(config, models, batch, done, turn)
+                    # 4. t and noise, which make x_t
+                    t, n = noise.draw_time_and_noise(config.flow, config.run.seed, done, batch.keys, seen, latents)
+                    # 5. Qwen's last layer, connector and FLUX predict the velocity; mean squared error per sample
+                    losses = validation.denoising_loss(engine, config, models, batch.bucket, latents, n, condition, t)
+                    # 6. gradients
+                    engine.backward(losses.mean())
+                    if micro == accumulation - 1 and _due(done + 1, config.monitor.grad_norms_every):
+                        monitor.scalars({f"grad_norm/{k}": v for k, v in engine.grad_norms().items()}, done + 1)
+                    # 7. at the last micro-batch: clip, AdamW; or nothing, where the guard refuses the gradient
+                    engine.step()
+                    monitor.micro_batch(losses, t, batch, stage, done)
+            done += 1
             watch.moved()
             # 8. what a person sees
             monitor.update(done, learning_rate, engine.grad_norm(), guard.dropped)
@@ -334,6 +335,15 @@ def _panel(
             pictures = validation.variations(config, models, references, index, 4, on_step=on_step)
     except InterruptedError:
         pictures = None
+    except RuntimeError as error:
+        if not (alone and is_out_of_memory(error)):
+            raise
+        # Pictures are worth no run, and the next start would end here as well.
+        pictures, why = None, f"the panel is left out: {' '.join(str(error).split())[:200]}"
+        log.warning("update %d: %s", update, why)
+        monitor.events.record("fault", what="out_of_memory", update=update, detail=why)
+    if pictures is None and alone:
+        release_memory()  # past the handler, whose traceback holds what the pictures had made
     if world.is_main and pictures is not None:
         monitor.picture("variations", validation.panel(references, index, pictures), update)
     if alone:

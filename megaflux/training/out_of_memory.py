@@ -40,6 +40,7 @@ log = logging.getLogger("megaflux")
 FILE = "memory.json"
 STEP = 0.95  # of what a plan that did not fit needs
 TELLING = 10.0  # s for the run's file system, which may hang
+LITTLE = 10**9  # bytes that may be anybody's
 NEVER = 10**6  # steps: of a rank on which no plan fits
 
 
@@ -53,8 +54,10 @@ class Plan:
         self.stage: Stage | None = None
         self.policies: list[Policy] = []
         """Of the stage's blocks; empty while its engine is being built."""
-        self.began = False
-        """Whether this process has trained."""
+        self.trained = False
+        """Whether this process has done an update."""
+        self.updating = False
+        """Whether an update is under way; only what it needs can be lowered."""
         self.update = 0
         """Updates done, for whoever reads the events."""
         found = distributed.from_main(_read(self.file) if world.is_main else None, world)
@@ -65,7 +68,7 @@ class Plan:
 
     def enter(self, stage: Stage) -> None:
         """From here on, what does not fit is this stage's."""
-        self.stage, self.policies = stage, []
+        self.stage, self.policies, self.updating = stage, [], False
 
     def choose(self, models: Models, engine: StageEngine) -> list[Policy]:
         """The policies of the stage, whose engine is built: as planned, within what earlier attempts found, and tried out.
@@ -90,8 +93,15 @@ class Plan:
                 torch.cuda.reset_peak_memory_stats()
                 torch.cuda.reset_accumulated_memory_stats()
         models.trainable.configure(kernels, policies)
-        self.policies, self.began = policies, True
+        self.policies = policies
         return policies
+
+    @contextmanager
+    def one_update(self) -> Iterator[None]:
+        """Around an update, from its first batch to its step."""
+        self.updating = True
+        yield
+        self.updating, self.trained, self.update = False, True, self.update + 1
 
     @property
     def limit(self) -> int | None:
@@ -111,23 +121,32 @@ class Plan:
         return None
 
     def leave(self, error: BaseException) -> NoReturn:
-        """This rank ran out of memory: leave word for the next start and end the process with exit code 11. UserError
-        where the models, or a first engine on them, do not fit: no plan and no other start would mend that."""
+        """This rank ran out of memory: leave word for the next start and end the process with exit code 11.
+
+        UserError where the next start would end here as well: nothing was lowered, no update was done, and nobody else
+        holds memory of this GPU."""
         what = " ".join(str(error).split())[:200]
-        mend = "shard them (--deepspeed ds_configs/zero3.json), or use more or larger GPUs"
-        if not self.began:
-            raise UserError(f"{what}: the models and their optimizer do not fit this GPU; {mend}")
-        lower = self.lower(self.policies) if self.policies else None
+        lower = self.lower(self.policies) if self.updating else None
         if not self.policies:
-            then = f"the models and the stage's optimizer may not fit this GPU; if the next start ends here as well, {mend}"
-        elif lower is None:
+            then = (
+                "the models and the stage's optimizer do not fit this GPU; shard them (--deepspeed ds_configs/zero3.json), "
+                "or use more or larger GPUs"
+            )
+        elif lower is not None:
+            then = f"the next start plans with less ({memory.counted(lower[0])}; {self.file})"
+        elif self.updating:
             then = f"nothing is left to compute again: {self._mend()}"
         else:
-            then = f"the next start plans with less ({memory.counted(lower[0])}; {self.file})"
+            then = f"not in an update but around it (validation, a save); if this is how it always ends, {self._mend()}"
+        others = held_by_others(self.world.device)
+        if others:
+            then += f"; other processes hold {others / 1e9:.1f} GB of this GPU"
         why = f"out of memory in stage {self.stage.name} after update {self.update}: {what}; {then}"
         telling = threading.Thread(target=self._tell, args=(lower and lower[1], why), daemon=True)
         telling.start()
         telling.join(TELLING)
+        if lower is None and not self.trained and not others:
+            raise UserError(why)
         watch.leave(why, STUCK)
 
     def _tell(self, limit: int | None, why: str) -> None:
@@ -156,8 +175,16 @@ class Plan:
             plans.append(lower[0])
         steps = -distributed.min_over_ranks(-(len(plans) - 1 if plans else NEVER), self.world)
         if steps == NEVER:
-            raise UserError(f"stage {self.stage.name}: a micro-batch of {self._micro} does not fit the GPU's memory; "
-                            + self._mend(), agreed=True)  # fmt: skip
+            why = f"stage {self.stage.name}: a micro-batch of {self._micro} does not fit the GPU's memory"
+            others = -distributed.min_over_ranks(-held_by_others(self.world.device), self.world)
+            if others:  # a process that is about to leave, perhaps: the same command may fit later
+                why += f", of which other processes hold {others / 1e9:.1f} GB"
+                if self.world.is_main:
+                    Events(self.config.run.dir, enabled=True).record(
+                        "fault", what="out_of_memory", update=self.update, detail=why
+                    )
+                watch.leave(why, STUCK)
+            raise UserError(f"{why}; {self._mend()}", agreed=True)
         for _ in range(steps):  # those of another rank, the same everywhere
             plan, _ = self.lower(plan)
         if steps and self.world.is_main:
@@ -202,6 +229,15 @@ class Plan:
         """Bytes of gradients that are being reduced while a backward pass runs."""
         return memory.stage_memory(self.config, self.ds_config, self.world.size, *self._meta, self.stage,
                                    self._buckets[0], policies, self._uneven).gradients  # fmt: skip
+
+
+def held_by_others(device: torch.device) -> int:
+    """Bytes of a GPU that neither this process nor, as far as is known, its libraries hold; 0: next to none, or a CPU."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device) - memory.RUNTIME_BYTES
+    return others if others > LITTLE else 0
 
 
 def tries_out(world: World, engine: StageEngine) -> bool:

@@ -116,7 +116,7 @@ def planned(ds: dict, run) -> Plan:
     config = build_config(values | {"run": {"dir": str(run)}})
     plan = Plan(config, ds, ALONE)
     plan.enter(config.stages[0])
-    plan._meta, plan._uneven, plan.began = meta_models(config), None, True
+    plan._meta, plan._uneven, plan.trained, plan.updating = meta_models(config), None, True, True
     plan._buckets = memory.make_buckets(config.data.aspect_ratios, config.data.longest_side)
     plan.policies = plan._within(10**15)
     return plan
@@ -149,17 +149,33 @@ def test_word_is_left_by_whoever_runs_out_and_the_lowest_counts(tmp_path, ds, mo
     assert json.loads((tmp_path / "memory.json").read_text())["bytes"] == {"another": 5, name: second[1]}
     higher.policies = ["full"] * len(lower)
     higher.leave(torch.OutOfMemoryError(RAN_OUT))
-    higher.policies = []  # in the change to this stage, with its engine not yet built
+    higher.enter(higher.stage)  # in the change to this stage, with its engine not yet built
     higher.leave(torch.OutOfMemoryError(RAN_OUT))
     assert [code for _, code in left] == [11] * 4
     assert "after update 70" in left[0][0] and memory.counted(second[0]) in left[0][0]
     assert "nothing is left to compute again: lower train.micro_batch_size (it is 2000)" in left[2][0]
-    assert "if the next start ends here as well, shard them" in left[3][0]
+    assert "the models and the stage's optimizer do not fit this GPU; shard them" in left[3][0]
     told = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [(event["what"], event["detail"]) for event in told] == [("out_of_memory", why) for why, _ in left]
-    higher.began = False  # in the first place
+    higher.trained = False  # in the first place: the next start would end here as well
     with pytest.raises(UserError, match="Tried to allocate .* do not fit this GPU; shard them"):
         higher.leave(torch.OutOfMemoryError(RAN_OUT))
+    # unless another process holds memory, which may be gone by then
+    monkeypatch.setattr(out_of_memory, "held_by_others", lambda device: 7 * 10**9)
+    higher.leave(torch.OutOfMemoryError(RAN_OUT))
+    assert left[-1][1] == 11 and "other processes hold 7.0 GB of this GPU" in left[-1][0]
+
+
+def test_only_what_an_update_needs_lowers_its_plan(tmp_path, ds, monkeypatch):
+    left = []
+    monkeypatch.setattr(out_of_memory.watch, "leave", lambda why, code: left.append((why, code)))
+    plan = planned(ds, tmp_path)
+    plan.updating = False
+    with plan.one_update():
+        assert plan.updating
+    assert not plan.updating and plan.update == 1
+    plan.leave(torch.OutOfMemoryError(RAN_OUT))  # in a validation, say
+    assert not (tmp_path / "memory.json").exists() and left[0][1] == 11 and "around it" in left[0][0]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"bytes": [1]}', '{"bytes": {"base": -1}}', '{"bytes": {"base": true}}'])
