@@ -61,12 +61,16 @@ gpu:
 	@$(GPU) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)' 2>/dev/null || \
 	  { echo "error: no NVIDIA GPU that the torch of $(GPU_PYTHON) can use; GPU_PYTHON=... names another python" >&2; exit 2; }
 
+# Every piece runs, whatever the ones before it found; the worst exit code is its own.
 gpu-check: gpu
-	$(GPU) -m pytest tests/kernels tests/models/test_flux.py --ignore tests/kernels/test_aot.py -m "not slow" -q
-	@if $(GPU) -c 'import deepspeed, streaming' 2>/dev/null; then $(GPU) -m pytest tests/training -m gpu -q; else \
-	  echo "no deepspeed or streaming here: engines, plans of memory and waits are not checked (tests/training, -m gpu)"; fi
-	$(GPU) -m megaflux_kernels.bench
-	$(GPU) -m megaflux.bench step --grids 64x64 --arms $(MAIN_ARMS)
+	@rc=0; run() { echo "$$ $$*"; "$$@" || rc=$$?; }; export PYTHONPATH=.:kernels:$(PYTHONPATH); \
+	run $(GPU_PYTHON) -m pytest tests/kernels tests/models/test_flux.py --ignore tests/kernels/test_aot.py -m "not slow" -q; \
+	if $(GPU_PYTHON) -c 'import deepspeed, streaming' 2>/dev/null; \
+	  then run $(GPU_PYTHON) -m pytest tests/training/test_gpu.py tests/training/test_waits.py -m gpu -q; \
+	  else echo "no deepspeed or streaming here: engines, plans of memory and waits are not checked (tests/training, -m gpu)"; fi; \
+	run $(GPU_PYTHON) -m megaflux_kernels.bench; \
+	run $(GPU_PYTHON) -m megaflux.bench step --grids 64x64 --arms $(MAIN_ARMS); \
+	exit $$rc
 
 # One command a piece, each under 10 minutes, each with its own file; --resume skips what the file holds.
 gpu-bench: gpu

@@ -17,6 +17,7 @@ from megaflux.training.engine import MOMENTS, Carried, StageEngine, release_memo
 from megaflux.training.out_of_memory import Plan, forward_and_backward
 from megaflux.training.stages import trainable_names
 from megaflux.training.validation import denoising_loss
+from tests.models.test_reading import SLACK, rise, write_large
 from tests.training.runs import ds_config, small_config
 
 pytestmark = [
@@ -29,13 +30,19 @@ BUCKET = Bucket("1:1", 64, 64)
 
 @pytest.fixture(scope="module")
 def ds(tmp_path_factory) -> dict:
-    return json.loads(ds_config(tmp_path_factory.mktemp("ds")).read_text())
+    values = json.loads(ds_config(tmp_path_factory.mktemp("ds")).read_text())
+    values["zero_optimization"]["reduce_bucket_size"] = 100_000  # or it would be most of these models' memory
+    return values
 
 
-def configured(run, micro: int = 2, width: int = 4):
-    """1 + 2 blocks of `width` heads x 16, bf16."""
+def configured(run, micro: int = 2, heads: int = 4, single: int = 2):
+    """1 + `single` blocks of `heads` heads x 16, bf16."""
     values = small_config(run, run, model__activation_checkpointing="auto")
-    values["model"]["flux_config"] |= {"num_attention_heads": width, "joint_attention_dim": 48}
+    values["model"]["flux_config"] |= {
+        "num_attention_heads": heads,
+        "num_single_layers": single,
+        "joint_attention_dim": 48,
+    }
     values["train"] |= {"updates": 4, "global_batch_size": micro, "micro_batch_size": micro}
     return build_config(merge(tiny(), values))
 
@@ -61,9 +68,10 @@ def update(engine, config, models, micro: int = 2) -> None:
 
 
 def test_a_closed_engine_gives_its_memory_back(tmp_path, ds):
-    config = configured(tmp_path, width=32)
+    config = configured(tmp_path, heads=32)
     models = loaded(config)
     models.trainable.configure(True, "none")
+    forward_and_backward(config, models, BUCKET)  # cuBLAS keeps its workspace from now on
     release_memory()
     before, carried = torch.cuda.memory_allocated(), None
     for stage in (0, 1):
@@ -98,8 +106,7 @@ def test_adams_state_of_another_number_of_ranks_is_taken_over(tmp_path, ds):
 
 def test_a_plan_that_does_not_fit_is_lowered_and_leaves_nothing(tmp_path, ds):
     """A real out of memory, within a share of the GPU that recomputation fits and keeping everything does not."""
-    micro = 512
-    config = configured(tmp_path, micro, width=16)
+    config = configured(tmp_path, 1024, heads=32, single=14)
     models = loaded(config)
     engine = StageEngine(models.trainable, config, ds, 0, 1)
     world = World(0, 1, torch.device("cuda", 0))
@@ -112,8 +119,10 @@ def test_a_plan_that_does_not_fit_is_lowered_and_leaves_nothing(tmp_path, ds):
         needs[policy] = torch.cuda.max_memory_reserved()
     release_memory()
     before = torch.cuda.memory_allocated()
-    assert needs["none"] > 1.2 * needs["full"], needs
-    share = (needs["none"] + needs["full"]) / 2 / torch.cuda.get_device_properties(0).total_memory
+    assert needs["none"] > 1.5 * needs["full"], needs
+    held = sum(engine.coming(world.device)) + 20e6  # what a try holds besides
+    between = needs["full"] + 0.4 * (needs["none"] - needs["full"])
+    share = (between + held) / torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(share)
     try:
         plan = Plan(config, ds, world)
@@ -130,13 +139,10 @@ def test_a_plan_that_does_not_fit_is_lowered_and_leaves_nothing(tmp_path, ds):
 
 
 def test_host_memory_stays_while_weights_go_to_the_gpu(tmp_path, published):
-    import psutil
-
-    values = small_config(tmp_path, tmp_path, model__flux=str(published["flux"]), model__vae=None,
-                          model__vlm=str(published["qwen"]), stages=[{"name": "one", "share": 1, "blocks": [1]}])  # fmt: skip
-    config = build_config(merge(tiny(), values))
-    load_models(config, torch.device("cuda", 0), torch.bfloat16)  # libraries' own memory
-    before = psutil.Process().memory_info().rss
-    models = load_models(config, torch.device("cuda", 0), torch.bfloat16)
-    assert all(p.is_cuda for module in (models.trainable, models.trunk.vlm, models.vae) for p in module.parameters())
-    assert psutil.Process().memory_info().rss - before < 200e6
+    config = build_config(write_large(tmp_path, published, 1024, 4))  # 0.3 GB
+    load_models(config, torch.device("cuda", 0), torch.bfloat16)  # the libraries' own memory
+    rose, models = rise(lambda: load_models(config, torch.device("cuda", 0), torch.bfloat16))
+    modules = (models.trainable, models.trunk.vlm, models.vae)
+    assert all(p.is_cuda for module in modules for p in module.parameters())
+    weights = sum(p.nbytes for module in modules for p in module.parameters())
+    assert weights > 2.5e8 and rose < SLACK, (weights, rose)
