@@ -283,7 +283,7 @@ def test_divergence_goes_back_to_a_sound_checkpoint_and_leaves_the_data_out(data
     # 5 updates of one batch, and the two dropped ones, whose data was left out
     assert (position["update"], position["data"]["epoch"], position["data"]["batches"]) == (5, 0, 7)
     assert position["guard"]["dropped"] == 2
-    copies = re.findall("models loaded, alive of those before: (.*)", said)
+    copies = re.findall(r"alive of those before: (\[.*?\])", said)  # ranks may share a line
     assert copies == ["[]"] * 4  # two ranks, twice
 
 
