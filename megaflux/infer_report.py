@@ -15,7 +15,7 @@ from megaflux.generation.job import DETECTED, Job, Opened, Runtime, read_inputs,
 
 GB = 1e9
 WIDTHS_ALIVE = 15  # (B, S, width) tensors alive at once inside a single block: streams, q, k, v, attention, MLP, joined
-VAE_CHANNELS_ALIVE = 768  # full-size feature maps of the decoder's last level: three of 256 channels
+VAE_CHANNELS = (128, 256)  # of FLUX's VAE, its two outermost levels
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,12 @@ def estimate(parts: list[Part], job: Job, runtime: Runtime, facts: Facts) -> Mem
     VAE decoder's working memory."""
     width = bytes_each(runtime)
     sizes = {p.name: (p.parameters or 0) * (1.1 if p.name == "FLUX" and runtime.quantize else width) for p in parts}
-    pixels = (job.width or facts.settings.longest_side) * (job.height or facts.settings.longest_side)
-    tokens = pixels / 256 + facts.settings.vlm_max_tokens * max(1, len(job.references))
-    working = max(job.batch_size * WIDTHS_ALIVE * tokens * facts.width * width, VAE_CHANNELS_ALIVE * pixels * width)
+    from megaflux.models.latents import coding_peak  # late: torch
+
+    height, wide = job.height or facts.settings.longest_side, job.width or facts.settings.longest_side
+    decoding = coding_peak(VAE_CHANNELS, 1, height, wide, width)[1]  # pictures are decoded one by one
+    tokens = height * wide / 256 + facts.settings.vlm_max_tokens * max(1, len(job.references))
+    working = max(job.batch_size * WIDTHS_ALIVE * tokens * facts.width * width, decoding)
     weights = {"model": max(sizes.values()), "sequential": 0.02 * max(sizes.values())}.get(
         runtime.offload, sum(sizes.values())
     )

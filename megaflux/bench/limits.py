@@ -115,7 +115,7 @@ def run_attention(sizes: Sizes, image_tokens: int, dtype: torch.dtype, device: t
     q, k, v, dout = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
     leaves = [t.requires_grad_() for t in (q, k, v)]
 
-    def run() -> None:
+    def run() -> None:  # dout is dense, as `flux_functions.even_gradient` says that it must always be
         for _ in range(sizes.double + sizes.single):
             torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), leaves, dout)
 

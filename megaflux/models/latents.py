@@ -12,6 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from megaflux.transfer import to_device
+
 VAE_SCALE = 8  # pixels per latent, each way
 PACK = 2  # latents per token, each way
 TOKEN_PIXELS = VAE_SCALE * PACK
@@ -45,8 +47,17 @@ def encode(vae, pixel_values: Tensor, generator: torch.Generator | list[torch.Ge
 
 def _encode(vae, pixel_values: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
     posterior = vae.encode(to_unit_range(pixel_values, vae.dtype).to(vae.device)).latent_dist
-    latents = posterior.mode() if generator is None else posterior.sample(generator)
+    if isinstance(generator, list):
+        latents = posterior.mean + posterior.std * _drawn(posterior.mean, generator)
+    else:
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def _drawn(like: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """Normal numbers as diffusers' DiagonalGaussianDistribution.sample draws them, but copied without a wait."""
+    noise = [torch.randn((1, *like.shape[1:]), generator=g, device=g.device, dtype=like.dtype) for g in generators]
+    return to_device(torch.cat(noise), like.device)
 
 
 @torch.no_grad()
@@ -78,7 +89,8 @@ def coding_peak(
 
     channels: its block_out_channels; itemsize: bytes of a number. The outermost blocks decide: maps of the first width
     and, in the decoder, of the second, at the pictures' full size (the bench `memory` counts the tensors). workspace:
-    with the largest convolution's input and output once more, for cuDNN may lay its maps out anew. Not measured.
+    with the largest convolution's input and output once more, for cuDNN may lay its maps out anew: 3.77 and 5.37 GB for two
+    pictures of 1024 px in bfloat16, where an H200 took 3.23 and 4.30.
     """
     first, second = channels[0], channels[min(1, len(channels) - 1)]
     encode_maps, decode_maps = 5 * first + 3, max(3 * second, second + 4 * first)

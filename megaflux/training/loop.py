@@ -332,7 +332,7 @@ def _panel(
     index = list(range(min(config.validation.panel_samples, len(references.keys))))
     try:
         with monitor.timed("validation", update):
-            pictures = validation.variations(config, models, references, index, 4, on_step=on_step)
+            pictures = validation.variations(config, models, references, index, memory.PANEL, on_step=on_step)
     except InterruptedError:
         pictures = None
     except RuntimeError as error:

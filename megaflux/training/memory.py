@@ -65,6 +65,7 @@ from megaflux.training.stages import trainable_names
 log = logging.getLogger("megaflux")
 RUNTIME_BYTES = 2 * 10**9
 USABLE = 0.92  # of a GPU's memory: fragmentation and what the formulas leave out take the rest
+PANEL = 4  # pictures that a panel decodes at a time, whatever the micro-batch
 MLP_RATIO = 4  # r: FluxSingleTransformerBlock's mlp_ratio and FeedForward's mult
 
 
@@ -320,8 +321,9 @@ def stage_memory(
     gradients, optimizer, host_optimizer = zero_bytes(ds_config, world_size, module, stage, width)
     tokens = _worst_tokens(config, bucket)
     kept = activation_bytes(module, stage, tokens, width, policies, uses_kernels(config, ds_config), batch, uneven)
-    sizes = vae.config.block_out_channels, batch, bucket.height, bucket.width, width
-    encode, decode = coding_peak(*sizes)
+    sizes = bucket.height, bucket.width, width
+    encode, _ = coding_peak(vae.config.block_out_channels, batch, *sizes)
+    _, decode = coding_peak(vae.config.block_out_channels, max(batch, PANEL), *sizes)
     return Memory(
         stage=stage.name,
         bucket=str(bucket),

@@ -97,3 +97,7 @@ def test_encoding_in_chunks_draws_each_picture_by_its_own_generator(vae, monkeyp
     monkeypatch.setattr(ops, "CHUNK_PIXELS", 32 * 48)
     drawn = ops.encode(vae, batch, [torch.Generator().manual_seed(seed) for seed in (4, 5, 4)])
     assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    with torch.no_grad():
+        posterior = vae.encode(batch[1:2].float() / 127.5 - 1).latent_dist
+    theirs = posterior.sample([torch.Generator().manual_seed(5)])
+    assert torch.equal(drawn[1:2], (theirs - vae.config.shift_factor) * vae.config.scaling_factor)

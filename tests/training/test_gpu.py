@@ -35,8 +35,8 @@ def ds(tmp_path_factory) -> dict:
     return values
 
 
-def configured(run, micro: int = 2, heads: int = 4, single: int = 2):
-    """1 + `single` blocks of `heads` heads x 16, bf16."""
+def configured(run, micro: int = 2, heads: int = 2, single: int = 2):
+    """1 + `single` blocks of `heads` heads x 32, the least that the Triton kernels take."""
     values = small_config(run, run, model__activation_checkpointing="auto")
     values["model"]["flux_config"] |= {
         "num_attention_heads": heads,
@@ -68,7 +68,7 @@ def update(engine, config, models, micro: int = 2) -> None:
 
 
 def test_a_closed_engine_gives_its_memory_back(tmp_path, ds):
-    config = configured(tmp_path, heads=32)
+    config = configured(tmp_path, heads=16)
     models = loaded(config)
     models.trainable.configure(True, "none")
     forward_and_backward(config, models, BUCKET)  # cuBLAS keeps its workspace from now on
@@ -106,7 +106,7 @@ def test_adams_state_of_another_number_of_ranks_is_taken_over(tmp_path, ds):
 
 def test_a_plan_that_does_not_fit_is_lowered_and_leaves_nothing(tmp_path, ds):
     """A real out of memory, within a share of the GPU that recomputation fits and keeping everything does not."""
-    config = configured(tmp_path, 1024, heads=32, single=14)
+    config = configured(tmp_path, 1024, heads=16, single=14)
     models = loaded(config)
     engine = StageEngine(models.trainable, config, ds, 0, 1)
     world = World(0, 1, torch.device("cuda", 0))
