@@ -53,10 +53,10 @@ import torch
 from torch import nn
 
 from megaflux.config import Config, Stage
-from megaflux.data.buckets import Bucket, make_buckets
-from megaflux.models.flux import POLICIES, Policy, uneven_norms
+from megaflux.data.buckets import Bucket
+from megaflux.models.flux import POLICIES, Policy
 from megaflux.models.latents import coding_peak
-from megaflux.models.pretrained import AutoencoderKL, Models, meta_models
+from megaflux.models.pretrained import AutoencoderKL, Models
 from megaflux.training.costs import Tokens, token_counts, vae_config
 from megaflux.training.distributed import World, min_over_ranks
 from megaflux.training.ds_config import bucket_elements, uses_bf16, uses_kernels, zero_stage
@@ -195,16 +195,10 @@ def device_memory(device: torch.device) -> DeviceMemory:
     return DeviceMemory(host.total // ranks, host.available // ranks)
 
 
-def choose_policies(
-    config: Config,
-    ds_config: dict[str, Any],
-    world: World,
-    models: Models,
-    stage: Stage,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> list[Policy]:
-    """`policies_for` on the machines at hand, alike on all ranks: within what is really free on the smallest GPU, or of
-    a rank's share of the host. Call it when the stage's engine is built. Collective.
+def budget(world: World, models: Models, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """What `policies_for` may plan with on the machines at hand, alike on all ranks: what is really free on the smallest
+    GPU, or of a rank's share of the host, and what of the total lives already. Call it when the stage's engine is built.
+    Collective.
 
     optimizer: the engine's inner one, whose shards are then known to live already; without it they are planned for anew.
     """
@@ -213,15 +207,7 @@ def choose_policies(
     if optimizer is not None:
         tensors += [p for group in optimizer.param_groups for p in group["params"]]
         tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    budget = device_memory(world.device).plannable(_bytes_on(world.device, tensors))
-    buckets = make_buckets(config.data.aspect_ratios, config.data.longest_side)
-    uneven = uneven_norms(models.trainable.transformer) if uses_kernels(config, ds_config) else None
-    if uneven and any(uneven):
-        log.info("%d of %d FLUX blocks keep their q, k, v product: norm weights near zero", sum(uneven), len(uneven))
-    # Sizes as they are on the meta device: ZeRO-3 leaves the real parameters empty.
-    return policies_for(
-        config, ds_config, world.size, *meta_models(config), buckets, stage, min_over_ranks(budget, world), uneven
-    )
+    return min_over_ranks(device_memory(world.device).plannable(_bytes_on(world.device, tensors)), world)
 
 
 def _bytes_on(device: torch.device, tensors: Iterable[torch.Tensor]) -> int:

@@ -77,10 +77,12 @@ class Plan:
         UserError, alike on all ranks, where not even the lowest plan fits."""
         kernels, stage = uses_kernels(self.config, self.ds_config), self.stage
         self._uneven = uneven_norms(models.trainable.transformer) if kernels else None
-        self._meta = meta_models(self.config)
+        if self._uneven and any(self._uneven):
+            log.info("%d of %d FLUX blocks keep their q, k, v product: norm weights near zero",
+                     sum(self._uneven), len(self._uneven))  # fmt: skip
+        self._meta = meta_models(self.config)  # sizes: ZeRO-3 leaves the real parameters empty
         self._buckets = make_buckets(self.config.data.aspect_ratios, self.config.data.longest_side)
-        inner = engine.deepspeed.optimizer.optimizer
-        policies = memory.choose_policies(self.config, self.ds_config, self.world, models, stage, inner)
+        policies = self._within(memory.budget(self.world, models, engine.deepspeed.optimizer.optimizer))
         limit = self.limit
         if limit is not None and self._needs(policies) > limit:
             policies = self._within(limit)

@@ -42,7 +42,9 @@ def with_bias(op, bias, scale=None):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_softmax_with_a_bias(path, shape, dtype):
     if (DEVICE, path, dtype, shape) == ("cuda", "triton", torch.float32, (1, 2, 129, 200, 128)):
-        pytest.xfail("on an H200 dq errs by 3.5e-6 where plain torch errs by 0.9e-6: powers of 2 are approximated there")
+        pytest.xfail(
+            "on an H200 dq errs by 3.5e-6 where plain torch errs by 0.9e-6: powers of 2 are approximated there"
+        )
     values, douts = inputs(shape, dtype)
     bias = log_weights(shape[0], shape[3])
     # The torch path is as exact as torch's own fused attention, whose float32 gradients err a little more than twice

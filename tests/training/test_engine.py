@@ -94,6 +94,10 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
     for stage in (0, 1):  # as the loop changes from one to the next
         engine = StageEngine(module, config, ds, stage, 1, carried, guard.judge)
         module.configure(file != "zero3.json", "none")
+        # what is still to come on a device: at least the sum of the gradients, which offloading leaves on the GPU
+        shards = sum(flat.nbytes for _, flat in engine._flat_groups())
+        assert sum(engine.coming(torch.device("meta"))) == shards
+        assert sum(engine.coming(torch.device("cpu"))) == shards * (3 if carried is None else 1)
         condition = models.trunk.encode(torch.randint(0, 256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8))
         latents, noise = torch.randn(2, 2, 8, 8, 8, generator=generator)
         engine.set_learning_rate(stage)

@@ -206,16 +206,15 @@ def on_a_gpu():
 
 def test_a_plan_is_made_for_what_is_free_and_not_for_what_a_leak_holds(on_a_gpu, monkeypatch):
     config, models, optimizer, own = on_a_gpu
-    monkeypatch.setattr(memory, "uneven_norms", lambda transformer: None)  # these weights have no values
-    models.trainable.transformer = None
-    monkeypatch.setattr(memory, "meta_models", lambda config: dev_models())  # made once: seconds each
+    buckets = make_buckets(config.data.aspect_ratios, config.data.longest_side)
 
     def plan(with_optimizer: bool = True, **numbers) -> int:
         Allocator(**numbers).into(monkeypatch)
         world = World(0, 1, torch.device("cuda"))
         stage = config.stages[0]
         given = [optimizer] if with_optimizer else []
-        policies = memory.choose_policies(config, DS_CONFIG, world, models, stage, *given)
+        most = memory.budget(world, models, *given)
+        policies = memory.policies_for(config, DS_CONFIG, 1, *dev_models(), buckets, stage, most)
         return sum({"none": 2, "mlp": 1, "full": 0}[policy] for policy in policies)
 
     clean = plan(allocated=own, reserved=own)

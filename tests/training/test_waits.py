@@ -43,7 +43,10 @@ def configured(folder, **condition: float) -> Config:
     values["run"] = {"dir": str(folder), "seed": 3}
     values["data"]["condition"] = condition or {"image": 1.0}
     values["monitor"] = {"every": 1, "grad_norms_every": 1, "peak_tflops": 1.0}
-    values["model"]["flux_config"] |= {"attention_head_dim": 32, "axes_dims_rope": [8, 12, 12]}  # as Triton's kernels take
+    values["model"]["flux_config"] |= {
+        "attention_head_dim": 32,
+        "axes_dims_rope": [8, 12, 12],
+    }  # as Triton's kernels take
     return build_config(values)
 
 
