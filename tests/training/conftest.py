@@ -3,27 +3,33 @@
 import os
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
 def _group_environment():
     from megaflux.training import distributed
 
-    found = dict(os.environ)
+    found, flash = dict(os.environ), torch.backends.cuda.flash_sdp_enabled()
     distributed.start()
     described = dict(os.environ)
     _restore(found)
+    torch.backends.cuda.enable_flash_sdp(flash)
     yield described
     distributed.stop()
 
 
 @pytest.fixture(scope="module")
 def process_group(_group_environment):
-    """This process is the one rank of a group."""
-    found = dict(os.environ)
+    """This process is the one rank of a group, set up as `distributed.start` sets it up, and afterwards as it was: tests
+    that count what attention keeps may come next."""
+    found, flash = dict(os.environ), torch.backends.cuda.flash_sdp_enabled()
     os.environ.update(_group_environment)
+    if not torch.cuda.is_available():
+        torch.backends.cuda.enable_flash_sdp(False)
     yield
     _restore(found)
+    torch.backends.cuda.enable_flash_sdp(flash)
 
 
 def _restore(found: dict[str, str]) -> None:

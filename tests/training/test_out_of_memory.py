@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megaflux.config import build_config, merge
-from megaflux.data.buckets import Bucket
+from megaflux.data.buckets import Bucket, make_buckets
 from megaflux.errors import UserError, is_out_of_memory
 from megaflux.models.pretrained import load_models, meta_models
 from megaflux.presets import tiny
@@ -117,7 +117,7 @@ def planned(ds: dict, run) -> Plan:
     plan = Plan(config, ds, ALONE)
     plan.enter(config.stages[0])
     plan._meta, plan._uneven, plan.trained, plan.updating = meta_models(config), None, True, True
-    plan._buckets = memory.make_buckets(config.data.aspect_ratios, config.data.longest_side)
+    plan._buckets = make_buckets(config.data.aspect_ratios, config.data.longest_side)
     plan.policies = plan._within(10**15)
     return plan
 
