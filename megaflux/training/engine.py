@@ -256,6 +256,7 @@ class _Found:
 
     def __init__(self, module: nn.Module):
         self.module = module
+        self.linear = nn.functional.linear  # ZeRO-3 puts its own there, which keeps what frozen layers need not
         self.hooks = _hooks(module)
         self.attributes = {parameter: set(vars(parameter)) for parameter in module.parameters()}
         self.added: list[tuple[dict[int, Any], int]] = []
@@ -270,6 +271,7 @@ class _Found:
         keep_partitions: a parameter's weights are in its attributes (ZeRO-3); only what leads back to the engine goes."""
         from deepspeed.runtime.zero import parameter_offload
 
+        nn.functional.linear = self.linear
         for hooks, number in self.added:
             hooks.pop(number, None)
         for handle in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
