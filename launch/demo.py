@@ -52,7 +52,8 @@ def evaluate(run: Path) -> dict:
     from megaflux.training.distributed import World
 
     found = runs.find(run)
-    config, models = found.config, runs.load(found, dtype=torch.bfloat16)
+    config = found.config.for_world(found.manifest["world_size"])  # batches as the run computed them
+    models = runs.load(found, dtype=torch.bfloat16)
     rows = {row["update"]: row for row in map(json.loads, (run / "validation.jsonl").read_text().splitlines())}
     references = validation.load_references(config, models)
     index = list(range(len(references.keys)))

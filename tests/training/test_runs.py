@@ -174,7 +174,9 @@ def test_a_run_starts_from_folders_in_the_published_layouts(tmp_path, data, publ
 
 
 def test_run_shows_itself_in_tensorboard(tmp_path, data):
-    values = small_config(data, tmp_path / "run", validation__every=2, validation__panel_every=4)
+    values = small_config(
+        data, tmp_path / "run", validation__every=2, validation__panel_every=4, train__micro_batch_size=None
+    )  # as the preset tiny has it
     run_ok(
         "--deepspeed", ds_config(tmp_path), "--config", write_config(values, tmp_path / "config.yaml"), with_="python"
     )
