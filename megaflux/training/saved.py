@@ -52,11 +52,14 @@ def filled(values: dict[str, Any], format: int = 0) -> dict[str, Any]:
 def load(run_dir: str | Path) -> Config:
     """The configuration that a run was last started with. UserError, naming the file, where it cannot be read."""
     file = Path(run_dir) / NAME
+    return _built(_read_yaml(file), file)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = load_yaml(str(file))
-    except UserError as error:
+        return load_yaml(str(file))
+    except UserError as error:  # which names the option that usually brings such a file
         raise UserError(str(error).removeprefix("--config ")) from None
-    return _built(values, file)
 
 
 def _built(values: dict[str, Any], file: Path) -> Config:
@@ -99,7 +102,7 @@ def begun(run_dir: str) -> Begun | None:
         config = build_config(filled(plain_yaml.load(snapshot["config"]), content["format"]))
         ds_config = snapshot.get("ds_config", {})
     elif (Path(run_dir) / NAME).is_file():
-        values = load_yaml(str(Path(run_dir) / NAME))
+        values = _read_yaml(Path(run_dir) / NAME)
         if isinstance(values.get("train"), dict) and "micro_batch_size" in content["data"]:
             # what it drew when it began, however its micro-batches were cut since
             values["train"].setdefault("drawn_per_rank", content["data"]["micro_batch_size"])

@@ -4,6 +4,7 @@ nan, spike: the noise of that update is not finite, or huge. nan_from: from that
 slow_save, slow_data, slow_validation: from that update on, that part takes 1.5 s more, and the file MARK says when it began.
 oom_forward, oom_backward, oom_step: the GPU's memory runs out in that part. small_gpu: where plans are tried out, and fit
 that rank only with every block computed again.
+other_view: that rank reads other values for the run than the others, as stale network storage may show them.
 DIGESTS=file in the environment: a line for each stage begun and ended, with the SHA-256 of every parameter's bytes.
 die, hang, throw: the rank ends itself, stops moving, or raises, in the forward pass. full: from there on its disk is full. slow: every update takes 0.3 s.
 """
@@ -58,6 +59,22 @@ def draw(config, seed, at, keys, seen, latents):
 
 
 noise.draw_time_and_noise = draw
+
+
+def other_view() -> None:
+    from megaflux import config
+
+    parse = config.parse_config
+
+    def stale(*args, **kwargs):
+        options, found = parse(*args, **kwargs)
+        return options, found.model_copy(update={"optim": found.optim.model_copy(update={"lr": 0.5})})
+
+    config.parse_config = stale
+
+
+if kind == "other_view" and mine:
+    other_view()
 
 
 def slow_down(module, name: str) -> None:

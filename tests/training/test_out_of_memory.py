@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,10 @@ from megaflux.data.buckets import Bucket, make_buckets
 from megaflux.errors import UserError, is_out_of_memory
 from megaflux.models.pretrained import load_models, meta_models
 from megaflux.presets import tiny
-from megaflux.training import checkpoint, distributed, memory, out_of_memory
+from megaflux.training import checkpoint, distributed, loop, memory, out_of_memory
 from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine
+from megaflux.training.events import Events
 from megaflux.training.monitor import allocator_scalars, allocator_state
 from megaflux.training.out_of_memory import Plan
 from megaflux.training.space import NoRoom
@@ -215,3 +217,19 @@ def test_a_save_that_runs_out_of_gpu_memory_is_not_taken_for_a_full_disk(tmp_pat
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(NoRoom, match="cannot be written"), checkpoint._written(tmp_path / "a", tmp_path / "b", ALONE):
         raise RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
+
+
+def test_pictures_that_do_not_fit_cost_no_run(tmp_path, monkeypatch):
+    def variations(*_, **__):
+        raise torch.OutOfMemoryError(RAN_OUT)
+
+    monkeypatch.setattr(loop.validation, "variations", variations)
+    engine = SimpleNamespace(zero_stage=2)
+    config, events = config_of(tmp_path), Events(tmp_path, enabled=True)
+    shown = SimpleNamespace(timed=lambda *_: nullcontext(), events=events, picture=lambda *_: pytest.fail("a picture"))
+    references = SimpleNamespace(keys=["a", "b"])
+    loop._panel(engine, config, None, references, shown, ALONE, 7, None)
+    (told,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert (told["what"], told["update"]) == ("out_of_memory", 7) and "the panel is left out" in told["detail"]
+    with pytest.raises(torch.OutOfMemoryError):  # all ranks make it together there, and the others would wait
+        loop._panel(SimpleNamespace(zero_stage=3), config, None, references, shown, ALONE, 7, None)

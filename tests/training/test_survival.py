@@ -271,6 +271,14 @@ def test_not_a_byte_of_what_is_frozen_changes_in_three_stages_with_kills_between
     assert frozen > 100 and trained_by[0] != trained_by[1] != trained_by[2]
 
 
+@pytest.mark.slow
+def test_every_rank_takes_what_the_first_one_read(reference, tmp_path):
+    process = start(*reference.started_by, "--run.dir", tmp_path / "run", fault="other_view:0:1")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said[-2000:]
+    same_end(reference.run, tmp_path / "run")
+
+
 def test_divergence_goes_back_to_a_sound_checkpoint_and_leaves_the_data_out(data, tmp_path):
     values = small_config(data, tmp_path / "run", train__bad_updates=2, train__updates=5, train__checkpoint_every=1)
     config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "fp32")
