@@ -107,7 +107,11 @@ def check_space(root: Path) -> None:
 
 def make_weights(root: Path, values: dict[str, Any], device: Any) -> None:
     """root/flux and root/qwen: random weights in the published layouts, one part at a time."""
-    import torch
+    import torch  # noqa: I001  (compat before diffusers and transformers)
+
+    from megaflux import compat  # noqa: F401  (before diffusers and transformers)
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+    from transformers import Qwen2VLForConditionalGeneration
 
     from megaflux.bench.arms import random_flux
     from megaflux.models import pretrained, scratch
@@ -126,11 +130,11 @@ def make_weights(root: Path, values: dict[str, Any], device: Any) -> None:
     del transformer
     _free()
     if model["latent_channels"] == 16:
-        vae = pretrained.AutoencoderKL(**FLUX_VAE, **VAE_SCALES).to(torch.bfloat16)
+        vae = AutoencoderKL(**FLUX_VAE, **VAE_SCALES).to(torch.bfloat16)
     else:
         vae = pretrained.load_vae("tiny", None)
     vae.save_pretrained(flux / "vae")
-    pretrained.FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(flux / "scheduler")
+    FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(flux / "scheduler")
     clip, tokenizer = scratch.build_clip(model["clip_config"], 0)
     clip.save_pretrained(flux / "text_encoder")
     tokenizer.save_pretrained(flux / "tokenizer")
@@ -141,13 +145,14 @@ def make_weights(root: Path, values: dict[str, Any], device: Any) -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            vlm = pretrained.Qwen2VLForConditionalGeneration(config)
+            vlm = Qwen2VLForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(default)
     vlm.save_pretrained(qwen)
     del vlm
     _free()
     processor.save_pretrained(qwen)
+    processor.image_processor.save_pretrained(qwen)  # transformers 5 saves it within processor_config.json alone
     stamp.write_text(wanted)
 
 

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch import gpu_train
+from megaflux.config import build_config
+from megaflux.training.checks import find_problems
 from tests.bench.runs import ROOT, metrics, read, start
 
 SCRIPT = str(ROOT / "launch" / "gpu_train.py")
@@ -26,6 +29,14 @@ def test_small_run_is_saved_resumed_and_measured(tmp_path):
     index = json.loads((tmp_path / "run" / "flux" / "transformer" / "config.json").read_text())
     assert index["_class_name"] == "FluxTransformer2DModel"
     assert list(Path(tmp_path / "run" / "qwen").glob("*.safetensors"))
+
+
+def test_weights_have_all_that_a_run_asks_of_folders(tmp_path):
+    values = gpu_train.small_values()
+    gpu_train.make_weights(tmp_path, values, torch.device("cpu"))
+    values["model"] |= {"flux": str(tmp_path / "flux"), "vlm": str(tmp_path / "qwen")}
+    problems = find_problems(build_config(values), {}, 1)
+    assert not [line for line in problems if line.startswith("model.")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it says without a GPU")
