@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megaflux.allocator import expand_segments
+from megaflux_kernels.allocator import expand_segments
 
 if TYPE_CHECKING:
     from megaflux.generation.pipeline import Dot, Qwen2VLFluxPipeline, Reference, Weighting

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megaflux.allocator import NAMES, expand_segments
+from megaflux_kernels.allocator import NAMES, expand_segments
 
 ROOT = Path(__file__).parent.parent
 # Ends the process where torch is first looked for, and says how the environment stands then.

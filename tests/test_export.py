@@ -187,6 +187,14 @@ def test_a_broken_run_is_refused_before_models_load(run_folder, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_is_loaded_to_where_it_is_used(run_folder, monkeypatch):
+    load, given = pretrained.load_models, []
+    monkeypatch.setattr(runs, "load_models", lambda config, *target: given.append(target) or load(config, *target))
+    models = runs.load(runs.find(run_folder), "cpu", torch.bfloat16)
+    assert given == [("cpu", torch.bfloat16)]  # tensor by tensor (test_reading.py), and no whole copy on the host first
+    assert {p.dtype for p in models.trainable.parameters()} == {torch.bfloat16}
+
+
 def test_the_command_leaves_with_2_and_one_line(tmp_path):
     command = [sys.executable, "-m", "megaflux.export", str(tmp_path / "nowhere"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -4,10 +4,8 @@ One folder per op: reference.py (definition and torch path), triton_kernels.py, 
 nothing of megaflux. See megaflux_kernels.dispatch for MEGAFLUX_KERNELS.
 """
 
-import os
+from megaflux_kernels.allocator import expand_segments
 
-# Before torch is imported, as megaflux.allocator does it: segments that grow, where nobody chose otherwise.
-if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
-    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+expand_segments()  # before anything of this package imports torch
 
 OPS = ("rmsnorm_linear", "qk_norm_rope", "modulate", "gate_residual", "gelu_concat", "biased_attention")

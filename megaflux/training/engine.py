@@ -51,7 +51,6 @@ class StageEngine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=resolve_ds_config(ds_config, config, world_size)
         )
-        self._found.note_hooks_since()
         _restore_buffers(module, buffers)
         self.sharding = sharding(ds_config)
         self.zero_stage = self.sharding["zero_stage"]
@@ -251,19 +250,13 @@ def release_memory() -> None:
 
 
 class _Found:
-    """A module as it was before DeepSpeed built an engine on it: `destroy` leaves hooks and attributes that lead back to
-    the engine, and so keep its optimizer and all its buffers alive."""
+    """A module as it was before DeepSpeed built an engine on it: `destroy` leaves two hooks, and attributes, that lead back
+    to the engine, and so keep its optimizer and all its buffers alive."""
 
     def __init__(self, module: nn.Module):
         self.module = module
         self.linear = nn.functional.linear  # ZeRO-3 puts its own there, which keeps what frozen layers need not
-        self.hooks = _hooks(module)
         self.attributes = {parameter: set(vars(parameter)) for parameter in module.parameters()}
-        self.added: list[tuple[dict[int, Any], int]] = []
-
-    def note_hooks_since(self) -> None:
-        """Call it right after: what was not there before is DeepSpeed's."""
-        self.added = [hook for key, hook in _hooks(self.module).items() if key not in self.hooks]
 
     def restore(self, engine: Any, zero_optimizer: Any, keep_partitions: bool) -> None:
         """Take off the hooks, and of parameters and submodules the attributes that DeepSpeed gave them.
@@ -272,10 +265,8 @@ class _Found:
         from deepspeed.runtime.zero import parameter_offload
 
         nn.functional.linear = self.linear
-        for hooks, number in self.added:
-            hooks.pop(number, None)
-        for handle in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
-            handle and handle.remove()  # the engine may have put them on again
+        engine.module_forward_pre_hook.remove()
+        engine.module_forward_post_hook.remove()
         for parameter, known in self.attributes.items():
             for name, value in list(vars(parameter).items()):
                 if name not in known and (not keep_partitions or value is zero_optimizer):
@@ -286,17 +277,6 @@ class _Found:
                     vars(module).pop(name, None)
             stack = parameter_offload.FWD_MODULE_STACK  # each engine puts its module on, and none takes it off
             stack[:] = [module for module in stack if module is not self.module]
-
-
-def _hooks(module: nn.Module) -> dict[tuple[int, str, int], tuple[dict[int, Any], int]]:
-    """Where each hook of each submodule is: in which dictionary of it, under which number."""
-    return {
-        (id(submodule), kind, number): (hooks, number)
-        for submodule in module.modules()
-        for kind, hooks in vars(submodule).items()
-        if "_hooks" in kind and isinstance(hooks, dict)
-        for number in hooks
-    }
 
 
 def _restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:

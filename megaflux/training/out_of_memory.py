@@ -100,7 +100,7 @@ class Plan:
 
     @contextmanager
     def one_update(self) -> Iterator[None]:
-        """Around an update, from its first batch to its step."""
+        """Around an update, from its first batch to its step. One that raises stays the update under way: `leave` asks."""
         self.updating = True
         yield
         self.updating, self.trained, self.update = False, True, self.update + 1

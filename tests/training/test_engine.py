@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from megaflux.config import build_config, merge
-from megaflux.data.buckets import Bucket
 from megaflux.models.flux_functions import side_by_side
 from megaflux.models.pretrained import load_models
 from megaflux.presets import tiny
@@ -18,9 +17,9 @@ from megaflux.training.engine import StageEngine, adam_state
 from megaflux.training.guard import Guard
 from megaflux.training.optim import learning_rate
 from megaflux.training.stages import trainable_names
-from megaflux.training.validation import denoising_loss
 from tests.training.carry_worker import Toy, toy_config
 from tests.training.runs import ROOT, ds_config, environment, free_port, small_config
+from tests.training.updates import drawn_losses, wake
 
 CARRY = str(ROOT / "tests" / "training" / "carry_worker.py")
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -43,9 +42,7 @@ def test_frozen_parameters_keep_every_bit_over_20_updates_with_weight_decay(tmp_
     config = build_config(merge(tiny(), values))
     models = load_models(config).to("cpu", torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # away from the zeros of a fresh model
-        for parameter in models.trainable.transformer.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    wake(models, generator)
     engine = StageEngine(models.trainable, config, json.loads(ds_config(tmp_path).read_text()), 0, 1)
     attn = models.trainable.transformer.transformer_blocks[0].attn
     layers = attn.to_q, attn.to_k, attn.to_v
@@ -54,12 +51,7 @@ def test_frozen_parameters_keep_every_bit_over_20_updates_with_weight_decay(tmp_
     before = {name: p.detach().clone() for name, p in models.trainable.named_parameters()}
     for update in range(20):
         engine.set_learning_rate(update)
-        condition = models.trunk.encode(torch.randint(0, 256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8))
-        latents, noise = torch.randn(2, 2, 8, 8, 8, generator=generator)
-        losses = denoising_loss(
-            engine, config, models, Bucket("1:1", 64, 64), latents, noise, condition, torch.tensor([0.3, 0.8])
-        )
-        engine.backward(losses.mean())
+        engine.backward(drawn_losses(engine, config, models, generator).mean())
         engine.step()
     assert engine.skipped_steps == 0
     trainable = set(engine.first_stage)
@@ -98,13 +90,8 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
         shards = sum(flat.nbytes for _, flat in engine._flat_groups())
         assert sum(engine.coming(torch.device("meta"))) == shards
         assert sum(engine.coming(torch.device("cpu"))) == shards * (3 if carried is None else 1)
-        condition = models.trunk.encode(torch.randint(0, 256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8))
-        latents, noise = torch.randn(2, 2, 8, 8, 8, generator=generator)
         engine.set_learning_rate(stage)
-        losses = denoising_loss(
-            engine, config, models, Bucket("1:1", 64, 64), latents, noise, condition, torch.tensor([0.3, 0.8])
-        )
-        engine.backward(losses.mean())
+        engine.backward(drawn_losses(engine, config, models, generator).mean())
         engine.grad_norms()
         engine.step()
         assert engine.skipped_steps == 0
@@ -119,7 +106,6 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
         del zero, flats, moments, low
         if stage == 0:
             carried = engine.carry(set(trainable_names(module, config.stages[1])))
-        del losses
         engine.close()
         assert [name for name, ref in refs.items() if ref() is not None] == []
         assert hooks_on(module) == before

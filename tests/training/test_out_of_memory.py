@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import weakref
 from contextlib import nullcontext
@@ -11,19 +12,19 @@ import pytest
 import torch
 
 from megaflux.config import build_config, merge
-from megaflux.data.buckets import Bucket, make_buckets
+from megaflux.data.buckets import make_buckets
 from megaflux.errors import UserError, is_out_of_memory
 from megaflux.models.pretrained import load_models, meta_models
 from megaflux.presets import tiny
-from megaflux.training import checkpoint, distributed, loop, memory, out_of_memory
+from megaflux.training import checkpoint, distributed, loop, memory, monitor, out_of_memory
 from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine
 from megaflux.training.events import Events
-from megaflux.training.monitor import allocator_scalars, allocator_state
-from megaflux.training.out_of_memory import Plan
+from megaflux.training.monitor import Monitor, allocator_scalars, allocator_state
+from megaflux.training.out_of_memory import Plan, held_by_others
 from megaflux.training.space import NoRoom
-from megaflux.training.validation import denoising_loss
 from tests.training.runs import ds_config, small_config
+from tests.training.updates import drawn_losses, wake
 
 pytestmark = pytest.mark.usefixtures("process_group")
 ALONE = World(0, 1, torch.device("cpu"))
@@ -41,32 +42,32 @@ def ds(tmp_path_factory) -> dict:
     return json.loads(ds_config(tmp_path_factory.mktemp("ds")).read_text())
 
 
+def set_aside() -> list[int]:
+    """Bytes of the tensors that stand for memory of the updates to come; smaller ones are states of generators."""
+    found = (t for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.uint8 and t.ndim == 1)
+    return [t.nbytes for t in found if t.nbytes > 10_000]
+
+
 def one_update(config, ds, tmp_path, tried_out: bool) -> dict[str, torch.Tensor]:
     """Weights after an update of the first stage."""
     torch.manual_seed(0)
     models = load_models(config).to("cpu", torch.bfloat16)
     models.trainable.train()
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # away from the zeros of a fresh model
-        for parameter in models.trainable.transformer.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    wake(models, generator)
     engine = StageEngine(models.trainable, config, ds, 0, 1)
     plan = Plan(config, ds, ALONE)
     plan.enter(config.stages[0])
     before = distributed.rng_state()["torch"]
     policies = plan.choose(models, engine)
+    assert not set_aside()
     assert (set(policies) == {"full"}) == tried_out
     assert torch.equal(distributed.rng_state()["torch"], before)
     assert all(p.grad is None for p in models.trainable.parameters())
     assert (engine.deepspeed.micro_steps, engine.deepspeed.global_steps) == (0, 0)
     models.trainable.configure(True, "mlp")  # of both alike
     engine.set_learning_rate(0)
-    condition = models.trunk.encode(torch.randint(0, 256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8))
-    latents, noise = torch.randn(2, 2, 8, 8, 8, generator=generator)
-    losses = denoising_loss(
-        engine, config, models, Bucket("1:1", 64, 64), latents, noise, condition, torch.tensor([0.3, 0.8])
-    )
-    engine.backward(losses.mean())
+    engine.backward(drawn_losses(engine, config, models, generator).mean())
     engine.step()
     norm, weights = engine.grad_norm(), {n: p.detach().clone() for n, p in models.trainable.named_parameters()}
     engine.close()
@@ -76,11 +77,12 @@ def one_update(config, ds, tmp_path, tried_out: bool) -> dict[str, torch.Tensor]
 def test_a_plan_is_tried_out_at_every_bucket_without_a_trace(tmp_path, ds, monkeypatch):
     config = config_of(tmp_path)
     expected = one_update(config, ds, tmp_path, tried_out=False)
-    tried, made, real = [], [], out_of_memory.forward_and_backward
+    tried, made, held, real = [], [], [], out_of_memory.forward_and_backward
 
     def forward_and_backward(config, models, bucket):
         assert not [ref for ref in made if ref() is not None]  # each try begins with what the ones before gave back
         real(config, models, bucket)
+        held.append(sum(set_aside()))
         activations = torch.zeros(1000)
         made.append(weakref.ref(activations))
         tried.append(bucket.name)
@@ -91,6 +93,10 @@ def test_a_plan_is_tried_out_at_every_bucket_without_a_trace(tmp_path, ds, monke
     monkeypatch.setattr(out_of_memory, "forward_and_backward", forward_and_backward)
     got = one_update(config, ds, tmp_path, tried_out=True)
     assert tried == ["1:1", "1:1", "2:1"]  # of the first plan no more than was needed
+    # Beside each try: Adam's moments and the sum of the gradients, 12 bytes of all that trains, and gradients in flight.
+    trained = sum(value.numel() for name, value in expected.items() if name != "norm")
+    in_flight, *_ = memory.zero_bytes(ds, 1, meta_models(config)[0], config.stages[0], 2)
+    assert [size - in_flight for size in held] == [pytest.approx(12 * trained, rel=0.01)] * 3
     assert float(expected["norm"]) > 0
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
@@ -168,6 +174,18 @@ def test_word_is_left_by_whoever_runs_out_and_the_lowest_counts(tmp_path, ds, mo
     assert left[-1][1] == 11 and "other processes hold 7.0 GB of this GPU" in left[-1][0]
 
 
+def test_memory_that_nobody_here_holds_is_another_process_s(monkeypatch):
+    gpu, free = torch.device("cuda", 0), 80 * 10**9 - memory.RUNTIME_BYTES
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 10**9))
+    for reserved, others in ((0, 0), (10**9, 0), (40 * 10**9, 7 * 10**9)):
+        free = 80 * 10**9 - memory.RUNTIME_BYTES - reserved - others
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, reserved=reserved: reserved)
+        assert held_by_others(gpu) == others
+    free -= 3 * 10**9  # a little more than the libraries are known to take is anybody's
+    assert held_by_others(gpu) == 10 * 10**9
+    assert held_by_others(torch.device("cpu")) == 0
+
+
 def test_only_what_an_update_needs_lowers_its_plan(tmp_path, ds, monkeypatch):
     left = []
     monkeypatch.setattr(out_of_memory.watch, "leave", lambda why, code: left.append((why, code)))
@@ -203,13 +221,22 @@ def test_memory_that_libraries_ask_cuda_for_counts_as_well(error, is_it):
     assert is_out_of_memory(error) is is_it
 
 
-def test_the_allocators_of_all_ranks_are_seen(monkeypatch):
+def test_the_allocators_of_all_ranks_are_seen(tmp_path, monkeypatch):
     stats = {"reserved_bytes.all.peak": 70 * 10**9, "num_alloc_retries": 2}
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
     gpu = allocator_state(SimpleNamespace(device=torch.device("cuda", 1)))
     other = {"reserved": 71 * 10**9, "retries": 3}
     assert allocator_scalars([gpu, other]) == {"memory/reserved_peak_gb": 71.0, "memory/allocator_retries": 5}
     assert allocator_scalars([allocator_state(ALONE)]) == {}
+    told = []
+    monkeypatch.setattr(monitor, "sum_over_ranks", lambda tensor, world: told.append(tensor) or sum(told))
+    for rank in (0, 1):  # each in its own place of the one tensor that all sum
+        shown = Monitor(config_of(tmp_path), World(rank, 2, torch.device("cpu")), torch.nn.Linear(1, 1), 0,
+                        Events(tmp_path, enabled=False))  # fmt: skip
+        monkeypatch.setattr(monitor, "allocator_state", lambda world: [gpu, other][world.rank])
+        shown.replacements = [(0, "a")] * rank
+        _, replaced, states = shown._sum_over_ranks()
+    assert (replaced, states) == (1, [gpu, other])
 
 
 def test_a_save_that_runs_out_of_gpu_memory_is_not_taken_for_a_full_disk(tmp_path):

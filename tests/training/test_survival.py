@@ -318,10 +318,14 @@ def test_other_ranks_go_on_with_the_same_batches(tmp_path):
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 2), (2, 2), (4, 2), (8, 1)])
 def test_ranks_share_what_the_run_draws(small_config, tmp_path, ranks, micro):
-    config = small_config.model_copy(update={"train": small_config.train.model_copy(update={"micro_batch_size": 2})})
     resumed = Checkpoint(tmp_path, {"data": {"micro_batch_size": 2, "world_size": 4}})  # 8 together
-    fitted = elastic.fit(config, resumed, ranks).train
-    assert (fitted.micro_batch_size, fitted.drawn_per_rank * ranks) == (micro, 8)
+    for sizes in (
+        {"micro_batch_size": 2},
+        {"micro_batch_size": None, "drawn_per_rank": 2},
+    ):  # no rank holds more than 2
+        config = small_config.model_copy(update={"train": small_config.train.model_copy(update=sizes)})
+        fitted = elastic.fit(config, resumed, ranks).train
+        assert (fitted.micro_batch_size, fitted.drawn_per_rank * ranks) == (micro, 8)
     with pytest.raises(
         UserError, match="8 pictures at a time, which 3 ranks cannot share evenly; use 1, 2, 4, 8 ranks"
     ):
