@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megaflux_kernels.allocator import expand_segments
+import megaflux_kernels  # noqa: F401  (first of all, so that torch's allocator is set before anything imports torch)
 
 if TYPE_CHECKING:
     from megaflux.generation.pipeline import Dot, Qwen2VLFluxPipeline, Reference, Weighting
 
 __all__ = ["Dot", "Qwen2VLFluxPipeline", "Reference", "Weighting"]
-
-expand_segments()  # before anything of this package imports torch, whatever a person started
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """torch's allocator on a GPU: segments that grow. Several picture sizes leave holes between fixed ones, and a run then
-ends for want of memory that is there. torch reads this as it is imported, so both packages set it first of all.
+ends for want of memory that is there. torch reads this as it is imported, so megaflux_kernels sets it first of all, and
+megaflux imports that first.
 """
 
 from __future__ import annotations
