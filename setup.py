@@ -27,7 +27,6 @@ setup(
         'triton>=3.2,<3.8; platform_system == "Linux"',
         "tensorboard>=2.20",
         "ninja",
-        "einops",
         "pydantic>=2.10",  # DeepSpeed needs it anyway; the configuration is checked with it
         "pyyaml",
         "pillow>=11",

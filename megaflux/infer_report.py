@@ -97,7 +97,7 @@ def describe(job: Job, opened: Opened, facts: Facts) -> None:
 
 def reference_tokens(size: tuple[int, int], facts: Facts, most: int | None) -> tuple[int, int]:
     """(rows, columns) of a reference of (width, height) px, as Qwen2-VL's image processor rounds."""
-    from megaflux.training.costs import condition_grid
+    from megaflux.models.tokens import condition_grid
 
     scale = min(1.0, facts.settings.longest_side / max(size))
     width, height = (max(1, round(side * scale)) for side in size)

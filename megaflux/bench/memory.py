@@ -23,6 +23,7 @@ from megaflux.models.latents import coding_peak
 from megaflux.models.pretrained import Models, load_models, meta_models
 from megaflux.presets import PRESETS
 from megaflux.training import memory
+from megaflux.training.activations import activation_bytes
 from megaflux.training.costs import token_counts, vae_config
 from megaflux_kernels.bench.machine import default_device, facts
 from megaflux_kernels.bench.report import Parser, Row, add_report_arguments, one_of, open_report, positive, table
@@ -76,7 +77,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
                 for bucket in buckets if args.all_buckets else [square]:
                     arm, shape = f"{stage.name}-{plan}", f"{bucket} b{batch}: {memory.counted(policies)}"
                     if not report.has(BENCH, arm, shape):
-                        formula = batch * memory.activation_bytes(
+                        formula = batch * activation_bytes(
                             module, stage, token_counts(sized, bucket), 2, policies, True, batch
                         )
                         add(arm, shape, update_peak(sized, module, stage, bucket, batch, policies), formula)

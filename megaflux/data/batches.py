@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 
 from megaflux.data.buckets import Bucket
@@ -52,7 +51,7 @@ def decode_image(sample: dict[str, Any], bucket: Bucket) -> torch.Tensor:
             image.verify()
     with Image.open(io.BytesIO(sample["image"]), formats=STORED) as image:  # verify() leaves it unusable
         pixels = np.array(image.convert("RGB"))
-    return rearrange(torch.from_numpy(pixels), "h w rgb -> rgb h w")
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def collate(samples: Sequence[dict[str, Any]], buckets: Sequence[Bucket]) -> dict[str, Any]:

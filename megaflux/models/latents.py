@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from megaflux.transfer import to_device
@@ -102,15 +101,15 @@ def coding_peak(
 
 def pack(latents: Tensor) -> Tensor:
     """(B, C, h, w) -> tokens (B, L, 4C), 2 x 2 latents each; diffusers' FluxPipeline order."""
-    return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=PACK, pw=PACK)
+    cells = latents.unflatten(3, (-1, PACK)).unflatten(2, (-1, PACK))  # b c h ph w pw
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """Tokens (B, L, 4C) of a picture of height x width px -> latents (B, C, h, w)."""
-    return rearrange(
-        tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", ph=PACK, pw=PACK,
-        h=height // TOKEN_PIXELS, w=width // TOKEN_PIXELS,
-    )  # fmt: skip
+    rows, columns = height // TOKEN_PIXELS, width // TOKEN_PIXELS
+    cells = tokens.unflatten(2, (-1, PACK, PACK)).unflatten(1, (rows, columns))  # b h w c ph pw
+    return cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 @lru_cache(maxsize=64)

@@ -38,12 +38,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from megaflux.config import Config, Stage
 from megaflux.data.buckets import Bucket
 from megaflux.errors import UserError
-from megaflux.models.latents import TOKEN_PIXELS
 from megaflux.models.pretrained import AutoencoderKL, meta_models
 from megaflux.models.scratch import TINY
+from megaflux.models.tokens import Tokens, count_tokens
 from megaflux.training.stages import locate, trainable_names
 
-TURN_PREFIX = 15  # tokens of Qwen2-VL's chat template before the image
 MODULATION = re.compile(r"transformer\.(.*\.(norm1|norm1_context|norm)|norm_out)\.linear")
 FIRST_IMAGE_QKV = re.compile(r"transformer\.transformer_blocks\.0\.attn\.to_[qkv]")
 
@@ -66,20 +65,6 @@ class StageCosts:
     """FLUX blocks that train, double ones first; "all" as every index."""
     trainable: dict[str, int]
     """Trainable parameters of flux, connector and vlm."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Lengths of the sequences that one image of a bucket makes."""
-
-    image: int
-    """L, of 16 x 16 px."""
-    condition: int
-    """T, image tokens of Qwen2-VL."""
-    turn: int
-    """S, with the chat template before them."""
-    patches: int
-    """P, of the ViT."""
 
 
 @dataclass(frozen=True)
@@ -132,22 +117,7 @@ def token_counts(config: Config, bucket: Bucket) -> Tokens:
     """Sequence lengths of a bucket whose picture is also the reference."""
     vision = config.model.vlm_config.get("vision_config", {})
     patch, merge = vision.get("patch_size", 14), vision.get("spatial_merge_size", 2)
-    rows, columns = condition_grid(bucket.height, bucket.width, config.model.vlm_max_tokens, patch * merge)
-    image = (bucket.height // TOKEN_PIXELS) * (bucket.width // TOKEN_PIXELS)
-    return Tokens(image, rows * columns, rows * columns + TURN_PREFIX, rows * columns * merge**2)
-
-
-def condition_grid(height: int, width: int, max_tokens: int, cell: int = 28, min_tokens: int = 4) -> tuple[int, int]:
-    """Rows and columns of image tokens of a reference of height x width px: Qwen2-VL's `smart_resize` to
-    multiples of `cell` px, between min_tokens and max_tokens tokens."""
-    rows, columns = max(1, round(height / cell)), max(1, round(width / cell))
-    if rows * columns > max_tokens:
-        shrink = math.sqrt(height * width / (max_tokens * cell**2))
-        rows, columns = (max(1, math.floor(side / shrink / cell)) for side in (height, width))
-    elif rows * columns < min_tokens:
-        grow = math.sqrt(min_tokens * cell**2 / (height * width))
-        rows, columns = (math.ceil(side * grow / cell) for side in (height, width))
-    return rows, columns
+    return count_tokens(bucket.height, bucket.width, config.model.vlm_max_tokens, patch, merge)
 
 
 def training_flops(

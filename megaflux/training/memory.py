@@ -2,8 +2,7 @@
 `python -m megaflux.bench memory` holds them against one update on fake tensors and a real DeepSpeed engine's tensors.
 
 P parameters that train, L the largest of them, N all that a part holds, R ranks, E reduce_bucket_size, w bytes per
-weight (2 in bfloat16, 4 in float32), B images per micro-batch, W FLUX's width, r its MLP ratio (4), l image and T
-condition tokens. DeepSpeed 0.19.8, read in runtime/zero/stage_1_and_2.py and stage3.py.
+weight (2 in bfloat16, 4 in float32). DeepSpeed 0.19.8, read in runtime/zero/stage_1_and_2.py and stage3.py.
 
 - weights: w N for FLUX, the whole of Qwen2-VL (no lm_head), connector and VAE on every GPU. What trains is moved into
   ZeRO's buffer, not copied. ZeRO-3 shards what is in the engine (FLUX, connector, Qwen's last layer) over R, and gathers
@@ -15,24 +14,7 @@ condition tokens. DeepSpeed 0.19.8, read in runtime/zero/stage_1_and_2.py and st
 - gradients, while the backward pass runs: a bucket of w E (twice with overlap_comm; as a whole, however small P is) and,
   while it is reduced, its slices joined and, in a wider communication_data_type, copied: up to max(E, L) elements in
   both; and w L that is on its way there. ZeRO-3's bucket is in communication_data_type and never freed.
-- activations, in units of w W (T + l) bytes per image (saved by autograd). With kernels a block keeps the inputs of its
-  norms (1 each), q, k, v and the output of attention (4) and the MLP's pre-activation (r); where its modulations train,
-  what its gates scale as well (1 each):
-      double block:  6 + r frozen   8 + r `attention` and `block`
-      single block:  5 + r frozen   6 + r `attention` and `block`
-  and, of a micro-batch above 1, the slices of attention's output that trainable linears read, copied: l / (T + l)
-  for `attention`, 1 for `block`, in double blocks. A block with q/k norm weights near zero keeps q, k and v before
-  their norms too (3). Policy mlp: r less. Statistics, 4 bytes each: 3 a head and 4 to a token.
-- without kernels, eager diffusers: q and k before their norms too (2), and the inputs of linears that train:
-      double block:  8 + r frozen   12 + r + l / (T + l) `attention`   14 + 2 r `block`
-      single block:  7 + r frozen   10 + r               `attention`   11 + 2 r `block`
-- policy full, either way: 1 per block.
-- backward, in the same units: while a block is at it, what it computes again (all but its input in policy full, r and
-  its norm's output in mlp) and the gradients of its MLP: of the stream, of the block's output, of proj_out's input
-  (1 + r) and of the pre-activation (r), then of the norm's output. The peak is the largest sum, over blocks, of what it
-  and the blocks before it keep and of this; mostly at the last block, where all is still kept.
-- Qwen's last layer: 11 D + 4 I per token of the turn (width D, MLP width I), and the connector's input and output; of
-  the layer only input and output if recomputed.
+- activations: `training/activations.py`.
 - transient, alive only while activations are not, so that the larger of the two counts: the VAE, whose encoder works
   before each forward pass (data.cache without latents) and whose decoder makes the panels (`latents.coding_peak`).
 - runtime: 2 GB for the CUDA context, NCCL and the libraries, which is an estimate. Fragmentation is not counted.
@@ -57,7 +39,9 @@ from megaflux.data.buckets import Bucket
 from megaflux.models.flux import POLICIES, Policy
 from megaflux.models.latents import coding_peak
 from megaflux.models.pretrained import AutoencoderKL, Models
-from megaflux.training.costs import Tokens, token_counts, vae_config
+from megaflux.models.tokens import Tokens
+from megaflux.training.activations import activation_bytes, block_units
+from megaflux.training.costs import token_counts, vae_config
 from megaflux.training.distributed import World, min_over_ranks
 from megaflux.training.ds_config import bucket_elements, uses_bf16, uses_kernels, zero_stage
 from megaflux.training.stages import trainable_names
@@ -66,7 +50,6 @@ log = logging.getLogger("megaflux")
 RUNTIME_BYTES = 2 * 10**9
 USABLE = 0.92  # of a GPU's memory: fragmentation and what the formulas leave out take the rest
 PANEL = 4  # pictures that a panel decodes at a time, whatever the micro-batch
-MLP_RATIO = 4  # r: FluxSingleTransformerBlock's mlp_ratio and FeedForward's mult
 
 
 @dataclass(frozen=True)
@@ -139,7 +122,7 @@ def policies_for(
 
     if not fused:
         return ["none"] * blocks if fits(["none"] * blocks) else ["full"] * blocks
-    kept = block_units(module, stage, _worst_tokens(config, buckets[0]), True, batch, uneven)
+    kept = block_units(module.transformer, stage, _worst_tokens(config, buckets[0]), True, batch, uneven)
     # First the last block: what it keeps it would compute again while all others' is still there.
     order = sorted(range(blocks), key=lambda block: (block < blocks - 1, kept[block], -block))
     steps = [(block, policy) for policy in ("mlp", "none") for block in order]
@@ -218,76 +201,6 @@ def _bytes_on(device: torch.device, tensors: Iterable[torch.Tensor]) -> int:
 
 def _after(steps: Sequence[tuple[int, Policy]], blocks: int) -> list[Policy]:
     return [dict(steps).get(block, "full") for block in range(blocks)]
-
-
-def activation_bytes(
-    module: nn.Module, stage: Stage, tokens: Tokens, width: int, policies: Sequence[Policy], fused: bool = True,
-    micro_batch_size: int = 1, uneven: Sequence[bool] | None = None,
-) -> int:  # fmt: skip
-    """Bytes alive at the peak of the backward pass for one image of a micro-batch: what autograd keeps of FLUX's blocks,
-    the Qwen layer and the connector, and what the block at work adds. width: bytes per number; policies: one per block;
-    fused: with kernels."""
-    transformer, text = module.transformer, module.vlm.config
-    both = tokens.condition + tokens.image
-    units = block_units(module, stage, tokens, fused, micro_batch_size, uneven)
-    statistics = 4 * (3 * transformer.config.num_attention_heads + 4) / (width * transformer.inner_dim)
-    kept_so_far = peak = 0.0
-    for index, (unit, policy) in enumerate(zip(units, policies, strict=True)):
-        kept_so_far += {"none": unit + statistics, "mlp": unit - MLP_RATIO + statistics, "full": 1}[policy]
-        peak = max(peak, kept_so_far + _backward_units(module, stage, index, unit, policy, fused))
-    layer = 2 * text.hidden_size if "full" in policies else 11 * text.hidden_size + 4 * text.intermediate_size
-    connector = tokens.condition * (text.hidden_size + transformer.config.joint_attention_dim)
-    return round(width * (peak * both * transformer.inner_dim + layer * tokens.turn + connector))
-
-
-def _backward_units(module: nn.Module, stage: Stage, index: int, unit: float, policy: Policy, fused: bool) -> float:
-    """What a block adds to what is kept while its MLP's gradients are made, in the same units. unit: what it would keep
-    in policy none."""
-    single = index >= len(module.transformer.transformer_blocks)
-    trains = _components(stage, index)
-    again = {"none": 0, "mlp": MLP_RATIO, "full": unit - 1}[policy]
-    added = 2 + single + 2 * MLP_RATIO + 1  # of stream, output, proj_out's input, pre-activation, norm's output
-    if not fused:
-        added += 1  # the pre-activation's gradient beside the GELU's
-        return again + added - {"frozen": 0, "attention": 2, "block": 4}[trains]  # kept for gates, and gone by then
-    rebuilt = trains == "block" and policy != "mlp"  # the norm's output for the MLP's weights; mlp has it anyway
-    gone = (trains != "frozen") + (policy == "full")  # kept for a gate; a pre-activation that only this pass holds
-    return again + added + rebuilt - gone
-
-
-def _components(stage: Stage, index: int) -> str:
-    """frozen, attention or block (the set `model` counts as that): what trains of a FLUX block."""
-    if stage.blocks != "all" and index not in stage.blocks:
-        return "frozen"
-    return "attention" if stage.components == "attention" else "block"
-
-
-def block_units(
-    module: nn.Module, stage: Stage, tokens: Tokens, fused: bool, micro_batch_size: int = 1,
-    uneven: Sequence[bool] | None = None,
-) -> list[float]:  # fmt: skip
-    """What each FLUX block keeps without recomputation, in units of one hidden state of T + L tokens."""
-    transformer = module.transformer
-    num_double = len(transformer.transformer_blocks)
-    ratio = MLP_RATIO
-    share = tokens.image / (tokens.condition + tokens.image)
-    if fused:
-        copied = 1 if micro_batch_size > 1 else 0
-        kept = {
-            "double": {"frozen": 6 + ratio, "attention": 8 + ratio + share * copied, "block": 8 + ratio + copied},
-            "single": {"frozen": 5 + ratio, "attention": 6 + ratio, "block": 6 + ratio},
-        }
-    else:
-        kept = {
-            "double": {"frozen": 8 + ratio, "attention": 12 + ratio + share, "block": 14 + 2 * ratio},
-            "single": {"frozen": 7 + ratio, "attention": 10 + ratio, "block": 11 + 2 * ratio},
-        }
-    units = []
-    for index in range(num_double + len(transformer.single_transformer_blocks)):
-        units.append(kept["double" if index < num_double else "single"][_components(stage, index)])
-    if uneven:
-        units = [unit + 3 if keeps else unit for unit, keeps in zip(units, uneven, strict=True)]
-    return units
 
 
 def stage_memory(

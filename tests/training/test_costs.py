@@ -14,10 +14,12 @@ from megaflux.config import Config, build_config
 from megaflux.data.buckets import Bucket, make_buckets
 from megaflux.gpus import peak_tflops_for
 from megaflux.models.pretrained import meta_models
+from megaflux.models.tokens import Tokens, condition_grid
 from megaflux.models.vlm import Condition
 from megaflux.presets import PRESETS
 from megaflux.training import costs, memory, stages
-from megaflux.training.costs import Tokens, condition_grid, training_flops
+from megaflux.training.activations import activation_bytes, block_units
+from megaflux.training.costs import training_flops
 
 ZERO2 = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "communication_data_type": "fp32"}
 SQUARE = Bucket("1:1", 1024, 1024)
@@ -210,7 +212,7 @@ def test_activations_meet_the_anchors(dev_models):
 
     def gigabytes(policy, fused):
         """Without what the last block adds while it is at work: 12 units of a hidden state, 16 in mlp."""
-        peak = memory.activation_bytes(dev_models[0], config.stages[0], tokens, 2, [policy] * 57, fused)
+        peak = activation_bytes(dev_models[0], config.stages[0], tokens, 2, [policy] * 57, fused)
         return (peak - {"none": 12, "mlp": 16, "full": 0}[policy] * 2 * 4608 * 3072) / GB
 
     assert gigabytes("full", fused=False) == pytest.approx(2.43, rel=0.03)  # with it: 86 units, as the bench counts
@@ -235,7 +237,7 @@ def test_autograd_keeps_what_the_formula_says(stage):
     for arm, fused, saved in (("diffusers-eager", False, 0), ("ours-none", True, 0), ("ours-mlp", True, 4)):
         for batch in (1, 2):
             kept = activations.count(sizes, trainable, arm, 1024, 512, batch, torch.bfloat16, backward=False)
-            units = memory.block_units(module, spec, Tokens(1024, 512, 527, 0), fused, batch)
+            units = block_units(module.transformer, spec, Tokens(1024, 512, 527, 0), fused, batch)
             measured = kept["saved_bytes"] / (2 * batch * 512 * 1536)
             assert measured == pytest.approx(sum(units) - saved * len(units) + 2, rel=0.03, abs=2.5), (arm, batch)
 

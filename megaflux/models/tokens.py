@@ -1,0 +1,45 @@
+"""How long the sequences of one picture are: FLUX's image tokens, Qwen2-VL's condition tokens, chat turn and patches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megaflux.models.latents import TOKEN_PIXELS
+
+TURN_PREFIX = 15  # tokens of Qwen2-VL's chat template before the image
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Lengths of the sequences that one image of a bucket makes."""
+
+    image: int
+    """L, of 16 x 16 px."""
+    condition: int
+    """T, image tokens of Qwen2-VL."""
+    turn: int
+    """S, with the chat template before them."""
+    patches: int
+    """P, of the ViT."""
+
+
+def count_tokens(height: int, width: int, max_tokens: int = 512, patch: int = 14, merge: int = 2) -> Tokens:
+    """Of a picture of height x width px that is also its own reference. max_tokens: most image tokens of Qwen2-VL; patch:
+    px of a side of the ViT's patches; merge: patches of a side of one image token."""
+    rows, columns = condition_grid(height, width, max_tokens, patch * merge)
+    image = (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
+    return Tokens(image, rows * columns, rows * columns + TURN_PREFIX, rows * columns * merge**2)
+
+
+def condition_grid(height: int, width: int, max_tokens: int, cell: int = 28, min_tokens: int = 4) -> tuple[int, int]:
+    """Rows and columns of image tokens of a reference of height x width px: Qwen2-VL's `smart_resize` to
+    multiples of `cell` px, between min_tokens and max_tokens tokens."""
+    rows, columns = max(1, round(height / cell)), max(1, round(width / cell))
+    if rows * columns > max_tokens:
+        shrink = math.sqrt(height * width / (max_tokens * cell**2))
+        rows, columns = (max(1, math.floor(side / shrink / cell)) for side in (height, width))
+    elif rows * columns < min_tokens:
+        grow = math.sqrt(min_tokens * cell**2 / (height * width))
+        rows, columns = (math.ceil(side * grow / cell) for side in (height, width))
+    return rows, columns
