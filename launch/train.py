@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,18 @@ from megaflux.training.watch import Watch
 DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
 
 
-def main() -> int | None:
-    """Parse first and import the heavy libraries after, so that bad input is answered at once."""
-    args, config = parse_config(build_parser(), saved=saved_values)
+def main(
+    load: Callable[..., Any] | None = None,
+    problems: Callable[..., list[str]] = find_problems,
+    parser: Parser | None = None,
+) -> int | None:
+    """Parse first and import the heavy libraries after, so that bad input is answered at once.
+
+    For programs that train other models than the published ones (launch/train_random.py): load makes them, (config, device,
+    dtype) -> Models, None: megaflux.models.pretrained.load_models; problems (config, ds_config, ranks) -> one line each, what
+    would stop the run; parser: by default build_parser()'s.
+    """
+    args, config = parse_config(parser or build_parser(), saved=saved_values)
     ds_config = load_ds_config(args.deepspeed)
     resumed = saved.begun(config.run.dir)
     if resumed is not None and resumed.values is not None:
@@ -56,14 +66,14 @@ def main() -> int | None:
     if args.json or args.world_size:
         raise UserError(f"--{'json' if args.json else 'world-size'}: only with --dry-run; add it or drop this")
     ranks = started_ranks() or 1
-    if problems := find_problems(config, ds_config, ranks):
-        raise UserError("; ".join(problems))
+    if found := problems(config, ds_config, ranks):
+        raise UserError("; ".join(found))
     watch = Watch(
         config.train.hang_timeout, config.train.leave_within
     )  # before the imports, which take seconds: a signal may come meanwhile
     from megaflux.training.loop import train
 
-    return train(config, ds_config, watch)
+    return train(config, ds_config, watch) if load is None else train(config, ds_config, watch, load)
 
 
 def saved_values(run_dir: str) -> dict[str, Any] | None:
@@ -72,10 +82,11 @@ def saved_values(run_dir: str) -> dict[str, Any] | None:
     return None if begun is None else begun.values
 
 
-def build_parser() -> Parser:
+def build_parser(prog: str = "launch/train.py", description: str | None = __doc__) -> Parser:
+    """The options of a training program of this name."""
     parser = Parser(
-        prog="launch/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="launch/train.py [--preset tiny|dev] [--config FILE.yaml] [--FIELD VALUE ...] [--dry-run]",
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"{prog} [--preset tiny|dev] [--config FILE.yaml] [--FIELD VALUE ...] [--dry-run]",
     )  # fmt: skip
     parser.add_argument("--deepspeed", default=str(DS_CONFIG), metavar="FILE.json",
                         help="sharding and precision (default: ds_configs/zero2.json)")  # fmt: skip

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +45,12 @@ from megaflux.training.watch import Watch
 log = logging.getLogger("megaflux")
 
 
-def train(config: Config, ds_config: dict[str, Any], watch: Watch) -> int:
+def train(
+    config: Config, ds_config: dict[str, Any], watch: Watch, load: Callable[..., Models] = load_models
+) -> int:  # fmt: skip
     """Train through all stages, or go on where the run folder's newest whole checkpoint stands.
 
+    load: makes the models: (config, device, dtype) -> Models, the same weights each time.
     Collective: every rank calls it. Returns the exit code: 0 when done, STOPPED when a signal asked to leave and all is
     saved. Raises UserError for input that a person can mend.
     """
@@ -70,7 +73,7 @@ def train(config: Config, ds_config: dict[str, Any], watch: Watch) -> int:
     plan, went_back_to, behind = Plan(config, ds_config, world), set(), None
     try:
         while True:
-            outcome = _run(config, ds_config, world, watch, events, plan, resumed, behind)
+            outcome = _run(config, ds_config, world, watch, events, plan, resumed, behind, load)
             if not isinstance(outcome, Diverged):
                 break
             # The models are loaded anew, for a checkpoint has no weights that later stages changed; never beside the old.
@@ -118,12 +121,12 @@ class Diverged:
 
 def _run(
     config: Config, ds_config: dict[str, Any], world: World, watch: Watch, events: Events, plan: Plan,
-    resumed: Checkpoint | None, behind: Diverged | None,
+    resumed: Checkpoint | None, behind: Diverged | None, load: Callable[..., Models],
 ) -> int | Diverged:  # fmt: skip
     """From a checkpoint, or the start, to the end, a signal, or divergence. behind: what sent the run back to it; its data
     are left out."""
     distributed.seed_everything(config.run.seed + world.rank)
-    models = load_models(config, world.device, compute_dtype(ds_config))
+    models = load(config, world.device, compute_dtype(ds_config))
     models.trainable.train()  # transformers recomputes activations in training mode only
     references = validation.load_references(config, models)
     accumulation = accumulation_steps(config, world.size)

@@ -1,0 +1,54 @@
+"""launch/train.py with models of random weights, made on each rank's device: for machines without the published ones.
+
+For measuring only: speed, memory, saving and resuming are those of real weights, and what such a run learns is of no use.
+Options and exit codes are those of launch/train.py. The configuration names no weights: `model.flux` and `model.vlm` are null,
+and the sizes are in `model.flux_config` and `model.vlm_config`. `model.vae` is `tiny`, a folder that need hold no more than a
+config.json, or null for FLUX.1's VAE. --dry-run is that of launch/train.py, which asks for the VAE's weights too.
+
+    deepspeed launch/train_random.py --preset dev --model.flux null --model.vlm null
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for launch/, which is not installed
+
+from launch import train
+from megaflux.config import Config
+from megaflux.errors import exit_on_user_error
+from megaflux.training.checks import find_problems
+
+
+def main() -> int | None:
+    return train.main(load, problems, train.build_parser("launch/train_random.py", __doc__))
+
+
+def problems(config: Config, ds_config: dict[str, Any], ranks: int) -> list[str]:
+    """What would stop the run, one line each: as launch/train.py finds it, but for weights, of which none are read."""
+    model, found = config.model, []
+    for field, source in (("flux", model.flux), ("vlm", model.vlm)):
+        if source:
+            found.append(
+                f"model.{field}: {source}, but launch/train_random.py reads no weights; set model.{field} to null, or "
+                "start launch/train.py"
+            )
+    if model.vae not in (None, "tiny") and not (Path(model.vae) / "config.json").is_file():
+        found.append(
+            f"model.vae: {model.vae} holds no config.json; give a folder with one, tiny, or null for FLUX.1's VAE"
+        )
+    unread = model.model_copy(update={"flux": None, "vlm": None, "vae": "tiny"})
+    return [*found, *find_problems(config.model_copy(update={"model": unread}), ds_config, ranks)]
+
+
+def load(*given: Any) -> Any:
+    """(config, device, dtype) -> Models. Imported late: bad input is answered before the libraries load."""
+    from megaflux.bench.random_models import random_models
+
+    return random_models(*given)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
