@@ -5,6 +5,8 @@
 # All make their own virtual environment (.venv) the first time; the second time they install nothing.
 #
 # On a machine with an NVIDIA GPU:
+# make gpu-first OUT=DIR  everything that ten minutes on one GPU can tell, the most valuable first; needs torch, triton, diffusers,
+#                 transformers; given again it goes on with what is missing. SMALL=1: sizes for a CPU
 # make gpu-check  are the kernels right, and how fast; 10 minutes; needs torch, triton, diffusers, transformers, pytest
 # make gpu-bench  every arm and shape into runs/gpu-bench/*.json; given again, it goes on with what is missing
 # make gpu-train  FLUX.1-dev's sizes through DeepSpeed: 20 updates, saved and resumed; needs all of `make install`
@@ -20,7 +22,7 @@ GPU := PYTHONPATH=.:kernels:$(PYTHONPATH) $(GPU_PYTHON)
 MAIN_ARMS := diffusers-eager,diffusers-eager-full,ours-none,ours-mlp
 STEP := $(GPU) -m megaflux.bench step --resume
 
-.PHONY: install demo test test-browser test-slow soak lint clean gpu gpu-check gpu-bench gpu-train
+.PHONY: install demo test test-browser test-slow soak lint clean gpu gpu-first gpu-check gpu-bench gpu-train
 
 install: $(VENV)/.installed
 
@@ -82,6 +84,14 @@ gpu-bench: gpu
 	$(STEP) --grids 27x64 --json $(GPU_BENCH)/step-27x64.json
 	$(STEP) --grids 64x64 --arms $(MAIN_ARMS) --attention cudnn --json $(GPU_BENCH)/step-64x64-cudnn.json
 	$(STEP) --grids 64x64 --arms $(MAIN_ARMS) --components block --json $(GPU_BENCH)/step-64x64-block.json
+
+# Needs no installation where torch, triton, transformers and diffusers are there. WORK: for runs of the training loop, 30 GB.
+gpu-first: $(if $(SMALL),,gpu)
+	@test -n "$(OUT)" || { echo "error: OUT=DIR is missing: where the facts shall be" >&2; exit 2; }
+	@$(GPU) -c 'import torch, transformers, diffusers' || \
+	  { echo "error: $(GPU_PYTHON) lacks one of torch, transformers, diffusers; make install, or GPU_PYTHON=..." >&2; exit 2; }
+	$(GPU) -m megaflux.bench.first --out $(OUT) $(if $(SMALL),--small) $(if $(WORK),--work $(WORK)) $(if $(STEPS),--steps $(STEPS)) \
+	  $(if $(COMMIT),--commit $(COMMIT))
 
 gpu-train: install gpu
 	python launch/gpu_train.py

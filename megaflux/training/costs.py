@@ -41,19 +41,11 @@ from megaflux.errors import UserError
 from megaflux.models.pretrained import AutoencoderKL, meta_models
 from megaflux.models.scratch import TINY
 from megaflux.models.tokens import Tokens, count_tokens
+from megaflux.presets import FLUX_VAE
 from megaflux.training.stages import locate, trainable_names
 
 MODULATION = re.compile(r"transformer\.(.*\.(norm1|norm1_context|norm)|norm_out)\.linear")
 FIRST_IMAGE_QKV = re.compile(r"transformer\.transformer_blocks\.0\.attn\.to_[qkv]")
-
-# config.json of black-forest-labs/FLUX.1-dev, vae/
-FLUX_VAE = {
-    "in_channels": 3, "out_channels": 3, "latent_channels": 16, "layers_per_block": 2, "norm_num_groups": 32,
-    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4, "mid_block_add_attention": True,
-    "use_quant_conv": False, "use_post_quant_conv": False,
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class StageCosts:

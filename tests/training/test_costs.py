@@ -16,7 +16,7 @@ from megaflux.gpus import peak_tflops_for
 from megaflux.models.pretrained import meta_models
 from megaflux.models.tokens import Tokens, condition_grid
 from megaflux.models.vlm import Condition
-from megaflux.presets import PRESETS
+from megaflux.presets import FLUX_VAE, PRESETS
 from megaflux.training import costs, memory, stages
 from megaflux.training.activations import activation_bytes, block_units
 from megaflux.training.costs import training_flops
@@ -122,7 +122,7 @@ def test_frozen_networks_meet_the_anchors(dev_models):
     assert (costs.trunk_flops(trunk, tokens) + last_layer) / TERA == pytest.approx(5.2, rel=0.03)
     visual = costs.trunk_flops(trunk, tokens) - costs.trunk_flops(trunk, Tokens(4096, 0, tokens.turn, 0))
     assert visual / TERA == pytest.approx(1.5, rel=0.04)
-    assert costs.vae_encode_flops(json.dumps(costs.FLUX_VAE), 1024, 1024) / TERA == pytest.approx(4.9, rel=0.01)
+    assert costs.vae_encode_flops(json.dumps(FLUX_VAE), 1024, 1024) / TERA == pytest.approx(4.9, rel=0.01)
 
 
 @pytest.mark.parametrize("stage, policy, kernels", [

@@ -20,10 +20,10 @@ from megaflux.generation import sampling
 from megaflux.models.latents import coding_peak
 from megaflux.models.pretrained import meta_models
 from megaflux.models.scratch import TINY
-from megaflux.presets import PRESETS
+from megaflux.presets import FLUX_VAE, PRESETS
 from megaflux.training import memory
 from megaflux.training.activations import activation_bytes
-from megaflux.training.costs import FLUX_VAE, token_counts
+from megaflux.training.costs import token_counts
 from megaflux.training.distributed import World
 
 DS_CONFIG = json.loads(bench.ZERO_CONFIG.read_text())

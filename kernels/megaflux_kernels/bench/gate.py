@@ -1,0 +1,68 @@
+"""Is an op right? Its results and every gradient against float64, off by at most twice what the eager reference is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaflux_kernels.bench.cases import Case
+
+FLOOR = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 4}  # units of rounding below which both are right
+
+
+@dataclass(frozen=True)
+class Error:
+    """Of one result: an output, or the gradient of an input. Norms of the difference, over the true norm."""
+
+    index: int
+    """Outputs first, then gradients."""
+    ours: float
+    eager: float
+    floor: float
+
+    @property
+    def of_allowed(self) -> float:
+        """At most 1 where the op is right; NaN is not."""
+        return self.ours / (2 * self.eager + self.floor)
+
+    def __str__(self) -> str:
+        return f"result {self.index} is off by {self.ours:.2e}, the eager reference by {self.eager:.2e}"
+
+
+def errors(case: Case, dtype: torch.dtype) -> list[Error]:
+    """The errors of all results, in order."""
+    exact = results(case, case.reference, torch.float64)
+    ours, eager = (results(case, run, dtype) for run in (case.ours, case.reference))
+    floor, found = FLOOR[dtype] * torch.finfo(dtype).eps, []
+    for index, (mine, theirs, true) in enumerate(zip(ours, eager, exact, strict=True)):
+        size = true.norm().clamp(min=1e-30)
+        found.append(Error(index, *((x.double() - true).norm().div(size).item() for x in (mine, theirs)), floor))
+    return found
+
+
+def results(case: Case, run: Callable, dtype: torch.dtype) -> list[Tensor]:
+    """Outputs, then gradients. In float64 all inputs are cast, else what is wider than dtype stays so."""
+    inputs = case.inputs
+    if dtype == torch.float64:
+        inputs = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+    inputs = leaves(inputs, case.differentiable)
+    outs = outputs(run(*inputs))
+    generator = torch.Generator(outs[0].device).manual_seed(1)
+    douts = [torch.randn(o.shape, generator=generator, device=o.device).to(case.inputs[0].dtype).to(o.dtype)
+             for o in outs]  # fmt: skip
+    return [*outs, *torch.autograd.grad(outs, [inputs[i] for i in case.differentiable], douts)]
+
+
+def leaves(inputs: Sequence[Any], differentiable: Sequence[int]) -> list[Any]:
+    """The inputs, of which these ask for gradients."""
+    return [x.detach().requires_grad_(i in differentiable) if isinstance(x, Tensor) else x
+            for i, x in enumerate(inputs)]  # fmt: skip
+
+
+def outputs(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    """What an op returned, as a list."""
+    return [out] if isinstance(out, Tensor) else list(out)

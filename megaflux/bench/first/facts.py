@@ -1,0 +1,162 @@
+"""Facts, one JSON line each, and the file that keeps them while processes come and go.
+
+{"step", "fact", "value", "unit", "predicted", "seconds", "error"}: a fact has a value or an error. What was found later
+counts: a fact that failed and was tried again has two lines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megaflux.bench.first import predicted as predictions
+
+FINISHED = "finished"
+"""The last fact of a step: seconds of its process."""
+FATAL = ("CUDA error", "device-side assert", "CUBLAS_STATUS", "CUDNN_STATUS_EXECUTION", "an illegal memory access")
+Value = float | int | str | bool
+
+
+@dataclass(frozen=True)
+class Fact:
+    step: str
+    fact: str
+    value: Value | None = None
+    unit: str = ""
+    predicted: Value | None = None
+    seconds: float | None = None
+    """That it took to learn it."""
+    error: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.step, self.fact
+
+
+class Facts:
+    """The lines of a file. Several processes may add to it at once."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def rows(self) -> list[Fact]:
+        """All lines, oldest first. A line cut off by a death is passed over."""
+        found = []
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        for line in text.splitlines():
+            try:
+                found.append(Fact(**json.loads(line)))
+            except (ValueError, TypeError):
+                continue
+        return found
+
+    def latest(self) -> dict[tuple[str, str], Fact]:
+        """What is known now, in the order in which it was first met."""
+        return {row.key: row for row in self.rows()}
+
+    def add(self, fact: Fact) -> None:
+        """Append a line, on disk when this returns; none where the newest of its name has the same value."""
+        if isinstance(fact.value, float) and not math.isfinite(fact.value):
+            fact = Fact(fact.step, fact.fact, None, fact.unit, fact.predicted, fact.seconds, f"came out as {fact.value}")
+        known = self.latest().get(fact.key)
+        if known is not None and known.error is None and fact.error is None and known.value == fact.value:
+            return
+        line = json.dumps(asdict(fact)) + "\n"
+        with open(self.path, "ab+") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # somebody died in the middle of a line
+                    line = "\n" + line
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Recorder:
+    """What a step writes its facts to, and asks what is still to be measured."""
+
+    def __init__(self, facts: Facts, step: str, small: bool, since: int = 0):
+        """since: rows at the start of this invocation; what failed after it is not tried again before the next."""
+        self.facts, self.step, self.small = facts, step, small
+        rows = facts.rows()
+        latest = {row.fact: row for row in rows if row.step == step}
+        tried = {row.fact for row in rows[since:] if row.step == step}
+        self.done = {name for name, row in latest.items() if row.error is None or name in tried}
+        self.current = current_file(facts.path, step)
+
+    def missing(self, *names: str) -> list[str]:
+        """Those of the facts that are not known yet."""
+        return [name for name in names if name not in self.done]
+
+    def add(self, fact: str, value: Value, unit: str = "", predicted: Value | None = None,
+            seconds: float | None = None) -> None:  # fmt: skip
+        """Keep a fact that is not known yet; predicted: None: as `predicted.py` has it."""
+        if fact in self.done:
+            return
+        if predicted is None and not self.small:
+            predicted = predictions.of(self.step, fact)
+        seconds = None if seconds is None else round(seconds, 2)
+        self._keep(Fact(self.step, fact, value, unit, predicted, seconds))
+
+    @contextmanager
+    def measuring(self, *names: str) -> Iterator[None]:
+        """Around what finds these facts: whatever it raises becomes the error of the first that is not known by then.
+
+        An error that ends every later use of the GPU, too, is raised on: the runner starts the step anew without them.
+        """
+        self.current.write_text(json.dumps(list(names)))
+        started = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            if missing := self.missing(*names):
+                took = round(time.perf_counter() - started, 2)
+                self._keep(Fact(self.step, missing[0], seconds=took, error=in_a_line(error)))
+                self.done.update(missing)
+            if any(word in str(error) for word in FATAL):
+                raise
+        finally:
+            self.current.unlink(missing_ok=True)
+
+    def _keep(self, fact: Fact) -> None:
+        self.facts.add(fact)
+        self.done.add(fact.fact)
+        print(describe(fact), flush=True)
+
+
+def current_file(facts: Path, step: str) -> Path:
+    """Where a step notes what it is measuring, for the runner that finds it dead."""
+    return facts.parent / f".measuring-{step}"
+
+
+def describe(fact: Fact) -> str:
+    """A line for people."""
+    said = f"error: {fact.error}" if fact.error is not None else number(fact.value, fact.unit)
+    expected = "" if fact.predicted is None else f" (predicted {number(fact.predicted, fact.unit)})"
+    return f"{fact.step}: {fact.fact}: {said}{expected}"
+
+
+def number(value: Value | None, unit: str = "") -> str:
+    """A value in words, with four digits at most."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = value if isinstance(value, str) else str(value) if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, float) and 1000 <= abs(value) < 1e7:
+        text = f"{value:.0f}"
+    return f"{text} {unit}".strip()
+
+
+def in_a_line(error: BaseException) -> str:
+    """An exception in one line of at most 300 characters."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300].rstrip(": ")

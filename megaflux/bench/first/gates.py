@@ -1,0 +1,26 @@
+"""Steps gate-OP: is an op right in bf16, at the token counts of training? Against float64, beside its eager reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megaflux.bench.first.facts import Recorder
+from megaflux.bench.first.settings import Setting
+from megaflux_kernels.bench import cases, gate
+
+
+def run(recorder: Recorder, setting: Setting) -> None:
+    """The largest error of each result, as a multiple of what is allowed: above 1 is an error."""
+    op = recorder.step.removeprefix("gate-")
+    sizes = cases.SMALL if setting.small else cases.Sizes()
+    for _, tokens in {tokens.condition: (bucket, tokens) for bucket, tokens in setting.pictures()}.values():
+        at = replace(sizes, text=tokens.condition, image=tokens.image)
+        for number in range(len(cases.make(op, at, setting.dtype, setting.device))):
+            # made anew for each case: a failed one must leave nothing behind
+            case = cases.make(op, at, setting.dtype, setting.device)[number]
+            with recorder.measuring(name := f"{case.shape}: error / allowed"):
+                if recorder.missing(name):
+                    worst = max(gate.errors(case, setting.dtype), key=lambda error: error.of_allowed)
+                    if not worst.of_allowed <= 1:
+                        raise ArithmeticError(str(worst))
+                    recorder.add(name, worst.of_allowed)

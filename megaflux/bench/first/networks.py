@@ -1,0 +1,94 @@
+"""Step networks: the frozen parts before FLUX, random weights: the VAE, and Qwen2-VL without its last layer."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megaflux.bench.first.facts import Recorder
+from megaflux.bench.first.settings import Setting
+from megaflux.bench.random_models import VAE_SCALES, random_vae, random_vlm
+from megaflux.models import latents
+from megaflux.models.scratch import TINY
+from megaflux.models.vlm import Trunk, split_vlm
+from megaflux.presets import FLUX_VAE, dev, tiny
+from megaflux_kernels.bench.timing import median, samples_ms
+
+VAE_BATCHES = (1, 2, 8)
+TRUNK_BATCHES = (2, 8)
+
+
+def run(recorder: Recorder, setting: Setting) -> None:
+    vae(recorder, setting)
+    trunk(recorder, setting)
+
+
+def vae(recorder: Recorder, setting: Setting) -> None:
+    device, dtype, (bucket, _) = setting.device, setting.dtype, setting.pictures()[0]
+    config = json.loads((TINY / "vae" / "config.json").read_text()) if setting.small else VAE_SCALES | FLUX_VAE
+    model = random_vae(config, dtype, device)
+    channels = model.config.block_out_channels
+    for batch in VAE_BATCHES:
+        pixels = torch.randint(0, 256, (batch, 3, bucket.height, bucket.width), dtype=torch.uint8, device=device)
+        packed = latents.encode(model, pixels)
+        encode, decode = latents.coding_peak(channels, batch, bucket.height, bucket.width, dtype.itemsize)
+        for name, call, formula in (
+            (f"VAE encode at {batch}", lambda pixels=pixels: latents.encode(model, pixels), encode),
+            (f"VAE decode at {batch}", lambda packed=packed: latents.decode(model, packed), decode),
+        ):
+            _measure(recorder, name, call, setting, formula / 1e9)
+
+
+def trunk(recorder: Recorder, setting: Setting) -> None:
+    device, (bucket, _) = setting.device, setting.pictures()[0]
+    config = (tiny() if setting.small else dev())["model"]["vlm_config"]
+    names = [f"trunk at {batch}" for batch in TRUNK_BATCHES]
+    with recorder.measuring(*names, "trunk: forced waits"):
+        vlm, processor = random_vlm(config, setting.dtype, device)
+        frozen, _ = split_vlm(vlm)
+        model = Trunk(frozen, processor)
+    for batch, name in zip(TRUNK_BATCHES, names, strict=True):
+        pixels = torch.randint(0, 256, (batch, 3, bucket.height, bucket.width), dtype=torch.uint8, device=device)
+        _measure(recorder, name, lambda pixels=pixels: model.encode(pixels), setting)
+    if device.type == "cuda":
+        with recorder.measuring(name := "trunk: forced waits"):
+            if recorder.missing(name):
+                recorder.add(name, waits(lambda: model.encode(pixels)))
+
+
+def _measure(
+    recorder: Recorder, name: str, call: Callable[[], Any], setting: Setting, formula: float | None = None
+) -> None:
+    """Milliseconds of a call and, on a GPU, what it holds beside what was there. formula: of that, GB."""
+    device = setting.device
+    facts = [name, *([f"{name}: memory"] if device.type == "cuda" else ())]
+    if not recorder.missing(*facts):
+        return
+    with recorder.measuring(*facts):
+        started = time.perf_counter()
+        ms = median(samples_ms(call, device, setting.samples, setting.warmup))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            call()
+            peak = torch.cuda.max_memory_allocated(device) - before
+            recorder.add(facts[1], peak / 1e9, "GB", formula)
+        recorder.add(name, ms, "ms", seconds=time.perf_counter() - started)
+
+
+def waits(call: Callable[[], Any]) -> int:
+    """How often a call makes the host wait for the GPU, as torch's own watch counts it."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message).lower() for warning in seen)

@@ -1,0 +1,102 @@
+"""python -m megaflux.bench.first.results DIR: what `make gpu-first OUT=DIR` found, as a section of docs/gpu-results.md.
+
+One section a device, between two comment lines; it takes the place of an earlier one of the same device, and all other text
+of the file stays. Values and predictions are those of DIR/facts.jsonl; nothing is rounded to more than four digits.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megaflux.bench.first.facts import FINISHED, Fact, Facts, number
+from megaflux.bench.first.predicted import PREDICTED
+from megaflux.bench.first.steps import TABLE
+from megaflux_kernels.bench.report import Parser
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "gpu-results.md"
+VERSIONS = ("torch", "cuda", "cuDNN", "triton", "transformers", "diffusers", "python")
+TITLES = {
+    "machine": "What the machine does at most",
+    "attention": "Attention, on the strides that FLUX hands it",
+    "gates": "Ops against float64 in bf16, at training's token counts: largest error over what is allowed",
+    "gate-blocks": "2 + 2 blocks at full width against diffusers: largest error over diffusers' own, every gradient",
+    "blocks": "A step of all 57 blocks, batch 1, 1024 x 1024 px, stage 1",
+    "compiled": "The same, diffusers' blocks under torch.compile",
+    "memory": "Memory of a step beside weights, and the formula",
+    "networks": "VAE and Qwen2-VL's trunk, at 1024 x 1024 px; the number is the batch",
+    "ops": "Ops, caches cold; share of a copy's bytes or of a product's FLOPs in the same run",
+    "loop": "The training loop: updates of 2 x 1 picture, waited for after each step; a save of the first stage",
+    "continued": "Going on from one checkpoint",
+    "tests": "Tests on the GPU",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m megaflux.bench.first.results", description=__doc__)
+    parser.add_argument("dir", metavar="DIR", help="of make gpu-first OUT=DIR")
+    parser.add_argument("--document", metavar="FILE", default=str(DOCUMENT), help="default docs/gpu-results.md")
+    args = parser.parse_args(argv)
+    facts = Facts(Path(args.dir) / "facts.jsonl")
+    if not facts.rows():
+        parser.error(f"{facts.path}: no facts; give the OUT of a `make gpu-first`")
+    document = Path(args.document)
+    try:
+        text = document.read_text() if document.exists() else "# Results on GPUs\n"
+        document.write_text(placed(text, facts))
+    except OSError as error:
+        parser.error(f"--document {document}: {error.strerror}")
+    return 0
+
+
+def placed(text: str, facts: Facts) -> str:
+    """A document with the section of these facts in it, in the place of an earlier one of the same device."""
+    device = _session(facts)["device"]
+    begin, end = (f"<!-- gpu-first: {device}{suffix} -->" for suffix in ("", ", end"))
+    block = f"{begin}\n{section(facts)}{end}\n"
+    if begin in text and end in text:
+        before, _, rest = text.partition(begin)
+        return before + block + rest.partition(end)[2].removeprefix("\n")
+    return text.rstrip("\n") + "\n\n" + block
+
+
+def section(facts: Facts) -> str:
+    """The section in Markdown."""
+    session, latest = _session(facts), facts.latest()
+    machine = {row.fact: row for row in latest.values() if row.step == "machine"}
+    commits = dict.fromkeys(str(row.value)[:7] for row in facts.rows() if (row.step, row.fact) == ("session", "commit"))
+    dates = dict.fromkeys(str(row.value) for row in facts.rows() if (row.step, row.fact) == ("session", "date"))
+    versions = ", ".join(f"{name} {machine[name].value}" for name in VERSIONS if name in machine)
+    lines = [f"## {session['device']}: measured beside predicted", "",
+             f"`make gpu-first`, {' and '.join(dates)}, commit {' and '.join(commits)}, sizes {session['sizes']}. {versions}.",
+             "Predictions are for one H100, from before any GPU had run; for memory, the formula's."]  # fmt: skip
+    for step, title in TITLES.items():
+        mine = [row for row in latest.values() if _group(row.step) == step and row.fact not in (FINISHED, *VERSIONS)]
+        if mine:
+            lines += ["", f"### {title}", "", "| | measured | predicted |", "|---|---|---|", *map(_line, mine)]
+    failed = [row for row in latest.values() if row.error is not None]
+    if failed:
+        lines += ["", "### What failed", "", *(f"- {row.step}, {row.fact}: {row.error}" for row in failed)]
+    waiting = [f"{step}: {fact} ({number(value)})" for step, found in PREDICTED.items() for fact, value in found.items()
+               if (step, fact) not in latest or latest[step, fact].error is not None]  # fmt: skip
+    if waiting:
+        lines += ["", "### Predictions that wait for a measurement", "", *(f"- {line}" for line in waiting)]
+    return "\n".join(lines) + "\n"
+
+
+def _session(facts: Facts) -> dict[str, str]:
+    return {row.fact: str(row.value) for row in facts.rows() if row.step == "session"}
+
+
+def _group(step: str) -> str:
+    return "gates" if TABLE.get(step, ("",))[0] == "gates" else step
+
+
+def _line(row: Fact) -> str:
+    name = f"`{row.step.removeprefix('gate-')}` {row.fact}" if _group(row.step) == "gates" else row.fact
+    found = "failed" if row.error is not None else number(row.value, row.unit)
+    return f"| {name} | {found} | {number(row.predicted, row.unit)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Starts the steps one after the other, each in its own process: watches its time, and starts again what has died.
+
+A step that dies loses what it was measuring, and goes on with the rest in a new process; one that takes too long is
+ended, and leaves what it has not reached for the next invocation. Whatever happens, the next step follows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO
+
+from megaflux.bench.first.facts import FINISHED, Fact, Facts, current_file, describe
+
+POLL = 0.05  # seconds
+GRACE = 3.0  # seconds between asking a process to end and ending it
+SINCE = "MEGAFLUX_FIRST_SINCE"  # rows that there were when this invocation began
+
+
+@dataclass(frozen=True)
+class Step:
+    """A process that finds facts. Those of one group, when they follow each other, run at the same time."""
+
+    name: str
+    command: Sequence[str]
+    limit: float
+    """Seconds."""
+    group: str | None = None
+    needs: tuple[str, ...] = ()
+    """Modules without which it cannot run here."""
+
+
+@dataclass
+class _Running:
+    step: Step
+    process: subprocess.Popen
+    began: float
+    """Of the step's first process."""
+    started: float
+    rows: int
+    """Of its facts, when this process began."""
+
+
+@dataclass
+class Outcome:
+    """Of an invocation, for people."""
+
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Step -> why it was not run."""
+
+
+def run(steps: Sequence[Step], facts: Facts, log: Path, seconds: float) -> Outcome:
+    """Run what is not finished, for at most so many seconds. Facts go to `facts`, all that is printed to `log`."""
+    outcome, deadline = Outcome(), time.monotonic() + seconds
+    environment = os.environ | {SINCE: str(len(facts.rows())), "PYTHONUNBUFFERED": "1"}
+    shown = len(facts.rows())
+    with open(log, "ab") as output:
+        for group in _groups(steps):
+            waiting = []
+            for step in group:
+                if lacking := [name for name in step.needs if find_spec(name) is None]:
+                    outcome.left_out[step.name] = f"no {', '.join(lacking)} here"
+                elif not is_finished(facts, step.name):
+                    waiting.append(step)
+            if waiting and time.monotonic() >= deadline:
+                outcome.left_out |= {step.name: "no time left" for step in waiting}
+                continue
+            running = [_start(step, facts, output, environment) for step in waiting]
+            try:
+                while running:
+                    time.sleep(POLL)
+                    running = [now for one in running if (now := _watch(one, facts, output, environment, deadline))]
+                    shown = _show(facts, shown)
+            finally:
+                for one in running:
+                    _end(one.process)
+    _show(facts, shown)
+    return outcome
+
+
+def is_finished(facts: Facts, step: str) -> bool:
+    """Whether a step came to its end, and none of its facts is an error."""
+    mine = [row for row in facts.latest().values() if row.step == step]
+    return any(row.fact == FINISHED and row.error is None for row in mine) and not any(row.error for row in mine)
+
+
+def _groups(steps: Sequence[Step]) -> list[list[Step]]:
+    groups: list[list[Step]] = []
+    for step in steps:
+        if groups and step.group is not None and groups[-1][-1].group == step.group:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
+
+
+def _start(step: Step, facts: Facts, output: IO[bytes], environment: dict[str, str], began: float | None = None) -> _Running:
+    current_file(facts.path, step.name).unlink(missing_ok=True)
+    output.write(f"\n--- {step.name}: {' '.join(step.command)}\n".encode())
+    output.flush()
+    process = subprocess.Popen(
+        step.command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+        start_new_session=True, preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+    )  # fmt: skip
+    now = time.monotonic()
+    return _Running(step, process, began or now, now, len(facts.rows()))
+
+
+def _watch(
+    one: _Running, facts: Facts, output: IO[bytes], environment: dict[str, str], deadline: float
+) -> _Running | None:
+    """What is running after a look at a step's process: itself, a new one in its place, or None."""
+    code, now, name = one.process.poll(), time.monotonic(), one.step.name
+    if code is None:
+        limit = min(one.began + one.step.limit, deadline)
+        if now < limit:
+            return one
+        _end(one.process)
+        _lost(one, facts, f"ended after {now - one.began:.0f} s, its limit")
+        facts.add(Fact(name, FINISHED, error=f"ended after {now - one.began:.0f} s, its limit; the next run goes on"))
+        return None
+    if code == 0:
+        if not any(row.key == (name, FINISHED) for row in facts.rows()[one.rows:]):
+            facts.add(Fact(name, FINISHED, round(now - one.began, 1), "s"))
+        return None
+    why = f"its process was ended by signal {signal.Signals(-code).name}" if code < 0 else f"its process ended with code {code}"
+    _lost(one, facts, why)
+    if any(row.step == name for row in facts.rows()[one.rows:]):  # got on, so the rest is worth another process
+        return _start(one.step, facts, output, environment, one.began)
+    facts.add(Fact(name, FINISHED, error=f"{why}; see the log"))
+    return None
+
+
+def _lost(one: _Running, facts: Facts, why: str) -> None:
+    """What a dead process was measuring has an error now."""
+    current = current_file(facts.path, one.step.name)
+    try:
+        names = json.loads(current.read_text())
+    except (OSError, ValueError):
+        return
+    current.unlink(missing_ok=True)
+    known = {row.fact for row in facts.rows()[one.rows:] if row.step == one.step.name}
+    for name in names:
+        if name not in known:
+            facts.add(Fact(one.step.name, name, seconds=round(time.monotonic() - one.started, 1), error=why))
+
+
+def _show(facts: Facts, shown: int) -> int:
+    rows = facts.rows()
+    for row in rows[shown:]:
+        print(describe(row), flush=True)
+    return len(rows)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a process and all that it started."""
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sent)
+        except (ProcessLookupError, PermissionError):
+            break
+        try:
+            process.wait(GRACE)
+            if sent == signal.SIGTERM:
+                continue  # its children may still be there
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed runner leaves no step on the GPU

@@ -1,0 +1,280 @@
+"""make gpu-first: facts that survive what happens to their processes, and the whole of it at a small size."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megaflux.bench.first import __main__ as first
+from megaflux.bench.first import results, runner, steps
+from megaflux.bench.first.facts import FINISHED, Fact, Facts, Recorder
+from megaflux.bench.first.predicted import PREDICTED
+from megaflux.bench.first.runner import Step
+from megaflux.bench.first.settings import Setting
+from tests.bench.runs import ROOT
+
+FIELDS = ["step", "fact", "value", "unit", "predicted", "seconds", "error"]
+SCRIPT = str(Path(__file__).with_name("first_step.py"))
+# Blocks, in the processes of the first part, what a machine with torch, triton, transformers and diffusers may lack.
+WITHOUT = """
+import sys
+missing = {"pydantic", "deepspeed", "streaming", "tensorboard", "pyarrow", "einops"}
+step = sys.orig_argv[sys.orig_argv.index("--step") + 1] if "--step" in sys.orig_argv else None
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}: blocked by the test", name=name)
+
+if step is not None and step not in ("loop", "continued"):
+    sys.meta_path.insert(0, Blocked())
+"""
+
+
+def fake(kind: str, out: Path, limit: float = 60, **options) -> Step:
+    return Step(kind, [sys.executable, SCRIPT, kind, str(out)], limit, **options)
+
+
+def values(facts: Facts, step: str) -> dict:
+    return {row.fact: row.error or row.value for row in facts.latest().values() if row.step == step}
+
+
+# --- the file of facts ----------------------------------------------------------------------------------------------
+
+
+def test_a_fact_is_a_line_of_seven_fields(tmp_path):
+    facts = Facts(tmp_path / "facts.jsonl")
+    facts.add(Fact("machine", "copy", 3000.0, "GB/s", 2900.0, 1.5))
+    line = json.loads(facts.path.read_text())
+    assert list(line) == FIELDS and line["value"] == 3000.0 and line["predicted"] == 2900.0 and line["error"] is None
+
+
+def test_a_line_torn_by_a_death_costs_itself_alone(tmp_path):
+    facts = Facts(tmp_path / "facts.jsonl")
+    facts.add(Fact("a", "one", 1))
+    with open(facts.path, "a") as file:
+        file.write('{"step": "a", "fact": "tw')
+    facts.add(Fact("a", "three", 3))
+    assert values(facts, "a") == {"one": 1, "three": 3}
+
+
+def test_a_number_that_is_none_is_an_error(tmp_path):
+    facts = Facts(tmp_path / "facts.jsonl")
+    facts.add(Fact("a", "one", math.nan))
+    assert values(facts, "a") == {"one": "came out as nan"}
+    assert "NaN" not in facts.path.read_text()  # which is no JSON
+
+
+def test_what_is_known_is_not_written_again_and_what_failed_may_be(tmp_path):
+    facts = Facts(tmp_path / "facts.jsonl")
+    for fact in (Fact("a", "one", 1), Fact("a", "one", 1), Fact("a", "two", error="no"), Fact("a", "two", 2)):
+        facts.add(fact)
+    assert [(row.fact, row.value, row.error) for row in facts.rows()] == [("one", 1, None), ("two", None, "no"), ("two", 2, None)]
+    assert Recorder(facts, "a", True, since=3).missing("one", "two", "three") == ["three"]
+
+
+def _add_many(path: str, step: str) -> None:
+    for number in range(50):
+        Facts(path).add(Fact(step, f"fact {number}", "x" * 200))
+
+
+def test_processes_write_side_by_side(tmp_path):
+    with ProcessPoolExecutor(4) as pool:
+        list(pool.map(_add_many, [str(tmp_path / "f")] * 4, "abcd"))
+    rows = Facts(tmp_path / "f").rows()
+    assert len(rows) == 200 and len({row.key for row in rows}) == 200
+
+
+def test_an_error_costs_its_own_fact_and_one_of_the_gpu_its_process(tmp_path):
+    recorder = Recorder(Facts(tmp_path / "f"), "a", True)
+    with recorder.measuring("one", "two"):
+        raise ValueError("a line\nand another")
+    with pytest.raises(RuntimeError), recorder.measuring("three"):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+    assert values(recorder.facts, "a") == {"one": "ValueError: a line and another",
+                                           "three": "RuntimeError: CUDA error: unspecified launch failure"}  # fmt: skip
+    assert not recorder.current.exists()
+
+
+def test_predictions_are_for_the_full_sizes_alone(tmp_path):
+    facts = Facts(tmp_path / "f")
+    Recorder(facts, "blocks", small=True).add("ours-none", 3.0, "ms")
+    assert facts.rows()[-1].predicted is None
+    Recorder(Facts(tmp_path / "g"), "blocks", small=False).add("ours-none", 300.0, "ms")
+    assert Facts(tmp_path / "g").rows()[-1].predicted == 318.0
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def test_whatever_happens_to_a_step_the_others_go_on(tmp_path):
+    facts, log = Facts(tmp_path / "facts.jsonl"), tmp_path / "log.txt"
+    kinds = ["fails", "dies", "breaks", "useless"]
+    todo = [fake("hangs", tmp_path, limit=8), *(fake(kind, tmp_path, group="all") for kind in kinds),
+            fake("right", tmp_path), fake("elsewhere", tmp_path, needs=("no_such_module",))]  # fmt: skip
+    outcome = runner.run(todo, facts, log, seconds=120)
+    rest = {"one": 1.5, "three": 1.5}
+    assert values(facts, "fails") == rest | {"two": "ValueError: this one is not to be had", FINISHED: pytest.approx(0, abs=60)}
+    killed = values(facts, "dies")
+    assert killed.pop(FINISHED) > 0 and killed == rest | {"two": "its process was ended by signal SIGKILL"}
+    broken = values(facts, "breaks")
+    assert broken.pop(FINISHED) > 0 and broken == rest | {
+        "two": "RuntimeError: CUDA error: an illegal memory access was encountered"
+    }
+    hung = values(facts, "hangs")
+    assert hung["one"] == 1.5 and "three" not in hung and "its limit" in hung["two"] and "its limit" in hung[FINISHED]
+    assert "ended with code 1" in values(facts, "useless")[FINISHED]
+    assert values(facts, "right")[FINISHED] > 0
+    assert outcome.left_out == {"elsewhere": "no no_such_module here"} and not values(facts, "elsewhere")
+    assert "nothing here works" in log.read_text()
+
+    # Given again: what is right is left alone, and what was missing is found.
+    (tmp_path / "mended").touch()
+    before = len(facts.rows())
+    runner.run(todo, facts, log, seconds=120)
+    assert all(runner.is_finished(facts, step.name) for step in todo[:-1])
+    new = facts.rows()[before:]
+    assert {(row.step, row.fact) for row in new if row.fact != FINISHED} == {
+        ("hangs", "two"), ("hangs", "three"), ("fails", "two"), ("dies", "two"), ("breaks", "two")
+    }  # fmt: skip
+    assert not any(row.error for row in new)
+
+
+def test_no_step_begins_after_the_time_is_up(tmp_path):
+    facts = Facts(tmp_path / "facts.jsonl")
+    outcome = runner.run([fake("hangs", tmp_path), fake("right", tmp_path)], facts, tmp_path / "log", seconds=6)
+    assert "its limit" in values(facts, "hangs")[FINISHED]
+    assert outcome.left_out == {"right": "no time left"} and not values(facts, "right")
+
+
+# --- the whole, small -----------------------------------------------------------------------------------------------
+
+
+def start(out: Path, work: Path, **options) -> subprocess.Popen:
+    (out.parent / "site").mkdir(exist_ok=True)
+    (out.parent / "site" / "sitecustomize.py").write_text(WITHOUT)
+    environment = os.environ | {"PYTHONPATH": str(out.parent / "site")}
+    return subprocess.Popen(["make", "gpu-first", "SMALL=1", f"OUT={out}", f"WORK={work}", f"GPU_PYTHON={sys.executable}"],
+                            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            **options)  # fmt: skip
+
+
+def of_this_run(out: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if str(out) in " ".join(process.info["cmdline"] or ()) and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def test_the_whole_at_a_small_size_killed_and_given_again(tmp_path):
+    out, work = tmp_path / "out", tmp_path / "work"
+    facts = Facts(out / "facts.jsonl")
+    process = start(out, work, start_new_session=True)
+    while ("blocks", "ours-none") not in facts.latest():
+        time.sleep(0.1)
+        assert process.poll() is None, process.stdout.read()
+    os.killpg(process.pid, signal.SIGKILL)  # make, and the runner; the step is in a session of its own
+    process.wait()
+    deadline = time.monotonic() + 30
+    while of_this_run(out) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not of_this_run(out)
+
+    said = start(out, work)
+    text, _ = said.communicate()
+    rows = facts.rows()
+    assert said.returncode == 0, text
+    assert not [row for row in rows if row.error], text
+    assert {row.step for row in rows} == {"session", *steps.names(small=True)}
+    assert len([row for row in rows if row.step != "session" and row.fact != FINISHED]) >= 30
+    assert len({row.key for row in rows}) == len(rows)  # nothing twice, although a step was cut off
+    assert "ours-none, 64 + 25 tokens: error / diffusers'" in text and "left out" not in text
+    assert sorted(file.name for file in out.iterdir()) == ["facts.jsonl", "log.txt", "table.txt"]
+
+    known = values(facts, "loop")
+    assert known["trains"] == 5 and known["faults"] == 0
+    assert all(known[f"update: {step}"] > 0 for step in ("2 latents", "3 condition", "5 forward", "6 backward", "7 optimizer"))
+    assert known["save: write"] > 0 and known["save: hash"] > 0 and known["save: files"] > 0
+    assert values(facts, "continued")["two continuations are bit-equal"] is True  # a CPU adds in one order
+    gates = [row for row in rows if row.step.startswith("gate-") and row.fact != FINISHED and row.step != "gate-blocks"]
+    assert len(gates) >= 4 * 6 and all(0 <= row.value <= 1 for row in gates)
+
+    again = start(out, work)
+    text, _ = again.communicate()
+    assert again.returncode == 0 and facts.rows() == rows, text
+
+    # Facts of other sizes do not join them.
+    with pytest.raises(SystemExit) as stopped:
+        first.main(["--out", str(out), "--steps", "machine"])
+    assert stopped.value.code == 2
+
+
+def test_bad_options_are_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for argv, words in (
+        (["--out", str(tmp_path / "file" / "x")], "--out"),
+        (["--out", str(tmp_path), "--steps", "block"], "unknown step 'block'; use some of machine,attention,"),
+        (["--out", str(tmp_path), "--seconds", "0"], "--seconds"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            first.main(argv)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and words in said
+
+
+def test_token_counts_are_those_of_training():
+    from megaflux.config import build_config
+    from megaflux.presets import dev
+    from megaflux.training.costs import token_counts
+
+    config = build_config(dev())
+    pictures = Setting(False, Path()).pictures()
+    assert {tokens.condition for _, tokens in pictures} == {484, 480, 476, 512}
+    assert pictures[0][1].image == 4096
+    assert all(tokens == token_counts(config, bucket) for bucket, tokens in pictures)
+
+
+# --- the document ---------------------------------------------------------------------------------------------------
+
+
+def test_the_section_takes_its_own_place_and_no_other(tmp_path):
+    facts = Facts(tmp_path / "facts.jsonl")
+    for fact in (Fact("session", "sizes", "FLUX.1-dev"), Fact("session", "device", "GPU A"), Fact("session", "commit", "0123456789"),
+                 Fact("session", "date", "2026-11-27"), Fact("machine", "torch", "2.11.0"),
+                 Fact("machine", "copy, read and written", 4050.0, "GB/s", 3000.0),
+                 Fact("gate-modulate", "1x2x3: error / allowed", 0.5), Fact("blocks", "ours-full", error="out of memory"),
+                 Fact("blocks", FINISHED, 3.0, "s")):  # fmt: skip
+        facts.add(fact)
+    document = tmp_path / "doc.md"
+    document.write_text("# Results\n\nby hand\n")
+    assert results.main([str(tmp_path), "--document", str(document)]) == 0
+    text = document.read_text()
+    assert text.startswith("# Results\n\nby hand\n")
+    assert "| copy, read and written | 4050 GB/s | 3000 GB/s |" in text and "commit 0123456, sizes" in text
+    assert "torch 2.11.0" in text and "| `modulate` 1x2x3: error / allowed | 0.5 |  |" in text
+    assert "- blocks, ours-full: out of memory" in text and "| ours-full | failed |  |" in text
+    assert "- blocks: ours-none (318)" in text and "- machine: copy" not in text  # what waits, what does not
+    document.write_text(text + "\nafter\n")
+    facts.add(Fact("blocks", "ours-none", 320.0, "ms", 318.0))
+    results.main([str(tmp_path), "--document", str(document)])
+    assert "| ours-none | 320 ms | 318 ms |" in document.read_text() and "ours-none (318)" not in document.read_text()
+    assert document.read_text().count("## GPU A") == 1 and document.read_text().endswith("\nafter\n")
+
+
+def test_results_of_nothing_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        results.main([str(tmp_path)])
+    assert stopped.value.code == 2 and "no facts" in capsys.readouterr().err
+
+
+def test_every_prediction_is_of_a_step():
+    assert set(PREDICTED) <= set(steps.TABLE)
