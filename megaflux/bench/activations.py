@@ -115,6 +115,9 @@ def saved_bytes(transformer: nn.Module, run: Callable[[], Any], checkpointed: bo
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
+        # Without its history. The graph holds this function, so a tensor that holds the graph would close a circle
+        # through C++, which Python's collector does not see: the forward pass's memory would never come back.
+        tensor = tensor.detach()
         if tensor.untyped_storage()._cdata not in weights:
             kept[tensor.untyped_storage()._cdata] = tensor  # held, so that its address is not given to another
         return tensor
@@ -128,11 +131,15 @@ def saved_bytes(transformer: nn.Module, run: Callable[[], Any], checkpointed: bo
     handles = []
     if checkpointed:
         handles = [b.register_forward_pre_hook(keep_inputs, with_kwargs=True) for b in all_blocks(transformer)]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = run()
-    for handle in handles:
-        handle.remove()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), result
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    kept.clear()  # the result's graph holds `keep`, and would hold checkpointed inputs until its end
+    return size, result
 
 
 def count(

@@ -3,6 +3,9 @@
 Random weights, normal inputs, the freezing of stage 1, the condition asking for its gradient, no optimizer. First the
 numerics gate; then the arms in turn, there and back (ABBA), each sample timed; and, in the same turns, the matrix
 products and the attention of a step alone, which are the limit: fraction_of_limit = limit / step.
+
+An arm's rows are written when its last sample is there, so a killed bench, given again with --resume, measures only the
+arms that have none. An arm that fails costs its own rows: it gets a line that says why, and the others go on.
 """
 
 from __future__ import annotations
@@ -12,9 +15,8 @@ import gc
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
-from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,7 +26,14 @@ from megaflux.bench.activations import freeze, trainable_flux
 from megaflux.bench.arms import ARMS, Arms, is_compiled, random_flux, random_inputs
 from megaflux.bench.sizes import Sizes, add_size_arguments, pixels, sizes
 from megaflux.gpus import peak_tflops_for
-from megaflux_kernels.bench.machine import attention_backend, clocks, default_device, facts
+from megaflux_kernels.bench.machine import (
+    attention_backend,
+    clocks,
+    cudnn_problem,
+    default_device,
+    facts,
+    first_line,
+)
 from megaflux_kernels.bench.report import (
     Parser,
     Report,
@@ -68,17 +77,16 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """0; 1 where the numerics gate refuses, before any time is taken."""
+    """0, also where arms had too little memory or could not be compiled here; 1 where the numerics gate refuses, before
+    any time is taken, and where an arm failed in another way, with all other rows written."""
     device, dtype = default_device(), DTYPES[args.dtype]
     chosen = sizes(parser, args)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("highest")
+    failed = False
     with sdpa_kernel(BACKENDS[args.attention]) if args.attention != "auto" else nullcontext():
-        try:
-            backend = attention_backend(device, dtype, chosen.heads, chosen.head_dim)
-        except RuntimeError as error:
-            parser.error(f"--attention {args.attention}: not for these tensors on {device} ({_line(error)})")
+        backend = backends(parser, args, chosen, dtype, device)
         report = open_report(parser, args, facts(device, backend))
         print(f"{report.facts['device']}, attention {backend}, torch {torch.__version__}, commit "
               f"{(report.facts['commit'] or 'unknown')[:12]}; stage 1 trains {chosen.components} of blocks "
@@ -87,112 +95,176 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
         for grid in args.grids:
             shape = chosen.shape(grid, args.dtype)
             arms = [arm for arm in args.arms if not report.has(BENCH, arm, shape, "step_ms")]
-            todo += [(grid, shape, arms)] if arms else []
             if skipped := len(args.arms) - len(arms):
                 print(f"{shape}: {skipped} of {len(args.arms)} arms are in {args.json} already")
-        for grid, _, arms in todo:
-            if not passes_gate(chosen, grid, dtype, device, arms):
+            exact = past_gate(chosen, grid, dtype, device, arms)
+            if exact is None:
                 return 1
+            failed |= len(exact) < len(arms)
+            todo += [(grid, shape, exact)] if exact else []
         if todo:
-            measure(report, chosen, todo, dtype, device, args.samples, args.warmup)
+            failed |= measure(report, chosen, todo, dtype, device, args.samples, args.warmup)
     print()
     print(table(row for row in report.rows if row.bench == BENCH))
     for line in ratios(report.rows):
         print(line)
-    return 0
+    return int(failed)
 
 
-def passes_gate(
+def backends(
+    parser: Parser, args: argparse.Namespace, chosen: Sizes, dtype: torch.dtype, device: torch.device
+) -> str:  # fmt: skip
+    """What attention really takes at the lengths asked for, as "cudnn", or "cudnn, flash" where they differ. A backend
+    that does not take them, or is wrong there, ends the process in one line."""
+    found = []
+    for rows, columns in args.grids:
+        tokens = rows * columns + chosen.text
+        problem = cudnn_problem(tokens)
+        if problem and args.attention == "cudnn":
+            parser.error(f"--attention cudnn: {problem}; use --attention flash")
+        try:
+            backend = attention_backend(device, dtype, chosen.heads, chosen.head_dim, tokens)
+        except RuntimeError as error:
+            parser.error(f"--attention {args.attention}: not for these tensors on {device} ({first_line(error)})")
+        if problem and backend == "cudnn":
+            parser.error(f"--attention {args.attention}: torch takes cuDNN here, and {problem}; use --attention flash")
+        found.append(backend)
+    return ", ".join(dict.fromkeys(found))
+
+
+def past_gate(
     chosen: Sizes, grid: tuple[int, int], dtype: torch.dtype, device: torch.device, arms: Sequence[str]
-) -> bool:
-    """Whether our arms among these are exact enough; says so."""
-    ours = [arm for arm in arms if arm.startswith("ours")]
-    if not ours:
-        return True
-    for arm, errors in numerics.gate(chosen, grid, dtype, device, ours).items():
+) -> list[str] | None:
+    """The arms that may be timed: those that are not ours, and ours that are exact enough. One that stops in the gate
+    is left out, with a line. None, with a line, where one is not exact enough: then nothing is timed."""
+    groups, found = [[arm for arm in arms if arm.startswith("ours")]], {}
+    while groups:
+        if group := groups.pop(0):
+            try:
+                found |= numerics.gate(chosen, grid, dtype, device, group)
+            except Exception as error:
+                if len(group) > 1:
+                    groups = [[arm] for arm in group]  # whose error it was, each by itself shows
+                else:
+                    print(f"error: numerics gate: {pixels(grid)} {group[0]}: {first_line(error)}; no row",
+                          file=sys.stderr)  # fmt: skip
+            _free(device)
+    for arm, errors in found.items():
         worst = errors[0]
         line = (f"{pixels(grid)} {arm}: {len(errors)} results, worst {worst.name} {worst.ours:.2e} "
                 f"(diffusers' {worst.eager:.2e})")  # fmt: skip
         if not worst.passes:
             print(f"error: numerics gate: {line}: more than twice; nothing was timed", file=sys.stderr)
-            return False
+            return None
         print(f"numerics gate: {line}")
-    _free(device)
-    return True
+    return [arm for arm in arms if arm in found or not arm.startswith("ours")]
 
 
 def measure(
     report: Report, chosen: Sizes, todo: Sequence[tuple[tuple[int, int], str, list[str]]], dtype: torch.dtype,
     device: torch.device, samples: int, warmup: int,
-) -> None:  # fmt: skip
-    """Build one FLUX and measure every shape of todo: (grid, shape's name, arms)."""
+) -> bool:  # fmt: skip
+    """Build one FLUX and measure every shape of todo: (grid, shape's name, arms). Whether something failed."""
     config = chosen.flux_config()
     arms = Arms(random_flux(config, dtype, device))
     trainable = trainable_flux(config, chosen.train_blocks, chosen.components)
     freeze(arms.transformer, trainable)
+    failed = False
     for grid, shape, names in todo:
-        print(f"\n{pixels(grid)} px: {shape}. {clocks(device)}".rstrip(), flush=True)
-        tokens = grid[0] * grid[1]
-        counted = limits.products(chosen, tokens, trainable)
-        given = random_inputs(arms.transformer, chosen.batch, grid, chosen.text, device)
-        parts = {
-            "gemm_ms": partial(limits.run_products, counted, dtype, device),
-            "attention_ms": partial(limits.run_attention, chosen, tokens, dtype, device),
-        }
-        times, extra = take_turns(arms, names, given, parts, device, samples, warmup)
-        limit = {name: median(times.pop(name)) for name in parts}
-        report.add(*(Row(BENCH, LIMIT, shape, name, value, "ms", samples) for name, value in limit.items()))
-        flops = limits.step_flops(chosen, tokens, counted)
-        for arm, values in times.items():
-            report.add(*rows(arm, shape, values, extra[arm], sum(limit.values()), flops, device, dtype))
-        arms.forget_compiled()
-        _free(device)
+        failed |= measure_shape(report, chosen, arms, trainable, grid, shape, names, dtype, device, samples, warmup)
     if device.type == "cuda":
         total = sum(p.numel() for p in arms.transformer.parameters() if p.requires_grad)
         arms.transformer = None
         _free(device)
-        report.add(optimizer_row(total // 8, shape, device, samples, warmup))
+        try:
+            report.add(optimizer_row(total // 8, shape, device, samples, warmup))
+        except RuntimeError as error:
+            print(f"  optimizer: {first_line(error)}; no row", flush=True)
+            failed |= not isinstance(error, torch.OutOfMemoryError)
+    return failed
+
+
+def measure_shape(
+    report: Report, chosen: Sizes, arms: Arms, trainable: set[str], grid: tuple[int, int], shape: str, names: list[str],
+    dtype: torch.dtype, device: torch.device, samples: int, warmup: int,
+) -> bool:  # fmt: skip
+    """Measure the limit and the arms named at one grid; rows are added as they come. Whether something failed."""
+    tokens = grid[0] * grid[1]
+    counted = limits.products(chosen, tokens, trainable)
+    flops = limits.step_flops(chosen, tokens, counted)
+    parts = {
+        "gemm_ms": partial(limits.run_products, counted, dtype, device),
+        "attention_ms": partial(limits.run_attention, chosen, tokens, dtype, device),
+    }
+    limit: dict[str, float] = {}
+
+    def done(name: str, times: list[float], extra: dict[str, int]) -> None:
+        if name in parts:
+            limit[name] = median(times)
+            report.add(Row(BENCH, LIMIT, shape, name, limit[name], "ms", samples))
+            return
+        known = sum(limit.values()) if len(limit) == len(parts) else None
+        report.add(*rows(name, shape, times, extra, known, flops, device, dtype))
+        print(f"  {name}: {median(times):.2f} ms", flush=True)
+
+    try:
+        print(f"\n{pixels(grid)} px: {shape}. {clocks(device)}".rstrip(), flush=True)
+        given = random_inputs(arms.transformer, chosen.batch, grid, chosen.text, device)
+    except RuntimeError as error:  # an arm of an earlier grid has left the GPU unusable
+        print("\n".join(f"  {name}: {first_line(error)}; no row" for name in names), flush=True)
+        return True
+    failed = take_turns(arms, names, given, parts, device, samples, warmup, done)
+    arms.forget_compiled()
+    _free(device)
+    return failed
 
 
 def take_turns(
     arms: Arms, names: Sequence[str], given: dict[str, torch.Tensor], parts: dict[str, Callable[[], Callable]],
     device: torch.device, samples: int, warmup: int,
-) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:  # fmt: skip
-    """(milliseconds by arm and part, {"peak_bytes", "saved_bytes"} by arm): there and back until all samples are taken.
+    done: Callable[[str, list[float], dict[str, int]], None],
+) -> bool:  # fmt: skip
+    """Measure parts and arms, there and back, until all samples are taken. Whether one failed.
 
-    An arm that runs out of memory, or cannot be compiled here, is left out with a line that says so.
+    done(name, milliseconds, {"peak_bytes", "saved_bytes"}) is called for each when its last sample is there, parts
+    ahead of arms. One that fails is left out with a line that says why; too little memory, and an arm that cannot be
+    compiled here, are no failures. After an error that leaves the GPU unusable, each arm yet to come gets its own line.
     """
     times: dict[str, list[float]] = defaultdict(list)
     extra: dict[str, dict[str, int]] = defaultdict(dict)
-    order, failed = [*parts, *names], set()
+    left_out, failed = set(), False
     rounds = min(ROUNDS, samples) if device.type == "cuda" else -(-samples // 2)
     for turn in range(rounds):
         share = samples * (turn + 1) // rounds - samples * turn // rounds
-        for name in order if turn % 2 == 0 else order[::-1]:
-            if name in failed:
+        warm = warmup if turn == 0 else 1
+        for name in (*parts, *(names if turn % 2 == 0 else names[::-1])):
+            if name in left_out:
                 continue
-            warm = warmup if turn == 0 else 1
-            if name in parts:
-                # Its tensors are made for its turn and let go: they must not count as an arm's memory.
-                times[name] += samples_ms(parts[name](), device, share, warm)
-                _free(device)
-                continue
-            problem = _sample_arm(arms, name, given, device, share, warm, times[name], extra[name])
+            problem = None
+            try:
+                if name in parts:
+                    # Its tensors are made for its turn and let go: they must not count as an arm's memory.
+                    times[name] += samples_ms(parts[name](), device, share, warm)
+                else:
+                    _sample_arm(arms, name, given, device, share, warm, times[name], extra[name])
+            except Exception as error:
+                problem, wrong = _why(name, error)
+                failed |= wrong
             if problem:
-                failed.add(name)
-                times.pop(name, None)
+                left_out.add(name)
                 print(f"  {name}: {problem}; no row", flush=True)
-                _free(device)
             elif turn == rounds - 1:
-                print(f"  {name}: {median(times[name]):.2f} ms", flush=True)
-    return times, extra
+                done(name, times[name], extra[name])
+            if problem or name in parts:
+                _free(device)
+    return failed
 
 
 def _sample_arm(
     arms: Arms, name: str, given: dict[str, torch.Tensor], device: torch.device, samples: int, warmup: int,
     times: list[float], extra: dict[str, int],
-) -> str | None:  # fmt: skip
-    """Add an arm's samples, its peak and what it saves. Returns why there are none, or None."""
+) -> None:  # fmt: skip
+    """Add an arm's samples, its peak and what it saves."""
     clear, step = partial(arms.clear, given), partial(arms.step, given)
     try:
         arms.set(name)
@@ -206,31 +278,33 @@ def _sample_arm(
         clear()
         if not is_compiled(name) and "saved_bytes" not in extra:
             extra["saved_bytes"] = arms.saved_bytes(name, given)
-    except torch.OutOfMemoryError:
-        problem = "out of memory"
-    except RuntimeError as error:
-        if not is_compiled(name):
-            raise
-        problem = f"cannot be compiled here ({_line(error)})"
-    else:
-        return None
-    clear()
-    return problem
+    finally:
+        clear()
+
+
+def _why(name: str, error: Exception) -> tuple[str, bool]:
+    """(why an arm or a part has no row, whether that is a failure)."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory", False
+    if is_compiled(name) and isinstance(error, RuntimeError) and not isinstance(error, torch.AcceleratorError):
+        return f"cannot be compiled here ({first_line(error)})", False
+    return first_line(error), True
 
 
 def rows(
-    arm: str, shape: str, times: Sequence[float], extra: dict[str, int], limit_ms: float, flops: int,
+    arm: str, shape: str, times: Sequence[float], extra: dict[str, int], limit_ms: float | None, flops: int,
     device: torch.device, dtype: torch.dtype,
 ) -> list[Row]:  # fmt: skip
-    """What is known of one arm at one shape."""
+    """What is known of one arm at one shape. limit_ms: None where the limit could not be measured."""
     value, n = median(times), len(times)
     found = [
         Row(BENCH, arm, shape, "step_ms", value, "ms", n),
         Row(BENCH, arm, shape, "step_ms_p10", quantile(times, 0.1), "ms", n),
         Row(BENCH, arm, shape, "step_ms_p90", quantile(times, 0.9), "ms", n),
-        Row(BENCH, arm, shape, "fraction_of_limit", limit_ms / value, "1", n),
         Row(BENCH, arm, shape, "tflop_per_s", flops / value / 1e9, "TFLOP/s", n),
     ]
+    if limit_ms is not None:
+        found.insert(3, Row(BENCH, arm, shape, "fraction_of_limit", limit_ms / value, "1", n))
     peak = peak_tflops_for(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak and dtype != torch.float32:
         found.append(Row(BENCH, arm, shape, "mfu", flops / value / 1e9 / peak, "1", n))
@@ -261,8 +335,5 @@ def ratios(found: Sequence[Row]) -> list[str]:
 def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _line(error: Any) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        with suppress(RuntimeError):  # a GPU left unusable by an arm: that arm's line has said so
+            torch.cuda.empty_cache()

@@ -7,7 +7,7 @@ import torch
 
 from megaflux_kernels import OPS
 from megaflux_kernels.bench import __main__ as ops
-from megaflux_kernels.bench import cases
+from megaflux_kernels.bench import cases, machine
 from tests.bench.runs import metrics, read
 
 QUICK = ["--samples", "2", "--image", "32", "--dtype", "float32"]
@@ -50,6 +50,61 @@ def test_an_inexact_op_gets_no_row(tmp_path, monkeypatch, capsys):
     assert ops.main([*QUICK, "--op", "gelu_concat", "--no-compile", "--json", str(file)]) == 1
     assert "error: gelu_concat" in (said := capsys.readouterr().err) and "result 0 is off by" in said
     assert not file.exists()
+
+
+def test_an_op_that_stops_in_its_gate_is_refused_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    made = cases.CASES["modulate"]
+
+    def stops(ours, *others):
+        def raises(*inputs):
+            raise ValueError("a kernel failed\nin C++")
+
+        return made(raises, *others)
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setitem(cases.CASES, "modulate", stops)
+    monkeypatch.setitem(cases.CASES, "gelu_concat", no_memory)
+    monkeypatch.setattr(ops, "OPS", ("modulate", "gelu_concat", "gate_residual"))
+    file = tmp_path / "ops.json"
+    assert ops.main([*QUICK, "--no-compile", "--json", str(file)]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["error: modulate 1x96x512 float32: stopped at the gate: a kernel failed; not timed",
+                    "error: gelu_concat float32: none left; not timed"]  # fmt: skip
+    assert {row["bench"] for row in read(file)["rows"]} == {"gate_residual"}
+
+
+def test_our_arm_that_cannot_be_timed_fails_the_bench(monkeypatch, capsys):
+    measure = ops.measure
+
+    def fails(case, run, *others):
+        if run is case.ours:
+            raise RuntimeError("a kernel failed")
+        return measure(case, run, *others)
+
+    monkeypatch.setattr(ops, "measure", fails)
+    assert ops.main([*QUICK, "--op", "modulate", "--no-compile"]) == 1
+    said = capsys.readouterr().out
+    assert "ours: a kernel failed; no row" in said and "eager: 0." in said
+
+
+@pytest.mark.parametrize(
+    "version, tokens, name",
+    [(91500, 4580, "9.15.0"), (91002, 4580, "9.10.2"), (8902, 100, "8.9.2"), (91501, 4580, None), (92000, 1, None),
+     (91002, 4608, None)],
+)  # fmt: skip
+def test_cudnn_before_9_15_1_is_wrong_where_128_does_not_divide(version, tokens, name):
+    problem = machine.cudnn_problem(tokens, version)
+    if name is None:
+        assert problem is None
+    else:
+        assert problem.startswith(f"attention of cuDNN {name} is wrong at {tokens} tokens") and "\n" not in problem
+
+
+def test_without_cudnn_nothing_is_wrong_with_it(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
+    assert machine.cudnn_problem(4580) is None
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """python -m megaflux_kernels.bench [--op NAME]: each op against its eager and its compiled reference.
 
 First a gate: outputs and every gradient, against float64, off by at most twice what the eager reference is; an op that
-fails it gets no row, and the exit code is 1. Then the times of forward, and of forward and backward, and the fraction
-of the limit measured in the same run: a large copy's bytes per second, or a large product's FLOPs.
+fails it, or stops in it, gets no row, the others go on, and the exit code is 1. Then the times of forward, and of
+forward and backward, and the fraction of the limit measured in the same run: a large copy's bytes per second, or a
+large product's FLOPs. An arm that cannot run gets a line and no row; where it is our own, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megaflux_kernels import OPS
 from megaflux_kernels.bench import cases, timing
-from megaflux_kernels.bench.machine import attention_backend, default_device, facts
+from megaflux_kernels.bench.machine import attention_backend, default_device, facts, first_line
 from megaflux_kernels.bench.report import Parser, Report, Row, add_report_arguments, open_report, positive, table
 from megaflux_kernels.dispatch import describe
 
@@ -47,15 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_float32_matmul_precision("highest")
     if args.threads:
         torch.set_num_threads(args.threads)
-    backend = attention_backend(device, dtype, sizes.heads, sizes.head_dim)
+    backend = attention_backend(device, dtype, sizes.heads, sizes.head_dim, sizes.tokens)
     report = open_report(parser, args, facts(device, backend))
     copy, product = timing.copy_gb_per_s(device), timing.matmul_tflop_per_s(device, dtype)
     print(f"{report.facts['device']}, kernels {describe(device)}, {args.dtype}: a large copy moves {copy:.0f} GB/s, "
           f"a large product {product:.2f} TFLOP/s")  # fmt: skip
     failed = False
     for op in [args.op] if args.op else OPS:
-        for case in cases.make(op, sizes, dtype, device):
-            failed |= not bench(case, report, dtype, device, args, copy, product)
+        try:
+            for case in cases.make(op, sizes, dtype, device):
+                failed |= not bench(case, report, dtype, device, args, copy, product)
+        except Exception as error:  # no memory for its inputs, or a GPU that an earlier op's error has left unusable
+            print(f"error: {op} {args.dtype}: {first_line(error)}; not timed", file=sys.stderr, flush=True)
+            failed = True
     print()
     print(table(row for row in report.rows if row.bench in OPS))
     return int(failed)
@@ -65,7 +70,7 @@ def bench(
     case: cases.Case, report: Report, dtype: torch.dtype, device: torch.device, args: argparse.Namespace,
     copy: float, product: float,
 ) -> bool:  # fmt: skip
-    """Measure the arms of a case that the report lacks. False where the gate refuses."""
+    """Measure the arms of a case that the report lacks. False where the gate refuses or our own arm cannot run."""
     shape = f"{case.shape} {args.dtype}"
     arms = {"ours": case.ours, "eager": case.reference} | case.others
     if not args.no_compile:
@@ -73,14 +78,20 @@ def bench(
     arms = {name: run for name, run in arms.items() if not report.has(case.op, name, shape)}
     if not arms:
         return True
-    if problem := gate(case, dtype):
+    try:
+        problem = gate(case, dtype)
+    except Exception as error:  # of whatever kind: it must cost this op alone
+        problem = f"stopped at the gate: {first_line(error)}"
+    if problem:
         print(f"error: {case.op} {shape}: {problem}; not timed", file=sys.stderr, flush=True)
         return False
+    ran = True
     for name, run in arms.items():
         try:
             forward, both = measure(case, run, device, args.samples)
-        except RuntimeError as error:  # no compiler, no memory, no backend that takes a mask
-            print(f"{case.op} {shape}: {name}: {str(error).strip().splitlines()[0][:120]}; no row", flush=True)
+        except Exception as error:  # no compiler, no memory, no backend that takes a mask
+            print(f"{case.op} {shape}: {name}: {first_line(error)}; no row", flush=True)
+            ran &= name != "ours"
             continue
         found = [Row(case.op, name, shape, "forward_ms", forward, "ms", args.samples),
                  Row(case.op, name, shape, "forward_backward_ms", both, "ms", args.samples)]  # fmt: skip
@@ -95,7 +106,7 @@ def bench(
         report.add(*found)
         print(f"{case.op} {shape}: {name}: {forward:.4f} ms, with backward {both:.4f} ms", flush=True)
     torch.compiler.reset()
-    return True
+    return ran
 
 
 def measure(case: cases.Case, run: Callable, device: torch.device, samples: int) -> tuple[float, float]:

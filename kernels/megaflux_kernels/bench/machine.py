@@ -1,4 +1,4 @@
-"""What a bench ran on: device, versions, commit, and the attention kernel that really ran."""
+"""What a bench ran on: device, versions, commit, the attention kernel that really ran, and what went wrong there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+
+CUDNN_RIGHT_SINCE = 91501  # 9.15.1, as torch.backends.cudnn.version() writes it
+CUDNN_TILE = 128  # tokens
 
 
 def facts(device: torch.device, attention_backend: str | None) -> dict[str, Any]:
@@ -78,15 +81,40 @@ def attention_backend(
     device: torch.device, dtype: torch.dtype, heads: int = 24, head_dim: int = 128, tokens: int = 1024
 ) -> str:
     """The backend that scaled_dot_product_attention really takes for these sizes, with gradients: the name of the
-    operator that it calls, as flash, cudnn, efficient or math."""
-    shape = (1, heads, tokens, head_dim)
-    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    operator that it calls, as flash, cudnn, efficient or math.
+
+    tokens: the real number, since the choice can depend on it. q, k and v lie as in FLUX, (1, tokens, heads, head_dim)
+    in memory. RuntimeError where no backend that is allowed takes these tensors.
+    """
+    shape = (1, tokens, heads, head_dim)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
     with _Called() as called:
         F.scaled_dot_product_attention(q, k, v)
     for backend in ("flash", "cudnn", "efficient"):
         if any(f"scaled_dot_product_{backend}" in name for name in called.names):
             return backend
     return "math"
+
+
+def cudnn_problem(tokens: int, version: int | None = None) -> str | None:
+    """Why cuDNN's attention must not be used on this many tokens, in one line; None where it may, or where there is no
+    cuDNN.
+
+    Before 9.15.1 its results are wrong at lengths that 128 does not divide (pytorch issue 169849). version: a number as
+    torch.backends.cudnn.version() gives it, 91501 for 9.15.1; None asks torch.
+    """
+    version = torch.backends.cudnn.version() if version is None else version
+    if version is None or version >= CUDNN_RIGHT_SINCE or tokens % CUDNN_TILE == 0:
+        return None
+    major = 10000 if version >= 90000 else 1000  # cuDNN 8 counted in thousands: 8902 is 8.9.2
+    name = f"{version // major}.{version % major // 100}.{version % 100}"
+    return (f"attention of cuDNN {name} is wrong at {tokens} tokens, which {CUDNN_TILE} does not divide; "
+            "cuDNN 9.15.1 is right")  # fmt: skip
+
+
+def first_line(error: BaseException, limit: int = 120) -> str:
+    """What an exception says, for a line of a bench: its first line, cut at `limit` characters, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
 
 
 class _Called(TorchDispatchMode):
