@@ -63,15 +63,24 @@ gpu:
 	@$(GPU) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)' 2>/dev/null || \
 	  { echo "error: no NVIDIA GPU that the torch of $(GPU_PYTHON) can use; GPU_PYTHON=... names another python" >&2; exit 2; }
 
-# Every piece runs, whatever the ones before it found; the worst exit code is its own.
+# Every piece runs, whatever the ones before it found, and leaves a file in GPU_BENCH; the worst exit code is its own.
+# The kernels' tests run 8 at a time where pytest-xdist is there (Triton compiles for one after the other), and a test that
+# hangs ends after 3 minutes where pytest-timeout is. Tests of training need the GPU for themselves.
 gpu-check: gpu
-	@rc=0; run() { echo "$$ $$*"; "$$@" || rc=$$?; }; export PYTHONPATH=.:kernels:$(PYTHONPATH); \
-	run $(GPU_PYTHON) -m pytest tests/kernels tests/models/test_flux.py --ignore tests/kernels/test_aot.py -m "not slow" -q; \
-	if $(GPU_PYTHON) -c 'import deepspeed, streaming' 2>/dev/null; \
-	  then run $(GPU_PYTHON) -m pytest tests/training/test_gpu.py tests/training/test_waits.py -m gpu -q; \
+	@mkdir -p $(GPU_BENCH)
+	@export PYTHONPATH=.:kernels:$(PYTHONPATH); rc=0; \
+	run() { echo "$$ $$*"; "$$@" || { code=$$?; [ $$code -le $$rc ] || rc=$$code; }; }; \
+	has() { $(GPU_PYTHON) -c "import $$1" 2>/dev/null; }; \
+	limit=; if has pytest_timeout; then limit="--timeout 180"; fi; \
+	workers=; if has xdist; then workers="-n 8"; fi; \
+	run $(GPU_PYTHON) -m pytest tests/kernels tests/models/test_flux.py --ignore tests/kernels/test_aot.py -m "not slow" -q \
+	  $$workers $$limit --junitxml $(GPU_BENCH)/junit-kernels.xml; \
+	if has "deepspeed, streaming"; \
+	  then run $(GPU_PYTHON) -m pytest tests/training/test_gpu.py tests/training/test_waits.py -m gpu -q \
+	    --junitxml $(GPU_BENCH)/junit-training.xml; \
 	  else echo "no deepspeed or streaming here: engines, plans of memory and waits are not checked (tests/training, -m gpu)"; fi; \
-	run $(GPU_PYTHON) -m megaflux_kernels.bench; \
-	run $(GPU_PYTHON) -m megaflux.bench step --grids 64x64 --arms $(MAIN_ARMS); \
+	run $(GPU_PYTHON) -m megaflux_kernels.bench --json $(GPU_BENCH)/check-kernels.json; \
+	run $(GPU_PYTHON) -m megaflux.bench step --grids 64x64 --arms $(MAIN_ARMS) --json $(GPU_BENCH)/check-step.json; \
 	exit $$rc
 
 # One command a piece, each under 10 minutes, each with its own file; --resume skips what the file holds.
