@@ -99,8 +99,8 @@ gpu-first: $(if $(SMALL),,gpu)
 	@test -n "$(OUT)" || { echo "error: OUT=DIR is missing: where the facts shall be" >&2; exit 2; }
 	@$(GPU) -c 'import torch, transformers, diffusers' || \
 	  { echo "error: $(GPU_PYTHON) lacks one of torch, transformers, diffusers; make install, or GPU_PYTHON=..." >&2; exit 2; }
-	$(GPU) -m megaflux.bench.first --out $(OUT) $(if $(SMALL),--small) $(if $(WORK),--work $(WORK)) $(if $(STEPS),--steps $(STEPS)) \
-	  $(if $(COMMIT),--commit $(COMMIT))
+	$(GPU) -m megaflux.bench.first --out $(OUT) $(if $(SMALL),--small) $(if $(WORK),--work $(WORK)) \
+	  $(if $(STEPS),--steps $(STEPS)) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 gpu-train: install gpu
 	python launch/gpu_train.py

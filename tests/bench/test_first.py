@@ -77,7 +77,11 @@ def test_what_is_known_is_not_written_again_and_what_failed_may_be(tmp_path):
     facts = Facts(tmp_path / "facts.jsonl")
     for fact in (Fact("a", "one", 1), Fact("a", "one", 1), Fact("a", "two", error="no"), Fact("a", "two", 2)):
         facts.add(fact)
-    assert [(row.fact, row.value, row.error) for row in facts.rows()] == [("one", 1, None), ("two", None, "no"), ("two", 2, None)]
+    assert [(row.fact, row.value, row.error) for row in facts.rows()] == [
+        ("one", 1, None),
+        ("two", None, "no"),
+        ("two", 2, None),
+    ]
     assert Recorder(facts, "a", True, since=3).missing("one", "two", "three") == ["three"]
 
 
@@ -122,7 +126,10 @@ def test_whatever_happens_to_a_step_the_others_go_on(tmp_path):
             fake("right", tmp_path), fake("elsewhere", tmp_path, needs=("no_such_module",))]  # fmt: skip
     outcome = runner.run(todo, facts, log, seconds=120)
     rest = {"one": 1.5, "three": 1.5}
-    assert values(facts, "fails") == rest | {"two": "ValueError: this one is not to be had", FINISHED: pytest.approx(0, abs=60)}
+    assert values(facts, "fails") == rest | {
+        "two": "ValueError: this one is not to be had",
+        FINISHED: pytest.approx(0, abs=60),
+    }
     killed = values(facts, "dies")
     assert killed.pop(FINISHED) > 0 and killed == rest | {"two": "its process was ended by signal SIGKILL"}
     broken = values(facts, "breaks")
@@ -202,7 +209,9 @@ def test_the_whole_at_a_small_size_killed_and_given_again(tmp_path):
 
     known = values(facts, "loop")
     assert known["trains"] == 5 and known["faults"] == 0
-    assert all(known[f"update: {step}"] > 0 for step in ("2 latents", "3 condition", "5 forward", "6 backward", "7 optimizer"))
+    assert all(
+        known[f"update: {step}"] > 0 for step in ("2 latents", "3 condition", "5 forward", "6 backward", "7 optimizer")
+    )
     assert known["save: write"] > 0 and known["save: hash"] > 0 and known["save: files"] > 0
     assert values(facts, "continued")["two continuations are bit-equal"] is True  # a CPU adds in one order
     gates = [row for row in rows if row.step.startswith("gate-") and row.fact != FINISHED and row.step != "gate-blocks"]

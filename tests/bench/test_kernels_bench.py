@@ -7,7 +7,7 @@ import torch
 
 from megaflux_kernels import OPS
 from megaflux_kernels.bench import __main__ as ops
-from megaflux_kernels.bench import cases, machine
+from megaflux_kernels.bench import cases, machine, trials
 from tests.bench.runs import metrics, read
 
 QUICK = ["--samples", "2", "--image", "32", "--dtype", "float32"]
@@ -33,7 +33,7 @@ def test_one_op_goes_on(tmp_path, monkeypatch, capsys):
     command = [*QUICK, "--op", "modulate", "--no-compile", "--json", str(file), "--resume"]
     assert ops.main(command) == 0
     first = json.loads(file.read_text())
-    monkeypatch.setattr(ops, "measure", None)
+    monkeypatch.setattr(trials, "times", None)
     monkeypatch.setattr(ops, "facts", lambda *_: {k: v for k, v in first.items() if k != "rows"})
     assert ops.main(command) == 0
     assert json.loads(file.read_text()) == first
@@ -76,14 +76,14 @@ def test_an_op_that_stops_in_its_gate_is_refused_and_the_others_go_on(tmp_path, 
 
 
 def test_our_arm_that_cannot_be_timed_fails_the_bench(monkeypatch, capsys):
-    measure = ops.measure
+    times = trials.times
 
     def fails(case, run, *others):
         if run is case.ours:
             raise RuntimeError("a kernel failed")
-        return measure(case, run, *others)
+        return times(case, run, *others)
 
-    monkeypatch.setattr(ops, "measure", fails)
+    monkeypatch.setattr(trials, "times", fails)
     assert ops.main([*QUICK, "--op", "modulate", "--no-compile"]) == 1
     said = capsys.readouterr().out
     assert "ours: a kernel failed; no row" in said and "eager: 0." in said
@@ -132,4 +132,4 @@ def test_compiled_reference(tmp_path):
 
 def test_inputs_that_need_no_gradient_get_none():
     case = cases.make("modulate", cases.SMALL, torch.float32, torch.device("cpu"))[0]
-    assert [x.requires_grad for x in ops.leaves(case.inputs, case.timed)] == [True, False, False]
+    assert [x.requires_grad for x in trials.leaves(case.inputs, case.timed)] == [True, False, False]

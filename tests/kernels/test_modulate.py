@@ -22,6 +22,13 @@ def test_modulate_is_layer_norm_scale_shift(path, shape, dtype):
     assert_within_twice(modulate, reference.definition, values, douts, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_over_many_tokens_are_not_of_16_bits(dtype):
+    """torch's own layer norm adds up its weights' gradients in the input's dtype on a CPU."""
+    values, douts = inputs((1, 1500, 32), dtype)
+    assert_within_twice(modulate, reference.definition, values, douts, dtype)
+
+
 def test_a_norm_over_one_value_is_exactly_zero(triton_path):
     values, douts = inputs((1, 1, 1), torch.float32)
     assert_within_twice(modulate, reference.definition, values, douts, torch.float32)

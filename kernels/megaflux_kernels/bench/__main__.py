@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from megaflux_kernels import OPS
-from megaflux_kernels.bench import cases, timing
+from megaflux_kernels.bench import cases, timing, trials
 from megaflux_kernels.bench.machine import attention_backend, default_device, facts, first_line
 from megaflux_kernels.bench.report import Parser, Report, Row, add_report_arguments, open_report, positive, table
 from megaflux_kernels.dispatch import describe
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-FLOOR = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 4}  # units of rounding below which both are right
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +76,7 @@ def bench(
     if not arms:
         return True
     try:
-        problem = gate(case, dtype)
+        problem = refusal(case, dtype)
     except Exception as error:  # of whatever kind: it must cost this op alone
         problem = f"stopped at the gate: {first_line(error)}"
     if problem:
@@ -88,7 +85,7 @@ def bench(
     ran = True
     for name, run in arms.items():
         try:
-            forward, both = measure(case, run, device, args.samples)
+            forward, both = trials.times(case, run, device, args.samples)
         except Exception as error:  # no compiler, no memory, no backend that takes a mask
             print(f"{case.op} {shape}: {name}: {first_line(error)}; no row", flush=True)
             ran &= name != "ours"
@@ -109,54 +106,9 @@ def bench(
     return ran
 
 
-def measure(case: cases.Case, run: Callable, device: torch.device, samples: int) -> tuple[float, float]:
-    """Median milliseconds of (forward without gradients, forward and backward)."""
-    inputs = leaves(case.inputs, case.timed)
-    with torch.no_grad():
-        outs = _outputs(run(*inputs))
-        forward = timing.kernel_ms(lambda: run(*inputs), device, samples)
-    douts = [torch.randn_like(out) for out in outs]
-    wanted = [inputs[i] for i in case.timed]
-    both = timing.kernel_ms(
-        lambda: torch.autograd.grad(_outputs(run(*inputs)), wanted, douts, allow_unused=True), device, samples
-    )
-    return timing.median(forward), timing.median(both)
-
-
-def gate(case: cases.Case, dtype: torch.dtype) -> str | None:
+def refusal(case: cases.Case, dtype: torch.dtype) -> str | None:
     """What is wrong with an op's results, or None."""
-    exact = results(case, case.reference, torch.float64)
-    ours, eager = (results(case, run, dtype) for run in (case.ours, case.reference))
-    floor = FLOOR[dtype] * torch.finfo(dtype).eps
-    for index, (mine, theirs, true) in enumerate(zip(ours, eager, exact, strict=True)):
-        size = true.norm().clamp(min=1e-30)
-        error, allowed = ((x.double() - true).norm().div(size).item() for x in (mine, theirs))
-        if not error <= 2 * allowed + floor:  # NaN fails
-            return f"result {index} is off by {error:.2e}, the eager reference by {allowed:.2e}"
-    return None
-
-
-def results(case: cases.Case, run: Callable, dtype: torch.dtype) -> list[Tensor]:
-    """Outputs, then gradients. In float64 all inputs are cast, else what is wider than dtype stays so."""
-    inputs = case.inputs
-    if dtype == torch.float64:
-        inputs = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
-    inputs = leaves(inputs, case.differentiable)
-    outs = _outputs(run(*inputs))
-    generator = torch.Generator(outs[0].device).manual_seed(1)
-    douts = [torch.randn(o.shape, generator=generator, device=o.device).to(case.inputs[0].dtype).to(o.dtype)
-             for o in outs]  # fmt: skip
-    return [*outs, *torch.autograd.grad(outs, [inputs[i] for i in case.differentiable], douts)]
-
-
-def leaves(inputs: Sequence[Any], differentiable: Sequence[int]) -> list[Any]:
-    """The inputs, of which these ask for gradients."""
-    return [x.detach().requires_grad_(i in differentiable) if isinstance(x, Tensor) else x
-            for i, x in enumerate(inputs)]  # fmt: skip
-
-
-def _outputs(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return [out] if isinstance(out, Tensor) else list(out)
+    return next((str(error) for error in trials.errors(case, dtype) if not error.of_allowed <= 1), None)  # NaN fails
 
 
 if __name__ == "__main__":

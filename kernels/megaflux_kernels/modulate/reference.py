@@ -28,17 +28,18 @@ def backward(
     statistics = mean[..., None], rstd[..., None]
     layer_norm_backward, width = torch.ops.aten.native_layer_norm_backward, x.shape[-1:]
     dscale = dshift = None
+    # In 16 bits torch's CPU kernel adds up the weights' gradients in 16 bits, too: 8% off after 4,580 tokens.
+    in_one_pass = len(x) == 1 and (x.is_cuda or x.dtype == _weight_dtype(x))
     if len(x) == 1:
-        wanted = [True, need_modulation, need_modulation]
-        weights = _weights(scale[0], scale[0])
-        dx, dscale, dshift = layer_norm_backward(dout, x, width, *statistics, *weights, wanted)
+        weights, wanted = _weights(scale[0], scale[0]), need_modulation and in_one_pass
+        dx, dscale, dshift = layer_norm_backward(dout, x, width, *statistics, *weights, [True, wanted, wanted])
     else:
         dx, *_ = layer_norm_backward(
             dout * (1 + scale[:, None]), x, width, *statistics, *_identity(x), [True, False, False]
         )
-        if need_modulation:  # products in float32, and sums over thousands of tokens: 16-bit numbers are promoted
-            dscale = (x - statistics[0]).mul_(statistics[1]).mul_(dout).sum(1)
-            dshift = dout.sum(1)
+    if need_modulation and not in_one_pass:  # products in float32: 16-bit numbers are promoted
+        dscale = (x - statistics[0]).mul_(statistics[1]).mul_(dout).sum(1)
+        dshift = dout.sum(1)
     dx = dx if residual is None else dx.add_(residual)
     if not need_modulation:
         return dx, x.new_empty(0), x.new_empty(0)

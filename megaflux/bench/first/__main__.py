@@ -63,8 +63,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def one_step(name: str, facts: Facts, work: Path, small: bool) -> int:
     """Find the facts of a step in this process."""
+    import torch
+
     from megaflux.bench.first.settings import Setting
 
+    if small:
+        torch.set_num_threads(1)  # on a CPU that others use too, threads wait for each other
     recorder = Recorder(facts, name, small, int(os.environ.get(SINCE, len(facts.rows()))))
     steps.module(name).run(recorder, Setting(small, work))
     return 0

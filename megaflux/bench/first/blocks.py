@@ -67,7 +67,9 @@ def measure(recorder: Recorder, setting: Setting, names: tuple[str, ...]) -> Non
             if peak and name != AGAIN:
                 recorder.add(f"{name}: MFU", flops / ms / 1e9 / peak)
             if before is not None and name != AGAIN:
-                recorder.add(f"{name}: memory beside weights", (torch.cuda.max_memory_allocated(device) - before) / 1e9, "GB")
+                recorder.add(
+                    f"{name}: memory beside weights", (torch.cuda.max_memory_allocated(device) - before) / 1e9, "GB"
+                )
         clear()
         _free(device)
 

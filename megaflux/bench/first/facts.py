@@ -64,7 +64,9 @@ class Facts:
     def add(self, fact: Fact) -> None:
         """Append a line, on disk when this returns; none where the newest of its name has the same value."""
         if isinstance(fact.value, float) and not math.isfinite(fact.value):
-            fact = Fact(fact.step, fact.fact, None, fact.unit, fact.predicted, fact.seconds, f"came out as {fact.value}")
+            fact = Fact(
+                fact.step, fact.fact, None, fact.unit, fact.predicted, fact.seconds, f"came out as {fact.value}"
+            )
         known = self.latest().get(fact.key)
         if known is not None and known.error is None and fact.error is None and known.value == fact.value:
             return

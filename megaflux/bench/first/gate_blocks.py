@@ -23,5 +23,7 @@ def run(recorder: Recorder, setting: Setting) -> None:
                 with recorder.measuring(names[arm]):
                     worst = errors[0]
                     if not worst.passes:
-                        raise ArithmeticError(f"{worst.name} is off by {worst.ours:.2e}, diffusers by {worst.eager:.2e}")
+                        raise ArithmeticError(
+                            f"{worst.name} is off by {worst.ours:.2e}, diffusers by {worst.eager:.2e}"
+                        )
                     recorder.add(names[arm], worst.ours / max(worst.eager, worst.floor))

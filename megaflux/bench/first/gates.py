@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from megaflux.bench.first.facts import Recorder
 from megaflux.bench.first.settings import Setting
-from megaflux_kernels.bench import cases, gate
+from megaflux_kernels.bench import cases, trials
 
 
 def run(recorder: Recorder, setting: Setting) -> None:
@@ -20,7 +20,7 @@ def run(recorder: Recorder, setting: Setting) -> None:
             case = cases.make(op, at, setting.dtype, setting.device)[number]
             with recorder.measuring(name := f"{case.shape}: error / allowed"):
                 if recorder.missing(name):
-                    worst = max(gate.errors(case, setting.dtype), key=lambda error: error.of_allowed)
+                    worst = max(trials.errors(case, setting.dtype), key=lambda error: error.of_allowed)
                     if not worst.of_allowed <= 1:
                         raise ArithmeticError(str(worst))
                     recorder.add(name, worst.of_allowed)

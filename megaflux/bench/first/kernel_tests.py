@@ -14,7 +14,14 @@ from megaflux.bench.first.settings import Setting
 
 ROOT = Path(__file__).parents[3]
 SUITES = {
-    "kernels": ["tests/kernels", "tests/models/test_flux.py", "--ignore", "tests/kernels/test_aot.py", "-m", "not slow"],
+    "kernels": [
+        "tests/kernels",
+        "tests/models/test_flux.py",
+        "--ignore",
+        "tests/kernels/test_aot.py",
+        "-m",
+        "not slow",
+    ],
     "training": ["tests/training/test_gpu.py", "tests/training/test_waits.py", "-m", "gpu"],
 }
 NAMED = 5  # failed tests whose names are kept
@@ -30,7 +37,17 @@ def run(recorder: Recorder, setting: Setting) -> None:
             continue
         with recorder.measuring(*facts), tempfile.TemporaryDirectory() as folder:
             junit = Path(folder) / "junit.xml"
-            command = [sys.executable, "-m", "pytest", *arguments, "-q", "-p", "no:cacheprovider", "--junitxml", str(junit)]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                *arguments,
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "--junitxml",
+                str(junit),
+            ]
             if find_spec("xdist") and suite == "kernels":
                 command += ["-n", str(PROCESSES)]
             subprocess.run(command, cwd=ROOT, check=False)

@@ -27,7 +27,11 @@ COLD = (0, STAGE_END)  # updates that compile, and fill the allocator
 
 
 def run(recorder: Recorder, setting: Setting) -> None:
-    facts = ["trains", *(f"update: {step}" for step in STEPS), *(f"save: {part}" for part in ("files", "write", "sync", "hash"))]
+    facts = [
+        "trains",
+        *(f"update: {step}" for step in STEPS),
+        *(f"save: {part}" for part in ("files", "write", "sync", "hash")),
+    ]
     if recorder.missing(*facts):
         with recorder.measuring(*facts):
             note(recorder, setting, train(setting.work / "loop", setting.small))

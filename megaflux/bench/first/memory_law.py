@@ -49,7 +49,9 @@ def run(recorder: Recorder, setting: Setting) -> None:
         _measure(recorder, f"batch {batch}, {policy}", transformer, [policy] * blocks, partial(step, batch, [0]),
                  law(batch, [policy] * blocks), device)  # fmt: skip
     policies = ["none"] * (2 * blocks // 3) + ["mlp"] * (blocks - 2 * blocks // 3)
-    order = [index for seed in range(ROUNDS) for index in random.Random(seed).sample(range(len(pictures)), len(pictures))]
+    order = [
+        index for seed in range(ROUNDS) for index in random.Random(seed).sample(range(len(pictures)), len(pictures))
+    ]
     _measure(recorder, f"batch {MIXED}, two thirds none, mlp, {len(order)} steps over {len(pictures)} buckets", transformer,
              policies, partial(step, MIXED, order), law(MIXED, policies), device)  # fmt: skip
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from megaflux.bench.first.facts import Recorder
 from megaflux.bench.first.settings import Setting
 from megaflux_kernels import OPS
-from megaflux_kernels.bench import cases, timing
+from megaflux_kernels.bench import cases, timing, trials
 
 STREAMS = ("modulate", "gate_residual")  # which double blocks call once a stream, single ones on both joined
 
@@ -32,7 +32,7 @@ def run(recorder: Recorder, setting: Setting) -> None:
                     if not recorder.missing(*facts):
                         continue
                     with recorder.measuring(*facts):
-                        found = timing.measure(case, call, device, 2 * setting.samples)
+                        found = trials.times(case, call, device, 2 * setting.samples)
                         for fact, ms in zip(facts, found, strict=True):
                             recorder.add(fact, 1e3 * ms, "us")
                         if arm == "ours" and setting.device.type == "cuda":

@@ -103,7 +103,9 @@ def _groups(steps: Sequence[Step]) -> list[list[Step]]:
     return groups
 
 
-def _start(step: Step, facts: Facts, output: IO[bytes], environment: dict[str, str], began: float | None = None) -> _Running:
+def _start(
+    step: Step, facts: Facts, output: IO[bytes], environment: dict[str, str], began: float | None = None
+) -> _Running:
     current_file(facts.path, step.name).unlink(missing_ok=True)
     output.write(f"\n--- {step.name}: {' '.join(step.command)}\n".encode())
     output.flush()
@@ -129,12 +131,16 @@ def _watch(
         facts.add(Fact(name, FINISHED, error=f"ended after {now - one.began:.0f} s, its limit; the next run goes on"))
         return None
     if code == 0:
-        if not any(row.key == (name, FINISHED) for row in facts.rows()[one.rows:]):
+        if not any(row.key == (name, FINISHED) for row in facts.rows()[one.rows :]):
             facts.add(Fact(name, FINISHED, round(now - one.began, 1), "s"))
         return None
-    why = f"its process was ended by signal {signal.Signals(-code).name}" if code < 0 else f"its process ended with code {code}"
+    why = (
+        f"its process was ended by signal {signal.Signals(-code).name}"
+        if code < 0
+        else f"its process ended with code {code}"
+    )
     _lost(one, facts, why)
-    if any(row.step == name for row in facts.rows()[one.rows:]):  # got on, so the rest is worth another process
+    if any(row.step == name for row in facts.rows()[one.rows :]):  # got on, so the rest is worth another process
         return _start(one.step, facts, output, environment, one.began)
     facts.add(Fact(name, FINISHED, error=f"{why}; see the log"))
     return None
@@ -148,7 +154,7 @@ def _lost(one: _Running, facts: Facts, why: str) -> None:
     except (OSError, ValueError):
         return
     current.unlink(missing_ok=True)
-    known = {row.fact for row in facts.rows()[one.rows:] if row.step == one.step.name}
+    known = {row.fact for row in facts.rows()[one.rows :] if row.step == one.step.name}
     for name in names:
         if name not in known:
             facts.add(Fact(one.step.name, name, seconds=round(time.monotonic() - one.started, 1), error=why))

@@ -12,7 +12,12 @@ def table(facts: Facts) -> str:
     for row in sorted(facts.latest().values(), key=lambda row: order[row.step]):
         if row.fact == FINISHED and row.error is None:
             continue
-        lines.append([row.step, row.fact, number(row.value, row.unit), number(row.predicted, row.unit), row.error or ""])
+        lines.append(
+            [row.step, row.fact, number(row.value, row.unit), number(row.predicted, row.unit), row.error or ""]
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    text = ("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip() for line in lines)
+    text = (
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip()
+        for line in lines
+    )
     return "\n".join(text)

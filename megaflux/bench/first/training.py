@@ -31,7 +31,16 @@ from megaflux.training.monitor import Monitor
 from megaflux.training.watch import Watch
 
 DS_CONFIG = Path(__file__).parents[3] / "ds_configs" / "zero2.json"
-STEPS = ("1 batch", "2 latents", "3 condition", "4 time and noise", "5 forward", "6 backward", "7 optimizer", "8 monitor")
+STEPS = (
+    "1 batch",
+    "2 latents",
+    "3 condition",
+    "4 time and noise",
+    "5 forward",
+    "6 backward",
+    "7 optimizer",
+    "8 monitor",
+)
 SAVE = ("save", "sync", "hash")
 
 
@@ -71,7 +80,11 @@ def watched(seen: Seen) -> Iterator[None]:
 
         wrap(manifest, "sync", _timed(seen._save, "sync"))
         wrap(manifest, "inventory", _timed(seen._save, "hash"))
-        wrap(checkpoint, "save", lambda save: _then(_timed(seen._save, "save")(save), lambda path: _close_save(seen, path)))
+        wrap(
+            checkpoint,
+            "save",
+            lambda save: _then(_timed(seen._save, "save")(save), lambda path: _close_save(seen, path)),
+        )
 
         def around(name: str) -> Callable[[Callable], Callable]:
             def wrapper(method: Callable) -> Callable:

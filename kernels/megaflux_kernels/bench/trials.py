@@ -1,4 +1,7 @@
-"""Is an op right? Its results and every gradient against float64, off by at most twice what the eager reference is."""
+"""What a case of an op is put through: its results and every gradient against float64, and its times.
+
+An op is right where no result is off by more than twice what the eager reference is off by.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaflux_kernels.bench import timing
 from megaflux_kernels.bench.cases import Case
 
 FLOOR = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 4}  # units of rounding below which both are right
@@ -42,6 +46,20 @@ def errors(case: Case, dtype: torch.dtype) -> list[Error]:
         size = true.norm().clamp(min=1e-30)
         found.append(Error(index, *((x.double() - true).norm().div(size).item() for x in (mine, theirs)), floor))
     return found
+
+
+def times(case: Case, run: Callable, device: torch.device, samples: int) -> tuple[float, float]:
+    """Median milliseconds of (forward without gradients, forward and backward)."""
+    inputs = leaves(case.inputs, case.timed)
+    with torch.no_grad():
+        outs = outputs(run(*inputs))
+        forward = timing.kernel_ms(lambda: run(*inputs), device, samples)
+    douts = [torch.randn_like(out) for out in outs]
+    wanted = [inputs[i] for i in case.timed]
+    both = timing.kernel_ms(
+        lambda: torch.autograd.grad(outputs(run(*inputs)), wanted, douts, allow_unused=True), device, samples
+    )
+    return timing.median(forward), timing.median(both)
 
 
 def results(case: Case, run: Callable, dtype: torch.dtype) -> list[Tensor]:
