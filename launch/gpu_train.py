@@ -28,7 +28,7 @@ RATIOS = ("16:9", "2:1", "2.35:1", "1:1", "1:2")  # of the preset's buckets
 WARM_UP = 2  # updates of each process that are not counted
 FEW_BLOCKS = [1, 19, 56]  # a third of stage 1's parameters, for a small disk
 KEEP = 2  # train.keep_checkpoints, the least that there is
-ASKED = KEEP + 2  # checkpoints that training asks room for: those kept, the stage's last one and the one being written
+ASKED = 2  # checkpoints that training writes, and so asks room for: half way and at the end
 
 
 def main() -> int:

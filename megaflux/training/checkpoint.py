@@ -151,6 +151,12 @@ def kept_for_good(config: Config, update: int) -> int:
     return sum(milestone > update for milestone in milestones(config))
 
 
+def saves_to_come(config: Config, update: int) -> int:
+    """How many checkpoints are due after this update, unless a signal asks for more."""
+    due = milestones(config) | set(range(0, config.train.updates, config.train.checkpoint_every))
+    return sum(save > update for save in due | {config.train.stop_after or 0})
+
+
 def trained_weights(config: Config, engine: StageEngine, keep: bool = True) -> dict[str, torch.Tensor]:
     """Every parameter that any stage so far has trained, on the host, by name. Collective under ZeRO-3; keep: False
     on the ranks that only take part."""

@@ -162,7 +162,8 @@ def _run(
             if resumed and stage == resumed.stage:
                 checkpoint.load_training_state(resumed, engine, world)
             trained = checkpoint.count_trained(config, models.trainable, stage)
-            space.check(config, engine, trained, world, kept=checkpoint.kept_for_good(config, done))
+            space.check(config, engine, trained, world, kept=checkpoint.kept_for_good(config, done),
+                        to_come=checkpoint.saves_to_come(config, done))  # fmt: skip
             policies = plan.choose(models, engine)
             log.info("stage %s: %d parameters train; %s; computed again in the backward pass, %s",
                      config.stages[stage].name, engine.num_trainable, models.trainable.describe(),

@@ -15,7 +15,7 @@ import torch
 from megaflux.config import build_config, merge
 from megaflux.errors import UserError
 from megaflux.presets import tiny
-from megaflux.training import setup, space
+from megaflux.training import checkpoint, setup, space
 from megaflux.training.distributed import World
 from tests.training.runs import ROOT, small_config
 
@@ -131,3 +131,16 @@ def test_what_cannot_fit_is_refused(tmp_path, monkeypatch, free, inodes, said):
     else:
         with pytest.raises(space.NoRoom, match=said):
             space.check(config, engine, 100_100, ALONE, kept=1)
+        with pytest.raises(space.NoRoom, match=said.replace("4 checkpoints", "2 checkpoints")):
+            space.check(config, engine, 100_100, ALONE, kept=1, to_come=2)
+
+
+def test_no_room_is_asked_for_checkpoints_that_never_come(tmp_path):
+    """make gpu-train saves twice, half way and at its end: it needs no room for those that a longer run keeps."""
+    values = small_config(tmp_path, tmp_path / "run", train__updates=20, train__checkpoint_every=8)
+    values["stages"] = values["stages"][:1]
+    values = merge(tiny(), values)
+    config = build_config(values)
+    assert [checkpoint.saves_to_come(config, update) for update in (0, 8, 15, 16, 20)] == [3, 2, 2, 1, 0]
+    values["train"]["stop_after"] = 5
+    assert checkpoint.saves_to_come(build_config(values), 0) == 4
