@@ -54,7 +54,7 @@ def test_what_trains_follows_from_the_room_on_the_disk(tmp_path, monkeypatch):
         UserError, match=r"^--run .*: 1.0 GB free, and training asks for 1\d\.\d, .* give another disk$"
     ):
         with_free(1e9, choices)
-    with pytest.raises(UserError, match=r"asks for 51.7, .*or fewer blocks \(--blocks 1,19,56\)$"):
+    with pytest.raises(UserError, match=r"asks for 51.6, .*or fewer blocks \(--blocks 1,19,56\)$"):
         with_free(1e9, [every])
 
 
