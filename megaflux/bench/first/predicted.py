@@ -49,9 +49,6 @@ PREDICTED: dict[str, dict[str, float | str | bool]] = {
         "VAE encode at 8": 88.0,
         "trunk: forced waits": 0,
     },
-    "loop": {
-        "save: files": 5.8,
-    },
     "continued": {
         "two continuations are bit-equal": False,
     },

@@ -14,6 +14,7 @@ from megaflux.bench.first.predicted import PREDICTED
 from megaflux.bench.first.steps import TABLE
 from megaflux_kernels.bench.report import Parser
 
+SMALL = "small"
 DOCUMENT = Path(__file__).parents[3] / "docs" / "gpu-results.md"
 VERSIONS = ("torch", "cuda", "cuDNN", "triton", "transformers", "diffusers", "python")
 TITLES = {
@@ -30,6 +31,13 @@ TITLES = {
     "continued": "Going on from one checkpoint",
     "tests": "Tests on the GPU",
 }
+# Facts that differ in their last words alone are one line of a table: what stands between them, and the columns.
+COLUMNS = {
+    "machine": (", ", ("bf16", "fp8")),
+    "attention": (", ", ("forward", "backward")),
+    "memory": (": ", ("allocated", "reserved", "retries")),
+    "ops": (": ", ("forward", "with backward", "share forward", "share with backward")),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     facts = Facts(Path(args.dir) / "facts.jsonl")
     if not facts.rows():
         parser.error(f"{facts.path}: no facts; give the OUT of a `make gpu-first`")
+    if _session(facts).get("sizes") == SMALL and args.document == str(DOCUMENT):
+        parser.error(f"{facts.path}: of small sizes, which no document is made of; name another with --document")
     document = Path(args.document)
     try:
         text = document.read_text() if document.exists() else "# Results on GPUs\n"
@@ -73,13 +83,13 @@ def section(facts: Facts) -> str:
     for step, title in TITLES.items():
         mine = [row for row in latest.values() if _group(row.step) == step and row.fact not in (FINISHED, *VERSIONS)]
         if mine:
-            lines += ["", f"### {title}", "", "| | measured | predicted |", "|---|---|---|", *map(_line, mine)]
+            lines += ["", f"### {title}", *(_gates(mine) if step == "gates" else _tables(step, mine))]
     failed = [row for row in latest.values() if row.error is not None]
     if failed:
         lines += ["", "### What failed", "", *(f"- {row.step}, {row.fact}: {row.error}" for row in failed)]
     waiting = [f"{step}: {fact} ({number(value)})" for step, found in PREDICTED.items() for fact, value in found.items()
                if (step, fact) not in latest or latest[step, fact].error is not None]  # fmt: skip
-    if waiting:
+    if waiting and session["sizes"] != SMALL:
         lines += ["", "### Predictions that wait for a measurement", "", *(f"- {line}" for line in waiting)]
     return "\n".join(lines) + "\n"
 
@@ -92,10 +102,48 @@ def _group(step: str) -> str:
     return "gates" if TABLE.get(step, ("",))[0] == "gates" else step
 
 
-def _line(row: Fact) -> str:
-    name = f"`{row.step.removeprefix('gate-')}` {row.fact}" if _group(row.step) == "gates" else row.fact
-    found = "failed" if row.error is not None else number(row.value, row.unit)
-    return f"| {name} | {found} | {number(row.predicted, row.unit)} |"
+def _gates(rows: list[Fact]) -> list[str]:
+    """A line an op: the largest error of all token counts, and how many cases there were."""
+    lines = ["", "| op | largest | cases |", "|---|---|---|"]
+    for op in dict.fromkeys(row.step.removeprefix("gate-") for row in rows):
+        mine = [row for row in rows if row.step == f"gate-{op}"]
+        failed = any(row.error for row in mine)
+        largest = "failed" if failed else number(max(row.value for row in mine))
+        lines.append(f"| `{op}` | {largest} | {len(mine)} |")
+    return lines
+
+
+def _tables(step: str, rows: list[Fact]) -> list[str]:
+    """Facts with columns as one table, behind it or alone the others, a line each."""
+    between, columns = COLUMNS.get(step, ("", ()))
+    cells: dict[str, dict[str, Fact]] = {}
+    for row in rows:
+        name, found, column = row.fact.rpartition(between) if between else ("", "", "")
+        if found and column in columns:
+            cells.setdefault(name, {})[column] = row
+    beside = {row for found in cells.values() if len(found) > 1 for row in found.values()}
+    others = [row for row in rows if row not in beside]
+    lines = []
+    if beside:
+        lines += ["", f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+        for name, found in cells.items():
+            if len(found) > 1:
+                lines.append(f"| {name} | {' | '.join(_cell(found.get(column)) for column in columns)} |")
+    if others:
+        lines += ["", "| | measured | predicted |", "|---|---|---|"]
+        lines += [f"| {row.fact} | {_measured(row)} | {number(row.predicted, row.unit)} |" for row in others]
+    return lines
+
+
+def _cell(row: Fact | None) -> str:
+    if row is None:
+        return ""
+    expected = "" if row.predicted is None else f" (predicted {number(row.predicted)})"
+    return _measured(row) + expected
+
+
+def _measured(row: Fact) -> str:
+    return "failed" if row.error is not None else number(row.value, row.unit)
 
 
 if __name__ == "__main__":
