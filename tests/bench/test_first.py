@@ -15,7 +15,7 @@ import pytest
 
 from megaflux.bench.first import __main__ as first
 from megaflux.bench.first import results, runner, steps
-from megaflux.bench.first.facts import FINISHED, Fact, Facts, Recorder
+from megaflux.bench.first.facts import FINISHED, Fact, Facts, GpuLost, Recorder
 from megaflux.bench.first.predicted import PREDICTED
 from megaflux.bench.first.runner import Step
 from megaflux.bench.first.settings import Setting
@@ -29,13 +29,16 @@ import sys
 missing = {"pydantic", "deepspeed", "streaming", "tensorboard", "pyarrow", "einops"}
 step = sys.orig_argv[sys.orig_argv.index("--step") + 1] if "--step" in sys.orig_argv else None
 
-class Blocked:
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in missing:
-            raise ModuleNotFoundError(f"No module named {name!r}: blocked by the test", name=name)
+        return None if name.partition(".")[0] in missing else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
 
 if step is not None and step not in ("loop", "continued"):
-    sys.meta_path.insert(0, Blocked())
+    sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 """
 
 
@@ -101,7 +104,7 @@ def test_an_error_costs_its_own_fact_and_one_of_the_gpu_its_process(tmp_path):
     recorder = Recorder(Facts(tmp_path / "f"), "a", True)
     with recorder.measuring("one", "two"):
         raise ValueError("a line\nand another")
-    with pytest.raises(RuntimeError), recorder.measuring("three"):
+    with pytest.raises(GpuLost), recorder.measuring("three"):
         raise RuntimeError("CUDA error: unspecified launch failure")
     assert values(recorder.facts, "a") == {"one": "ValueError: a line and another",
                                            "three": "RuntimeError: CUDA error: unspecified launch failure"}  # fmt: skip
@@ -260,7 +263,9 @@ def test_the_section_takes_its_own_place_and_no_other(tmp_path):
     for fact in (Fact("session", "sizes", "FLUX.1-dev"), Fact("session", "device", "GPU A"), Fact("session", "commit", "0123456789"),
                  Fact("session", "date", "2026-11-27"), Fact("machine", "torch", "2.11.0"),
                  Fact("machine", "copy, read and written", 4050.0, "GB/s", 3000.0),
-                 Fact("gate-modulate", "1x2x3: error / allowed", 0.5), Fact("blocks", "ours-full", error="out of memory"),
+                 Fact("gate-modulate", "1x2x3: error / allowed", 0.5), Fact("gate-modulate", "1x9x3: error / allowed", 0.75),
+                 Fact("blocks", "ours-full", error="out of memory"),
+                 Fact("memory", "batch 1, none: allocated", 15.91, "GB", 15.92), Fact("memory", "batch 1, none: retries", 0),
                  Fact("blocks", FINISHED, 3.0, "s")):  # fmt: skip
         facts.add(fact)
     document = tmp_path / "doc.md"
@@ -269,7 +274,8 @@ def test_the_section_takes_its_own_place_and_no_other(tmp_path):
     text = document.read_text()
     assert text.startswith("# Results\n\nby hand\n")
     assert "| copy, read and written | 4050 GB/s | 3000 GB/s |" in text and "commit 0123456, sizes" in text
-    assert "torch 2.11.0" in text and "| `modulate` 1x2x3: error / allowed | 0.5 |  |" in text
+    assert "torch 2.11.0" in text and "| `modulate` | 0.75 | 2 |" in text  # the largest
+    assert "| batch 1, none | 15.91 GB (predicted 15.92) |  | 0 |" in text  # one line, in columns
     assert "- blocks, ours-full: out of memory" in text and "| ours-full | failed |  |" in text
     assert "- blocks: ours-none (318)" in text and "- machine: copy" not in text  # what waits, what does not
     document.write_text(text + "\nafter\n")
@@ -277,6 +283,17 @@ def test_the_section_takes_its_own_place_and_no_other(tmp_path):
     results.main([str(tmp_path), "--document", str(document)])
     assert "| ours-none | 320 ms | 318 ms |" in document.read_text() and "ours-none (318)" not in document.read_text()
     assert document.read_text().count("## GPU A") == 1 and document.read_text().endswith("\nafter\n")
+
+
+def test_small_sizes_are_no_results(tmp_path, capsys):
+    facts = Facts(tmp_path / "facts.jsonl")
+    for name, value in (("sizes", "small"), ("device", "CPU")):
+        facts.add(Fact("session", name, value))
+    before = results.DOCUMENT.read_text()
+    with pytest.raises(SystemExit) as stopped:
+        results.main([str(tmp_path)])
+    assert stopped.value.code == 2 and "of small sizes" in capsys.readouterr().err
+    assert results.DOCUMENT.read_text() == before
 
 
 def test_results_of_nothing_are_refused(tmp_path, capsys):

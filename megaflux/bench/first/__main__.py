@@ -14,11 +14,12 @@ import datetime
 import os
 import subprocess
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 
 from megaflux.bench.first import steps
-from megaflux.bench.first.facts import Fact, Facts, Recorder
+from megaflux.bench.first.facts import FINISHED, Fact, Facts, GpuLost, Recorder, in_a_line
 from megaflux.bench.first.runner import SINCE, is_finished, run
 from megaflux.bench.first.table import table
 from megaflux_kernels.bench.report import Parser, one_of, positive
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def one_step(name: str, facts: Facts, work: Path, small: bool) -> int:
-    """Find the facts of a step in this process."""
+    """Find the facts of a step in this process. An error outside of any fact is that of the step."""
     import torch
 
     from megaflux.bench.first.settings import Setting
@@ -70,7 +71,14 @@ def one_step(name: str, facts: Facts, work: Path, small: bool) -> int:
     if small:
         torch.set_num_threads(1)  # on a CPU that others use too, threads wait for each other
     recorder = Recorder(facts, name, small, int(os.environ.get(SINCE, len(facts.rows()))))
-    steps.module(name).run(recorder, Setting(small, work))
+    try:
+        steps.module(name).run(recorder, Setting(small, work))
+    except GpuLost:
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        facts.add(Fact(name, FINISHED, error=in_a_line(error)))
+        return 1
     return 0
 
 

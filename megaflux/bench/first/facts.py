@@ -40,6 +40,10 @@ class Fact:
         return self.step, self.fact
 
 
+class GpuLost(Exception):
+    """An error after which this process can do nothing more on the GPU."""
+
+
 class Facts:
     """The lines of a file. Several processes may add to it at once."""
 
@@ -124,7 +128,7 @@ class Recorder:
                 self._keep(Fact(self.step, missing[0], seconds=took, error=in_a_line(error)))
                 self.done.update(missing)
             if any(word in str(error) for word in FATAL):
-                raise
+                raise GpuLost(str(error)) from error
         finally:
             self.current.unlink(missing_ok=True)
 

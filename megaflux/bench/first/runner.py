@@ -140,7 +140,10 @@ def _watch(
         else f"its process ended with code {code}"
     )
     _lost(one, facts, why)
-    if any(row.step == name for row in facts.rows()[one.rows :]):  # got on, so the rest is worth another process
+    new = [row for row in facts.rows()[one.rows :] if row.step == name]
+    if any(row.fact == FINISHED for row in new):  # it said itself what stopped it
+        return None
+    if new:  # got on, so the rest is worth another process
         return _start(one.step, facts, output, environment, one.began)
     facts.add(Fact(name, FINISHED, error=f"{why}; see the log"))
     return None
