@@ -26,10 +26,10 @@ from megaflux.bench.activations import freeze, trainable_flux
 from megaflux.bench.arms import ARMS, Arms, is_compiled, random_flux, random_inputs
 from megaflux.bench.sizes import Sizes, add_size_arguments, pixels, sizes
 from megaflux.gpus import peak_tflops_for
+from megaflux_kernels import cudnn
 from megaflux_kernels.bench.machine import (
     attention_backend,
     clocks,
-    cudnn_problem,
     default_device,
     facts,
     first_line,
@@ -119,7 +119,7 @@ def backends(
     found = []
     for rows, columns in args.grids:
         tokens = rows * columns + chosen.text
-        problem = cudnn_problem(tokens)
+        problem = cudnn.problem(tokens)
         if problem and args.attention == "cudnn":
             parser.error(f"--attention cudnn: {problem}; use --attention flash")
         try:

@@ -7,7 +7,7 @@ import torch
 
 from megaflux_kernels import OPS
 from megaflux_kernels.bench import __main__ as ops
-from megaflux_kernels.bench import cases, machine, trials
+from megaflux_kernels.bench import cases, trials
 from tests.bench.runs import metrics, read
 
 QUICK = ["--samples", "2", "--image", "32", "--dtype", "float32"]
@@ -87,24 +87,6 @@ def test_our_arm_that_cannot_be_timed_fails_the_bench(monkeypatch, capsys):
     assert ops.main([*QUICK, "--op", "modulate", "--no-compile"]) == 1
     said = capsys.readouterr().out
     assert "ours: a kernel failed; no row" in said and "eager: 0." in said
-
-
-@pytest.mark.parametrize(
-    "version, tokens, name",
-    [(91500, 4580, "9.15.0"), (91002, 4580, "9.10.2"), (8902, 100, "8.9.2"), (91501, 4580, None), (92000, 1, None),
-     (91002, 4608, None)],
-)  # fmt: skip
-def test_cudnn_before_9_15_1_is_wrong_where_128_does_not_divide(version, tokens, name):
-    problem = machine.cudnn_problem(tokens, version)
-    if name is None:
-        assert problem is None
-    else:
-        assert problem.startswith(f"attention of cuDNN {name} is wrong at {tokens} tokens") and "\n" not in problem
-
-
-def test_without_cudnn_nothing_is_wrong_with_it(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
-    assert machine.cudnn_problem(4580) is None
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CUDNN_RIGHT_SINCE = 91501  # 9.15.1, as torch.backends.cudnn.version() writes it
-CUDNN_TILE = 128  # tokens
-
 
 def facts(device: torch.device, attention_backend: str | None) -> dict[str, Any]:
     """What a report says of its process."""
@@ -94,22 +91,6 @@ def attention_backend(
         if any(f"scaled_dot_product_{backend}" in name for name in called.names):
             return backend
     return "math"
-
-
-def cudnn_problem(tokens: int, version: int | None = None) -> str | None:
-    """Why cuDNN's attention must not be used on this many tokens, in one line; None where it may, or where there is no
-    cuDNN.
-
-    Before 9.15.1 its results are wrong at lengths that 128 does not divide (pytorch issue 169849). version: a number as
-    torch.backends.cudnn.version() gives it, 91501 for 9.15.1; None asks torch.
-    """
-    version = torch.backends.cudnn.version() if version is None else version
-    if version is None or version >= CUDNN_RIGHT_SINCE or tokens % CUDNN_TILE == 0:
-        return None
-    major = 10000 if version >= 90000 else 1000  # cuDNN 8 counted in thousands: 8902 is 8.9.2
-    name = f"{version // major}.{version % major // 100}.{version % 100}"
-    return (f"attention of cuDNN {name} is wrong at {tokens} tokens, which {CUDNN_TILE} does not divide; "
-            "cuDNN 9.15.1 is right")  # fmt: skip
 
 
 def first_line(error: BaseException, limit: int = 120) -> str:

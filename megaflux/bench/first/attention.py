@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megaflux.bench import limits
 from megaflux.bench.first.facts import Recorder
 from megaflux.bench.first.settings import Setting
-from megaflux_kernels.bench.machine import cudnn_problem
+from megaflux_kernels import cudnn
 from megaflux_kernels.bench.timing import kernel_ms, median
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
@@ -39,7 +39,7 @@ def at_length(recorder: Recorder, setting: Setting, length: int) -> None:
         if not recorder.missing(*facts):
             continue
         with recorder.measuring(*facts), sdpa_kernel(BACKENDS[name]):
-            if name == "cudnn" and (problem := cudnn_problem(length)):
+            if name == "cudnn" and (problem := cudnn.problem(length)):
                 raise RuntimeError(problem)
             with torch.no_grad():
                 forward = median(kernel_ms(lambda: attend(*leaves), device, setting.samples))

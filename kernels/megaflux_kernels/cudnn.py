@@ -1,0 +1,36 @@
+"""cuDNN's attention, which torch prefers on Hopper: where it must not be used."""
+
+from __future__ import annotations
+
+import torch
+
+RIGHT_SINCE = 91501  # 9.15.1, as torch.backends.cudnn.version() writes it
+TILE = 128  # tokens
+
+
+def problem(tokens: int, version: int | None = None) -> str | None:
+    """Why cuDNN's attention must not be used on this many tokens, in one line; None where it may, or where there is no
+    cuDNN.
+
+    Before 9.15.1 its results are wrong at lengths that 128 does not divide (pytorch issue 169849). version: a number as
+    torch.backends.cudnn.version() gives it, 91501 for 9.15.1; None asks torch.
+    """
+    version = torch.backends.cudnn.version() if version is None else version
+    if version is None or version >= RIGHT_SINCE or tokens % TILE == 0:
+        return None
+    return f"attention of cuDNN {_name(version)} is wrong at {tokens} tokens, which {TILE} does not divide; cuDNN 9.15.1 is right"
+
+
+def leave_out_if_wrong() -> str | None:
+    """Keep torch from choosing cuDNN's attention by itself where it is wrong at some lengths. Returns why, in one line,
+    where it does so now; whoever asks for that backend by name still gets it."""
+    version = torch.backends.cudnn.version() if torch.version.cuda else None
+    if version is None or version >= RIGHT_SINCE or not torch.backends.cuda.cudnn_sdp_enabled():
+        return None
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return f"attention of cuDNN {_name(version)} is wrong at lengths that {TILE} does not divide, and left out; cuDNN 9.15.1 is right"
+
+
+def _name(version: int) -> str:
+    major = 10000 if version >= 90000 else 1000  # cuDNN 8 counted in thousands: 8902 is 8.9.2
+    return f"{version // major}.{version % major // 100}.{version % 100}"
