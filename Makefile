@@ -95,12 +95,12 @@ gpu-bench: gpu
 	$(STEP) --grids 64x64 --arms $(MAIN_ARMS) --components block --json $(GPU_BENCH)/step-64x64-block.json
 
 # Needs no installation where torch, triton, transformers and diffusers are there. WORK: for runs of the training loop, 30 GB.
-gpu-first: $(if $(SMALL),,gpu)
+gpu-first: $(if $(filter-out 0,$(SMALL)),,gpu)
 	@test -n "$(OUT)" || { echo "error: OUT=DIR is missing: where the facts shall be" >&2; exit 2; }
 	@$(GPU) -c 'import torch, transformers, diffusers' || \
 	  { echo "error: $(GPU_PYTHON) lacks one of torch, transformers, diffusers; make install, or GPU_PYTHON=..." >&2; exit 2; }
-	$(GPU) -m megaflux.bench.first --out $(OUT) $(if $(SMALL),--small) $(if $(WORK),--work $(WORK)) \
-	  $(if $(STEPS),--steps $(STEPS)) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
+	$(GPU) -m megaflux.bench.first --out "$(OUT)" $(if $(filter-out 0,$(SMALL)),--small) $(if $(WORK),--work "$(WORK)") \
+	  $(if $(STEPS),--steps $(STEPS)) $(if $(AGAIN),--again $(AGAIN)) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 gpu-train: install gpu
 	python launch/gpu_train.py

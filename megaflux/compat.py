@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 
-from megaflux_kernels import cudnn
-
 _library: torch.library.Library | None = None  # alive as long as the process, or the schemas go again
 
 
@@ -56,13 +54,6 @@ def _hush_torchao() -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def leave_out_wrong_attention() -> None:
-    """With a cuDNN before 9.15.1, torch takes another attention: training, generation and the benches."""
-    if said := cudnn.leave_out_if_wrong():
-        logging.getLogger("megaflux").warning(said)
-
-
 _declare_missing_operators()
-leave_out_wrong_attention()
 _share_local_world_size()
 _hush_torchao()

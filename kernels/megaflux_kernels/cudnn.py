@@ -22,10 +22,17 @@ def problem(tokens: int, version: int | None = None) -> str | None:
 
 
 def leave_out_if_wrong() -> str | None:
-    """Keep torch from choosing cuDNN's attention by itself where it is wrong at some lengths. Returns why, in one line,
-    where it does so now; whoever asks for that backend by name still gets it."""
-    version = torch.backends.cudnn.version() if torch.version.cuda else None
-    if version is None or version >= RIGHT_SINCE or not torch.backends.cuda.cudnn_sdp_enabled():
+    """Keep torch from choosing cuDNN's attention by itself where it is wrong at some lengths; to be called where a CUDA
+    device is about to be used. Returns why, in one line, where it does so now. Who asks for that backend by name still
+    gets it. torch 2.11 asks for a right version itself (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+    """
+    if not torch.cuda.is_available() or not torch.backends.cuda.cudnn_sdp_enabled():
+        return None
+    try:
+        version = torch.backends.cudnn.version()
+    except RuntimeError:  # not the version that torch was built with: whoever needs cuDNN says so
+        return None
+    if version is None or version >= RIGHT_SINCE:
         return None
     torch.backends.cuda.enable_cudnn_sdp(False)
     return f"attention of cuDNN {_name(version)} is wrong at lengths that {TILE} does not divide, and left out; cuDNN 9.15.1 is right"

@@ -17,7 +17,11 @@ from megaflux.bench.sizes import Sizes
 DEPTH = (2, 2)  # double, single blocks
 TRAIN = (1, 3)  # one of each kind trains, one of each is frozen
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-FLOOR = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 4}  # units of rounding below which both are right
+FLOOR = {
+    torch.bfloat16: 0.25,
+    torch.float16: 0.25,
+    torch.float32: 4,
+}  # units of rounding (eps) below which both are right
 
 
 @dataclass(frozen=True)

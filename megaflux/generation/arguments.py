@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from operator import index
 
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 
 from megaflux.errors import UserError
 from megaflux.generation.condition import Reference
+from megaflux_kernels import cudnn
 
 MAX_SEED = 2**63 - 1
 
@@ -80,4 +82,6 @@ def device_and_dtype(device: str | torch.device | None, dtype: torch.dtype | Non
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"device: {device} cannot be used here ({line}); use cpu") from None
+    if chosen.type == "cuda" and (said := cudnn.leave_out_if_wrong()):
+        logging.getLogger("megaflux").warning(said)
     return chosen, dtype or (torch.float32 if chosen.type == "cpu" else torch.bfloat16)

@@ -47,6 +47,7 @@ from megaflux.training.stages import locate, trainable_names
 MODULATION = re.compile(r"transformer\.(.*\.(norm1|norm1_context|norm)|norm_out)\.linear")
 FIRST_IMAGE_QKV = re.compile(r"transformer\.transformer_blocks\.0\.attn\.to_[qkv]")
 
+
 @dataclass(frozen=True)
 class StageCosts:
     """One row of the stage table."""

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megaflux_kernels import cudnn
+
 log = logging.getLogger("megaflux")
 # How long a rank waits for the others: one of them may be preparing data, sampling a panel or hashing a checkpoint.
 PATIENCE = timedelta(hours=2)
@@ -59,6 +61,8 @@ def start(quiet: bool = True) -> World:
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(format="%(message)s")
     log.setLevel(level)
+    if said := cudnn.leave_out_if_wrong():
+        log.log(logging.WARNING if rank == 0 else logging.DEBUG, said)
     return World(rank, size, device)
 
 

@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 
-from megaflux import compat
+from megaflux.generation import arguments
 from megaflux_kernels import cudnn
+from megaflux_kernels.bench import machine
 
 
 @pytest.mark.parametrize(
@@ -32,20 +33,30 @@ def version(monkeypatch):
     """torch as it is with a cuDNN of this version, and its switch put back after."""
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     yield lambda number: monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
     torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
-def test_torch_does_not_choose_a_cudnn_that_is_wrong(version, caplog):
+def test_torch_does_not_choose_a_cudnn_that_is_wrong(version):
     version(91002)
-    with caplog.at_level(logging.WARNING, logger="megaflux"):
-        compat.leave_out_wrong_attention()
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert [record.message for record in caplog.records] == [
+    assert cudnn.leave_out_if_wrong() == (
         "attention of cuDNN 9.10.2 is wrong at lengths that 128 does not divide, and left out; cuDNN 9.15.1 is right"
-    ]
+    )
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert cudnn.leave_out_if_wrong() is None  # said once
+
+
+def test_the_benches_and_generation_see_to_it(version, capsys, caplog, monkeypatch):
+    version(91002)
+    machine.default_device()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert capsys.readouterr().err.startswith("warning: attention of cuDNN 9.10.2 is wrong")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    with caplog.at_level(logging.WARNING, logger="megaflux"):
+        arguments.device_and_dtype("cuda", None)
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and "cuDNN 9.10.2" in caplog.text
 
 
 @pytest.mark.parametrize("number", [91501, 92000, None])
@@ -54,7 +65,16 @@ def test_a_right_one_is_left_alone(version, number):
     assert cudnn.leave_out_if_wrong() is None and torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_a_torch_without_cuda_is_left_alone(version, monkeypatch):
+def test_a_torch_without_a_gpu_is_left_alone(version, monkeypatch):
     version(91002)
-    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cudnn.leave_out_if_wrong() is None and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_cudnn_that_does_not_fit_torch_ends_nothing_here(version, monkeypatch):
+    def version_of_another():
+        raise RuntimeError("cuDNN version incompatibility")
+
+    version(0)
+    monkeypatch.setattr(torch.backends.cudnn, "version", version_of_another)
+    assert cudnn.leave_out_if_wrong() is None

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from megaflux_kernels import cudnn
 
 
 def facts(device: torch.device, attention_backend: str | None) -> dict[str, Any]:
@@ -24,6 +28,9 @@ def facts(device: torch.device, attention_backend: str | None) -> dict[str, Any]
 
 
 def default_device() -> torch.device:
+    """The GPU if there is one, whose cuDNN torch then only chooses where its attention is right."""
+    if said := cudnn.leave_out_if_wrong():
+        print(f"warning: {said}", file=sys.stderr)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -67,11 +74,15 @@ def clocks(device: torch.device) -> str:
         return ""
     query = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
     try:
-        index = torch.cuda.current_device()
-        values = _run("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", str(index))
+        values = _run("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", visible_gpu())
     except (OSError, subprocess.SubprocessError):
         return ""
     return f"SM clock, memory clock, power, limit, temperature: {values} C"
+
+
+def visible_gpu() -> str:
+    """The number, or the name, by which nvidia-smi knows the first GPU that torch may use."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
 
 
 def attention_backend(

@@ -10,18 +10,24 @@ Exit code: 0 all asked for is known; 1 something failed or did not fit into the 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import importlib.metadata
 import os
+import signal
 import subprocess
 import sys
 import traceback
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from megaflux.bench.first import steps
-from megaflux.bench.first.facts import FINISHED, Fact, Facts, GpuLost, Recorder, in_a_line
-from megaflux.bench.first.runner import SINCE, is_finished, run
+from megaflux.bench.first.facts import AGAIN, FINISHED, Fact, Facts, GpuLost, Recorder, in_a_line
+from megaflux.bench.first.processes import lock
+from megaflux.bench.first.runner import SINCE, Outcome, is_finished, run
 from megaflux.bench.first.table import table
+from megaflux_kernels.bench.machine import visible_gpu
 from megaflux_kernels.bench.report import Parser, one_of, positive
 
 SESSION = "session"
@@ -35,31 +41,65 @@ def main(argv: list[str] | None = None) -> int:
                         help=f"some of {','.join(steps.TABLE)} (default: all)")  # fmt: skip
     parser.add_argument("--work", metavar="DIR", default="runs/gpu-first",
                         help="for data and runs of the training loop, about 30 GB (default runs/gpu-first)")  # fmt: skip
-    parser.add_argument("--seconds", type=positive, default=600, metavar="N", help="for all of it (default 600)")
+    parser.add_argument("--again", type=partial(one_of, known=steps.TABLE, what="step"), metavar="A,B",
+                        help="steps whose facts are out of date, and measured again")  # fmt: skip
+    parser.add_argument("--seconds", type=positive, default=560, metavar="N", help="for all of it (default 560)")
     parser.add_argument("--commit", help="that is measured (default: git's HEAD here)")
     parser.add_argument("--step", choices=steps.TABLE, help="run one step in this process")
     args = parser.parse_args(argv)
     out, work = Path(args.out), Path(args.work)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        facts = Facts(out / "facts.jsonl")
-        facts.path.touch()
-    except OSError as error:
-        parser.error(f"--out {out}: {error.strerror}; give a folder that can be written")
+    facts = Facts(out / "facts.jsonl")
     if args.step:
+        out.mkdir(parents=True, exist_ok=True)
         return one_step(args.step, facts, work, args.small)
 
-    if problem := note_session(facts, args.small, args.commit):
+    held = [hold(parser, "--out", out), hold(parser, "--work", work)]
+    if facts.path.is_dir():
+        parser.error(f"--out {out}: facts.jsonl is a folder; give another")
+    device = gpu_name() or ("CPU" if args.small else None)
+    if device is None:
+        parser.error("no NVIDIA GPU here, and FLUX.1-dev's sizes need one; --small is for a CPU")
+    if problem := joins(facts, args.small, device):
         parser.error(f"--out {out}: {problem}; give another folder")
     chosen = args.steps or steps.names(args.small)
-    outcome = run(steps.steps(chosen, out, work, args.small), facts, out / "log.txt", args.seconds)
+    for name in args.again or ():
+        facts.add(Fact(name, AGAIN, datetime.datetime.now().isoformat(timespec="seconds")))
+    if not all(is_finished(facts, name) for name in chosen):
+        note_session(facts, args.small, device, args.commit)
+    outcome = Outcome()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as `timeout` ends it: what is known is still shown
+    try:
+        run(steps.steps(chosen, out, work, args.small), facts, out / "log.txt", args.seconds, outcome)
+    except KeyboardInterrupt:
+        return 1
+    finally:
+        show(facts, out / "table.txt", outcome)
+        for file in held:
+            file.close()
+    complete = all(is_finished(facts, name) for name in chosen if name not in outcome.left_out)
+    asked_for = set(args.steps or ()) & set(outcome.left_out)
+    return 0 if complete and not asked_for and "no time left" not in outcome.left_out.values() else 1
+
+
+def hold(parser: Parser, option: str, folder: Path) -> IO[bytes]:
+    """A lock on a folder; where there is none to be had, the end of the process."""
+    try:
+        file = lock(folder)
+    except OSError as error:
+        parser.error(f"{option} {folder}: {error.strerror}; give a folder that can be written")
+    if file is None:
+        parser.error(f"{option} {folder}: another invocation is at work there; wait for it, or give another")
+    return file
+
+
+def show(facts: Facts, file: Path, outcome: Outcome) -> None:
+    """The table of all facts, printed and written, and what was left out."""
     text = table(facts)
-    (out / "table.txt").write_text(text + "\n")
     print("\n" + text)
     for name, why in outcome.left_out.items():
         print(f"left out: {name}: {why}")
-    complete = all(is_finished(facts, name) for name in chosen if name not in outcome.left_out)
-    return 0 if complete and "no time left" not in outcome.left_out.values() else 1
+    with contextlib.suppress(OSError):  # a full disk; it has been printed
+        file.write_text(text + "\n")
 
 
 def one_step(name: str, facts: Facts, work: Path, small: bool) -> int:
@@ -82,29 +122,49 @@ def one_step(name: str, facts: Facts, work: Path, small: bool) -> int:
     return 0
 
 
-def note_session(facts: Facts, small: bool, commit: str | None) -> str | None:
-    """Keep what the facts to come are of. Returns why they cannot join those that are there, or None."""
-    from megaflux_kernels.bench.machine import commit as head
-
+def joins(facts: Facts, small: bool, device: str) -> str | None:
+    """Why facts of this device, these sizes and these libraries cannot join those that are there, or None."""
     known = {row.fact: row.value for row in facts.rows() if row.step == SESSION}
-    here = {"sizes": "small" if small else "FLUX.1-dev", "device": gpu_name() or "CPU"}
-    for name, value in here.items():
+    for name, value in here(small, device).items():
         if name in known and known[name] != value:
             return f"holds facts of {name} {known[name]}, and this is {value}"
-    now = {"commit": commit or head() or "unknown", "date": datetime.date.today().isoformat()}
-    for name, value in (here | now).items():
-        facts.add(Fact(SESSION, name, value))
     return None
 
 
+def here(small: bool, device: str) -> dict[str, str]:
+    return {"sizes": "small" if small else "FLUX.1-dev", "device": device, "libraries": libraries()}
+
+
+def note_session(facts: Facts, small: bool, device: str, commit: str | None) -> None:
+    """Keep what the facts to come are of."""
+    from megaflux_kernels.bench.machine import commit as head
+
+    now = {"commit": commit or head() or "unknown", "date": datetime.date.today().isoformat()}
+    for name, value in (here(small, device) | now).items():
+        facts.add(Fact(SESSION, name, value))
+
+
+def libraries() -> str:
+    """Names and versions, without loading them: "torch 2.11.0, triton 3.6.0"."""
+    found = []
+    for name in ("torch", "triton", "transformers", "diffusers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
+
+
 def gpu_name() -> str | None:
-    """The first GPU's name as its driver says it, without loading torch; None: no GPU, or no nvidia-smi."""
-    try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
-                              text=True, timeout=30, check=True)  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return (done.stdout.strip().splitlines() or [None])[0]
+    """The name of the GPU that torch would use; None: there is none. Asked of its driver, or of a process with torch."""
+    asks = [["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", visible_gpu()],
+            [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name(0))"]]  # fmt: skip
+    for command in asks:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        if name := done.stdout.strip():
+            return name.splitlines()[0]
+    return None
 
 
 if __name__ == "__main__":

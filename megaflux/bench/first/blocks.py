@@ -7,6 +7,7 @@ clocks have done meanwhile.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -54,9 +55,12 @@ def measure(recorder: Recorder, setting: Setting, names: tuple[str, ...]) -> Non
     given = random_inputs(arms.transformer, 1, grid(bucket), tokens.condition, device)
     clear, step = partial(arms.clear, given), partial(arms.step, given)
     for name in names:
-        if not recorder.missing(name):
+        facts = [name]
+        if name != AGAIN and device.type == "cuda":
+            facts += [f"{name}: memory beside weights", *([f"{name}: MFU"] if peak else ())]
+        if not recorder.missing(*facts):
             continue
-        with recorder.measuring(name):
+        with recorder.measuring(*facts):
             started = time.perf_counter()
             arms.set(name.partition(",")[0])
             samples_ms(step, device, 0, setting.warmup, clear)
@@ -64,25 +68,24 @@ def measure(recorder: Recorder, setting: Setting, names: tuple[str, ...]) -> Non
             before = _restart_peak(device)
             ms = median(samples_ms(step, device, setting.samples, 0, clear))
             recorder.add(name, ms, "ms", seconds=time.perf_counter() - started)
-            if peak and name != AGAIN:
-                recorder.add(f"{name}: MFU", flops / ms / 1e9 / peak)
-            if before is not None and name != AGAIN:
-                recorder.add(
-                    f"{name}: memory beside weights", (torch.cuda.max_memory_allocated(device) - before) / 1e9, "GB"
-                )
+            if len(facts) > 1:
+                held = torch.cuda.max_memory_allocated(device) - before
+                recorder.add(facts[1], held / 1e9, "GB")
+            if len(facts) > 2:
+                recorder.add(facts[2], flops / ms / 1e9 / peak)
         clear()
         _free(device)
 
 
-def compare(recorder: Recorder) -> None:
-    """What the milliseconds say of each other."""
+def compare(recorder: Recorder, pairs: Sequence[tuple[str, str]] = RATIOS) -> None:
+    """What the milliseconds say of each other. pairs: of which ratios are kept."""
     known = {row.fact: row.value for row in recorder.facts.latest().values()
-             if row.step == recorder.step and row.error is None}  # fmt: skip
-    for slow, fast in RATIOS:
+             if row.step in ("blocks", recorder.step) and row.error is None}  # fmt: skip
+    for slow, fast in pairs:
         if slow in known and fast in known:
             recorder.add(f"{slow} over {fast}", known[slow] / known[fast])
     parts = [f"limit: {name}" for name in LIMITS]
-    if all(part in known for part in parts):
+    if recorder.step == "blocks" and all(part in known for part in parts):
         limit = sum(known[part] for part in parts)
         recorder.add("limit: matrix products and attention", limit, "ms")
         for arm in ARMS:

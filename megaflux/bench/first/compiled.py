@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from megaflux.bench.first.blocks import measure
+from megaflux.bench.first.blocks import compare, measure
 from megaflux.bench.first.facts import Recorder
 from megaflux.bench.first.settings import Setting
 
 ARMS = ("diffusers-compile", "diffusers-compile-full")
+RATIOS = (("diffusers-compile", "ours-none"), ("diffusers-compile-full", "ours-mlp"))
 
 
 def run(recorder: Recorder, setting: Setting) -> None:
     measure(recorder, setting, ARMS)
+    compare(recorder, RATIOS)

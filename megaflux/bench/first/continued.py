@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import torch
@@ -30,13 +29,11 @@ def run(recorder: Recorder, setting: Setting) -> None:
         return
     work = setting.work / "loop"
     with recorder.measuring(*facts):
-        if not _checkpoint(work / "run", loop.LAST).is_dir():  # another machine's, or cleared away
-            loop.train(work, setting.small)
+        if not loop.is_ours(recorder, setting.work):  # another machine's, or cleared away
+            loop.train(recorder, setting)
         for name in RUNS:
-            started = time.perf_counter()
             fork(work / "run", work / name)
-            loop.start(loop.write_config(work, name, setting.small, loop.LAST))
-            recorder.add(f"{name}: seconds", time.perf_counter() - started, "s")
+            loop.begin(loop.write_config(work, name, setting.small, loop.LAST))
         before = masters(_checkpoint(work / "run", loop.SAVED))
         whole = masters(_checkpoint(work / "run", loop.LAST))
         first, second = (masters(_checkpoint(work / name, loop.LAST)) for name in RUNS)
@@ -46,6 +43,8 @@ def run(recorder: Recorder, setting: Setting) -> None:
         moved = distance(first, before)
         recorder.add("two continuations: distance over the update", distance(first, second) / moved)
         recorder.add("uninterrupted and continued: distance over the update", distance(first, whole) / moved)
+        del before, whole, first, second  # they are mapped from the files
+        shutil.rmtree(work)  # 27 GB at FLUX.1-dev's sizes, and all is known of them
 
 
 def fork(run: Path, other: Path) -> None:

@@ -20,7 +20,17 @@ from megaflux.bench.first import predicted as predictions
 
 FINISHED = "finished"
 """The last fact of a step: seconds of its process."""
-FATAL = ("CUDA error", "device-side assert", "CUBLAS_STATUS", "CUDNN_STATUS_EXECUTION", "an illegal memory access")
+AGAIN = "measured again"
+"""What was known of a step before this line is out of date."""
+FATAL = (
+    "CUDA error",
+    "Triton Error [CUDA]",
+    "unspecified launch failure",
+    "device-side assert",
+    "CUBLAS_STATUS",
+    "CUDNN_STATUS_EXECUTION",
+    "an illegal memory access",
+)
 Value = float | int | str | bool
 
 
@@ -53,7 +63,7 @@ class Facts:
     def rows(self) -> list[Fact]:
         """All lines, oldest first. A line cut off by a death is passed over."""
         found = []
-        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        text = self.path.read_text(errors="replace") if self.path.is_file() else ""
         for line in text.splitlines():
             try:
                 found.append(Fact(**json.loads(line)))
@@ -63,7 +73,13 @@ class Facts:
 
     def latest(self) -> dict[tuple[str, str], Fact]:
         """What is known now, in the order in which it was first met."""
-        return {row.key: row for row in self.rows()}
+        known: dict[tuple[str, str], Fact] = {}
+        for row in self.rows():
+            if row.fact == AGAIN:
+                known = {key: fact for key, fact in known.items() if key[0] != row.step}
+            else:
+                known[row.key] = row
+        return known
 
     def add(self, fact: Fact) -> None:
         """Append a line, on disk when this returns; none where the newest of its name has the same value."""
@@ -91,9 +107,8 @@ class Recorder:
     def __init__(self, facts: Facts, step: str, small: bool, since: int = 0):
         """since: rows at the start of this invocation; what failed after it is not tried again before the next."""
         self.facts, self.step, self.small = facts, step, small
-        rows = facts.rows()
-        latest = {row.fact: row for row in rows if row.step == step}
-        tried = {row.fact for row in rows[since:] if row.step == step}
+        tried = {row.fact for row in facts.rows()[since:] if row.step == step}
+        latest = {row.fact: row for row in facts.latest().values() if row.step == step}
         self.done = {name for name, row in latest.items() if row.error is None or name in tried}
         self.current = current_file(facts.path, step)
 
@@ -113,24 +128,29 @@ class Recorder:
 
     @contextmanager
     def measuring(self, *names: str) -> Iterator[None]:
-        """Around what finds these facts: whatever it raises becomes the error of the first that is not known by then.
+        """Around what finds these facts: whatever it raises becomes the error of those that are not known by then.
 
-        An error that ends every later use of the GPU, too, is raised on: the runner starts the step anew without them.
+        Where all are known, it goes on up. An error that ends every later use of the GPU, too, is raised on: the runner starts the step anew without them.
         """
+        outer = self.current.read_text() if self.current.exists() else None
         self.current.write_text(json.dumps(list(names)))
         started = time.perf_counter()
         try:
             yield
         except Exception as error:
+            if not (missing := self.missing(*names)):
+                raise
             traceback.print_exc()
-            if missing := self.missing(*names):
+            for name in missing:
                 took = round(time.perf_counter() - started, 2)
-                self._keep(Fact(self.step, missing[0], seconds=took, error=in_a_line(error)))
-                self.done.update(missing)
+                self._keep(Fact(self.step, name, seconds=took, error=in_a_line(error)))
             if any(word in str(error) for word in FATAL):
                 raise GpuLost(str(error)) from error
         finally:
-            self.current.unlink(missing_ok=True)
+            if outer is None:
+                self.current.unlink(missing_ok=True)
+            else:
+                self.current.write_text(outer)
 
     def _keep(self, fact: Fact) -> None:
         self.facts.add(fact)

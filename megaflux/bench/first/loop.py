@@ -1,6 +1,6 @@
 """Step loop: the training loop at FLUX.1-dev's sizes, random models made on the device: two stages, a save, both watched.
 
-Five updates of two micro-batches of one picture, three in the first stage; checkpoints after 3, 4 and 5. One double block
+Five updates of two micro-batches of one square picture, three in the first stage; checkpoints after 3, 4 and 5. One double block
 trains in the first stage and one single block in the second (0.41 and 0.32 B parameters with the Qwen layer), so that a
 save fits any disk: seconds a gigabyte are what carries over to the published stages.
 """
@@ -9,49 +9,64 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from megaflux.bench.first.facts import Recorder
+from megaflux.bench.first.processes import start
 from megaflux.bench.first.settings import SMALL_SIDE, Setting
-from megaflux.bench.first.training import STEPS
+from megaflux.bench.first.training import ALL, STEPS
 from megaflux.presets import dev, tiny
 from megaflux_kernels.bench.timing import median
 
 UPDATES, STAGE_END, SAVED, LAST = 6, 3, 4, 5
 """Of the configuration, of the first stage, at the checkpoint that `continued` goes on from, and of this process."""
-RATIOS = ("1:1", "2:1")
-COLD = (0, STAGE_END)  # updates that compile, and fill the allocator
+RATIOS = ("1:1",)
+WARM = slice(1, STAGE_END)  # updates of the first stage that compile nothing
+STAMP = "of.json"  # whose run it is
+MEMORY = ("memory before the first engine", "memory with the first engine", "memory before the first engine is closed",
+          "memory after the first engine is closed", "memory with the second engine")  # fmt: skip
 
 
 def run(recorder: Recorder, setting: Setting) -> None:
-    facts = [
-        "trains",
-        *(f"update: {step}" for step in STEPS),
-        *(f"save: {part}" for part in ("files", "write", "sync", "hash")),
-    ]
+    facts = ["trains", *(f"update: {step}" for step in (*STEPS, ALL)),
+             *(f"save: {part}" for part in ("files", "write", "sync", "hash")),
+             *(MEMORY if setting.device.type == "cuda" else ())]  # fmt: skip
     if recorder.missing(*facts):
         with recorder.measuring(*facts):
-            note(recorder, setting, train(setting.work / "loop", setting.small))
+            note(recorder, setting, train(recorder, setting))
 
 
-def train(work: Path, small: bool) -> dict[str, Any]:
+def train(recorder: Recorder, setting: Setting) -> dict[str, Any]:
     """Run the loop in a process of its own, from nothing; what `training.Seen` saw."""
+    work, small = setting.work / "loop", setting.small
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     make_data(work / "data", SMALL_SIDE if small else 1024)
-    config = write_config(work, "run", small, LAST)
-    start(config, "--seen", str(work / "seen.json"))
+    begin(write_config(work, "run", small, LAST), "--seen", str(work / "seen.json"))
+    (work / STAMP).write_text(json.dumps(stamp(recorder)))
     return json.loads((work / "seen.json").read_text())
 
 
-def start(config: Path, *options: str) -> None:
-    """A training process. RuntimeError where it fails."""
-    done = subprocess.run([sys.executable, "-m", "megaflux.bench.first.training", str(config), *options], check=False)
-    if done.returncode:
-        raise RuntimeError(f"training ended with code {done.returncode}; see the log")
+def stamp(recorder: Recorder) -> dict[str, str]:
+    """Of which facts a run is."""
+    return {"facts": str(recorder.facts.path.resolve()), "small": str(recorder.small)}
+
+
+def is_ours(recorder: Recorder, work: Path) -> bool:
+    """Whether the run in work/loop is whole, and of these facts."""
+    try:
+        return json.loads((work / "loop" / STAMP).read_text()) == stamp(recorder)
+    except (OSError, ValueError):
+        return False
+
+
+def begin(config: Path, *options: str) -> None:
+    """A training process, to its end. RuntimeError where it fails."""
+    code = start([sys.executable, "-m", "megaflux.bench.first.training", str(config), *options]).wait()
+    if code:
+        raise RuntimeError(f"training ended with code {code}; see the log")
 
 
 def write_config(work: Path, run: str, small: bool, stop_after: int) -> Path:
@@ -101,21 +116,23 @@ def note(recorder: Recorder, setting: Setting, seen: dict[str, Any]) -> None:
     recorder.add("held-out loss after the first stage", losses[-1])
     for number, line in enumerate((line for line in lines if line["kind"] == "ready"), start=1):
         recorder.add(f"plan of stage {number}", line["plan"])
-    warm = [update for index, update in enumerate(seen["updates"]) if index not in COLD]
-    for step in STEPS:
-        recorder.add(f"update: {step}", median([update.get(step, 0.0) for update in warm]), "s")
+    for step in (*STEPS, ALL):
+        recorder.add(f"update: {step}", median([update.get(step, 0.0) for update in seen["updates"][WARM]]), "s")
     save = seen["saves"][0]
     recorder.add("save: files", save["gb"], "GB")
     recorder.add("save: sync", save["sync"], "s")
     recorder.add("save: hash", save["hash"], "s")
     recorder.add("save: write", save["save"] - save["sync"] - save["hash"], "s")
     if seen["memory"]:
-        built = [gb for when, gb in seen["memory"] if when == "after an engine is built"]
-        before = [gb for when, gb in seen["memory"] if when == "before an engine is built"]
-        closed = [(a, b) for (when, a), (_, b) in zip(seen["memory"], seen["memory"][1:], strict=False)
-                  if when == "before it is closed"]  # fmt: skip
-        recorder.add("memory before the first engine", before[0], "GB")
-        recorder.add("memory with the first engine", built[0], "GB")
-        recorder.add("memory before the first engine is closed", closed[0][0], "GB")
-        recorder.add("memory after the first engine is closed", closed[0][1], "GB", before[0])
-        recorder.add("memory with the second engine", built[1], "GB")
+        known = memory(seen["memory"])
+        for fact, gb in known.items():
+            recorder.add(fact, gb, "GB", known[MEMORY[0]] if fact == MEMORY[3] else None)
+
+
+def memory(noted: list[tuple[str, float]]) -> dict[str, float]:
+    """GB allocated around the change from the first stage's engine to the second's, by the names of MEMORY."""
+    when = [name for name, _ in noted]
+    built, closed = when.index("after an engine is built"), when.index("before it is closed")
+    second = when.index("after an engine is built", closed)
+    places = built - 1, built, closed, closed + 1, second
+    return {fact: noted[place][1] for fact, place in zip(MEMORY, places, strict=True)}

@@ -14,8 +14,6 @@ from megaflux.bench.first.settings import Setting
 from megaflux_kernels.bench import machine
 from megaflux_kernels.bench.timing import copy_gb_per_s, matmul_tflop_per_s
 
-FP8 = (8, 9)  # compute capability: Ada, Hopper and later
-
 
 def run(recorder: Recorder, setting: Setting) -> None:
     device, on_gpu = setting.device, setting.device.type == "cuda"
@@ -30,7 +28,6 @@ def run(recorder: Recorder, setting: Setting) -> None:
         add("memory", found.total_memory / 1e9, "GB")
         add("multiprocessors", found.multi_processor_count)
         add("compute capability", f"{found.major}.{found.minor}")
-        add("clocks at the start", machine.clocks(device))
     with recorder.measuring("copy, read and written"):
         started = time.perf_counter()
         add("copy, read and written", copy_gb_per_s(device), "GB/s", seconds=time.perf_counter() - started)
@@ -45,9 +42,9 @@ def run(recorder: Recorder, setting: Setting) -> None:
         with recorder.measuring(name := f"linear {shape}, bf16"):
             if recorder.missing(name):
                 add(name, limits.time_product(product, setting.dtype, device, 2 * setting.samples), "TFLOP/s")
-        if on_gpu and torch.cuda.get_device_capability(device) >= FP8:
+        if on_gpu and torch.cuda.get_device_capability(device) >= limits.FP8_SINCE:
             with recorder.measuring(name := f"linear {shape}, fp8"):
                 if recorder.missing(name):
                     add(name, limits.time_product_fp8(product, device, 2 * setting.samples), "TFLOP/s")
     if on_gpu:
-        add("clocks at the end", machine.clocks(device))
+        add("clocks under load", machine.clocks(device))

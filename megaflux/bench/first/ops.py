@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch.nn.functional as F
+
 from megaflux.bench.first.facts import Recorder
 from megaflux.bench.first.settings import Setting
 from megaflux_kernels import OPS
@@ -14,10 +16,10 @@ STREAMS = ("modulate", "gate_residual")  # which double blocks call once a strea
 
 def run(recorder: Recorder, setting: Setting) -> None:
     device, dtype, tokens = setting.device, setting.dtype, setting.square()
-    base = cases.SMALL if setting.small else cases.Sizes()
+    base = cases.SMALL
     if not setting.small:
-        base = replace(base, text=tokens.condition, image=tokens.image)
-    copy, product = timing.copy_gb_per_s(device), timing.matmul_tflop_per_s(device, dtype)
+        base = replace(cases.Sizes(), text=tokens.condition, image=tokens.image)
+    rates = timing.copy_gb_per_s(device) * 1e6, timing.matmul_tflop_per_s(device, dtype) * 1e9  # a millisecond
     for op in OPS:
         rows = {"joint": base}
         if op in STREAMS:
@@ -26,16 +28,39 @@ def run(recorder: Recorder, setting: Setting) -> None:
             for case in cases.make(op, sizes, dtype, device):
                 where = stream if op != "qk_norm_rope" or "+" not in case.shape else "image + text"
                 name = f"{op} {where}" + (" with modulate" if case.shape.endswith("+modulate") else "")
-                for arm, call in {"ours": case.ours, "eager": case.reference, **case.others}.items():
-                    label = name if arm == "ours" else f"{name}, {arm}"
-                    facts = [f"{label}: forward", f"{label}: with backward"]
-                    if not recorder.missing(*facts):
-                        continue
-                    with recorder.measuring(*facts):
-                        found = trials.times(case, call, device, 2 * setting.samples)
-                        for fact, ms in zip(facts, found, strict=True):
-                            recorder.add(fact, 1e3 * ms, "us")
-                        if arm == "ours" and setting.device.type == "cuda":
-                            amounts, limit = (case.bytes, copy * 1e6) if case.bytes else (case.flops, product * 1e9)
-                            for part, amount, ms in zip(("forward", "with backward"), amounts, found, strict=True):
-                                recorder.add(f"{name}: share {part}", amount / ms / limit)
+                measure(recorder, setting, name, case, rates)
+    compare(recorder)
+
+
+def measure(recorder: Recorder, setting: Setting, name: str, case: cases.Case, rates: tuple[float, float]) -> None:
+    """Microseconds of each arm of a case; of ours, on a GPU, the share of the bytes or FLOPs that this GPU does at most.
+
+    rates: bytes and FLOPs a millisecond.
+    """
+    arms = {"ours": case.ours, "eager": case.reference, **case.others}
+    if case.op == "biased_attention":
+        arms["attention without a bias"] = lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v)
+    for arm, call in arms.items():
+        label = name if arm == "ours" else f"{name}, {arm}"
+        facts = [f"{label}: forward", f"{label}: with backward"]
+        if arm == "ours" and setting.device.type == "cuda":
+            facts += [f"{name}: share forward", f"{name}: share backward"]
+        if not recorder.missing(*facts):
+            continue
+        with recorder.measuring(*facts):
+            forward, both = trials.times(case, call, setting.device, 2 * setting.samples)
+            recorder.add(facts[0], 1e3 * forward, "us")
+            recorder.add(facts[1], 1e3 * both, "us")
+            if len(facts) > 2:
+                amounts, rate = (case.bytes, rates[0]) if case.bytes else (case.flops, rates[1])
+                recorder.add(facts[2], amounts[0] / forward / rate)
+                recorder.add(facts[3], (amounts[1] - amounts[0]) / (both - forward) / rate)
+
+
+def compare(recorder: Recorder) -> None:
+    """How fast attention with a bias is beside attention without one."""
+    known = {row.fact: row.value for row in recorder.facts.latest().values() if row.step == recorder.step}
+    for part in ("forward", "with backward"):
+        ours, plain = (known.get(f"biased_attention joint{arm}: {part}") for arm in ("", ", attention without a bias"))
+        if ours and plain:
+            recorder.add(f"biased_attention joint over attention without a bias: {part}", plain / ours)

@@ -16,18 +16,20 @@ from megaflux_kernels.bench.report import Parser
 
 SMALL = "small"
 DOCUMENT = Path(__file__).parents[3] / "docs" / "gpu-results.md"
-VERSIONS = ("torch", "cuda", "cuDNN", "triton", "transformers", "diffusers", "python")
+VERSIONS = ("python", "cuda", "cuDNN")
+ELSEWHERE = (FINISHED, *VERSIONS, "device", "torch", "triton", "transformers", "diffusers")  # said above the tables
 TITLES = {
-    "machine": "What the machine does at most",
-    "attention": "Attention, on the strides that FLUX hands it",
-    "gates": "Ops against float64 in bf16, at training's token counts: largest error over what is allowed",
-    "gate-blocks": "2 + 2 blocks at full width against diffusers: largest error over diffusers' own, every gradient",
-    "blocks": "A step of all 57 blocks, batch 1, 1024 x 1024 px, stage 1",
+    "machine": "What the machine does at most; fp8 without what quantising costs",
+    "attention": "Attention, on the strides that FLUX hands it; backward counted as twice the forward",
+    "gates": "Ops against float64 in bf16, at training's token counts: largest error over what is allowed, which is twice the eager "
+    "reference's and a quarter of a rounding",
+    "gate-blocks": "2 + 2 blocks at full width in bf16 against float32, velocity and every gradient: largest relative errors",
+    "blocks": "A step of all 57 blocks, batch 1, 1024 x 1024 px, stage 1; MFU without what is computed again",
     "compiled": "The same, diffusers' blocks under torch.compile",
     "memory": "Memory of a step beside weights, and the formula",
     "networks": "VAE and Qwen2-VL's trunk, at 1024 x 1024 px; the number is the batch",
     "ops": "Ops, caches cold; share of a copy's bytes or of a product's FLOPs in the same run",
-    "loop": "The training loop: updates of 2 x 1 picture, waited for after each step; a save of the first stage",
+    "loop": "The training loop: an update of 2 x 1 picture of 1024 x 1024 px, waited for after each step; a save of the first stage",
     "continued": "Going on from one checkpoint",
     "tests": "Tests on the GPU",
 }
@@ -36,7 +38,8 @@ COLUMNS = {
     "machine": (", ", ("bf16", "fp8")),
     "attention": (", ", ("forward", "backward")),
     "memory": (": ", ("allocated", "reserved", "retries")),
-    "ops": (": ", ("forward", "with backward", "share forward", "share with backward")),
+    "gate-blocks": (": ", ("ours over diffusers'", "diffusers' own")),
+    "ops": (": ", ("forward", "with backward", "share forward", "share backward")),
 }
 
 
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--document", metavar="FILE", default=str(DOCUMENT), help="default docs/gpu-results.md")
     args = parser.parse_args(argv)
     facts = Facts(Path(args.dir) / "facts.jsonl")
-    if not facts.rows():
+    if not facts.path.is_file() or "device" not in _session(facts):
         parser.error(f"{facts.path}: no facts; give the OUT of a `make gpu-first`")
     if _session(facts).get("sizes") == SMALL and args.document == str(DOCUMENT):
         parser.error(f"{facts.path}: of small sizes, which no document is made of; name another with --document")
@@ -74,14 +77,13 @@ def section(facts: Facts) -> str:
     """The section in Markdown."""
     session, latest = _session(facts), facts.latest()
     machine = {row.fact: row for row in latest.values() if row.step == "machine"}
-    commits = dict.fromkeys(str(row.value)[:7] for row in facts.rows() if (row.step, row.fact) == ("session", "commit"))
-    dates = dict.fromkeys(str(row.value) for row in facts.rows() if (row.step, row.fact) == ("session", "date"))
     versions = ", ".join(f"{name} {machine[name].value}" for name in VERSIONS if name in machine)
     lines = [f"## {session['device']}: measured beside predicted", "",
-             f"`make gpu-first`, {' and '.join(dates)}, commit {' and '.join(commits)}, sizes {session['sizes']}. {versions}.",
-             "Predictions are for one H100, from before any GPU had run; for memory, the formula's."]  # fmt: skip
+             f"`make gpu-first`, sizes {session['sizes']}. {session['libraries']}; {versions}. {_when(facts)}",
+             "Predictions are an audit's for one H100, from before any GPU had run; for memory, the formula's as an H200 has "
+             "corrected it. [gpu.md](gpu.md) says how each number is measured."]  # fmt: skip
     for step, title in TITLES.items():
-        mine = [row for row in latest.values() if _group(row.step) == step and row.fact not in (FINISHED, *VERSIONS)]
+        mine = [row for row in latest.values() if _group(row.step) == step and row.fact not in ELSEWHERE]
         if mine:
             lines += ["", f"### {title}", *(_gates(mine) if step == "gates" else _tables(step, mine))]
     failed = [row for row in latest.values() if row.error is not None]
@@ -92,6 +94,19 @@ def section(facts: Facts) -> str:
     if waiting and session["sizes"] != SMALL:
         lines += ["", "### Predictions that wait for a measurement", "", *(f"- {line}" for line in waiting)]
     return "\n".join(lines) + "\n"
+
+
+def _when(facts: Facts) -> str:
+    """Which steps were measured when, and of which commit."""
+    now: dict[str, str] = {}
+    of: dict[str, dict[str, None]] = {}
+    latest = set(facts.latest().values())
+    for row in facts.rows():
+        if row.step == "session":
+            now[row.fact] = str(row.value)
+        elif row in latest:
+            of.setdefault(f"{now.get('date', '')}, commit {now.get('commit', '')[:7]}", {})[_group(row.step)] = None
+    return "; ".join(f"{when}: {', '.join(names)}" for when, names in of.items()) + "."
 
 
 def _session(facts: Facts) -> dict[str, str]:

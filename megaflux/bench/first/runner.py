@@ -6,7 +6,7 @@ ended, and leaves what it has not reached for the next invocation. Whatever happ
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import json
 import os
 import signal
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import IO
 
 from megaflux.bench.first.facts import FINISHED, Fact, Facts, current_file, describe
+from megaflux.bench.first.processes import end_group, start
 
 POLL = 0.05  # seconds
-GRACE = 3.0  # seconds between asking a process to end and ending it
 SINCE = "MEGAFLUX_FIRST_SINCE"  # rows that there were when this invocation began
 
 
@@ -58,12 +58,13 @@ class Outcome:
     """Step -> why it was not run."""
 
 
-def run(steps: Sequence[Step], facts: Facts, log: Path, seconds: float) -> Outcome:
-    """Run what is not finished, for at most so many seconds. Facts go to `facts`, all that is printed to `log`."""
-    outcome, deadline = Outcome(), time.monotonic() + seconds
+def run(steps: Sequence[Step], facts: Facts, log: Path, seconds: float, outcome: Outcome) -> None:
+    """Run what is not finished, for at most so many seconds. Facts go to `facts`, all that is printed to `log`, and
+    what is not run to `outcome`."""
+    deadline = time.monotonic() + seconds
     environment = os.environ | {SINCE: str(len(facts.rows())), "PYTHONUNBUFFERED": "1"}
     shown = len(facts.rows())
-    with open(log, "ab") as output:
+    with open(log, "ab", buffering=0) as output:
         for group in _groups(steps):
             waiting = []
             for step in group:
@@ -82,9 +83,8 @@ def run(steps: Sequence[Step], facts: Facts, log: Path, seconds: float) -> Outco
                     shown = _show(facts, shown)
             finally:
                 for one in running:
-                    _end(one.process)
+                    end_group(one.process)
     _show(facts, shown)
-    return outcome
 
 
 def is_finished(facts: Facts, step: str) -> bool:
@@ -107,12 +107,10 @@ def _start(
     step: Step, facts: Facts, output: IO[bytes], environment: dict[str, str], began: float | None = None
 ) -> _Running:
     current_file(facts.path, step.name).unlink(missing_ok=True)
-    output.write(f"\n--- {step.name}: {' '.join(step.command)}\n".encode())
-    output.flush()
-    process = subprocess.Popen(
-        step.command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-        start_new_session=True, preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-    )  # fmt: skip
+    with contextlib.suppress(OSError):
+        output.write(f"\n--- {step.name}: {' '.join(step.command)}\n".encode())
+    process = start(list(step.command), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                    env=environment, start_new_session=True)  # fmt: skip
     now = time.monotonic()
     return _Running(step, process, began or now, now, len(facts.rows()))
 
@@ -126,13 +124,15 @@ def _watch(
         limit = min(one.began + one.step.limit, deadline)
         if now < limit:
             return one
-        _end(one.process)
+        end_group(one.process)
         _lost(one, facts, f"ended after {now - one.began:.0f} s, its limit")
-        facts.add(Fact(name, FINISHED, error=f"ended after {now - one.began:.0f} s, its limit; the next run goes on"))
+        _keep(
+            facts, Fact(name, FINISHED, error=f"ended after {now - one.began:.0f} s, its limit; the next run goes on")
+        )
         return None
     if code == 0:
         if not any(row.key == (name, FINISHED) for row in facts.rows()[one.rows :]):
-            facts.add(Fact(name, FINISHED, round(now - one.began, 1), "s"))
+            _keep(facts, Fact(name, FINISHED, round(now - one.began, 1), "s"))
         return None
     why = (
         f"its process was ended by signal {signal.Signals(-code).name}"
@@ -145,7 +145,7 @@ def _watch(
         return None
     if new:  # got on, so the rest is worth another process
         return _start(one.step, facts, output, environment, one.began)
-    facts.add(Fact(name, FINISHED, error=f"{why}; see the log"))
+    _keep(facts, Fact(name, FINISHED, error=f"{why}; see the log"))
     return None
 
 
@@ -160,7 +160,15 @@ def _lost(one: _Running, facts: Facts, why: str) -> None:
     known = {row.fact for row in facts.rows()[one.rows :] if row.step == one.step.name}
     for name in names:
         if name not in known:
-            facts.add(Fact(one.step.name, name, seconds=round(time.monotonic() - one.started, 1), error=why))
+            _keep(facts, Fact(one.step.name, name, seconds=round(time.monotonic() - one.started, 1), error=why))
+
+
+def _keep(facts: Facts, fact: Fact) -> None:
+    """A disk that is full must not end the steps to come: their facts are printed all the same."""
+    try:
+        facts.add(fact)
+    except OSError as error:
+        print(f"error: {facts.path}: {error.strerror}; not written: {describe(fact)}", file=sys.stderr, flush=True)
 
 
 def _show(facts: Facts, shown: int) -> int:
@@ -168,23 +176,3 @@ def _show(facts: Facts, shown: int) -> int:
     for row in rows[shown:]:
         print(describe(row), flush=True)
     return len(rows)
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End a process and all that it started."""
-    for sent in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sent)
-        except (ProcessLookupError, PermissionError):
-            break
-        try:
-            process.wait(GRACE)
-            if sent == signal.SIGTERM:
-                continue  # its children may still be there
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed runner leaves no step on the GPU

@@ -11,6 +11,7 @@ from megaflux.bench.sizes import Sizes, published
 from megaflux.data.buckets import ASPECT_RATIOS, Bucket, make_buckets
 from megaflux.models.latents import TOKEN_PIXELS
 from megaflux.models.tokens import Tokens, count_tokens
+from megaflux_kernels.bench.machine import default_device
 
 SMALL_SIDE = 128  # px, of a test's pictures: the smallest at which the five ratios differ
 
@@ -25,7 +26,7 @@ class Setting:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
 
     @property
     def dtype(self) -> torch.dtype:

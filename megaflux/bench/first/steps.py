@@ -25,8 +25,8 @@ TABLE: dict[str, tuple[str, float, str | None, tuple[str, ...]]] = {
     "networks": ("networks", 90, None, ()),
     "ops": ("ops", 60, None, ()),
     "loop": ("loop", 200, None, TRAINING),
-    "continued": ("continued", 200, None, TRAINING),
-    "tests": ("kernel_tests", 150, None, ("pytest",)),
+    "continued": ("continued", 320, None, TRAINING),
+    "tests": ("kernel_tests", 240, None, ("pytest",)),
     "compiled": ("compiled", 180, None, ()),
 }
 ON_A_GPU = ("tests", "compiled")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from megaflux.bench.first.facts import FINISHED, Facts, number
 
+WIDEST = 72  # characters of a column; what is longer pushes its own line aside
+
 
 def table(facts: Facts) -> str:
     """One line a fact, by step; errors too."""
@@ -15,7 +17,7 @@ def table(facts: Facts) -> str:
         lines.append(
             [row.step, row.fact, number(row.value, row.unit), number(row.predicted, row.unit), row.error or ""]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    widths = [max(len(line[i]) for line in lines if len(line[i]) <= WIDEST) for i in range(4)]
     text = (
         "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip()
         for line in lines

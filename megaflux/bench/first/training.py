@@ -41,7 +41,7 @@ STEPS = (
     "7 optimizer",
     "8 monitor",
 )
-SAVE = ("save", "sync", "hash")
+ALL = "all of it, by the clock"
 
 
 class Seen:
@@ -54,6 +54,8 @@ class Seen:
         """Seconds of the parts of each save, and "gb"."""
         self.memory: list[tuple[str, float]] = []
         """(when, allocated GB), in order."""
+        self.began: float | None = None
+        """Of the update under way, when its first batch was asked for."""
         self._update: dict[str, float] = defaultdict(float)
         self._save: dict[str, float] = defaultdict(float)
 
@@ -66,7 +68,7 @@ def watched(seen: Seen) -> Iterator[None]:
     """Note in `seen` what the loop does inside."""
     with _Wrapped() as wrap:
         timed = functools.partial(_timed, seen._update)
-        wrap(loop, "pieces", lambda pieces: lambda *given: _timed_iterator(pieces(*given), seen._update))
+        wrap(loop, "pieces", lambda pieces: lambda *given: _timed_iterator(pieces(*given), seen))
         wrap(Batch, "to", timed("1 batch"))
         wrap(loop, "_latents", timed("2 latents"))
         wrap(loop, "_condition", timed("3 condition"))
@@ -122,14 +124,15 @@ def _timed(seconds: dict[str, float], step: str, only: Callable[[tuple], bool] |
     return wrapper
 
 
-def _timed_iterator(items: Iterator[Any], seconds: dict[str, float]) -> Iterator[Any]:
+def _timed_iterator(items: Iterator[Any], seen: Seen) -> Iterator[Any]:
     while True:
         started = time.perf_counter()
+        seen.began = seen.began or started
         try:
             item = next(items)
         except StopIteration:
             return
-        seconds["1 batch"] += time.perf_counter() - started
+        seen._update[STEPS[0]] += time.perf_counter() - started
         yield item
 
 
@@ -143,8 +146,9 @@ def _then(function: Callable, after: Callable[[Any], None]) -> Callable:
 
 
 def _close_update(seen: Seen) -> None:
-    seen.updates.append(dict(seen._update))
+    seen.updates.append(dict(seen._update) | {ALL: time.perf_counter() - seen.began})
     seen._update.clear()
+    seen.began = None
 
 
 def _close_save(seen: Seen, path: Path) -> None:
