@@ -33,4 +33,6 @@ def run(recorder: Recorder, setting: Setting) -> None:
                 if not worst.passes:
                     raise ArithmeticError(f"{worst.name} is off by {worst.ours:.2e}, diffusers by {worst.eager:.2e}")
                 recorder.add(f"{name}: diffusers' own", max(error.eager for error in errors))
-                recorder.add(f"{name}: ours over diffusers'", max(error.ours / max(error.eager, 1e-12) for error in errors))
+                recorder.add(
+                    f"{name}: ours over diffusers'", max(error.ours / max(error.eager, 1e-12) for error in errors)
+                )

@@ -16,6 +16,7 @@ from megaflux.bench.first.settings import Setting
 
 ROOT = Path(__file__).parents[3]
 SUITES = {
+    "training": ["tests/training/test_gpu.py", "tests/training/test_waits.py", "-m", "gpu"],
     "kernels": [
         "tests/kernels",
         "tests/models/test_flux.py",
@@ -24,12 +25,11 @@ SUITES = {
         "-m",
         "not slow",
     ],
-    "training": ["tests/training/test_gpu.py", "tests/training/test_waits.py", "-m", "gpu"],
 }
 NAMED = 5  # failed tests whose names are kept
 PROCESSES = 8
 LIMITS = {"kernels": 90, "training": 100}  # seconds; what has passed or failed by then is kept
-EACH = 60  # seconds for one test
+EACH = 90  # seconds for one test
 
 
 def run(recorder: Recorder, setting: Setting) -> None:

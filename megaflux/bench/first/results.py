@@ -7,8 +7,10 @@ of the file stays. Values and predictions are those of DIR/facts.jsonl; nothing 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from megaflux.bench.first import predicted as predictions
 from megaflux.bench.first.facts import FINISHED, Fact, Facts, number
 from megaflux.bench.first.predicted import PREDICTED
 from megaflux.bench.first.steps import TABLE
@@ -75,7 +77,7 @@ def placed(text: str, facts: Facts) -> str:
 
 def section(facts: Facts) -> str:
     """The section in Markdown."""
-    session, latest = _session(facts), facts.latest()
+    session, latest = _session(facts), _as_predicted_now(facts)
     machine = {row.fact: row for row in latest.values() if row.step == "machine"}
     versions = ", ".join(f"{name} {machine[name].value}" for name in VERSIONS if name in machine)
     lines = [f"## {session['device']}: measured beside predicted", "",
@@ -94,6 +96,15 @@ def section(facts: Facts) -> str:
     if waiting and session["sizes"] != SMALL:
         lines += ["", "### Predictions that wait for a measurement", "", *(f"- {line}" for line in waiting)]
     return "\n".join(lines) + "\n"
+
+
+def _as_predicted_now(facts: Facts) -> dict[tuple[str, str], Fact]:
+    """What is known, with the predictions that the code has now: of a number that was corrected, the old one says nothing."""
+    found = {}
+    for key, row in facts.latest().items():
+        expected = predictions.of(*key)
+        found[key] = row if expected is None else replace(row, predicted=expected)
+    return found
 
 
 def _when(facts: Facts) -> str:
