@@ -44,7 +44,7 @@ PREDICTED: dict[str, dict[str, float | str | bool]] = {
         "gate_residual image: share backward": 0.70,
         "gelu_concat joint: share forward": 0.82,
         "biased_attention joint over attention without a bias: forward": 0.63,
-        "biased_attention joint over attention without a bias: with backward": 0.45,
+        "biased_attention joint over attention without a bias: backward": 0.45,
     },
     "networks": {  # forward of 9.4 TFLOP a picture for the trunk, 4.9 for the VAE, at 45% of 989 TFLOP/s
         "trunk at 2": 42.0,
