@@ -146,15 +146,13 @@ def milestones(config: Config) -> set[int]:
     return set(config.stage_ends()) | (set(range(every, config.train.updates + 1, every)) if every else set())
 
 
-def kept_for_good(config: Config, update: int) -> int:
-    """How many checkpoints after this update are never deleted."""
-    return sum(milestone > update for milestone in milestones(config))
-
-
-def saves_to_come(config: Config, update: int) -> int:
-    """How many checkpoints are due after this update, unless a signal asks for more."""
-    due = milestones(config) | set(range(0, config.train.updates, config.train.checkpoint_every))
-    return sum(save > update for save in due | {config.train.stop_after or 0})
+def most_at_once(config: Config, update: int) -> int:
+    """How many checkpoints will be there at the same time after this update: those that come and go, the one being
+    written, and those kept for good; or, in a short run, all that are due and one that a signal asks for."""
+    every = set(range(0, config.train.updates, config.train.checkpoint_every)) | {config.train.stop_after}
+    kept = sum(milestone > update for milestone in milestones(config))
+    due = sum(save > update for save in milestones(config) | every)
+    return min(config.train.keep_checkpoints + 1 + kept, due + 1)
 
 
 def trained_weights(config: Config, engine: StageEngine, keep: bool = True) -> dict[str, torch.Tensor]:

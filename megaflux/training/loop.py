@@ -162,8 +162,7 @@ def _run(
             if resumed and stage == resumed.stage:
                 checkpoint.load_training_state(resumed, engine, world)
             trained = checkpoint.count_trained(config, models.trainable, stage)
-            space.check(config, engine, trained, world, kept=checkpoint.kept_for_good(config, done),
-                        to_come=checkpoint.saves_to_come(config, done))  # fmt: skip
+            space.check(config, engine, trained, world, checkpoint.most_at_once(config, done))
             policies = plan.choose(models, engine)
             log.info("stage %s: %d parameters train; %s; computed again in the backward pass, %s",
                      config.stages[stage].name, engine.num_trainable, models.trainable.describe(),
@@ -264,7 +263,7 @@ def _save(
 ) -> bool:  # fmt: skip
     """Whether there is a checkpoint now. A disk that refuses one ends the run only where there must be one. Collective."""
     try:
-        space.check(config, engine, checkpoint.count_trained(config, engine.module, engine.stage), world, copies=1)
+        space.check(config, engine, checkpoint.count_trained(config, engine.module, engine.stage), world)
         with monitor.timed("save", update):
             checkpoint.save(config, engine, update, loader.state_dict(), models.base, world, guard.state_dict(),
                             resumed.update if resumed else None)  # fmt: skip

@@ -27,19 +27,15 @@ def checkpoint_bytes(engine: StageEngine, weights: int) -> int:
     return int(MARGIN * (state + item * weights))
 
 
-def check(
-    config: Config, engine: StageEngine, weights: int, world: World, copies: int | None = None, kept: int = 0,
-    to_come: int | None = None,
-) -> None:  # fmt: skip
-    """UserError, alike on all ranks, where the disk of run.dir has no room or no inodes for `copies` more checkpoints.
+def check(config: Config, engine: StageEngine, weights: int, world: World, at_once: int | None = None) -> None:
+    """UserError, alike on all ranks, where the disk of run.dir has no room or no inodes for the checkpoints to come.
 
-    None: as many as will ever be there at once, if they stay this stage's size: those that come and go, the one being
-    written, and `kept` more for good; less those that are there; and no more than are `to_come`. Collective."""
+    at_once: how many will ever be there at the same time, if they stay this stage's size (`checkpoint.most_at_once`); those
+    that are there count. None: one more than are there. Collective."""
     problem = None
     if world.is_main:
         there = len(manifest.listed(config.run.dir))
-        wanted = config.train.keep_checkpoints + 1 + kept - there
-        wanted = max(1, wanted if to_come is None else min(wanted, to_come)) if copies is None else copies
+        wanted = 1 if at_once is None else max(1, at_once - there)
         need, files = wanted * checkpoint_bytes(engine, weights), wanted * (2 * world.size + FILES_EACH)
         disk = os.statvfs(config.run.dir)
         free = disk.f_bavail * disk.f_frsize

@@ -17,7 +17,7 @@ from megaflux.bench.first import __main__ as first
 from megaflux.bench.first import results, runner, steps
 from megaflux.bench.first.facts import FINISHED, Fact, Facts, GpuLost, Recorder
 from megaflux.bench.first.predicted import PREDICTED
-from megaflux.bench.first.runner import Step
+from megaflux.bench.first.runner import Outcome, Step
 from megaflux.bench.first.settings import Setting
 from tests.bench.runs import ROOT
 
@@ -107,6 +107,7 @@ def test_an_error_costs_its_own_fact_and_one_of_the_gpu_its_process(tmp_path):
     with pytest.raises(GpuLost), recorder.measuring("three"):
         raise RuntimeError("CUDA error: unspecified launch failure")
     assert values(recorder.facts, "a") == {"one": "ValueError: a line and another",
+                                           "two": "ValueError: a line and another",
                                            "three": "RuntimeError: CUDA error: unspecified launch failure"}  # fmt: skip
     assert not recorder.current.exists()
 
@@ -127,7 +128,8 @@ def test_whatever_happens_to_a_step_the_others_go_on(tmp_path):
     kinds = ["fails", "dies", "breaks", "useless"]
     todo = [fake("hangs", tmp_path, limit=8), *(fake(kind, tmp_path, group="all") for kind in kinds),
             fake("right", tmp_path), fake("elsewhere", tmp_path, needs=("no_such_module",))]  # fmt: skip
-    outcome = runner.run(todo, facts, log, seconds=120)
+    outcome = Outcome()
+    runner.run(todo, facts, log, 120, outcome)
     rest = {"one": 1.5, "three": 1.5}
     assert values(facts, "fails") == rest | {
         "two": "ValueError: this one is not to be had",
@@ -149,7 +151,7 @@ def test_whatever_happens_to_a_step_the_others_go_on(tmp_path):
     # Given again: what is right is left alone, and what was missing is found.
     (tmp_path / "mended").touch()
     before = len(facts.rows())
-    runner.run(todo, facts, log, seconds=120)
+    runner.run(todo, facts, log, 120, Outcome())
     assert all(runner.is_finished(facts, step.name) for step in todo[:-1])
     new = facts.rows()[before:]
     assert {(row.step, row.fact) for row in new if row.fact != FINISHED} == {
@@ -160,7 +162,8 @@ def test_whatever_happens_to_a_step_the_others_go_on(tmp_path):
 
 def test_no_step_begins_after_the_time_is_up(tmp_path):
     facts = Facts(tmp_path / "facts.jsonl")
-    outcome = runner.run([fake("hangs", tmp_path), fake("right", tmp_path)], facts, tmp_path / "log", seconds=6)
+    outcome = Outcome()
+    runner.run([fake("hangs", tmp_path), fake("right", tmp_path)], facts, tmp_path / "log", 6, outcome)
     assert "its limit" in values(facts, "hangs")[FINISHED]
     assert outcome.left_out == {"right": "no time left"} and not values(facts, "right")
 
@@ -177,10 +180,10 @@ def start(out: Path, work: Path, **options) -> subprocess.Popen:
                             **options)  # fmt: skip
 
 
-def of_this_run(out: Path) -> list[psutil.Process]:
+def of_this_run(folder: Path) -> list[psutil.Process]:
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if str(out) in " ".join(process.info["cmdline"] or ()) and process.status() != psutil.STATUS_ZOMBIE:
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if str(folder) in " ".join(process.info["cmdline"] or ()) and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
 
@@ -189,15 +192,20 @@ def test_the_whole_at_a_small_size_killed_and_given_again(tmp_path):
     out, work = tmp_path / "out", tmp_path / "work"
     facts = Facts(out / "facts.jsonl")
     process = start(out, work, start_new_session=True)
-    while ("blocks", "ours-none") not in facts.latest():
+    while not any("megaflux.bench.first.training" in " ".join(other.cmdline()) for other in of_this_run(tmp_path)):
         time.sleep(0.1)
         assert process.poll() is None, process.stdout.read()
-    os.killpg(process.pid, signal.SIGKILL)  # make, and the runner; the step is in a session of its own
+    refused = subprocess.run([sys.executable, "-m", "megaflux.bench.first", "--small", "--out", str(out), "--work", str(work)],
+                             cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert refused.returncode == 2 and "another invocation is at work there" in refused.stderr
+    os.killpg(
+        process.pid, signal.SIGKILL
+    )  # make, and the runner; steps, and what they start, are in their own sessions
     process.wait()
     deadline = time.monotonic() + 30
-    while of_this_run(out) and time.monotonic() < deadline:
+    while of_this_run(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not of_this_run(out)
+    assert not of_this_run(tmp_path)  # no training is left on the GPU
 
     said = start(out, work)
     text, _ = said.communicate()
@@ -207,8 +215,11 @@ def test_the_whole_at_a_small_size_killed_and_given_again(tmp_path):
     assert {row.step for row in rows} == {"session", *steps.names(small=True)}
     assert len([row for row in rows if row.step != "session" and row.fact != FINISHED]) >= 30
     assert len({row.key for row in rows}) == len(rows)  # nothing twice, although a step was cut off
-    assert "ours-none, 64 + 25 tokens: error / diffusers'" in text and "left out" not in text
-    assert sorted(file.name for file in out.iterdir()) == ["facts.jsonl", "log.txt", "table.txt"]
+    assert "ours-none, 64 + 25 tokens: ours over diffusers'" in text and "left out" not in text
+    assert sorted(file.name for file in out.iterdir()) == [".lock", "facts.jsonl", "log.txt", "table.txt"]
+    assert [file.name for file in work.iterdir()] == [".lock"]  # its runs are cleared away
+    own = [row.value for row in rows if row.fact.endswith("diffusers' own")]
+    assert own and max(own) < 0.1  # or the float32 reference is one of something else
 
     known = values(facts, "loop")
     assert known["trains"] == 5 and known["faults"] == 0
@@ -224,16 +235,79 @@ def test_the_whole_at_a_small_size_killed_and_given_again(tmp_path):
     text, _ = again.communicate()
     assert again.returncode == 0 and facts.rows() == rows, text
 
-    # Facts of other sizes do not join them.
+
+def test_facts_of_something_else_do_not_join(tmp_path, monkeypatch, capsys):
+    command = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--steps", "machine", "--seconds", "1"]
+    monkeypatch.setattr(first, "run", lambda *_: None)
+    monkeypatch.setattr(first, "gpu_name", lambda: "GPU A")
+    assert first.main([*command, "--commit", "one"]) == 1  # nothing was measured
+    capsys.readouterr()
+    for change, words in (
+        (("gpu_name", lambda: "GPU B"), "holds facts of device GPU A, and this is GPU B"),
+        (("libraries", lambda: "torch 1"), "holds facts of libraries torch"),
+        (None, "holds facts of sizes FLUX.1-dev, and this is small"),
+    ):
+        with monkeypatch.context() as other, pytest.raises(SystemExit) as stopped:
+            if change:
+                other.setattr(first, *change)
+            first.main(command if change else [*command, "--small"])
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
+    # What is finished is not put down to a later commit.
+    facts = Facts(tmp_path / "out" / "facts.jsonl")
+    facts.add(Fact("machine", FINISHED, 1.0, "s"))
+    assert first.main([*command, "--commit", "two"]) == 0
+    assert [row.value for row in facts.rows() if row.fact == "commit"] == ["one"]
+    # A step that is said to be out of date begins anew.
+    assert first.main([*command, "--commit", "two", "--again", "machine"]) == 1
+    assert [row.value for row in facts.rows() if row.fact == "commit"] == ["one", "two"]
+    assert Recorder(facts, "machine", False, len(facts.rows())).missing(FINISHED) == [FINISHED]
+
+
+def test_full_sizes_ask_for_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(first, "gpu_name", lambda: None)
     with pytest.raises(SystemExit) as stopped:
-        first.main(["--out", str(out), "--steps", "machine"])
-    assert stopped.value.code == 2
+        first.main(["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")])
+    assert stopped.value.code == 2 and "no NVIDIA GPU here" in capsys.readouterr().err
+
+
+def test_a_step_asked_for_by_name_must_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(steps, "TABLE", {"loop": ("loop", 10, None, ("no_such_module",))})
+    assert first.main(["--small", "--out", str(tmp_path / "o"), "--work", str(tmp_path / "w"), "--steps", "loop"]) == 1
+    assert "left out: loop: no no_such_module here" in capsys.readouterr().out
+
+
+def test_a_terminated_run_shows_what_it_knows(tmp_path):
+    command = [sys.executable, "-m", "megaflux.bench.first", "--small", "--out", str(tmp_path / "out"), "--work",
+               str(tmp_path / "work"), "--steps", "machine,attention"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not any(row.step == "machine" for row in Facts(tmp_path / "out" / "facts.jsonl").rows()):
+        time.sleep(0.05)
+    process.terminate()
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "predicted" in text and (tmp_path / "out" / "table.txt").read_text() in text
+    assert not of_this_run(tmp_path)
+
+
+def test_a_full_disk_ends_no_step_to_come(tmp_path, monkeypatch, capsys):
+    facts = Facts(tmp_path / "facts.jsonl")
+    todo = [Step(name, [sys.executable, "-c", ""], 60) for name in ("one", "two")]
+
+    def full(self, fact):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Facts, "add", full)
+        runner.run(todo, facts, tmp_path / "log", 60, Outcome())
+    said = capsys.readouterr().err
+    assert "not written: one: finished" in said and "not written: two: finished" in said
 
 
 def test_bad_options_are_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
+    (tmp_path / "odd" / "facts.jsonl").mkdir(parents=True)
     for argv, words in (
         (["--out", str(tmp_path / "file" / "x")], "--out"),
+        (["--small", "--out", str(tmp_path / "odd"), "--work", str(tmp_path / "w")], "facts.jsonl is a folder"),
         (["--out", str(tmp_path), "--steps", "block"], "unknown step 'block'; use some of machine,attention,"),
         (["--out", str(tmp_path), "--seconds", "0"], "--seconds"),
     ):
@@ -260,8 +334,11 @@ def test_token_counts_are_those_of_training():
 
 def test_the_section_takes_its_own_place_and_no_other(tmp_path):
     facts = Facts(tmp_path / "facts.jsonl")
-    for fact in (Fact("session", "sizes", "FLUX.1-dev"), Fact("session", "device", "GPU A"), Fact("session", "commit", "0123456789"),
-                 Fact("session", "date", "2026-11-27"), Fact("machine", "torch", "2.11.0"),
+    session = {"sizes": "FLUX.1-dev", "device": "GPU A", "libraries": "torch 2.11.0", "commit": "0123456789",
+               "date": "2026-11-27"}  # fmt: skip
+    for name, value in session.items():
+        facts.add(Fact("session", name, value))
+    for fact in (Fact("machine", "torch", "2.11.0"),
                  Fact("machine", "copy, read and written", 4050.0, "GB/s", 3000.0),
                  Fact("gate-modulate", "1x2x3: error / allowed", 0.5), Fact("gate-modulate", "1x9x3: error / allowed", 0.75),
                  Fact("blocks", "ours-full", error="out of memory"),
@@ -273,8 +350,11 @@ def test_the_section_takes_its_own_place_and_no_other(tmp_path):
     assert results.main([str(tmp_path), "--document", str(document)]) == 0
     text = document.read_text()
     assert text.startswith("# Results\n\nby hand\n")
-    assert "| copy, read and written | 4050 GB/s | 3000 GB/s |" in text and "commit 0123456, sizes" in text
-    assert "torch 2.11.0" in text and "| `modulate` | 0.75 | 2 |" in text  # the largest
+    assert (
+        "| copy, read and written | 4050 GB/s | 3000 GB/s |" in text
+        and "2026-11-27, commit 0123456: machine, gates, blocks, memory." in text
+    )
+    assert "torch 2.11.0; " in text and "| `modulate` | 0.75 | 2 |" in text  # the largest
     assert "| batch 1, none | 15.91 GB (predicted 15.92) |  | 0 |" in text  # one line, in columns
     assert "- blocks, ours-full: out of memory" in text and "| ours-full | failed |  |" in text
     assert "- blocks: ours-none (318)" in text and "- machine: copy" not in text  # what waits, what does not

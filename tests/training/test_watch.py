@@ -127,20 +127,27 @@ def test_what_cannot_fit_is_refused(tmp_path, monkeypatch, free, inodes, said):
     monkeypatch.setattr(space.os, "statvfs", lambda path: disk)
     assert space.checkpoint_bytes(engine, 100_100) == pytest.approx(100_100 * (12 + 4 + 4), rel=0.05)
     if said is None:
-        space.check(config, engine, 100_100, ALONE, kept=1)
+        space.check(config, engine, 100_100, ALONE, 4)
     else:
         with pytest.raises(space.NoRoom, match=said):
-            space.check(config, engine, 100_100, ALONE, kept=1)
+            space.check(config, engine, 100_100, ALONE, 4)
         with pytest.raises(space.NoRoom, match=said.replace("4 checkpoints", "2 checkpoints")):
-            space.check(config, engine, 100_100, ALONE, kept=1, to_come=2)
+            space.check(config, engine, 100_100, ALONE, 2)
 
 
 def test_no_room_is_asked_for_checkpoints_that_never_come(tmp_path):
     """make gpu-train saves twice, half way and at its end: it needs no room for those that a longer run keeps."""
-    values = small_config(tmp_path, tmp_path / "run", train__updates=20, train__checkpoint_every=8)
+    values = small_config(
+        tmp_path, tmp_path / "run", train__updates=20, train__checkpoint_every=8, train__keep_checkpoints=2
+    )
     values["stages"] = values["stages"][:1]
     values = merge(tiny(), values)
     config = build_config(values)
-    assert [checkpoint.saves_to_come(config, update) for update in (0, 8, 15, 16, 20)] == [3, 2, 2, 1, 0]
+    # Due are 8, 16 and 20, and a signal may ask for one more; kept are two, the one being written, and the last for good.
+    assert [checkpoint.most_at_once(config, update) for update in (0, 8, 15, 16, 20)] == [4, 3, 3, 2, 1]
+    values["train"]["keep_checkpoints"] = 9
+    assert checkpoint.most_at_once(build_config(values), 0) == 4
     values["train"]["stop_after"] = 5
-    assert checkpoint.saves_to_come(build_config(values), 0) == 4
+    assert checkpoint.most_at_once(build_config(values), 0) == 5
+    values["train"] |= {"updates": 2000, "keep_checkpoints": 2, "stop_after": 0}
+    assert checkpoint.most_at_once(build_config(values), 0) == 4  # a long run: as it has always been

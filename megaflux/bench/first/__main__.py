@@ -10,6 +10,7 @@ Exit code: 0 all asked for is known; 1 something failed or did not fit into the 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import importlib.metadata
@@ -53,10 +54,17 @@ def main(argv: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         return one_step(args.step, facts, work, args.small)
 
-    held = [hold(parser, "--out", out), hold(parser, "--work", work)]
+    with contextlib.ExitStack() as held:
+        for option, folder in (("--out", out), ("--work", work)):
+            held.enter_context(hold(parser, option, folder))
+        return all_steps(parser, args, facts)
+
+
+def all_steps(parser: Parser, args: argparse.Namespace, facts: Facts) -> int:
+    """Run what is chosen and not finished, each step in its own process; the exit code."""
+    out, device = Path(args.out), gpu_name() or ("CPU" if args.small else None)
     if facts.path.is_dir():
         parser.error(f"--out {out}: facts.jsonl is a folder; give another")
-    device = gpu_name() or ("CPU" if args.small else None)
     if device is None:
         parser.error("no NVIDIA GPU here, and FLUX.1-dev's sizes need one; --small is for a CPU")
     if problem := joins(facts, args.small, device):
@@ -69,13 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     outcome = Outcome()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as `timeout` ends it: what is known is still shown
     try:
-        run(steps.steps(chosen, out, work, args.small), facts, out / "log.txt", args.seconds, outcome)
+        todo = steps.steps(chosen, out, Path(args.work), args.small)
+        run(todo, facts, out / "log.txt", args.seconds, outcome)
     except KeyboardInterrupt:
         return 1
     finally:
         show(facts, out / "table.txt", outcome)
-        for file in held:
-            file.close()
     complete = all(is_finished(facts, name) for name in chosen if name not in outcome.left_out)
     asked_for = set(args.steps or ()) & set(outcome.left_out)
     return 0 if complete and not asked_for and "no time left" not in outcome.left_out.values() else 1
