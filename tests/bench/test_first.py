@@ -14,11 +14,9 @@ import psutil
 import pytest
 
 from megaflux.bench.first import __main__ as first
-from megaflux.bench.first import results, runner, steps
+from megaflux.bench.first import runner, steps
 from megaflux.bench.first.facts import FINISHED, Fact, Facts, GpuLost, Recorder
-from megaflux.bench.first.predicted import PREDICTED
 from megaflux.bench.first.runner import Outcome, Step
-from megaflux.bench.first.settings import Setting
 from tests.bench.runs import ROOT
 
 FIELDS = ["step", "fact", "value", "unit", "predicted", "seconds", "error"]
@@ -315,72 +313,3 @@ def test_bad_options_are_one_line(tmp_path, capsys):
             first.main(argv)
         said = capsys.readouterr().err
         assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and words in said
-
-
-def test_token_counts_are_those_of_training():
-    from megaflux.config import build_config
-    from megaflux.presets import dev
-    from megaflux.training.costs import token_counts
-
-    config = build_config(dev())
-    pictures = Setting(False, Path()).pictures()
-    assert {tokens.condition for _, tokens in pictures} == {484, 480, 476, 512}
-    assert pictures[0][1].image == 4096
-    assert all(tokens == token_counts(config, bucket) for bucket, tokens in pictures)
-
-
-# --- the document ---------------------------------------------------------------------------------------------------
-
-
-def test_the_section_takes_its_own_place_and_no_other(tmp_path):
-    facts = Facts(tmp_path / "facts.jsonl")
-    session = {"sizes": "FLUX.1-dev", "device": "GPU A", "libraries": "torch 2.11.0", "commit": "0123456789",
-               "date": "2026-11-27"}  # fmt: skip
-    for name, value in session.items():
-        facts.add(Fact("session", name, value))
-    for fact in (Fact("machine", "torch", "2.11.0"),
-                 Fact("machine", "copy, read and written", 4050.0, "GB/s", 3000.0),
-                 Fact("gate-modulate", "1x2x3: error / allowed", 0.5), Fact("gate-modulate", "1x9x3: error / allowed", 0.75),
-                 Fact("blocks", "ours-full", error="out of memory"),
-                 Fact("memory", "batch 1, none: allocated", 15.91, "GB", 15.92), Fact("memory", "batch 1, none: retries", 0),
-                 Fact("blocks", FINISHED, 3.0, "s")):  # fmt: skip
-        facts.add(fact)
-    document = tmp_path / "doc.md"
-    document.write_text("# Results\n\nby hand\n")
-    assert results.main([str(tmp_path), "--document", str(document)]) == 0
-    text = document.read_text()
-    assert text.startswith("# Results\n\nby hand\n")
-    assert (
-        "| copy, read and written | 4050 GB/s | 3000 GB/s |" in text
-        and "2026-11-27, commit 0123456: machine, gates, blocks, memory." in text
-    )
-    assert "torch 2.11.0; " in text and "| `modulate` | 0.75 | 2 |" in text  # the largest
-    assert "| batch 1, none | 15.91 GB (predicted 15.92) |  | 0 |" in text  # one line, in columns
-    assert "- blocks, ours-full: out of memory" in text and "| ours-full | failed |  |" in text
-    assert "- blocks: ours-none (318)" in text and "- machine: copy" not in text  # what waits, what does not
-    document.write_text(text + "\nafter\n")
-    facts.add(Fact("blocks", "ours-none", 320.0, "ms", 318.0))
-    results.main([str(tmp_path), "--document", str(document)])
-    assert "| ours-none | 320 ms | 318 ms |" in document.read_text() and "ours-none (318)" not in document.read_text()
-    assert document.read_text().count("## GPU A") == 1 and document.read_text().endswith("\nafter\n")
-
-
-def test_small_sizes_are_no_results(tmp_path, capsys):
-    facts = Facts(tmp_path / "facts.jsonl")
-    for name, value in (("sizes", "small"), ("device", "CPU")):
-        facts.add(Fact("session", name, value))
-    before = results.DOCUMENT.read_text()
-    with pytest.raises(SystemExit) as stopped:
-        results.main([str(tmp_path)])
-    assert stopped.value.code == 2 and "of small sizes" in capsys.readouterr().err
-    assert results.DOCUMENT.read_text() == before
-
-
-def test_results_of_nothing_are_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        results.main([str(tmp_path)])
-    assert stopped.value.code == 2 and "no facts" in capsys.readouterr().err
-
-
-def test_every_prediction_is_of_a_step():
-    assert set(PREDICTED) <= set(steps.TABLE)

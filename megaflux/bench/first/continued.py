@@ -54,6 +54,10 @@ def fork(run: Path, other: Path) -> None:
     for update, path in manifest.listed(other).items():
         if update > loop.SAVED:
             shutil.rmtree(path)
+    if (
+        max(manifest.listed(other), default=0) != loop.SAVED
+    ):  # or nothing would be left to do, and two nothings are equal
+        raise RuntimeError(f"{run}: holds no checkpoint after update {loop.SAVED}")
 
 
 def masters(checkpoint: Path) -> list[torch.Tensor]:

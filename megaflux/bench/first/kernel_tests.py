@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import xml.etree.ElementTree as ElementTree
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +28,7 @@ SUITES = {
         "not slow",
     ],
 }
+OUTCOMES = ("passed", "failed", "skipped")
 NAMED = 5  # failed tests whose names are kept
 PROCESSES = 8
 LIMITS = {"kernels": 90, "training": 100}  # seconds; what has passed or failed by then is kept
@@ -36,27 +39,23 @@ def run(recorder: Recorder, setting: Setting) -> None:
     for suite in SUITES:
         if suite == "training" and not (find_spec("deepspeed") and find_spec("streaming")):
             continue
-        facts = [f"{suite}: {what}" for what in ("passed", "failed", "skipped")]
+        facts = [f"{suite}: {what}" for what in OUTCOMES]
         if recorder.missing(*facts):
             with recorder.measuring(*facts):
-                tests, code = results(suite)
-                failed = [test for test in tests if _is(test, "failure", "error")]
-                skipped = sum(_is(test, "skipped") for test in tests)
-                if code not in (0, 1, 2) or len(tests) == skipped:
-                    raise RuntimeError(
-                        f"pytest ended with code {code}, and {len(tests) - skipped} tests ran; see the log"
-                    )
-                for number, test in enumerate(failed[:NAMED], start=1):
-                    recorder.add(f"{suite}: failed {number}", _said(test))
-                recorder.add(facts[0], len(tests) - len(failed) - skipped)
-                recorder.add(facts[1], len(failed), predicted=0)
-                recorder.add(facts[2], skipped)
+                counts, failures, code = results(suite)
+                if code not in (0, 1, 2) or not counts["passed"] + counts["failed"]:
+                    raise RuntimeError(f"pytest ended with code {code}, and no test ran; see the log")
+                for number, said in enumerate(failures[:NAMED], start=1):
+                    recorder.add(f"{suite}: failed {number}", said)
+                for what, fact in zip(OUTCOMES, facts, strict=True):
+                    recorder.add(fact, counts[what], predicted=0 if what == "failed" else None)
                 if code == 2:
                     recorder.add(f"{suite}: not all", f"ended after {LIMITS[suite]} s")
 
 
-def results(suite: str) -> tuple[list[ElementTree.Element], int]:
-    """The tests of a suite as junit has them, and pytest's exit code; 2: ended at its limit. RuntimeError without any."""
+def results(suite: str) -> tuple[dict[str, int], list[str], int]:
+    """How many tests of a suite had which outcome, as pytest's last line counts them, what the failed ones said, and
+    pytest's exit code; 2: ended at its limit. RuntimeError where it wrote no results."""
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
         command = [
@@ -74,15 +73,22 @@ def results(suite: str) -> tuple[list[ElementTree.Element], int]:
             command += ["-n", str(PROCESSES)]
         if find_spec("pytest_timeout"):
             command += ["--timeout", str(EACH)]
-        process = start(command, cwd=ROOT)
-        try:
-            code = process.wait(LIMITS[suite])
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # on which pytest writes what it has
-            code = process.wait(20)
+        process, last = start(command, cwd=ROOT, stdout=subprocess.PIPE, text=True), ""
+        limit = threading.Timer(LIMITS[suite], process.send_signal, [signal.SIGINT])  # pytest then writes what it has
+        limit.start()
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line if line.strip() else last
+        limit.cancel()
+        code = process.wait()
         if not junit.is_file():
             raise RuntimeError(f"pytest ended with code {code} and wrote no results; see the log")
-        return list(ElementTree.parse(junit).getroot().iter("testcase")), code
+        tests = ElementTree.parse(junit).getroot().iter("testcase")
+        failures = [_said(test) for test in tests if _is(test, "failure", "error")]
+    # In junit's file a test that was under way at the end looks as if it had passed.
+    found = dict.fromkeys(OUTCOMES, 0) | {name: int(count) for count, name in re.findall(r"(\d+) (\w+)", last)}
+    found["failed"] += found.get("error", 0) + found.get("errors", 0)
+    return found, failures, code
 
 
 def _is(test: ElementTree.Element, *outcomes: str) -> bool:
