@@ -117,7 +117,8 @@ def test_sizes_that_describe_nothing_are_named():
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), RuntimeError("CUDA error: out of memory")]
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), RuntimeError("CUDA error: out of memory")],
 )
 def test_too_little_memory_is_not_said_to_be_a_wrong_configuration(monkeypatch, error):
     """It reaches training, which knows what to do about it."""
