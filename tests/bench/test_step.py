@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megaflux.bench import activations, numerics, step
 from megaflux.bench.__main__ import main
@@ -14,6 +15,7 @@ from megaflux.bench.arms import Arms, random_flux, random_inputs
 from megaflux.bench.live_memory import GRANULE, LiveMemory
 from megaflux.bench.sizes import Sizes, published
 from megaflux.presets import PUBLISHED_STAGES
+from megaflux_kernels.bench.machine import attention_backend
 from megaflux_kernels.bench.report import Parser
 from tests.bench.runs import QUICK, SMALL, bench, metrics, read, start
 
@@ -21,6 +23,7 @@ ON_GPU = torch.cuda.is_available()
 ARMS = ["diffusers-eager", "diffusers-eager-full", "ours-none", "ours-mlp", "ours-full"]
 SHAPES = [f"{grid}+5 b1 1+2x2x32 attention float32" for grid in ("3x4", "2x3")]
 FP32 = ["--dtype", "float32"]
+ONE_GRID = ["step", *SMALL[:-1], "2x3", *QUICK, *FP32]
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +150,31 @@ def test_a_part_of_the_limit_that_fails_costs_no_arm(capsys):
     arms, parts = Failing(None, turn=0), {"gemm_ms": broken}
     assert not step.take_turns(arms, ["b"], {}, parts, CPU, 4, 1, lambda *row: found.append(row[0]))
     assert found == ["b"] and "gemm_ms: out of memory; no row" in capsys.readouterr().out
-    names = {row.metric for row in step.rows("b", "s", [1.0], {}, None, 1, CPU, torch.float32)}
-    assert "step_ms" in names and "fraction_of_limit" not in names
+
+
+@pytest.mark.parametrize("part", ["run_products", "run_attention"])
+def test_half_a_limit_is_none_and_resuming_measures_it(tmp_path, monkeypatch, capsys, part):
+    """The real bench: one part of the limit has no memory; the same command, with room for it, adds the fraction."""
+    file, plain = tmp_path / "r.json", getattr(step.limits, part)
+
+    def full(*_):
+        raise NO_MEMORY
+
+    command = [*ONE_GRID, "--arms", "diffusers-eager", "--json", str(file), "--resume"]
+    monkeypatch.setattr(step.limits, part, full)
+    assert main(command) == 0
+    first = metrics(read(file), "step")
+    assert len(first["limit", SHAPES[1]]) == 1
+    assert "step_ms" in first["diffusers-eager", SHAPES[1]]
+    assert "fraction_of_limit" not in first["diffusers-eager", SHAPES[1]]
+    monkeypatch.setattr(step.limits, part, plain)
+    assert main(command) == 0
+    again = metrics(read(file), "step")
+    limit, arm = again["limit", SHAPES[1]], again["diffusers-eager", SHAPES[1]]
+    assert arm["fraction_of_limit"] == pytest.approx((limit["gemm_ms"] + limit["attention_ms"]) / arm["step_ms"])
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "1 of 1 arms are in" in capsys.readouterr().out
 
 
 def test_a_failing_arm_costs_its_rows_and_resuming_measures_only_those(tmp_path, monkeypatch, capsys):
@@ -166,7 +192,7 @@ def test_a_failing_arm_costs_its_rows_and_resuming_measures_only_those(tmp_path,
     command = ["step", *SMALL[:-1], "2x3", "--samples", "4", "--warmup", "1", *FP32, "--json", str(file), "--resume",
                "--arms", "diffusers-eager,ours-mlp,diffusers-eager-full"]  # fmt: skip
     monkeypatch.setattr(Arms, "step", breaks)
-    monkeypatch.setattr(step, "past_gate", lambda *args: list(args[-1]))
+    monkeypatch.setattr(step, "past_gate", lambda *args: (list(args[-1]), False))
     assert main(command) == 1
     assert "ours-mlp: a kernel failed; no row" in capsys.readouterr().out
     first = metrics(read(file), "step")
@@ -211,10 +237,63 @@ def test_an_arm_that_stops_in_the_gate_is_left_out(monkeypatch, capsys):
     monkeypatch.setattr(numerics, "results", stops)
     arms = ["diffusers-eager", "ours-mlp", "ours-none"]
     chosen = Sizes(1, 2, 2, 32, 16, 5, 1, "attention", (1,))
-    assert step.past_gate(chosen, (2, 3), torch.float32, CPU, arms) == ["diffusers-eager", "ours-none"]
+    assert step.past_gate(chosen, (2, 3), torch.float32, CPU, arms) == (["diffusers-eager", "ours-none"], True)
     said = capsys.readouterr()
     assert said.err == "error: numerics gate: 48x32 ours-mlp: a kernel failed; no row\n"
     assert "48x32 ours-none: " in said.out
+
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+
+@pytest.mark.parametrize(
+    "error, code, why",
+    [
+        (RuntimeError("a kernel failed"), 1, "a kernel failed"),
+        (NO_MEMORY, 0, "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 0, "out of memory"),
+    ],
+)
+def test_an_arm_lost_in_the_gate_is_a_failure_unless_it_had_no_memory(monkeypatch, capsys, tmp_path, error, code, why):
+    plain, file = numerics.results, tmp_path / "r.json"
+
+    def stops(transformer, arm, given):
+        if arm == "ours-mlp":
+            raise error
+        return plain(transformer, arm, given)
+
+    monkeypatch.setattr(numerics, "results", stops)
+    assert main([*ONE_GRID, "--arms", "diffusers-eager,ours-mlp,ours-none", "--json", str(file)]) == code
+    assert capsys.readouterr().err == f"{'error: ' * code}numerics gate: 48x32 ours-mlp: {why}; no row\n"
+    assert {arm for arm, _ in metrics(read(file), "step")} == {"limit", "diffusers-eager", "ours-none"}
+
+
+@pytest.mark.parametrize("error, code, why", [(NO_MEMORY, 0, "out of memory"), (RuntimeError("no"), 1, "no")])
+@pytest.mark.parametrize("stopping", ["random_flux", "random_inputs"])
+def test_a_flux_that_does_not_fit_is_a_line_for_each_arm(monkeypatch, capsys, stopping, error, code, why):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(step, stopping, full)
+    monkeypatch.setattr(step, "is_compiled", lambda arm: True)  # what stops before an arm's turn is not its compilation
+    assert main([*ONE_GRID, "--arms", "diffusers-eager,diffusers-eager-full"]) == code
+    said = capsys.readouterr().out
+    assert f"  diffusers-eager: {why}; no row\n  diffusers-eager-full: {why}; no row\n" in said
+
+
+@pytest.mark.parametrize("error, failed, why", [(NO_MEMORY, False, "out of memory"), (RuntimeError("no"), True, "no")])
+def test_an_optimizer_that_stops_counts_as_arms_do(monkeypatch, capsys, error, failed, why):
+    """The optimizer is measured on GPUs alone; only its own call is changed, and nothing is made on the device."""
+
+    def stops(*_):
+        raise error
+
+    monkeypatch.setattr(step, "random_flux", lambda config, dtype, device: random_flux(config, dtype, CPU))
+    monkeypatch.setattr(step, "measure_shape", lambda *_: False)
+    monkeypatch.setattr(step, "optimizer_row", stops)
+    chosen, todo = Sizes(1, 2, 2, 32, 16, 5, 1, "attention", (1,)), [((2, 3), "s", ["diffusers-eager"])]
+    assert step.measure(None, chosen, todo, torch.float32, torch.device("cuda"), 2, 1) == failed
+    assert capsys.readouterr().out == f"  optimizer: {why}; no row\n"
 
 
 def test_an_arm_leaves_no_memory_behind():
@@ -242,24 +321,29 @@ def test_an_arm_leaves_no_memory_behind():
 
 def test_cudnn_that_is_wrong_at_a_length_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
-    asked = []
+    with pytest.raises(SystemExit) as stopped:
+        main(["step", "--text", "4", "--grids", "24x32", "--arms", "diffusers-eager", "--attention", "cudnn"])
+    said = capsys.readouterr().err
+    wrong = "--attention cudnn: attention of cuDNN 9.10.2 is wrong at 772 tokens, which 128 does not divide"
+    assert stopped.value.code == 2 and said.startswith(f"error: {wrong}") and said.count("\n") == 1
 
-    def auto(device, dtype, heads, head_dim, tokens):
-        asked.append(tokens)
-        return "cudnn" if tokens > 600 else "flash"
 
-    monkeypatch.setattr(step, "attention_backend", auto)
-    wrong = "attention of cuDNN 9.10.2 is wrong at 772 tokens, which 128 does not divide"
-    for extra, words in ([["--attention", "cudnn"], f"--attention cudnn: {wrong}"],
-                         [[], f"--attention auto: torch takes cuDNN here, and {wrong}"]):  # fmt: skip
-        with pytest.raises(SystemExit) as stopped:
-            main(["step", "--text", "4", "--grids", "24x32", "--arms", "diffusers-eager", *extra])
-        said = capsys.readouterr().err
-        assert stopped.value.code == 2 and said.startswith(f"error: {words}") and said.count("\n") == 1
-    assert asked == [772]
-    parser, args = Parser(), argparse.Namespace(attention="auto", grids=[(16, 32), (24, 32)])
-    chosen = Sizes(1, 1, 2, 32, 16, 0, 1, "attention", (0,))
-    assert step.backends(parser, args, chosen, torch.float32, CPU) == "flash, cudnn"  # 512 and 768 tokens
+def test_the_backend_is_asked_for_at_the_lengths_and_heads_of_the_step(monkeypatch):
+    """What torch chooses depends on them."""
+    attention, seen = F.scaled_dot_product_attention, []
+
+    def noted(q, k, v):
+        seen.append({tuple(x.shape) for x in (q, k, v)})
+        return attention(q, k, v)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    args = argparse.Namespace(attention="auto", grids=[(3, 4), (24, 32)])
+    chosen = Sizes(1, 1, 3, 32, 16, 4, 1, "attention", (0,))
+    one = step.backends(Parser(), args, chosen, torch.float32, CPU)
+    assert seen == [{(1, 3, 16, 32)}, {(1, 3, 772, 32)}]
+    assert one == attention_backend(CPU, torch.float32, 3, 32, 16)
+    monkeypatch.setattr(step, "attention_backend", lambda *sizes: "cudnn" if sizes[-1] > 600 else "flash")
+    assert step.backends(Parser(), args, chosen, torch.float32, CPU) == "flash, cudnn"
 
 
 def test_a_wrong_gradient_stops_the_bench(monkeypatch, capsys, tmp_path):
