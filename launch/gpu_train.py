@@ -16,6 +16,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,24 @@ def main() -> int:
     device, root = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(args.run)
     report = open_report(parser, args, facts(device, attention_backend(device, torch.bfloat16)))
     root.mkdir(parents=True, exist_ok=True)
+    if line := unused(root):
+        print(line, flush=True)
     values = settings(root, args)
     run = root / "run"
-    every = values["stages"][0]["blocks"] if args.blocks is None else args.blocks
-    values["stages"][0]["blocks"] = blocks = choose_blocks(run, values, [every] if args.blocks else [every, FEW_BLOCKS])
-    shape = shape_of(args, values)
+
+    def plan(blocks: list[int]) -> tuple[dict[str, Any], Path, str]:
+        chosen = values | {"stages": [values["stages"][0] | {"blocks": blocks}]}
+        sharding = choose_sharding(chosen, device)
+        return chosen, sharding, shape_of(args, chosen, sharding)
+
+    choices = [values["stages"][0]["blocks"], FEW_BLOCKS]
+    if args.blocks is not None or args.small:
+        choices = [args.blocks or choices[0]]
+    blocks = choose_blocks(run, values, choices, lambda blocks: report.has("train", "ours", plan(blocks)[-1]))
+    values, sharding, shape = plan(blocks)
     if report.has("train", "ours", shape):
         print(table(row for row in report.rows if row.bench == "train"))
         return 0
-    sharding = choose_sharding(values, device)
     print(f"blocks that train: {_listed(blocks)}; {sharding.name}", flush=True)
     config = write(root / "gpu-train.yaml", values)
     make_data(root / "data", values["data"]["longest_side"], tuple(values["data"]["aspect_ratios"]))
@@ -104,16 +114,28 @@ def settings(root: Path, args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def shape_of(args: argparse.Namespace, values: dict[str, Any]) -> str:
-    """What the numbers are of, for the report."""
-    shape = f"{values['data']['longest_side']} px micro {args.micro_batch} x {args.accumulation}"
+def shape_of(args: argparse.Namespace, values: dict[str, Any], sharding: Path) -> str:
+    """What the numbers are of, for the report, where the optimizer was among it: "1024 px micro 1 x 4 zero2_offload"."""
+    shape = f"{values['data']['longest_side']} px micro {args.micro_batch} x {args.accumulation} {sharding.stem}"
     blocks = values["stages"][0]["blocks"]
     return shape if args.small or blocks == PUBLISHED_STAGES["stage1"] else f"{shape} blocks {_listed(blocks)}"
 
 
-def choose_blocks(run: Path, values: dict[str, Any], choices: list[list[int]]) -> list[int]:
-    """The first of these lists of blocks for whose checkpoints the disk has room, what an earlier run left counted as free.
-    UserError, naming the least that is needed, where there is none."""
+def unused(root: Path) -> str:
+    """One line that names what a version before this one left in --run, models that nothing reads any more; or nothing."""
+    left = [path for path in (root / "flux", root / "qwen", root / "complete") if path.exists()]
+    files = [file for path in left for file in (path, *path.rglob("*")) if file.is_file()]
+    size = sum(file.stat().st_size for file in files) / 1e9
+    names = ", ".join(map(str, left))
+    return f"{names}: {size:.1f} GB that an earlier version made and nothing uses any more; delete them" if left else ""
+
+
+def choose_blocks(
+    run: Path, values: dict[str, Any], choices: list[list[int]],
+    measured: Callable[[list[int]], bool] = lambda blocks: False,
+) -> list[int]:  # fmt: skip
+    """The first of these lists of blocks that is measured already, which needs no room, or for whose checkpoints the disk
+    has room, what an earlier run left counted as free. UserError, naming the least that is needed, where there is none."""
     from megaflux.config import build_config
     from megaflux.models.pretrained import meta_models
     from megaflux.training.costs import stage_table
@@ -121,6 +143,8 @@ def choose_blocks(run: Path, values: dict[str, Any], choices: list[list[int]]) -
     had = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
     free = shutil.disk_usage(run.parent).free + had
     for blocks in choices:
+        if measured(blocks):
+            return blocks
         config = build_config(values | {"stages": [values["stages"][0] | {"blocks": blocks}]})
         trained = sum(stage_table(config, meta_models(config)[0])[0].trainable.values())
         need = checkpoints_bytes(trained)

@@ -139,7 +139,6 @@ def saved_bytes(transformer: nn.Module, run: Callable[[], Any], checkpointed: bo
         for handle in handles:
             handle.remove()
     size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    kept.clear()  # the result's graph holds `keep`, and would hold checkpointed inputs until its end
     return size, result
 
 

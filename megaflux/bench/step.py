@@ -1,11 +1,12 @@
 """python -m megaflux.bench step: forward and backward of FLUX, diffusers against ours, in one process.
 
 Random weights, normal inputs, the freezing of stage 1, the condition asking for its gradient, no optimizer. First the
-numerics gate; then the arms in turn, there and back (ABBA), each sample timed; and, in the same turns, the matrix
-products and the attention of a step alone, which are the limit: fraction_of_limit = limit / step.
+numerics gate; then the arms in turn, there and back (ABBA), each sample timed; and, at the start of each such round, there
+as well as back, the matrix products and the attention of a step alone, which are the limit: fraction_of_limit = limit / step.
 
 An arm's rows are written when its last sample is there, so a killed bench, given again with --resume, measures only the
-arms that have none. An arm that fails costs its own rows: it gets a line that says why, and the others go on.
+arms that have none, or no fraction_of_limit because a part of the limit failed. An arm that fails costs its own rows: it
+gets a line that says why, and the others go on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import gc
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 
@@ -25,6 +26,7 @@ from megaflux.bench import limits, numerics
 from megaflux.bench.activations import freeze, trainable_flux
 from megaflux.bench.arms import ARMS, Arms, is_compiled, random_flux, random_inputs
 from megaflux.bench.sizes import Sizes, add_size_arguments, pixels, sizes
+from megaflux.errors import is_out_of_memory
 from megaflux.gpus import peak_tflops_for
 from megaflux_kernels import cudnn
 from megaflux_kernels.bench.machine import (
@@ -77,7 +79,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """0, also where arms had too little memory or could not be compiled here; 1 where the numerics gate refuses, before
+    """0, also where memory was too small or torch.compile cannot compile here; 1 where the numerics gate refuses, before
     any time is taken, and where an arm failed in another way, with all other rows written."""
     device, dtype = default_device(), DTYPES[args.dtype]
     chosen = sizes(parser, args)
@@ -94,13 +96,13 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
         todo = []
         for grid in args.grids:
             shape = chosen.shape(grid, args.dtype)
-            arms = [arm for arm in args.arms if not report.has(BENCH, arm, shape, "step_ms")]
+            arms = [arm for arm in args.arms if not report.has(BENCH, arm, shape, "fraction_of_limit")]
             if skipped := len(args.arms) - len(arms):
                 print(f"{shape}: {skipped} of {len(args.arms)} arms are in {args.json} already")
-            exact = past_gate(chosen, grid, dtype, device, arms)
+            exact, lost = past_gate(chosen, grid, dtype, device, arms)
             if exact is None:
                 return 1
-            failed |= len(exact) < len(arms)
+            failed |= lost
             todo += [(grid, shape, exact)] if exact else []
         if todo:
             failed |= measure(report, chosen, todo, dtype, device, args.samples, args.warmup)
@@ -115,7 +117,7 @@ def backends(
     parser: Parser, args: argparse.Namespace, chosen: Sizes, dtype: torch.dtype, device: torch.device
 ) -> str:  # fmt: skip
     """What attention really takes at the lengths asked for, as "cudnn", or "cudnn, flash" where they differ. A backend
-    that does not take them, or is wrong there, ends the process in one line."""
+    asked for that does not take them, or is wrong there, ends the process in one line."""
     found = []
     for rows, columns in args.grids:
         tokens = rows * columns + chosen.text
@@ -126,18 +128,17 @@ def backends(
             backend = attention_backend(device, dtype, chosen.heads, chosen.head_dim, tokens)
         except RuntimeError as error:
             parser.error(f"--attention {args.attention}: not for these tensors on {device} ({first_line(error)})")
-        if problem and backend == "cudnn":
-            parser.error(f"--attention {args.attention}: torch takes cuDNN here, and {problem}; use --attention flash")
         found.append(backend)
     return ", ".join(dict.fromkeys(found))
 
 
 def past_gate(
     chosen: Sizes, grid: tuple[int, int], dtype: torch.dtype, device: torch.device, arms: Sequence[str]
-) -> list[str] | None:
-    """The arms that may be timed: those that are not ours, and ours that are exact enough. One that stops in the gate
-    is left out, with a line. None, with a line, where one is not exact enough: then nothing is timed."""
-    groups, found = [[arm for arm in arms if arm.startswith("ours")]], {}
+) -> tuple[list[str] | None, bool]:
+    """The arms that may be timed, those that are not ours and ours that are exact enough; and whether one failed. One that
+    stops in the gate is left out, with a line; too little memory is no failure. (None, True), with a line, where one is not
+    exact enough: then nothing is timed."""
+    groups, found, failed = [[arm for arm in arms if arm.startswith("ours")]], {}, False
     while groups:
         if group := groups.pop(0):
             try:
@@ -146,8 +147,10 @@ def past_gate(
                 if len(group) > 1:
                     groups = [[arm] for arm in group]  # whose error it was, each by itself shows
                 else:
-                    print(f"error: numerics gate: {pixels(grid)} {group[0]}: {first_line(error)}; no row",
-                          file=sys.stderr)  # fmt: skip
+                    problem, wrong = _why(error)
+                    print(f"{'error: ' * wrong}numerics gate: {pixels(grid)} {group[0]}: {problem}; no row",
+                          file=sys.stderr, flush=True)  # fmt: skip
+                    failed |= wrong
             _free(device)
     for arm, errors in found.items():
         worst = errors[0]
@@ -155,18 +158,22 @@ def past_gate(
                 f"(diffusers' {worst.eager:.2e})")  # fmt: skip
         if not worst.passes:
             print(f"error: numerics gate: {line}: more than twice; nothing was timed", file=sys.stderr)
-            return None
+            return None, True
         print(f"numerics gate: {line}")
-    return [arm for arm in arms if arm in found or not arm.startswith("ours")]
+    return [arm for arm in arms if arm in found or not arm.startswith("ours")], failed
 
 
 def measure(
     report: Report, chosen: Sizes, todo: Sequence[tuple[tuple[int, int], str, list[str]]], dtype: torch.dtype,
     device: torch.device, samples: int, warmup: int,
 ) -> bool:  # fmt: skip
-    """Build one FLUX and measure every shape of todo: (grid, shape's name, arms). Whether something failed."""
+    """Build one FLUX and measure every shape of todo: (grid, shape's name, arms). Whether something failed; too little
+    memory is no failure."""
     config = chosen.flux_config()
-    arms = Arms(random_flux(config, dtype, device))
+    try:
+        arms = Arms(random_flux(config, dtype, device))
+    except Exception as error:
+        return _none_of(dict.fromkeys(name for *_, names in todo for name in names), error)
     trainable = trainable_flux(config, chosen.train_blocks, chosen.components)
     freeze(arms.transformer, trainable)
     failed = False
@@ -177,10 +184,11 @@ def measure(
         arms.transformer = None
         _free(device)
         try:
-            report.add(optimizer_row(total // 8, shape, device, samples, warmup))
-        except RuntimeError as error:
-            print(f"  optimizer: {first_line(error)}; no row", flush=True)
-            failed |= not isinstance(error, torch.OutOfMemoryError)
+            row = optimizer_row(total // 8, shape, device, samples, warmup)
+        except Exception as error:
+            failed |= _none_of(["optimizer"], error)
+        else:
+            report.add(row)
     return failed
 
 
@@ -210,9 +218,8 @@ def measure_shape(
     try:
         print(f"\n{pixels(grid)} px: {shape}. {clocks(device)}".rstrip(), flush=True)
         given = random_inputs(arms.transformer, chosen.batch, grid, chosen.text, device)
-    except RuntimeError as error:  # an arm of an earlier grid has left the GPU unusable
-        print("\n".join(f"  {name}: {first_line(error)}; no row" for name in names), flush=True)
-        return True
+    except RuntimeError as error:  # no memory, or an arm of an earlier grid has left the GPU unusable
+        return _none_of(names, error)
     failed = take_turns(arms, names, given, parts, device, samples, warmup, done)
     arms.forget_compiled()
     _free(device)
@@ -240,7 +247,7 @@ def take_turns(
         for name in (*parts, *(names if turn % 2 == 0 else names[::-1])):
             if name in left_out:
                 continue
-            problem = None
+            stopped = False
             try:
                 if name in parts:
                     # Its tensors are made for its turn and let go: they must not count as an arm's memory.
@@ -248,14 +255,12 @@ def take_turns(
                 else:
                     _sample_arm(arms, name, given, device, share, warm, times[name], extra[name])
             except Exception as error:
-                problem, wrong = _why(name, error)
-                failed |= wrong
-            if problem:
+                failed |= _none_of([name], error, is_compiled(name))
+                stopped = True
                 left_out.add(name)
-                print(f"  {name}: {problem}; no row", flush=True)
-            elif turn == rounds - 1:
+            if not stopped and turn == rounds - 1:
                 done(name, times[name], extra[name])
-            if problem or name in parts:
+            if stopped or name in parts:
                 _free(device)
     return failed
 
@@ -282,11 +287,18 @@ def _sample_arm(
         clear()
 
 
-def _why(name: str, error: Exception) -> tuple[str, bool]:
-    """(why an arm or a part has no row, whether that is a failure)."""
-    if isinstance(error, torch.OutOfMemoryError):
+def _none_of(names: Iterable[str], error: Exception, compiled: bool = False) -> bool:
+    """Say why arms or parts have no row, a line each. Whether that is a failure."""
+    problem, wrong = _why(error, compiled)
+    print("\n".join(f"  {name}: {problem}; no row" for name in names), flush=True)
+    return wrong
+
+
+def _why(error: Exception, compiled: bool = False) -> tuple[str, bool]:
+    """(why an arm or a part has no row, whether that is a failure). compiled: torch.compile was at work."""
+    if is_out_of_memory(error):
         return "out of memory", False
-    if is_compiled(name) and isinstance(error, RuntimeError) and not isinstance(error, torch.AcceleratorError):
+    if compiled and isinstance(error, RuntimeError) and not isinstance(error, torch.AcceleratorError):
         return f"cannot be compiled here ({first_line(error)})", False
     return first_line(error), True
 

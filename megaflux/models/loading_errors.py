@@ -6,11 +6,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from megaflux.errors import UserError
+from megaflux.errors import UserError, is_out_of_memory
 
 
 class named:
-    """Turn a library's loading error into a UserError of one line that names the source."""
+    """Turn a library's loading error into a UserError of one line that names the source.
+
+    A GPU without memory (`is_out_of_memory`) is no fault of the source, and passes as it is: training has its own mend."""
 
     def __init__(self, where: str):
         self.where = where
@@ -20,6 +22,8 @@ class named:
 
     def __exit__(self, kind, error, traceback) -> bool:
         if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
+            return False
+        if is_out_of_memory(error):
             return False
         line = " ".join(str(error).split())
         raise UserError(f"{_unreadable(self.where) or self.where}: cannot be loaded: {line[:400]}") from error

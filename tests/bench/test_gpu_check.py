@@ -47,7 +47,17 @@ def test_all_pieces_run_and_name_their_files(tmp_path):
                        ("megaflux.bench step", "--json {}/check-step.json")):  # fmt: skip
         assert file.format(tmp_path / "bench") in of(commands, what)
     assert "-n 8 --timeout 180" in of(commands, "tests/kernels") and " -x" not in of(commands, "tests/kernels")
+    assert "--text 484 --grids 64x64 " in of(commands, "megaflux.bench step")
     assert "-n 8" not in of(commands, "tests/training")  # they measure the memory of the whole GPU
+
+
+def test_gpu_bench_measures_steps_at_the_condition_of_a_square_picture_and_goes_on(tmp_path):
+    command = ["make", "-C", str(ROOT), "-n", "gpu-bench", "GPU_PYTHON=python3", f"GPU_BENCH={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    steps = [line for line in done.stdout.splitlines() if "megaflux.bench step" in line]
+    assert len(steps) == 5 and all(" step --text 484 --resume " in line for line in steps), done.stderr
+    # A wrong cuDNN is refused, and ends make.
+    assert [line for line in steps if "--attention cudnn" in line] == steps[-1:]
 
 
 @pytest.mark.parametrize(

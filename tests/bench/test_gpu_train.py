@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import sys
 from collections import namedtuple
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from launch import gpu_train
 from megaflux.errors import UserError
 from megaflux.presets import PUBLISHED_STAGES
+from megaflux_kernels.bench.machine import attention_backend, facts
+from megaflux_kernels.bench.report import Report, Row
 from tests.bench.runs import ROOT, metrics, read, start
 
 SCRIPT = str(ROOT / "launch" / "gpu_train.py")
@@ -22,9 +25,9 @@ def test_small_run_is_saved_resumed_and_measured(tmp_path):
     done = start(SCRIPT, "--small", "--run", str(tmp_path / "run"), "--updates", "6", "--json", str(file), timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = metrics(read(file), "train")
-    assert list(found) == [("ours", "64 px micro 1 x 4")]
+    assert list(found) == [("ours", "64 px micro 1 x 4 zero2")]
     assert {"images_per_s", "peak_bytes", "mfu", "data_wait_fraction", "loss_first", "loss_last"} <= set(
-        found["ours", "64 px micro 1 x 4"]
+        found["ours", "64 px micro 1 x 4 zero2"]
     )
     checkpoints = sorted(path.name for path in (tmp_path / "run" / "run" / "checkpoints").glob("update-*"))
     assert checkpoints == ["update-0000003", "update-0000006"]
@@ -67,7 +70,55 @@ def test_what_an_earlier_run_left_counts_as_free(tmp_path, monkeypatch):
     assert gpu_train.choose_blocks(tmp_path / "run", values, [PUBLISHED_STAGES["stage1"]])
 
 
-@pytest.mark.parametrize(("free_gb", "file"), [(140, "zero2.json"), (50, "zero2_offload.json")])
+def test_what_is_measured_needs_no_room(tmp_path, monkeypatch):
+    values, every, few = dev_settings(tmp_path), PUBLISHED_STAGES["stage1"], gpu_train.FEW_BLOCKS
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(2**50, 0, 0))
+    assert gpu_train.choose_blocks(tmp_path / "run", values, [every, few], lambda blocks: blocks == few) == few
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(2**50, 0, 2**50))
+    assert gpu_train.choose_blocks(tmp_path / "run", values, [every, few], lambda blocks: blocks == few) == every
+
+
+def again(tmp_path, monkeypatch, sharding):
+    """main() with --resume on a full disk, the report holding a measurement of stage 1 with this sharding."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = Report(tmp_path / "r.json", facts(device, attention_backend(device, torch.bfloat16)))
+    report.add(Row("train", "ours", f"64 px micro 1 x 4 {sharding}", "images_per_s", 12.25, "1/s", 6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(2**50, 0, 0))
+    monkeypatch.setattr(sys, "argv", ["gpu_train.py", "--small", "--run", str(tmp_path / "run"), "--json",
+                                      str(tmp_path / "r.json"), "--resume"])  # fmt: skip
+    return gpu_train.main()
+
+
+def test_a_finished_measurement_prints_its_table_on_a_full_disk(tmp_path, monkeypatch, capsys):
+    assert again(tmp_path, monkeypatch, "zero2") == 0
+    assert "64 px micro 1 x 4 zero2  ours  " in (said := capsys.readouterr().out) and "12.25" in said
+
+
+def test_a_measurement_with_the_optimizer_elsewhere_is_another_one(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="0.0 GB free"):
+        again(tmp_path, monkeypatch, "zero2_offload")
+
+
+def test_folders_of_earlier_versions_are_named(tmp_path, monkeypatch, capsys):
+    root = tmp_path / "run"
+    (root / "flux" / "transformer").mkdir(parents=True)
+    (root / "qwen").mkdir()
+    (root / "complete").write_text("{}")
+    with (root / "flux" / "transformer" / "weights").open("wb") as file:
+        file.truncate(24 * 10**9)  # no blocks of the disk are taken
+    again(tmp_path, monkeypatch, "zero2")
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(f"{root}/flux, {root}/qwen, {root}/complete: 24.0 GB that an earlier version made")
+    shutil.rmtree(root)
+    again(tmp_path, monkeypatch, "zero2")
+    assert "earlier version" not in capsys.readouterr().out
+
+
+# Stage 1 needs 72.9 GB beside 8% of 141 GB that are not planned with.
+@pytest.mark.parametrize(
+    ("free_gb", "file"),
+    [(140, "zero2.json"), (85, "zero2.json"), (78, "zero2_offload.json"), (50, "zero2_offload.json")],
+)
 def test_the_optimizer_is_on_the_gpu_where_that_has_room(tmp_path, monkeypatch, free_gb, file):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * 10**9, 141 * 10**9))
     assert gpu_train.choose_sharding(dev_settings(tmp_path), torch.device("cuda")).name == file

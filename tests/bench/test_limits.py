@@ -131,6 +131,13 @@ def test_a_product_is_timed_alone():
         limits.time_product_fp8(Product("forward", 32, 64, 48), CPU, 2)
 
 
+def test_a_gpu_before_fp8_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    with pytest.raises(RuntimeError, match="^no fp8 products on NVIDIA A100-SXM4-80GB: they need"):
+        limits.time_product_fp8(Product("forward", 32, 64, 48), torch.device("cuda"), 2)
+
+
 @pytest.mark.parametrize("kind, inner, outer", [("forward", 64, 48), ("dx", 48, 64)])
 def test_fp8_products_take_the_operands_that_torch_wants(monkeypatch, kind, inner, outer):
     plain, given = torch._scaled_mm, []

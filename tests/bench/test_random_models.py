@@ -8,6 +8,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megaflux.bench import random_models as random_models_module
 from megaflux.bench.loader import make_pictures
 from megaflux.bench.random_models import random_models, random_vae, random_vlm
 from megaflux.config import build_config
@@ -115,6 +116,38 @@ def test_sizes_that_describe_nothing_are_named():
         random_vae({"latent_chanels": 8}, torch.float32, CPU)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), RuntimeError("CUDA error: out of memory")],
+)
+def test_too_little_memory_is_not_said_to_be_a_wrong_configuration(monkeypatch, error):
+    """It reaches training, which knows what to do about it."""
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(random_models_module, "_built", full)
+    with pytest.raises(type(error), match="out of memory"):
+        random_vlm(tiny()["model"]["vlm_config"], torch.bfloat16, CPU)
+    with pytest.raises(type(error), match="out of memory"):
+        random_vae({"latent_channels": 8}, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_vlm_attends_as_the_configuration_says(attention):
+    values = small_values()
+    values["model"] |= {"flux": None, "vlm": None, "attention": attention}
+    vlm = random_models(build_config(values), CPU).trunk.vlm
+    assert {module.config._attn_implementation for module in (vlm, vlm.language_model, vlm.visual)} == {attention}
+
+
+def test_norms_of_the_vlm_leave_their_input_as_it_is():
+    vlm, _ = random_vlm(tiny()["model"]["vlm_config"], torch.float32, CPU)
+    norms = [module for module in vlm.modules() if "Norm" in type(module).__name__]
+    assert len(norms) > 4 and all(bool((module.weight == 1).all()) for module in norms)
+    assert vlm.language_model.layers[0].self_attn.q_proj.weight.std().item() == pytest.approx(0.04, rel=0.1)
+
+
 def test_a_run_of_random_models_is_saved_and_resumed_without_any_weights(tmp_path):
     """Real processes; of the VAE there is a config.json alone, and the base weights must be the same each time."""
     (tmp_path / "vae").mkdir()
@@ -145,3 +178,12 @@ def test_bad_configurations_end_before_anything_is_loaded(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "model.vlm: owner/name, but launch/train_random.py reads no weights" in done.stderr
     assert f"model.vae: {tmp_path} holds no config.json" in done.stderr
+
+
+def test_what_launch_train_asks_for_is_asked_for_here_too(tmp_path):
+    """But for weights."""
+    options = ["--preset", "dev", "--model.flux", "null", "--model.vlm", "null", "--run.dir", str(tmp_path / "run")]
+    done = start(SCRIPT, *options, "--data.path", str(tmp_path / "none"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: data.path: {tmp_path / 'none'} does not exist")
+    assert not (tmp_path / "run").exists()

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megaflux.bench import activations, numerics, step
 from megaflux.bench.__main__ import main
@@ -14,6 +15,7 @@ from megaflux.bench.arms import Arms, random_flux, random_inputs
 from megaflux.bench.live_memory import GRANULE, LiveMemory
 from megaflux.bench.sizes import Sizes, published
 from megaflux.presets import PUBLISHED_STAGES
+from megaflux_kernels.bench.machine import attention_backend
 from megaflux_kernels.bench.report import Parser
 from tests.bench.runs import QUICK, SMALL, bench, metrics, read, start
 
@@ -21,6 +23,7 @@ ON_GPU = torch.cuda.is_available()
 ARMS = ["diffusers-eager", "diffusers-eager-full", "ours-none", "ours-mlp", "ours-full"]
 SHAPES = [f"{grid}+5 b1 1+2x2x32 attention float32" for grid in ("3x4", "2x3")]
 FP32 = ["--dtype", "float32"]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -83,140 +86,6 @@ def test_arms_take_turns_there_and_back(monkeypatch):
     assert found == {"a": 8, "b": 8}
 
 
-class Failing:
-    """Arms of which "a" raises an error at its turn-th turn, and after a lost GPU all others do."""
-
-    def __init__(self, error, turn, lost=False):
-        self.error, self.turn, self.lost = error, turn, lost
-        self.broken = False
-
-    def set(self, arm):
-        self.turn -= arm.startswith("a")
-        if (arm.startswith("a") and self.turn == 0) or self.broken:
-            self.broken = self.lost
-            raise self.error
-
-    def clear(self, given): ...
-
-    def step(self, given): ...
-
-    def saved_bytes(self, arm, given):
-        return 1
-
-
-CPU = torch.device("cpu")
-LOST = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ...")
-
-
-@pytest.mark.parametrize(
-    "names, error, line, code",
-    [
-        (["a", "b"], torch.OutOfMemoryError("none left"), "a: out of memory; no row", False),
-        (["a-compile", "b"], RuntimeError("no gcc"), "a-compile: cannot be compiled here (no gcc); no row", False),
-        (["a", "b"], RuntimeError("wrong strides"), "a: wrong strides; no row", True),
-        (["a", "b"], ValueError("no such head"), "a: no such head; no row", True),  # as Triton's own errors
-        (["a-compile", "b"], LOST, "a-compile: CUDA error: an illegal memory access was encountered; no row", True),
-    ],
-)
-@pytest.mark.parametrize("turn", [1, 2])
-def test_an_arm_that_fails_is_left_out_and_the_others_go_on(capsys, names, error, line, code, turn):
-    found = {}
-    done = lambda name, times, extra: found.update({name: (len(times), extra)})  # noqa: E731
-    assert step.take_turns(Failing(error, turn), names, {}, {}, CPU, 4, 1, done) == code
-    assert found == {"b": (4, {"saved_bytes": 1})}
-    assert line in capsys.readouterr().out
-
-
-def test_after_a_lost_gpu_each_arm_has_its_line_and_what_was_measured_stays(capsys):
-    found = []
-    arms = Failing(LOST, turn=2, lost=True)  # turns: a b c, then c b a
-    assert step.take_turns(arms, ["b", "a", "c"], {}, {}, CPU, 4, 1, lambda *row: found.append(row[0]))
-    assert found == ["c"]
-    said = capsys.readouterr().out
-    assert [f"  {arm}: CUDA error: an illegal memory access was encountered; no row" for arm in "ab"] == (
-        said.splitlines()
-    )
-
-
-def test_a_part_of_the_limit_that_fails_costs_no_arm(capsys):
-    found = []
-
-    def broken():
-        raise torch.OutOfMemoryError("none left")
-
-    arms, parts = Failing(None, turn=0), {"gemm_ms": broken}
-    assert not step.take_turns(arms, ["b"], {}, parts, CPU, 4, 1, lambda *row: found.append(row[0]))
-    assert found == ["b"] and "gemm_ms: out of memory; no row" in capsys.readouterr().out
-    names = {row.metric for row in step.rows("b", "s", [1.0], {}, None, 1, CPU, torch.float32)}
-    assert "step_ms" in names and "fraction_of_limit" not in names
-
-
-def test_a_failing_arm_costs_its_rows_and_resuming_measures_only_those(tmp_path, monkeypatch, capsys):
-    """The real bench: one arm breaks in its last turn; the same command, with it mended, adds what is missing."""
-    file, calls = tmp_path / "r.json", []
-    plain = Arms.step
-
-    def breaks(self, given):
-        if activations.is_fused(self.transformer):
-            calls.append(1)
-            if len(calls) == 5:  # a warm-up and two samples there, a warm-up, and the first sample back
-                raise RuntimeError("a kernel failed")
-        return plain(self, given)
-
-    command = ["step", *SMALL[:-1], "2x3", "--samples", "4", "--warmup", "1", *FP32, "--json", str(file), "--resume",
-               "--arms", "diffusers-eager,ours-mlp,diffusers-eager-full"]  # fmt: skip
-    monkeypatch.setattr(Arms, "step", breaks)
-    monkeypatch.setattr(step, "past_gate", lambda *args: list(args[-1]))
-    assert main(command) == 1
-    assert "ours-mlp: a kernel failed; no row" in capsys.readouterr().out
-    first = metrics(read(file), "step")
-    assert {arm for arm, _ in first} == {"limit", "diffusers-eager", "diffusers-eager-full"}
-    assert all("fraction_of_limit" in row for (arm, _), row in first.items() if arm != "limit")
-    monkeypatch.setattr(Arms, "step", plain)
-    content = json.loads(file.read_text())
-    monkeypatch.setattr(step, "facts", lambda *_: {k: v for k, v in content.items() if k != "rows"})
-    assert main(command) == 0
-    again = metrics(read(file), "step")
-    assert {arm for arm, _ in again} == {"limit", "ours-mlp", "diffusers-eager", "diffusers-eager-full"}
-    assert all(again[name] == row for name, row in first.items() if name[0] != "limit")
-
-
-def test_rows_are_written_when_an_arm_has_all_its_samples(tmp_path, monkeypatch):
-    """A bench killed in its last turn keeps the arms that had ended, and none of those half measured."""
-    file, turns = tmp_path / "r.json", []
-    plain = Arms.set
-
-    def killed(self, arm):
-        turns.append(arm)
-        if len(turns) == 4:  # there: eager, full; back: full, and eager is killed
-            raise KeyboardInterrupt
-        plain(self, arm)
-
-    monkeypatch.setattr(Arms, "set", killed)
-    command = ["step", *SMALL[:-1], "2x3", "--samples", "4", "--warmup", "1", *FP32, "--json", str(file),
-               "--arms", "diffusers-eager,diffusers-eager-full"]  # fmt: skip
-    with pytest.raises(KeyboardInterrupt):
-        main(command)
-    assert {arm for arm, _ in metrics(read(file), "step")} == {"limit", "diffusers-eager-full"}
-
-
-def test_an_arm_that_stops_in_the_gate_is_left_out(monkeypatch, capsys):
-    plain = numerics.results
-
-    def stops(transformer, arm, given):
-        if arm == "ours-mlp":
-            raise RuntimeError("a kernel failed\nin C++")
-        return plain(transformer, arm, given)
-
-    monkeypatch.setattr(numerics, "results", stops)
-    arms = ["diffusers-eager", "ours-mlp", "ours-none"]
-    chosen = Sizes(1, 2, 2, 32, 16, 5, 1, "attention", (1,))
-    assert step.past_gate(chosen, (2, 3), torch.float32, CPU, arms) == ["diffusers-eager", "ours-none"]
-    said = capsys.readouterr()
-    assert said.err == "error: numerics gate: 48x32 ours-mlp: a kernel failed; no row\n"
-    assert "48x32 ours-none: " in said.out
-
-
 def test_an_arm_leaves_no_memory_behind():
     """Bytes alive after each arm's turn: on an H200 the peaks grew by what the arms before had saved."""
     sizes = Sizes(1, 2, 2, 32, 16, 5, 1, "attention", (1, 2))
@@ -242,24 +111,29 @@ def test_an_arm_leaves_no_memory_behind():
 
 def test_cudnn_that_is_wrong_at_a_length_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
-    asked = []
+    with pytest.raises(SystemExit) as stopped:
+        main(["step", "--text", "4", "--grids", "24x32", "--arms", "diffusers-eager", "--attention", "cudnn"])
+    said = capsys.readouterr().err
+    wrong = "--attention cudnn: attention of cuDNN 9.10.2 is wrong at 772 tokens, which 128 does not divide"
+    assert stopped.value.code == 2 and said.startswith(f"error: {wrong}") and said.count("\n") == 1
 
-    def auto(device, dtype, heads, head_dim, tokens):
-        asked.append(tokens)
-        return "cudnn" if tokens > 600 else "flash"
 
-    monkeypatch.setattr(step, "attention_backend", auto)
-    wrong = "attention of cuDNN 9.10.2 is wrong at 772 tokens, which 128 does not divide"
-    for extra, words in ([["--attention", "cudnn"], f"--attention cudnn: {wrong}"],
-                         [[], f"--attention auto: torch takes cuDNN here, and {wrong}"]):  # fmt: skip
-        with pytest.raises(SystemExit) as stopped:
-            main(["step", "--text", "4", "--grids", "24x32", "--arms", "diffusers-eager", *extra])
-        said = capsys.readouterr().err
-        assert stopped.value.code == 2 and said.startswith(f"error: {words}") and said.count("\n") == 1
-    assert asked == [772]
-    parser, args = Parser(), argparse.Namespace(attention="auto", grids=[(16, 32), (24, 32)])
-    chosen = Sizes(1, 1, 2, 32, 16, 0, 1, "attention", (0,))
-    assert step.backends(parser, args, chosen, torch.float32, CPU) == "flash, cudnn"  # 512 and 768 tokens
+def test_the_backend_is_asked_for_at_the_lengths_and_heads_of_the_step(monkeypatch):
+    """What torch chooses depends on them."""
+    attention, seen = F.scaled_dot_product_attention, []
+
+    def noted(q, k, v):
+        seen.append({tuple(x.shape) for x in (q, k, v)})
+        return attention(q, k, v)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    args = argparse.Namespace(attention="auto", grids=[(3, 4), (24, 32)])
+    chosen = Sizes(1, 1, 3, 32, 16, 4, 1, "attention", (0,))
+    one = step.backends(Parser(), args, chosen, torch.float32, CPU)
+    assert seen == [{(1, 3, 16, 32)}, {(1, 3, 772, 32)}]
+    assert one == attention_backend(CPU, torch.float32, 3, 32, 16)
+    monkeypatch.setattr(step, "attention_backend", lambda *sizes: "cudnn" if sizes[-1] > 600 else "flash")
+    assert step.backends(Parser(), args, chosen, torch.float32, CPU) == "flash, cudnn"
 
 
 def test_a_wrong_gradient_stops_the_bench(monkeypatch, capsys, tmp_path):
