@@ -29,7 +29,6 @@ RATIOS = ("16:9", "2:1", "2.35:1", "1:1", "1:2")  # of the preset's buckets
 WARM_UP = 2  # updates of each process that are not counted
 FEW_BLOCKS = [1, 19, 56]  # a third of stage 1's parameters, for a small disk
 KEEP = 2  # train.keep_checkpoints, the least that there is
-ASKED = 2  # checkpoints that training writes, and so asks room for: half way and at the end
 
 
 def main() -> int:
@@ -138,6 +137,7 @@ def choose_blocks(
     has room, what an earlier run left counted as free. UserError, naming the least that is needed, where there is none."""
     from megaflux.config import build_config
     from megaflux.models.pretrained import meta_models
+    from megaflux.training import checkpoint
     from megaflux.training.costs import stage_table
 
     had = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
@@ -147,22 +147,23 @@ def choose_blocks(
             return blocks
         config = build_config(values | {"stages": [values["stages"][0] | {"blocks": blocks}]})
         trained = sum(stage_table(config, meta_models(config)[0])[0].trainable.values())
-        need = checkpoints_bytes(trained)
+        count = checkpoint.most_at_once(config, 0)
+        need = count * checkpoint_bytes(trained)
         if need <= free:
             return blocks
     fewer = "" if blocks == FEW_BLOCKS else f", or fewer blocks (--blocks {_listed(FEW_BLOCKS)})"
     raise UserError(
-        f"--run {run.parent}: {free / 1e9:.1f} GB free, and training asks for {need / 1e9:.1f}, {ASKED} checkpoints of "
+        f"--run {run.parent}: {free / 1e9:.1f} GB free, and training asks for {need / 1e9:.1f}, {count} checkpoints of "
         f"{trained / 1e9:.2f} B trained parameters; give another disk{fewer}"
     )
 
 
-def checkpoints_bytes(trained: int) -> int:
-    """Bytes that training asks of the disk before its first update: `ASKED` checkpoints of `trained` parameters in bfloat16,
-    each with float32 master and moments, the weights, and DeepSpeed's own copy of them (training/space.py)."""
+def checkpoint_bytes(trained: int) -> int:
+    """Bytes of a checkpoint of `trained` parameters in bfloat16: float32 master and moments, the weights, and DeepSpeed's
+    own copy of them (training/space.py)."""
     from megaflux.training import space
 
-    return ASKED * int(space.MARGIN * (space.STATE_BYTES + 2 + 2) * trained)
+    return int(space.MARGIN * (space.STATE_BYTES + 2 + 2) * trained)
 
 
 def choose_sharding(values: dict[str, Any], device: Any) -> Path:
