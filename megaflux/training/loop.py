@@ -263,7 +263,7 @@ def _save(
 ) -> bool:  # fmt: skip
     """Whether there is a checkpoint now. A disk that refuses one ends the run only where there must be one. Collective."""
     try:
-        space.check(config, engine, checkpoint.count_trained(config, engine.module, engine.stage), world)
+        space.check(config, engine, checkpoint.count_trained(config, engine.module, engine.stage), world, None)
         with monitor.timed("save", update):
             checkpoint.save(config, engine, update, loader.state_dict(), models.base, world, guard.state_dict(),
                             resumed.update if resumed else None)  # fmt: skip

@@ -27,7 +27,7 @@ def checkpoint_bytes(engine: StageEngine, weights: int) -> int:
     return int(MARGIN * (state + item * weights))
 
 
-def check(config: Config, engine: StageEngine, weights: int, world: World, at_once: int | None = None) -> None:
+def check(config: Config, engine: StageEngine, weights: int, world: World, at_once: int | None) -> None:
     """UserError, alike on all ranks, where the disk of run.dir has no room or no inodes for the checkpoints to come.
 
     at_once: how many will ever be there at the same time, if they stay this stage's size (`checkpoint.most_at_once`); those

@@ -110,6 +110,13 @@ def test_an_error_costs_its_own_fact_and_one_of_the_gpu_its_process(tmp_path):
     assert not recorder.current.exists()
 
 
+def test_an_error_when_all_is_known_goes_on_up(tmp_path):
+    recorder = Recorder(Facts(tmp_path / "f"), "a", True)
+    with pytest.raises(ValueError), recorder.measuring("one"):
+        recorder.add("one", 1)
+        raise ValueError("after it")
+
+
 def test_predictions_are_for_the_full_sizes_alone(tmp_path):
     facts = Facts(tmp_path / "f")
     Recorder(facts, "blocks", small=True).add("ours-none", 3.0, "ms")

@@ -234,3 +234,10 @@ def test_compiled_arms(tmp_path):
     done = bench("step", *SMALL, *QUICK, *FP32, "--arms", arms, "--json", str(file), timeout=600)
     assert done.returncode == 0, done.stderr
     assert {(arm, shape) for arm in arms.split(",") for shape in SHAPES} <= set(metrics(read(file), "step"))
+
+
+def test_the_gates_reference_is_of_the_same_picture():
+    """Were an input no number of bfloat16, the float32 reference would have another one, and hide what it should show."""
+    sizes = Sizes(2, 2, 2, 32, 64, 5, 1, "attention", (1, 3))
+    errors = numerics.gate(sizes, (3, 4), torch.bfloat16, torch.device("cpu"), ["ours-none"])["ours-none"]
+    assert max(error.eager for error in errors) < 0.1

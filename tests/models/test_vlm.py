@@ -8,6 +8,7 @@ import torch
 
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.models.scratch import build_vlm
+from megaflux.models.tokens import count_tokens
 from megaflux.models.vlm import (
     QUESTION,
     Trunk,
@@ -288,3 +289,12 @@ def test_split_names_what_trains(parts):
     *_, tail = parts
     names = {name for name, _ in Qwen2VLFlux(tail, torch.nn.Linear(2, 2), torch.nn.Identity()).named_parameters()}
     assert all(name.startswith(("vlm.layers.0.", "vlm.norm.", "connector.")) for name in names)
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (432, 1024), (1024, 512), (64, 96)])
+def test_a_turn_is_as_long_as_is_counted(parts, size):
+    trunk = parts[2]
+    counted = count_tokens(*size, trunk.max_image_tokens)
+    turn = trunk.turn("image", size)
+    assert (len(turn.input_ids), len(turn.select)) == (counted.turn, counted.condition)
+    assert turn.grid[0] * turn.grid[1] * trunk.merge**2 == counted.patches

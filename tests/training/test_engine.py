@@ -13,6 +13,7 @@ from megaflux.config import build_config, merge
 from megaflux.models.flux_functions import side_by_side
 from megaflux.models.pretrained import load_models
 from megaflux.presets import tiny
+from megaflux.training import distributed
 from megaflux.training.engine import StageEngine, adam_state
 from megaflux.training.guard import Guard
 from megaflux.training.optim import learning_rate
@@ -157,3 +158,10 @@ def test_learning_rate_is_a_trapezoid_over_all_stages():
     steps = [a - b for a, b in zip(rates[30:], rates[31:])]
     assert steps == pytest.approx([1 / 70] * len(steps))
     assert rates[-1] == pytest.approx(1 / 70)  # 0 is what the update after the last would have
+
+
+def test_a_wrong_cudnn_is_left_out_before_the_first_update(monkeypatch, caplog):
+    monkeypatch.setattr(distributed.cudnn, "leave_out_if_wrong", lambda: "cuDNN 9.10.2 is left out")
+    with caplog.at_level("WARNING", logger="megaflux"):
+        distributed.start()
+    assert "cuDNN 9.10.2 is left out" in caplog.text
