@@ -52,14 +52,7 @@ def read(folder: Path, world_size: int, shapes: Mapping[str, tuple[int, ...]]) -
 
     shapes: of the parameters that train. UserError where a parameter is missing or does not fit.
     """
-    files = [
-        next(iter(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")), None) for rank in range(world_size)
-    ]
-    if None in files:
-        raise UserError(f"{folder}: the optimizer shard of rank {files.index(None)} is missing")
-    shards = [
-        torch.load(file, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"] for file in files
-    ]
+    shards = optimizer_shards(folder, world_size)
     tensors = ByName(shards, shapes)
     for name, shape in shapes.items():
         have = sum(shard["param_slice_mappings"][tensors._group[name]][name].numel
@@ -71,6 +64,19 @@ def read(folder: Path, world_size: int, shapes: Mapping[str, tuple[int, ...]]) -
     steps = {group["first_stage"]: inner["state"][i]["step"].clone()
              for i, group in enumerate(inner["param_groups"]) if i in inner["state"]}  # fmt: skip
     return Carried(tensors if steps else {}, steps)
+
+
+def optimizer_shards(folder: Path, world_size: int) -> list[dict[str, Any]]:
+    """The optimizer states of a checkpoint as DeepSpeed has them, one per rank, mapped from their files. UserError where one
+    is missing."""
+    files = [
+        next(iter(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")), None) for rank in range(world_size)
+    ]
+    if None in files:
+        raise UserError(f"{folder}: the optimizer shard of rank {files.index(None)} is missing")
+    return [
+        torch.load(file, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"] for file in files
+    ]
 
 
 def _flat(shard: dict[str, Any], group: int, key: str) -> Tensor:

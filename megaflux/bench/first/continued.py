@@ -15,7 +15,7 @@ import torch
 from megaflux.bench.first import loop
 from megaflux.bench.first.facts import Recorder
 from megaflux.bench.first.settings import Setting
-from megaflux.training import manifest
+from megaflux.training import manifest, repartition
 
 RUNS = ("first", "second")
 LINKED = 1 << 20  # bytes; larger files of the checkpoint are linked, not copied
@@ -62,9 +62,7 @@ def fork(run: Path, other: Path) -> None:
 
 def masters(checkpoint: Path) -> list[torch.Tensor]:
     """The fp32 masters in a checkpoint of one rank, a flat tensor a parameter group."""
-    file = next((checkpoint / "deepspeed").glob("*optim_states.pt"))
-    content = torch.load(file, map_location="cpu", mmap=True, weights_only=False)  # DeepSpeed's own classes are in it
-    return content["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+    return repartition.optimizer_shards(checkpoint / "deepspeed", 1)[0]["single_partition_of_fp32_groups"]
 
 
 def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
