@@ -7,8 +7,8 @@ same list gives the FLOPs of MFU: 2 per multiply-add, attention's backward twice
 A step reads its weights from the GPU's memory, not from its L2 cache: there are 24 GB of them. For activations that is
 assumed: one just written, 28 MB at FLUX.1-dev's width and 1024 px, may still lie in the 50 MB of an H100's L2. So nothing
 here is given to two calls in a row: each shape has three tensors that take turns, and three sets of what the smallest
-product of a block's tokens reads are about 66 MB. None of this was measured on a cache. Attention gets q, k, v and its output's gradient with the
-strides that a fused FLUX block hands over.
+product of a block's tokens reads are about 66 MB. None of this was measured on a cache. Attention gets q, k, v and its
+output's gradient with the strides that a fused FLUX block hands over.
 """
 
 from __future__ import annotations

@@ -13,15 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megaflux.bench import activations
 from megaflux.bench.arms import Arms, random_flux, random_inputs
 from megaflux.bench.sizes import Sizes
+from megaflux_kernels.bench.trials import FLOOR
 
 DEPTH = (2, 2)  # double, single blocks
 TRAIN = (1, 3)  # one of each kind trains, one of each is frozen
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-FLOOR = {
-    torch.bfloat16: 0.25,
-    torch.float16: 0.25,
-    torch.float32: 4,
-}  # units of rounding (eps) below which both are right
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,7 @@ from megaflux.bench.sizes import Sizes, add_size_arguments, pixels, sizes
 from megaflux.errors import is_out_of_memory
 from megaflux.gpus import peak_tflops_for
 from megaflux_kernels import cudnn
-from megaflux_kernels.bench.machine import (
-    attention_backend,
-    clocks,
-    default_device,
-    facts,
-    first_line,
-)
+from megaflux_kernels.bench.machine import attention_backend, clocks, default_device, facts, first_line
 from megaflux_kernels.bench.report import (
     Parser,
     Report,
@@ -178,7 +172,7 @@ def measure(
     freeze(arms.transformer, trainable)
     failed = False
     for grid, shape, names in todo:
-        failed |= measure_shape(report, chosen, arms, trainable, grid, shape, names, dtype, device, samples, warmup)
+        failed |= measure_shape(report, chosen, arms, trainable, grid, shape, names, samples, warmup)
     if device.type == "cuda":
         total = sum(p.numel() for p in arms.transformer.parameters() if p.requires_grad)
         arms.transformer = None
@@ -194,10 +188,10 @@ def measure(
 
 def measure_shape(
     report: Report, chosen: Sizes, arms: Arms, trainable: set[str], grid: tuple[int, int], shape: str, names: list[str],
-    dtype: torch.dtype, device: torch.device, samples: int, warmup: int,
+    samples: int, warmup: int,
 ) -> bool:  # fmt: skip
     """Measure the limit and the arms named at one grid; rows are added as they come. Whether something failed."""
-    tokens = grid[0] * grid[1]
+    tokens, dtype, device = grid[0] * grid[1], arms.transformer.dtype, arms.transformer.device
     counted = limits.products(chosen, tokens, trainable)
     flops = limits.step_flops(chosen, tokens, counted)
     parts = {

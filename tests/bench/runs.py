@@ -16,6 +16,24 @@ KEYS = ["device", "versions", "attention_backend", "commit", "rows"]
 ROW = {"bench": str, "arm": str, "shape": str, "metric": str, "value": float, "unit": str, "samples": int}
 
 
+# Python that hides what a machine with torch, triton, transformers and diffusers may lack; then `hide()`.
+WITHOUT = """
+import sys
+missing = {"pydantic", "deepspeed", "streaming", "tensorboard", "pyarrow", "einops"}
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in missing else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+def hide():
+    sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+"""
+
+
 def bench(*argv: str, module: str = "megaflux.bench", timeout: float = 240) -> subprocess.CompletedProcess:
     return start("-m", module, *argv, timeout=timeout)
 

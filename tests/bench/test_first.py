@@ -17,27 +17,18 @@ from megaflux.bench.first import __main__ as first
 from megaflux.bench.first import runner, steps
 from megaflux.bench.first.facts import FINISHED, Fact, Facts, GpuLost, Recorder
 from megaflux.bench.first.runner import Outcome, Step
-from tests.bench.runs import ROOT
+from tests.bench.runs import ROOT, WITHOUT
 
 FIELDS = ["step", "fact", "value", "unit", "predicted", "seconds", "error"]
 SCRIPT = str(Path(__file__).with_name("first_step.py"))
-# Blocks, in the processes of the first part, what a machine with torch, triton, transformers and diffusers may lack.
-WITHOUT = """
-import sys
-missing = {"pydantic", "deepspeed", "streaming", "tensorboard", "pyarrow", "einops"}
+BLOCKED = (
+    WITHOUT
+    + """
 step = sys.orig_argv[sys.orig_argv.index("--step") + 1] if "--step" in sys.orig_argv else None
-
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-    def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in missing else self.finder.find_spec(name, path, target)
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-if step is not None and step not in ("loop", "continued"):
-    sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+if step is not None and step not in ("loop", "continued"):  # a process of the first part
+    hide()
 """
+)
 
 
 def fake(kind: str, out: Path, limit: float = 60, **options) -> Step:
@@ -110,6 +101,13 @@ def test_an_error_costs_its_own_fact_and_one_of_the_gpu_its_process(tmp_path):
     assert not recorder.current.exists()
 
 
+def test_a_fact_that_is_promised_and_does_not_come_is_an_error(tmp_path):
+    recorder = Recorder(Facts(tmp_path / "f"), "a", True)
+    with recorder.measuring("one", "two"):
+        recorder.add("one", 1)
+    assert values(recorder.facts, "a") == {"one": 1, "two": "the step went by without measuring it"}
+
+
 def test_an_error_when_all_is_known_goes_on_up(tmp_path):
     recorder = Recorder(Facts(tmp_path / "f"), "a", True)
     with pytest.raises(ValueError), recorder.measuring("one"):
@@ -178,7 +176,7 @@ def test_no_step_begins_after_the_time_is_up(tmp_path):
 
 def start(out: Path, work: Path, **options) -> subprocess.Popen:
     (out.parent / "site").mkdir(exist_ok=True)
-    (out.parent / "site" / "sitecustomize.py").write_text(WITHOUT)
+    (out.parent / "site" / "sitecustomize.py").write_text(BLOCKED)
     environment = os.environ | {"PYTHONPATH": str(out.parent / "site")}
     return subprocess.Popen(["make", "gpu-first", "SMALL=1", f"OUT={out}", f"WORK={work}", f"GPU_PYTHON={sys.executable}"],
                             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -17,7 +17,7 @@ from megaflux.bench.sizes import Sizes, published
 from megaflux.presets import PUBLISHED_STAGES
 from megaflux_kernels.bench.machine import attention_backend
 from megaflux_kernels.bench.report import Parser
-from tests.bench.runs import QUICK, SMALL, bench, metrics, read, start
+from tests.bench.runs import QUICK, SMALL, WITHOUT, bench, metrics, read, start
 
 ON_GPU = torch.cuda.is_available()
 ARMS = ["diffusers-eager", "diffusers-eager-full", "ours-none", "ours-mlp", "ours-full"]
@@ -193,25 +193,18 @@ def test_bad_options_are_one_line_and_code_2(argv, words, capsys):
     assert said.err.startswith("error: ") and said.err.count("\n") == 1 and words in said.err
 
 
-BLOCKED = """
-import runpy, sys
-missing = {"pydantic", "deepspeed", "streaming", "tensorboard", "pyarrow", "einops"}
-
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-    def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in missing else self.finder.find_spec(name, path, target)
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+BLOCKED = (
+    WITHOUT
+    + """
+import runpy
+hide()
 module, sys.argv = sys.argv[1], sys.argv[1:]
 try:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 finally:
     assert not missing & {name.partition(".")[0] for name in sys.modules}
 """
+)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,8 @@ from torch import Tensor
 from megaflux_kernels.bench import timing
 from megaflux_kernels.bench.cases import Case
 
-FLOOR = {
-    torch.bfloat16: 0.25,
-    torch.float16: 0.25,
-    torch.float32: 4,
-}  # units of rounding (eps) below which both are right
+# Units of rounding (eps) below which both are right.
+FLOOR = {torch.bfloat16: 0.25, torch.float16: 0.25, torch.float32: 4}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from megaflux_kernels.bench.timing import median, samples_ms
 ARMS = ("ours-none", "ours-mlp", "ours-full", "diffusers-eager", "diffusers-eager-full")
 AGAIN = "ours-none, once more"
 RATIOS = (("diffusers-eager", "ours-none"), ("diffusers-eager-full", "ours-mlp"), ("diffusers-eager-full", "ours-full"))
-LIMITS = {"matrix products": limits.run_products, "attention": limits.run_attention}
+LIMITS = ("matrix products", "attention")
 
 
 def run(recorder: Recorder, setting: Setting) -> None:
@@ -32,7 +32,7 @@ def run(recorder: Recorder, setting: Setting) -> None:
 
 
 def measure(recorder: Recorder, setting: Setting, names: tuple[str, ...]) -> None:
-    """Milliseconds of each arm's step, its MFU and its memory, and of the limit's two parts."""
+    """Milliseconds of each arm's step, its MFU and its memory; in the step `blocks` also of the limit's two parts."""
     bucket, tokens = setting.pictures()[0]
     sizes, device, dtype = setting.flux(tokens.condition), setting.device, setting.dtype
     config = sizes.flux_config()
@@ -40,10 +40,10 @@ def measure(recorder: Recorder, setting: Setting, names: tuple[str, ...]) -> Non
     products = limits.products(sizes, tokens.image, trained)
     flops = limits.step_flops(sizes, tokens.image, products)
     peak = peak_tflops_for(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if names[0] == ARMS[0]:
-        made = {"matrix products": partial(limits.run_products, products, dtype, device),
-                "attention": partial(limits.run_attention, sizes, tokens.image, dtype, device)}  # fmt: skip
-        for name, make in made.items():
+    if recorder.step == "blocks":
+        made = (partial(limits.run_products, products, dtype, device),
+                partial(limits.run_attention, sizes, tokens.image, dtype, device))  # fmt: skip
+        for name, make in zip(LIMITS, made, strict=True):
             with recorder.measuring(fact := f"limit: {name}"):
                 if recorder.missing(fact):
                     recorder.add(fact, median(samples_ms(make(), device, setting.samples, 2)), "ms")

@@ -22,9 +22,8 @@ LINKED = 1 << 20  # bytes; larger files of the checkpoint are linked, not copied
 
 
 def run(recorder: Recorder, setting: Setting) -> None:
-    facts = [f"{name}: seconds" for name in RUNS]
-    facts += ["two continuations are bit-equal", "two continuations: masters that differ",
-              "two continuations: distance over the update", "uninterrupted and continued: distance over the update"]  # fmt: skip
+    facts = ["two continuations are bit-equal", "two continuations: masters that differ",
+             "two continuations: distance over the update", "uninterrupted and continued: distance over the update"]  # fmt: skip
     if not recorder.missing(*facts):
         return
     work = setting.work / "loop"
@@ -54,9 +53,8 @@ def fork(run: Path, other: Path) -> None:
     for update, path in manifest.listed(other).items():
         if update > loop.SAVED:
             shutil.rmtree(path)
-    if (
-        max(manifest.listed(other), default=0) != loop.SAVED
-    ):  # or nothing would be left to do, and two nothings are equal
+    # Or nothing would be left to do, and two nothings are equal.
+    if max(manifest.listed(other), default=0) != loop.SAVED:
         raise RuntimeError(f"{run}: holds no checkpoint after update {loop.SAVED}")
 
 

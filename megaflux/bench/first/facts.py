@@ -128,9 +128,11 @@ class Recorder:
 
     @contextmanager
     def measuring(self, *names: str) -> Iterator[None]:
-        """Around what finds these facts: whatever it raises becomes the error of those that are not known by then.
+        """Around what finds these facts: whatever it raises becomes the error of those that are not known by then; one that
+        is not known at its end is an error, too.
 
-        Where all are known, it goes on up. An error that ends every later use of the GPU, too, is raised on: the runner starts the step anew without them.
+        What is raised where all are known goes on up. So does an error that ends every later use of the GPU: the runner
+        then starts the step anew, without these facts.
         """
         outer = self.current.read_text() if self.current.exists() else None
         self.current.write_text(json.dumps(list(names)))
@@ -146,6 +148,9 @@ class Recorder:
                 self._keep(Fact(self.step, name, seconds=took, error=in_a_line(error)))
             if any(word in str(error) for word in FATAL):
                 raise GpuLost(str(error)) from error
+        else:
+            for name in self.missing(*names):
+                self._keep(Fact(self.step, name, error="the step went by without measuring it"))
         finally:
             if outer is None:
                 self.current.unlink(missing_ok=True)

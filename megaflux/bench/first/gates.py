@@ -13,11 +13,9 @@ def run(recorder: Recorder, setting: Setting) -> None:
     """The largest error of each result, as a multiple of what is allowed: above 1 is an error."""
     op = recorder.step.removeprefix("gate-")
     sizes = cases.SMALL if setting.small else cases.Sizes()
-    for _, tokens in {tokens.condition: (bucket, tokens) for bucket, tokens in setting.pictures()}.values():
+    for tokens in {tokens.condition: tokens for _, tokens in setting.pictures()}.values():
         at = replace(sizes, text=tokens.condition, image=tokens.image)
-        for number in range(len(cases.make(op, at, setting.dtype, setting.device))):
-            # made anew for each case: a failed one must leave nothing behind
-            case = cases.make(op, at, setting.dtype, setting.device)[number]
+        for case in cases.make(op, at, setting.dtype, setting.device):
             with recorder.measuring(name := f"{case.shape}: error / allowed"):
                 if recorder.missing(name):
                     worst = max(trials.errors(case, setting.dtype), key=lambda error: error.of_allowed)

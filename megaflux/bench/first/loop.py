@@ -1,8 +1,8 @@
 """Step loop: the training loop at FLUX.1-dev's sizes, random models made on the device: two stages, a save, both watched.
 
-Five updates of two micro-batches of one square picture, three in the first stage; checkpoints after 3, 4 and 5. One double block
-trains in the first stage and one single block in the second (0.41 and 0.32 B parameters with the Qwen layer), so that a
-save fits any disk: seconds a gigabyte are what carries over to the published stages.
+Five updates of two micro-batches of one square picture, three in the first stage; checkpoints after 3, 4 and 5. One
+double block trains in the first stage and one single block in the second (0.41 and 0.32 B parameters with the Qwen
+layer), so that a save fits any disk: seconds a gigabyte are what carries over to the published stages.
 """
 
 from __future__ import annotations
@@ -108,10 +108,9 @@ def note(recorder: Recorder, setting: Setting, seen: dict[str, Any]) -> None:
     """The facts of what was seen."""
     run = setting.work / "loop" / "run"
     lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    dropped = sum(line["kind"] == "fault" for line in lines)
     losses = [json.loads(line)["loss"] for line in (run / "validation.jsonl").read_text().splitlines()]
     recorder.add("trains", len(seen["updates"]), "updates")
-    recorder.add("faults", dropped, predicted=0)
+    recorder.add("faults", sum(line["kind"] == "fault" for line in lines), predicted=0)
     recorder.add("held-out loss before", losses[0])
     recorder.add("held-out loss after the first stage", losses[-1])
     for number, line in enumerate((line for line in lines if line["kind"] == "ready"), start=1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 
@@ -38,8 +39,6 @@ def run(recorder: Recorder, setting: Setting) -> None:
             transformer(**given, return_dict=False)[0].float().square().mean().backward()
 
     def law(batch: int, policies: list[Policy]) -> float:
-        from types import SimpleNamespace
-
         stage = SimpleNamespace(blocks=sizes.train_blocks, components=sizes.components)
         kept = (flux_bytes(transformer, stage, tokens, setting.dtype.itemsize, policies, True, batch)
                 for _, tokens in pictures)  # fmt: skip

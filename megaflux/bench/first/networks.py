@@ -44,8 +44,8 @@ def vae(recorder: Recorder, setting: Setting) -> None:
             (f"VAE decode at {batch}", lambda packed=packed: latents.decode(model, packed), decode),
         ):
             _measure(recorder, name, call, setting, formula / 1e9)
-    if device.type == "cuda":  # what another layout of its maps, and a search for
-        # the fastest convolutions, would do: the VAE is a tenth of an update
+    # What another layout of its maps, and a search for the fastest convolutions, would do: the VAE is a tenth of an update.
+    if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
         _measure(recorder, "VAE encode at 2, channels last", lambda: latents.encode(model, pixels[:2]), setting)
         _measure(recorder, "VAE decode at 2, channels last", lambda: latents.decode(model, packed[:2]), setting)

@@ -1,7 +1,7 @@
 """python -m megaflux.bench.first.results DIR: what `make gpu-first OUT=DIR` found, as a section of docs/gpu-results.md.
 
 One section a device, between two comment lines; it takes the place of an earlier one of the same device, and all other text
-of the file stays. Values and predictions are those of DIR/facts.jsonl; nothing is rounded to more than four digits.
+of the file stays. Values are those of DIR/facts.jsonl, to four digits; predictions those that the code has today.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 
 from megaflux.bench.first import predicted as predictions
 from megaflux.bench.first.facts import FINISHED, Fact, Facts, number
-from megaflux.bench.first.predicted import PREDICTED
 from megaflux.bench.first.steps import TABLE
 from megaflux_kernels.bench.report import Parser
 
@@ -91,7 +90,7 @@ def section(facts: Facts) -> str:
     failed = [row for row in latest.values() if row.error is not None]
     if failed:
         lines += ["", "### What failed", "", *(f"- {row.step}, {row.fact}: {row.error}" for row in failed)]
-    waiting = [f"{step}: {fact} ({number(value)})" for step, found in PREDICTED.items() for fact, value in found.items()
+    waiting = [f"{step}: {fact} ({number(value)})" for step, found in predictions.PREDICTED.items() for fact, value in found.items()
                if (step, fact) not in latest or latest[step, fact].error is not None]  # fmt: skip
     if waiting and session["sizes"] != SMALL:
         lines += ["", "### Predictions that wait for a measurement", "", *(f"- {line}" for line in waiting)]

@@ -127,7 +127,9 @@ def _timed(seconds: dict[str, float], step: str, only: Callable[[tuple], bool] |
 def _timed_iterator(items: Iterator[Any], seen: Seen) -> Iterator[Any]:
     while True:
         started = time.perf_counter()
-        seen.began = seen.began or started
+        if seen.began is None:  # an update begins: what was noted since the last is validation's
+            seen._update.clear()
+            seen.began = started
         try:
             item = next(items)
         except StopIteration:
