@@ -159,11 +159,11 @@ def choose_blocks(
 
 
 def checkpoint_bytes(trained: int) -> int:
-    """Bytes of a checkpoint of `trained` parameters in bfloat16: float32 master and moments, the weights, and DeepSpeed's
-    own copy of them (training/space.py)."""
+    """Bytes of a checkpoint of `trained` parameters in bfloat16: float32 master and moments, and the weights
+    (training/space.py)."""
     from megaflux.training import space
 
-    return int(space.MARGIN * (space.STATE_BYTES + 2 + 2) * trained)
+    return int(space.MARGIN * (space.STATE_BYTES + 2) * trained)
 
 
 def choose_sharding(values: dict[str, Any], device: Any) -> Path:

@@ -92,7 +92,7 @@ def dev() -> dict[str, Any]:
             "global_batch_size": 128,
             "drawn_per_rank": 8,
             "micro_batch_size": 8,
-            "checkpoint_every": 500,
+            "checkpoint_every": 125,  # at most half an hour at 45% MFU on 8 A100
         },
         "optim": {"lr": 1e-5, "betas": [0.9, 0.95], "weight_decay": 0.1, "warmup_fraction": 0.01},
         "validation": {"every": 1000, "panel_every": 5000},

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from megaflux.config import Config
 from megaflux.errors import UserError
 from megaflux.generation.layout import MANIFEST, Settings
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline, device_and_dtype
-from megaflux.models.loading_errors import named
 from megaflux.models.pretrained import Models, cast, load_models
-from megaflux.training import checkpoint, saved
+from megaflux.training import checkpoint, saved, trained
+from megaflux.training.manifest import read as read_manifest
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class TrainedRun:
             "run": self.config.run.dir,
             "update": self.manifest["update"],
             "stage": self.manifest["stage_name"],
-            "weights_sha256": self.manifest["files"][checkpoint.WEIGHTS]["sha256"],
+            "weights_sha256": trained.sha256(self.manifest, self.checkpoint),
         }
 
 
@@ -48,7 +47,7 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
     if not os.path.isdir(root):  # Path's own raises where a name is too long
         what = "not a folder" if os.path.exists(root) else "no such folder"
         raise UserError(f"{root}: {what}; give a run or an export")
-    if (root / checkpoint.WEIGHTS).is_file() or (root / "manifest.json").is_file():
+    if any(root.glob("weights*.safetensors")) or (root / "manifest.json").is_file():
         number = root.name.removeprefix("update-").lstrip("0") or "0"
         raise UserError(f"{root}: one checkpoint of a run; give the run's folder and --update {number}")
     if not (root / "config.yaml").is_file():
@@ -63,9 +62,8 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
         known = ", ".join(map(str, found))
         raise UserError(f"{folder}/update-{number:07d}: no such checkpoint; the run has {known}")
     chosen = found[number]
-    manifest = checkpoint.verify(chosen, only={checkpoint.WEIGHTS})  # the optimizer's shards are not read here
-    if checkpoint.WEIGHTS not in manifest["files"]:
-        raise UserError(f"{chosen}/manifest.json: says nothing of {checkpoint.WEIGHTS}; it is not whole")
+    weights = trained.files_of(read_manifest(chosen), chosen)
+    manifest = checkpoint.verify(chosen, only=weights)  # the optimizer's shards are not read here
     changed = saved.changed(manifest["identity"], manifest["format"], checkpoint.identity(config))
     if changed:
         raise UserError(
@@ -81,13 +79,10 @@ def load(run: TrainedRun, device: torch.device | str = "cpu", dtype: torch.dtype
     where a trained weight is missing or does not fit.
     """
     models = load_models(run.config, device, dtype)
-    weights = run.checkpoint / checkpoint.WEIGHTS
-    with named(str(weights)), safe_open(weights, "pt") as file:
-        full = any(file.get_slice(name).get_dtype() == "F32" for name in file.keys())
     # Cast first: what was trained in float32 would lose bits on its way through a bfloat16 base.
-    if dtype is None and full:
+    if dtype is None and trained.any_float32(run.manifest, run.checkpoint):
         cast(models.trainable, device, torch.float32)
-    checkpoint.load_weights(run.checkpoint, run.manifest, run.config, models)
+    trained.load_weights(run.checkpoint, run.manifest, run.config, models)
     return models
 
 

@@ -53,7 +53,7 @@ def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype
     trained weights are seeded noise around the initial ones (the update is the seed)."""
     from megaflux.config import build_config
     from megaflux.models.pretrained import load_models
-    from megaflux.training import checkpoint, manifest
+    from megaflux.training import checkpoint, manifest, trained
 
     config = build_config(values | {"run": {"dir": str(root), "seed": 3}})
     root.mkdir(parents=True)
@@ -62,7 +62,7 @@ def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype
     for update in updates:
         stage = next(i for i, end in enumerate(config.stage_ends()) if update <= end)
         generator = torch.Generator().manual_seed(update)
-        names = checkpoint.trained_names(config, models.trainable, stage)
+        names = trained.trained_names(config, models.trainable, stage)
         weights = {
             name: (p.detach() + 0.05 * torch.randn(p.shape, generator=generator)).to(dtype)
             for name, p in models.trainable.named_parameters()
@@ -70,7 +70,7 @@ def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype
         }
         folder = checkpoint.folder(root) / f"update-{update:07d}"
         folder.mkdir(parents=True)
-        save_file(weights, folder / checkpoint.WEIGHTS)
+        save_file(weights, folder / trained.file_name(0, 1))
         content = {
             "format": checkpoint.FORMAT,
             "update": update,

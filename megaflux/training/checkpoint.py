@@ -1,10 +1,10 @@
 """Checkpoints of a run: what is in them, which one a run goes on from, and how it takes it up.
 
     RUN/checkpoints/update-0000400/
-        manifest.json          format, update, stage, world size, data position; size and SHA-256 of every file below
-        weights.safetensors    every parameter that has trained so far, by Qwen2VLFlux's names
-        deepspeed/...          DeepSpeed's shards: fp32 masters and Adam's moments of the active stage
-        rng-rank0000.pt        global random state of each rank
+        manifest.json             format, update, stage, world size, data position; size and SHA-256 of every file below
+        weights-....safetensors   every parameter that has trained so far, a part by each rank (trained.py)
+        deepspeed/...             DeepSpeed's shards: fp32 masters and Adam's moments of the active stage
+        rng-rank0000.pt           global random state of each rank
 
 How they come to be, durably, is in manifest.py. The learning rate is a function of the update and needs no state.
 
@@ -14,38 +14,29 @@ For people: python -m megaflux.training.checkpoint ls|verify|prune RUN
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
 from megaflux.config import Config
 from megaflux.errors import UserError, is_out_of_memory
-from megaflux.models import reading
 from megaflux.models.loading_errors import named
-from megaflux.training import distributed, manifest, repartition, saved, stages
+from megaflux.training import distributed, manifest, repartition, saved, trained
 from megaflux.training.distributed import World
 from megaflux.training.ds_config import sharding
-from megaflux.training.engine import StageEngine, whole_size
+from megaflux.training.engine import StageEngine
 from megaflux.training.manifest import FORMAT, folder, listed, verify
 from megaflux.training.space import NoRoom
 
-if TYPE_CHECKING:  # diffusers and transformers: seconds that the tool for people need not wait
-    from megaflux.models.pretrained import Models
-
-__all__ = ["FORMAT", "WEIGHTS", "Checkpoint", "folder", "identity", "listed", "load_training_state", "load_weights",
-           "resolve", "save", "trained_names", "verify"]  # fmt: skip
+__all__ = ["FORMAT", "Checkpoint", "folder", "identity", "listed", "load_training_state", "resolve", "save", "verify"]
 
 log = logging.getLogger("megaflux")
-WEIGHTS = "weights.safetensors"
 WAYS_OUT = (
     "Three ways out: put the named file back (from a copy) and start again; or give another --run.dir and begin anew; "
     "or move {root} away, which gives up what it holds, and begin anew here"
@@ -96,30 +87,26 @@ def save(
         if world.is_main:
             manifest.clear(partial)
             partial.mkdir(parents=True)
-    weights = trained_weights(config, engine, keep=world.is_main)  # collective, so before anything can fail on one rank
+    weights = trained.gather_share(config, engine, world)  # collective, so before anything can fail on one rank
     with _written(partial, final, world):
-        with _errors_after(engine):
+        with _errors_after(engine), _weights_left_out(engine):
             engine.deepspeed.save_checkpoint(
                 str(partial), tag="deepspeed", client_state={}, save_latest=False, exclude_frozen_parameters=True
             )
         torch.save(distributed.rng_state(), partial / f"rng-rank{world.rank:04d}.pt")
-        if world.is_main:
-            save_file(weights, partial / WEIGHTS)
-            (partial / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
+        trained.write_share(weights, partial, world)
         # Each rank syncs and hashes what it wrote: a machine has its own unwritten pages, and it all goes side by side.
-        mine = [file for file in manifest.files_in(partial) if _writer(file.name) == world.rank]
+        mine = [file for file in manifest.files_in(partial) if writer_of(file.name) == world.rank]
         for file in mine:
             manifest.sync(file)
         files = manifest.inventory(partial, mine)
     files = {name: entry for of_rank in distributed.gathered(files, world) for name, entry in of_rank.items()}
     with _written(partial, final, world):
         if world.is_main:
-            shards = (
-                sum(name.startswith("rng-") for name in files),
-                sum(name.endswith("optim_states.pt") for name in files),
-            )
-            if shards != (world.size, world.size):
-                raise UserError(f"{partial}: {shards[1]} of {world.size} ranks' shards are here; run.dir must be on storage "
+            there = min(sum(name.startswith(start) and name.endswith(end) for name in files) for start, end in
+                        (("rng-", ".pt"), ("deepspeed/", "optim_states.pt"), ("weights", ".safetensors")))  # fmt: skip
+            if there != world.size:
+                raise UserError(f"{partial}: {there} of {world.size} ranks' shards are here; run.dir must be on storage "
                                 "that all machines share")  # fmt: skip
             manifest.publish(partial, final, {
                 "format": FORMAT, "update": update, "stage": engine.stage,
@@ -153,29 +140,6 @@ def most_at_once(config: Config, update: int) -> int:
     kept = sum(milestone > update for milestone in milestones(config))
     due = sum(save > update for save in milestones(config) | every)
     return min(config.train.keep_checkpoints + 1 + kept, due + 1)
-
-
-def trained_weights(config: Config, engine: StageEngine, keep: bool = True) -> dict[str, torch.Tensor]:
-    """Every parameter that any stage so far has trained, on the host, by name. Collective under ZeRO-3; keep: False
-    on the ranks that only take part."""
-    names = trained_names(config, engine.module, engine.stage)
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        if name in names:
-            with _gathered(parameter, engine.zero_stage):
-                if keep:
-                    weights[name] = parameter.detach().cpu().contiguous().clone()
-    return weights
-
-
-def trained_names(config: Config, module: nn.Module, stage: int) -> set[str]:
-    return {name for s in config.stages[: stage + 1] for name in stages.trainable_names(module, s)}
-
-
-def count_trained(config: Config, module: nn.Module, stage: int) -> int:
-    """Parameters in a checkpoint's weights at this stage."""
-    names = trained_names(config, module, stage)
-    return sum(whole_size(p) for name, p in module.named_parameters() if name in names)
 
 
 def resolve(config: Config, ds_config: dict[str, Any], world: World, sound: bool = False) -> Checkpoint | None:
@@ -259,30 +223,6 @@ def _check_same_run(
         )
 
 
-def load_weights(path: Path, manifest: dict[str, Any], config: Config, models: Models) -> None:
-    """Put a checkpoint's weights into freshly loaded models, before an engine is built on them.
-
-    UserError if the models are not those that the run started from, or a name is missing or does not fit.
-    """
-    if manifest["base"] != models.base:
-        raise UserError(
-            f"{path}: was trained on other base weights than model.* names now (or than this version of megaflux "
-            "builds); give the ones it started from"
-        )
-    file, parameters = path / WEIGHTS, dict(models.trainable.named_parameters())
-    with named(str(file)):
-        stored = reading.shapes(file)
-    missing = trained_names(config, models.trainable, manifest["stage"]) - set(stored)
-    if missing:
-        raise UserError(f"{file}: missing key {sorted(missing)[0]} (of {len(missing)}); it was trained")
-    for name, shape in stored.items():
-        if name not in parameters or parameters[name].shape != shape:
-            raise UserError(f"{file}: {name} does not fit this model; check model.* of the configuration")
-    with named(str(file)), torch.no_grad():
-        for name, tensor in reading.tensors(file, stored):
-            parameters[name].copy_(tensor)
-
-
 def load_training_state(checkpoint: Checkpoint, engine: StageEngine, world: World) -> None:
     """Optimizer and random state into an engine of the same stage. Collective."""
     if checkpoint.world_size != world.size:  # cut anew, by name; the global random state of other ranks says nothing
@@ -348,7 +288,7 @@ def _errors_after(engine: StageEngine) -> Iterator[None]:
                 raise
             errors.append(error)
 
-    # Nor its script that puts shards together, another file that a full disk refuses: weights.safetensors is that.
+    # Nor its script that puts shards together, another file that a full disk refuses: our weights' files are that.
     writer.save, engine.deepspeed._copy_recovery_script = save, lambda path: None
     try:
         yield
@@ -358,24 +298,22 @@ def _errors_after(engine: StageEngine) -> Iterator[None]:
         raise errors[0]
 
 
-def _writer(name: str) -> int:
+@contextmanager
+def _weights_left_out(engine: StageEngine) -> Iterator[None]:
+    """Without DeepSpeed's own copy of the weights, which rank 0 would write alone: what trains is in our files, and loading
+    a checkpoint puts those into the module before there is an engine. (ZeRO-3 has only names in that place.)"""
+    if engine.zero_stage < 3:
+        engine.deepspeed.module_state_dict = lambda **_: {}
+    try:
+        yield
+    finally:
+        vars(engine.deepspeed).pop("module_state_dict", None)
+
+
+def writer_of(name: str) -> int:
     """Rank that wrote a file of a checkpoint: its number is in DeepSpeed's names of shards and in ours; the rest is 0's."""
-    found = re.search(r"(?:pp_rank_|rng-rank)(\d+)", name)
+    found = re.search(r"(?:pp_rank_|rng-rank|weights-)(\d+)", name)
     return int(found[1]) if found else 0
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _gathered(parameter: nn.Parameter, zero_stage: int) -> AbstractContextManager:
-    if zero_stage < 3:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter])
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from megaflux.errors import STOPPED, UserError, is_out_of_memory
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models, load_models
 from megaflux.models.vlm import Condition
-from megaflux.training import checkpoint, distributed, elastic, memory, noise, space, validation
+from megaflux.training import checkpoint, distributed, elastic, memory, noise, space, trained, validation
 from megaflux.training.cache import cached_dataset
 from megaflux.training.checkpoint import Checkpoint
 from megaflux.training.distributed import World
@@ -140,7 +140,7 @@ def _run(
         events.record("fault", what="stale_shared_memory", update=resumed.update if resumed else 0, detail=name)
     guard = Guard(config.optim.spike_sigma, config.optim.spike_window, config.train.bad_updates)
     if resumed:
-        checkpoint.load_weights(resumed.path, resumed.manifest, config, models)
+        trained.load_weights(resumed.path, resumed.manifest, config, models)
         loader.load_state_dict(position_for(behind.position if behind else resumed.data, world.size))
         guard.load_state_dict(resumed.manifest.get("guard", {}))
         guard.dropped = max(guard.dropped, behind.dropped if behind else 0)
@@ -161,8 +161,8 @@ def _run(
             engine = StageEngine(models.trainable, config, ds_config, stage, world.size, carried, guard.judge)
             if resumed and stage == resumed.stage:
                 checkpoint.load_training_state(resumed, engine, world)
-            trained = checkpoint.count_trained(config, models.trainable, stage)
-            space.check(config, engine, trained, world, checkpoint.most_at_once(config, done))
+            count = trained.count_trained(config, models.trainable, stage)
+            space.check(config, engine, count, world, checkpoint.most_at_once(config, done))
             policies = plan.choose(models, engine)
             log.info("stage %s: %d parameters train; %s; computed again in the backward pass, %s",
                      config.stages[stage].name, engine.num_trainable, models.trainable.describe(),
@@ -263,7 +263,7 @@ def _save(
 ) -> bool:  # fmt: skip
     """Whether there is a checkpoint now. A disk that refuses one ends the run only where there must be one. Collective."""
     try:
-        space.check(config, engine, checkpoint.count_trained(config, engine.module, engine.stage), world, None)
+        space.check(config, engine, trained.count_trained(config, engine.module, engine.stage), world, None)
         with monitor.timed("save", update):
             checkpoint.save(config, engine, update, loader.state_dict(), models.base, world, guard.state_dict(),
                             resumed.update if resumed else None)  # fmt: skip

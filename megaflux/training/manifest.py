@@ -12,8 +12,10 @@ Order of a save, so that a crash at any point leaves the checkpoint before or th
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable
@@ -24,10 +26,15 @@ from typing import Any
 
 from megaflux.errors import UserError
 
-FORMAT = 3  # 2: the manifest holds a hash of itself; 3: fields of the configuration came in (saved.ADDED)
+log = logging.getLogger("megaflux")
+# 2: the manifest holds a hash of itself; 3: fields of the configuration came in (saved.ADDED); 4: more of them, and the
+# weights are divided among the ranks' files (trained.py)
+FORMAT = 4
 MANIFEST = "manifest.json"
 KEYS = {"format", "update", "stage", "stage_name", "world_size", "data", "identity", "base", "deepspeed", "files"}
+NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 HASHERS = 8  # files hashed at a time: one thread reads 1 to 2 GB/s, and a shared file system gives more to several
+_warned: list[Path] = []
 
 
 def folder(run_dir: str | Path) -> Path:
@@ -189,17 +196,23 @@ def prune(run_dir: str | Path, keep: int, milestones: Collection[int], protect: 
 
 
 def write_durably(file: Path, text: str) -> None:
-    with file.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+    file.write_text(text)
+    sync(file)
 
 
 def sync(path: Path) -> None:
-    """fsync of a file or folder."""
+    """fsync of a file or folder. Storage that knows no fsync of it (FUSE and some network file systems refuse a folder's
+    with EINVAL) is warned of once; any other error is raised."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+        if not _warned:
+            _warned.append(path)
+            log.warning("%s: this storage has no fsync for it (%s); all is saved, but what was written seconds before a "
+                        "power failure may be lost", path, error.strerror)  # fmt: skip
     finally:
         os.close(descriptor)
 

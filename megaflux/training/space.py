@@ -17,14 +17,13 @@ class NoRoom(UserError):
 
 STATE_BYTES = 12  # per trainable parameter: master, exp_avg and exp_avg_sq in fp32
 MARGIN = 1.02  # file headers, rounding up to blocks
-FILES_EACH = 6  # beside a shard and a random state per rank
+FILES_EACH = 6  # beside a shard, a part of the weights and a random state per rank
 
 
 def checkpoint_bytes(engine: StageEngine, weights: int) -> int:
     """Size of one checkpoint of this stage. weights: parameters that any stage so far has trained."""
     item = next(engine.module.parameters()).element_size()
-    state = STATE_BYTES * engine.num_trainable + item * engine.num_trainable  # DeepSpeed keeps a copy of what trains
-    return int(MARGIN * (state + item * weights))
+    return int(MARGIN * (STATE_BYTES * engine.num_trainable + item * weights))
 
 
 def check(config: Config, engine: StageEngine, weights: int, world: World, at_once: int | None) -> None:
@@ -36,7 +35,7 @@ def check(config: Config, engine: StageEngine, weights: int, world: World, at_on
     if world.is_main:
         there = len(manifest.listed(config.run.dir))
         wanted = 1 if at_once is None else max(1, at_once - there)
-        need, files = wanted * checkpoint_bytes(engine, weights), wanted * (2 * world.size + FILES_EACH)
+        need, files = wanted * checkpoint_bytes(engine, weights), wanted * (3 * world.size + FILES_EACH)
         disk = os.statvfs(config.run.dir)
         free = disk.f_bavail * disk.f_frsize
         if free < need:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from megaflux.config import build_config
 from megaflux.errors import UserError
 from megaflux.models import pretrained, scratch
-from megaflux.training import checkpoint
+from megaflux.training import trained
 from tests.conftest import small_values
 
 from diffusers import AutoencoderKL, FluxTransformer2DModel  # isort: skip
@@ -137,10 +137,10 @@ def test_for_another_device_the_host_holds_nothing(large):
 def test_a_checkpoint_s_weights_are_read_one_by_one(large, tmp_path):
     models = pretrained.load_models(large, "cpu", torch.bfloat16)
     wanted = {name: p.detach() + 1 for name, p in models.trainable.named_parameters()}
-    save_file(wanted, tmp_path / checkpoint.WEIGHTS)
-    assert (tmp_path / checkpoint.WEIGHTS).stat().st_size > 1.3 * SLACK
-    manifest = {"base": models.base, "stage": 0}
-    rose, _ = rise(lambda: checkpoint.load_weights(tmp_path, manifest, large, models))
+    save_file(wanted, tmp_path / trained.file_name(0, 1))
+    assert (tmp_path / trained.file_name(0, 1)).stat().st_size > 1.3 * SLACK
+    manifest = {"base": models.base, "stage": 0, "files": {trained.file_name(0, 1): {}}}
+    rose, _ = rise(lambda: trained.load_weights(tmp_path, manifest, large, models))
     assert rose < SLACK
     assert all(torch.equal(p, wanted[name]) for name, p in models.trainable.named_parameters())
 

@@ -104,7 +104,9 @@ def newest(run: Path) -> Path:
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(newest(run) / "weights.safetensors")
+    return {
+        name: tensor for file in newest(run).glob("weights*.safetensors") for name, tensor in load_file(file).items()
+    }
 
 
 def final_state(run: Path) -> list[dict]:

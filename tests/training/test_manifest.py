@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import os
 import random
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -305,3 +307,40 @@ def test_the_tool_lists_verifies_and_prunes(tmp_path):
     bad = tool("verify", tmp_path)
     assert bad.returncode == 2 and "goes on from update-0000001" in bad.stdout and "weights.safetensors" in bad.stdout
     assert "Traceback" not in bad.stderr + listed.stderr + nothing.stderr
+
+
+def refuse_fsync(patch: pytest.MonkeyPatch, number: int, of: str) -> None:
+    """fsync fails with this errno: of folders, of files, or of both, as some storage refuses it."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+        if kind in of:
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    patch.setattr(os, "fsync", fsync)
+    patch.setattr(manifest, "_warned", [])
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+@pytest.mark.parametrize("of", ["folder", "file and folder"])
+def test_storage_without_fsync_keeps_checkpoints_after_one_warning(tmp_path, monkeypatch, caplog, number, of):
+    refuse_fsync(monkeypatch, number, of)
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    assert newest(tmp_path) == 2
+    (said,) = [record.message for record in caplog.records]
+    assert "no fsync" in said and str(tmp_path) in said
+    # complete but for its name, as a crash leaves it
+    (manifest.folder(tmp_path) / manifest.name_of(2)).rename(manifest.partial_of(tmp_path, 2))
+    assert newest(tmp_path) == 2
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_real_error_of_fsync_is_one(tmp_path, monkeypatch, number):
+    save(tmp_path, 1)
+    refuse_fsync(monkeypatch, number, "folder")
+    with pytest.raises(OSError) as error:
+        save(tmp_path, 2)
+    assert error.value.errno == number and newest(tmp_path) == 1

@@ -15,6 +15,7 @@ import torch
 
 from megaflux.errors import UserError
 from megaflux.training import elastic
+from megaflux.training import checkpoint, manifest
 from megaflux.training.checkpoint import Checkpoint
 from tests.training.faults import (
     FAULTY,
@@ -222,7 +223,9 @@ def test_a_bad_update_changes_nothing_and_names_its_samples(data, tmp_path):
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said[-2000:]
     before, after = (tmp_path / "run" / "checkpoints" / f"update-000000{n}" for n in (4, 5))
-    for name in ["weights.safetensors"]:
+    weights = sorted(file.name for file in before.glob("weights-*.safetensors"))
+    assert weights == [f"weights-0000{rank}-of-00002.safetensors" for rank in (0, 1)]
+    for name in weights:
         assert (before / name).read_bytes() == (after / name).read_bytes()
     for file in sorted((before / "deepspeed").glob("*optim_states.pt")):
         states = [torch.load(folder / "deepspeed" / file.name, weights_only=False)["optimizer_state_dict"]
@@ -232,8 +235,13 @@ def test_a_bad_update_changes_nothing_and_names_its_samples(data, tmp_path):
     (fault,) = events(tmp_path / "run", "fault")
     assert fault["what"] == "skipped_update" and fault["update"] == 5 and len(fault["keys"]) == 4
     assert all(key in said for key in fault["keys"])
-    last = newest(tmp_path / "run") / "weights.safetensors"
-    assert last.read_bytes() != (after / "weights.safetensors").read_bytes()  # and it went on training
+    # Each parameter is written once, and no rank writes much more than another.
+    assert torch.load(after / "deepspeed" / "mp_rank_00_model_states.pt", weights_only=False)["module"] == {}
+    written = [sum(file.stat().st_size for file in manifest.files_in(after) if checkpoint.writer_of(file.name) == rank)
+               for rank in (0, 1)]  # fmt: skip
+    assert written[1] / 1.5 < written[0] < 1.5 * written[1]
+    for name in weights:  # and it went on training
+        assert (newest(tmp_path / "run") / name).read_bytes() != (after / name).read_bytes()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()

@@ -1,0 +1,90 @@
+"""The weights of a checkpoint: each parameter in one file, divided among ranks; both layouts are read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from megaflux import export, runs
+from megaflux.errors import UserError
+from megaflux.training import checkpoint, manifest, trained
+from megaflux.training.distributed import World
+
+
+def divide(run: Path, ranks: int) -> None:
+    """Write the weights of a run's newest checkpoint again, as this number of ranks saves them."""
+    folder = list(checkpoint.listed(run).values())[-1]
+    weights = load_file(folder / trained.file_name(0, 1))
+    (folder / trained.file_name(0, 1)).unlink()
+    sizes = {name: tensor.numel() for name, tensor in weights.items()}
+    for rank, names in enumerate(trained.shares(sizes, ranks)):
+        trained.write_share({n: weights[n] for n in names}, folder, World(rank, ranks, torch.device("cpu")))
+    content = manifest.read(folder) | {"files": manifest.inventory(folder), "world_size": ranks}
+    (folder / manifest.MANIFEST).write_text(json.dumps(manifest.sealed(content)))
+
+
+def copied(run: Path, tmp_path: Path, ranks: int) -> Path:
+    shutil.copytree(run, tmp_path / "run")
+    divide(tmp_path / "run", ranks)
+    return tmp_path / "run"
+
+
+def parameters(models) -> dict[str, torch.Tensor]:
+    return dict(models.trainable.named_parameters())
+
+
+@given(st.dictionaries(st.text(max_size=3), st.integers(1, 10**9), max_size=60), st.integers(1, 9))
+def test_each_parameter_goes_to_one_rank_and_none_has_much_more_than_another(sizes, ranks):
+    divided = trained.shares(sizes, ranks)
+    assert sorted(name for names in divided for name in names) == sorted(sizes)
+    loads = [sum(sizes[name] for name in names) for names in divided]
+    assert max(loads) - min(loads) <= max(sizes.values(), default=0)
+    assert trained.shares(dict(reversed(sizes.items())), ranks) == divided  # whatever order a rank finds them in
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_divided_weights_are_loaded_and_exported_as_those_in_one_file(run_folder, tmp_path, ranks):
+    other = copied(run_folder, tmp_path, ranks)
+    want, have = (parameters(runs.load(runs.find(run))) for run in (run_folder, other))
+    assert want.keys() == have.keys() and all(torch.equal(want[name], have[name]) for name in want)
+    assert runs.find(other).source["weights_sha256"] != runs.find(run_folder).source["weights_sha256"]
+    assert len(runs.find(other).source["weights_sha256"]) == 64
+    export.export(runs.find(other), tmp_path / "exported")
+    (made,) = (tmp_path / "exported").glob("connector/*.safetensors")
+    assert torch.equal(load_file(made)["weight"], want["connector.weight"])
+
+
+def test_more_ranks_than_parameters_is_no_problem(tmp_path):
+    for rank, names in enumerate(trained.shares({"a": 2}, 3)):
+        trained.write_share({n: torch.ones(2) for n in names}, tmp_path, World(rank, 3, torch.device("cpu")))
+    content = {"files": manifest.inventory(tmp_path)}
+    assert trained.files_of(content, tmp_path) == [trained.file_name(rank, 3) for rank in range(3)]
+    assert trained.any_float32(content, tmp_path)
+
+
+@pytest.mark.parametrize("files", [[], ["weights-00000-of-00002.safetensors"], ["weights-00001-of-00002.safetensors"],
+                                   ["weights.safetensors", "weights-00000-of-00001.safetensors"]])  # fmt: skip
+def test_a_manifest_that_does_not_name_all_weights_is_refused(files, tmp_path):
+    with pytest.raises(UserError, match="not complete"):
+        trained.files_of({"files": dict.fromkeys(files, {})}, tmp_path)
+
+
+def test_a_damaged_part_of_the_weights_is_named(run_folder, tmp_path):
+    run = copied(run_folder, tmp_path, 2)
+    part = list(checkpoint.listed(run).values())[-1] / trained.file_name(1, 2)
+    kept = load_file(part)
+    part.write_bytes(part.read_bytes()[:-1] + b"\x77")
+    with pytest.raises(UserError, match="weights-00001-of-00002.safetensors: damaged"):
+        runs.find(run)
+    save_file({"strange": torch.ones(1)} | kept, part)
+    content = manifest.read(part.parent) | {"files": manifest.inventory(part.parent)}
+    (part.parent / manifest.MANIFEST).write_text(json.dumps(manifest.sealed(content)))
+    with pytest.raises(UserError, match="weights-00001-of-00002.safetensors: strange does not fit"):
+        runs.load(runs.find(run))
