@@ -145,8 +145,10 @@ def _seal(content: dict[str, Any]) -> str:
 
 
 def files_in(path: Path) -> list[Path]:
-    """Every file of a checkpoint's folder but its manifest."""
-    return sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
+    """Every file of a checkpoint's folder but its manifest, and but hidden ones: safetensors gives a file its name when it
+    is whole, and other ranks write theirs meanwhile; NFS keeps a deleted file under such a name while it is open."""
+    found = (file for file in path.rglob("*") if not file.name.startswith(".") and file.name != MANIFEST)
+    return sorted(file for file in found if file.is_file())
 
 
 def inventory(path: Path, files: Iterable[Path] | None = None) -> dict[str, dict[str, Any]]:

@@ -88,3 +88,10 @@ def test_a_damaged_part_of_the_weights_is_named(run_folder, tmp_path):
     (part.parent / manifest.MANIFEST).write_text(json.dumps(manifest.sealed(content)))
     with pytest.raises(UserError, match="weights-00001-of-00002.safetensors: strange does not fit"):
         runs.load(runs.find(run))
+
+
+def test_a_file_that_another_rank_is_writing_is_nobody_s(tmp_path):
+    """safetensors writes under a hidden name first; a rank that synced it would find it gone."""
+    trained.write_share({"a": torch.ones(2)}, tmp_path, World(0, 2, torch.device("cpu")))
+    (tmp_path / ".tmpaxG4l0").write_bytes(b"half")
+    assert [file.name for file in manifest.files_in(tmp_path)] == [trained.file_name(0, 2)]
