@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from megaflux.errors import UserError
-from megaflux.training import elastic
-from megaflux.training import checkpoint, manifest
+from megaflux.training import checkpoint, elastic, manifest
 from megaflux.training.checkpoint import Checkpoint
 from tests.training.faults import (
     FAULTY,
