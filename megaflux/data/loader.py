@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -105,7 +106,7 @@ def build_loader(
     with exclusive_set_up(world), as_streaming_sees(world):
         stale = []
         if world.local_rank == 0:
-            stale = remove_leftovers()
+            stale = remove_leftovers(os.path.abspath(folder) for folder in folders)
             if stale:
                 logger.info("removed shared memory that killed runs had left: %s", ", ".join(stale))
         drawn = sum(-(-sum(e["samples"] for e in entries) // micro_batch_size) for entries in shards.values())

@@ -44,6 +44,7 @@ from megaflux.data.merge import TooManyBad, judge, merge, read_plan
 from megaflux.data.shards import COMPRESSION, FORMAT_VERSION, SHARD_SIZE, DatasetInfo, compression_for
 from megaflux.data.sources import open_source
 from megaflux.errors import UserError, exit_on_user_error
+from megaflux.files import sync_folder
 
 OPENMOJI_DEFAULTS = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
 
@@ -116,6 +117,7 @@ def prepare(
     index, count = part or (1, 1)
     mine = [number for number in range(len(parts)) if number % count == index - 1]
     with _one_line(out), chunks.exclusive(out, f"{index}-of-{count}"):
+        sync_folder(out)  # so that a file system without is warned of here, not by each worker
         chunks.remove_unfinished(out, mine)
         todo = [number for number in mine if not chunks.report_path(out, number).exists()]
         done_before = sum(len(parts[number]) for number in mine) - sum(len(parts[number]) for number in todo)

@@ -28,24 +28,28 @@ from megaflux.files import Lock, try_lock
 
 SHM = Path("/dev/shm")
 OWNER = "_megaflux_owner"
+OTHERS = 3600.0  # s
 FORGOTTEN = 86400.0  # s; streaming opens its lock files several times an epoch, which renews their time
 
 
-def remove_leftovers() -> list[str]:
-    """Remove the shared memory and lock files of killed runs of this user; their prefixes.
+def remove_leftovers(folders: Iterable[str]) -> list[str]:
+    """Remove the shared memory and lock files of killed runs of this user; the prefixes of which there was any.
 
-    A prefix that was claimed is removed once no living process holds its claim, with or without its blocks: a killed
-    run's resource tracker may have unlinked those, and streaming takes no prefix whose lock files are there. Of what
-    nobody ever claimed (another program's, or a run's that was killed before it could) only lock files are removed, and
-    only those of a day ago whose blocks are gone and whose locks are free. Call it on one rank per node, before the
-    dataset is built.
+    A prefix that was claimed goes once no living process holds its claim: at once where it names one of `folders` (the
+    absolute paths of this run's streams), or has no blocks any more (a killed run's resource tracker may have unlinked
+    them, but not the files, and streaming takes no prefix that has some); that of another dataset after an hour, for its
+    own next start may come first, and says so. Of what nobody ever claimed (another program's, or a run's that was killed
+    before it could) only lock files go, of a day ago, whose blocks are gone and which nobody holds. Call it on one rank
+    per node, before the dataset is built.
     """
-    removed = []
+    wanted, removed = set(folders), []
     for prefix in sorted(_prefixes_there()):
+        blocks = list(SHM.glob(f"{prefix}_*"))
         if _is_orphaned(prefix):
-            _remove_prefix(prefix)
-            removed.append(prefix)
-        elif not _claim_path(prefix).exists() and not any(SHM.glob(f"{prefix}_*")):
+            if not blocks or wanted & _folders_of(prefix) or all(_age(block) > OTHERS for block in blocks):
+                _remove_prefix(prefix)
+                removed.append(prefix)
+        elif not blocks and not _claim_path(prefix).exists():
             locks = [lock for lock in _lock_files(prefix) if lock.exists()]
             if all(_is_forgotten(lock) for lock in locks):
                 _remove(locks)
@@ -144,6 +148,22 @@ def _folders_in(block: bytes) -> list[str]:
     return block[4:length].decode("utf-8", "replace").split("\0")[:-1]
 
 
+def _folders_of(prefix: str) -> set[str]:
+    try:
+        return set(_folders_in((SHM / f"{prefix}_locals").read_bytes()))
+    except OSError:
+        return set()
+
+
+def _age(path: Path) -> float:
+    """Seconds since it was last written; 0 for what is gone or not ours."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0.0
+    return time.time() - found.st_mtime if found.st_uid == os.getuid() else 0.0
+
+
 def _is_orphaned(prefix: str) -> bool:
     """Whether the prefix was claimed by this user and no living process holds the claim. What nobody ever claimed is not
     ours to judge, nor what no lock can tell."""
@@ -163,9 +183,9 @@ def _locks_refused(prefix: str) -> bool:
 
 
 def _is_forgotten(lock: Path) -> bool:
+    if _age(lock) < FORGOTTEN:
+        return False
     try:
-        if time.time() - lock.stat().st_mtime < FORGOTTEN or lock.stat().st_uid != os.getuid():
-            return False
         with open(lock) as file:
             return try_lock(file) is Lock.HELD
     except OSError:
