@@ -55,7 +55,7 @@ def build_loader(
     remote: str | None = None,
     cache_limit: str | None = None,
     split: str = "train",
-    prefetch_factor: int = 2,
+    prefetch_factor: int = shm_room.PREFETCH_FACTOR,
     shuffle: bool = True,
     verify: bool = False,
     run_folder: str | Path | None = None,

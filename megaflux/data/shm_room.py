@@ -17,6 +17,7 @@ from megaflux.data.buckets import Bucket
 from megaflux.data.index import column_encodings
 
 SHM = "/dev/shm"
+PREFETCH_FACTOR = 2  # batches that each loading process has waiting, unless told otherwise
 PAGE = 4096
 COUNTERS = 1 << 20  # bytes; streaming's counters and barriers, semaphores
 NCCL = 1 << 25  # bytes a rank for NCCL's own buffers between the ranks of a machine; an allowance, not measured
