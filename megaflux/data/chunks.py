@@ -10,7 +10,6 @@ A chunk without a report is unfinished, whatever else is there, and is written a
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from megaflux.data.index import INDEX, with_prefix, write_json
 from megaflux.data.items import Item, Loaded, Source
 from megaflux.data.shards import IMAGE_COLUMNS, SPLITS, open_writer
 from megaflux.errors import UserError
+from megaflux.files import Lock, try_lock
 
 if TYPE_CHECKING:
     from megaflux.data.prepare import Options
@@ -39,12 +39,13 @@ LOCK_SECONDS = 5  # to wait for a killed run's workers, which leave within a sec
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for all chunks of a dataset."""
+    """What is the same for all chunks of a dataset. compression: of its shards, "zstd" or None."""
 
     source: Source
     out: Path
     buckets: tuple[Bucket, ...]
     options: Options
+    compression: str | None
 
 
 def is_held_out(split_key: str, fraction: float) -> bool:
@@ -88,7 +89,7 @@ def write_chunk(job: Job, number: int, items: Sequence[Item], progress: Callable
             if (split, bucket) not in writers:
                 folder = unfinished / split / bucket.folder
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                writers[split, bucket] = open_writer(folder, IMAGE_COLUMNS, job.options.shard_size)
+                writers[split, bucket] = open_writer(folder, IMAGE_COLUMNS, job.options.shard_size, job.compression)
             writers[split, bucket].write({"key": item.key, "caption": loaded.caption, "image": image})
             counts[split][bucket.name] += 1
             notes.update(found)
@@ -144,7 +145,8 @@ def remove_unfinished(out: Path, numbers: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def exclusive(out: Path, part: str) -> Iterator[None]:
-    """Hold the lock of one part of `out`; UserError if another process on this machine keeps it.
+    """Hold the lock of one part of `out`; UserError if another process on this machine keeps it. Where the file system
+    has no locks, a warning.
 
     Worker processes inherit it, so that a new run waits until those of a killed one have gone.
     """
@@ -165,12 +167,9 @@ def exclusive(out: Path, part: str) -> Iterator[None]:
 
 def _try_lock(path: Path) -> TextIO | None:
     lock = open(path, "w")  # noqa: SIM115  held until its caller closes it
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.stat(path).st_ino == os.fstat(lock.fileno()).st_ino:
+    with contextlib.suppress(FileNotFoundError):  # just removed by the one who held it
+        if try_lock(lock) is not Lock.TAKEN and os.stat(path).st_ino == os.fstat(lock.fileno()).st_ino:
             return lock
-    except (BlockingIOError, FileNotFoundError):  # held, or just removed by the one who held it
-        pass
     lock.close()
     return None
 

@@ -12,12 +12,14 @@ import json
 import os
 import re
 import reprlib
+import secrets
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megaflux.errors import UserError
+from megaflux.files import sync_file, sync_folder
 
 INDEX = "index.json"
 # Never pkl: it runs code on reading.
@@ -119,12 +121,13 @@ def write_index(folder: Path, shards: Iterable[dict[str, Any]]) -> None:
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     """Write a JSON file so that a kill at any moment leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Machines that share a folder may have processes of the same number, in containers most of all.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with open(temporary, "w") as file:
         file.write(json.dumps(content, indent=indent, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
     os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def _columns(shard: dict[str, Any]) -> list[tuple[str, str]]:

@@ -24,13 +24,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from megaflux.data import remote as remote_data
+from megaflux.data import shm_room
 from megaflux.data.batches import Batch, collate
 from megaflux.data.buckets import Bucket
 from megaflux.data.index import column_encodings, fingerprint, inspect_index, raise_problems
 from megaflux.data.quarantine import BucketDataset, QuarantiningStream
-from megaflux.data.ranks import World, as_streaming_sees, barrier, detect_world
+from megaflux.data.ranks import World, as_streaming_sees, barrier, detect_world, raise_first
 from megaflux.data.shards import DatasetInfo, read_dataset_info
 from megaflux.data.shared_memory import claim, exclusive_set_up, release, remove_leftovers
+from megaflux.data.unpack import remove_abandoned, unwritable
 from megaflux.data.verdict import verify_on_all_ranks
 from megaflux.errors import UserError
 
@@ -53,7 +55,7 @@ def build_loader(
     remote: str | None = None,
     cache_limit: str | None = None,
     split: str = "train",
-    prefetch_factor: int = 2,
+    prefetch_factor: int = shm_room.PREFETCH_FACTOR,
     shuffle: bool = True,
     verify: bool = False,
     run_folder: str | Path | None = None,
@@ -74,7 +76,8 @@ def build_loader(
     later.
 
     Call it after torch.distributed is initialised, on every rank. Raises UserError if the dataset is
-    missing, incomplete, damaged (every problem at once) or has no samples in this split.
+    missing, incomplete, damaged (every problem at once), has no samples in this split, or has shards to unpack where this
+    process cannot write, and where /dev/shm is too small: alike on all ranks where only some machines see it.
     """
     path = Path(path)
     if micro_batch_size < 1:
@@ -96,13 +99,23 @@ def build_loader(
             logger.warning("going on with damaged data, whose samples are replaced: %s", problem)
     info = read_dataset_info(path)
     shards = _read_streams(path, info, split, check_files=remote is None and damaged == "refuse")
+    folders = {path / split / bucket.folder: entries for bucket, entries in shards.items()}
+    if world.local_rank == 0 and (left := remove_abandoned(folders)):
+        logger.info("removed what killed runs were unpacking: %s", ", ".join(map(str, left)))
+    raise_first(unwritable(path, folders) if world.local_rank == 0 and not remote else None, world)
     with exclusive_set_up(world), as_streaming_sees(world):
         stale = []
         if world.local_rank == 0:
-            stale = remove_leftovers(os.path.abspath(path / split / bucket.folder) for bucket in shards)
+            stale = remove_leftovers(os.path.abspath(folder) for folder in folders)
             if stale:
                 logger.info("removed shared memory that killed runs had left: %s", ", ".join(stale))
-        barrier()
+        drawn = sum(-(-sum(e["samples"] for e in entries) // micro_batch_size) for entries in shards.values())
+        small = shm_room.problem(
+            shards, micro_batch_size=micro_batch_size, num_workers=num_workers, prefetch_factor=prefetch_factor,
+            local_ranks=world.local_size, samples_per_epoch=(drawn + world.size * len(shards)) * micro_batch_size,
+            gpus=torch.cuda.is_available(),
+        ) if world.local_rank == 0 else None  # fmt: skip
+        raise_first(small, world)
         return BucketLoader(
             path, split, shards, world,
             micro_batch_size=micro_batch_size, seed=seed, num_workers=num_workers, remote=remote,

@@ -16,6 +16,7 @@ finished chunks are kept: the same command with a higher --max-bad accepts them)
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -40,9 +41,10 @@ from megaflux.data.images import ENCODINGS, MAX_PIXELS
 from megaflux.data.index import write_json
 from megaflux.data.items import Item
 from megaflux.data.merge import TooManyBad, judge, merge, read_plan
-from megaflux.data.shards import FORMAT_VERSION, SHARD_SIZE, DatasetInfo
+from megaflux.data.shards import COMPRESSION, FORMAT_VERSION, SHARD_SIZE, DatasetInfo, compression_for
 from megaflux.data.sources import open_source
 from megaflux.errors import UserError, exit_on_user_error
+from megaflux.files import sync_folder
 
 OPENMOJI_DEFAULTS = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
 
@@ -109,15 +111,17 @@ def prepare(
         "source": {"kind": opened.kind, "items": len(items), "fingerprint": _fingerprint(items)},
         "attribution": opened.attribution,
         "chunks": len(parts),
+        "compression": compression_for(options.encoding),
     }
-    _claim(out, plan)
+    compression = _claim(out, plan)
     index, count = part or (1, 1)
     mine = [number for number in range(len(parts)) if number % count == index - 1]
-    with chunks.exclusive(out, f"{index}-of-{count}"):
+    with _one_line(out), chunks.exclusive(out, f"{index}-of-{count}"):
+        sync_folder(out)  # so that a file system without is warned of here, not by each worker
         chunks.remove_unfinished(out, mine)
         todo = [number for number in mine if not chunks.report_path(out, number).exists()]
         done_before = sum(len(parts[number]) for number in mine) - sum(len(parts[number]) for number in todo)
-        job = chunks.Job(opened, out, buckets, options)
+        job = chunks.Job(opened, out, buckets, options, compression)
         jobs = [(number, parts[number]) for number in todo]
         started = time.monotonic()
         bar = tqdm(
@@ -125,12 +129,8 @@ def prepare(
             unit="img", desc=f"prepare {out.name}", smoothing=0.05,
             disable=None if progress else True,  # None: shown on a terminal, not in a log file
         )  # fmt: skip
-        try:
-            with bar:
-                _run(job, jobs, workers or _cores(), bar)
-        except OSError as error:  # disk full, read-only, a source that went away
-            what = f"{error.filename or out}: {error.strerror or error}"
-            raise UserError(f"{what}; once that is mended, the same command continues") from error
+        with bar:
+            _run(job, jobs, workers or _cores(), bar)
         seconds = time.monotonic() - started
     written = sum(len(chunk) for _, chunk in jobs)
     if progress:
@@ -139,7 +139,18 @@ def prepare(
     if part:  # whether too many are bad is judged over all parts, by the merge
         judge([chunks.read_report(out, n) for n in mine], math.inf, f"{out}/chunks/*.json", progress)
         return None
-    return merge(out, max_bad=max_bad, progress=progress)
+    with _one_line(out):
+        return merge(out, max_bad=max_bad, progress=progress)
+
+
+@contextlib.contextmanager
+def _one_line(out: str | Path) -> Iterator[None]:
+    """An OSError as a UserError: disk full, read-only, a source that went away."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename or out}: {error.strerror or error}"
+        raise UserError(f"{what}; once that is mended, the same command continues") from error
 
 
 def _cores() -> int:
@@ -166,8 +177,11 @@ def _fingerprint(items: Sequence[Item]) -> str:
     return digest.hexdigest()
 
 
-def _claim(out: Path, plan: dict[str, Any]) -> None:
-    """Write prepare.json into a new folder, or refuse a folder that holds something else."""
+def _claim(out: Path, plan: dict[str, Any]) -> str | None:
+    """Write prepare.json into a new folder, or refuse a folder that holds something else; how its shards are compressed.
+
+    A dataset goes on as it was begun: earlier versions compressed all shards, and did not write that down.
+    """
     if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"{out}: is a file, not a folder to write the dataset into")
     before = read_plan(out)
@@ -179,13 +193,16 @@ def _claim(out: Path, plan: dict[str, Any]) -> None:
             write_json(out / "prepare.json", plan)
         except OSError as error:
             raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    elif before != plan:
+        return plan["compression"]
+    begun = {"compression": COMPRESSION, **before}
+    if begun | {"compression": plan["compression"]} != plan:
         old, new = {**before["settings"], **before["source"]}, {**plan["settings"], **plan["source"]}
         changes = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if old.get(name) != new[name]]
         raise UserError(
             f"{out}: was begun from other images or settings ({'; '.join(changes)[:400]}); "
             "give the same ones, or a new folder"
         )
+    return begun["compression"]
 
 
 def _run(job: chunks.Job, jobs: list[tuple[int, list[Item]]], workers: int, bar: tqdm) -> None:
@@ -314,7 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse_arguments(arguments)
     try:
         if given.merge:
-            merge(given.out, max_bad=given.max_bad)
+            with _one_line(given.out):
+                merge(given.out, max_bad=given.max_bad)
         else:
             prepare(
                 given.source, given.out, given.options,

@@ -11,7 +11,7 @@ Which one that is depends on the seed, the sample's number and what is readable,
 tried before: it is the same for any number of workers, and on a resumed run. Quarantine only spares the
 reading of what would fail again.
 
-Not the data's fault, and ending the run as ever: a full disk, no file handles or memory left, a cache limit that is
+Not the data's fault, and ending the run as ever: a full disk, a folder that cannot be written, no file handles or memory left, a cache limit that is
 too small. Otherwise such a moment would replace sound samples for the rest of the run.
 """
 
@@ -32,11 +32,12 @@ from torch.utils.data import get_worker_info
 from megaflux import compat  # noqa: F401  before streaming, which imports torchvision
 
 # isort: split
-from streaming import Stream, StreamingDataset
+from streaming import StreamingDataset
 from streaming.base.format import Reader
 
 from megaflux.data.batches import decode_image
 from megaflux.data.buckets import Bucket
+from megaflux.data.unpack import MachineFault, UnpackingStream
 
 PROBES = 64  # stand-ins tried for a sample; with half of a bucket's shards gone, that fails once in 10**19
 MAX_REASON = 200  # characters of an error that is shown
@@ -49,10 +50,6 @@ class Unreadable(Exception):
     """A sample that cannot be had, alone or with its shard: which, and why."""
 
 
-class MachineFault(RuntimeError):
-    """What no other sample would mend: no room in the cache, or a thread of streaming's that has ended."""
-
-
 def stand_ins(seed: int, sample: int, first: int, count: int) -> Iterator[int]:
     """The PROBES samples that may stand in for `sample`, in order, out of `first` .. `first + count - 1`."""
     for probe in range(PROBES):
@@ -60,8 +57,8 @@ def stand_ins(seed: int, sample: int, first: int, count: int) -> Iterator[int]:
         yield first + int.from_bytes(digest, "little") % count
 
 
-class QuarantiningStream(Stream):
-    """A Stream to whose shards nothing bad can happen twice: what cannot be had is noted instead of raised.
+class QuarantiningStream(UnpackingStream):
+    """A stream to whose shards nothing bad can happen twice: what cannot be had is noted instead of raised.
 
     bad: the shards in quarantine, raw basename -> why. Streaming then takes the shard for present and lets go all that
     wait for it, here and in the other processes; whoever reads a sample of it learns that it is bad.

@@ -8,8 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
+
+from megaflux.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,22 @@ def barrier() -> None:
     """Wait for all ranks, where there are several."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+
+
+def gathered(value: Any, world: World) -> list[Any]:
+    """Every rank's value in the order of ranks, on every rank. Collective."""
+    if world.size == 1:
+        return [value]
+    values = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def raise_first(problem: str | None, world: World) -> None:
+    """UserError, the same on all ranks, with the first problem that a rank has, if any. Collective."""
+    problem = next((found for found in gathered(problem, world) if found), None)
+    if problem:
+        raise UserError(problem, agreed=True)
 
 
 @contextlib.contextmanager

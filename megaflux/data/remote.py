@@ -12,6 +12,7 @@ from streaming.base.storage import CloudDownloader
 
 from megaflux.data.index import INDEX, read_index, stored_file
 from megaflux.data.shards import read_dataset_info, squarest_bucket
+from megaflux.data.unpack import own_folder
 from megaflux.errors import UserError
 
 
@@ -48,13 +49,17 @@ def fetch_split(remote: str, cache: Path, split: str) -> None:
 
 def _fetch(remote: str, name: str, cache: Path) -> None:
     target = cache / name
-    arriving = target.with_name(f".{target.name}.{os.getpid()}.arriving")
-    arriving.unlink(missing_ok=True)
     try:
-        CloudDownloader.direct_download(f"{remote.rstrip('/')}/{name}", str(arriving))
-    except Exception as error:
-        raise UserError(f"{remote.rstrip('/')}/{name}: cannot be fetched ({str(error)[:200]})") from None
-    if target.exists() and target.read_bytes() != arriving.read_bytes():
-        arriving.unlink()
-        raise UserError(f"{target}: differs from {remote}; the cache is of another dataset, give an empty folder")
-    os.replace(arriving, target)
+        with own_folder(target.parent) as own:
+            arriving = own / "fetched"
+            try:
+                CloudDownloader.direct_download(f"{remote.rstrip('/')}/{name}", str(arriving))
+            except Exception as error:
+                raise UserError(f"{remote.rstrip('/')}/{name}: cannot be fetched ({str(error)[:200]})") from None
+            if target.exists() and target.read_bytes() != arriving.read_bytes():
+                raise UserError(
+                    f"{target}: differs from {remote}; the cache is of another dataset, give an empty folder"
+                )
+            os.replace(arriving, target)
+    except OSError as error:
+        raise UserError(f"data.path: {cache} cannot be written ({error.strerror}); give a folder that can be") from None

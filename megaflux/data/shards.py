@@ -3,7 +3,8 @@
     ROOT/dataset.json                          what the dataset is; written last, so it marks completeness
     ROOT/index.json                            all shards of all splits and buckets
     ROOT/<split>/<bucket>/index.json           the shards of one stream: train/16x9, held_out/1x1, ...
-    ROOT/<split>/<bucket>/.../*.mds.zstd
+    ROOT/<split>/<bucket>/.../*.mds       shards of JPEG and WebP files, which zstd would not make smaller
+    ROOT/<split>/<bucket>/.../*.mds.zstd  of PNG files and of arrays; streaming unpacks them beside it, as *.mds
 
 Columns of prepared images: key (str), caption (str), image (bytes of a png, jpeg or webp file at the
 bucket's size). A derived dataset has the same layout and other columns: latents and hidden_states as
@@ -47,7 +48,7 @@ from megaflux.errors import UserError
 FORMAT_VERSION = 1
 SPLITS = ("train", "held_out")
 IMAGE_COLUMNS = {"key": "str", "caption": "str", "image": "bytes"}
-COMPRESSION = "zstd"
+COMPRESSION = "zstd"  # of what a second compression makes smaller
 HASHES = ["sha1", "xxh64"]  # sha1: what identifies the content; xxh64: fast enough to check on every read
 SHARD_SIZE = 1 << 26  # bytes before compression
 
@@ -173,10 +174,21 @@ def write_dataset(root: str | Path, info: DatasetInfo) -> None:
     write_json(root / "dataset.json", content)
 
 
-def open_writer(folder: Path, columns: dict[str, str], shard_size: int = SHARD_SIZE) -> MDSWriter:
-    """A writer of compressed and hashed shards into a new folder; the same samples give the same bytes."""
+def compression_for(encoding: str) -> str | None:
+    """How shards of images of this encoding (png, jpeg, webp) are compressed; None: not at all.
+
+    zstd makes a JPEG hardly smaller, and every reader would have to unpack the shard onto the disk first, where both forms
+    then stay.
+    """
+    return COMPRESSION if encoding == "png" else None
+
+
+def open_writer(
+    folder: Path, columns: dict[str, str], shard_size: int = SHARD_SIZE, compression: str | None = COMPRESSION
+) -> MDSWriter:
+    """A writer of hashed shards into a new folder; the same samples give the same bytes. compression: "zstd", or None."""
     return MDSWriter(
-        out=str(folder), columns=columns, compression=COMPRESSION, hashes=HASHES, size_limit=shard_size,
+        out=str(folder), columns=columns, compression=compression, hashes=HASHES, size_limit=shard_size,
         max_workers=4,
     )  # fmt: skip
 

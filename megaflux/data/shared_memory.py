@@ -1,19 +1,18 @@
 """Streaming's shared memory: what a killed run left behind, and what a finished dataset still holds.
 
-Every StreamingDataset takes a prefix (000000_, 000001_, ...) for a handful of blocks in /dev/shm and two
-lock files in the temporary folder. A run that was killed leaves them, and a new run that reads through
-the same cache folder is then refused ("Reused local directory"). Streaming's own
-clean_stale_shared_memory() stops at the first prefix that is clean, and asks nobody whether the blocks
-are in use.
+Every StreamingDataset takes a prefix (000000_, 000001_, ...) for a handful of blocks in /dev/shm and two lock files in the
+temporary folder. A run that was killed leaves them: streaming never takes that prefix again, and a new run that reads
+through the same cache folder is refused ("Reused local directory"). Streaming's own clean_stale_shared_memory() stops at
+the first prefix that is clean, and asks nobody whether the blocks are in use.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -25,27 +24,52 @@ from streaming import StreamingDataset
 from streaming.base.shared import SharedMemory
 
 from megaflux.data.ranks import World, barrier
+from megaflux.files import Lock, try_lock
 
 SHM = Path("/dev/shm")
+OWNER = "_megaflux_owner"
+OTHERS = 3600.0  # s
+FORGOTTEN = 86400.0  # s; streaming opens its lock files several times an epoch, which renews their time
 
 
 def remove_leftovers(folders: Iterable[str]) -> list[str]:
-    """Remove the blocks and locks of killed runs on any of these stream folders; their prefixes.
+    """Remove the shared memory and lock files of killed runs of this user; the prefixes of which there was any.
 
-    A prefix is removed if it names one of `folders` (absolute paths), belongs to this user, and its
-    owner is gone (see claim). Call it on one rank per node, before the dataset is built.
+    A prefix that was claimed goes once no living process holds its claim: at once where it names one of `folders` (the
+    absolute paths of this run's streams), or has no blocks any more (a killed run's resource tracker may have unlinked
+    them, but not the files, and streaming takes no prefix that has some); that of another dataset after an hour, for its
+    own next start may come first, and says so. Of what nobody ever claimed (another program's, or a run's that was killed
+    before it could) only lock files go, of a day ago, whose blocks are gone and which nobody holds. Call it on one rank
+    per node, before the dataset is built.
     """
     wanted, removed = set(folders), []
-    for block in sorted(SHM.glob("[0-9]*_locals")):
-        prefix = block.name.removesuffix("_locals")
-        try:
-            ours = block.stat().st_uid == os.getuid() and wanted & set(_folders_in(block.read_bytes()))
-        except OSError:  # gone meanwhile
-            continue
-        if ours and _is_orphaned(prefix):
-            _remove_prefix(prefix)
-            removed.append(prefix)
+    for prefix in sorted(_prefixes_there()):
+        blocks = list(SHM.glob(f"{prefix}_*"))
+        if _is_orphaned(prefix):
+            if not blocks or wanted & _folders_of(prefix) or all(_age(block) > OTHERS for block in blocks):
+                _remove_prefix(prefix)
+                removed.append(prefix)
+        elif not blocks and not _claim_path(prefix).exists():
+            locks = [lock for lock in _lock_files(prefix) if lock.exists()]
+            if all(_is_forgotten(lock) for lock in locks):
+                _remove(locks)
     return removed
+
+
+def _prefixes_there() -> set[str]:
+    """The prefixes of which this user has blocks, lock files or a claim."""
+    found = set()
+    for folder, pattern in (
+        (SHM, "[0-9]*_locals"),
+        (_temporary(), "[0-9]*_*_filelock"),
+        (_temporary(), f"[0-9]*{OWNER}"),
+    ):
+        for path in folder.glob(pattern):
+            prefix = path.name.partition("_")[0]
+            with contextlib.suppress(OSError):  # gone meanwhile
+                if len(prefix) >= 6 and prefix.isdecimal() and path.stat().st_uid == os.getuid():
+                    found.add(prefix)
+    return found
 
 
 def claim(dataset: StreamingDataset) -> TextIO:
@@ -55,7 +79,7 @@ def claim(dataset: StreamingDataset) -> TextIO:
     says little: streaming maps those of other runs too, looking for a free prefix.
     """
     file = open(_claim_path(f"{dataset._shm_prefix_int:06}"), "a")  # noqa: SIM115  open until release
-    fcntl.flock(file, fcntl.LOCK_SH)
+    try_lock(file, shared=True, wait=True)
     return file
 
 
@@ -93,14 +117,15 @@ def release(dataset: StreamingDataset, claimed: TextIO) -> None:
     claimed.close()
     prefix = Path(claimed.name).name.partition("_")[0]
     with _set_up_lock():
-        if _is_orphaned(prefix):  # the last of this machine's ranks removes what is left
+        # The last of this machine's ranks removes what is left. Without locks that is who finds no blocks any more.
+        if _is_orphaned(prefix) or (_locks_refused(prefix) and not any(SHM.glob(f"{prefix}_*"))):
             _remove_prefix(prefix)
 
 
 @contextlib.contextmanager
 def _set_up_lock() -> Iterator[None]:
-    with open(Path(tempfile.gettempdir()) / f"megaflux-{os.getuid()}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(_temporary() / f"megaflux-{os.getuid()}.lock", "w") as lock:
+        try_lock(lock, wait=True)
         yield
 
 
@@ -123,22 +148,67 @@ def _folders_in(block: bytes) -> list[str]:
     return block[4:length].decode("utf-8", "replace").split("\0")[:-1]
 
 
+def _folders_of(prefix: str) -> set[str]:
+    try:
+        return set(_folders_in((SHM / f"{prefix}_locals").read_bytes()))
+    except OSError:
+        return set()
+
+
+def _age(path: Path) -> float:
+    """Seconds since it was last written; 0 for what is gone or not ours."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0.0
+    return time.time() - found.st_mtime if found.st_uid == os.getuid() else 0.0
+
+
 def _is_orphaned(prefix: str) -> bool:
-    """Whether no living process has claimed the prefix. What nobody ever claimed is not ours to judge."""
+    """Whether the prefix was claimed by this user and no living process holds the claim. What nobody ever claimed is not
+    ours to judge, nor what no lock can tell."""
     try:
         with open(_claim_path(prefix)) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.fstat(file.fileno()).st_uid == os.getuid() and try_lock(file) is Lock.HELD
     except OSError:
         return False
-    return True
+
+
+def _locks_refused(prefix: str) -> bool:
+    try:
+        with open(_claim_path(prefix)) as file:
+            return try_lock(file) is Lock.REFUSED
+    except OSError:
+        return False
+
+
+def _is_forgotten(lock: Path) -> bool:
+    if _age(lock) < FORGOTTEN:
+        return False
+    try:
+        with open(lock) as file:
+            return try_lock(file) is Lock.HELD
+    except OSError:
+        return False
+
+
+def _temporary() -> Path:
+    return Path(tempfile.gettempdir())
 
 
 def _claim_path(prefix: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"{prefix}_megaflux_owner"
+    return _temporary() / f"{prefix}{OWNER}"
+
+
+def _lock_files(prefix: str) -> list[Path]:
+    return [_temporary() / f"{prefix}_{name}_filelock" for name in ("barrier", "cache")]
 
 
 def _remove_prefix(prefix: str) -> None:
-    locks = (Path(tempfile.gettempdir()) / f"{prefix}_{name}_filelock" for name in ("barrier", "cache"))
-    for path in (*SHM.glob(f"{prefix}_*"), *locks, _claim_path(prefix)):
+    _remove([*SHM.glob(f"{prefix}_*"), *_lock_files(prefix), _claim_path(prefix)])
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         with contextlib.suppress(OSError):
             path.unlink()

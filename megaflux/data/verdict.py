@@ -8,7 +8,10 @@ inode stay what they were:
     PATH/.verified.json    {"version": 1, "path": PATH, "files": {"train/1x1/shard.00000.mds.zstd":
                             [size, mtime_ns, inode, "xxh64:<digest that was found>"], ...}}
 
-Only sound files are in it. What a disk changes behind the file system's back (no new modification time) is found by
+The machines of a run that see one folder (megaflux.data.machines) divide its files among them, and each keeps its own:
+.verified.json, .verified-1.json, ...; all of them are read. A machine with its own copy reads all of that.
+
+Only sound files are in them. What a disk changes behind the file system's back (no new modification time) is found by
 `python -m megaflux.data.verify`, which believes no earlier verdict, or as a fault while training
 (megaflux.data.quarantine).
 """
@@ -33,6 +36,7 @@ import xxhash
 from tqdm import tqdm
 
 from megaflux.data.index import inspect_index, stored_file, write_json
+from megaflux.data.machines import share_of
 from megaflux.data.ranks import World
 from megaflux.data.shards import read_dataset_info
 from megaflux.errors import UserError
@@ -40,6 +44,7 @@ from megaflux.errors import UserError
 logger = logging.getLogger(__name__)
 
 VERDICT = ".verified.json"
+ANY_VERDICT = ".verified*.json"
 VERSION = 1
 CHUNK = 1 << 22  # bytes read at once by each thread
 THREADS = 8  # hashing releases the interpreter's lock, and a disk or network is faster with several readers
@@ -68,25 +73,28 @@ def verify_shards(path: str | Path, split: str, cache: Path | None = None, progr
     again. Returns one line per problem, which names the file and what is wrong; none: the split is
     sound. Raises UserError if dataset.json is missing or unreadable.
     """
-    return _verify(Path(path), split, cache, progress, threading.Event())
+    return _verify(Path(path), split, cache, progress, threading.Event(), _Share())
 
 
 def verify_on_all_ranks(path: str | Path, splits: Sequence[str], cache: Path | None, world: World) -> list[str]:
     """verify_shards of several splits by the first rank of each node; the others wait. Collective.
 
+    Nodes that share the folder read a part of its files each, and look at the size of all.
     Waiting takes as long as reading does, which no barrier's time limit allows for: the ranks exchange a
     sign of life every HEARTBEAT seconds instead. Returns every problem of every node, on all ranks.
     """
-    stop = threading.Event()
+    stop, share = threading.Event(), _Share()
 
     def mine() -> list[str]:
         try:
-            return [p for split in splits for p in _verify(Path(path), split, cache, world.rank == 0, stop)]
+            return [p for split in splits for p in _verify(Path(path), split, cache, world.rank == 0, stop, share)]
         except UserError as error:
             return [str(error)]
 
     if world.size == 1:
-        return [p for split in splits for p in _verify(Path(path), split, cache, True, stop)]
+        return [p for split in splits for p in _verify(Path(path), split, cache, True, stop, share)]
+    number, of = share_of(_folders(Path(path), splits) if world.nodes > 1 else [], world)
+    share = _Share(number, of, world.rank // world.local_size)
     with ThreadPoolExecutor(1) as pool:
         work = pool.submit(mine) if world.local_rank == 0 else None
         try:
@@ -113,24 +121,48 @@ def _exchange(work: Future[list[str]] | None, world: World) -> list[str]:
 
 @dataclass(frozen=True)
 class _File:
-    """A file to read. name: relative to the dataset. size, digest ("xxh64:..."): what the index says."""
+    """A file to read. name: relative to the dataset. size, digest ("xxh64:..."): what the index says. turn: its shard's
+    place in the index, where each counts whether it is there or not."""
 
     name: str
     size: int
     digest: str
+    turn: int
 
 
-def _verify(path: Path, split: str, cache: Path | None, progress: bool, stop: threading.Event) -> list[str]:
+@dataclass(frozen=True)
+class _Share:
+    """What this machine reads: the files whose turn is `number` modulo `of`. machine: its number in the run."""
+
+    number: int = 0
+    of: int = 1
+    machine: int = 0
+
+
+def _folders(path: Path, splits: Sequence[str]) -> list[Path]:
+    """The folders of all streams; none where dataset.json cannot be read, which each machine then says."""
+    try:
+        info = read_dataset_info(path)
+    except UserError:
+        return []
+    return [path / s / b.folder for s in splits for b in info.buckets if info.counts.get(s, {}).get(b.name, 0)]
+
+
+def _verify(
+    path: Path, split: str, cache: Path | None, progress: bool, stop: threading.Event, share: _Share
+) -> list[str]:
     files, problems = _listed(path, split)
-    verdicts = _Verdicts(path, split, cache)
+    verdicts = _Verdicts(path, split, cache, share.machine)
+    listed, files = files, [file for file in files if file.turn % share.of == share.number]
     todo = [file for file in files if not verdicts.holds(file)]
-    verdicts.keep_only({file.name for file in files} - {file.name for file in todo})
+    verdicts.keep_only({file.name for file in listed} - {file.name for file in todo})
     if not files:
         return problems
     size = sum(file.size for file in todo)
     shown = progress and sys.stderr.isatty()
     if progress and not shown:
         known = f"; {len(files) - len(todo)} of {len(files)} are unchanged since they were read" if todo else ""
+        known += f"; machine {share.number + 1} of {share.of} that divide them" if share.of > 1 else ""
         what = f"{len(todo)} files, {size / 1e9:.2f} GB{known}" if todo else f"all {len(files)} files unchanged"
         logger.info("verifying the shards of %s/%s: %s", path, split, what)
     bar = tqdm(total=size, desc=f"verify {path.name}/{split}", unit="B", unit_scale=True, disable=not shown)
@@ -161,7 +193,7 @@ def _verify(path: Path, split: str, cache: Path | None, progress: bool, stop: th
 def _listed(path: Path, split: str) -> tuple[list[_File], list[str]]:
     """The files of a split that are there with the right size, and every problem that their stat shows."""
     info = read_dataset_info(path)
-    files, problems = [], []
+    files, problems, turn = [], [], -1
     for bucket in info.buckets:
         count = info.counts.get(split, {}).get(bucket.name, 0)
         if not count:
@@ -172,6 +204,7 @@ def _listed(path: Path, split: str) -> tuple[list[_File], list[str]]:
         if inspect_index(folder, check_files=False, expected_samples=count)[1]:
             continue  # an index that is wrong itself: nothing in it says what the files should be
         for shard in shards:
+            turn += 1
             stored = stored_file(shard)
             for entry in (stored,) if stored is shard["raw_data"] else (stored, shard["raw_data"]):
                 file = folder / entry["basename"]
@@ -182,7 +215,7 @@ def _listed(path: Path, split: str) -> tuple[list[_File], list[str]]:
                     problems.append(f"{file}: the index has none of the hashes {', '.join(_HASHES)}")
                     continue
                 name = file.relative_to(path).as_posix()
-                files.append(_File(name, entry["bytes"], f"{algorithm}:{entry['hashes'][algorithm]}"))
+                files.append(_File(name, entry["bytes"], f"{algorithm}:{entry['hashes'][algorithm]}", turn))
     return files, problems
 
 
@@ -213,12 +246,18 @@ def _identity(stat: os.stat_result) -> list[int]:
 
 
 class _Verdicts:
-    """The kept verdicts on a dataset's files, in its folder or, where that cannot be written, in the run's."""
+    """The kept verdicts on a dataset's files, in its folder or, where that cannot be written, in the run's.
 
-    def __init__(self, path: Path, split: str, fallback: Path | None):
+    machine: the number of this one in the run, each of which writes a file of its own.
+    """
+
+    def __init__(self, path: Path, split: str, fallback: Path | None, machine: int):
         self.path, self.split = path, split
-        self.places = [path / VERDICT] + ([Path(fallback) / VERDICT] if fallback else [])
+        name = VERDICT if machine == 0 else VERDICT.replace(".json", f"-{machine}.json")
+        self.places = [folder / name for folder in (path, Path(fallback) if fallback else None) if folder]
         self.files: dict[str, list[Any]] = {}
+        # What other machines keep is believed where it fits; this machine's own is what is written again.
+        self._others = [self._read(place) for place in sorted(path.glob(ANY_VERDICT))]
         for place in reversed(self.places):  # the dataset's own last, so it counts more
             self.files.update(self._read(place))
         self._changed, self._saved = False, time.monotonic()
@@ -230,7 +269,7 @@ class _Verdicts:
             return {}
         if not isinstance(content, dict) or content.get("version") != VERSION:
             return {}
-        if place != self.places[0] and content.get("path") != str(self.path.resolve()):
+        if place.parent != self.path and content.get("path") != str(self.path.resolve()):
             return {}  # the run folder's, of another dataset; a dataset that was moved takes its own along
         files = content.get("files")
         return dict(files) if isinstance(files, dict) else {}
@@ -238,10 +277,16 @@ class _Verdicts:
     def holds(self, file: _File) -> bool:
         """Whether the file was found sound, and is still that file."""
         try:
-            stat = os.stat(self.path / file.name)
+            wanted = [*_identity(os.stat(self.path / file.name)), file.digest]
         except OSError:
             return False
-        return self.files.get(file.name) == [*_identity(stat), file.digest]
+        if self.files.get(file.name) == wanted:
+            return True
+        if any(files.get(file.name) == wanted for files in self._others):
+            self.files[file.name] = wanted
+            self._changed = True
+            return True
+        return False
 
     def keep_only(self, names: set[str]) -> None:
         """Forget this split's other files: changed, or no longer there."""

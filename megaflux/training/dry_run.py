@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from megaflux.config import Config, Stage
+from megaflux.data import shm_room
 from megaflux.data.buckets import Bucket, make_buckets
 from megaflux.errors import UserError
 from megaflux.models.pretrained import meta_models
@@ -102,6 +103,9 @@ def _costs(
     _print_stages(config, table, means)
     _print_flops(config, buckets, flops)
     _print_memory(config, ds_config, world_size, memory)
+    handed_over = _handed_over(config, buckets)
+    if handed_over:
+        print(f"  {'in /dev/shm: pictures from the loading processes':<46}{handed_over / GIGA:>9.3f}")
     _print_policies(config, ds_config, policies)
     print(
         f"\nSpeed at {mfu:.0%} MFU of {peak_tflops:g} TFLOP/s a GPU: {speed:.3g} images/s on {world_size} "
@@ -122,12 +126,22 @@ def _costs(
         },
         "memory_gb_per_gpu": memory.total / GIGA,
         "memory": asdict(memory),
+        "shared_memory_gb_per_gpu": handed_over / GIGA,
         "activation_checkpointing": {s.name: list(chosen) for s, chosen in zip(config.stages, policies, strict=True)},
         "images_per_second": speed,
         "days": days,
         "mfu": mfu,
         "peak_tflops": peak_tflops,
     }
+
+
+def _handed_over(config: Config, buckets: Sequence[Bucket]) -> int:
+    """Bytes of /dev/shm that one rank's loading processes fill with pictures. A run counts what its dataset holds, cached
+    arrays included, and asks the machine."""
+    sample = max(shm_room.sample_bytes(bucket, {"image": "bytes"}) for bucket in buckets)
+    return shm_room.batches_bytes(
+        config.train.drawn_per_rank * sample, config.data.num_workers, shm_room.PREFETCH_FACTOR
+    )
 
 
 def _flops_by_bucket(

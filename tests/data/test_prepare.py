@@ -1,13 +1,18 @@
 """The dataset depends on the images and settings only: not on workers, parts, kills or repetition."""
 
+import errno
+import fcntl
 import io
+import itertools
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 
 import pyarrow as arrow
 import pytest
@@ -15,10 +20,12 @@ from conftest import RATIOS, SMALL, file_bytes, picture, tree, write_folder
 from PIL import Image
 from pyarrow import parquet
 
+from megaflux import files
 from megaflux.data import chunks
 from megaflux.data import prepare as command
 from megaflux.data.buckets import make_buckets
 from megaflux.data.chunks import is_held_out
+from megaflux.data.loader import build_loader
 from megaflux.data.merge import TooManyBad, merge
 from megaflux.data.prepare import OPENMOJI_DEFAULTS, Options, parse_arguments, prepare
 from megaflux.data.shards import SPLITS, read_split, verify_dataset
@@ -349,3 +356,93 @@ def test_a_full_disk_is_one_line(source, tmp_path, monkeypatch):
         prepare(str(source), tmp_path / "out", OPTIONS, workers=1, progress=False)
     with pytest.raises(UserError, match="No space left on device"):
         prepare(str(source), tmp_path / "out", OPTIONS, workers=2, progress=False)
+
+
+# What a file system refuses
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """refusing("fsync", EINVAL, folders=True): the call fails so from now on; afterwards warnings may come again."""
+    monkeypatch.setattr(files, "_warned", set())
+
+    def refuse(name, number, folders=False):
+        module = os if name == "fsync" else fcntl
+        real = getattr(module, name)
+
+        def call(target, *rest):
+            descriptor = target if isinstance(target, int) else target.fileno()
+            if not folders or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(number, os.strerror(number))
+            return real(target, *rest)
+
+        monkeypatch.setattr(module, name, call)
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "folders"),
+    [("fsync", errno.EINVAL, True), ("fsync", errno.ENOTSUP, True), ("fsync", errno.EINVAL, False),
+     ("flock", errno.ENOSYS, False), ("flock", errno.ENOTSUP, False), ("flock", errno.ENOLCK, False)],
+)  # fmt: skip
+def test_what_a_file_system_refuses_is_one_warning(source, whole, tmp_path, refusing, caplog, call, number, folders):
+    refusing(call, number, folders)
+    prepare(str(source), tmp_path / "out", OPTIONS, workers=1, progress=False)
+    assert tree(tmp_path / "out") == tree(whole)
+    (warning,) = caplog.messages
+    assert os.strerror(number) in warning
+    assert str(tmp_path / "out") in warning
+    assert "\n" not in warning
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "folders"),
+    [("fsync", errno.EIO, True), ("fsync", errno.ENOSPC, False), ("flock", errno.EIO, False)],
+)  # fmt: skip
+def test_a_real_fault_stays_one(source, tmp_path, refusing, call, number, folders):
+    refusing(call, number, folders)
+    with pytest.raises(UserError, match=os.strerror(number)):
+        prepare(str(source), tmp_path / "out", OPTIONS, workers=1, progress=False)
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def compressions(out):
+    return [shard["compression"] for shard in json.loads((out / "index.json").read_text())["shards"]]
+
+
+def test_a_dataset_goes_on_as_it_was_begun(source, tmp_path):
+    """Earlier versions compressed JPEG too, and did not write down that they did: half prepared by one, or finished."""
+    options, out = Options(**SMALL | {"encoding": "jpeg"}, held_out=0.1), tmp_path / "out"
+    prepare(str(source), tmp_path / "new", options, workers=1, progress=False)
+    assert set(compressions(tmp_path / "new")) == {None}
+    plan = json.loads((tmp_path / "new" / "prepare.json").read_text())
+    assert plan.pop("compression") is None
+    out.mkdir()
+    (out / "prepare.json").write_text(json.dumps(plan))
+    prepare(str(source), out, options, workers=1, part=(1, 2), progress=False)
+    prepare(str(source), out, options, workers=1, progress=False)
+    assert set(compressions(out)) == {"zstd"}
+    before, times = tree(out), {path: path.stat().st_mtime_ns for path in out.rglob("*.zstd")}
+    prepare(str(source), out, options, workers=1, progress=False)  # converts nothing that exists
+    assert tree(out) == before
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.zstd")} == times
+    assert samples_of(out) == samples_of(tmp_path / "new")
+    with pytest.raises(UserError, match="quality 95 -> 90"):
+        prepare(str(source), out, replace(options, quality=90), progress=False)
+
+
+def test_chunks_of_both_kinds_are_one_dataset(source, tmp_path):
+    """Parts that an earlier version and this one prepared on other machines, copied together."""
+    options, out = Options(**SMALL | {"encoding": "jpeg"}, held_out=0), tmp_path / "out"
+    prepare(str(source), out, options, workers=1, part=(1, 2), progress=False)
+    plan = json.loads((out / "prepare.json").read_text())
+    (out / "prepare.json").write_text(json.dumps({k: v for k, v in plan.items() if k != "compression"}))
+    prepare(str(source), out, options, workers=1, progress=False)
+    assert set(compressions(out)) == {None, "zstd"}
+    assert len(samples_of(out)) == 103 == verify_dataset(out).samples("train")
+    loader = build_loader(out, micro_batch_size=4, seed=3, verify=True)
+    batches = list(itertools.islice(iter(loader), loader.batches_per_epoch))
+    loader.close()
+    assert {key for batch in batches for key in batch.keys} == set(samples_of(out))
+    assert not any(batch.replaced for batch in batches)

@@ -53,9 +53,11 @@ def test_dev_without_a_problem(data, tmp_path, capsys):
     assert report["stages"][0]["trainable"] == {"flux": 1334221824, "connector": 14684160, "vlm": 233057792}
     assert 80e12 < report["flops_per_image"] < 182e12  # between the narrowest bucket's and the square's
     assert 55 < report["memory_gb_per_gpu"] < 80
+    pictures = (config.data.num_workers * 2 + 1) * (config.train.drawn_per_rank * 3 * 1024 * 1024 + 16384)
+    assert report["shared_memory_gb_per_gpu"] * 1e9 == pytest.approx(pictures)
     assert report["days"] == pytest.approx(128 * 100_000 / report["images_per_second"] / 86400)
     out = capsys.readouterr().out
-    for words in ("longest_side: 1024", "1,334,221,824", "optimizer shard", "images/s", "0 problems found"):
+    for words in ("longest_side: 1024", "1,334,221,824", "optimizer shard", "in /dev/shm", "images/s", "0 problems found"):
         assert words in out
     assert not (tmp_path / "run").exists()
 
