@@ -12,11 +12,8 @@ Order of a save, so that a crash at any point leaves the checkpoint before or th
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import logging
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,16 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from megaflux.errors import UserError
+from megaflux.files import sync_file, sync_folder
 
-log = logging.getLogger("megaflux")
 # 2: the manifest holds a hash of itself; 3: fields of the configuration came in (saved.ADDED); 4: more of them, and the
 # weights are divided among the ranks' files (trained.py)
 FORMAT = 4
 MANIFEST = "manifest.json"
 KEYS = {"format", "update", "stage", "stage_name", "world_size", "data", "identity", "base", "deepspeed", "files"}
-NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 HASHERS = 8  # files hashed at a time: one thread reads 1 to 2 GB/s, and a shared file system gives more to several
-_warned: list[Path] = []
 
 
 def folder(run_dir: str | Path) -> Path:
@@ -198,25 +193,18 @@ def prune(run_dir: str | Path, keep: int, milestones: Collection[int], protect: 
 
 
 def write_durably(file: Path, text: str) -> None:
-    file.write_text(text)
-    sync(file)
+    with file.open("w") as stream:
+        stream.write(text)
+        sync_file(stream)
 
 
 def sync(path: Path) -> None:
-    """fsync of a file or folder. Storage that knows no fsync of it (FUSE and some network file systems refuse a folder's
-    with EINVAL) is warned of once; any other error is raised."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in NO_FSYNC:
-            raise
-        if not _warned:
-            _warned.append(path)
-            log.warning("%s: this storage has no fsync for it (%s); all is saved, but what was written seconds before a "
-                        "power failure may be lost", path, error.strerror)  # fmt: skip
-    finally:
-        os.close(descriptor)
+    """fsync of a file or folder, as megaflux.files has it: storage that refuses it is warned of once."""
+    if path.is_dir():
+        sync_folder(path)
+    else:
+        with path.open("rb") as stream:
+            sync_file(stream)
 
 
 def _hashed(files: Iterable[Path]) -> list[str]:

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megaflux import files
 from megaflux.errors import UserError
 from megaflux.training import manifest
 
@@ -320,7 +321,7 @@ def refuse_fsync(patch: pytest.MonkeyPatch, number: int, of: str) -> None:
         real(descriptor)
 
     patch.setattr(os, "fsync", fsync)
-    patch.setattr(manifest, "_warned", [])
+    patch.setattr(files, "_warned", set())
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
@@ -331,7 +332,7 @@ def test_storage_without_fsync_keeps_checkpoints_after_one_warning(tmp_path, mon
     save(tmp_path, 2)
     assert newest(tmp_path) == 2
     (said,) = [record.message for record in caplog.records]
-    assert "no fsync" in said and str(tmp_path) in said
+    assert "does not take fsync" in said and str(tmp_path) in said
     # complete but for its name, as a crash leaves it
     (manifest.folder(tmp_path) / manifest.name_of(2)).rename(manifest.partial_of(tmp_path, 2))
     assert newest(tmp_path) == 2
