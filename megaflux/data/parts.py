@@ -139,7 +139,9 @@ class Writing:
 
     def write(self, part: Part, samples: Iterable[dict[str, Any]]) -> None:
         """Write a part; where another process was faster, its is kept. OSError where the disk refuses."""
-        folder, final = self.folder / _written_as(part), part.folder(self.root)
+        claim, final = self.folder / _written_as(part), part.folder(self.root)
+        claim.mkdir()  # before anything is computed, for others to take another part
+        folder = claim / part.name
         count, _ = write_shards(folder, samples)
         if count != part.shard["samples"]:
             raise RuntimeError(f"{final}: {count} samples of {part.shard['samples']}")
@@ -149,7 +151,7 @@ class Writing:
         except OSError:  # which error says that it is there differs by file system
             if not part.is_there(self.root):
                 raise
-            shutil.rmtree(folder)
+        shutil.rmtree(claim)
 
     def _busy(self) -> Collection[str]:
         folders = [f for f in self.folder.parent.iterdir() if f != self.folder and _lives(f)]

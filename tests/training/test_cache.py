@@ -255,7 +255,7 @@ def test_a_run_goes_on_without_its_cache_and_with_one_made_anew(data, tmp_path):
     for stop, more in ((2, []), (4, ["--data.cache", ""]), (6, [])):
         done = launch(*command, "--train.stop_after", stop, *more, with_="python")
         assert done.returncode == 0, done.stderr[-3000:]
-        assert ("caching" in done.stderr) == (stop != 4)
+        assert ("cached latents and trunk" in done.stderr) == (stop != 4)
         manifest = json.loads((newest(tmp_path / "run") / "manifest.json").read_text())
         assert (manifest["update"], manifest["data"]["batches"]) == (stop, 2 * stop)
         shutil.rmtree(data / "cache", ignore_errors=True)
