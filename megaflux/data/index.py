@@ -28,6 +28,7 @@ COMPRESSION = re.compile(r"(br|bz2|gz|snappy|zstd)(:\d{1,2})?")
 KEYS = {"column_encodings", "column_names", "column_sizes", "compression", "format", "hashes", "raw_data", "samples",
         "size_limit", "version", "zip_data"}  # fmt: skip
 MAX_NAME, MAX_PART = 1000, 255  # bytes of a file's name and of each of its parts; file systems take no more
+RESTORE = "Restore the files or prepare the dataset again"
 MAX_PROBLEMS = 20  # reported by name; the rest as a number
 
 _short = reprlib.Repr()  # of what a file holds: no more than a line has room for, however deep or long it is
@@ -46,12 +47,12 @@ def read_index(folder: Path, check_files: bool = True, expected_samples: int | N
     return shards
 
 
-def raise_problems(problems: Sequence[str], agreed: bool = False) -> None:
-    """Raise one UserError naming all problems, if there are any. agreed: all ranks raise it."""
+def raise_problems(problems: Sequence[str], agreed: bool = False, mend: str = RESTORE) -> None:
+    """Raise one UserError naming all problems, if there are any. agreed: all ranks raise it. mend: what to do, a sentence."""
     if problems:
         more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
         listed = "; ".join(problems[:MAX_PROBLEMS])
-        raise UserError(f"{listed}{more}. Restore the files or prepare the dataset again", agreed)
+        raise UserError(f"{listed}{more}. {mend}", agreed)
 
 
 def inspect_index(

@@ -27,7 +27,8 @@ from megaflux.data import remote as remote_data
 from megaflux.data import shm_room
 from megaflux.data.batches import Batch, collate
 from megaflux.data.buckets import Bucket
-from megaflux.data.index import column_encodings, fingerprint, inspect_index, raise_problems
+from megaflux.data.index import RESTORE, column_encodings, inspect_index, raise_problems
+from megaflux.data.order import DrawnFrom, Order, packed
 from megaflux.data.quarantine import BucketDataset, QuarantiningStream
 from megaflux.data.ranks import World, as_streaming_sees, barrier, detect_world, raise_first
 from megaflux.data.shards import DatasetInfo, read_dataset_info
@@ -61,6 +62,7 @@ def build_loader(
     run_folder: str | Path | None = None,
     max_replaced: float = 0.01,
     damaged: Literal["refuse", "replace"] = "refuse",
+    computed_from: str | Path | None = None,
 ) -> BucketLoader:
     """Open a dataset of megaflux.data.prepare (or one derived from it) for training.
 
@@ -73,7 +75,9 @@ def build_loader(
     keeps that verdict where `path` cannot be written; None: it is then not kept. max_replaced: share of an epoch's
     samples that may go bad while it is read and be replaced (megaflux.data.quarantine). damaged: replace, for a run
     that goes on: local shards that are missing or damaged at the start are warned of, and treated as those that go bad
-    later.
+    later. computed_from: the dataset that `path` was computed from, sample by sample in the same order
+    (megaflux.training.cache); both are then drawn from in the same order, and a position of one is a position of the
+    other. Only its indexes are read.
 
     Call it after torch.distributed is initialised, on every rank. Raises UserError if the dataset is
     missing, incomplete, damaged (every problem at once), has no samples in this split, or has shards to unpack where this
@@ -94,11 +98,16 @@ def build_loader(
     if verify and not remote:
         problems = verify_on_all_ranks(path, sorted({split, "held_out"}), run_folder, world)
         if damaged == "refuse":
-            raise_problems(problems, agreed=True)
+            raise_problems(problems, agreed=True, mend=_mend(path, computed_from))
         for problem in problems:
             logger.warning("going on with damaged data, whose samples are replaced: %s", problem)
     info = read_dataset_info(path)
-    shards = _read_streams(path, info, split, check_files=remote is None and damaged == "refuse")
+    check_files = remote is None and damaged == "refuse"
+    shards = _read_streams(path, info, split, check_files, _mend(path, computed_from))
+    original = computed_from and _read_streams(
+        Path(computed_from), read_dataset_info(computed_from), split, check_files=False, quiet=True
+    )
+    drawn_from = DrawnFrom(path, shards, original or shards)
     folders = {path / split / bucket.folder: entries for bucket, entries in shards.items()}
     if world.local_rank == 0 and (left := remove_abandoned(folders)):
         logger.info("removed what killed runs were unpacking: %s", ", ".join(map(str, left)))
@@ -120,7 +129,7 @@ def build_loader(
             path, split, shards, world,
             micro_batch_size=micro_batch_size, seed=seed, num_workers=num_workers, remote=remote,
             cache_limit=cache_limit, prefetch_factor=prefetch_factor, shuffle=shuffle, max_replaced=max_replaced,
-            stale=stale, damaged=problems,
+            stale=stale, damaged=problems, drawn_from=drawn_from,
         )  # fmt: skip
 
 
@@ -130,17 +139,23 @@ def _leave_signals_to_the_rank(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _read_streams(path: Path, info: DatasetInfo, split: str, check_files: bool) -> dict[Bucket, list[dict]]:
+def _mend(path: Path, computed_from: str | Path | None) -> str:
+    return f"Delete {path}, and the same command computes it again" if computed_from else RESTORE
+
+
+def _read_streams(
+    path: Path, info: DatasetInfo, split: str, check_files: bool, mend: str = RESTORE, quiet: bool = False
+) -> dict[Bucket, list[dict]]:
     """The checked shard entries of every bucket that has samples; UserError with all problems."""
     streams, problems = {}, []
     for bucket in info.buckets:
         count = info.counts.get(split, {}).get(bucket.name, 0)
         if not count:
-            logger.info("bucket %s has no %s samples and is left out", bucket, split)
+            quiet or logger.info("bucket %s has no %s samples and is left out", bucket, split)
             continue
         streams[bucket], found = inspect_index(path / split / bucket.folder, check_files, count)
         problems += found
-    raise_problems(problems)
+    raise_problems(problems, mend=mend)
     if not streams:
         raise UserError(f"{path}: no samples in the split {split!r}, which has {info.samples(split)}")
     columns = [set(column_encodings(shards)) for shards in streams.values()]
@@ -177,6 +192,7 @@ class BucketLoader:
         max_replaced: float,
         stale: list[str],
         damaged: list[str],
+        drawn_from: DrawnFrom,
     ) -> None:
         self.buckets, self.stale = tuple(shards), stale
         self.global_batch = micro_batch_size * world.size  # G
@@ -192,8 +208,9 @@ class BucketLoader:
         # the order independent of how ranks are spread over nodes.
         self._canonical_nodes = world.nodes if remote else 1
         self._nodes = world.nodes
+        self._drawn_from = drawn_from
         self._identity = {
-            "dataset": fingerprint({bucket.name: entries for bucket, entries in shards.items()}),
+            "dataset": drawn_from.fingerprint,
             "split": split,
             "seed": seed,
             "shuffle": shuffle,
@@ -226,6 +243,7 @@ class BucketLoader:
             cache_limit=cache_limit,
         )
         self._dataset.set_aside(damaged)
+        self._draw_by(drawn_from.order)
         self._claimed = claim(self._dataset)
         atexit.register(self.close)  # streaming's own handlers leave lock files that block the prefix for good
         self._loader = DataLoader(
@@ -305,21 +323,27 @@ class BucketLoader:
         epoch, batches = self._epoch, self._batches
         if batches == self.batches_per_epoch:
             epoch, batches = epoch + 1, 0
-        return {**self._identity, "epoch": epoch, "batches": batches}
+        position = {**self._identity, "epoch": epoch, "batches": batches}
+        return position if self._order == self._drawn_from.order else {**position, "order": packed(self._order)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken; call it on every rank, before the iteration.
+
+        The state may be of this dataset, of the one that it was computed from, or of another one that was computed from
+        that. Earlier versions drew from a cache in an order of its own, and named it by its bytes: such a state is taken
+        where those bytes are, and the order stays for this run, whatever it reads later.
 
         Raises UserError if the state is of other data, another seed, micro-batch or world size.
         """
         if self._started:
             raise RuntimeError("load the state before the iteration; streaming ignores it afterwards")
         for name, mine in self._identity.items():
-            if state.get(name) != mine:
+            if name != "dataset" and state.get(name) != mine:
                 raise UserError(
                     f"the saved data position is of {name} {state.get(name)!r}, this run has {mine!r}; "
                     "resume with the same, or start a new run"
                 )
+        self._draw_by(self._drawn_from.order_in(state))
         self._epoch, self._batches = int(state["epoch"]), int(state["batches"])
         self._dataset.load_state_dict(
             {
@@ -330,6 +354,10 @@ class BucketLoader:
                 "initial_physical_nodes": self._nodes,
             }
         )
+
+    def _draw_by(self, order: Order) -> None:
+        self._order = order
+        self._dataset.order = [order[bucket.name] for bucket in self.buckets]
 
     def close(self) -> None:
         """End the workers and give the shared memory back: on every rank, after its last batch."""

@@ -27,6 +27,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from megaflux import compat  # noqa: F401  before streaming, which imports torchvision
@@ -37,6 +39,7 @@ from streaming.base.format import Reader
 
 from megaflux.data.batches import decode_image
 from megaflux.data.buckets import Bucket
+from megaflux.data.order import resample
 from megaflux.data.unpack import MachineFault, UnpackingStream
 
 PROBES = 64  # stand-ins tried for a sample; with half of a bucket's shards gone, that fails once in 10**19
@@ -128,6 +131,8 @@ class BucketDataset(StreamingDataset):
     """
 
     failure: str | None = None  # what the machine did not give, with streaming's threads unable to say so
+    order: Sequence[Sequence[int]] | None = None
+    """Of each stream the sizes of the shards that its order is drawn by (megaflux.data.order); None: its own."""
 
     def __init__(self, *, streams: Sequence[QuarantiningStream], buckets: Sequence[Bucket], **options: Any):
         self.buckets = tuple(buckets)
@@ -142,6 +147,12 @@ class BucketDataset(StreamingDataset):
             for file in stream._files(shard):
                 if reason := reasons.get(str(file)):
                     stream.quarantine(shard, reason)
+
+    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """As streaming's, by the sizes of `order`."""
+        if self.order is None:
+            return super().resample_streams(epoch, stream_id)
+        return resample(self, self.order, epoch, stream_id)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ from megaflux.data.index import (
     write_json,
 )
 from megaflux.errors import UserError
+from megaflux.files import sync_file
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "held_out")
@@ -193,6 +195,36 @@ def open_writer(
     )  # fmt: skip
 
 
+def write_shards(
+    folder: Path, samples: Iterable[dict[str, Any]], shard_size: int = SHARD_SIZE
+) -> tuple[int, dict[str, str]]:
+    """Write shards and their index.json into `folder`, which must not be there yet; all of it is on disk afterwards.
+
+    `samples` have the same fields throughout: str, bytes, or tensors of one dtype and shape per field,
+    whose encodings are taken from the first sample. Returns the number of samples and the columns. Without
+    samples there is no folder.
+    """
+    writer, columns, count = None, {}, 0
+    try:
+        for sample in samples:
+            if writer is None:
+                columns = {name: _encoding(name, value) for name, value in sample.items()}
+                writer = open_writer(folder, columns, shard_size)
+            arrays = {name: to_numpy(v) if isinstance(v, torch.Tensor) else v for name, v in sample.items()}
+            writer.write(arrays)
+            count += 1
+    except BaseException:
+        if writer is not None:
+            writer.cancel_future_jobs()
+        raise
+    if writer is not None:
+        writer.finish()
+        for file in folder.iterdir():
+            with open(file, "rb") as opened:
+                sync_file(opened)
+    return count, columns
+
+
 def write_bucket(
     root: str | Path,
     split: str,
@@ -202,26 +234,19 @@ def write_bucket(
 ) -> tuple[int, dict[str, str]]:
     """Write one bucket of a derived dataset, replacing what is there: `root`/<split>/<bucket>/.
 
-    `samples` have the same fields throughout: str, bytes, or tensors of one dtype and shape per field,
-    whose encodings are taken from the first sample. Returns the number of samples and the columns. An
-    interrupted call leaves a folder whose name begins with a dot. After all buckets: write_dataset.
+    `samples` and what is returned: as for write_shards. A kill leaves a folder whose name begins with a dot. After all
+    buckets: write_dataset.
     """
     folder = Path(root) / split / bucket.folder
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    writer, columns, count = None, {}, 0
-    for sample in samples:
-        if writer is None:
-            columns = {name: _encoding(name, value) for name, value in sample.items()}
-            unfinished.parent.mkdir(parents=True, exist_ok=True)
-            writer = open_writer(unfinished, columns, shard_size)
-        arrays = {name: to_numpy(v) if isinstance(v, torch.Tensor) else v for name, v in sample.items()}
-        writer.write(arrays)
-        count += 1
-    shutil.rmtree(folder, ignore_errors=True)
-    if writer is not None:
-        writer.finish()
-        unfinished.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".unfinished", dir=folder.parent))
+    try:
+        count, columns = write_shards(unfinished / folder.name, samples, shard_size)
+        shutil.rmtree(folder, ignore_errors=True)
+        if count:
+            (unfinished / folder.name).rename(folder)
+    finally:
+        shutil.rmtree(unfinished)
     return count, columns
 
 
@@ -234,22 +259,23 @@ def read_split(root: str | Path, split: str, bucket: Bucket, limit: int | None =
     folder = Path(root) / split / bucket.folder
     if not folder.exists():
         return
-    given = 0
-    for shard in read_index(folder):
-        data = _read_shard(folder, shard)
-        file = folder / stored_file(shard)["basename"]
-        reader = reader_from_json(str(folder), None, shard)
-        offsets = np.frombuffer(data, np.uint32, shard["samples"] + 1, offset=4)
-        for begin, end in itertools.pairwise(offsets):
-            if given == limit:
-                return
-            given += 1
-            try:
-                sample = reader.decode_sample(data[begin:end])
-            except Exception as error:  # streaming's decoders raise what they meet
-                problem = f"{type(error).__name__}: {str(error)[:200]}"
-                raise UserError(f"{file}: sample {given - 1} of the bucket cannot be read ({problem})") from None
-            yield {name: from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in sample.items()}
+    every = itertools.chain.from_iterable(read_shard(folder, shard) for shard in read_index(folder))
+    yield from itertools.islice(every, limit)
+
+
+def read_shard(folder: Path, shard: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The samples of one shard in stored order, as read_split; folder: the bucket's, shard: its checked index entry."""
+    data = _read_shard(folder, shard)
+    file = folder / stored_file(shard)["basename"]
+    reader = reader_from_json(str(folder), None, shard)
+    offsets = np.frombuffer(data, np.uint32, shard["samples"] + 1, offset=4)
+    for number, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        try:
+            sample = reader.decode_sample(data[begin:end])
+        except Exception as error:  # streaming's decoders raise what they meet
+            problem = f"{type(error).__name__}: {str(error)[:200]}"
+            raise UserError(f"{file}: sample {number} of the shard cannot be read ({problem})") from None
+        yield {name: from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in sample.items()}
 
 
 def verify_dataset(root: str | Path) -> DatasetInfo:

@@ -134,7 +134,7 @@ def _run(
         cached_dataset(config, models, world), remote=config.data.remote, cache_limit=config.data.cache_limit,
         micro_batch_size=config.train.drawn_per_rank, seed=config.run.seed,
         num_workers=config.data.num_workers, verify=behind is None, run_folder=config.run.dir,
-        damaged="replace" if resumed else "refuse",
+        damaged="replace" if resumed else "refuse", computed_from=config.data.path if config.data.cache else None,
     )  # fmt: skip
     for name in loader.stale:
         events.record("fault", what="stale_shared_memory", update=resumed.update if resumed else 0, detail=name)
