@@ -22,6 +22,8 @@ from typing import Any
 from megaflux import plain_yaml
 from megaflux.config import Config, build_config, load_yaml
 from megaflux.errors import UserError
+from megaflux.paths import literal
+from megaflux.schema import PATHS
 from megaflux.training import manifest
 
 NAME, DS_NAME = "config.yaml", "ds_config.json"
@@ -64,7 +66,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 def _built(values: dict[str, Any], file: Path) -> Config:
     try:
-        return build_config(filled(values))
+        return build_config(literal(filled(values), PATHS))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -99,7 +101,7 @@ def begun(run_dir: str) -> Begun | None:
         return None
     snapshot = content.get("started_with", {})
     if "config" in snapshot:
-        config = build_config(filled(plain_yaml.load(snapshot["config"]), content["format"]))
+        config = build_config(literal(filled(plain_yaml.load(snapshot["config"]), content["format"]), PATHS))
         ds_config = snapshot.get("ds_config", {})
     elif (Path(run_dir) / NAME).is_file():
         values = _read_yaml(Path(run_dir) / NAME)
