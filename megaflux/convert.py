@@ -33,6 +33,7 @@ from megaflux.generation.layout import (
     write_indexes,
     write_linear,
 )
+from megaflux.models import sources
 from megaflux.paths import path_option
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ def from_release(source: Path, out: Path) -> list[str]:
     for folder in (flux, qwen, *(flux / name for name in (*FLUX_PARTS, *CLIP_PARTS))):
         if not folder.is_dir():
             raise UserError(f"{folder}: missing; the released weights have flux/ and qwen2-vl/ with all their parts")
+    if found := sources.folder_problems(flux, sources.FLUX) + sources.folder_problems(qwen, {"": sources.VLM}):
+        raise UserError("; ".join(found))
     notes = []
     transformer = pretrained.load_transformer(str(flux), torch.bfloat16)
     joint, width = transformer.config.joint_attention_dim, transformer.context_embedder.out_features
@@ -134,6 +137,8 @@ def to_release(source: Path, out: Path, flux: Path | None = None) -> None:
     from megaflux.models import pretrained
 
     read_manifest(source)
+    if flux is not None and not flux.is_dir():
+        raise UserError(f"--flux {flux}: no such folder; files are copied from it, so a hub name will not do")
     connector = pretrained.load_connector(source / CONNECTOR)
     t5_embedder = pretrained.load_linear(source / T5_EMBEDDER) if (source / T5_EMBEDDER).is_file() else None
     copies = {source / ours: f"flux/{name}" for name, ours in FLUX_PARTS.items()}

@@ -363,12 +363,13 @@ def sources(runtime: Runtime) -> dict[str, str]:
 
 
 def check_sources(runtime: Runtime) -> None:
-    """UserError, before anything is loaded, for a source that is neither a folder nor a hub's OWNER/NAME."""
-    from megaflux.generation.control import HUB_NAME
+    """UserError, before anything is loaded, for a source that is neither a folder nor a hub's OWNER/NAME
+    (megaflux/models/sources.py)."""
+    from megaflux.models.sources import problem
 
     for option, source in sources(runtime).items():
-        if not is_there(source) and not HUB_NAME.fullmatch(source):
-            raise UserError(f"{option} {source}: no such folder, and no hub name OWNER/NAME")
+        if why := problem(source):
+            raise UserError(f"{option} {source}: {why}")
 
 
 def in_place(new: JobReference, text: str, before: tuple[JobReference, ...]) -> JobReference:

@@ -79,13 +79,14 @@ class Run(Named):
 
 class Model(Named):
     flux: HomePathOrNone = None
-    """FLUX.1 in diffusers' layout (transformer, VAE, scheduler, CLIP): a directory or a hub name. None: the
+    """FLUX.1 in diffusers' layout (transformer, VAE, scheduler, CLIP): a folder, or a hub name: hub:owner/name always,
+    owner/name where the working directory holds no folder owner (here and for vlm and vae). None: the
     transformer and CLIP are built from `flux_config` and `clip_config` with seeded random weights, the VAE is
     `vae`."""
     vlm: HomePathOrNone = None
-    """Qwen2-VL: a directory or a hub name. None: built from `vlm_config` with seeded random weights."""
+    """Qwen2-VL: a folder or a hub name. None: built from `vlm_config` with seeded random weights."""
     vae: HomePathOrNone = None
-    """A VAE other than the one in `flux`: a directory, a hub name or `tiny`. None: `flux`'s own."""
+    """A VAE other than the one in `flux`: a folder, a hub name or `tiny`. None: `flux`'s own."""
     flux_config: dict[str, Any]
     """Arguments of diffusers' FluxTransformer2DModel; the sizes of a model built from nothing and of a dry
     run."""
