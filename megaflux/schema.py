@@ -94,6 +94,10 @@ class Model(Named):
     """`text_config` and `vision_config` of transformers' Qwen2VLConfig, used likewise."""
     clip_config: dict[str, Any]
     """Arguments of transformers' CLIPTextConfig, used likewise."""
+    seeded: Literal["portable", "torch"] = "portable"
+    """How weights built from nothing are drawn from the seed (the connector's always are): portable, the same bits on every
+    CPU; torch, by torch's own kernels, whose last bits depend on the CPU's instruction set, as runs begun before there was a
+    choice do."""
     latent_channels: Count
     """Channels of the VAE's latents (8x smaller than the image); FLUX sees four times as many after
     packing."""

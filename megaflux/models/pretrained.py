@@ -104,21 +104,22 @@ def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch
     if found := list(model_problems(config.model)):
         raise UserError("; ".join(found))
     model, seed, target = config.model, config.run.seed, Target(device, dtype)
+    way = model.seeded
     own = torch.bfloat16 if model.flux else torch.float32  # published weights are bf16; casting up comes later
     if model.flux:
         transformer = load_transformer(model.flux, own, target)
         scheduler = load_scheduler(model.flux)
         pooled = empty_prompt_pooled(*load_clip(model.flux))
     else:
-        transformer = build_transformer(model.flux_config, seed)
+        transformer = build_transformer(model.flux_config, seed, way)
         scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-        pooled = empty_prompt_pooled(*build_clip(model.clip_config, seed))
+        pooled = empty_prompt_pooled(*build_clip(model.clip_config, seed, way))
     vae = load_vae(model.vae, model.flux)
     if model.vlm:
         vlm, processor = load_vlm(model.vlm, model.attention, target=target)
     else:
-        vlm, processor = build_vlm(model.vlm_config, seed)
-    connector = build_connector(vlm.config.text_config.hidden_size, transformer.config.joint_attention_dim, seed)
+        vlm, processor = build_vlm(model.vlm_config, seed, way)
+    connector = build_connector(vlm.config.text_config.hidden_size, transformer.config.joint_attention_dim, seed, way)
     models = assemble(
         transformer, connector.to(own), vlm, processor, vae, scheduler, pooled,
         model.vlm_max_tokens, model.caption_max_tokens,

@@ -24,7 +24,7 @@ from typing import Any
 
 from megaflux.errors import UserError
 
-FORMAT = 3  # 2: the manifest holds a hash of itself; 3: fields of the configuration came in (saved.ADDED)
+FORMAT = 4  # 2: the manifest holds a hash of itself; 3, 4: fields of the configuration came in (saved.ADDED)
 MANIFEST = "manifest.json"
 KEYS = {"format", "update", "stage", "stage_name", "world_size", "data", "identity", "base", "deepspeed", "files"}
 HASHERS = 8  # files hashed at a time: one thread reads 1 to 2 GB/s, and a shared file system gives more to several
