@@ -211,6 +211,10 @@ class Train(Section):
     Below what the queue or the launcher grants."""
     bad_updates: Count = 10
     """Dropped updates in a row after which the run goes back to its last checkpoint and leaves their data out."""
+    deterministic: bool = False
+    """The same bits from the same start on GPUs too, at a cost in speed that was not measured: torch's deterministic
+    algorithms, flash attention's ordered backward, no cuDNN attention. On a CPU a run is so anyway. May be changed while
+    resuming."""
     stop_after: CountOrZero = 0
     """Save and leave after this many updates of the run, as if its time were up; 0: run to the end."""
 
