@@ -16,13 +16,14 @@ import time
 from pathlib import Path
 
 from megaflux.errors import UserError, exit_on_user_error
+from megaflux.paths import path_option
 
 ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", default="runs/demo", help="folder of the run")
+    parser.add_argument("--run", type=path_option, default="runs/demo", help="folder of the run")
     args, train_options = parser.parse_known_args()
     run, started = Path(args.run), time.monotonic()
 

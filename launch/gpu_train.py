@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megaflux.errors import UserError, exit_on_user_error
+from megaflux.paths import path_option
 from megaflux.presets import PUBLISHED_STAGES, dev, tiny
 from megaflux_kernels.bench.report import Parser, Row, add_report_arguments, open_report, positive, table
 
@@ -33,7 +34,13 @@ KEEP = 2  # train.keep_checkpoints, the least that there is
 
 def main() -> int:
     parser = Parser(prog="launch/gpu_train.py", description=__doc__)
-    parser.add_argument("--run", default="runs/gpu-train", metavar="DIR", help="for data, training run and checkpoints")
+    parser.add_argument(
+        "--run",
+        type=path_option,
+        default="runs/gpu-train",
+        metavar="DIR",
+        help="for data, training run and checkpoints",
+    )
     parser.add_argument("--small", action="store_true", help="sizes of a test, which a CPU can do")
     parser.add_argument(
         "--updates", type=positive, default=20, metavar="N", help="half before, half after (default 20)"

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # it must run where nothing is installed of megaflux
 
 from megaflux.errors import UserError, exit_on_user_error  # noqa: E402
+from megaflux.paths import path_option  # noqa: E402
 from megaflux_kernels.bench.report import Parser, positive  # noqa: E402
 
 THERE = ("torch", "torchvision", "triton", "transformers", "numpy", "pillow", "psutil", "pyyaml", "tensorboard", "tqdm",
@@ -45,7 +46,9 @@ PLATFORMS = (*(f"manylinux_2_{n}" for n in range(28, 4, -1)), "manylinux2014", "
 def main() -> int:
     parser = Parser(prog="launch/gpu_wheels.py", description=__doc__)
     parser.add_argument("--python", default="3.12", metavar="3.N", type=_python, help="of that machine (default 3.12)")
-    parser.add_argument("--out", default=".whl", metavar="DIR", help="folder for the wheels (default .whl)")
+    parser.add_argument(
+        "--out", type=path_option, default=".whl", metavar="DIR", help="folder for the wheels (default .whl)"
+    )
     parser.add_argument("--first", action="store_true", help="only what benches of FLUX need")
     parser.add_argument(
         "--limit", type=positive, default=50, metavar="MB", help="most that they may come to (default 50)"

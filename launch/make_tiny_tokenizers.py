@@ -31,6 +31,7 @@ from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.chunks import is_held_out
 from megaflux.data.openmoji import OpenMoji, caption_of
 from megaflux.data.prepare import OPENMOJI_DEFAULTS
+from megaflux.paths import path_option
 
 OUT = Path(megaflux.__file__).parent / "assets" / "tiny"
 
@@ -180,9 +181,12 @@ def make_clip_tokenizer(out: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="folder that gets tokenizer/ and clip_tokenizer/")
+    parser.add_argument(
+        "--out", type=path_option, default=str(OUT), help="folder that gets tokenizer/ and clip_tokenizer/"
+    )
     parser.add_argument("--vocabulary", type=int, default=2048, help="largest number of entries of tokenizer/")
     args = parser.parse_args()
+    args.out = Path(args.out)
     captions = training_captions()
     entries = make_qwen_tokenizer(args.out / "tokenizer", captions, args.vocabulary)
     print(f"tokenizer: {entries} entries from {len(captions)} captions (tokenizers {tokenizers.__version__})")

@@ -15,6 +15,7 @@ from typing import Any
 
 from megaflux.config import Parser, add_config_arguments, parse_config
 from megaflux.errors import UserError, exit_on_user_error
+from megaflux.paths import path_option
 from megaflux.training import saved
 from megaflux.training.checks import find_problems
 from megaflux.training.ds_config import load_ds_config, with_defaults
@@ -88,13 +89,13 @@ def build_parser(prog: str = "launch/train.py", description: str | None = __doc_
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=f"{prog} [--preset tiny|dev] [--config FILE.yaml] [--FIELD VALUE ...] [--dry-run]",
     )  # fmt: skip
-    parser.add_argument("--deepspeed", default=str(DS_CONFIG), metavar="FILE.json",
+    parser.add_argument("--deepspeed", type=path_option, default=str(DS_CONFIG), metavar="FILE.json",
                         help="sharding and precision (default: ds_configs/zero2.json)")  # fmt: skip
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     dry = parser.add_argument_group("dry run")
     dry.add_argument("--dry-run", action="store_true", help="print what a run would do and cost; exit code 2: problems")
     dry.add_argument("--world-size", type=_count, metavar="N", help="GPUs to count with (default: those that are here)")
-    dry.add_argument("--json", metavar="FILE", help="write the same as JSON")
+    dry.add_argument("--json", type=path_option, metavar="FILE", help="write the same as JSON")
     dry.add_argument("--mfu", type=_share, default=0.35, metavar="X", help="model FLOPs over peak (default 0.35)")
     dry.add_argument("--peak-tflops", type=_positive, default=312.0, metavar="X",
                      help="peak of one GPU, dense bf16 (default 312, an A100)")  # fmt: skip

@@ -27,6 +27,7 @@ from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.chunks import is_held_out
 from megaflux.data.openmoji import OpenMoji
 from megaflux.data.prepare import OPENMOJI_DEFAULTS
+from megaflux.paths import path_option
 
 from diffusers import AutoencoderKL  # isort: skip  (after compat)
 
@@ -282,13 +283,14 @@ def report(out: Path, train_set: Images, held_set: Images) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the asset")
+    parser.add_argument("--out", type=path_option, default=str(OUT), help="folder of the asset")
     parser.add_argument("--updates", type=int, default=2400)
     parser.add_argument("--save-every", type=int, default=600, help="updates between interim assets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="of torch; on a busy machine 1 is faster than 2")
     parser.add_argument("--report-only", action="store_true", help="measure the asset that is there")
     args = parser.parse_args()
+    args.out = Path(args.out)
     torch.set_num_threads(args.threads)
     train_set, held_set = load_pictures()
     start = time.monotonic()

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from megaflux import plain_yaml
 from megaflux.errors import UserError
+from megaflux.paths import expanded, path_option
 from megaflux.schema import (
     ConditionModes,
     Config,
@@ -233,7 +234,7 @@ class Parser(argparse.ArgumentParser):
     options."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(**{"allow_abbrev": False} | kwargs)
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").replace("expected one argument", "needs a value")
@@ -245,7 +246,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     from megaflux.presets import PRESETS
 
     parser.add_argument("--preset", default=None, help=f"table of default values: {', '.join(PRESETS)} (default tiny)")
-    parser.add_argument("--config", default=None, metavar="FILE.yaml", help="values over the preset's")
+    parser.add_argument("--config", type=path_option, metavar="FILE.yaml", help="values over the preset's")
     group = parser.add_argument_group(
         "configuration",
         "each also as a nested key in --config; values are YAML; one stage's: --stages.0.share 2",
@@ -303,7 +304,11 @@ def parse_config(
 
     given, args.kept = from_file.get("run"), {}
     run_dir = overrides.get("run.dir") or (given.get("dir") if isinstance(given, dict) else None)
-    below = saved(run_dir if isinstance(run_dir, str) else PRESETS[preset]()["run"]["dir"])
+    run_dir = run_dir if isinstance(run_dir, str) else PRESETS[preset]()["run"]["dir"]
+    try:
+        below = saved(expanded(run_dir))
+    except ValueError as error:
+        raise UserError(f"run.dir: {error}") from None
     if below is None or asked not in (None, below["preset"]):
         return args, resolved(PRESETS[preset]())
     config = resolved(below)

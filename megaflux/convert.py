@@ -10,7 +10,6 @@ folder is written under a temporary name and renamed when it is whole.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megaflux.config import Parser
 from megaflux.errors import UserError, exit_on_user_error
 from megaflux.generation.layout import (
     CONNECTOR,
@@ -33,6 +33,8 @@ from megaflux.generation.layout import (
     write_indexes,
     write_linear,
 )
+from megaflux.models import sources
+from megaflux.paths import path_option
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,10 +48,12 @@ RELEASE_RATIOS = ("1:1", "16:9", "9:16", "2.4:1", "3:4", "4:3")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m megaflux.convert", description=__doc__.splitlines()[0])
-    parser.add_argument("source", metavar="SRC", help="the authors' folder (flux/, qwen2-vl/), or an export")
-    parser.add_argument("out", metavar="DST", help="folder to write; must not exist")
-    parser.add_argument("--flux", metavar="DIR", help="on the way back: a FLUX.1 folder to take CLIP and T5 from, where the "
+    parser = Parser(prog="python -m megaflux.convert", description=__doc__.splitlines()[0], allow_abbrev=True)
+    parser.add_argument(
+        "source", type=path_option, metavar="SRC", help="the authors' folder (flux/, qwen2-vl/), or an export"
+    )
+    parser.add_argument("out", type=path_option, metavar="DST", help="folder to write; must not exist")
+    parser.add_argument("--flux", type=path_option, metavar="DIR", help="on the way back: a FLUX.1 folder to take CLIP and T5 from, where the "
                         "export holds none")  # fmt: skip
     args = parser.parse_args(argv)
     source, out = Path(args.source), Path(args.out)
@@ -83,6 +87,8 @@ def from_release(source: Path, out: Path) -> list[str]:
     for folder in (flux, qwen, *(flux / name for name in (*FLUX_PARTS, *CLIP_PARTS))):
         if not folder.is_dir():
             raise UserError(f"{folder}: missing; the released weights have flux/ and qwen2-vl/ with all their parts")
+    if found := sources.folder_problems(flux, sources.FLUX) + sources.folder_problems(qwen, {"": sources.VLM}):
+        raise UserError("; ".join(found))
     notes = []
     transformer = pretrained.load_transformer(str(flux), torch.bfloat16)
     joint, width = transformer.config.joint_attention_dim, transformer.context_embedder.out_features
@@ -131,6 +137,8 @@ def to_release(source: Path, out: Path, flux: Path | None = None) -> None:
     from megaflux.models import pretrained
 
     read_manifest(source)
+    if flux is not None and not flux.is_dir():
+        raise UserError(f"--flux {flux}: no such folder; files are copied from it, so a hub name will not do")
     connector = pretrained.load_connector(source / CONNECTOR)
     t5_embedder = pretrained.load_linear(source / T5_EMBEDDER) if (source / T5_EMBEDDER).is_file() else None
     copies = {source / ours: f"flux/{name}" for name, ours in FLUX_PARTS.items()}

@@ -12,23 +12,24 @@ holds a Qwen2VLModel.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megaflux.config import Parser
 from megaflux.errors import UserError, exit_on_user_error
 from megaflux.generation.layout import check_out, whole_folder
+from megaflux.paths import path_option
 
 if TYPE_CHECKING:
     from megaflux.runs import TrainedRun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m megaflux.export", description=__doc__.splitlines()[0])
-    parser.add_argument("run", metavar="RUN", help="the run's folder")
-    parser.add_argument("out", metavar="OUT", help="folder to write; must not exist")
+    parser = Parser(prog="python -m megaflux.export", description=__doc__.splitlines()[0], allow_abbrev=True)
+    parser.add_argument("run", type=path_option, metavar="RUN", help="the run's folder")
+    parser.add_argument("out", type=path_option, metavar="OUT", help="folder to write; must not exist")
     parser.add_argument("--update", type=int, metavar="N", help="the run's N-th update (default: the newest)")
     args = parser.parse_args(argv)
     if not os.path.isdir(args.run):

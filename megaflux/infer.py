@@ -21,6 +21,7 @@ from megaflux.generation.job import Job, Result, Runtime, read_inputs, run, step
 from megaflux.generation.outputs import batch_of, check_out, contact_sheet, read_settings, save, settings_of, stem_of
 from megaflux.infer_options import build_parser, check_sources, is_there, to_job, with_number
 from megaflux.infer_report import report, warn_of_memory
+from megaflux.paths import expanded
 
 if TYPE_CHECKING:  # torch and its friends take seconds to import: --help and bad input do not wait for them
     from megaflux.generation.control import Detectors
@@ -263,6 +264,10 @@ def line_options(line: str) -> dict[str, Any]:
         raise UserError(f"line: {error}; close the quote") from None
     first = next((i for i, token in enumerate(tokens) if token.startswith("--")), len(tokens))
     bare, argv = tokens[:first], tokens[first:]
+    try:
+        bare = [expanded(token) if token.startswith("~/") else token for token in bare]
+    except ValueError as error:
+        raise UserError(str(error)) from None
     pictures = 0
     while pictures < len(bare) and is_there(with_number(bare[pictures], "line")[0]):
         pictures += 1

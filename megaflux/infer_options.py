@@ -25,6 +25,7 @@ from megaflux.generation.job import (
     check_background,
 )
 from megaflux.generation.prompt import check_prompt
+from megaflux.paths import keyed_path_option, path_option
 
 MAX_SEED = 2**63 - 1
 DESCRIPTION = """Pictures from a reference, a prompt, or both.
@@ -52,9 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR", help="a run's folder, or an export's")
+    add("--checkpoint", type=path_option, metavar="DIR", help="a run's folder, or an export's")
     add("--update", type=int, metavar="N", help="the run's checkpoint after N updates (default: the newest)")
-    add("--from-image", metavar="PNG", help="run again what made this picture, to the same pixels")
+    add("--from-image", type=path_option, metavar="PNG", help="run again what made this picture, to the same pixels")
     add(
         "--interactive",
         action="store_true",
@@ -65,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what to make")
     add = group.add_argument
     add("--mode", choices=MODES, help="default: by what is given (a reference: variation; a prompt alone: text; ...)")
-    add("--reference", nargs="+", action="extend", metavar="IMG[:STRENGTH]",
+    add("--reference", type=path_option, nargs="+", action="extend", metavar="IMG[:STRENGTH]",
         help="one or more pictures; strength 1 is as trained, 0.5 counts half")  # fmt: skip
     add("--prompt", metavar="TEXT", help="words beside the references, or alone")
     add(
@@ -74,8 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="who reads the prompt (default: what the weights were trained with)",
     )
     add("--reference-tokens", type=int, metavar="N", help="most tokens of a reference (default: as trained)")
-    add("--image", metavar="IMG", help="where img2img, inpaint and control begin (default: the first reference)")
-    add("--mask", metavar="IMG", help="inpaint: white is painted anew; of the image's size")
+    add(
+        "--image",
+        type=path_option,
+        metavar="IMG",
+        help="where img2img, inpaint and control begin (default: the first reference)",
+    )
+    add("--mask", type=path_option, metavar="IMG", help="inpaint: white is painted anew; of the image's size")
     add(
         "--mask-point",
         action="append",
@@ -107,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         "fraction of the shorter side, weight (0 leaves out, 1 neutral, 2 doubles); repeatable")  # fmt: skip
     add(
         "--dots",
+        type=path_option,
         metavar="FILE.json",
         help='the same: {"dots": [{"x", "y", "radius", "weight", "reference"}], "background"}',
     )
@@ -118,19 +125,30 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("control")
     add = group.add_argument
-    add("--controlnet", action="append", metavar="[KIND=]DIR", help="a FLUX ControlNet (union or for one kind)")
+    add(
+        "--controlnet",
+        type=keyed_path_option,
+        action="append",
+        metavar="[KIND=]DIR",
+        help="a FLUX ControlNet (union or for one kind)",
+    )
     add("--control", action="append", metavar="KIND[:SCALE]", help="a map made from the image: depth, line or canny")
-    add("--control-image", action="append", metavar="KIND=IMG[:SCALE]", help="a ready map")
+    add("--control-image", type=keyed_path_option, action="append", metavar="KIND=IMG[:SCALE]", help="a ready map")
     add("--control-start", type=float, metavar="X", help="share of the steps before control acts (default 0)")
     add("--control-end", type=float, metavar="X", help="share of the steps after which it stops (default 1)")
     add("--save-control", action="store_true", help="write the control maps and the mask, too")
-    add("--depth-model", metavar="DIR", help="Depth Anything in transformers' layout")
-    add("--line-model", metavar="DIR", help="folder of Anyline's MTEED.pth (default: Canny edges)")
-    add("--sam-model", metavar="DIR", help="Segment Anything 2 in transformers' layout, for --mask-point")
+    add("--depth-model", type=path_option, metavar="DIR", help="Depth Anything in transformers' layout")
+    add("--line-model", type=path_option, metavar="DIR", help="folder of Anyline's MTEED.pth (default: Canny edges)")
+    add(
+        "--sam-model",
+        type=path_option,
+        metavar="DIR",
+        help="Segment Anything 2 in transformers' layout, for --mask-point",
+    )
 
     group = parser.add_argument_group("where to and on what")
     add = group.add_argument
-    add("--out", metavar="DIR", help="folder for the pictures (default outputs)")
+    add("--out", type=path_option, metavar="DIR", help="folder for the pictures (default outputs)")
     add("--no-metadata", action="store_true", help="write no settings into the PNG")
     add("--embed-inputs", action="store_true", help="put the input files into the PNG: it can be run again anywhere")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
@@ -345,12 +363,13 @@ def sources(runtime: Runtime) -> dict[str, str]:
 
 
 def check_sources(runtime: Runtime) -> None:
-    """UserError, before anything is loaded, for a source that is neither a folder nor a hub's OWNER/NAME."""
-    from megaflux.generation.control import HUB_NAME
+    """UserError, before anything is loaded, for a source that is neither a folder nor a hub's OWNER/NAME
+    (megaflux/models/sources.py)."""
+    from megaflux.models.sources import problem
 
     for option, source in sources(runtime).items():
-        if not is_there(source) and not HUB_NAME.fullmatch(source):
-            raise UserError(f"{option} {source}: no such folder, and no hub name OWNER/NAME")
+        if why := problem(source):
+            raise UserError(f"{option} {source}: {why}")
 
 
 def in_place(new: JobReference, text: str, before: tuple[JobReference, ...]) -> JobReference:

@@ -211,10 +211,13 @@ def run_facts(runtime: Runtime) -> Facts:
     from megaflux.generation.layout import Settings
     from megaflux.models.pretrained import meta_models
     from megaflux.models.scratch import TINY
+    from megaflux.models.sources import model_problems
     from megaflux.runs import find
 
     run = find(runtime.checkpoint, runtime.update)
     model = run.config.model
+    if found := list(model_problems(model)):
+        raise UserError("; ".join(found))
     trainable, trunk = meta_models(run.config)
     count = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())  # noqa: E731
     weights = f"update {run.manifest['update']} over {model.flux or 'weights from the seed'}"
@@ -236,7 +239,8 @@ def run_facts(runtime: Runtime) -> Facts:
 
 def extra_parts(job: Job, runtime: Runtime) -> tuple[list[Part], list[str]]:
     """(ControlNets and detectors that the job needs, what of them is missing)."""
-    from megaflux.generation.control import HUB_NAME, NEEDED, OPTIONS, Sources, missing
+    from megaflux.generation.control import NEEDED, OPTIONS, Sources, missing
+    from megaflux.models.sources import DIFFUSERS_MODEL, hub_name, source_problems
 
     made = [c.kind for c in job.controls if c.image is None and c.kind in DETECTED]
     needs = [name for name, wanted in {"depth": "depth" in made, "line": "line" in made and runtime.line_model,
@@ -250,16 +254,17 @@ def extra_parts(job: Job, runtime: Runtime) -> tuple[list[Part], list[str]]:
         {f"ControlNet {kind}".strip(): net for kind, net in runtime.controlnet.items()} | wanted
     ).items():
         folder = Path(source)
-        if not folder.is_dir() and not HUB_NAME.fullmatch(source):
-            if name not in wanted:
-                problems.append(f"--controlnet {source}: no such folder, and no hub name OWNER/NAME")
-            continue
-        if not folder.is_dir():
+        if name not in wanted:
+            found = source_problems(source, {"": DIFFUSERS_MODEL})
+            problems += [f"--controlnet {line}" for line in found]
+            if found:
+                continue
+        if hub_name(source):
             parts.append(Part(name, f"{source} (hub)", None))
             continue
-        files = list(folder.glob("*.safetensors")) + list(folder.glob("**/MTEED.pth"))
-        if name not in wanted and not ((folder / "config.json").is_file() and files):
-            problems.append(f"{source}: holds no config.json with weights (*.safetensors); give a ControlNet's folder")
+        if not folder.is_dir():
+            continue
+        files = list(folder.glob("**/MTEED.pth"))
         parts.append(Part(name, source, parameters_in(folder) or sum(f.stat().st_size // 4 for f in files)))
     return parts, problems
 

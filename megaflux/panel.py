@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from megaflux.errors import UserError, exit_on_user_error
 from megaflux.generation.outputs import check_out
 from megaflux.infer_options import to_job
+from megaflux.paths import keyed_path_option, path_option
 
 HOST, PORT = "127.0.0.1", 7860
 
@@ -36,14 +37,30 @@ def build_parser() -> argparse.ArgumentParser:
         description="A page on this machine: drop a picture, click dots on its tokens, generate.",
     )  # fmt: skip
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR", help="a run's folder, or an export's")
+    add("--checkpoint", type=path_option, metavar="DIR", help="a run's folder, or an export's")
     add("--update", type=int, metavar="N", help="the run's checkpoint after N updates (default: the newest)")
     add("--port", type=int, metavar="N", help=f"of the page, on {HOST} only (default {PORT})")
-    add("--out", metavar="DIR", help="folder for the pictures and what they were made from (default outputs)")
-    add("--controlnet", action="append", metavar="[KIND=]DIR", help="a FLUX ControlNet (union or for one kind)")
-    add("--depth-model", metavar="DIR", help="Depth Anything in transformers' layout")
-    add("--line-model", metavar="DIR", help="folder of Anyline's MTEED.pth (default: Canny edges)")
-    add("--sam-model", metavar="DIR", help="Segment Anything 2 in transformers' layout: masks by a click")
+    add(
+        "--out",
+        type=path_option,
+        metavar="DIR",
+        help="folder for the pictures and what they were made from (default outputs)",
+    )
+    add(
+        "--controlnet",
+        type=keyed_path_option,
+        action="append",
+        metavar="[KIND=]DIR",
+        help="a FLUX ControlNet (union or for one kind)",
+    )
+    add("--depth-model", type=path_option, metavar="DIR", help="Depth Anything in transformers' layout")
+    add("--line-model", type=path_option, metavar="DIR", help="folder of Anyline's MTEED.pth (default: Canny edges)")
+    add(
+        "--sam-model",
+        type=path_option,
+        metavar="DIR",
+        help="Segment Anything 2 in transformers' layout: masks by a click",
+    )
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     add(
         "--dtype", choices=("auto", "bfloat16", "float32"), help="auto (default): bfloat16 on a GPU, float32 on the CPU"

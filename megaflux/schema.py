@@ -10,15 +10,20 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from megaflux import plain_yaml
+from megaflux.paths import expanded
 
 
 def _not_bool(value: Any) -> Any:
     if isinstance(value, bool):  # pydantic would read true as 1
         raise ValueError(f"must be a number, got {str(value).lower()}")
     return value
+
+
+def _home(value: str | None) -> str | None:
+    return None if value is None else expanded(value)
 
 
 def _policy(value: Any) -> Any:
@@ -34,6 +39,10 @@ Positive = Annotated[float, _NUMBER, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, _NUMBER, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, _NUMBER, Field(ge=1, le=MOST)]
 CountOrZero = Annotated[int, _NUMBER, Field(ge=0, le=MOST)]
+HOME = AfterValidator(_home)
+"""Marks a field that holds a path (or a name that may stand in its place): a `~` at its beginning is expanded."""
+HomePath = Annotated[str, HOME]
+HomePathOrNone = Annotated[str | None, HOME]
 
 
 class Section(BaseModel):
@@ -59,7 +68,7 @@ class Named(Section):
 
 
 class Run(Named):
-    dir: str
+    dir: HomePath
     """Folder of the run: configuration, TensorBoard events, checkpoints, samples."""
     seed: CountOrZero = 0
     """Seed of everything random: weights built from nothing, shuffling, t, noise."""
@@ -69,14 +78,15 @@ class Run(Named):
 
 
 class Model(Named):
-    flux: str | None = None
-    """FLUX.1 in diffusers' layout (transformer, VAE, scheduler, CLIP): a directory or a hub name. None: the
+    flux: HomePathOrNone = None
+    """FLUX.1 in diffusers' layout (transformer, VAE, scheduler, CLIP): a folder, or a hub name: hub:owner/name always,
+    owner/name where the working directory holds no folder owner (here and for vlm and vae). None: the
     transformer and CLIP are built from `flux_config` and `clip_config` with seeded random weights, the VAE is
     `vae`."""
-    vlm: str | None = None
-    """Qwen2-VL: a directory or a hub name. None: built from `vlm_config` with seeded random weights."""
-    vae: str | None = None
-    """A VAE other than the one in `flux`: a directory, a hub name or `tiny`. None: `flux`'s own."""
+    vlm: HomePathOrNone = None
+    """Qwen2-VL: a folder or a hub name. None: built from `vlm_config` with seeded random weights."""
+    vae: HomePathOrNone = None
+    """A VAE other than the one in `flux`: a folder, a hub name or `tiny`. None: `flux`'s own."""
     flux_config: dict[str, Any]
     """Arguments of diffusers' FluxTransformer2DModel; the sizes of a model built from nothing and of a dry
     run."""
@@ -84,6 +94,10 @@ class Model(Named):
     """`text_config` and `vision_config` of transformers' Qwen2VLConfig, used likewise."""
     clip_config: dict[str, Any]
     """Arguments of transformers' CLIPTextConfig, used likewise."""
+    seeded: Literal["portable", "torch"] = "portable"
+    """How weights built from nothing are drawn from the seed (the connector's always are): portable, the same bits on every
+    CPU; torch, by torch's own kernels, whose last bits depend on the CPU's instruction set, as runs begun before there was a
+    choice do."""
     latent_channels: Count
     """Channels of the VAE's latents (8x smaller than the image); FLUX sees four times as many after
     packing."""
@@ -122,15 +136,15 @@ class ConditionModes(Section):
 
 
 class Data(Named):
-    path: str
+    path: HomePath
     """Folder of MDS shards as `python -m megaflux.data.prepare` writes them; with `remote`, the local
     cache."""
-    remote: str | None = None
+    remote: HomePathOrNone = None
     """Where the shards lie (s3://, gs://, ...; anything mosaicml-streaming reads). None: they are in
     `path`."""
     cache_limit: str | None = None
     """Most disk for shards fetched from `remote`, e.g. "500gb". None: no limit."""
-    source: str | None = None
+    source: HomePathOrNone = None
     """What to prepare `path` from when it does not exist (an argument of megaflux.data.prepare). None: an
     error."""
     longest_side: Annotated[int, Field(ge=16, le=MOST)]
@@ -197,6 +211,10 @@ class Train(Section):
     Below what the queue or the launcher grants."""
     bad_updates: Count = 10
     """Dropped updates in a row after which the run goes back to its last checkpoint and leaves their data out."""
+    deterministic: bool = False
+    """The same bits from the same start on GPUs too, at a cost in speed that was not measured: torch's deterministic
+    algorithms, flash attention's ordered backward, no cuDNN attention. On a CPU a run is so anyway. May be changed while
+    resuming."""
     stop_after: CountOrZero = 0
     """Save and leave after this many updates of the run, as if its time were up; 0: run to the end."""
 
@@ -330,3 +348,12 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The whole configuration as text that `--config` reads back equal."""
         return plain_yaml.dump(self.model_dump())  # mode json would make null of .inf
+
+
+PATHS = tuple(
+    f"{name}.{field}"
+    for name, section in (("run", Run), ("model", Model), ("data", Data))
+    for field, info in section.model_fields.items()
+    if HOME in info.metadata
+)
+"""Dotted names of the fields that hold a path."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megaflux_kernels import OPS
+from megaflux_kernels.bench.report import path
 
 DTYPES = ("bf16", "fp16", "fp32")
 ARCHITECTURES = (80, 90)
@@ -29,7 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m megaflux_kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--op", choices=OPS, help="one op (default: all)")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities x 10")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there too")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     rows = []

@@ -14,7 +14,7 @@ import torch
 from megaflux.bench.activations import ARMS, count, trainable_flux
 from megaflux.bench.sizes import add_size_arguments, sizes
 from megaflux_kernels.bench.machine import default_device, facts
-from megaflux_kernels.bench.report import Parser, Row, add_report_arguments, one_of, open_report, table
+from megaflux_kernels.bench.report import Parser, Row, add_report_arguments, one_of, open_report, path, table
 
 BENCH = "activations"
 BASE = "diffusers-eager"
@@ -33,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
                         help=f"of {', '.join(ARMS)} (default: all)")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
     parser.add_argument(
-        "--plot", metavar="FILE.png", help="draw the bytes of the first of the grids (needs matplotlib)"
+        "--plot", type=path, metavar="FILE.png", help="draw the bytes of the first of the grids (needs matplotlib)"
     )
     add_size_arguments(parser, full=True, components="block")
     add_report_arguments(parser)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megaflux.paths import path_option
 from megaflux_kernels.bench.machine import attention_backend, default_device, facts
 from megaflux_kernels.bench.report import Parser, Row, add_report_arguments, one_of, open_report, positive, table
 from megaflux_kernels.bench.timing import median, quantile, samples_ms
@@ -32,7 +33,10 @@ MODES = ("variation", "img2img", "inpaint", "controlnet", "controlnet-inpaint")
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "--checkpoint", metavar="DIR", help="a run's or an export's folder (default: random tiny weights)"
+        "--checkpoint",
+        type=path_option,
+        metavar="DIR",
+        help="a run's or an export's folder (default: random tiny weights)",
     )
     parser.add_argument("--arms", type=partial(one_of, known=ARMS, what="arm"), default=list(ARMS), metavar="A,B",
                         help=f"of {', '.join(ARMS)} (default: all)")  # fmt: skip

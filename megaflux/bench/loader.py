@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from megaflux.paths import path_option
 from megaflux_kernels.bench.machine import default_device, facts
 from megaflux_kernels.bench.report import Parser, Report, Row, add_report_arguments, open_report, positive, table
 from megaflux_kernels.bench.timing import median
@@ -20,7 +21,9 @@ BENCH = "loader"
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--data", metavar="DIR", help="a prepared dataset (default: one made for the bench)")
+    parser.add_argument(
+        "--data", type=path_option, metavar="DIR", help="a prepared dataset (default: one made for the bench)"
+    )
     parser.add_argument("--images", type=positive, default=96, metavar="N", help="of a dataset made here (default 96)")
     parser.add_argument("--side", type=positive, default=512, metavar="PX",
                         help="longest side of a dataset made here, a multiple of 16 (default 512)")  # fmt: skip

@@ -35,6 +35,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megaflux.config import Parser
 from megaflux.data import chunks
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.images import ENCODINGS, MAX_PIXELS
@@ -45,6 +46,7 @@ from megaflux.data.shards import COMPRESSION, FORMAT_VERSION, SHARD_SIZE, Datase
 from megaflux.data.sources import open_source
 from megaflux.errors import UserError, exit_on_user_error
 from megaflux.files import sync_folder
+from megaflux.paths import path_option
 
 OPENMOJI_DEFAULTS = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
 
@@ -287,13 +289,13 @@ def _parse_max_bad(text: str) -> float:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; `options` holds the Options that it amounts to."""
     usual = Options()
-    parser = argparse.ArgumentParser(
-        prog="python -m megaflux.data.prepare", description=__doc__,
+    parser = Parser(
+        prog="python -m megaflux.data.prepare", description=__doc__, allow_abbrev=True,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="folder, .tar, .parquet, or openmoji")
-    add("out", metavar="OUT", help="folder of the dataset, new or begun by the same command")
+    add("source", type=path_option, metavar="SOURCE", help="folder, .tar, .parquet, or openmoji")
+    add("out", type=path_option, metavar="OUT", help="folder of the dataset, new or begun by the same command")
     add("--longest-side", type=int, metavar="PX", help="of every canvas, default 1024 (openmoji: 128)")
     add("--aspect-ratios", default=",".join(usual.aspect_ratios), help="canvases, default %(default)s")
     add("--held-out", type=float, metavar="FRACTION", help="kept from training, default 0.01 (openmoji: 0.05)")

@@ -6,10 +6,8 @@ Detectors are other people's models (DepthAnything, Anyline, SAM 2), loaded only
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import pickle
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from PIL import Image
 
 from megaflux.errors import UserError
 from megaflux.models.loading_errors import named
+from megaflux.models.sources import DETECTOR, folder_problems, hub_name, is_pointer, opened, problem
 
 if TYPE_CHECKING:  # torch is imported where a model runs: the command line's parser reads this module too
     import torch
@@ -38,7 +37,6 @@ NEEDED = {
     "sam": "--mask-point: needs SAM 2; give --sam-model DIR or a mask with --mask FILE",
 }
 PARTS = {"depth": ("DepthAnythingForDepthEstimation", "AutoImageProcessor"), "sam": ("Sam2Model", "Sam2Processor")}
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -255,29 +253,20 @@ def missing(sources: Sources) -> list[str]:
 
 
 def _would_be_fetched(source: str) -> bool:
-    return not Path(source).exists() and HUB_NAME.fullmatch(source) is not None
+    return hub_name(source) is not None
 
 
 def _lacking(name: str, source: str) -> list[str]:
     """What a local source lacks, one line each."""
     folder, where = Path(source), f"{OPTIONS[name]} {source}"
-    if not folder.is_dir():
-        return [f"{where}: {'not a' if folder.exists() else 'no such'} folder; give the folder of the detector's files"]
+    if why := problem(source):
+        return [f"{where}: {why}"]
     if name == "line":
-        return [] if _local_mteed(folder) else [f"{where}: holds no {MTEED}; give Anyline's folder"]
-    index = folder / "model.safetensors.index.json"
-    weights = ["model.safetensors"]
-    if index.is_file() and not (folder / weights[0]).is_file():
-        try:
-            weights = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, OSError):
-            return [f"{index}: not an index of safetensors files; fetch it again"]
-    wanted = [["config.json"], ["preprocessor_config.json", "processor_config.json"], *([file] for file in weights)]
-    return [
-        f"{where}: holds no {' or '.join(files)}; fetch the folder again"
-        for files in wanted
-        if not any((folder / file).is_file() for file in files)
-    ]
+        file = _local_mteed(folder)
+        if file is not None and is_pointer(file):
+            return [f"{where}: holds a git-lfs pointer in the place of {MTEED}; fetch the file with `git lfs pull`"]
+        return [] if file else [f"{where}: holds no {MTEED}; give Anyline's folder"]
+    return [f"{OPTIONS[name]} {line}" for line in folder_problems(folder, {"": DETECTOR})]
 
 
 def _local_mteed(folder: Path) -> Path | None:
@@ -293,8 +282,9 @@ def _load_parts(name: str, source: str, device: Any) -> tuple[Any, Any]:
     # depth: the slow processor resizes with Pillow, as the released maps were made
     kwargs = {"use_fast": False, "trust_remote_code": False} if name == "depth" else {}
     model = load_strict(model, source, dtype=torch.float32).eval().requires_grad_(False).to(device)
+    place = opened(source, ("*.json",))
     with named(source):
-        return model, processor.from_pretrained(source, **kwargs)
+        return model, processor.from_pretrained(place, **kwargs)
 
 
 def _load_line(name: str, source: str, device: Any) -> Any:
@@ -306,8 +296,9 @@ def _load_line(name: str, source: str, device: Any) -> Any:
         from controlnet_aux.anyline import AnylineDetector
         from controlnet_aux.teed.ted import TED
         from transformers.utils import cached_file
+    place = opened(source, (f"Anyline/{MTEED}",))
     with named(source):
-        file = _local_mteed(Path(source)) or Path(cached_file(source, MTEED, subfolder="Anyline"))
+        file = _local_mteed(Path(place)) or Path(cached_file(place, MTEED, subfolder="Anyline"))
     released = f"give Anyline's {MTEED}"
     with named(str(file)):
         try:

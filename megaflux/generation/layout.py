@@ -27,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 
 from megaflux.config import Config, Section
 from megaflux.errors import UserError
+from megaflux.models.sources import is_pointer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -128,6 +129,8 @@ def read_manifest(root: Path) -> Manifest:
             raise UserError(f"{file}: {name} lies outside the export; do not use it")
         if not os.path.isfile(part):
             raise UserError(f"{part}: missing; export the run again")
+        if is_pointer(part):
+            raise UserError(f"{part}: is a git-lfs pointer, not the file; fetch it with `git lfs pull`")
         if part.stat().st_size != known.bytes:
             raise UserError(f"{part}: {part.stat().st_size} bytes, not {known.bytes} as written; export again")
     return manifest

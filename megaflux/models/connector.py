@@ -5,19 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megaflux.models.draws import Way, seeded
 
-def build_connector(vlm_hidden_size: int, joint_attention_dim: int, seed: int) -> nn.Linear:
+
+def build_connector(vlm_hidden_size: int, joint_attention_dim: int, seed: int, way: Way = "portable") -> nn.Linear:
     """A fresh connector with seeded weights: (B, T, vlm_hidden_size) -> (B, T, joint_attention_dim).
 
     Weights are normal with variance 1 / vlm_hidden_size and no bias at first, so that unit-RMS tokens (they come out
-    of an RMSNorm) stay of unit RMS.
+    of an RMSNorm) stay of unit RMS. way: of drawing (draws.py).
     """
     with torch.random.fork_rng(devices=[]):  # nn.Linear draws weights of its own first
         connector = nn.Linear(vlm_hidden_size, joint_attention_dim, bias=True)
     if connector.weight.device.type != "meta":
-        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            connector.weight.copy_(torch.randn(connector.weight.shape, generator=generator) / vlm_hidden_size**0.5)
+            if way == "portable":
+                with seeded(seed, "connector"):
+                    connector.weight.normal_(std=vlm_hidden_size**-0.5)
+            else:
+                drawn = torch.randn(connector.weight.shape, generator=torch.Generator().manual_seed(seed))
+                connector.weight.copy_(drawn / vlm_hidden_size**0.5)
             connector.bias.zero_()
     return connector
 

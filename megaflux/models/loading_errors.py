@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from megaflux.errors import UserError, is_out_of_memory
+from megaflux.models.sources import is_pointer
 
 
 class named:
@@ -26,7 +27,10 @@ class named:
         if is_out_of_memory(error):
             return False
         line = " ".join(str(error).split())
-        raise UserError(f"{_unreadable(self.where) or self.where}: cannot be loaded: {line[:400]}") from error
+        file = _unreadable(self.where)
+        if file is not None and is_pointer(file):
+            raise UserError(f"{file}: is a git-lfs pointer, not the file; fetch it with `git lfs pull`") from error
+        raise UserError(f"{file or self.where}: cannot be loaded: {line[:400]}") from error
 
 
 def _unreadable(where: str) -> Path | None:

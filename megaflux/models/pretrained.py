@@ -48,6 +48,7 @@ from megaflux.models.scratch import (
     build_vlm,
     vlm_configuration,
 )
+from megaflux.models.sources import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, model_problems, opened
 from megaflux.models.t5 import T5Path
 from megaflux.models.vlm import Trunk, split_vlm
 
@@ -97,24 +98,28 @@ def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch
 
     dtype: of every parameter; None: each part's own, bfloat16 for published weights. Published weights are read straight
     to the device: beside what the models keep there, the host holds no more than the largest tensor and 1 GB. On a CPU
-    without a dtype they stay mapped from their files.
+    without a dtype they stay mapped from their files. UserError naming all of a source that is not there or not whole
+    (sources.py), before any weight is read.
     """
+    if found := list(model_problems(config.model)):
+        raise UserError("; ".join(found))
     model, seed, target = config.model, config.run.seed, Target(device, dtype)
+    way = model.seeded
     own = torch.bfloat16 if model.flux else torch.float32  # published weights are bf16; casting up comes later
     if model.flux:
         transformer = load_transformer(model.flux, own, target)
         scheduler = load_scheduler(model.flux)
         pooled = empty_prompt_pooled(*load_clip(model.flux))
     else:
-        transformer = build_transformer(model.flux_config, seed)
+        transformer = build_transformer(model.flux_config, seed, way)
         scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-        pooled = empty_prompt_pooled(*build_clip(model.clip_config, seed))
+        pooled = empty_prompt_pooled(*build_clip(model.clip_config, seed, way))
     vae = load_vae(model.vae, model.flux)
     if model.vlm:
         vlm, processor = load_vlm(model.vlm, model.attention, target=target)
     else:
-        vlm, processor = build_vlm(model.vlm_config, seed)
-    connector = build_connector(vlm.config.text_config.hidden_size, transformer.config.joint_attention_dim, seed)
+        vlm, processor = build_vlm(model.vlm_config, seed, way)
+    connector = build_connector(vlm.config.text_config.hidden_size, transformer.config.joint_attention_dim, seed, way)
     models = assemble(
         transformer, connector.to(own), vlm, processor, vae, scheduler, pooled,
         model.vlm_max_tokens, model.caption_max_tokens,
@@ -174,13 +179,14 @@ def assemble(
 def load_transformer(source: str, dtype: torch.dtype, target: Target | None = None) -> FluxTransformer2DModel:
     """`transformer/` of a FLUX.1 folder or hub name in diffusers' layout, loaded in `dtype` to where `target` says."""
     where = f"{source}/transformer"
+    place = opened(source, ("transformer/*",))
     with named(where), _silent():
-        config = FluxTransformer2DModel.load_config(source, subfolder="transformer")
+        config = FluxTransformer2DModel.load_config(place, subfolder="transformer")
         _refuse_quantized(where, config.get("quantization_config"))
         with without_weights():
             transformer = FluxTransformer2DModel.from_config(config)
-        names = (f"diffusion_pytorch_model.safetensors{end}" for end in (".index.json", ""))
-        fill(transformer, weight_files(source, "transformer", names), dtype, target or Target(), where)
+        files = weight_files(place, "transformer", DIFFUSERS_WEIGHTS)
+        fill(transformer, files, dtype, target or Target(), where)
     transformer.register_to_config(_name_or_path=source)
     return transformer.eval()
 
@@ -197,8 +203,9 @@ def load_vae(source: str | None, flux: str | None) -> AutoencoderKL:
 
 
 def load_scheduler(source: str) -> FlowMatchEulerDiscreteScheduler:
+    place = opened(source, ("scheduler/*",))
     with named(f"{source}/scheduler"):
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(source, subfolder="scheduler")
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(place, subfolder="scheduler")
 
 
 def load_clip(source: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
@@ -208,8 +215,9 @@ def load_clip(source: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
         CLIPTextModel, source, subfolder="text_encoder", dtype=torch.float32,
         allow_unexpected=lambda key: key.endswith("embeddings.position_ids"),
     )  # fmt: skip
+    place = opened(source, ("tokenizer/*",))
     with named(f"{source}/tokenizer"):
-        return clip, CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
+        return clip, CLIPTokenizer.from_pretrained(place, subfolder="tokenizer")
 
 
 def load_vlm(
@@ -217,20 +225,22 @@ def load_vlm(
 ) -> tuple[Qwen2VLModel, Qwen2VLProcessor]:
     """Model and processor of a Qwen2-VL folder or hub name, loaded in `dtype` to where `target` says. lm_head is not read:
     nothing uses it."""
+    place = opened(source, READ)
     with named(source), _silent():
-        config = Qwen2VLConfig.from_pretrained(source, attn_implementation=attention)
+        config = Qwen2VLConfig.from_pretrained(place, attn_implementation=attention)
         _refuse_quantized(source, getattr(config, "quantization_config", None))
         config.name_or_path = source
         for part in (config, config.text_config, config.vision_config):
             part.dtype = dtype
         with without_weights():
             vlm = Qwen2VLModel(config)
-        fill(vlm, weight_files(source, "", VLM_FILES), dtype, target or Target(), source, _vlm_name)
-        processor = Qwen2VLProcessor.from_pretrained(source, use_fast=True)
+        fill(vlm, weight_files(place, "", TRANSFORMERS_WEIGHTS), dtype, target or Target(), source, _vlm_name)
+        processor = Qwen2VLProcessor.from_pretrained(place, use_fast=True)
     return vlm.eval(), processor
 
 
-VLM_FILES = ("model.safetensors", "model.safetensors.index.json")
+READ = ("*.json", "*.txt", "*.jinja", "*.safetensors")
+"""Files of a hub's folder that are fetched where the libraries cannot be given its name."""
 
 
 def _vlm_name(key: str) -> str | None:
@@ -299,8 +309,9 @@ def read_tensors(file: Path, keys: set[str]) -> dict[str, Tensor]:
 
 def read_lm_head(source: str) -> Tensor | None:
     """lm_head.weight of a Qwen2-VL folder or hub name, or None where it holds none (it is tied, or was left out)."""
+    place = opened(source, READ)
     with named(source):
-        for file in weight_files(source, "", VLM_FILES):
+        for file in weight_files(place, "", TRANSFORMERS_WEIGHTS):
             if "lm_head.weight" in shapes(file):
                 return next(tensors(file, ["lm_head.weight"]))[1]
     return None
@@ -316,8 +327,9 @@ def load_strict(
     where = "/".join(filter(None, (source, kwargs.get("subfolder"))))
     if issubclass(cls, PreTrainedModel):
         kwargs["ignore_mismatched_sizes"] = True  # listed in info and refused below; the error itself has no name
+    place = opened(source, (f"{kwargs['subfolder']}/*",) if "subfolder" in kwargs else READ)
     with named(where), _silent():
-        model, info = cls.from_pretrained(source, use_safetensors=True, output_loading_info=True, **kwargs)
+        model, info = cls.from_pretrained(place, use_safetensors=True, output_loading_info=True, **kwargs)
     problems = {
         "missing key": [key for key in info["missing_keys"] if not allow_missing(key)],
         "unexpected key": [key for key in info["unexpected_keys"] if not allow_unexpected(key)],

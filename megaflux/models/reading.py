@@ -7,7 +7,6 @@ nobody asks for a device or dtype, weights stay mapped from their files: the sys
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from megaflux.errors import UserError
+from megaflux.models.sources import read_index
 
 WINDOW = 32 * 2**20
 """Bytes read before a file is opened anew: pages of a mapped file count as resident memory until it is closed."""
@@ -77,7 +77,7 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def weight_files(source: str, subfolder: str, names: Iterable[str]) -> list[Path]:
-    """The safetensors files of a local folder or hub name. OSError or ValueError where there are none, or not all.
+    """The safetensors files of a local folder or hub name (`sources.opened`). OSError or ValueError where there are none, or not all.
 
     names: file names to look for, the first that exists is taken: one file, or an index of several."""
     from transformers.utils import cached_file  # here: the checkpoint tool reads tensors without transformers
@@ -91,13 +91,7 @@ def weight_files(source: str, subfolder: str, names: Iterable[str]) -> list[Path
             continue
         if not name.endswith(".index.json"):
             return [found]
-        index = json.loads(found.read_text())
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(part, str) and Path(part).name == part and part.endswith(".safetensors")
-            for part in weight_map.values()
-        ):
-            raise ValueError(f"{name}: weight_map does not name safetensors files beside it")
+        weight_map = read_index(found)
         files = [Path(cached_file(source, part, subfolder=subfolder)) for part in sorted(set(weight_map.values()))]
         stored = {key: file.name for file in files for key in shapes(file)}
         strayed = [key for key, part in weight_map.items() if key in stored and stored[key] != part]

@@ -23,18 +23,19 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from megaflux.models.draws import Way, seeded
 from megaflux.models.loading_errors import named
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
 
-def build_transformer(flux_config: dict[str, Any], seed: int) -> FluxTransformer2DModel:
+def build_transformer(flux_config: dict[str, Any], seed: int, way: Way = "portable") -> FluxTransformer2DModel:
     """FLUX with seeded weights for training from nothing.
 
     proj_out is zero, so that the first velocity is 0; the AdaLN modulations are zero too, so that each block starts
-    as the identity (DiT, 2212.09748, section 3.2); linears are Xavier-uniform.
+    as the identity (DiT, 2212.09748, section 3.2); linears are Xavier-uniform. way: of drawing (draws.py).
     """
-    with _seeded(seed), named("model.flux_config"):
+    with named("model.flux_config"), seeded(seed, "transformer", way):
         transformer = FluxTransformer2DModel(**flux_config)
         for name, module in transformer.named_modules():
             if isinstance(module, nn.Linear):
@@ -45,14 +46,14 @@ def build_transformer(flux_config: dict[str, Any], seed: int) -> FluxTransformer
     return transformer
 
 
-def build_vlm(vlm_config: dict[str, Any], seed: int) -> tuple[Qwen2VLModel, Qwen2VLProcessor]:
+def build_vlm(vlm_config: dict[str, Any], seed: int, way: Way = "portable") -> tuple[Qwen2VLModel, Qwen2VLProcessor]:
     """Qwen2-VL of the given sizes with seeded random weights, with the shipped tokenizer in Qwen's format.
 
     `qk_bias_std` in vlm_config, the one key that is not transformers': standard deviation of the query and key biases
-    of the frozen layers (transformers starts them at 0); they make attention depend on position.
+    of the frozen layers (transformers starts them at 0); they make attention depend on position. way: of drawing (draws.py).
     """
     processor = tiny_processor()
-    with _seeded(seed), named("model.vlm_config"), torch.no_grad():
+    with named("model.vlm_config"), seeded(seed, "vlm", way), torch.no_grad():
         vlm = Qwen2VLModel(vlm_configuration(vlm_config, processor.tokenizer))
         for name, parameter in vlm.language_model.layers[:-1].named_parameters():
             if name.endswith(("q_proj.bias", "k_proj.bias")):
@@ -82,26 +83,14 @@ def tiny_processor() -> Qwen2VLProcessor:
     )  # fmt: skip
 
 
-def build_clip(clip_config: dict[str, Any], seed: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """CLIP's text model of the given sizes with seeded random weights, and the shipped byte tokenizer."""
+def build_clip(clip_config: dict[str, Any], seed: int, way: Way = "portable") -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """CLIP's text model of the given sizes with seeded random weights, and the shipped byte tokenizer.
+
+    way: of drawing (draws.py)."""
     tokenizer = CLIPTokenizer.from_pretrained(TINY / "clip_tokenizer")
-    with _seeded(seed), named("model.clip_config"):
+    with named("model.clip_config"), seeded(seed, "clip", way):
         config = CLIPTextConfig(
             vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id, **clip_config,
         )  # fmt: skip
         return CLIPTextModel(config).eval(), tokenizer
-
-
-class _seeded:
-    """Build modules under their own seed, leaving the global random state as it was."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self.state = torch.get_rng_state()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_rng_state(self.state)

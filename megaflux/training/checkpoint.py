@@ -27,6 +27,7 @@ import torch
 from megaflux.config import Config
 from megaflux.errors import UserError, is_out_of_memory
 from megaflux.models.loading_errors import named
+from megaflux.models.sources import HUB
 from megaflux.training import distributed, manifest, repartition, saved, trained
 from megaflux.training.distributed import World
 from megaflux.training.ds_config import sharding
@@ -245,6 +246,8 @@ def identity(config: Config) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     same_result = ("activation_checkpointing", "kernels")  # within rounding, and so a run's owner may change them
     kept = {f"model.{key}": value for key, value in values["model"].items() if key not in same_result}
+    for name in ("model.flux", "model.vlm", "model.vae"):  # `hub:` says where to look, and not what is there
+        kept[name] = kept[name] and kept[name].removeprefix(HUB)
     kept |= {f"data.{key}": values["data"][key] for key in ("longest_side", "aspect_ratios", "condition")}
     kept |= {f"train.{key}": values["train"][key] for key in ("updates", "global_batch_size")}
     return kept | {"stages": values["stages"], "run.seed": values["run"]["seed"], "flow": values["flow"]}

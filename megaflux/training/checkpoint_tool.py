@@ -5,26 +5,29 @@ exit codes: 0; 2 no such run, or (verify) a checkpoint that is not whole.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megaflux.config import Parser
 from megaflux.errors import UserError
+from megaflux.paths import path_option
 from megaflux.training import manifest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m megaflux.training.checkpoint", description=__doc__.splitlines()[0])
+    parser = Parser(
+        prog="python -m megaflux.training.checkpoint", description=__doc__.splitlines()[0], allow_abbrev=True
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in {
         "ls": "list them, without reading their files",
         "verify": "hold every file against its SHA-256",
         "prune": "delete all but the newest and the milestones of the run's configuration",
     }.items():
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("run", metavar="RUN", help="the run's folder")
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=True)
+        command.add_argument("run", type=path_option, metavar="RUN", help="the run's folder")
         if name == "prune":
             command.add_argument("--keep", type=int, metavar="N", help="newest ones to keep (default: the run's own)")
             command.add_argument("--yes", action="store_true", help="delete; without it they are only named")

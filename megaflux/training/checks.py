@@ -13,13 +13,9 @@ from typing import Any
 from megaflux.config import Config
 from megaflux.data.buckets import make_buckets
 from megaflux.errors import UserError
+from megaflux.models.sources import HUB, hub_name, model_problems
 from megaflux.training import manifest
 from megaflux.training.ds_config import batch_problem, uses_kernels, zero_stage
-
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
-FLUX_FILES = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json",
-              "text_encoder/config.json", "tokenizer/tokenizer_config.json")  # fmt: skip
-VLM_FILES = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
 def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) -> list[str]:
@@ -44,8 +40,9 @@ def find_notes(config: Config) -> list[str]:
         notes.append(f"data.path: {config.data.path} is not there yet; it is prepared from {config.data.source}")
     for field in ("flux", "vlm", "vae"):
         source = getattr(config.model, field)
-        if source and source != "tiny" and not exists(source) and HUB_NAME.fullmatch(source):
-            notes.append(f"model.{field}: {source} is no folder here, so it is fetched from the hub")
+        if source and source != "tiny" and (name := hub_name(source)):
+            why = "hub: asks for it" if source.startswith(HUB) else f"no folder {name.partition('/')[0]} is here"
+            notes.append(f"model.{field}: {name} is fetched from the hub ({why}); its files are not looked at before")
     return notes
 
 
@@ -113,22 +110,7 @@ def _models(config: Config) -> Iterator[str]:
     model = config.model
     if model.flux is None and model.vae is None:
         yield "model.vae: a model built from nothing needs a VAE; set it to a folder or to tiny"
-    vae = None if model.vae == "tiny" else model.vae
-    for field, source, files in (("flux", model.flux, FLUX_FILES), ("vlm", model.vlm, VLM_FILES),
-                                 ("vae", vae, ("config.json",))):  # fmt: skip
-        if source is None:
-            continue
-        path = Path(source)
-        if isdir(path):
-            missing = [name for name in files if not (path / name).is_file()]
-            if missing:
-                yield f"model.{field}: {source} lacks {', '.join(missing)}; give a complete folder"
-            elif not any(path.rglob("*.safetensors")):
-                yield f"model.{field}: {source} holds no .safetensors file; give a folder with weights"
-        elif exists(path):
-            yield f"model.{field}: {source} is a file; give the folder it belongs to"
-        elif not HUB_NAME.fullmatch(source):
-            yield f"model.{field}: {source} does not exist; give a folder or a hub name (owner/name)"
+    yield from model_problems(model)
 
 
 def _kernels(config: Config, ds_config: dict[str, Any]) -> Iterator[str]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megaflux.training.determinism import make_deterministic
 from megaflux_kernels import cudnn
 
 log = logging.getLogger("megaflux")
@@ -35,11 +36,14 @@ class World:
         return self.rank == 0
 
 
-def start(quiet: bool = True) -> World:
+def start(quiet: bool = True, deterministic: bool = False) -> World:
     """Join the process group that deepspeed, torchrun or srun describes in the environment, or make one of one.
 
-    Must come before any streaming dataset (mosaicml/streaming #307).
+    Must come before any streaming dataset (mosaicml/streaming #307). deterministic: see `determinism`; UserError where the
+    environment forbids it.
     """
+    if deterministic:
+        make_deterministic()
     _describe_lone_process()
     import deepspeed
 

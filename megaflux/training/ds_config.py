@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaflux.config import Config
 from megaflux.errors import UserError
+from megaflux.paths import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,7 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     for key, value in _leaves(values):
         if value == "auto":
             raise UserError(f'{where}: {key} is "auto", which nothing resolves: remove it or give a value')
+    values = _with_homes(values, where)
     for name in ("fp16", "bf16", "zero_optimization", "timers"):
         if not isinstance(values.get(name, {}), dict):
             raise UserError(f"{where}: {name} must be an object {{...}}")
@@ -65,6 +67,18 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     if isinstance(bucket, bool) or not isinstance(bucket, int | float) or not 1 <= bucket < float("inf"):
         raise UserError(f"{where}: zero_optimization.reduce_bucket_size must be a number from 1, got {bucket!r}")
     return values
+
+
+def _with_homes(value: Any, where: str) -> Any:
+    """The same with `~` expanded at the beginning of every text (nvme_path, output_path); DeepSpeed takes it literally."""
+    if isinstance(value, dict):
+        return {key: _with_homes(inner, where) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_homes(inner, where) for inner in value]
+    try:
+        return expanded(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def with_defaults(ds_config: dict[str, Any], resumed: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def train(
     Collective: every rank calls it. Returns the exit code: 0 when done, STOPPED when a signal asked to leave and all is
     saved. Raises UserError for input that a person can mend.
     """
-    world = distributed.start()
+    world = distributed.start(deterministic=config.train.deterministic)
     # Each rank has read the run's folder for itself, which on network storage may not look alike everywhere.
     config, ds_config = distributed.from_main((config, ds_config), world)
     events = Events(config.run.dir, enabled=world.is_main)

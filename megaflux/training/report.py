@@ -17,6 +17,7 @@ from typing import Any
 
 from megaflux.config import Parser, load_yaml
 from megaflux.errors import UserError, exit_on_user_error
+from megaflux.paths import path_option
 from megaflux.training import events as diary
 from megaflux.training.events import number
 
@@ -212,8 +213,10 @@ def account(events: list[dict[str, Any]], now: float | None = None) -> Report:
 
 def main() -> None:
     parser = Parser(prog="python -m megaflux.training.report", description=__doc__.splitlines()[0])
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
-    parser.add_argument("--json", metavar="FILE", help="write the same as JSON, and every attempt and fault")
+    parser.add_argument("run", type=path_option, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--json", type=path_option, metavar="FILE", help="write the same as JSON, and every attempt and fault"
+    )
     args = parser.parse_args()
     events, passed_over = _read(Path(args.run))
     report = account(events)

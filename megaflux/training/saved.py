@@ -22,11 +22,14 @@ from typing import Any
 from megaflux import plain_yaml
 from megaflux.config import Config, build_config, load_yaml
 from megaflux.errors import UserError
+from megaflux.paths import literal
+from megaflux.schema import PATHS
 from megaflux.training import manifest
 
 NAME, DS_NAME = "config.yaml", "ds_config.json"
 ADDED: dict[int, dict[str, Any]] = {
     3: {"train.drawn_per_rank": lambda values: values["train"].get("micro_batch_size")},
+    4: {"model.seeded": "torch", "train.deterministic": False},
 }
 """Format of a manifest -> {dotted field that came with it: what it means where it is missing: a value, or a function of the
 whole configuration as plain data}. `*` stands for every element of a list: `stages.*.name`."""
@@ -64,7 +67,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 def _built(values: dict[str, Any], file: Path) -> Config:
     try:
-        return build_config(filled(values))
+        return build_config(literal(filled(values), PATHS))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -99,7 +102,7 @@ def begun(run_dir: str) -> Begun | None:
         return None
     snapshot = content.get("started_with", {})
     if "config" in snapshot:
-        config = build_config(filled(plain_yaml.load(snapshot["config"]), content["format"]))
+        config = build_config(literal(filled(plain_yaml.load(snapshot["config"]), content["format"]), PATHS))
         ds_config = snapshot.get("ds_config", {})
     elif (Path(run_dir) / NAME).is_file():
         values = _read_yaml(Path(run_dir) / NAME)

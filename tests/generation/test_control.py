@@ -373,7 +373,10 @@ def test_a_depth_model_in_a_pickle_does_not_run(sources, tmp_path):
     (folder / "model.safetensors").unlink()
     torch.save({"head.conv1.weight": Payload(tmp_path / "ran")}, folder / "pytorch_model.bin")
     line = fault(lambda: use(Detectors(Sources(depth=str(folder))), "depth"))
-    assert line == f"--depth-model {folder}: holds no model.safetensors; fetch the folder again"
+    assert line == (
+        f"--depth-model {folder} lacks model.safetensors or model.safetensors.index.json (files of pickles are not read); "
+        "give a complete folder"
+    )
     assert not (tmp_path / "ran").exists()
 
 
@@ -409,7 +412,7 @@ def test_a_missing_source_names_its_option(tmp_path):
     gone = str(tmp_path / "gone")
     for name, option in (("depth", "--depth-model"), ("line", "--line-model"), ("sam", "--sam-model")):
         line = fault(lambda name=name: use(Detectors(Sources(**{name: gone})), name))
-        assert line == f"{option} {gone}: no such folder; give the folder of the detector's files"
+        assert line.startswith(f"{option} {gone}: does not exist; give a folder, or a hub name")
 
 
 @pytest.mark.parametrize("kind, package", [("canny", "cv2"), ("line", "controlnet_aux.anyline")])
@@ -445,17 +448,25 @@ def test_missing(sources, tmp_path):
     index.write_text('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}')
     line.mkdir()
     assert missing(Sources(str(depth), str(line), str(sam))) == [
-        f"--depth-model {depth}: holds no preprocessor_config.json or processor_config.json; fetch the folder again",
-        f"--depth-model {depth}: holds no model.safetensors; fetch the folder again",
+        f"--depth-model {depth} lacks preprocessor_config.json or processor_config.json, model.safetensors or "
+        "model.safetensors.index.json; give a complete folder",
         f"--line-model {line}: holds no MTEED.pth; give Anyline's folder",
-        f"--sam-model {sam}: holds no model-2.safetensors; fetch the folder again",
+        f"--sam-model {sam} lacks model-2.safetensors; give a complete folder",
+        f"--sam-model {sam} holds damaged files: model-1.safetensors lacks a, which the index says it holds; fetch them again",
+    ]
+    (line / "MTEED.pth").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert missing(Sources(line=str(line))) == [
+        f"--line-model {line}: holds a git-lfs pointer in the place of MTEED.pth; fetch the file with `git lfs pull`"
     ]
     index.write_text("[]")
-    assert missing(Sources(sam=str(sam))) == [f"{index}: not an index of safetensors files; fetch it again"]
+    assert missing(Sources(sam=str(sam))) == [
+        f"--sam-model {sam} holds damaged files: {index.name}: weight_map does not name safetensors files beside it; fetch them again"
+    ]
     assert missing(Sources(depth=str(index), line="owner/name", sam="/no/where/at/all")) == [
-        f"--depth-model {index}: not a folder; give the folder of the detector's files",
+        f"--depth-model {index}: is a file; give the folder it belongs to",
         "--line-model owner/name: no folder here; would be fetched from the hub",
-        "--sam-model /no/where/at/all: no such folder; give the folder of the detector's files",
+        "--sam-model /no/where/at/all: does not exist; give a folder, or a hub name (hub:owner/name, or owner/name where no "
+        "folder owner is here)",
     ]
     assert fault(Detectors(Sources(depth=str(depth))).map, "depth", picture(32, 32)).startswith(
         f"--depth-model {depth}"

@@ -18,19 +18,19 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = str(ROOT / "launch" / "train.py")
 
 
-def make_dataset(folder: Path, images: int = 40, square: bool = False, chunk: int = 1000) -> Path:
-    """A prepared dataset of two buckets (64x64, 64x32; square: one), every fourth picture held out or so. chunk: pictures
-    that shards are made of."""
+def make_dataset(folder: Path, images: int = 40, square: bool = False, side: int = 64, chunk: int = 1000) -> Path:
+    """A prepared dataset of two buckets (64x64, 64x32; square: one), every fourth picture held out or so. side: px, in the
+    place of 64. chunk: pictures that shards are made of."""
     from megaflux.data.prepare import Options, prepare
 
     source, rng = folder / "pictures", np.random.default_rng(0)
     source.mkdir(parents=True)
     for i in range(images):
-        height = 64 if i % 2 or square else 32
+        height = side if i % 2 or square else side // 2
         picture = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(picture).resize((64, height), Image.Resampling.BICUBIC).save(source / f"{i:03d}.png")
+        Image.fromarray(picture).resize((side, height), Image.Resampling.BICUBIC).save(source / f"{i:03d}.png")
         (source / f"{i:03d}.txt").write_text(f"picture number {i}")
-    options = Options(longest_side=64, aspect_ratios=("1:1", "2:1"), held_out=0.25, encoding="png", chunk=chunk)
+    options = Options(longest_side=side, aspect_ratios=("1:1", "2:1"), held_out=0.25, encoding="png", chunk=chunk)
     prepare(str(source), folder / "data", options, workers=1, progress=False)
     return folder / "data"
 

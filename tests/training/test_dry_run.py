@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from megaflux.data.buckets import make_buckets
 from megaflux.errors import UserError
 from megaflux.presets import PRESETS
 from megaflux.training import dry_run as module
-from megaflux.training.checks import FLUX_FILES, VLM_FILES, find_notes, find_problems
+from megaflux.training.checks import find_notes, find_problems
 from megaflux.training.dry_run import dry_run
 
 DS_CONFIG = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero2.json").read_text())
@@ -173,29 +174,53 @@ def test_names_that_are_too_long_for_a_file_system(data):
     assert "does not exist" in only_problem(configure(data__path=path, model__flux=long))
 
 
-def test_model_folders(data, tmp_path):
+def test_model_folders(data, tmp_path, published):
     def config(**changes):
         return configure(data__path=str(data), **changes)
 
     assert "does not exist" in only_problem(config(model__flux=str(tmp_path / "flux")))
     assert "does not exist" in only_problem(config(model__vlm="./none"))
-    folder = tmp_path / "flux"
+    folder, qwen = tmp_path / "flux", str(published["qwen"])
     folder.mkdir()
     assert "lacks transformer/config.json" in only_problem(config(model__flux=str(folder)))
-    for name in (*FLUX_FILES, *VLM_FILES):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("{}")
-    assert ".safetensors" in only_problem(config(model__vlm=str(folder)))
-    (folder / "model.safetensors").write_text("")
-    assert find_problems(config(model__vlm=str(folder), model__flux=str(folder)), DS_CONFIG, 8) == []
-    assert "is a file" in only_problem(config(model__vae=str(folder / "config.json")))
-    (folder / "transformer/config.json").write_text('{"num_layers": 5, "num_single_layers": 10}')
-    assert "blocks 0 to 14" in find_problems(config(model__flux=str(folder)), DS_CONFIG, 8)[0]
+    shutil.copytree(published["flux"], folder, dirs_exist_ok=True)
+    small = [{"name": "a", "share": 1.0, "blocks": [0, 1]}]
+    assert find_problems(config(model__vlm=qwen, model__flux=str(folder), stages=small), DS_CONFIG, 8) == []
+    assert "is a file" in only_problem(config(model__vae=str(folder / "vae/config.json")))
+    assert "blocks 0 to 1" in find_problems(config(model__flux=str(folder)), DS_CONFIG, 8)[0]
     for text in ('["a"]', '{"num_layers": "many"}', "5"):
         (folder / "transformer/config.json").write_text(text)
-        problem, *_ = find_problems(config(model__vlm=str(folder), model__flux=str(folder)), DS_CONFIG, 8)
+        problem, *_ = find_problems(config(model__vlm=qwen, model__flux=str(folder)), DS_CONFIG, 8)
         assert "gives no number of blocks" in problem
-    assert "hub" in find_notes(config())[0]
+    assert "is fetched from the hub (no folder black-forest-labs is here)" in find_notes(config())[0]
+    asked = config(model__flux="hub:black-forest-labs/FLUX.1-dev")
+    assert "is fetched from the hub (hub: asks for it)" in find_notes(asked)[0]
+
+
+def test_all_that_is_wrong_with_weights_is_said_at_once_and_before_a_run(
+    data, tmp_path, published, monkeypatch, capsys
+):
+    """As `--dry-run` prints it, and a start refuses it."""
+    flux, qwen = tmp_path / "flux", tmp_path / "qwen"
+    shutil.copytree(published["flux"], flux)
+    shutil.copytree(published["qwen"], qwen)
+    (flux / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    (qwen / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (tmp_path / "weights/vae").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    stages = [{"name": "a", "share": 1.0, "blocks": [0, 1]}]
+    config = configure(data__path=str(data), model__flux=str(flux), model__vlm=str(qwen), model__vae="weights/vaee",
+                       stages=stages)  # fmt: skip
+    assert dry_run(config, DS_CONFIG, 8) == 2
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
+    assert problems == [
+        f"problem: model.flux: {flux} lacks transformer/diffusion_pytorch_model.safetensors.index.json or "
+        "diffusion_pytorch_model.safetensors; give a complete folder",
+        f"problem: model.vlm: {qwen} holds git-lfs pointers in the place of model.safetensors; fetch the files with "
+        "`git lfs pull`",
+        "problem: model.vae: weights/vaee does not exist in the folder weights that is here; correct the path, or give "
+        "hub:weights/vaee for the hub's",
+    ]
 
 
 def test_sizes_that_do_not_fit_each_other():

@@ -18,7 +18,8 @@ from megaflux.training.out_of_memory import Plan, forward_and_backward
 from megaflux.training.stages import trainable_names
 from megaflux.training.validation import denoising_loss
 from tests.models.test_reading import SLACK, rise, write_large
-from tests.training.runs import ds_config, small_config
+from tests.training.faults import assert_same, final_state, final_weights
+from tests.training.runs import copy_until, ds_config, launch, make_dataset, small_config, write_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -136,6 +137,32 @@ def test_a_plan_that_does_not_fit_is_lowered_and_leaves_nothing(tmp_path, ds):
     assert all(p.grad is None for p in models.trainable.parameters())
     update(engine, config, models)
     engine.close()
+
+
+def test_two_continuations_are_bit_equal_where_that_is_asked_for(tmp_path):
+    """train.deterministic: three processes, one that goes through and two that go on from its checkpoint. 1,024 image tokens,
+    so that attention's backward pass has several blocks to add up."""
+    continuations(tmp_path, side=512)
+
+
+def continuations(folder, side: int) -> None:
+    """Fails where what an update leaves depends on more than the checkpoint before it."""
+    data = make_dataset(folder / "data", images=12, square=True, side=side)
+    values = small_config(data, folder / "whole", data__longest_side=side,
+                          train__updates=4, train__deterministic=True)  # fmt: skip
+    values["model"]["flux_config"] |= {
+        "attention_head_dim": 64, "num_attention_heads": 4, "axes_dims_rope": [16, 24, 24],
+    }  # fmt: skip
+    config, ds = write_config(values, folder / "config.yaml"), ds_config(folder)
+    runs = [folder / "whole"]
+    for name in ("whole", "first", "second"):
+        if name != "whole":
+            runs.append(copy_until(folder / "whole", folder / name, 2))
+        done = launch("--deepspeed", ds, "--config", config, "--run.dir", runs[-1], with_="python")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for part in (final_weights, final_state):
+        for other in runs[1:]:
+            assert_same(part(runs[0]), part(other))
 
 
 def test_host_memory_stays_while_weights_go_to_the_gpu(tmp_path, published):

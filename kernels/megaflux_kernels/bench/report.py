@@ -131,9 +131,17 @@ class Parser(argparse.ArgumentParser):
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """--json and --resume."""
-    parser.add_argument("--json", metavar="FILE", help="write one JSON object there")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write one JSON object there")
     parser.add_argument("--resume", action="store_true",
                         help="skip what FILE holds already, if measured on the same device, versions and commit")  # fmt: skip
+
+
+def path(text: str) -> str:
+    """argparse type: a path; a `~` at its beginning, which shells leave alone in `--json=~/x`, is expanded."""
+    home = os.path.expanduser(text)
+    if text.startswith("~") and not os.path.isabs(home):
+        raise argparse.ArgumentTypeError(f"{text!r}: no such home; write the whole path, or ./{text}")
+    return home
 
 
 def positive(text: str) -> int:

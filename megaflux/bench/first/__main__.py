@@ -28,6 +28,7 @@ from megaflux.bench.first.facts import AGAIN, FINISHED, Fact, Facts, GpuLost, Re
 from megaflux.bench.first.processes import lock
 from megaflux.bench.first.runner import SINCE, Outcome, is_finished, run
 from megaflux.bench.first.table import table
+from megaflux.paths import path_option
 from megaflux_kernels.bench.machine import visible_gpu
 from megaflux_kernels.bench.report import Parser, one_of, positive
 
@@ -36,11 +37,13 @@ SESSION = "session"
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m megaflux.bench.first", description=__doc__)
-    parser.add_argument("--out", required=True, metavar="DIR", help="where facts.jsonl and log.txt are, or shall be")
+    parser.add_argument(
+        "--out", type=path_option, required=True, metavar="DIR", help="where facts.jsonl and log.txt are, or shall be"
+    )
     parser.add_argument("--small", action="store_true", help="sizes of a test, for a CPU")
     parser.add_argument("--steps", type=partial(one_of, known=steps.TABLE, what="step"), metavar="A,B",
                         help=f"some of {','.join(steps.TABLE)} (default: all)")  # fmt: skip
-    parser.add_argument("--work", metavar="DIR", default="runs/gpu-first",
+    parser.add_argument("--work", type=path_option, metavar="DIR", default="runs/gpu-first",
                         help="for data and runs of the training loop, about 30 GB (default runs/gpu-first)")  # fmt: skip
     parser.add_argument("--again", type=partial(one_of, known=steps.TABLE, what="step"), metavar="A,B",
                         help="steps whose facts are out of date, and measured again")  # fmt: skip

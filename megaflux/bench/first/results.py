@@ -13,6 +13,7 @@ from pathlib import Path
 from megaflux.bench.first import predicted as predictions
 from megaflux.bench.first.facts import FINISHED, Fact, Facts, number
 from megaflux.bench.first.steps import TABLE
+from megaflux.paths import path_option
 from megaflux_kernels.bench.report import Parser
 
 SMALL = "small"
@@ -46,8 +47,10 @@ COLUMNS = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m megaflux.bench.first.results", description=__doc__)
-    parser.add_argument("dir", metavar="DIR", help="of make gpu-first OUT=DIR")
-    parser.add_argument("--document", metavar="FILE", default=str(DOCUMENT), help="default docs/gpu-results.md")
+    parser.add_argument("dir", type=path_option, metavar="DIR", help="of make gpu-first OUT=DIR")
+    parser.add_argument(
+        "--document", type=path_option, metavar="FILE", default=str(DOCUMENT), help="default docs/gpu-results.md"
+    )
     args = parser.parse_args(argv)
     facts = Facts(Path(args.dir) / "facts.jsonl")
     if not facts.path.is_file() or "device" not in _session(facts):

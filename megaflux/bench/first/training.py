@@ -24,6 +24,7 @@ import torch
 from megaflux.bench.random_models import random_models
 from megaflux.config import build_config, load_yaml
 from megaflux.data.batches import Batch
+from megaflux.paths import path_option
 from megaflux.training import checkpoint, loop, manifest, noise, validation
 from megaflux.training.ds_config import load_ds_config, with_defaults
 from megaflux.training.engine import StageEngine
@@ -187,8 +188,10 @@ class _Wrapped:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config")
-    parser.add_argument("--seen", metavar="FILE.json", help="watch the loop, and write what was seen there")
+    parser.add_argument("config", type=path_option)
+    parser.add_argument(
+        "--seen", type=path_option, metavar="FILE.json", help="watch the loop, and write what was seen there"
+    )
     args = parser.parse_args()
     config = build_config(load_yaml(args.config))
     ds_config = with_defaults(load_ds_config(DS_CONFIG), None)
