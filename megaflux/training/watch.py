@@ -144,8 +144,8 @@ class Watch:
         if self._interrupted and now - self._interrupted > ONE_HAND:
             leave("a second Ctrl-C: leaving at once, nothing is saved", INTERRUPTED)
         if not self._interrupted and os.environ.get("RANK", "0") == "0":
-            say = "saving once this update has ended" if self.signal == "SIGINT" else f"{self.signal} has asked already"
-            print(f"Ctrl-C: {say}; a second one leaves at once and saves nothing", file=sys.stderr, flush=True)
+            print("Ctrl-C: saving once this update has ended; a second one leaves at once and saves nothing",
+                  file=sys.stderr, flush=True)  # fmt: skip
         self._interrupted = self._interrupted or now
 
     def _look(self) -> None:
