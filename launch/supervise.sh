@@ -15,12 +15,13 @@
 # either (run.dir in a --config file) an attempt that ended within 60 s counts as one: better give it.
 #
 #     touch RUN/SUPERVISE_STOP    the attempt that runs is the last; remove the file before the next time
-#     kill SUPERVISOR             SIGTERM, SIGINT, SIGHUP: the ranks of this machine get SIGTERM, have 300 s to save, and it
-#                                 ends with 143, 130, 129. SIGUSR1: the same, ends with 10. Nothing is started again.
+#     kill SUPERVISOR             SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal closes): the ranks of this machine get SIGTERM,
+#                                 have 600 s to save, and it ends with 143, 130, 129. SIGUSR1: the same, ends with 10. Nothing
+#                                 is started again. Ctrl-C while it waits for the save: SIGKILL to all, ends at once.
 #
 # torchrun turns every failure into exit code 1, bad input too: then the fast failures end it.
 # From the environment, in whole seconds: FIRST_WAIT (5), MAX_WAIT (300), FAST_SECONDS (60), LONG_SECONDS (600),
-# SAVE_SECONDS (300); and MAX_FAST_FAILURES (5; 0: it never gives up). Ranks that DeepSpeed's pdsh started on several machines
+# SAVE_SECONDS (600: an update's end, train.leave_within, and then the save); and MAX_FAST_FAILURES (5; 0: it never gives up). Ranks that DeepSpeed's pdsh started on several machines
 # are told by that launcher, which gets the SIGTERM in their place.
 set -u
 
@@ -102,7 +103,7 @@ addressees() {
 # SIGTERM to the attempt, SAVE_SECONDS for it to save, then SIGKILL to what is left.
 stop_attempt() {
   local told=' ' pid until=$((SECONDS + SAVE_SECONDS))
-  while [ -n "$(members)$(jobs -pr)" ] && [ "$SECONDS" -lt "$until" ]; do
+  while [ -n "$(members)$(jobs -pr)" ] && [ "$SECONDS" -lt "$until" ] && [ -z "$hurry" ]; do
     for pid in $(addressees); do # again and again: a launcher may be about to start ranks
       case $told in *" $pid "*) continue ;; esac
       kill -TERM "$pid" 2>/dev/null
@@ -124,9 +125,14 @@ stop_attempt() {
 
 # leave SIGNAL EXIT_CODE
 leave() {
-  trap '' TERM INT HUP USR1 # one is enough: the rest come from the same hand, as Slurm's
-  log "SIG$1: passed on; leaving once the run is saved, in $SAVE_SECONDS s at the latest"
+  trap '' TERM HUP USR1 # one is enough: the rest come from the same hand, as Slurm's
+  trap 'hurry=yes' INT
+  log "SIG$1: passed on; leaving once the run is saved, in $SAVE_SECONDS s at the latest; Ctrl-C: at once, unsaved"
   stop_attempt
+  if [ -n "$hurry" ]; then
+    log "Ctrl-C: not waiting for the save"
+    exit 130
+  fi
   exit "$2"
 }
 
@@ -157,13 +163,14 @@ if [ "$1" = --help ]; then
 fi
 
 FIRST_WAIT=${FIRST_WAIT:-5} MAX_WAIT=${MAX_WAIT:-300} FAST_SECONDS=${FAST_SECONDS:-60} LONG_SECONDS=${LONG_SECONDS:-600}
-SAVE_SECONDS=${SAVE_SECONDS:-300} MAX_FAST_FAILURES=${MAX_FAST_FAILURES:-5}
+SAVE_SECONDS=${SAVE_SECONDS:-600} MAX_FAST_FAILURES=${MAX_FAST_FAILURES:-5}
 for name in FIRST_WAIT MAX_WAIT FAST_SECONDS LONG_SECONDS SAVE_SECONDS MAX_FAST_FAILURES; do
   case ${!name} in *[!0-9]*) refuse "$name: must be a whole number, got '${!name}'" ;; esac
 done
 
 run=$(run_folder "$@")
-attempt=0 fast=0 pause=$FIRST_WAIT mark=none
+attempt=0 fast=0 pause=$FIRST_WAIT mark=none hurry=
+trap : PIPE # the same Ctrl-C ends the tee of `... | tee log`: then this script's words are lost, and not the run's save
 trap 'leave TERM 143' TERM
 trap 'leave INT 130' INT
 trap 'leave HUP 129' HUP

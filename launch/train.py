@@ -13,8 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megaflux.errors import UserError, exit_on_user_error, quiet_interrupt
+
+if __name__ == "__main__":
+    quiet_interrupt()  # the imports below take a second
+
 from megaflux.config import Parser, add_config_arguments, parse_config
-from megaflux.errors import UserError, exit_on_user_error
 from megaflux.paths import path_option
 from megaflux.training import saved
 from megaflux.training.checks import find_problems

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
+if sys.argv[:1] == ["-m"]:  # one of its programs is about to be imported (python -m megaflux.NAME)
+    from megaflux.errors import quiet_interrupt
+
+    quiet_interrupt()
+
 from typing import TYPE_CHECKING, Any
 
 import megaflux_kernels  # noqa: F401  (first of all, so that torch's allocator is set before anything imports torch)

@@ -3,19 +3,22 @@
 0   done
 2   bad input: configuration, command line, checkpoint or data; one line says what and how to mend it
 3   `megaflux.data.prepare` refused more images than `--max-bad`
-10  training was asked to leave by SIGTERM or SIGUSR1 and has saved: the same command goes on from there
+10  training was asked to leave by SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or SIGHUP and has saved: the same command goes on from there
 11  training gave up: a rank died, hung or ran out of GPU memory; stacks are on stderr, and the same command goes on from the last checkpoint
+130 Ctrl-C: nothing is half written; of training, a second Ctrl-C, or one before anything was loaded, and nothing was saved
+131 SIGQUIT (Ctrl-\\) to training: it left at once with its stacks on stderr, and nothing was saved
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 
-STOPPED, STUCK = 10, 11
+STOPPED, STUCK, INTERRUPTED = 10, 11, 130
 OUTSIDE_TORCH = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -31,12 +34,13 @@ _PEER_GONE = r"by peer|[Rr]emote worker|NCCL|Socket Timeout|[Tt]imed out waiting
 class UserError(Exception):
     """Bad input. The message is one line: the file or field, what is wrong with it, and the mend.
 
-    agreed: all ranks raise the same, so rank 0 speaks for them.
+    agreed: all ranks raise the same, so rank 0 speaks for them. own: others may not raise it, so each machine's first rank
+    speaks even before the ranks know each other.
     """
 
-    def __init__(self, message: str, agreed: bool = False):
+    def __init__(self, message: str, agreed: bool = False, own: bool = False):
         super().__init__(" ".join(message.splitlines()))  # names and values that it quotes may hold line breaks
-        self.agreed = agreed
+        self.agreed, self.own = agreed, own
 
 
 class FrozenParameterError(RuntimeError):
@@ -51,8 +55,30 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(part in str(error) for part in OUTSIDE_TORCH)
 
 
+def quiet_interrupt() -> None:
+    """Ctrl-C that nobody catches ends this process with a word and exit code 130 in the place of a traceback. For programs,
+    before their imports, which may take seconds; `exit_on_user_error` does it from then on."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: object, before=sys.excepthook) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            return before(kind, error, trace)
+        _say_interrupted()
+        os._exit(INTERRUPTED)  # Python's own way would be to die of the signal: launchers make another code of that
+
+    sys.excepthook = hook
+
+
+def _say_interrupted() -> None:
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr, flush=True)
+    except OSError:  # a terminal that is gone
+        pass
+
+
 def exit_on_user_error(main: Callable[[], int | None]) -> None:
-    """Run a command's `main`, print a UserError as one line on stderr, and leave with its exit code.
+    """Run a command's `main`, print a UserError as one line on stderr, and leave with its exit code; Ctrl-C is one
+    word and 130.
 
     Before the ranks know each other rank 0 speaks for all: they read the same command line. Afterwards each speaks
     for itself, because it may be the only one that saw the fault, unless they have agreed on it."""
@@ -62,7 +88,8 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         rank = os.environ.get("RANK", "0")
         dist = sys.modules.get("torch.distributed")
         together = dist is not None and dist.is_available() and dist.is_initialized()
-        if rank == "0" or (together and not error.agreed):
+        own = error.own and os.environ.get("LOCAL_RANK", "0") == "0"
+        if rank == "0" or own or (together and not error.agreed):
             line = " ".join(str(error).split())
             print(f"error: {line}" if rank == "0" else f"error: rank {rank}: {line}", file=sys.stderr)
         code = 2
@@ -72,6 +99,10 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+    except KeyboardInterrupt:
+        _say_interrupted()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # one more, on Python's way out, is no traceback either
+        code = INTERRUPTED
     except Exception as error:
         dist = sys.modules.get("torch.distributed")
         if dist is None or not dist.is_available() or not dist.is_initialized():

@@ -206,9 +206,10 @@ class Train(Section):
     hang_timeout: Positive = 1800.0
     """Seconds without an update, a validation batch or a step of a picture after which a rank dumps its stacks and leaves
     with exit code 11; more than the longest save and the longest change of stage take. Start-up is not counted."""
-    leave_within: Positive = 25.0
+    leave_within: Positive | None = None
     """Seconds that an update may take to end after a signal asked to leave; the save that follows takes its own time.
-    Below what the queue or the launcher grants."""
+    Both together below what the queue or the launcher grants. None: 25, or three times the longest update of this process
+    where that is more."""
     bad_updates: Count = 10
     """Dropped updates in a row after which the run goes back to its last checkpoint and leaves their data out."""
     deterministic: bool = False

@@ -134,8 +134,10 @@ def build_loader(
 
 
 def _leave_signals_to_the_rank(_: int) -> None:
-    """Launchers ask a rank's workers to leave as well; the rank still needs them for the update it is in, and ends them."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """Launchers ask a rank's workers to leave as well, and Ctrl-C and a closing terminal reach them too; the rank still needs
+    them for the update it is in, and ends them."""
+    signal.set_wakeup_fd(-1)  # the rank's, which would hear this process' signals as its own
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megaflux.training import rendezvous
 from megaflux.training.determinism import make_deterministic
 from megaflux_kernels import cudnn
 
@@ -39,19 +40,24 @@ class World:
 def start(quiet: bool = True, deterministic: bool = False) -> World:
     """Join the process group that deepspeed, torchrun or srun describes in the environment, or make one of one.
 
-    Must come before any streaming dataset (mosaicml/streaming #307). deterministic: see `determinism`; UserError where the
-    environment forbids it.
+    Must come before any streaming dataset (mosaicml/streaming #307). deterministic: see `determinism`. UserError where the
+    ranks cannot meet at MASTER_ADDR and MASTER_PORT, or the environment forbids what `deterministic` asks for.
     """
     if deterministic:
         make_deterministic()
     _describe_lone_process()
+    if not dist.is_initialized():
+        rendezvous.check()
     import deepspeed
 
     # DeepSpeed's CPU backend would compile a shared-memory all-reduce (25 s the first time, 66 MiB left in /dev/shm
     # per rank) that only its inference engine calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING if quiet else logging.INFO)
-    deepspeed.init_distributed(verbose=not quiet, timeout=PATIENCE)
+    try:
+        deepspeed.init_distributed(verbose=not quiet, timeout=PATIENCE)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise rendezvous.in_words(error) from None
     rank, size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():

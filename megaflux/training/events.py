@@ -8,7 +8,7 @@ progress    update, seconds (spent in updates since the last progress), data_wai
 save        update, seconds
 validation  update, seconds
 fault       what (one of FAULTS), update (of a rollback: where the run goes back to), detail
-stop        update, why (done, stop_after, signal SIGTERM, signal SIGUSR1 or error); a killed process leaves none
+stop        update, why (done, stop_after, signal SIGTERM, SIGUSR1, SIGINT or SIGHUP, or error); a killed process leaves none
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from megaflux.training.ds_config import accumulation_steps, compute_dtype
 from megaflux.training.engine import Carried, StageEngine, release_memory
 from megaflux.training.events import Events
 from megaflux.training.guard import Guard
-from megaflux.training.monitor import Monitor
+from megaflux.training.monitor import Monitor, picture_file
 from megaflux.training.out_of_memory import Plan
 from megaflux.training.setup import lock_run_folder, prepare_data, prepare_run_folder
 from megaflux.training.stages import trainable_names
@@ -150,9 +150,11 @@ def _run(
     monitor = Monitor(config, world, models.trainable, done, events)
     last = config.train.stop_after or config.train.updates
     carried, outcome = Carried(), 0
+    # What the start before was to show after its last save, and was killed or asked to leave before it had.
+    owes_loss, owes_panel = _owed(config, done, world) if resumed else (False, False)
 
     for stage in range(resumed.stage if resumed else 0, len(config.stages)):
-        if done >= last or outcome != 0:
+        if (done >= last and not (owes_loss or owes_panel)) or outcome != 0:
             break
         with _not_counted(monitor):
             if not (resumed and stage == resumed.stage):
@@ -168,11 +170,11 @@ def _run(
                      config.stages[stage].name, engine.num_trainable, models.trainable.describe(),
                      memory.counted(policies))  # fmt: skip
             stage_end = config.stage_ends()[stage]
-            cut_off = resumed and done == stage_end and not _was_validated(config, world, done)
-            if done == 0 or cut_off:
+            if done == 0 or owes_loss:
                 _validate(engine, config, models, references, monitor, world, done, watch)
-            if cut_off:
+            if owes_panel:
                 _panel(engine, config, models, references, monitor, world, done, watch)
+            owes_loss = owes_panel = False
         watch.ready()
         events.record("ready", update=done, plan=memory.counted(policies), limit=plan.limit)
 
@@ -223,10 +225,11 @@ def _run(
                 ):
                     saved = _save(engine, config, done, loader, models, guard, resumed, monitor, world, events,
                                   must=at_end or done == last or leaving)  # fmt: skip
-                if not leaving and (at_end or _due(done, config.validation.every)):
+                loss_due, panel_due = _shows(config, done)
+                if not leaving and loss_due:
                     _validate(engine, config, models, references, monitor, world, done, watch)
                     shown = True
-                if not leaving and (at_end or _due(done, config.validation.panel_every)):
+                if not leaving and panel_due:
                     _panel(engine, config, models, references, monitor, world, done, watch)
                     shown = True
                 if shown and distributed.any_over_ranks(watch.signal is not None, world):
@@ -248,6 +251,8 @@ def _run(
     monitor.close()
     loader.close()
     if outcome == 0:
+        if world.is_main:
+            log.info("done: %d of %d updates", done, config.train.updates)
         events.record("stop", update=done, why="done" if done == config.train.updates else "stop_after")
     elif outcome == STOPPED:
         why = next(name for name in distributed.gathered(watch.signal, world) if name)
@@ -310,9 +315,21 @@ def _validate(
     monitor.write_line("validation.jsonl", {"update": update, **values})
 
 
-def _was_validated(config: Config, world: World, update: int) -> bool:
+def _shows(config: Config, update: int) -> tuple[bool, bool]:
+    """Whether a validation loss and a panel are due after an update."""
+    at_end, every = update in config.stage_ends(), config.validation
+    return at_end or _due(update, every.every), at_end or _due(update, every.panel_every)
+
+
+def _owed(config: Config, update: int, world: World) -> tuple[bool, bool]:
+    """Which of `_shows` an earlier start was to make after the update that it had saved, and has not. Collective."""
     file = Path(config.run.dir) / "validation.jsonl"
-    return distributed.from_main(file.is_file() and f'"update": {update},' in file.read_text(), world)
+    made = (
+        file.is_file() and f'"update": {update},' in file.read_text(),
+        picture_file(config.run.dir, update).is_file(),
+    )
+    made = distributed.from_main(made, world)
+    return tuple(due and not there for due, there in zip(_shows(config, update), made))
 
 
 def _panel(

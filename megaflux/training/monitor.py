@@ -157,7 +157,7 @@ class Monitor:
         with self._never_fatal():
             if self.writer:
                 self.writer.add_image(name, sheet, update)
-                save_picture(sheet, self.folder / "samples" / f"update-{update:07d}.png")
+                save_picture(sheet, picture_file(self.folder, update))
 
     def write_line(self, name: str, values: dict[str, Any]) -> None:
         """A line of JSON at the end of a file of the run."""
@@ -190,6 +190,11 @@ class Monitor:
         with self._never_fatal():
             if self.writer:
                 self.writer.close()
+
+
+def picture_file(run_dir: str | Path, update: int) -> Path:
+    """Where a run keeps the panel that it made after an update."""
+    return Path(run_dir) / "samples" / f"update-{update:07d}.png"
 
 
 def peak_memory_gb(world: World) -> float:

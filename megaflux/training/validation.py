@@ -181,8 +181,10 @@ def _hash(key: str) -> str:
 
 
 def save_picture(sheet: Tensor, path: Path) -> None:
-    """Write uint8 (3, H, W) as PNG."""
+    """Write uint8 (3, H, W) as PNG: whole, or not at all. Raises OSError."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(unfinished, "PNG")
+    unfinished.replace(path)

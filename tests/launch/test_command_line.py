@@ -93,3 +93,27 @@ def test_through_the_deepspeed_launcher(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
     assert "train.updates: must be at least 1, got 0" in done.stderr
+
+
+@pytest.mark.parametrize("program, at, argv", [
+    ("launch/train.py", "pydantic", ["--dry-run"]),  # its first imports
+    ("launch/train.py", "megaflux.training.dry_run", ["--dry-run"]),
+    ("megaflux.infer", "pydantic", ["--prompt", "a"]),
+    ("megaflux.data.prepare", "tqdm", ["a", "b"]),
+    ("megaflux.training.report", "argparse", ["none"]),
+    ("megaflux.export", "torch", [str(ROOT / "tests/old_runs/a9a4819/small"), "out"]),
+    ("megaflux.panel", "socket", []),
+])  # fmt: skip
+def test_ctrl_c_is_one_word_and_130(tmp_path, program, at, argv):
+    """In each program's imports and beyond, by a sitecustomize that sends it where a module is first imported."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import os, signal, sys\ndone = []\ndef hook(event, args):\n"
+        f"    if event == 'import' and args[0] == {at!r} and 'megaflux.errors' in sys.modules and not done:\n"
+        "        done.append(os.kill(os.getpid(), signal.SIGINT))\nsys.addaudithook(hook)\n"
+    )
+    how = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
+    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT), str(ROOT / "kernels")])
+    done = run("env", "--default-signal=INT", sys.executable, *how, *argv, cwd=tmp_path, PYTHONPATH=path)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]  # no half file

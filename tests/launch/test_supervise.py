@@ -177,6 +177,34 @@ def test_a_command_without_ranks_is_told_itself_and_killed_when_it_does_not_leav
     assert not alive(f"SAVED={tmp_path}")
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_save(tmp_path):
+    rank = script(tmp_path, 'trap "touch $SAVED/told" TERM; touch $SAVED/up; while :; do sleep 1; done')
+    process = start("bash", rank, SAVED=str(tmp_path), RANK="0", SAVE_SECONDS="60")
+    until((tmp_path / "up").exists)
+    process.send_signal(signal.SIGINT)
+    until((tmp_path / "told").exists)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=15)
+    assert process.returncode == 130 and "not waiting for the save" in said
+    assert not alive(f"SAVED={tmp_path}")
+
+
+def test_words_that_nobody_reads_any_more_cost_no_save(tmp_path):
+    """Ctrl-C ends the tee behind it as well."""
+    process = start("bash", script(tmp_path, RANK), SAVED=str(tmp_path), RANK="0")
+    until((tmp_path / "up0").exists)
+    process.stdout.close(), process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=15) == 130 and (tmp_path / "rank0").exists()
+    assert not alive(f"SAVED={tmp_path}")
+
+
+def test_a_save_has_as_long_as_the_queue_gives():
+    supervise, slurm = Path(SUPERVISE).read_text(), (ROOT / "launch" / "slurm.sbatch").read_text()
+    assert "SAVE_SECONDS=${SAVE_SECONDS:-600}" in supervise and "#SBATCH --signal=B:USR1@600\n" in slurm
+
+
 def test_a_signal_while_waiting_starts_nothing_again(tmp_path):
     process = start(*in_turn(tmp_path, "exit 1"), FIRST_WAIT="60")
     assert "starting again in 60 s" in process.stderr.readline()
@@ -232,7 +260,8 @@ def slurm(folder: Path, srun: str, **environment: str) -> subprocess.Popen:
         path.chmod(0o755)
     (folder / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
     (folder / ".venv" / "bin" / "activate").touch()
-    env = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[7-9]"}
+    env = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[7-9]",
+           "SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS": "32"}  # fmt: skip
     return subprocess.Popen(["bash", str(ROOT / "launch" / "slurm.sbatch")], cwd=folder, env=env | environment,
                             stdout=subprocess.PIPE, text=True)  # fmt: skip
 
@@ -248,6 +277,53 @@ def test_slurm_signal_reaches_the_step_and_the_job_goes_back_into_the_queue(tmp_
     assert (tmp_path / "asked").exists() == (saved == 10)
     if saved:
         assert (tmp_path / "asked").read_text() == "requeue 77\n"
+
+
+# srun as a stand-in: the job step that the script asked for, its tasks one after the other. Each gets what Slurm gives a
+# task, and leaves its command, its environment and its CPUs behind.
+SRUN = """options=(); while [[ $1 == --* ]]; do options+=("$1"); shift; done
+for option in "${options[@]}"; do case $option in
+  --nodes=*) nodes=${option#*=} ;; --ntasks=*) tasks=${option#*=} ;; --ntasks-per-node=*) per=${option#*=} ;;
+  --cpus-per-task=*) cpus=${option#*=} ;; --kill-on-bad-exit=1) ;; *) echo "unknown $option"; exit 1 ;;
+esac; done
+[ "$tasks" = $((nodes * per)) ] || exit 1
+for ((i = 0; i < tasks; i++)); do
+  SLURM_PROCID=$i SLURM_LOCALID=$((i % per)) CPUS=${cpus:-1} WORDS="$*" env -0 >task$i
+done"""
+
+
+@pytest.mark.parametrize(("nodes", "drawn"), [(1, 8), (4, 4), (8, 2)])
+def test_slurm_script_as_shipped_is_right_for_any_of_these_nodes(tmp_path, monkeypatch, nodes, drawn):
+    ranks = 8 * nodes
+    job = slurm(tmp_path, SRUN, SLURM_JOB_NUM_NODES=str(nodes), SLURM_NTASKS=str(ranks), SLURM_NTASKS_PER_NODE="8",
+                SLURM_CPUS_PER_TASK="8")  # fmt: skip
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, said
+    tasks = [dict(pair.split("=", 1) for pair in (tmp_path / f"task{i}").read_text().split("\0") if "=" in pair)
+             for i in range(ranks)]  # fmt: skip
+    assert len(list(tmp_path.glob("task*"))) == ranks
+    assert {task["CPUS"] for task in tasks} == {"8"} and {task["MASTER_ADDR"] for task in tasks} == {"node7"}
+    assert {task["MASTER_PORT"] for task in tasks} == {"20077"}
+
+    from launch import train
+    from megaflux.config import parse_config
+    from megaflux.training.checks import find_problems
+    from megaflux.training.ds_config import load_ds_config
+
+    python, program, *words = tasks[-1]["WORDS"].split()
+    assert (python, program) == ("python", "launch/train.py")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID"):
+        monkeypatch.setenv(name, tasks[-1][name])
+    assert train.started_ranks() == ranks
+    monkeypatch.chdir(ROOT)  # for ds_configs/
+    (tmp_path / "my_run.yaml").write_text("data: {source: openmoji}\n")  # what a person changes: data and models
+    words[words.index("my_run.yaml")] = str(tmp_path / "my_run.yaml")
+    args, config = parse_config(train.build_parser(), words)
+    assert find_problems(config, load_ds_config(args.deepspeed), ranks) == []
+    sizes = config.for_world(ranks).train
+    assert (config.preset, sizes.global_batch_size, sizes.drawn_per_rank) == ("dev", 128, drawn)
 
 
 def test_slurm_job_that_fails_fast_stays_out_of_the_queue_in_the_end(tmp_path):

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import pty
 import random
+import select
+import shlex
 import signal
 import subprocess
+import termios
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +53,60 @@ def start(*arguments: object, ranks: int = 2, fault: str | None = None, mark: Pa
                             start_new_session=True)  # fmt: skip
 
 
-def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
+class Terminal:
+    """The deepspeed launcher under a shell in a terminal of its own, as a person starts it: `type` types, `close` closes the
+    window. Stands for the process where the helpers below take one."""
+
+    def __init__(self, *arguments: object, fault: str, mark: Path | None = None, after: str = "", with_: tuple = ()):
+        """with_: another launcher's words; after: what is typed behind the command, as `| tee log`."""
+        own, theirs = pty.openpty()
+        starter = with_ or ("deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()))
+        typed = shlex.join(map(str, [*starter, FAULTY, *arguments])) + after
+        # The shell outlives its command, as an interactive one does, and its prompt says with what code that left. The
+        # command is not among its own words, in which `left_behind` looks.
+        shell = ["bash", "-c", 'trap : INT; eval "$TYPED"; echo "left with $?"; cat >/dev/null']
+        self.process = subprocess.Popen(
+            shell, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            env=environment() | {"FAULT": fault, "MARK": str(mark), "TYPED": typed},
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(theirs)
+        self.pid, self._own, self._said = self.process.pid, own, []
+        self._closing = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # EIO: nobody has it open any more
+            while not self._closing.is_set():
+                if select.select([self._own], [], [], 0.1)[0]:
+                    self._said.append(os.read(self._own, 65536))
+
+    @property
+    def said(self) -> str:
+        return b"".join(self._said).decode(errors="replace")
+
+    def type(self, keys: bytes) -> None:
+        os.write(self._own, keys)
+
+    def close(self) -> None:
+        """SIGHUP for whoever sits at it; what is written to it from then on fails with EIO."""
+        self._closing.set()
+        self._reader.join(5)  # a window that somebody reads stays open
+        os.close(self._own)
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def communicate(self) -> tuple[str, None]:
+        """All that was said, once the shell is gone."""
+        self.process.wait(10)
+        if not self._closing.is_set():
+            self.close()
+        return self.said, None
+
+
+def ranks_of(launcher: subprocess.Popen | Terminal) -> list[psutil.Process]:
     """The training processes below a launcher, by rank."""
     try:
         below = psutil.Process(launcher.pid).children(recursive=True)
@@ -68,12 +127,19 @@ def wait_for(condition, seconds: float = 60.0):
     raise AssertionError("waited in vain")
 
 
-def both_ranks(process: subprocess.Popen) -> list[psutil.Process]:
+def both_ranks(process: subprocess.Popen | Terminal) -> list[psutil.Process]:
     return wait_for(lambda: found if len(found := ranks_of(process)) == 2 else None)
 
 
 def events(run: Path, kind: str) -> list[dict]:
     return [event for event in read(run) if event["kind"] == kind] if (run / NAME).exists() else []
+
+
+def end(process: subprocess.Popen | Terminal) -> None:
+    """Whatever came before: nothing of it stays."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def left_behind(run: Path) -> list[str]:
@@ -90,13 +156,6 @@ def shared_memory_of(data: Path) -> set[str]:
             if any(Path(stream).is_relative_to(data) for stream in _folders_in(block.read_bytes())):
                 found.add(block.name.partition("_")[0])
     return found
-
-
-def end(process: subprocess.Popen) -> None:
-    """Whatever came before: nothing of it stays."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
 
 
 def newest(run: Path) -> Path:

@@ -6,6 +6,8 @@ oom_forward, oom_backward, oom_step: the GPU's memory runs out in that part. sma
 that rank only with every block computed again.
 other_view: that rank reads other values for the run than the others, as stale network storage may show them.
 DIGESTS=file in the environment: a line for each stage begun and ended, with the SHA-256 of every parameter's bytes.
+die_validation, die_panel: the first rank ends itself when that part begins after that update; with :1 behind it, when the part
+is done but for writing what it found.
 die, hang, throw: the rank ends itself, stops moving, or raises, in the forward pass. full: from there on its disk is full. slow: every update takes 0.3 s.
 """
 
@@ -103,6 +105,27 @@ if kind == "slow_data":
     from megaflux.data import loader
 
     slow_down(loader.BucketLoader, "_next")
+
+
+def die_where_it_shows() -> None:
+    """Between the last save and what a person was to see after it."""
+    from megaflux.training import loop, monitor
+
+    part, late = kind.removeprefix("die_"), rank is not None
+    begins = {"validation": "_validate", "panel": "_panel"}[part]
+    owner, name = (loop, begins) if not late else (monitor.Monitor, "write_line" if part == "validation" else "picture")
+    real = getattr(owner, name)
+
+    def die(*args, **kwargs):
+        if max(calls, default=-1) == int(update) - 1 and os.environ.get("RANK", "0") == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, die)
+
+
+if kind in ("die_validation", "die_panel"):
+    die_where_it_shows()
 
 
 def run_out(*_) -> None:

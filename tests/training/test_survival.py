@@ -19,6 +19,7 @@ from megaflux.training.checkpoint import Checkpoint
 from tests.training.faults import (
     FAULTY,
     Reference,
+    Terminal,
     assert_same,
     both_ranks,
     end,
@@ -94,12 +95,20 @@ def catches(pid: int, number: int) -> bool:
     return bool(int(line.split()[1], 16) >> (number - 1) & 1)
 
 
+AT_A_TERMINAL = ("ctrl-c", "tee", "window")
+
+
 def ask_to_leave(reference: Reference, run: Path, to: str, phase: str, *more: object) -> None:
-    """SIGTERM to the launcher or SIGUSR1 to each rank, in a phase; asserts what is promised of the answer."""
+    """SIGTERM to the launcher, SIGUSR1 to each rank, or what a person at a terminal does to all: Ctrl-C, the same with a pipe
+    into tee, which it ends as well, or closing the window. In a phase; asserts what is promised of the answer."""
     mark, before = run.with_name("mark"), len(events(run, "stop"))
     mark.unlink(missing_ok=True)
     slow = f"slow_{phase}:2" if phase in ("save", "data", "validation") else "slow:0"
-    process = start(*reference.started_by, "--run.dir", run, *more, fault=slow, mark=mark)
+    command = [*reference.started_by, "--run.dir", run, *more]
+    if to in AT_A_TERMINAL:
+        process = Terminal(*command, fault=slow, mark=mark, after=f" 2>&1 | tee {mark}.log" if to == "tee" else "")
+    else:
+        process = start(*command, fault=slow, mark=mark)
     try:
         ranks, seen = both_ranks(process), len(events(run, "progress"))
         if phase == "start-up":
@@ -116,10 +125,14 @@ def ask_to_leave(reference: Reference, run: Path, to: str, phase: str, *more: ob
         asked = time.monotonic()
         if to == "launcher":
             process.terminate()
+        elif to == "window":
+            process.close()
+        elif to in AT_A_TERMINAL:
+            process.type(b"\x03")
         else:
             for rank in ranks:
                 rank.send_signal(signal.SIGUSR1)
-        said, _ = process.communicate(timeout=60)
+        said = process.said if to in AT_A_TERMINAL else process.communicate(timeout=60)[0]
         wait_for(lambda: not left_behind(run), 30)
         seconds = time.monotonic() - asked
         print(f"asked in {phase}, the {to}: all gone after {seconds:.1f} s")
@@ -132,20 +145,26 @@ def ask_to_leave(reference: Reference, run: Path, to: str, phase: str, *more: ob
         assert not list(run.glob("checkpoints/*")), said[-2000:]
         return
     (stop,) = events(run, "stop")[before:]
-    name = "SIGTERM" if to == "launcher" else "SIGUSR1"
-    assert stop["why"] == f"signal {name}", said[-2000:]
+    name = {"launcher": "SIGTERM", "ranks": "SIGUSR1", "window": "SIGHUP"}.get(to, "SIGINT")
+    # At a terminal the launcher has the signal as well, and sends SIGTERM or dies at the same moment.
+    names = (name, "SIGTERM") if to in AT_A_TERMINAL else (name,)
+    assert stop["why"].removeprefix("signal ") in names, said[-2000:]
+    if to == "ctrl-c":  # all that was said: the runner's traceback is DeepSpeed's, ours are none
+        assert process.said.count("Traceback") == process.said.count("deepspeed/launcher/runner.py") == 1
+        assert process.said.count("Ctrl-C: saving once this update has ended; a second one leaves at once") == 1
     assert (run / "checkpoints" / f"update-{stop['update']:07d}" / "manifest.json").is_file()
     assert 0 < stop["update"] < 12
 
 
 def test_asked_to_leave_it_saves_and_goes_on(reference, tmp_path):
     ask_to_leave(reference, tmp_path / "run", "ranks", "update")
-    ask_to_leave(reference, tmp_path / "run", "launcher", "update")
+    ask_to_leave(reference, tmp_path / "run", "tee", "update", "--data.num_workers", "1")
     go_on(reference, tmp_path / "run")
 
 
 IN_A_PHASE = {
     "start-up": [],
+    "update": ["--data.num_workers", "1"],
     "save": [],
     "data": [],
     "validation": ["--validation.every", "3"],
@@ -155,7 +174,7 @@ IN_A_PHASE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", IN_A_PHASE)
-@pytest.mark.parametrize("to", ["ranks", "launcher"])
+@pytest.mark.parametrize("to", ["ranks", "launcher", *AT_A_TERMINAL])
 def test_asked_to_leave_in_every_phase(reference, tmp_path, phase, to):
     run, more = tmp_path / "run", IN_A_PHASE[phase]
     ask_to_leave(reference, run, to, phase, *more)
@@ -353,3 +372,52 @@ def test_a_full_disk_keeps_what_there_is_and_says_so(reference, tmp_path, rank):
     assert not list((run / "checkpoints").glob(".update-*"))  # what was written of it makes room
     if rank == 0:
         go_on(reference, run)
+
+
+def validated(run: Path) -> list[int]:
+    return [json.loads(line)["update"] for line in (run / "validation.jsonl").read_text().splitlines()]
+
+
+def panels(run: Path) -> list[int]:
+    return sorted(int(file.stem.removeprefix("update-")) for file in (run / "samples").glob("update-*.png"))
+
+
+CUT_OFF = {  # updates -> starts: fault, more, updates that are validated after it, and those with a panel
+    2: [
+        ("die_validation:2", [], [0, 1], []),  # the very last
+        ("none:-1", [], [0, 1, 2], [2]),
+    ],
+    6: [
+        ("die_validation:1", [], [0], []),  # in the middle of a stage
+        ("die_panel:2", [], [0, 1, 2], []),  # at a stage's end
+        ("die_panel:4:1", [], [0, 1, 2, 3, 4], [2]),  # at the next one's, the panel drawn and not yet written
+        ("die_validation:5:1", ["--train.stop_after", "5"], [0, 1, 2, 3, 4], [2, 4]),  # ended early
+        ("none:-1", ["--train.stop_after", "5"], [0, 1, 2, 3, 4, 5], [2, 4]),
+        ("die_panel:6", [], [0, 1, 2, 3, 4, 5, 6], [2, 4]),
+        ("none:-1", [], [0, 1, 2, 3, 4, 5, 6], [2, 4, 6]),
+    ],
+}
+
+
+@pytest.mark.parametrize("updates", [2, pytest.param(6, marks=SLOW)])
+def test_what_a_kill_cut_off_after_a_save_is_shown_by_the_next_start(data, tmp_path, updates):
+    """Stages of two updates, killed between a save and what follows it; plain python, one rank."""
+    stages = [{"name": name, "share": 1, "blocks": [0]} for name in "abc"[: updates // 2]]
+    values = small_config(data, tmp_path / "run", stages=stages, train__updates=updates, train__checkpoint_every=1,
+                          validation__every=1)  # fmt: skip
+    config, ds, run = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "fp32"), tmp_path / "run"
+
+    def go(fault: str, *more: object) -> str:
+        command = [sys.executable, FAULTY, "--deepspeed", ds, "--config", config, *more]
+        done = subprocess.run([*map(str, command)], env=environment() | {"FAULT": fault}, capture_output=True, text=True,
+                              timeout=120)  # fmt: skip
+        assert done.returncode == (-signal.SIGKILL if fault.startswith("die") else 0), done.stderr[-2000:]
+        return done.stdout + done.stderr
+
+    for fault, more, losses, pictures in CUT_OFF[updates]:
+        go(fault, *more)
+        assert (validated(run), panels(run)) == (losses, pictures), fault
+    shown, saved = len(events(run, "validation")), len(events(run, "save"))
+    assert f"done: {updates} of {updates} updates" in go("none:-1")  # a run that is done, and has shown all
+    assert (len(events(run, "validation")), len(events(run, "save"))) == (shown, saved)
+    assert [event["why"] for event in events(run, "stop")][-2:] == ["done", "done"]

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from megaflux.errors import UserError
 from megaflux.presets import tiny
 from megaflux.training import checkpoint, setup, space
 from megaflux.training.distributed import World
+from megaflux.training.watch import ASKING, HEARD, Watch
 from tests.training.runs import ROOT, small_config
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -31,20 +33,146 @@ libc.pthread_mutex_lock(mutex), libc.pthread_mutex_lock(mutex)  # as in a collec
 """
 
 
-def blocked(ready: str = "", hang: float = 1000, rank: bool = True) -> subprocess.Popen:
+def blocked(
+    ready: str = "",
+    hang: float = 1000,
+    rank: bool = True,
+    before: Sequence[str] = (),
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.Popen:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_PROCID")} | ({"RANK": "0"} if rank else {})
-    process = subprocess.Popen([sys.executable, "-c", BLOCKED.format(ready=ready, hang=hang)], env=env, cwd=ROOT,
+    # These tests may themselves run under nohup, or behind `&`.
+    command = [
+        "env",
+        "--default-signal=HUP,INT,QUIT",
+        *before,
+        sys.executable,
+        "-c",
+        BLOCKED.format(ready=ready, hang=hang),
+    ]
+    process = subprocess.Popen(command, env=env | more, cwd=ROOT, stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     assert process.stdout.readline() == "up\n"
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", ASKING)
 def test_before_the_first_update_it_leaves_at_once_even_from_within_a_collective(number):
     process = blocked()
     process.send_signal(number)
     _, said = process.communicate(timeout=10)
     assert process.returncode == 10 and "nothing to save" in said
+
+
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
+def test_a_second_ctrl_c_leaves_at_once(first):
+    process = blocked("watch.ready(); part = watch.unhurried(); part.__enter__()")  # a save, say
+    process.send_signal(getattr(signal, first))
+    if first != "SIGINT":  # the launcher's own word is no Ctrl-C
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+    assert (
+        process.stderr.readline()
+        == "Ctrl-C: saving once this update has ended; a second one leaves at once and saves nothing\n"
+    )
+    process.send_signal(signal.SIGINT)  # from the same hand: `timeout -s INT` sends it to the group as well
+    time.sleep(0.7)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 130 and said == "rank 0: a second Ctrl-C: leaving at once, nothing is saved\n"
+
+
+def test_ctrl_backslash_shows_stacks_and_leaves():
+    process = blocked("watch.ready()")
+    process.send_signal(signal.SIGQUIT)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 131
+    assert said.startswith("rank 0: SIGQUIT: leaving at once, nothing is saved\n") and "most recent call first" in said
+
+
+@pytest.mark.parametrize(("more", "heard"), [({}, False), ({"TORCHELASTIC_RUN_ID": "none"}, True)])
+def test_nohup_stays_nohup(more, heard):
+    """torchrun hears what nohup has it ignore, and kills ranks that ignore it."""
+    process = blocked(before=["nohup"], more=more)
+    process.send_signal(signal.SIGHUP)
+    if heard:
+        assert process.wait(timeout=10) == 10
+    else:
+        time.sleep(1.0)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 10
+    process.communicate()
+
+
+PRINTS = """
+from megaflux.training.watch import Watch
+import logging, sys, time
+watch = Watch(1000)
+watch.ready()
+logging.basicConfig(format="%(message)s")
+print("up", flush=True)
+while watch.signal is None:
+    time.sleep(0.05)
+time.sleep(0.5)  # until the reader is gone
+for _ in range(3):
+    print("saving", flush=True), logging.warning("saving"), print("x" * 100_000, file=sys.stderr)
+sys.exit(10)
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["-u"]])
+def test_output_that_nobody_reads_any_more_ends_nothing(flags):
+    for gone in ("pipe", "terminal", "disk"):
+        own, theirs = os.pipe() if gone != "terminal" else os.openpty()
+        errors = os.open("/dev/full", os.O_WRONLY) if gone == "disk" else theirs
+        process = subprocess.Popen(
+            ["env", "--default-signal=HUP", sys.executable, *flags, "-c", PRINTS],
+            cwd=ROOT,
+            stdout=theirs,
+            stderr=errors,
+        )
+        os.close(theirs)
+        assert os.read(own, 2) == b"up"
+        process.send_signal(signal.SIGHUP)
+        os.close(own)
+        assert process.wait(timeout=15) == 10, gone
+
+
+def test_an_update_has_three_times_the_longest_to_end(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("megaflux.training.watch.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Watch, "_look", lambda self: None)  # no thread
+    handlers = {number: signal.getsignal(number) for number in HEARD}
+    watch, told = Watch(1000), Watch(1000, 7)
+    try:
+
+        def later(seconds: float) -> None:
+            now[0] += seconds
+            watch.moved(), told.moved()
+
+        later(500)  # start-up is no update
+        watch.ready(), told.ready()
+        assert watch.leave_within == 25
+        later(8)
+        assert watch.leave_within == 25
+        later(41)
+        assert watch.leave_within == 123
+        with watch.unhurried():
+            later(90)  # a batch of a validation
+            now[0] += 300  # and what follows it
+        later(2)
+        assert watch.leave_within == 123
+        watch.pause()
+        later(200)  # a new stage
+        watch.ready()
+        later(3)
+        assert (watch.leave_within, told.leave_within) == (123, 7)
+    finally:
+        watch.close(), told.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_an_update_that_does_not_end_is_given_up_with_its_stacks():
