@@ -33,7 +33,7 @@ FORGOTTEN = 86400.0  # s; streaming opens its lock files several times an epoch,
 
 
 def remove_leftovers(folders: Iterable[str]) -> list[str]:
-    """Remove the shared memory and lock files of killed runs of this user; the prefixes of which there was any.
+    """Remove the shared memory and lock files of killed runs of this user; the prefixes that were on `folders`.
 
     A prefix that was claimed goes once no living process holds its claim: at once where it names one of `folders` (the
     absolute paths of this run's streams), or has no blocks any more (a killed run's resource tracker may have unlinked
@@ -46,9 +46,11 @@ def remove_leftovers(folders: Iterable[str]) -> list[str]:
     for prefix in sorted(_prefixes_there()):
         blocks = list(SHM.glob(f"{prefix}_*"))
         if _is_orphaned(prefix):
-            if not blocks or wanted & _folders_of(prefix) or all(_age(block) > OTHERS for block in blocks):
-                _remove_prefix(prefix)
+            if wanted & _folders_of(prefix):
                 removed.append(prefix)
+            elif not all(_age(block) > OTHERS for block in blocks):
+                continue
+            _remove_prefix(prefix)
         elif not blocks and not _claim_path(prefix).exists():
             locks = [lock for lock in _lock_files(prefix) if lock.exists()]
             if all(_is_forgotten(lock) for lock in locks):

@@ -22,18 +22,39 @@ from megaflux.data.unpack import UNPACKING, own_folder, remove_abandoned
 from megaflux.errors import UserError
 
 TWO = """
-import itertools, json, sys, time
+import itertools, json, os, sys, time
 from pathlib import Path
-from megaflux.data.loader import build_loader
+from megaflux.data import loader, unpack
+import streaming.base.stream
 roots, out, me = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+
+def meet(name):
+    (out / f"{name}-{me}").touch()
+    until = time.monotonic() + 0.5
+    while not (out / f"{name}-{1 - me}").exists() and time.monotonic() < until:
+        pass
+
+def together(moment, real):
+    def call(*given):
+        if moment == "unpack":
+            count[0] += 1
+        meet(f"{turn}-{count[0]}-{moment}")  # both are about to write the same shard, or to rename it
+        return real(*given)
+    return call
+
+for module in (streaming.base.stream, unpack):
+    if hasattr(module, "decompress"):
+        module.decompress = together("unpack", module.decompress)
+os.rename, os.replace = together("rename", os.rename), together("rename", os.replace)
 for turn, root in enumerate(roots):
-    loader = build_loader(root, micro_batch_size=4, seed=3)
+    count = [0]
+    opened = loader.build_loader(root, micro_batch_size=4, seed=3)
     (out / f"{turn}-{me}").touch()
-    while not (out / f"{turn}-{1 - me}").exists():  # both at once, so that they meet at each shard
+    while not (out / f"{turn}-{1 - me}").exists():
         time.sleep(0.001)
-    replaced = [text for batch in itertools.islice(iter(loader), 17) for text in batch.replaced]
-    print("REPLACED", replaced, loader._dataset.failure, [stream.bad for stream in loader._dataset.streams], flush=True)
-    loader.close()
+    replaced = [text for batch in itertools.islice(iter(opened), 17) for text in batch.replaced]
+    print("REPLACED", replaced, opened._dataset.failure, [stream.bad for stream in opened._dataset.streams], flush=True)
+    opened.close()
 """
 
 
@@ -55,7 +76,7 @@ def two_at_once(roots, out):
 
 
 def test_two_runs_on_a_fresh_dataset_replace_nothing(dataset, tmp_path):  # noqa: F811
-    """Ten times, both unpacking the same shards in the same order."""
+    """Ten times, both unpacking the same shards in the same order, and writing each at the same moment."""
     roots = [packed(dataset, tmp_path / f"{turn}") for turn in range(10)]
     for lines in two_at_once(roots, tmp_path / "out"):
         assert [line for line in lines if line.startswith("REPLACED")] == ["REPLACED [] None [{}, {}]"] * 10

@@ -58,7 +58,14 @@ def test_dev_without_a_problem(data, tmp_path, capsys):
     assert report["shared_memory_gb_per_gpu"] * 1e9 == pytest.approx(pictures)
     assert report["days"] == pytest.approx(128 * 100_000 / report["images_per_second"] / 86400)
     out = capsys.readouterr().out
-    for words in ("longest_side: 1024", "1,334,221,824", "optimizer shard", "in /dev/shm", "images/s", "0 problems found"):
+    for words in (
+        "longest_side: 1024",
+        "1,334,221,824",
+        "optimizer shard",
+        "in /dev/shm",
+        "images/s",
+        "0 problems found",
+    ):
         assert words in out
     assert not (tmp_path / "run").exists()
 
