@@ -172,8 +172,8 @@ def test_a_count_that_disagrees_with_the_shard_itself(folder):
     [
         (lambda s: s.update(compression="gz"), "shard.00000.mds.zstd: cannot be unpacked"),
         (lambda s: s["raw_data"].update(bytes=s["raw_data"]["bytes"] + 1), "the index says"),
-        (lambda s: s.update(column_sizes=[None, None, 4]), "sample 0 of the bucket|holds"),
-        (lambda s: s.update(column_encodings=["str", "str", "ndarray:uint8:7"]), "sample 0 of the bucket"),
+        (lambda s: s.update(column_sizes=[None, None, 4]), "sample 0 of the shard|holds"),
+        (lambda s: s.update(column_encodings=["str", "str", "ndarray:uint8:7"]), "sample 0 of the shard"),
     ],
 )
 def test_an_index_that_does_not_say_what_the_shard_holds(folder, change, message):
