@@ -166,11 +166,10 @@ def choose_blocks(
 
 
 def checkpoint_bytes(trained: int) -> int:
-    """Bytes of a checkpoint of `trained` parameters in bfloat16: float32 master and moments, and the weights
-    (training/space.py)."""
+    """Bytes of a checkpoint of `trained` parameters in bfloat16."""
     from megaflux.training import space
 
-    return int(space.MARGIN * (space.STATE_BYTES + 2) * trained)
+    return space.checkpoint_bytes(trained, trained, 2)
 
 
 def choose_sharding(values: dict[str, Any], device: Any) -> Path:

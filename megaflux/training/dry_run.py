@@ -17,6 +17,7 @@ from megaflux.data import shm_room
 from megaflux.data.buckets import Bucket, make_buckets
 from megaflux.errors import UserError
 from megaflux.models.pretrained import meta_models
+from megaflux.training import checkpoint, space
 from megaflux.training.checks import find_notes, find_problems
 from megaflux.training.costs import (
     Flops,
@@ -27,8 +28,10 @@ from megaflux.training.costs import (
     token_counts,
     training_flops,
 )
-from megaflux.training.ds_config import uses_bf16, uses_kernels, zero_stage
+from megaflux.training.ds_config import compute_dtype, uses_bf16, uses_kernels, zero_stage
 from megaflux.training.memory import Memory, counted, policies_for, stage_memory, usable
+from megaflux.training.stages import trainable_names
+from megaflux.training.trained import count_trained
 
 GIGA = 1e9
 
@@ -105,13 +108,15 @@ def _costs(
     _print_memory(config, ds_config, world_size, memory)
     handed_over = _handed_over(config, buckets)
     if handed_over:
-        print(f"  {'in /dev/shm: pictures from the loading processes':<46}{handed_over / GIGA:>9.3f}")
+        print(f"  {'in /dev/shm, pictures from loader processes':<46}{handed_over / GIGA:>9.3f}")
     _print_policies(config, ds_config, policies)
     print(
         f"\nSpeed at {mfu:.0%} MFU of {peak_tflops:g} TFLOP/s a GPU: {speed:.3g} images/s on {world_size} "
         f"GPU{'s' * (world_size > 1)}; {config.train.updates} updates of {config.train.global_batch_size} images "
         f"take {_duration(days * 86400)}\n"
     )
+    sizes = _checkpoint_bytes(config, ds_config, module)
+    _print_checkpoints(config, sizes, speed)
     if memory.total / GIGA > gpu_memory_gb:
         problems.append(
             f"memory: {memory.total / GIGA:.1f} GB per GPU is more than {gpu_memory_gb:g} GB; lower "
@@ -128,6 +133,7 @@ def _costs(
         "memory": asdict(memory),
         "shared_memory_gb_per_gpu": handed_over / GIGA,
         "activation_checkpointing": {s.name: list(chosen) for s, chosen in zip(config.stages, policies, strict=True)},
+        "checkpoint_gb": {s.name: size / GIGA for s, size in zip(config.stages, sizes, strict=True)},
         "images_per_second": speed,
         "days": days,
         "mfu": mfu,
@@ -208,6 +214,26 @@ def _print_policies(config: Config, ds_config: dict[str, Any], policies: Sequenc
           f"{config.model.activation_checkpointing}):")  # fmt: skip
     for stage, chosen in zip(config.stages, policies, strict=True):
         print(f"  {stage.name:<10}{counted(chosen)}")
+
+
+def _checkpoint_bytes(config: Config, ds_config: dict[str, Any], module: nn.Module) -> list[int]:
+    """Size of one checkpoint in each stage."""
+    item, sizes = compute_dtype(ds_config).itemsize, []
+    for stage in range(len(config.stages)):
+        now = set(trainable_names(module, config.stages[stage]))
+        training = sum(p.numel() for name, p in module.named_parameters() if name in now)
+        sizes.append(space.checkpoint_bytes(training, count_trained(config, module, stage), item))
+    return sizes
+
+
+def _print_checkpoints(config: Config, sizes: Sequence[int], speed: float) -> None:
+    every, most = config.train.checkpoint_every, checkpoint.most_at_once(config, 0)
+    between = _duration(every * config.train.global_batch_size / speed)
+    shown = ", ".join(f"{size / GIGA:.3g} GB in {stage.name}" for stage, size in zip(config.stages, sizes, strict=True))
+    print(
+        f"Checkpoints: {shown}; one every {every} update{'s' * (every > 1)}, which is {between} at this speed and the most "
+        f"that a crash costs; up to {most} at once, {most * max(sizes) / GIGA:.3g} GB of run.dir's disk\n"
+    )
 
 
 def _mean(values: Sequence[float]) -> float:

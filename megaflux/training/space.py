@@ -20,10 +20,10 @@ MARGIN = 1.02  # file headers, rounding up to blocks
 FILES_EACH = 6  # beside a shard, a part of the weights and a random state per rank
 
 
-def checkpoint_bytes(engine: StageEngine, weights: int) -> int:
-    """Size of one checkpoint of this stage. weights: parameters that any stage so far has trained."""
-    item = next(engine.module.parameters()).element_size()
-    return int(MARGIN * (STATE_BYTES * engine.num_trainable + item * weights))
+def checkpoint_bytes(training: int, weights: int, item: int) -> int:
+    """Size of one checkpoint. training: parameters that train in its stage; weights: that any stage so far has trained;
+    item: bytes of one of them in the dtype that it trains in."""
+    return int(MARGIN * (STATE_BYTES * training + item * weights))
 
 
 def check(config: Config, engine: StageEngine, weights: int, world: World, at_once: int | None) -> None:
@@ -35,7 +35,8 @@ def check(config: Config, engine: StageEngine, weights: int, world: World, at_on
     if world.is_main:
         there = len(manifest.listed(config.run.dir))
         wanted = 1 if at_once is None else max(1, at_once - there)
-        need, files = wanted * checkpoint_bytes(engine, weights), wanted * (3 * world.size + FILES_EACH)
+        item = next(engine.module.parameters()).element_size()
+        need, files = wanted * checkpoint_bytes(engine.num_trainable, weights, item), wanted * (3 * world.size + FILES_EACH)
         disk = os.statvfs(config.run.dir)
         free = disk.f_bavail * disk.f_frsize
         if free < need:

@@ -57,15 +57,15 @@ def test_dev_without_a_problem(data, tmp_path, capsys):
     pictures = (config.data.num_workers * 2 + 1) * (config.train.drawn_per_rank * 3 * 1024 * 1024 + 16384)
     assert report["shared_memory_gb_per_gpu"] * 1e9 == pytest.approx(pictures)
     assert report["days"] == pytest.approx(128 * 100_000 / report["images_per_second"] / 86400)
+    # A checkpoint holds 12 bytes for each parameter that trains, and 2 for each that ever did, which stage 1 does not tell
+    # apart; and a crash costs half an hour at most, at 45% MFU on 8 A100.
+    assert report["checkpoint_gb"]["stage1"] == pytest.approx(14 * 1.581963776, rel=0.03)
+    assert report["checkpoint_gb"]["stage3"] == pytest.approx(12 * 1.733007872 + 2 * 4.319638016, rel=0.03)
+    at_45 = report["images_per_second"] * 0.45 / report["mfu"]
+    assert config.train.checkpoint_every * config.train.global_batch_size / at_45 < 1800
     out = capsys.readouterr().out
-    for words in (
-        "longest_side: 1024",
-        "1,334,221,824",
-        "optimizer shard",
-        "in /dev/shm",
-        "images/s",
-        "0 problems found",
-    ):
+    for words in ("longest_side: 1024", "1,334,221,824", "optimizer shard", "in /dev/shm", "images/s",
+                  "one every 125 updates", "0 problems found"):  # fmt: skip
         assert words in out
     assert not (tmp_path / "run").exists()
 

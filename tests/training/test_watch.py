@@ -253,7 +253,7 @@ def test_what_cannot_fit_is_refused(tmp_path, monkeypatch, free, inodes, said):
     engine = SimpleNamespace(module=torch.nn.Linear(1000, 100), num_trainable=100_100)
     disk = SimpleNamespace(f_bavail=free // 4096, f_frsize=4096, f_files=inodes and 10**7, f_favail=inodes)
     monkeypatch.setattr(space.os, "statvfs", lambda path: disk)
-    assert space.checkpoint_bytes(engine, 100_100) == pytest.approx(100_100 * (12 + 4), rel=0.05)
+    assert space.checkpoint_bytes(100_100, 100_100, 4) == pytest.approx(100_100 * (12 + 4), rel=0.05)
     if said is None:
         space.check(config, engine, 100_100, ALONE, 4)
     else:
