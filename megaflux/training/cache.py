@@ -33,11 +33,10 @@ from megaflux.data.shards import DatasetInfo, read_dataset_info
 from megaflux.errors import UserError
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models, weights_fingerprint
-from megaflux.training.distributed import World, from_main, gathered
+from megaflux.training.distributed import HEARTBEAT, World, from_main, gathered
 
 log = logging.getLogger("megaflux")
 BATCH = 32
-HEARTBEAT = 2.0  # s between the signs of life of ranks that wait; far below any collective's time limit
 SAY_EVERY = 60.0  # s between two lines of a log file
 
 

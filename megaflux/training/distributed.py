@@ -7,6 +7,9 @@ import logging
 import os
 import random
 import socket
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -15,13 +18,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megaflux.errors import UserError
 from megaflux.training import rendezvous
 from megaflux.training.determinism import make_deterministic
 from megaflux_kernels import cudnn
 
 log = logging.getLogger("megaflux")
-# How long a rank waits for the others: one of them may be preparing data, sampling a panel or hashing a checkpoint.
+# How long a rank waits for the others in a collective: one of them may be sampling a panel or hashing a checkpoint.
 PATIENCE = timedelta(hours=2)
+HEARTBEAT = 2.0  # s between the signs of life of ranks that wait for longer work; far below PATIENCE
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,54 @@ def first_problem(problem: str | None, world: World) -> str | None:
     problems: list[str | None] = [None] * world.size
     dist.all_gather_object(problems, problem)
     return next((f"rank {r}: {p}" if r else p for r, p in enumerate(problems) if p is not None), None)
+
+
+def work_while_others_wait(work: Callable[[], None] | None, world: World) -> None:
+    """Have some ranks do something long while the others wait, and return when all have done it. Collective.
+
+    work: this rank's part, run in this thread; None: it waits. That takes as long as the slowest needs, which no
+    collective's time limit allows for: the ranks exchange a sign of life every HEARTBEAT seconds instead. The first
+    UserError of a rank is raised on all."""
+    done, problems, failed = threading.Event(), [], []
+    if work is None:
+        done.set()
+
+    def signs_of_life() -> None:
+        if world.device.type == "cuda":
+            torch.cuda.set_device(world.device)  # a thread begins with the first
+        pause = 0.05
+        while True:
+            finished = done.is_set()
+            found = gathered((finished, problems[0] if finished and problems else None), world)
+            if all(there for there, _ in found):
+                problems[:] = [f"rank {rank}: {line}" if rank else line for rank, (_, line) in enumerate(found) if line]
+                return
+            time.sleep(pause)
+            pause = min(2 * pause, HEARTBEAT)
+
+    if work is None:
+        signs_of_life()
+    else:
+
+        def beside() -> None:
+            try:
+                signs_of_life()
+            except Exception as error:
+                failed.append(error)
+
+        # A daemon: what else `work` raises ends this rank, and with it the others' wait.
+        others = threading.Thread(target=beside, daemon=True)
+        others.start()
+        try:
+            work()
+        except UserError as error:
+            problems.append(str(error))
+        done.set()
+        others.join()
+        if failed:
+            raise failed[0]
+    if problems:
+        raise UserError(problems[0], agreed=True)
 
 
 def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:

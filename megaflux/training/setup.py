@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from megaflux.config import Config
 from megaflux.errors import UserError
-from megaflux.training.distributed import World, barrier, from_main
+from megaflux.training.distributed import World, from_main, work_while_others_wait
 from megaflux.training.manifest import write_durably
 
 log = logging.getLogger("megaflux")
@@ -79,17 +79,19 @@ def prepare_run_folder(config: Config, ds_config: dict[str, Any], world: World) 
 
 def prepare_data(config: Config, world: World) -> None:
     """Have `data.path` ready on every rank: made from `data.source` if it is not there yet, or, with `data.remote`,
-    its description and the held-out pictures fetched. UserError if that fails or does not fit."""
+    its description and the held-out pictures fetched. UserError, alike on all ranks, if that fails or does not fit.
+    Collective."""
     from megaflux.data import remote
     from megaflux.data.merge import TooManyBad
     from megaflux.data.prepare import OPENMOJI_DEFAULTS, Options, prepare
     from megaflux.data.shards import read_dataset_info
 
     data = config.data
-    if data.remote:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            remote.fetch_split(data.remote, Path(data.path), "held_out")
-    elif data.source and world.is_main and not (Path(data.path) / "dataset.json").exists():
+
+    def fetch() -> None:
+        remote.fetch_split(data.remote, Path(data.path), "held_out")
+
+    def make() -> None:
         log.info("preparing %s from %s", data.path, data.source)
         defaults = OPENMOJI_DEFAULTS if data.source == "openmoji" else {}
         sizes = {"longest_side": data.longest_side, "aspect_ratios": data.aspect_ratios}
@@ -97,7 +99,13 @@ def prepare_data(config: Config, world: World) -> None:
             prepare(data.source, data.path, Options(**(defaults | sizes)))
         except TooManyBad as error:
             raise UserError(f"data.source: {error}") from None
-    barrier(world)
+
+    work = None
+    if data.remote:
+        work = fetch if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
+    elif data.source and world.is_main and not (Path(data.path) / "dataset.json").exists():
+        work = make
+    work_while_others_wait(work, world)
     info = read_dataset_info(data.path)
     if info.longest_side != data.longest_side:
         raise UserError(
