@@ -149,8 +149,8 @@ def ask_to_leave(reference: Reference, run: Path, to: str, phase: str, *more: ob
     # At a terminal the launcher has the signal as well, and sends SIGTERM or dies at the same moment.
     names = (name, "SIGTERM") if to in AT_A_TERMINAL else (name,)
     assert stop["why"].removeprefix("signal ") in names, said[-2000:]
-    if to == "ctrl-c":  # all that was said: the runner's traceback is DeepSpeed's, ours are none
-        assert process.said.count("Traceback") == process.said.count("deepspeed/launcher/runner.py") == 1
+    if to == "ctrl-c":  # all that was said: DeepSpeed's runner has a traceback at times, ours are none
+        assert process.said.count("Traceback") == process.said.count("deepspeed/launcher/runner.py"), process.said
         assert process.said.count("Ctrl-C: saving once this update has ended; a second one leaves at once") == 1
     assert (run / "checkpoints" / f"update-{stop['update']:07d}" / "manifest.json").is_file()
     assert 0 < stop["update"] < 12
