@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -35,7 +34,7 @@ from megaflux.training.ds_config import accumulation_steps, compute_dtype
 from megaflux.training.engine import Carried, StageEngine, release_memory
 from megaflux.training.events import Events
 from megaflux.training.guard import Guard
-from megaflux.training.monitor import Monitor, picture_file
+from megaflux.training.monitor import Monitor
 from megaflux.training.out_of_memory import Plan
 from megaflux.training.setup import lock_run_folder, prepare_data, prepare_run_folder
 from megaflux.training.stages import trainable_names
@@ -151,7 +150,7 @@ def _run(
     last = config.train.stop_after or config.train.updates
     carried, outcome = Carried(), 0
     # What the start before was to show after its last save, and was killed or asked to leave before it had.
-    owes_loss, owes_panel = _owed(config, done, world) if resumed else (False, False)
+    owes_loss, owes_panel = validation.owed(config, done, world) if resumed else (False, False)
 
     for stage in range(resumed.stage if resumed else 0, len(config.stages)):
         if (done >= last and not (owes_loss or owes_panel)) or outcome != 0:
@@ -225,7 +224,7 @@ def _run(
                 ):
                     saved = _save(engine, config, done, loader, models, guard, resumed, monitor, world, events,
                                   must=at_end or done == last or leaving)  # fmt: skip
-                loss_due, panel_due = _shows(config, done)
+                loss_due, panel_due = validation.due(config, done)
                 if not leaving and loss_due:
                     _validate(engine, config, models, references, monitor, world, done, watch)
                     shown = True
@@ -313,23 +312,6 @@ def _validate(
     monitor.scalars({f"validation/{name}": value for name, value in values.items()}, update)
     monitor.show(val=f"{values['loss']:.3f}", gap=f"{values['gap']:.2f}")
     monitor.write_line("validation.jsonl", {"update": update, **values})
-
-
-def _shows(config: Config, update: int) -> tuple[bool, bool]:
-    """Whether a validation loss and a panel are due after an update."""
-    at_end, every = update in config.stage_ends(), config.validation
-    return at_end or _due(update, every.every), at_end or _due(update, every.panel_every)
-
-
-def _owed(config: Config, update: int, world: World) -> tuple[bool, bool]:
-    """Which of `_shows` an earlier start was to make after the update that it had saved, and has not. Collective."""
-    file = Path(config.run.dir) / "validation.jsonl"
-    made = (
-        file.is_file() and f'"update": {update},' in file.read_text(),
-        picture_file(config.run.dir, update).is_file(),
-    )
-    made = distributed.from_main(made, world)
-    return tuple(due and not there for due, there in zip(_shows(config, update), made))
 
 
 def _panel(

@@ -27,7 +27,7 @@ from megaflux.gpus import peak_tflops_for
 from megaflux.training import costs
 from megaflux.training.distributed import World, gathered, sum_over_ranks
 from megaflux.training.events import Events
-from megaflux.training.validation import save_picture
+from megaflux.training.validation import picture_file, save_picture
 
 T_BUCKETS = 8
 log = logging.getLogger("megaflux")
@@ -190,11 +190,6 @@ class Monitor:
         with self._never_fatal():
             if self.writer:
                 self.writer.close()
-
-
-def picture_file(run_dir: str | Path, update: int) -> Path:
-    """Where a run keeps the panel that it made after an update."""
-    return Path(run_dir) / "samples" / f"update-{update:07d}.png"
 
 
 def peak_memory_gb(world: World) -> float:

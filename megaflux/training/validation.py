@@ -26,7 +26,7 @@ from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models
 from megaflux.models.vlm import Condition
 from megaflux.training.cache import to_tensor
-from megaflux.training.distributed import World, generator_for, sum_over_ranks
+from megaflux.training.distributed import World, from_main, generator_for, sum_over_ranks
 
 TIMES = [(i + 0.5) / 8 for i in range(8)]
 
@@ -178,6 +178,29 @@ def _noise(config: Config, key: str, shape: tuple[int, ...]) -> Tensor:
 
 def _hash(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def due(config: Config, update: int) -> tuple[bool, bool]:
+    """Whether a validation loss and a panel are to be made after an update."""
+    at_end = update in config.stage_ends()
+    loss, panel = (
+        every > 0 and update % every == 0 for every in (config.validation.every, config.validation.panel_every)
+    )
+    return at_end or loss, at_end or panel
+
+
+def owed(config: Config, update: int, world: World) -> tuple[bool, bool]:
+    """Which of `due` an earlier start, that was killed or asked to leave, has not made after the update that it had saved.
+    Collective."""
+    file = Path(config.run.dir) / "validation.jsonl"
+    loss = file.is_file() and f'"update": {update},' in file.read_text()
+    made = from_main((loss, picture_file(config.run.dir, update).is_file()), world)
+    return tuple(wanted and not there for wanted, there in zip(due(config, update), made))
+
+
+def picture_file(run_dir: str | Path, update: int) -> Path:
+    """Where a run keeps the panel that it made after an update."""
+    return Path(run_dir) / "samples" / f"update-{update:07d}.png"
 
 
 def save_picture(sheet: Tensor, path: Path) -> None:

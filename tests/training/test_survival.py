@@ -149,8 +149,8 @@ def ask_to_leave(reference: Reference, run: Path, to: str, phase: str, *more: ob
     # At a terminal the launcher has the signal as well, and sends SIGTERM or dies at the same moment.
     names = (name, "SIGTERM") if to in AT_A_TERMINAL else (name,)
     assert stop["why"].removeprefix("signal ") in names, said[-2000:]
-    if to == "ctrl-c":  # all that was said: the runner's traceback is DeepSpeed's, ours are none
-        assert process.said.count("Traceback") == process.said.count("deepspeed/launcher/runner.py") == 1
+    if to == "ctrl-c":  # all that was said: DeepSpeed's runner has a traceback at times, ours are none
+        assert process.said.count("Traceback") == process.said.count("deepspeed/launcher/runner.py"), process.said
         assert process.said.count("Ctrl-C: saving once this update has ended; a second one leaves at once") == 1
     assert (run / "checkpoints" / f"update-{stop['update']:07d}" / "manifest.json").is_file()
     assert 0 < stop["update"] < 12
@@ -372,52 +372,3 @@ def test_a_full_disk_keeps_what_there_is_and_says_so(reference, tmp_path, rank):
     assert not list((run / "checkpoints").glob(".update-*"))  # what was written of it makes room
     if rank == 0:
         go_on(reference, run)
-
-
-def validated(run: Path) -> list[int]:
-    return [json.loads(line)["update"] for line in (run / "validation.jsonl").read_text().splitlines()]
-
-
-def panels(run: Path) -> list[int]:
-    return sorted(int(file.stem.removeprefix("update-")) for file in (run / "samples").glob("update-*.png"))
-
-
-CUT_OFF = {  # updates -> starts: fault, more, updates that are validated after it, and those with a panel
-    2: [
-        ("die_validation:2", [], [0, 1], []),  # the very last
-        ("none:-1", [], [0, 1, 2], [2]),
-    ],
-    6: [
-        ("die_validation:1", [], [0], []),  # in the middle of a stage
-        ("die_panel:2", [], [0, 1, 2], []),  # at a stage's end
-        ("die_panel:4:1", [], [0, 1, 2, 3, 4], [2]),  # at the next one's, the panel drawn and not yet written
-        ("die_validation:5:1", ["--train.stop_after", "5"], [0, 1, 2, 3, 4], [2, 4]),  # ended early
-        ("none:-1", ["--train.stop_after", "5"], [0, 1, 2, 3, 4, 5], [2, 4]),
-        ("die_panel:6", [], [0, 1, 2, 3, 4, 5, 6], [2, 4]),
-        ("none:-1", [], [0, 1, 2, 3, 4, 5, 6], [2, 4, 6]),
-    ],
-}
-
-
-@pytest.mark.parametrize("updates", [2, pytest.param(6, marks=SLOW)])
-def test_what_a_kill_cut_off_after_a_save_is_shown_by_the_next_start(data, tmp_path, updates):
-    """Stages of two updates, killed between a save and what follows it; plain python, one rank."""
-    stages = [{"name": name, "share": 1, "blocks": [0]} for name in "abc"[: updates // 2]]
-    values = small_config(data, tmp_path / "run", stages=stages, train__updates=updates, train__checkpoint_every=1,
-                          validation__every=1)  # fmt: skip
-    config, ds, run = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "fp32"), tmp_path / "run"
-
-    def go(fault: str, *more: object) -> str:
-        command = [sys.executable, FAULTY, "--deepspeed", ds, "--config", config, *more]
-        done = subprocess.run([*map(str, command)], env=environment() | {"FAULT": fault}, capture_output=True, text=True,
-                              timeout=120)  # fmt: skip
-        assert done.returncode == (-signal.SIGKILL if fault.startswith("die") else 0), done.stderr[-2000:]
-        return done.stdout + done.stderr
-
-    for fault, more, losses, pictures in CUT_OFF[updates]:
-        go(fault, *more)
-        assert (validated(run), panels(run)) == (losses, pictures), fault
-    shown, saved = len(events(run, "validation")), len(events(run, "save"))
-    assert f"done: {updates} of {updates} updates" in go("none:-1")  # a run that is done, and has shown all
-    assert (len(events(run, "validation")), len(events(run, "save"))) == (shown, saved)
-    assert [event["why"] for event in events(run, "stop")][-2:] == ["done", "done"]
