@@ -36,7 +36,10 @@ def check(config: Config, engine: StageEngine, weights: int, world: World, at_on
         there = len(manifest.listed(config.run.dir))
         wanted = 1 if at_once is None else max(1, at_once - there)
         item = next(engine.module.parameters()).element_size()
-        need, files = wanted * checkpoint_bytes(engine.num_trainable, weights, item), wanted * (3 * world.size + FILES_EACH)
+        need, files = (
+            wanted * checkpoint_bytes(engine.num_trainable, weights, item),
+            wanted * (3 * world.size + FILES_EACH),
+        )
         disk = os.statvfs(config.run.dir)
         free = disk.f_bavail * disk.f_frsize
         if free < need:
