@@ -27,7 +27,7 @@ from megaflux.data.index import INDEX, with_prefix, write_json
 from megaflux.data.items import Item, Loaded, Source
 from megaflux.data.shards import IMAGE_COLUMNS, SPLITS, open_writer
 from megaflux.errors import UserError
-from megaflux.files import Lock, try_lock
+from megaflux.files import Lock, sync_file, sync_folder, try_lock
 
 if TYPE_CHECKING:
     from megaflux.data.prepare import Options
@@ -106,8 +106,13 @@ def write_chunk(job: Job, number: int, items: Sequence[Item], progress: Callable
         folder = job.out / split / bucket.folder / name
         written = unfinished / split / bucket.folder
         (written / INDEX).unlink()  # the report has its contents; the bucket gets one index over all chunks
+        for file in written.iterdir():  # the report below says that they are whole, also after a power cut
+            with open(file, "rb") as shard:
+                sync_file(shard)
         folder.parent.mkdir(parents=True, exist_ok=True)
         written.rename(folder)
+        sync_folder(folder)
+        sync_folder(folder.parent)
     shutil.rmtree(unfinished, ignore_errors=True)
     report = {
         "items": len(items), "counts": counts, "bad": bad, "notes": notes, "shards": shards,

@@ -445,3 +445,24 @@ def test_chunks_of_both_kinds_are_one_dataset(source, tmp_path):
     loader.close()
     assert {key for batch in batches for key in batch.keys} == set(samples_of(out))
     assert not any(batch.replaced for batch in batches)
+
+
+def test_a_chunk_is_on_the_disk_before_its_report_says_so(source, tmp_path, monkeypatch):
+    """A power cut loses what was not synced: a report without its shards would never be written again."""
+    synced, real, missing = set(), os.fsync, []
+
+    def fsync(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    def replace(old, new, replace=os.replace):
+        if "chunks" in str(new):
+            shards = [path for path in (tmp_path / "out").rglob("chunk-*/*") if path.suffix in (".mds", ".zstd")]
+            missing.extend(path for path in shards if not {path.stat().st_ino, path.parent.stat().st_ino} <= synced)
+            assert shards
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    prepare(str(source), tmp_path / "out", OPTIONS, workers=1, progress=False)
+    assert not missing
