@@ -1,12 +1,14 @@
 """Two runs on one fresh dataset, folders that cannot be written, and what killed runs leave."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -176,6 +178,30 @@ def test_a_folder_that_becomes_read_only_ends_the_run(dataset, tmp_path, opened,
     loader = opened(root, num_workers=num_workers)
     with read_only(root), pytest.raises(UserError, match="epoch 0 ended after 0 of 17"):
         take(loader, BATCHES)
+
+
+def test_who_waits_for_a_shard_that_another_thread_cannot_unpack_is_let_go(dataset, tmp_path, opened, monkeypatch):  # noqa: F811
+    """Without loading processes the rank itself waits for streaming's thread, and for those of the machine's other ranks."""
+    drawn, started = opened(packed(dataset, tmp_path / "data"))._dataset, threading.Event()
+
+    def refused(_):
+        started.set()
+        time.sleep(0.5)
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def prepare_shard(*given):
+        with contextlib.suppress(unpack.MachineFault):
+            drawn.prepare_shard(*given)
+
+    monkeypatch.setattr(unpack, "own_folder", refused)
+    unpacking, waiting = (threading.Thread(target=prepare_shard, args=(0, wait), daemon=True) for wait in (False, True))
+    unpacking.start()
+    assert started.wait(20)
+    waiting.start()
+    for thread in (unpacking, waiting):
+        thread.join(20)
+        assert not thread.is_alive()
+    assert "cannot be written (Read-only file system)" in drawn.failure
 
 
 def writing(folder):
