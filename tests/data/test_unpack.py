@@ -17,7 +17,7 @@ from conftest import SMALL, write_folder
 from test_faults import BATCHES, dataset, opened, stored  # noqa: F401  fixtures
 from test_loader import keys_of, take
 
-from megaflux.data import unpack
+from megaflux.data import remote, unpack
 from megaflux.data.index import read_index
 from megaflux.data.prepare import Options, prepare
 from megaflux.data.unpack import UNPACKING, own_folder, remove_abandoned
@@ -216,6 +216,19 @@ def writing(folder):
             time.sleep(600)
     finally:
         os._exit(1)
+
+
+def test_what_a_killed_process_was_fetching_goes_with_the_next_start(dataset, tmp_path, opened, monkeypatch):  # noqa: F811
+    """Shards, indexes and the description alike, whichever it was at."""
+    made = []
+    monkeypatch.setattr(remote, "own_folder", lambda folder: made.append(folder) or own_folder(folder))
+    cache = tmp_path / "cache"
+    remote.fetch_split(str(dataset), cache, "train")
+    for folder in {*made, cache / "train" / "1x1"}:
+        (folder / UNPACKING / f"{unpack._machine()}-7-00000000").mkdir(parents=True)
+        (folder / UNPACKING / f"{unpack._machine()}-7-00000000" / unpack.LOCK).touch()
+    opened(cache, remote=str(dataset))
+    assert not list(cache.rglob("*-7-00000000"))
 
 
 def test_what_a_killed_process_was_writing_goes_and_what_a_living_one_writes_stays(tmp_path):
