@@ -109,7 +109,7 @@ def build_loader(
     )
     drawn_from = DrawnFrom(path, shards, original or shards)
     folders = {path / split / bucket.folder: entries for bucket, entries in shards.items()}
-    if world.local_rank == 0 and (left := remove_abandoned(folders)):
+    if world.local_rank == 0 and (left := remove_abandoned([path, *folders])):
         logger.info("removed what killed runs were unpacking: %s", ", ".join(map(str, left)))
     raise_first(unwritable(path, folders) if world.local_rank == 0 and not remote else None, world)
     with exclusive_set_up(world), as_streaming_sees(world):

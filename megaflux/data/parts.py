@@ -99,7 +99,7 @@ def remove_leftovers(root: Path) -> None:
         for path in (root / SPLIT).glob(".*.unfinished"):
             shutil.rmtree(path, ignore_errors=True)
         for path in (root / SPLIT).glob("*/shard.*"):
-            path.unlink()
+            path.unlink(missing_ok=True)  # another run may be at it too
 
 
 class Writing:

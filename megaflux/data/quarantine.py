@@ -35,6 +35,7 @@ from megaflux import compat  # noqa: F401  before streaming, which imports torch
 
 # isort: split
 from streaming import StreamingDataset
+from streaming.base.dataset import _ShardState
 from streaming.base.format import Reader
 
 from megaflux.data.batches import decode_image
@@ -174,6 +175,9 @@ class BucketDataset(StreamingDataset):
                 lock.release(force=True)
             shard = self.shards[shard_id]
             self.failure = f"{shard.dirname}/{shard.raw_data.basename}: {_one_line(error)}"
+            # Who waits for it, in another thread or rank, would wait for ever: streaming leaves it as being prepared.
+            if self._shard_states[shard_id] == _ShardState.PREPARING:
+                self._shard_states[shard_id] = _ShardState.REMOTE
             if get_worker_info() is None:
                 raise
             # The other workers would wait for this shard for ever; a dead worker ends the run instead.

@@ -50,7 +50,7 @@ def fetch_split(remote: str, cache: Path, split: str) -> None:
 def _fetch(remote: str, name: str, cache: Path) -> None:
     target = cache / name
     try:
-        with own_folder(target.parent) as own:
+        with own_folder(cache) as own:  # one place, which the loader clears of what killed runs left
             arriving = own / "fetched"
             try:
                 CloudDownloader.direct_download(f"{remote.rstrip('/')}/{name}", str(arriving))
@@ -60,6 +60,7 @@ def _fetch(remote: str, name: str, cache: Path) -> None:
                 raise UserError(
                     f"{target}: differs from {remote}; the cache is of another dataset, give an empty folder"
                 )
+            target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(arriving, target)
     except OSError as error:
         raise UserError(f"data.path: {cache} cannot be written ({error.strerror}); give a folder that can be") from None

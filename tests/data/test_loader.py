@@ -332,9 +332,15 @@ RANKS = """
 import itertools, json, os, sys
 import torch.distributed as dist
 dist.init_process_group("gloo")
+from megaflux.data import loader as module
 from megaflux.data.loader import build_loader
+from megaflux.errors import UserError
 path, out = sys.argv[1:]
-found = {}
+found, refused = {}, []
+
+def too_small(*_, local_ranks, **__):
+    refused.append(local_ranks)
+    return "too small"
 for num_workers in (0, 2):
     loader = build_loader(path, micro_batch_size=2, seed=3, num_workers=num_workers)
     iterator = iter(loader)
@@ -347,8 +353,16 @@ for num_workers in (0, 2):
     found[num_workers] = batches
     repeats = loader.repeats
     loader.close()
+# What the first rank of a machine alone has seen.
+module.shm_room.problem = too_small
+for unwritable in (module.unwritable, lambda *_: "not writable"):
+    module.unwritable = unwritable
+    try:
+        build_loader(path, micro_batch_size=2, seed=3)
+    except UserError as error:
+        refused.append([str(error), error.agreed])
 with open(f"{out}/{dist.get_rank()}.json", "w") as file:
-    json.dump({"keys": found, "repeats": repeats, "state": state}, file)
+    json.dump({"keys": found, "repeats": repeats, "state": state, "refused": refused}, file)
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -362,7 +376,8 @@ def free_port():
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_two_ranks_see_the_batches_of_one(build, small_dataset, tmp_path, nodes):
-    """Two ranks, on one node or on two, resumed in the middle, against one rank of twice the batch."""
+    """Two ranks, on one node or on two, resumed in the middle, against one rank of twice the batch. What stops one of them at
+    the start stops both, with one error."""
     alone = keys_of(take(build(micro_batch_size=4), 26))
     (tmp_path / "ranks.py").write_text(RANKS)
     common = [
@@ -386,6 +401,8 @@ def test_two_ranks_see_the_batches_of_one(build, small_dataset, tmp_path, nodes)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0]["repeats"] == ranks[1]["repeats"] == {"1:1": 3, "2:1": 3, "1:2": 1}
     assert ranks[0]["state"] == ranks[1]["state"]
+    said = [["too small", True], ["not writable", True]]
+    assert [rank["refused"] for rank in ranks] == [[2, *said], said]  # /dev/shm is asked about once, for both
     for num_workers in ("0", "2"):
         for first, second, together in zip(
             ranks[0]["keys"][num_workers], ranks[1]["keys"][num_workers], alone, strict=True

@@ -1,12 +1,14 @@
 """Two runs on one fresh dataset, folders that cannot be written, and what killed runs leave."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from conftest import SMALL, write_folder
 from test_faults import BATCHES, dataset, opened, stored  # noqa: F401  fixtures
 from test_loader import keys_of, take
 
-from megaflux.data import unpack
+from megaflux.data import remote, unpack
 from megaflux.data.index import read_index
 from megaflux.data.prepare import Options, prepare
 from megaflux.data.unpack import UNPACKING, own_folder, remove_abandoned
@@ -178,6 +180,30 @@ def test_a_folder_that_becomes_read_only_ends_the_run(dataset, tmp_path, opened,
         take(loader, BATCHES)
 
 
+def test_who_waits_for_a_shard_that_another_thread_cannot_unpack_is_let_go(dataset, tmp_path, opened, monkeypatch):  # noqa: F811
+    """Without loading processes the rank itself waits for streaming's thread, and for those of the machine's other ranks."""
+    drawn, started = opened(packed(dataset, tmp_path / "data"))._dataset, threading.Event()
+
+    def refused(_):
+        started.set()
+        time.sleep(0.5)
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def prepare_shard(*given):
+        with contextlib.suppress(unpack.MachineFault):
+            drawn.prepare_shard(*given)
+
+    monkeypatch.setattr(unpack, "own_folder", refused)
+    unpacking, waiting = (threading.Thread(target=prepare_shard, args=(0, wait), daemon=True) for wait in (False, True))
+    unpacking.start()
+    assert started.wait(20)
+    waiting.start()
+    for thread in (unpacking, waiting):
+        thread.join(20)
+        assert not thread.is_alive()
+    assert "cannot be written (Read-only file system)" in drawn.failure
+
+
 def writing(folder):
     """A process that is writing into `folder` until it is killed, and its own folder there."""
     reading, telling = os.pipe()
@@ -190,6 +216,19 @@ def writing(folder):
             time.sleep(600)
     finally:
         os._exit(1)
+
+
+def test_what_a_killed_process_was_fetching_goes_with_the_next_start(dataset, tmp_path, opened, monkeypatch):  # noqa: F811
+    """Shards, indexes and the description alike, whichever it was at."""
+    made = []
+    monkeypatch.setattr(remote, "own_folder", lambda folder: made.append(folder) or own_folder(folder))
+    cache = tmp_path / "cache"
+    remote.fetch_split(str(dataset), cache, "train")
+    for folder in {*made, cache / "train" / "1x1"}:
+        (folder / UNPACKING / f"{unpack._machine()}-7-00000000").mkdir(parents=True)
+        (folder / UNPACKING / f"{unpack._machine()}-7-00000000" / unpack.LOCK).touch()
+    opened(cache, remote=str(dataset))
+    assert not list(cache.rglob("*-7-00000000"))
 
 
 def test_what_a_killed_process_was_writing_goes_and_what_a_living_one_writes_stays(tmp_path):
