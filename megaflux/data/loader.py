@@ -30,7 +30,7 @@ from megaflux.data.buckets import Bucket
 from megaflux.data.index import RESTORE, column_encodings, inspect_index, raise_problems
 from megaflux.data.order import DrawnFrom, Order, packed
 from megaflux.data.quarantine import BucketDataset, QuarantiningStream
-from megaflux.data.ranks import World, as_streaming_sees, barrier, detect_world, raise_first
+from megaflux.data.ranks import World, as_streaming_sees, detect_world, raise_first
 from megaflux.data.shards import DatasetInfo, read_dataset_info
 from megaflux.data.shared_memory import claim, exclusive_set_up, release, remove_leftovers
 from megaflux.data.unpack import remove_abandoned, unwritable
@@ -91,9 +91,13 @@ def build_loader(
         raise UserError(f"a cache limit ({cache_limit}) needs a remote; it would delete the only copy in {path}")
     world = detect_world()
     if remote:
+        problem = None
         if world.local_rank == 0:
-            remote_data.fetch_indexes(remote, path, split)
-        barrier()
+            try:
+                remote_data.fetch_indexes(remote, path, split)
+            except UserError as error:
+                problem = str(error)
+        raise_first(problem, world)
     problems = []
     if verify and not remote:
         problems = verify_on_all_ranks(path, sorted({split, "held_out"}), run_folder, world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from megaflux import compat  # noqa: F401  before streaming, which imports torchvision
@@ -50,16 +51,21 @@ def fetch_split(remote: str, cache: Path, split: str) -> None:
 def _fetch(remote: str, name: str, cache: Path) -> None:
     target = cache / name
     try:
-        with own_folder(cache) as own:  # one place, which the loader clears of what killed runs left
+        # One place, which the loader clears of what killed runs left. What is there already is only compared: the folder may
+        # be one that cannot be written.
+        with tempfile.TemporaryDirectory() if target.exists() else own_folder(cache) as own:
+            own = Path(own)
             arriving = own / "fetched"
             try:
                 CloudDownloader.direct_download(f"{remote.rstrip('/')}/{name}", str(arriving))
             except Exception as error:
                 raise UserError(f"{remote.rstrip('/')}/{name}: cannot be fetched ({str(error)[:200]})") from None
-            if target.exists() and target.read_bytes() != arriving.read_bytes():
-                raise UserError(
-                    f"{target}: differs from {remote}; the cache is of another dataset, give an empty folder"
-                )
+            if target.exists():
+                if target.read_bytes() != arriving.read_bytes():
+                    raise UserError(
+                        f"{target}: differs from {remote}; the cache is of another dataset, give an empty folder"
+                    )
+                return
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(arriving, target)
     except OSError as error:

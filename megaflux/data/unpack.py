@@ -28,7 +28,7 @@ from streaming.base.format import FileInfo
 from streaming.base.hashing import get_hash
 from streaming.base.util import retry
 
-from megaflux.files import Lock, try_lock
+from megaflux.files import Lock, sync_file, try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,9 @@ class UnpackingStream(Stream):
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        path.write_bytes(data)
+        with open(path, "wb") as file:
+            file.write(data)
+            sync_file(file)  # before it has its name: a power cut must not leave a short shard under it
     except OSError as error:
         raise MachineFault(f"{path.parents[2]}: cannot be written ({error.strerror})") from error
 

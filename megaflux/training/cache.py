@@ -30,10 +30,11 @@ from megaflux.data.images import decode
 from megaflux.data.index import stored_file
 from megaflux.data.parts import Part, Writing, all_parts, complete, missing, remove_leftovers
 from megaflux.data.shards import DatasetInfo, read_dataset_info
-from megaflux.errors import UserError
+from megaflux.errors import STUCK, UserError
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models, weights_fingerprint
 from megaflux.training.distributed import HEARTBEAT, World, from_main, gathered
+from megaflux.training.watch import leave
 
 log = logging.getLogger("megaflux")
 BATCH = 32
@@ -48,7 +49,8 @@ def cached_dataset(config: Config, models: Models, world: World) -> str:
     Training from it draws the same samples in the same order as from `data.path` (build_loader's computed_from). Only
     local shards can be cached.
 
-    Raises UserError, alike on all ranks: an image shard or picture that is damaged, or a disk that refuses.
+    Raises UserError, alike on all ranks: an image shard or picture that is damaged, or a disk that refuses. A rank that
+    computes nothing for `train.hang_timeout` seconds leaves with its stacks and exit code 11.
     """
     kinds = config.data.cache
     if not kinds:
@@ -110,7 +112,14 @@ def _compute(share: _Share, total: int, what: str, world: World) -> None:
 
 def _wait(work: Future[None], share: _Share, what: str, bar: tqdm, world: World) -> None:
     pause, said = 0.05, time.monotonic()
+    last, moved, patience = share.done, time.monotonic(), share.config.train.hang_timeout
     while True:
+        if share.done != last or work.done():
+            last, moved = share.done, time.monotonic()
+        elif (
+            time.monotonic() - moved > patience
+        ):  # the signs of life say that this thread lives, not the one that computes
+            leave(f"{what}: no image in {patience:.0f} s (train.hang_timeout)", STUCK, stacks=True)
         finished, problem = work.done(), None
         if finished:
             try:

@@ -72,9 +72,10 @@ def parts(data):
     return {path: path.stat().st_ino for path in data.glob("cache/*/train/*/part-*")}
 
 
-def start(data, ranks=1, fault="", limit=600, kinds=("latents",)):
+def start(data, ranks=1, fault="", limit=600, kinds=("latents",), **changes):
     """The worker on each rank."""
-    config = write_config(small_config(data, data.parent / "run", data__cache=list(kinds)), data.parent / "cache.yaml")
+    values = small_config(data, data.parent / "run", data__cache=list(kinds), **changes)
+    config = write_config(values, data.parent / "cache.yaml")
     env = environment() | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                            "MASTER_PORT": str(free_port()), "FAULT": fault, "LIMIT": str(limit)}  # fmt: skip
     return [
@@ -104,6 +105,13 @@ def test_a_rank_whose_share_takes_longer_than_a_collective_may_is_waited_for(dat
     assert int(re.search(r"(\d+) images", done[1][1])[1]) > 10  # s that rank 1 took: more than the limit
     (root,) = (data / "cache").iterdir()
     assert verify_dataset(root).samples("train") == read_dataset_info(data).samples("train")
+
+
+def test_a_rank_that_computes_nothing_is_given_up(data):
+    done = ended(start(data, ranks=2, fault="hang:1", train__hang_timeout=4))
+    assert done[1][0] == 11 and "rank 1: caching latents: no image in 4 s (train.hang_timeout)" in done[1][2]
+    assert "cache_worker.py" in done[1][2]  # where it hangs
+    assert done[0][0] not in (0, 2) and "no image" not in done[0][2]  # as where a rank is gone
 
 
 def test_a_killed_cache_goes_on_and_two_at_once_share_what_is_left(data):
