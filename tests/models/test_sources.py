@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megaflux import convert, infer_options
+from megaflux import convert, infer, infer_options
 from megaflux.config import build_config
 from megaflux.errors import UserError
 from megaflux.generation.job import Runtime
@@ -146,6 +146,15 @@ def test_infers_own_models_follow_the_same_rule(here):
                 infer_options.check_sources(runtime)
         else:
             infer_options.check_sources(runtime)
+
+
+def test_a_controlnets_folder_is_looked_at_before_anything_is_loaded(here):
+    """The checkpoint takes minutes to load, and is not there at all here."""
+    (here / "net").mkdir()
+    (here / "net/config.json").write_text("{}")
+    (here / "net/diffusion_pytorch_model.safetensors").write_text(POINTER)
+    with pytest.raises(UserError, match="^--controlnet depth net holds git-lfs pointers in the place of diffusion_pyt"):
+        infer.load(Runtime(checkpoint="x", controlnet={"depth": "net"}))
 
 
 def test_conversion_names_pointers(tmp_path, flux, published):
