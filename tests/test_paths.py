@@ -194,7 +194,7 @@ def test_a_folder_named_so_by_an_earlier_version_is_not_left_behind_in_silence(h
     assert parse("--run.dir=~/run").run.dir == f"{home}/run"
 
 
-def test_an_old_runs_own_paths_stay_what_they_were(tmp_path):
+def test_an_old_runs_own_paths_stay_what_they_were(tmp_path, monkeypatch):
     values = {"run": {"dir": "~/run"}, "model": {"vae": "tiny"}, "data": {"path": "~data", "source": None}}
     assert literal(values, PATHS) == {
         "run": {"dir": "./~/run"}, "model": {"vae": "tiny"}, "data": {"path": "./~data", "source": None}}  # fmt: skip
@@ -202,6 +202,9 @@ def test_an_old_runs_own_paths_stay_what_they_were(tmp_path):
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("path: data/openmoji", "path: ~/openmoji"))
     assert saved.load(run).data.path == "./~/openmoji"
+    assert saved.begun(str(run)).values["data"]["path"] == "./~/openmoji"
+    started = {"config": (run / "config.yaml").read_text()}  # as manifests hold it from format 3 on
+    monkeypatch.setattr(saved, "_newest", lambda run_dir: {"format": 3, "data": {}, "started_with": started})
     assert saved.begun(str(run)).values["data"]["path"] == "./~/openmoji"
 
 

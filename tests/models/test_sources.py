@@ -18,7 +18,7 @@ from megaflux.config import build_config
 from megaflux.errors import UserError
 from megaflux.generation.job import Runtime
 from megaflux.models import pretrained
-from megaflux.models.sources import FLUX, VLM, folder_problems, hub_name, opened, problem, read_header
+from megaflux.models.sources import FLUX, VLM, folder_problems, hub_name, model_problems, opened, problem, read_header
 from megaflux.training import checkpoint
 from tests.conftest import small_values
 
@@ -130,6 +130,14 @@ def test_generation_and_export_of_a_run_say_the_same(here, flux, sharded):
     min(sharded.glob("*.safetensors")).write_text(POINTER)
     with pytest.raises(UserError, match="model.vlm: .*git lfs pull.*; model.vae: weights/vaee does not exist in"):
         pretrained.load_models(build_config(values))
+
+
+def test_fluxs_own_vae_is_needed_only_where_no_other_is_given(flux):
+    shutil.rmtree(flux / "vae")
+    model = build_config(small_values()).model.model_copy(update={"flux": str(flux), "vlm": None, "vae": "tiny"})
+    assert list(model_problems(model)) == []
+    (said,) = model_problems(model.model_copy(update={"vae": None}))
+    assert said.startswith(f"model.flux: {flux} lacks vae/config.json, vae/diffusion_pytorch_model")
 
 
 def test_infers_own_models_follow_the_same_rule(here):
