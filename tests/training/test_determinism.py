@@ -71,6 +71,6 @@ def test_a_workspace_of_ones_own(given, code):
 def test_training_asks_for_it_where_its_configuration_does(tmp_path, monkeypatch):
     """Seen by what is refused at the start, as on a CPU the bits are the same either way."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    done = launch("--run.dir", tmp_path / "run", "--train.deterministic", "true", with_="python")
+    done = launch("--run.dir", tmp_path / "run", "--train.deterministic", "true", with_="python", timeout=90)
     assert done.returncode == 2, done.stderr[-3000:]
     assert done.stderr.splitlines()[-1].startswith("error: CUBLAS_WORKSPACE_CONFIG: ':0:0', but train.deterministic")
