@@ -32,14 +32,23 @@ refuse() {
   exit 2
 }
 
-# The folder of the run that the command trains; the last --run.dir counts, as it does for the command.
+# The folder of the run that the command trains; the last --run.dir counts, as it does for the command, and a ~ that the shell
+# left in it (--run.dir=~/run) is a home folder here too.
 run_folder() {
-  local found=${RUN_DIR:-} before=
+  local found=${RUN_DIR:-} before= name home
   for word; do
     case $word in --run.dir=*) found=${word#--run.dir=} ;; esac
     if [ "$before" = --run.dir ]; then found=$word; fi
     before=$word
   done
+  name=${found%%/*}
+  case $name in
+    "~"*[!A-Za-z0-9._~-]*) ;;
+    "~" | "~"[A-Za-z_]*)
+      eval "home=$name"
+      case $home in /*) found=${home%/}${found#"$name"} ;; esac # else nobody's: the command refuses it
+      ;;
+  esac
   echo "$found"
 }
 

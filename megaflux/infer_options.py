@@ -364,12 +364,15 @@ def sources(runtime: Runtime) -> dict[str, str]:
 
 def check_sources(runtime: Runtime) -> None:
     """UserError, before anything is loaded, for a source that is neither a folder nor a hub's OWNER/NAME
-    (megaflux/models/sources.py)."""
-    from megaflux.models.sources import problem
+    (megaflux/models/sources.py), and for a ControlNet's folder that is not whole."""
+    from megaflux.models.sources import DIFFUSERS_MODEL, folder_problems, hub_name, problem
 
     for option, source in sources(runtime).items():
         if why := problem(source):
             raise UserError(f"{option} {source}: {why}")
+        local_net = option.startswith("--controlnet") and hub_name(source) is None
+        if local_net and (found := folder_problems(Path(source), {"": DIFFUSERS_MODEL})):
+            raise UserError("; ".join(f"{option} {line}" for line in found))
 
 
 def in_place(new: JobReference, text: str, before: tuple[JobReference, ...]) -> JobReference:

@@ -22,7 +22,7 @@ from megaflux.infer import line_options
 from megaflux.paths import expanded, keyed_path_option, literal, path_option
 from megaflux.presets import PRESETS
 from megaflux.schema import PATHS
-from megaflux.training import saved
+from megaflux.training import checkpoint, saved
 from megaflux.training.ds_config import load_ds_config
 from megaflux_kernels.bench.report import path as kernels_path
 from tests.conftest import picture, small_values, write_run
@@ -194,7 +194,7 @@ def test_a_folder_named_so_by_an_earlier_version_is_not_left_behind_in_silence(h
     assert parse("--run.dir=~/run").run.dir == f"{home}/run"
 
 
-def test_an_old_runs_own_paths_stay_what_they_were(tmp_path):
+def test_an_old_runs_own_paths_stay_what_they_were(tmp_path, monkeypatch):
     values = {"run": {"dir": "~/run"}, "model": {"vae": "tiny"}, "data": {"path": "~data", "source": None}}
     assert literal(values, PATHS) == {
         "run": {"dir": "./~/run"}, "model": {"vae": "tiny"}, "data": {"path": "./~data", "source": None}}  # fmt: skip
@@ -203,6 +203,20 @@ def test_an_old_runs_own_paths_stay_what_they_were(tmp_path):
     (run / "config.yaml").write_text(text.replace("path: data/openmoji", "path: ~/openmoji"))
     assert saved.load(run).data.path == "./~/openmoji"
     assert saved.begun(str(run)).values["data"]["path"] == "./~/openmoji"
+    started = {"config": (run / "config.yaml").read_text()}  # as manifests hold it from format 3 on
+    monkeypatch.setattr(saved, "_newest", lambda run_dir: {"format": 3, "data": {}, "started_with": started})
+    assert saved.begun(str(run)).values["data"]["path"] == "./~/openmoji"
+
+
+def test_an_old_run_on_weights_in_a_folder_named_so_is_the_same_run(tmp_path):
+    """Its checkpoints' manifests hold the name as it was written."""
+    run = write_run(tmp_path / "run", small_values(), updates=(4,))
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("vae: tiny", "vae: ~/vae"))
+    config = saved.load(run)
+    assert config.model.vae == "./~/vae"
+    identity = checkpoint.identity(config) | {"model.vae": "~/vae"}
+    assert saved.changed(identity, 3, checkpoint.identity(config)) == []
+    assert saved.changed(identity | {"model.vae": "/vae"}, 3, checkpoint.identity(config)) == ["model.vae"]
 
 
 def test_pictures_and_models_of_infer(home):

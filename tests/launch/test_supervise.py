@@ -112,7 +112,7 @@ def checkpoint(run_dir: Path, update: int) -> str:
     return f"mkdir -p {folder}; touch {folder}/manifest.json; exit 1"
 
 
-@pytest.mark.parametrize("given", ["words", "equals", "environment"])
+@pytest.mark.parametrize("given", ["words", "equals", "environment", "home"])
 def test_gives_up_where_no_checkpoint_moves(tmp_path, given):
     root = tmp_path / "my run"
     moves, still = [checkpoint(root, n) for n in (8, 9, 10)], ["exit 5"] * 2
@@ -121,12 +121,22 @@ def test_gives_up_where_no_checkpoint_moves(tmp_path, given):
         "words": ["--run.dir", "/elsewhere", "--run.dir", root],
         "equals": [f"--run.dir={root}"],
         "environment": [],
+        "home": ["--run.dir=~/my run"],  # in which no shell expands it
     }
     environment = {"RUN_DIR": str(root)} if given == "environment" else {"RUN_DIR": "/nowhere"}
     command = in_turn(tmp_path, *moves, *still, checkpoint(root, 12), *still, half)
-    code, said = run(*command, *extra[given], **environment)
+    code, said = run(*command, *extra[given], HOME=str(tmp_path), **environment)
     assert code == 4 and attempts(tmp_path) == 9
     assert "3 in a row got nowhere, giving up" in said[-1]
+
+
+@pytest.mark.parametrize("text", ["~nobodyhere/x", "~$(touch pwned)/x", "~;touch pwned", "~-/x", "~1", "./~/x"])
+def test_what_is_no_home_stays_as_it_is(tmp_path, text):
+    functions = 'eval "$(sed -n "/^run_folder() {/,/^}/p" "$1")"; run_folder "--run.dir=$2"'
+    said = subprocess.run(
+        ["bash", "-uc", functions, "-", SUPERVISE, text], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (said.stdout, said.stderr, os.listdir(tmp_path)) == (f"{text}\n", "", [])
 
 
 def test_progress_without_a_checkpoint_is_getting_somewhere(tmp_path):

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megaflux import convert, infer_options
+from megaflux import convert, infer, infer_options
 from megaflux.config import build_config
 from megaflux.errors import UserError
 from megaflux.generation.job import Runtime
 from megaflux.models import pretrained
-from megaflux.models.sources import FLUX, VLM, folder_problems, hub_name, opened, problem, read_header
+from megaflux.models.sources import FLUX, VLM, folder_problems, hub_name, model_problems, opened, problem, read_header
 from megaflux.training import checkpoint
 from tests.conftest import small_values
 
@@ -132,6 +132,14 @@ def test_generation_and_export_of_a_run_say_the_same(here, flux, sharded):
         pretrained.load_models(build_config(values))
 
 
+def test_fluxs_own_vae_is_needed_only_where_no_other_is_given(flux):
+    shutil.rmtree(flux / "vae")
+    model = build_config(small_values()).model.model_copy(update={"flux": str(flux), "vlm": None, "vae": "tiny"})
+    assert list(model_problems(model)) == []
+    (said,) = model_problems(model.model_copy(update={"vae": None}))
+    assert said.startswith(f"model.flux: {flux} lacks vae/config.json, vae/diffusion_pytorch_model")
+
+
 def test_infers_own_models_follow_the_same_rule(here):
     (here / "weights").mkdir()
     for source, refused in (
@@ -146,6 +154,15 @@ def test_infers_own_models_follow_the_same_rule(here):
                 infer_options.check_sources(runtime)
         else:
             infer_options.check_sources(runtime)
+
+
+def test_a_controlnets_folder_is_looked_at_before_anything_is_loaded(here):
+    """The checkpoint takes minutes to load, and is not there at all here."""
+    (here / "net").mkdir()
+    (here / "net/config.json").write_text("{}")
+    (here / "net/diffusion_pytorch_model.safetensors").write_text(POINTER)
+    with pytest.raises(UserError, match="^--controlnet depth net holds git-lfs pointers in the place of diffusion_pyt"):
+        infer.load(Runtime(checkpoint="x", controlnet={"depth": "net"}))
 
 
 def test_conversion_names_pointers(tmp_path, flux, published):

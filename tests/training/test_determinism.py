@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.training.runs import environment, free_port
+from tests.training.runs import environment, free_port, launch
 
 CODE = """
 import os, sys
@@ -66,3 +66,11 @@ def test_a_workspace_of_ones_own(given, code):
         )
     else:
         assert out.split()[-1] == ":16:8"
+
+
+def test_training_asks_for_it_where_its_configuration_does(tmp_path, monkeypatch):
+    """Seen by what is refused at the start, as on a CPU the bits are the same either way."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    done = launch("--run.dir", tmp_path / "run", "--train.deterministic", "true", with_="python", timeout=90)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert done.stderr.splitlines()[-1].startswith("error: CUBLAS_WORKSPACE_CONFIG: ':0:0', but train.deterministic")
