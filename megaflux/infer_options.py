@@ -364,7 +364,8 @@ def sources(runtime: Runtime) -> dict[str, str]:
 
 def check_sources(runtime: Runtime) -> None:
     """UserError, before anything is loaded, for a source that is neither a folder nor a hub's OWNER/NAME
-    (megaflux/models/sources.py), and for a ControlNet's folder that is not whole."""
+    (megaflux/models/sources.py), and for the folder of a ControlNet or detector that is not whole."""
+    from megaflux.generation.control import Sources, lacking
     from megaflux.models.sources import DIFFUSERS_MODEL, folder_problems, hub_name, problem
 
     for option, source in sources(runtime).items():
@@ -373,6 +374,9 @@ def check_sources(runtime: Runtime) -> None:
         local_net = option.startswith("--controlnet") and hub_name(source) is None
         if local_net and (found := folder_problems(Path(source), {"": DIFFUSERS_MODEL})):
             raise UserError("; ".join(f"{option} {line}" for line in found))
+    detectors = Sources(depth=runtime.depth_model, line=runtime.line_model, sam=runtime.sam_model)
+    if found := lacking(detectors):
+        raise UserError("; ".join(found))
 
 
 def in_place(new: JobReference, text: str, before: tuple[JobReference, ...]) -> JobReference:

@@ -239,7 +239,7 @@ def run_facts(runtime: Runtime) -> Facts:
 
 def extra_parts(job: Job, runtime: Runtime) -> tuple[list[Part], list[str]]:
     """(ControlNets and detectors that the job needs, what of them is missing)."""
-    from megaflux.generation.control import NEEDED, OPTIONS, Sources, missing
+    from megaflux.generation.control import NEEDED, OPTIONS, Sources, lacking
     from megaflux.models.sources import DIFFUSERS_MODEL, hub_name, source_problems
 
     made = [c.kind for c in job.controls if c.image is None and c.kind in DETECTED]
@@ -248,7 +248,7 @@ def extra_parts(job: Job, runtime: Runtime) -> tuple[list[Part], list[str]]:
     given = {"depth": runtime.depth_model, "line": runtime.line_model, "sam": runtime.sam_model}
     problems = [NEEDED[name] for name in needs if given[name] is None]
     wanted = {OPTIONS[name][2:]: given[name] for name in needs if given[name] is not None}
-    problems += [line for line in missing(Sources(**{name: given[name] for name in needs})) if "would be" not in line]
+    problems += lacking(Sources(**{name: given[name] for name in needs}))
     parts = []
     for name, source in (
         {f"ControlNet {kind}".strip(): net for kind, net in runtime.controlnet.items()} | wanted

@@ -240,16 +240,12 @@ def read_mask(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(white.astype(np.uint8) * 255)
 
 
-def missing(sources: Sources) -> list[str]:
-    """What the named sources lack on disk, one line each. A hub name that is no folder here "would be fetched"."""
-    lines = []
-    for name, option in OPTIONS.items():
-        source = getattr(sources, name)
-        if source is not None and _would_be_fetched(source):
-            lines.append(f"{option} {source}: no folder here; would be fetched from the hub")
-        elif source is not None:
-            lines += _lacking(name, source)
-    return lines
+def lacking(sources: Sources) -> list[str]:
+    """What the named sources that are folders lack, one line each. A hub's files are not looked at."""
+    named = ((name, getattr(sources, name)) for name in OPTIONS)
+    return [
+        line for name, source in named if source and not _would_be_fetched(source) for line in _lacking(name, source)
+    ]
 
 
 def _would_be_fetched(source: str) -> bool:

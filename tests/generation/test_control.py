@@ -24,7 +24,7 @@ from megaflux.generation.control import (
     Sources,
     canny,
     check_points,
-    missing,
+    lacking,
     parse_point,
     read_mask,
 )
@@ -436,8 +436,8 @@ def test_the_detectors_libraries_are_quiet(sources):
 # ---- what is on disk
 
 
-def test_missing(sources, tmp_path):
-    assert missing(sources) == [] and missing(Sources()) == []
+def test_lacking(sources, tmp_path):
+    assert lacking(sources) == [] and lacking(Sources()) == []
     depth, sam, line = tmp_path / "depth", tmp_path / "sam", tmp_path / "line"
     shutil.copytree(sources.depth, depth)
     (depth / "model.safetensors").unlink()
@@ -447,7 +447,7 @@ def test_missing(sources, tmp_path):
     index = sam / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}')
     line.mkdir()
-    assert missing(Sources(str(depth), str(line), str(sam))) == [
+    assert lacking(Sources(str(depth), str(line), str(sam))) == [
         f"--depth-model {depth} lacks preprocessor_config.json or processor_config.json, model.safetensors or "
         "model.safetensors.index.json; give a complete folder",
         f"--line-model {line}: holds no MTEED.pth; give Anyline's folder",
@@ -455,16 +455,15 @@ def test_missing(sources, tmp_path):
         f"--sam-model {sam} holds damaged files: model-1.safetensors lacks a, which the index says it holds; fetch them again",
     ]
     (line / "MTEED.pth").write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert missing(Sources(line=str(line))) == [
+    assert lacking(Sources(line=str(line))) == [
         f"--line-model {line}: holds a git-lfs pointer in the place of MTEED.pth; fetch the file with `git lfs pull`"
     ]
     index.write_text("[]")
-    assert missing(Sources(sam=str(sam))) == [
+    assert lacking(Sources(sam=str(sam))) == [
         f"--sam-model {sam} holds damaged files: {index.name}: weight_map does not name safetensors files beside it; fetch them again"
     ]
-    assert missing(Sources(depth=str(index), line="owner/name", sam="/no/where/at/all")) == [
+    assert lacking(Sources(depth=str(index), line="owner/name", sam="/no/where/at/all")) == [
         f"--depth-model {index}: is a file; give the folder it belongs to",
-        "--line-model owner/name: no folder here; would be fetched from the hub",
         "--sam-model /no/where/at/all: does not exist; give a folder, or a hub name (hub:owner/name, or owner/name where no "
         "folder owner is here)",
     ]

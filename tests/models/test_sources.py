@@ -191,15 +191,17 @@ def test_the_hub_is_meant_even_beside_a_folder_of_that_name(here, flux, publishe
     when it is imported."""
     commit = "0" * 40
     cached = here / "cache/hub/models--owner--flux"
-    shutil.copytree(published["flux"], cached / "snapshots" / commit)
-    (cached / "refs").mkdir()
-    (cached / "refs/main").write_text(commit)
+    for name in ("flux", "qwen"):
+        shutil.copytree(published[name], cached.with_name(f"models--owner--{name}") / "snapshots" / commit)
+        (cached.with_name(f"models--owner--{name}") / "refs").mkdir()
+        (cached.with_name(f"models--owner--{name}") / "refs/main").write_text(commit)
     code = (
         "import sys, torch; from megaflux.models import pretrained as p\n"
         "from megaflux.models.pretrained import weights_fingerprint as f\n"
         "for s in sys.argv[1:]:\n"
         "    t = p.load_transformer(s, torch.float32); v = p.load_vae(None, s); c, _ = p.load_clip(s); p.load_scheduler(s)\n"
         "    print(f(t, v, c))\n"
+        "q, _ = p.load_vlm('hub:owner/qwen', dtype=torch.float32); p.read_lm_head('hub:owner/qwen').sum()\n"
     )
     env = os.environ | {"HF_HOME": str(here / "cache"), "HF_HUB_OFFLINE": "1"}
     run = lambda *names: subprocess.run(  # noqa: E731
