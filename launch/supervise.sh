@@ -32,14 +32,23 @@ refuse() {
   exit 2
 }
 
-# The folder of the run that the command trains; the last --run.dir counts, as it does for the command.
+# The folder of the run that the command trains; the last --run.dir counts, as it does for the command, which also takes a ~
+# for a home folder that the shell left as it is, as in --run.dir=~/x.
 run_folder() {
-  local found=${RUN_DIR:-} before=
+  local found=${RUN_DIR:-} before= user
   for word; do
     case $word in --run.dir=*) found=${word#--run.dir=} ;; esac
     if [ "$before" = --run.dir ]; then found=$word; fi
     before=$word
   done
+  case $found in
+    '~' | '~/'*) found=${HOME:-'~'}${found#'~'} ;;
+    '~'*)
+      user=${found%%/*}
+      user=$(getent passwd "${user#'~'}" | cut -d: -f6)
+      if [ -n "$user" ]; then found=$user${found#"${found%%/*}"}; fi
+      ;;
+  esac
   echo "$found"
 }
 
