@@ -98,6 +98,25 @@ def test_a_first_rank_that_never_comes_is_one_line_and_no_bad_input(monkeypatch,
     assert len(caplog.messages) == 1 and "waiting for rank 0" in caplog.messages[0]
 
 
+FAILS = """
+from megaflux.errors import STUCK, UserError, exit_on_user_error
+def main(): raise UserError("nobody there", own={own}, code=STUCK)
+exit_on_user_error(main)
+"""
+
+
+@pytest.mark.parametrize(("rank", "local", "own", "said"), [
+    (0, 0, False, "error: nobody there\n"),
+    (8, 0, True, "error: rank 8: nobody there\n"),  # another machine's first: rank 0 may never learn of it
+    (9, 1, True, ""),
+    (8, 0, False, ""),
+])  # fmt: skip
+def test_each_machines_first_rank_speaks_of_what_others_may_not_see(rank, local, own, said):
+    env = environment() | {"RANK": str(rank), "LOCAL_RANK": str(local)}
+    done = subprocess.run([sys.executable, "-c", FAILS.format(own=own)], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (STUCK, said)
+
+
 @pytest.mark.parametrize("name", rendezvous.DESCRIBED)
 def test_half_a_description_is_one_line(monkeypatch, name):
     as_rank(monkeypatch, 0, "127.0.0.1", free_port())
