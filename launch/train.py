@@ -121,6 +121,10 @@ def started_ranks() -> int | None:
     """Ranks that a launcher, or srun with MASTER_ADDR exported, started; None: this process is alone."""
     slurm = os.environ.get("SLURM_NTASKS") if "MASTER_ADDR" in os.environ else None
     started = os.environ.get("WORLD_SIZE") or slurm
+    if started and not (started.isascii() and started.isdigit() and int(started) > 0):
+        raise UserError(
+            f"WORLD_SIZE {started}: must be a whole number above 0; unset it and RANK to train alone", own=True
+        )
     return int(started) if started else None
 
 

@@ -4,7 +4,7 @@
 2   bad input: configuration, command line, checkpoint or data; one line says what and how to mend it
 3   `megaflux.data.prepare` refused more images than `--max-bad`
 10  training was asked to leave by SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or SIGHUP and has saved: the same command goes on from there
-11  training gave up: a rank died, hung or ran out of GPU memory; stacks are on stderr, and the same command goes on from the last checkpoint
+11  training gave up: a rank died, hung, ran out of GPU memory or did not find rank 0; stacks are on stderr, and the same command goes on from the last checkpoint
 130 Ctrl-C: nothing is half written; of training, a second Ctrl-C, or one before anything was loaded, and nothing was saved
 131 SIGQUIT (Ctrl-\\) to training: it left at once with its stacks on stderr, and nothing was saved
 """
@@ -35,12 +35,13 @@ class UserError(Exception):
     """Bad input. The message is one line: the file or field, what is wrong with it, and the mend.
 
     agreed: all ranks raise the same, so rank 0 speaks for them. own: others may not raise it, so each machine's first rank
-    speaks even before the ranks know each other.
+    speaks even before the ranks know each other. code: what the process leaves with; STUCK where the same command may well
+    succeed later, for 2 ends a supervised run for good.
     """
 
-    def __init__(self, message: str, agreed: bool = False, own: bool = False):
+    def __init__(self, message: str, agreed: bool = False, own: bool = False, code: int = 2):
         super().__init__(" ".join(message.splitlines()))  # names and values that it quotes may hold line breaks
-        self.agreed, self.own = agreed, own
+        self.agreed, self.own, self.code = agreed, own, code
 
 
 class FrozenParameterError(RuntimeError):
@@ -92,7 +93,7 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         if rank == "0" or own or (together and not error.agreed):
             line = " ".join(str(error).split())
             print(f"error: {line}" if rank == "0" else f"error: rank {rank}: {line}", file=sys.stderr)
-        code = 2
+        code = error.code
         if together:
             # Python's way out would take the process group apart under gloo's running threads, and now and then C++
             # aborts (exit code -6). Nothing is left to be saved.

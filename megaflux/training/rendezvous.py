@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import secrets
 import socket
 import time
 from collections.abc import Iterator
 
-from megaflux.errors import UserError
+from megaflux.errors import STUCK, UserError
 
-RESOLVING = 20.0  # s for a name that a cluster may only just be making known
-ARRIVING = 600.0  # s for rank 0, on a machine that may start later
+log = logging.getLogger("megaflux")
+DESCRIBED = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher gives beside RANK
+RESOLVING = 20.0  # s for a name that a cluster may only just be making known; after it the others say that they wait
+ARRIVING = 600.0  # s for rank 0, on a machine that may start later: some clusters do not know its name before
 OWN = 5.0  # s for rank 0 to reach its own port
 ANOTHER_PORT = "give another: deepspeed --master_port N, torchrun --master_port N, or MASTER_PORT in the environment"
 ANOTHER_ADDRESS = (
@@ -27,9 +30,14 @@ ANOTHER_ADDRESS = (
 
 def check() -> None:
     """UserError, in one line, where this rank cannot meet the others as the environment says (RANK, MASTER_ADDR,
-    MASTER_PORT): a port in use, a name that nobody knows, an address that is not reached.
+    MASTER_PORT): a variable that is missing, a port in use, a name that nobody knows, an address that is not reached. Where
+    rank 0 may only be late, its exit code is STUCK: the same command may find it.
 
     Rank 0 takes the port for a moment. Others return when somebody listens there."""
+    missing = [name for name in DESCRIBED if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: not in the environment, where RANK says that a launcher started this process; "
+                        "set it, or start with deepspeed or torchrun, or unset RANK to train alone", own=True)  # fmt: skip
     address, port = os.environ["MASTER_ADDR"], _port()
     _resolve(address, port)
     if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -40,7 +48,8 @@ def check() -> None:
                             f"{ANOTHER_ADDRESS}", own=True)  # fmt: skip
     elif problem := _connect(address, port):
         raise UserError(f"MASTER_ADDR {address}: rank {os.environ['RANK']} found nobody at port {port} in {ARRIVING:.0f} s "
-                        f"({problem}); {ANOTHER_ADDRESS}, and see that no firewall is between", own=True)  # fmt: skip
+                        f"({problem}); {ANOTHER_ADDRESS}, and see that no firewall is between",
+                        own=True, code=STUCK)  # fmt: skip
 
 
 def in_words(error: Exception) -> UserError:
@@ -50,7 +59,7 @@ def in_words(error: Exception) -> UserError:
     if "EADDRINUSE" in str(error) or "in use" in line:
         return _taken(int(port))
     return UserError(f"MASTER_ADDR {address}, MASTER_PORT {port}: the ranks did not meet there ({line[:200]}); "
-                     f"{ANOTHER_ADDRESS}", own=True)  # fmt: skip
+                     f"{ANOTHER_ADDRESS}", own=True, code=STUCK)  # fmt: skip
 
 
 def _taken(port: int) -> UserError:
@@ -65,16 +74,34 @@ def _port() -> int:
 
 
 def _resolve(address: str, port: int) -> None:
-    until = time.monotonic() + RESOLVING
+    first, waiting = os.environ["RANK"] == "0", _Waiting(address, port)
     while True:
         try:
             socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
             return
         except (OSError, UnicodeError) as error:  # a name that IDNA cannot write
-            if time.monotonic() > until:
-                why = getattr(error, "strerror", None) or error
-                raise UserError(f"MASTER_ADDR {address}: {why}; {ANOTHER_ADDRESS}", own=True) from None
+            why = getattr(error, "strerror", None) or error
+            if waiting.lasted(RESOLVING if first else ARRIVING, why):
+                raise UserError(
+                    f"MASTER_ADDR {address}: {why}; {ANOTHER_ADDRESS}", own=True, code=2 if first else STUCK
+                ) from None
         time.sleep(0.5)
+
+
+class _Waiting:
+    """How long a rank has waited for rank 0; each machine's first says so once, after RESOLVING."""
+
+    def __init__(self, address: str, port: int):
+        self.where, self.began, self.said = f"{address}:{port}", time.monotonic(), False
+
+    def lasted(self, limit: float, why: object) -> bool:
+        """Whether it has waited for longer than `limit` seconds. why: the last error."""
+        seconds = time.monotonic() - self.began
+        if limit >= seconds > RESOLVING and not self.said and os.environ.get("LOCAL_RANK") == "0":
+            self.said = True
+            log.warning("rank %s: waiting for rank 0 at %s (MASTER_ADDR, MASTER_PORT), up to %.0f s: %s",
+                        os.environ["RANK"], self.where, limit, why)  # fmt: skip
+        return seconds > limit
 
 
 @contextlib.contextmanager
@@ -127,12 +154,13 @@ def _reach_oneself(server: socket.socket, address: str, port: int) -> str | None
 
 def _connect(address: str, port: int) -> str | None:
     """None once somebody accepts, within ARRIVING; else why nobody did."""
-    until = time.monotonic() + ARRIVING
+    waiting = _Waiting(address, port)
     while True:
         try:
             socket.create_connection((address, port), timeout=5.0).close()
             return None
         except OSError as error:
-            if time.monotonic() > until:
-                return error.strerror or str(error)
+            why = error.strerror or str(error)
+            if waiting.lasted(ARRIVING, why):
+                return why
         time.sleep(0.2)

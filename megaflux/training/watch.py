@@ -19,6 +19,7 @@ The thread hears signals itself, by a pipe: Python's handlers wait while the mai
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import faulthandler
 import os
@@ -41,6 +42,7 @@ ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 HEARD = (*ASKING, signal.SIGQUIT)
 LEAST = 25.0  # s that an update has to end
 LONGEST_TIMES = 3
+SPEAKING = 2.0  # s for last words: whoever should read them may not
 ONE_HAND = (
     0.25  # s within which two SIGINT are one Ctrl-C: some wrappers (timeout, uv) pass on what the rank got anyway
 )
@@ -144,8 +146,7 @@ class Watch:
         if self._interrupted and now - self._interrupted > ONE_HAND:
             leave("a second Ctrl-C: leaving at once, nothing is saved", INTERRUPTED)
         if not self._interrupted and os.environ.get("RANK", "0") == "0":
-            print("Ctrl-C: saving once this update has ended; a second one leaves at once and saves nothing",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            _say("Ctrl-C: saving once this update has ended; a second one leaves at once and saves nothing\n")
         self._interrupted = self._interrupted or now
 
     def _look(self) -> None:
@@ -236,9 +237,37 @@ def _was_orphaned(launchers: list[int]) -> bool:
 
 def leave(why: str | None, code: int, stacks: bool = False) -> NoReturn:
     """End this process at once: a line on stderr (None: silently), every thread's stack where asked for, the exit code."""
-    if why is not None:
-        print(f"rank {os.environ.get('RANK', '0')}: {why}", file=sys.stderr, flush=True)
-    if stacks:
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-    sys.stdout.flush()
+    line = "" if why is None else f"rank {os.environ.get('RANK', '0')}: {why}\n"
+    _say(line + (_stacks() if stacks else ""), SPEAKING)
     os._exit(code)  # Python's way out would wait for the very thing that hangs
+
+
+def _stacks() -> str:
+    """Every thread's stack. By way of memory, for faulthandler writes with the GIL held, and a pipe may be full."""
+    try:
+        with open(os.memfd_create("stacks"), "w+", errors="replace") as file:
+            faulthandler.dump_traceback(file=file, all_threads=True)
+            file.seek(0)
+            return file.read()
+    except OSError as error:  # no descriptor left, say
+        return f"no stacks: {error.strerror}\n"
+
+
+def _say(text: str, wait: float = 0.0) -> None:
+    """To stderr, past Python's buffer, whose lock another thread may hold in a write that blocks: a pipe is full where `less`
+    shows its first page or a reader is stopped. wait: s until it goes on without having been heard."""
+    said = _thread.allocate_lock()
+    said.acquire()
+
+    def speak() -> None:
+        try:
+            os.write(2, text.encode())
+            if wait:
+                sys.stdout.flush()
+        except (OSError, ValueError, AttributeError):  # closed, or there is none
+            pass
+        said.release()
+
+    _thread.start_new_thread(speak, ())
+    if wait:
+        said.acquire(timeout=wait)

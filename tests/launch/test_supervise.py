@@ -152,9 +152,11 @@ def test_without_a_run_folder_only_the_time_counts(tmp_path):
     assert attempts(tmp_path) == 5
 
 
-def test_a_file_in_the_run_stops_it(tmp_path):
-    command = [*in_turn(tmp_path, "exit 1", f"touch {tmp_path}/SUPERVISE_STOP; exit 9"), "--run.dir", tmp_path]
-    code, said = run(*command, MAX_FAST_FAILURES="9")
+@pytest.mark.parametrize("given", ["--run.dir={}", "--run.dir=~/{.name}", "--run.dir=~"])
+def test_a_file_in_the_run_stops_it(tmp_path, given):
+    """A ~ behind a = is the command's to expand, and so the supervisor's."""
+    command = [*in_turn(tmp_path, "exit 1", f"touch {tmp_path}/SUPERVISE_STOP; exit 9"), given.format(tmp_path)]
+    code, said = run(*command, MAX_FAST_FAILURES="9", HOME=str(tmp_path if given.endswith("~") else tmp_path.parent))
     assert code == 9 and attempts(tmp_path) == 2
     assert said[-1].endswith("SUPERVISE_STOP is there: not starting again")
 

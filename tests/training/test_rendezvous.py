@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from megaflux.errors import UserError
+from megaflux.errors import STUCK, UserError
 from megaflux.training import rendezvous
 from tests.training.runs import LAUNCH, environment, free_port
 
@@ -83,11 +83,47 @@ def test_an_address_that_is_wrong_is_one_line(monkeypatch, address, port, said):
     assert "--master_port" in str(found.value) or "--master_addr" in str(found.value)
 
 
-def test_a_first_rank_that_never_comes_is_one_line(monkeypatch):
-    monkeypatch.setattr(rendezvous, "ARRIVING", 0.5)
-    as_rank(monkeypatch, 1, "127.0.0.1", free_port())
-    with pytest.raises(UserError, match="rank 1 found nobody at port .*Connection refused.*firewall"):
+@pytest.mark.parametrize(("address", "said"), [
+    ("127.0.0.1", "rank 1 found nobody at port .*Connection refused.*firewall"),
+    ("no-such-host.invalid", "MASTER_ADDR no-such-host.invalid: "),  # its machine has not come up yet
+])  # fmt: skip
+def test_a_first_rank_that_never_comes_is_one_line_and_no_bad_input(monkeypatch, caplog, address, said):
+    """A supervisor on this machine must go on trying: the other one may be on its way up."""
+    monkeypatch.setattr(rendezvous, "RESOLVING", 0.1)
+    monkeypatch.setattr(rendezvous, "ARRIVING", 1.5)
+    as_rank(monkeypatch, 1, address, free_port(), LOCAL_RANK="0")
+    with pytest.raises(UserError, match=said) as found:
         rendezvous.check()
+    assert found.value.code == STUCK
+    assert len(caplog.messages) == 1 and "waiting for rank 0" in caplog.messages[0]
+
+
+FAILS = """
+from megaflux.errors import STUCK, UserError, exit_on_user_error
+def main(): raise UserError("nobody there", own={own}, code=STUCK)
+exit_on_user_error(main)
+"""
+
+
+@pytest.mark.parametrize(("rank", "local", "own", "said"), [
+    (0, 0, False, "error: nobody there\n"),
+    (8, 0, True, "error: rank 8: nobody there\n"),  # another machine's first: rank 0 may never learn of it
+    (9, 1, True, ""),
+    (8, 0, False, ""),
+])  # fmt: skip
+def test_each_machines_first_rank_speaks_of_what_others_may_not_see(rank, local, own, said):
+    env = environment() | {"RANK": str(rank), "LOCAL_RANK": str(local)}
+    done = subprocess.run([sys.executable, "-c", FAILS.format(own=own)], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (STUCK, said)
+
+
+@pytest.mark.parametrize("name", rendezvous.DESCRIBED)
+def test_half_a_description_is_one_line(monkeypatch, name):
+    as_rank(monkeypatch, 0, "127.0.0.1", free_port())
+    monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=f"^{name}: not in the environment") as found:
+        rendezvous.check()
+    assert found.value.code == 2
 
 
 def test_what_torch_says_is_one_line(monkeypatch, taken):

@@ -140,6 +140,37 @@ def test_output_that_nobody_reads_any_more_ends_nothing(flags):
         assert process.wait(timeout=15) == 10, gone
 
 
+STUCK_IN_PRINT = """
+from megaflux.training.watch import Watch
+import sys
+watch = Watch({hang}, 1000)
+watch.ready()
+print("up", flush=True)
+while True:
+    print("x" * 1000, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(("signals", "code"), [(["SIGINT", "SIGINT"], 130), (["SIGQUIT"], 131), ([], 11)])
+def test_a_rank_that_is_stuck_in_a_print_is_left_as_well(signals, code):
+    """`... | less`, or a reader that is stopped: the pipe is full, and the write holds the lock of stderr's buffer."""
+    process = subprocess.Popen(
+        ["env", "--default-signal=INT,QUIT", sys.executable, "-c", STUCK_IN_PRINT.format(hang=1000 if signals else 3)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout.readline() == b"up\n"
+        for name in signals:
+            time.sleep(1.0)
+            process.send_signal(getattr(signal, name))
+        assert process.wait(timeout=20) == code
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_an_update_has_three_times_the_longest_to_end(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("megaflux.training.watch.time", SimpleNamespace(monotonic=lambda: now[0]))
