@@ -87,4 +87,5 @@ def _sync(descriptor: int, name: object) -> None:
 def _warn_once(kind: str, *message: object) -> None:
     if kind not in _warned:
         _warned.add(kind)
-        logger.warning(*message)
+        first = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine's ranks, which see the same storage
+        logger.log(logging.WARNING if first else logging.DEBUG, *message)

@@ -163,7 +163,8 @@ def _run(
             if resumed and stage == resumed.stage:
                 checkpoint.load_training_state(resumed, engine, world)
             count = trained.count_trained(config, models.trainable, stage)
-            space.check(config, engine, count, world, checkpoint.most_at_once(config, done))
+            if done < last:  # else only what is owed is shown
+                space.check(config, engine, count, world, checkpoint.most_at_once(config, done))
             policies = plan.choose(models, engine)
             log.info("stage %s: %d parameters train; %s; computed again in the backward pass, %s",
                      config.stages[stage].name, engine.num_trainable, models.trainable.describe(),

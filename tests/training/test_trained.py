@@ -95,3 +95,9 @@ def test_a_file_that_another_rank_is_writing_is_nobody_s(tmp_path):
     trained.write_share({"a": torch.ones(2)}, tmp_path, World(0, 2, torch.device("cpu")))
     (tmp_path / ".tmpaxG4l0").write_bytes(b"half")
     assert [file.name for file in manifest.files_in(tmp_path)] == [trained.file_name(0, 2)]
+
+
+def test_each_rank_syncs_and_hashes_what_it_wrote():
+    written = {"weights-00003-of-00008.safetensors": 3, "rng-rank0003.pt": 3, "bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt": 3,
+               "zero_pp_rank_11_mp_rank_00_model_states.pt": 11, "weights.safetensors": 0, "mp_rank_00_model_states.pt": 0}  # fmt: skip
+    assert {name: checkpoint.writer_of(name) for name in written} == written
