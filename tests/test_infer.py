@@ -223,7 +223,7 @@ def break_run(root: Path, how: str) -> str:
 
         content = json.loads((newest / "manifest.json").read_text()) | {"files": {}}
         (newest / "manifest.json").write_text(json.dumps(manifest.sealed(content)))
-        return "update-0000008/manifest.json: says nothing of weights.safetensors"
+        return "update-0000008/manifest.json: names no weights; it is not complete"
     if how == "another configuration":
         text = (root / "config.yaml").read_text()
         (root / "config.yaml").write_text(re.sub(r"seed: \d+", "seed: 99", text))
