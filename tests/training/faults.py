@@ -77,9 +77,11 @@ class Terminal:
         self._reader.start()
 
     def _read(self) -> None:
+        waiting = select.poll()  # select takes no descriptor above 1023, and streaming leaves this process many
+        waiting.register(self._own, select.POLLIN)
         with contextlib.suppress(OSError):  # EIO: nobody has it open any more
             while not self._closing.is_set():
-                if select.select([self._own], [], [], 0.1)[0]:
+                if waiting.poll(100):
                     self._said.append(os.read(self._own, 65536))
 
     @property
