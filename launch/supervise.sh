@@ -21,8 +21,8 @@
 #
 # torchrun turns every failure into exit code 1, bad input too: then the fast failures end it.
 # From the environment, in whole seconds: FIRST_WAIT (5), MAX_WAIT (300), FAST_SECONDS (60), LONG_SECONDS (600),
-# SAVE_SECONDS (600: an update's end, train.leave_within, and then the save); and MAX_FAST_FAILURES (5; 0: it never gives up). Ranks that DeepSpeed's pdsh started on several machines
-# are told by that launcher, which gets the SIGTERM in their place.
+# SAVE_SECONDS (600: an update's end, train.leave_within, and then the save); and MAX_FAST_FAILURES (5; 0: it never gives up).
+# Ranks that DeepSpeed's pdsh started on several machines are told by that launcher, which gets the SIGTERM in their place.
 set -u
 
 log() { echo "supervise: $*" >&2; }

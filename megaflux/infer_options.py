@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,6 +45,16 @@ it again, and other options given beside it change what they name.
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see python -m megaflux.infer --help")
+
+
+def add_networks(add: Callable[..., Any], masks: str) -> None:
+    """The options that name other people's networks, here and of the panel. add: a parser's add_argument; masks: what Segment
+    Anything is for."""
+    add("--controlnet", type=keyed_path_option, action="append", metavar="[KIND=]DIR",
+        help="a FLUX ControlNet (union or for one kind)")  # fmt: skip
+    add("--depth-model", type=path_option, metavar="DIR", help="Depth Anything in transformers' layout")
+    add("--line-model", type=path_option, metavar="DIR", help="folder of Anyline's MTEED.pth (default: Canny edges)")
+    add("--sam-model", type=path_option, metavar="DIR", help=f"Segment Anything 2 in transformers' layout, {masks}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -125,26 +136,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("control")
     add = group.add_argument
-    add(
-        "--controlnet",
-        type=keyed_path_option,
-        action="append",
-        metavar="[KIND=]DIR",
-        help="a FLUX ControlNet (union or for one kind)",
-    )
     add("--control", action="append", metavar="KIND[:SCALE]", help="a map made from the image: depth, line or canny")
     add("--control-image", type=keyed_path_option, action="append", metavar="KIND=IMG[:SCALE]", help="a ready map")
     add("--control-start", type=float, metavar="X", help="share of the steps before control acts (default 0)")
     add("--control-end", type=float, metavar="X", help="share of the steps after which it stops (default 1)")
     add("--save-control", action="store_true", help="write the control maps and the mask, too")
-    add("--depth-model", type=path_option, metavar="DIR", help="Depth Anything in transformers' layout")
-    add("--line-model", type=path_option, metavar="DIR", help="folder of Anyline's MTEED.pth (default: Canny edges)")
-    add(
-        "--sam-model",
-        type=path_option,
-        metavar="DIR",
-        help="Segment Anything 2 in transformers' layout, for --mask-point",
-    )
+    add_networks(add, masks="for --mask-point")
 
     group = parser.add_argument_group("where to and on what")
     add = group.add_argument

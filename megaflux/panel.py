@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 from megaflux.errors import UserError, exit_on_user_error
 from megaflux.generation.outputs import check_out
-from megaflux.infer_options import to_job
-from megaflux.paths import keyed_path_option, path_option
+from megaflux.infer_options import add_networks, to_job
+from megaflux.paths import path_option
 
 HOST, PORT = "127.0.0.1", 7860
 
@@ -46,21 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for the pictures and what they were made from (default outputs)",
     )
-    add(
-        "--controlnet",
-        type=keyed_path_option,
-        action="append",
-        metavar="[KIND=]DIR",
-        help="a FLUX ControlNet (union or for one kind)",
-    )
-    add("--depth-model", type=path_option, metavar="DIR", help="Depth Anything in transformers' layout")
-    add("--line-model", type=path_option, metavar="DIR", help="folder of Anyline's MTEED.pth (default: Canny edges)")
-    add(
-        "--sam-model",
-        type=path_option,
-        metavar="DIR",
-        help="Segment Anything 2 in transformers' layout: masks by a click",
-    )
+    add_networks(add, masks="for masks by a click")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     add(
         "--dtype", choices=("auto", "bfloat16", "float32"), help="auto (default): bfloat16 on a GPU, float32 on the CPU"

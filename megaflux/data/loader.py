@@ -122,10 +122,9 @@ def build_loader(
             stale = remove_leftovers(os.path.abspath(folder) for folder in folders)
             if stale:
                 logger.info("removed shared memory that killed runs had left: %s", ", ".join(stale))
-        drawn = sum(-(-sum(e["samples"] for e in entries) // micro_batch_size) for entries in shards.values())
         small = shm_room.problem(
             shards, micro_batch_size=micro_batch_size, num_workers=num_workers, prefetch_factor=prefetch_factor,
-            local_ranks=world.local_size, samples_per_epoch=(drawn + world.size * len(shards)) * micro_batch_size,
+            local_ranks=world.local_size, samples_per_epoch=sum(_drawn(shards, micro_batch_size * world.size).values()),
             gpus=torch.cuda.is_available(),
         ) if world.local_rank == 0 else None  # fmt: skip
         raise_first(small, world)
@@ -143,6 +142,12 @@ def _leave_signals_to_the_rank(_: int) -> None:
     signal.set_wakeup_fd(-1)  # the rank's, which would hear this process' signals as its own
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _drawn(shards: dict[Bucket, list[dict]], global_batch: int) -> dict[Bucket, int]:
+    """Samples of each bucket that an epoch draws: all of them, filled up to whole global batches."""
+    counts = {bucket: sum(entry["samples"] for entry in entries) for bucket, entries in shards.items()}
+    return {bucket: -(-n // global_batch) * global_batch for bucket, n in counts.items()}
 
 
 def _mend(path: Path, computed_from: str | Path | None) -> str:
@@ -202,8 +207,7 @@ class BucketLoader:
     ) -> None:
         self.buckets, self.stale = tuple(shards), stale
         self.global_batch = micro_batch_size * world.size  # G
-        counts = {bucket: sum(shard["samples"] for shard in shards[bucket]) for bucket in self.buckets}
-        drawn = {bucket: -(-n // self.global_batch) * self.global_batch for bucket, n in counts.items()}
+        counts, drawn = _drawn(shards, 1), _drawn(shards, self.global_batch)
         self.repeats = {bucket.name: drawn[bucket] - counts[bucket] for bucket in self.buckets}
         self.samples_per_epoch = sum(drawn.values())
         self.batches_per_epoch = self.samples_per_epoch // self.global_batch

@@ -11,8 +11,8 @@ Which one that is depends on the seed, the sample's number and what is readable,
 tried before: it is the same for any number of workers, and on a resumed run. Quarantine only spares the
 reading of what would fail again.
 
-Not the data's fault, and ending the run as ever: a full disk, a folder that cannot be written, no file handles or memory left, a cache limit that is
-too small. Otherwise such a moment would replace sound samples for the rest of the run.
+Not the data's fault, and ending the run as ever: a full disk, a folder that cannot be written, no file handles or memory
+left, a cache limit that is too small. Otherwise such a moment would replace sound samples for the rest of the run.
 """
 
 from __future__ import annotations

@@ -31,13 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import xxhash
 from tqdm import tqdm
 
 from megaflux.data.index import inspect_index, stored_file, write_json
 from megaflux.data.machines import share_of
-from megaflux.data.ranks import World
+from megaflux.data.ranks import World, gathered
 from megaflux.data.shards import read_dataset_info
 from megaflux.errors import UserError
 
@@ -111,8 +110,7 @@ def _exchange(work: Future[list[str]] | None, world: World) -> list[str]:
         done = work is None or work.done()
         # What is raised here is a bug, and this rank's end ends the others' wait.
         mine = (work.result() if work else []) if done else None
-        found: list[list[str] | None] = [None] * world.size
-        dist.all_gather_object(found, mine)
+        found = gathered(mine, world)
         if all(problems is not None for problems in found):
             return list(dict.fromkeys(problem for problems in found for problem in problems))
         time.sleep(pause)

@@ -77,7 +77,8 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def weight_files(source: str, subfolder: str, names: Iterable[str]) -> list[Path]:
-    """The safetensors files of a local folder or hub name (`sources.opened`). OSError or ValueError where there are none, or not all.
+    """The safetensors files of a local folder or hub name (`sources.opened`). OSError or ValueError where there are none, or
+    not all.
 
     names: file names to look for, the first that exists is taken: one file, or an index of several."""
     from transformers.utils import cached_file  # here: the checkpoint tool reads tensors without transformers

@@ -168,8 +168,12 @@ def _look(folder: Path, prefix: str, part: Part, faults: _Faults) -> None:
         for name in chosen or ():
             if is_pointer(folder / name):
                 faults.pointers.append(prefix + name)
-            elif name.endswith(".json") and _json(folder / name) is None:
-                faults.damaged.append(f"{prefix}{name} is no JSON")
+            elif name.endswith(".json"):
+                try:
+                    if _json(folder / name) is None:
+                        faults.damaged.append(f"{prefix}{name} is no JSON")
+                except OSError as error:
+                    faults.damaged.append(f"{prefix}{name} cannot be read ({error.strerror})")
     if not part.weights:
         return
     name = next((name for name in part.weights if (folder / name).is_file()), None)
@@ -250,9 +254,10 @@ def read_index(file: Path) -> dict[str, str]:
 
 
 def _json(file: Path) -> Any:
+    """What a file holds; None: no JSON. OSError."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return None
 
 

@@ -57,9 +57,8 @@ def cached_dataset(config: Config, models: Models, world: World) -> str:
         return config.data.path
     original = Path(config.data.path)
     info = read_dataset_info(original)
-    info = dataclasses.replace(
-        info, counts={"train": info.counts.get("train", {})}
-    )  # validation encodes its few itself
+    train = info.counts.get("train", {})  # validation encodes its few itself
+    info = dataclasses.replace(info, counts={"train": train})
     root = from_main(original / "cache" / _fingerprint(config, models), world)
     plan = _on_main(lambda: _planned(root, original, info), root, world)
     if plan is None:
@@ -116,9 +115,7 @@ def _wait(work: Future[None], share: _Share, what: str, bar: tqdm, world: World)
     while True:
         if share.done != last or work.done():
             last, moved = share.done, time.monotonic()
-        elif (
-            time.monotonic() - moved > patience
-        ):  # the signs of life say that this thread lives, not the one that computes
+        elif time.monotonic() - moved > patience:  # the ranks' signs of life come from this thread, not from what hangs
             leave(f"{what}: no image in {patience:.0f} s (train.hang_timeout)", STUCK, stacks=True)
         finished, problem = work.done(), None
         if finished:

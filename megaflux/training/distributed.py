@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megaflux.data.ranks import gathered
 from megaflux.errors import UserError
 from megaflux.training import rendezvous
 from megaflux.training.determinism import make_deterministic
@@ -188,15 +189,6 @@ def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
 def any_over_ranks(value: bool, world: World) -> bool:
     """Whether it holds on any rank, told to all."""
     return min_over_ranks(int(not value), world) == 0
-
-
-def gathered(value: T, world: World) -> list[T]:
-    """Every rank's value, in rank order, on every rank."""
-    if world.size == 1:
-        return [value]
-    values: list[T] = [value] * world.size
-    dist.all_gather_object(values, value)
-    return values
 
 
 def min_over_ranks(value: int, world: World) -> int:

@@ -30,7 +30,6 @@ from megaflux.training.costs import (
 )
 from megaflux.training.ds_config import compute_dtype, uses_bf16, uses_kernels, zero_stage
 from megaflux.training.memory import Memory, counted, policies_for, stage_memory, usable
-from megaflux.training.stages import trainable_names
 from megaflux.training.trained import count_trained
 
 GIGA = 1e9
@@ -100,6 +99,7 @@ def _costs(
         for bucket in buckets
     ]
     memory = max(needs, key=lambda need: need.total)
+    item = compute_dtype(ds_config).itemsize
     speed = world_size * images_per_second(flops_per_image, mfu, peak_tflops)
     days = config.train.updates * config.train.global_batch_size / speed / 86400
 
@@ -115,7 +115,10 @@ def _costs(
         f"GPU{'s' * (world_size > 1)}; {config.train.updates} updates of {config.train.global_batch_size} images "
         f"take {_duration(days * 86400)}\n"
     )
-    sizes = _checkpoint_bytes(config, ds_config, module)
+    sizes = [
+        space.checkpoint_bytes(sum(row.trainable.values()), count_trained(config, module, stage), item)
+        for stage, row in enumerate(table)
+    ]
     _print_checkpoints(config, sizes, speed)
     if memory.total / GIGA > gpu_memory_gb:
         problems.append(
@@ -214,16 +217,6 @@ def _print_policies(config: Config, ds_config: dict[str, Any], policies: Sequenc
           f"{config.model.activation_checkpointing}):")  # fmt: skip
     for stage, chosen in zip(config.stages, policies, strict=True):
         print(f"  {stage.name:<10}{counted(chosen)}")
-
-
-def _checkpoint_bytes(config: Config, ds_config: dict[str, Any], module: nn.Module) -> list[int]:
-    """Size of one checkpoint in each stage."""
-    item, sizes = compute_dtype(ds_config).itemsize, []
-    for stage in range(len(config.stages)):
-        now = set(trainable_names(module, config.stages[stage]))
-        training = sum(p.numel() for name, p in module.named_parameters() if name in now)
-        sizes.append(space.checkpoint_bytes(training, count_trained(config, module, stage), item))
-    return sizes
 
 
 def _print_checkpoints(config: Config, sizes: Sequence[int], speed: float) -> None:

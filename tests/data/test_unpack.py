@@ -250,3 +250,36 @@ def test_what_a_killed_process_was_writing_goes_and_what_a_living_one_writes_sta
         assert remove_abandoned([tmp_path]) == [living]
         assert own.exists()
     assert not list((tmp_path / UNPACKING).iterdir())
+
+
+def test_an_unpacked_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A power cut would leave a short shard under the name of a whole one, and refuse the next start."""
+    synced, real, target = set(), os.fsync, tmp_path / "shard.mds"
+
+    def fsync(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with unpack.own_folder(tmp_path) as own:
+        unpack._write(own / "unpacked", b"shard")
+        assert os.stat(own / "unpacked").st_ino in synced
+        unpack._publish(own / "unpacked", target)
+    assert target.read_bytes() == b"shard"
+
+
+def test_a_complete_cache_of_a_remote_may_be_where_nothing_can_be_written(dataset, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    remote.fetch_split(str(dataset), cache, "train")
+
+    def refused(folder):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(remote, "own_folder", refused)
+    remote.fetch_split(str(dataset), cache, "train")
+    (cache / "dataset.json").write_text((cache / "dataset.json").read_text() + " ")
+    with pytest.raises(UserError, match="differs from"):
+        remote.fetch_split(str(dataset), cache, "train")
+    (cache / "dataset.json").unlink()
+    with pytest.raises(UserError, match="data.path: .* cannot be written"):
+        remote.fetch_split(str(dataset), cache, "train")

@@ -218,3 +218,11 @@ def test_the_hub_is_meant_even_beside_a_folder_of_that_name(here, flux, publishe
     assert both.returncode == 0, both.stderr[-2000:]
     hubs, folders = both.stdout.split()
     assert hubs == done.stdout.split()[0] != folders
+
+
+@pytest.mark.parametrize(("option", "given"), [("--depth-model", {"depth_model": "x"}), ("--sam-model", {"sam_model": "x"}),
+                                               ("--line-model", {"line_model": "x"})])  # fmt: skip
+def test_a_detectors_folder_is_looked_at_before_anything_is_loaded(here, option, given):
+    (here / "x").mkdir()
+    with pytest.raises(UserError, match=f"^{option} x"):
+        infer.load(Runtime(checkpoint="not there", **given))

@@ -345,3 +345,10 @@ def test_a_real_error_of_fsync_is_one(tmp_path, monkeypatch, number):
     with pytest.raises(OSError) as error:
         save(tmp_path, 2)
     assert error.value.errno == number and newest(tmp_path) == 1
+
+
+def test_one_rank_of_a_machine_warns_of_its_storage(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    refuse_fsync(monkeypatch, errno.EINVAL, "folder")
+    save(tmp_path, 1)
+    assert newest(tmp_path) == 1 and caplog.records == []

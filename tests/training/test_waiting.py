@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from megaflux.config import build_config, merge
+from megaflux.presets import tiny
+from megaflux.training import setup
+from megaflux.training.distributed import World
 from tests.training.runs import environment, free_port
 
 WORKER = str(Path(__file__).with_name("waiting_worker.py"))
@@ -31,3 +36,32 @@ def test_others_wait_for_a_rank_that_works_past_every_time_limit(ends, said, cod
     assert [out.strip() for out, _ in found] == said, found
     assert [min(1, abs(process.returncode)) for process in ranks] == codes, found
     assert ("ZeroDivisionError" in found[0][1]) == (ends == "crash")
+
+
+def test_data_are_prepared_and_fetched_while_the_others_wait_and_not_before_a_barrier(tmp_path, monkeypatch):
+    """By rank 0 what is prepared, by each machine's first what is fetched; all others wait with signs of life."""
+    from megaflux.data import prepare as preparing
+    from megaflux.data import remote
+
+    done, waited = [], []
+
+    class Stop(Exception):
+        """Behind the wait."""
+
+    def wait(work, world):
+        waited.append(world.rank)
+        work and work()
+        raise Stop
+
+    monkeypatch.setattr(setup, "work_while_others_wait", wait)
+    monkeypatch.setattr(preparing, "prepare", lambda *_: done.append("prepared"))
+    monkeypatch.setattr(remote, "fetch_split", lambda *_: done.append("fetched"))
+    for data, works, what in (({"source": "pictures"}, 0, "prepared"), ({"remote": "s3://x"}, 1, "fetched")):
+        config = build_config(merge(tiny(), {"data": {"path": str(tmp_path / "none")} | {"source": None} | data}))
+        for rank in (0, 1):
+            monkeypatch.setenv("LOCAL_RANK", str(0 if rank == works else 1))
+            with pytest.raises(Stop):
+                setup.prepare_data(config, World(rank, 2, torch.device("cpu")))
+        assert done == [what]
+        done.clear()
+    assert waited == [0, 1, 0, 1]
