@@ -96,3 +96,10 @@ def test_dev_shm_of_another_machine_is_everybodys_error(dataset, opened, monkeyp
     with pytest.raises(UserError) as caught:
         opened(dataset)
     assert caught.value.agreed
+
+
+def test_what_streaming_shares_is_counted_for_what_is_drawn(dataset, opened, monkeypatch):  # noqa: F811
+    asked = {}
+    monkeypatch.setattr(shm_room, "problem", lambda shards, **sizes: asked.update(sizes))
+    loader = opened(dataset)
+    assert asked["samples_per_epoch"] == loader.samples_per_epoch > 0

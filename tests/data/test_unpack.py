@@ -268,7 +268,7 @@ def test_an_unpacked_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monke
     assert target.read_bytes() == b"shard"
 
 
-def test_a_complete_cache_of_a_remote_may_be_where_nothing_can_be_written(dataset, tmp_path, monkeypatch):
+def test_a_complete_cache_of_a_remote_may_be_where_nothing_can_be_written(dataset, tmp_path, monkeypatch):  # noqa: F811
     cache = tmp_path / "cache"
     remote.fetch_split(str(dataset), cache, "train")
 
