@@ -19,6 +19,7 @@ if __name__ == "__main__":
     quiet_interrupt()  # the imports below take a second
 
 from megaflux.config import Parser, add_config_arguments, parse_config
+from megaflux.gpus import GPUS, Assumed, find_gpu
 from megaflux.paths import path_option
 from megaflux.training import saved
 from megaflux.training.checks import find_problems
@@ -53,21 +54,13 @@ def main(
             )
         if args.kept:
             print(saved.describe(config.run.dir, args.kept), file=sys.stderr)
+    assumed = Assumed(args.gpu, args.gpu_memory, args.peak_tflops, args.mfu)
     if args.dry_run:
         if os.environ.get("RANK", "0") != "0":
             return 0  # a launcher started several: one report is enough
         from megaflux.training.dry_run import dry_run
 
-        ranks = args.world_size or visible_ranks()
-        return dry_run(
-            config,
-            ds_config,
-            ranks,
-            args.json,
-            args.mfu,
-            args.peak_tflops,
-            args.gpu_memory,
-        )
+        return dry_run(config, ds_config, args.world_size or visible_ranks(), args.json, assumed)
     if args.json or args.world_size:
         raise UserError(f"--{'json' if args.json else 'world-size'}: only with --dry-run; add it or drop this")
     ranks = started_ranks() or 1
@@ -78,7 +71,7 @@ def main(
     )  # before the imports, which take seconds: a signal may come meanwhile
     from megaflux.training.loop import train
 
-    return train(config, ds_config, watch) if load is None else train(config, ds_config, watch, load)
+    return train(config, ds_config, watch, assumed=assumed, **({} if load is None else {"load": load}))
 
 
 def saved_values(run_dir: str) -> dict[str, Any] | None:
@@ -100,10 +93,17 @@ def build_parser(prog: str = "launch/train.py", description: str | None = __doc_
     dry.add_argument("--dry-run", action="store_true", help="print what a run would do and cost; exit code 2: problems")
     dry.add_argument("--world-size", type=_count, metavar="N", help="GPUs to count with (default: those that are here)")
     dry.add_argument("--json", type=path_option, metavar="FILE", help="write the same as JSON")
-    dry.add_argument("--mfu", type=_share, default=0.35, metavar="X", help="model FLOPs over peak (default 0.35)")
-    dry.add_argument("--peak-tflops", type=_positive, default=312.0, metavar="X",
-                     help="peak of one GPU, dense bf16 (default 312, an A100)")  # fmt: skip
-    dry.add_argument("--gpu-memory", type=_positive, default=80.0, metavar="GB", help="of one GPU (default 80)")
+    gpu = parser.add_argument_group(
+        "GPUs",
+        "what the dry run, and the choice of a run's micro-batch (train.micro_batch_size auto), take for granted",
+    )
+    gpu.add_argument("--gpu", type=_gpu, metavar="NAME",
+                     help=f"{', '.join(GPUS)}, or a device's name; a run takes the one it is on, a dry run shows all three")  # fmt: skip
+    gpu.add_argument("--gpu-memory", type=_positive, metavar="GB",
+                     help="of one GPU, in place of the GPU's own; a run plans within it")  # fmt: skip
+    gpu.add_argument("--peak-tflops", type=_positive, metavar="X", help="peak of one GPU, dense bf16, likewise")
+    gpu.add_argument("--mfu", type=_share, metavar="X",
+                     help="part of the peak at which FLUX computes, what it computes again included")  # fmt: skip
     add_config_arguments(parser)
     return parser
 
@@ -142,6 +142,13 @@ def _positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return value
+
+
+def _gpu(text: str) -> str:
+    if find_gpu(text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not known; known: {', '.join(GPUS)} (for another one leave it out and "
+                                         "give --gpu-memory, --peak-tflops and --mfu)")  # fmt: skip
+    return text
 
 
 def _share(text: str) -> float:

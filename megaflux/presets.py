@@ -91,7 +91,7 @@ def dev() -> dict[str, Any]:
             "updates": 100_000,
             "global_batch_size": 128,
             "drawn_per_rank": 8,
-            "micro_batch_size": 8,
+            "micro_batch_size": "auto",
             "checkpoint_every": 125,  # at most half an hour at 45% MFU on 8 A100
         },
         "optim": {"lr": 1e-5, "betas": [0.9, 0.95], "weight_decay": 0.1, "warmup_fraction": 0.01},

@@ -193,10 +193,12 @@ class Train(Section):
     """Images per update over all ranks; a multiple of what all ranks draw at a time."""
     drawn_per_rank: Count | None = None
     """Images of one aspect bucket that a rank draws at a time; all ranks draw from the same bucket. Fixed when a run
-    begins; lowered to global_batch_size / ranks where that is less. None: micro_batch_size."""
-    micro_batch_size: Count | None
-    """Images per forward pass and rank: how the drawn ones are cut. Must divide them; lowered to them where larger. None:
-    all that are drawn, and global_batch_size / ranks where drawn_per_rank is None too."""
+    begins; lowered to global_batch_size / ranks where that is less. None: micro_batch_size where that is a number."""
+    micro_batch_size: Count | Literal["auto"] | None
+    """Images per forward pass and rank: how the drawn ones are cut. Must divide them; lowered to them where larger. auto: of
+    their divisors the one with the most images per second, predicted for each stage from the GPU's memory and speed; all
+    that are drawn where nothing is known of it (a CPU). None: all that are drawn, and global_batch_size / ranks where
+    drawn_per_rank is None too."""
     checkpoint_every: Count
     """Updates between checkpoints; one is written at each stage's end as well."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 3
@@ -322,10 +324,11 @@ class Config(Section):
 
     def for_world(self, world_size: int) -> Config:
         """The configuration with what depends on the number of ranks filled in: train.drawn_per_rank and
-        train.micro_batch_size."""
+        train.micro_batch_size, of which auto counts as all that are drawn until it is chosen (training.micro_batch)."""
         train, share = self.train, max(1, self.train.global_batch_size // world_size)
-        drawn = min(train.drawn_per_rank or train.micro_batch_size or share, share)
-        return self.with_batches(drawn, min(train.micro_batch_size or drawn, drawn))
+        wanted = None if train.micro_batch_size == "auto" else train.micro_batch_size
+        drawn = min(train.drawn_per_rank or wanted or share, share)
+        return self.with_batches(drawn, min(wanted or drawn, drawn))
 
     def with_batches(self, drawn_per_rank: int, micro_batch_size: int) -> Config:
         """The configuration with these in `train`."""

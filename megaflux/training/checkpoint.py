@@ -75,12 +75,13 @@ class Checkpoint:
 
 def save(
     config: Config, engine: StageEngine, update: int, data: dict[str, Any], base: str, world: World,
-    guard: dict[str, Any] | None = None, resumed_from: int | None = None,
+    guard: dict[str, Any] | None = None, resumed_from: int | None = None, plan: dict[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """Write a checkpoint after `update` updates; returns its folder. Collective.
 
     base: fingerprint of the weights that the run started from (`Models.base`). guard: state of the spike rule.
-    resumed_from: update of the checkpoint that this process began with, which is kept. UserError, alike on all ranks,
+    resumed_from: update of the checkpoint that this process began with, which is kept. plan: the stage's micro-batch and
+    activation policies, and what they were chosen for (out_of_memory.Plan). UserError, alike on all ranks,
     where the disk refuses; the checkpoints before stay.
     """
     partial, final = manifest.partial_of(config.run.dir, update), folder(config.run.dir) / manifest.name_of(update)
@@ -113,6 +114,7 @@ def save(
                 "format": FORMAT, "update": update, "stage": engine.stage,
                 "stage_name": config.stages[engine.stage].name, "world_size": world.size, "data": data,
                 "identity": identity(config), "base": base, "deepspeed": engine.sharding, "guard": guard or {},
+                "plan": plan or {},
                 "started_with": saved.snapshot(config.run.dir),
             }, files)  # fmt: skip
             # In a row of dropped updates the run may go back, to one that must still be there.

@@ -120,11 +120,9 @@ def training_flops(
     of the frozen networks, as `frozen_flops` counts them. policies: none, mlp or full for each FLUX block, double
     ones first; None: nothing is computed again."""
     trainable = set(trainable_names(module, stage))
-    transformer, text = module.transformer, module.vlm.config
-    num_double = len(transformer.transformer_blocks)
-    num_blocks = num_double + len(transformer.single_transformer_blocks)
-    policies = policies or ["none"] * num_blocks
-    linear = dx = dw = again = 0
+    blocks = len(module.transformer.transformer_blocks) + len(module.transformer.single_transformer_blocks)
+    policies = policies or ["none"] * blocks
+    linear = dx = dw = 0
     for name, layer in module.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
@@ -132,35 +130,72 @@ def training_flops(
         linear += cost
         dx += cost if _needs_input_gradient(name, trainable) else 0
         dw += cost if f"{name}.weight" in trainable else 0
-        again += cost if _computed_again(name, policies, num_double) else 0
-    per_block = 4 * (tokens.condition + tokens.image) ** 2 * transformer.inner_dim
-    layer = 4 * len(module.vlm.layers) * tokens.turn**2 * text.hidden_size
-    attention = num_blocks * per_block + layer
-    again += sum(per_block for policy in policies if policy == "full") + (layer if "full" in policies else 0)
-    return Flops(linear, attention, dx, dw, 2 * attention, frozen, attention // 2 + again)
+    again = recomputation(module, tokens)
+    attention = blocks * again.attention + _layer_attention(module, tokens)
+    return Flops(linear, attention, dx, dw, 2 * attention, frozen, attention // 2 + again.of(policies))
 
 
-def _computed_again(name: str, policies: Sequence[str], num_double: int) -> bool:
-    """Whether a linear of Qwen2VLFlux runs a second time in the backward pass."""
-    block = re.match(r"transformer\.(single_)?transformer_blocks\.(\d+)\.(.+)", name)
-    if block is None:
-        # Checkpointing stops at the last tensor that the backward reads, before the layer's last linear.
-        return name.startswith("vlm.") and not name.endswith("down_proj") and "full" in policies
-    policy = policies[int(block[2]) + (num_double if block[1] else 0)]
-    proj_in = block[3] in ("proj_mlp", "ff.net.0.proj", "ff_context.net.0.proj")
-    return policy == "full" or (policy == "mlp" and proj_in)
+@dataclass(frozen=True)
+class Recomputation:
+    """FLOPs of one image that the backward pass computes again, by what FLUX's blocks keep; the same in every stage."""
+
+    mlp: list[int]
+    """Of each block, double ones first: in policy mlp."""
+    full: list[int]
+    """In policy full."""
+    layer: int
+    """Qwen's last layer, where any block's policy is full."""
+    attention: int
+    """One block's attention, forward; part of full."""
+
+    def of(self, policies: Sequence[str]) -> int:
+        chosen = {"none": [0] * len(self.mlp), "mlp": self.mlp, "full": self.full}
+        total = sum(chosen[policy][block] for block, policy in enumerate(policies))
+        return total + (self.layer if "full" in policies else 0)
+
+
+def recomputation(module: nn.Module, tokens: Tokens) -> Recomputation:
+    """What each policy of each block costs. module: Qwen2VLFlux, the meta device will do."""
+    transformer = module.transformer
+    num_double = len(transformer.transformer_blocks)
+    attention = 4 * (tokens.condition + tokens.image) ** 2 * transformer.inner_dim
+    full = [attention] * (num_double + len(transformer.single_transformer_blocks))
+    mlp, again = [0] * len(full), _layer_attention(module, tokens)
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        cost = 2 * layer.in_features * layer.out_features * _tokens_seen(name, tokens)
+        block = re.match(r"transformer\.(single_)?transformer_blocks\.(\d+)\.(.+)", name)
+        if block is None:
+            # Checkpointing stops at the last tensor that the backward reads, before the layer's last linear.
+            again += cost if name.startswith("vlm.") and not name.endswith("down_proj") else 0
+            continue
+        index = int(block[2]) + (num_double if block[1] else 0)
+        full[index] += cost
+        mlp[index] += cost if block[3] in ("proj_mlp", "ff.net.0.proj", "ff_context.net.0.proj") else 0
+    return Recomputation(mlp, full, again, attention)
+
+
+def _layer_attention(module: nn.Module, tokens: Tokens) -> int:
+    """Attention of Qwen's last layer, forward."""
+    return 4 * len(module.vlm.layers) * tokens.turn**2 * module.vlm.config.hidden_size
 
 
 def frozen_flops(config: Config, trunk: nn.Module | None, bucket: Bucket) -> int:
     """Forward of the trunk and the VAE's encoder for one image, without what data.cache holds. trunk:
     Qwen2VLModel without its last layer, the meta device will do; None: built from the configuration if
     needed."""
-    flops = 0
+    return sum(frozen_parts(config, trunk, bucket))
+
+
+def frozen_parts(config: Config, trunk: nn.Module | None, bucket: Bucket) -> tuple[int, int]:
+    """(trunk, VAE) of `frozen_flops`; 0 for what data.cache holds."""
+    encode = seen = 0
     if "trunk" not in config.data.cache:
-        flops += trunk_flops(meta_models(config)[1] if trunk is None else trunk, token_counts(config, bucket))
+        seen = trunk_flops(meta_models(config)[1] if trunk is None else trunk, token_counts(config, bucket))
     if "latents" not in config.data.cache:
-        flops += vae_encode_flops(json.dumps(vae_config(config)), bucket.height, bucket.width)
-    return flops
+        encode = vae_encode_flops(json.dumps(vae_config(config)), bucket.height, bucket.width)
+    return seen, encode
 
 
 def trunk_flops(trunk: nn.Module, tokens: Tokens) -> int:
@@ -253,11 +288,3 @@ def _needs_input_gradient(name: str, trainable: set[str]) -> bool:
         upstream = ("transformer.x_embedder.weight", "transformer.transformer_blocks.0.norm1.linear.weight")
         return not trainable.isdisjoint(upstream)
     return True
-
-
-# --- speed --------------------------------------------------------------------------------------------------
-
-
-def images_per_second(flops: float, mfu: float, peak_tflops: float) -> float:
-    """Images/s of one device at a model FLOPs utilisation: mfu x peak / model FLOPs per image."""
-    return mfu * peak_tflops * 1e12 / flops

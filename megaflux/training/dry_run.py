@@ -14,8 +14,9 @@ from torch import nn
 
 from megaflux.config import Config, Stage
 from megaflux.data import shm_room
-from megaflux.data.buckets import Bucket, make_buckets
+from megaflux.data.buckets import Bucket
 from megaflux.errors import UserError
+from megaflux.gpus import Assumed
 from megaflux.models.pretrained import meta_models
 from megaflux.training import checkpoint, space
 from megaflux.training.checks import find_notes, find_problems
@@ -23,13 +24,15 @@ from megaflux.training.costs import (
     Flops,
     StageCosts,
     frozen_flops,
-    images_per_second,
     stage_table,
     token_counts,
     training_flops,
 )
+from megaflux.training.dry_run_table import gpus_of, micro_batch_lines, print_table
 from megaflux.training.ds_config import compute_dtype, uses_bf16, uses_kernels, zero_stage
-from megaflux.training.memory import Memory, counted, policies_for, stage_memory, usable
+from megaflux.training.memory import Memory, counted, stage_memory
+from megaflux.training.micro_batch import Choice
+from megaflux.training.throughput import Cluster
 from megaflux.training.trained import count_trained
 
 GIGA = 1e9
@@ -40,22 +43,22 @@ def dry_run(
     ds_config: dict[str, Any],
     world_size: int,
     json_path: str | None = None,
-    mfu: float = 0.35,
-    peak_tflops: float = 312,
-    gpu_memory_gb: float = 80,
+    assumed: Assumed | None = None,
 ) -> int:
     """Print the resolved configuration, stage table, FLOPs, memory, speed and problems; exit code 0, or 2
     with problems.
 
-    json_path: a file for the same as JSON. mfu: model FLOPs over peak, assumed. peak_tflops: of one GPU.
+    json_path: a file for the same as JSON. assumed: what a person says of the GPUs; where nothing is said of their kind,
+    stages, memory and days are for an A100 80 GB, and the table of micro-batches for all that are known.
     UserError where the JSON file cannot be written.
     """
+    wanted = config.train.micro_batch_size
     config = config.for_world(world_size)
-    print(config.to_yaml())
+    print(config.with_batches(config.train.drawn_per_rank, wanted or config.train.micro_batch_size).to_yaml())
     problems = find_problems(config, ds_config, world_size)
     report: dict[str, Any] = {"stages": [], "flops_per_image": None, "memory_gb_per_gpu": None}
     try:
-        report |= _costs(config, ds_config, world_size, mfu, peak_tflops, gpu_memory_gb, problems)
+        report |= _costs(config, ds_config, world_size, assumed or Assumed(), wanted == "auto", problems)
     except UserError as error:
         problems.append(str(error))
     notes = find_notes(config)
@@ -70,11 +73,10 @@ def dry_run(
 
 
 def _costs(
-    config: Config, ds_config: dict[str, Any], world_size: int, mfu: float, peak_tflops: float,
-    gpu_memory_gb: float, problems: list[str],
-) -> dict[str, Any]:  # fmt: skip
+    config: Config, ds_config: dict[str, Any], world_size: int, assumed: Assumed, choose: bool, problems: list[str]
+) -> dict[str, Any]:
     """Print what the configuration costs and return it for the JSON file; a problem more where it does not
-    fit."""
+    fit. choose: the micro-batch of each stage for images per second."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     try:
         module, trunk = meta_models(config)
@@ -82,49 +84,55 @@ def _costs(
         raise
     except Exception as error:  # sizes that a library refuses, in its own words
         raise UserError(f"model: the networks cannot be built: {' '.join(str(error).split())[:200]}") from error
-    buckets = make_buckets(config.data.aspect_ratios, config.data.longest_side)
+    gpus = gpus_of(assumed)
+    found = micro_batch_lines(config, ds_config, world_size, module, trunk, gpus, choose)
+    gpu = gpus[0]
+    chosen = [line.choice for line in found if line.gpu == gpu and line.cache == config.data.cache and line.chosen]
+    buckets = list(chosen[0].seconds)
     table = stage_table(config, module)
-    budget = usable(gpu_memory_gb * GIGA)
-    policies = [policies_for(config, ds_config, world_size, module, trunk, buckets, s, budget) for s in config.stages]
     flops = [
-        _flops_by_bucket(config, module, trunk, stage, buckets, chosen)
-        for stage, chosen in zip(config.stages, policies, strict=True)
+        _flops_by_bucket(config, module, trunk, stage, buckets, choice.policies)
+        for stage, choice in zip(config.stages, chosen, strict=True)
     ]
     means = [_mean([f.model for f in row.values()]) for row in flops]
     updates = [row.updates for row in table]
     flops_per_image = sum(m * u for m, u in zip(means, updates, strict=True)) / sum(updates)
     needs = [
-        stage_memory(config, ds_config, world_size, module, trunk, stage, bucket, chosen)
-        for stage, chosen in zip(config.stages, policies, strict=True)
+        (choice, stage_memory(config.with_batches(config.train.drawn_per_rank, choice.micro_batch_size), ds_config,
+                              world_size, module, trunk, stage, bucket, choice.policies))
+        for stage, choice in zip(config.stages, chosen, strict=True)
         for bucket in buckets
-    ]
-    memory = max(needs, key=lambda need: need.total)
+    ]  # fmt: skip
+    largest, memory = max(needs, key=lambda need: need[1].total)
     item = compute_dtype(ds_config).itemsize
-    speed = world_size * images_per_second(flops_per_image, mfu, peak_tflops)
-    days = config.train.updates * config.train.global_batch_size / speed / 86400
+    seconds = sum(row.updates * choice.mean_seconds for row, choice in zip(table, chosen, strict=True))
+    speed = config.train.updates * config.train.global_batch_size / seconds
+    mfu = flops_per_image * speed / (world_size * gpu.peak_tflops * 1e12)
 
     _print_stages(config, table, means)
     _print_flops(config, buckets, flops)
-    _print_memory(config, ds_config, world_size, memory)
+    _print_memory(largest.micro_batch_size, ds_config, world_size, memory)
     handed_over = _handed_over(config, buckets)
     if handed_over:
         print(f"  {'in /dev/shm, pictures from loader processes':<46}{handed_over / GIGA:>9.3f}")
-    _print_policies(config, ds_config, policies)
+    _print_policies(config, ds_config, chosen)
+    print_table(found, config, world_size)
     print(
-        f"\nSpeed at {mfu:.0%} MFU of {peak_tflops:g} TFLOP/s a GPU: {speed:.3g} images/s on {world_size} "
-        f"GPU{'s' * (world_size > 1)}; {config.train.updates} updates of {config.train.global_batch_size} images "
-        f"take {_duration(days * 86400)}\n"
+        f"\nSpeed on {world_size} {gpu.name}, of what is chosen: {speed:.3g} images/s, {mfu:.0%} MFU; {config.train.updates} "
+        f"updates of {config.train.global_batch_size} images take {_duration(seconds)}\n"
     )
     sizes = [
         space.checkpoint_bytes(sum(row.trainable.values()), count_trained(config, module, stage), item)
         for stage, row in enumerate(table)
     ]
     _print_checkpoints(config, sizes, speed)
-    if memory.total / GIGA > gpu_memory_gb:
+    if memory.total / GIGA > gpu.memory_gb:
+        mend = "" if choose else "lower train.micro_batch_size or set it to auto, "
         problems.append(
-            f"memory: {memory.total / GIGA:.1f} GB per GPU is more than {gpu_memory_gb:g} GB; lower "
-            "train.micro_batch_size, set model.activation_checkpointing to auto, use more GPUs or zero3.json"
+            f"memory: {memory.total / GIGA:.1f} GB per GPU is more than {gpu.memory_gb:g} GB; {mend}"
+            "set model.activation_checkpointing to auto, use more GPUs or zero3.json"
         )
+    images = config.train.global_batch_size
     return {
         "stages": [asdict(row) | {"flops_per_image": mean} for row, mean in zip(table, means, strict=True)],
         "flops_per_image": flops_per_image,
@@ -135,12 +143,18 @@ def _costs(
         "memory_gb_per_gpu": memory.total / GIGA,
         "memory": asdict(memory),
         "shared_memory_gb_per_gpu": handed_over / GIGA,
-        "activation_checkpointing": {s.name: list(chosen) for s, chosen in zip(config.stages, policies, strict=True)},
+        "activation_checkpointing": {
+            s.name: list(choice.policies) for s, choice in zip(config.stages, chosen, strict=True)
+        },
+        "micro_batch_size": {s.name: choice.micro_batch_size for s, choice in zip(config.stages, chosen, strict=True)},
+        "micro_batches": [line.as_json(scope, images) for line in found for scope in ("largest", "mean")],
+        "assumptions": [text for shown in gpus for text in Cluster(shown, world_size).assumptions()],
         "checkpoint_gb": {s.name: size / GIGA for s, size in zip(config.stages, sizes, strict=True)},
+        "gpu": gpu.name,
         "images_per_second": speed,
-        "days": days,
+        "days": seconds / 86400,
         "mfu": mfu,
-        "peak_tflops": peak_tflops,
+        "peak_tflops": gpu.peak_tflops,
     }
 
 
@@ -190,11 +204,11 @@ def _print_flops(config: Config, buckets: Sequence[Bucket], flops: list[dict[Buc
             print(f"{stage.name:<10}{bucket!s:<20}{lengths:>12}" + "".join(f"{_si(v):>10}" for v in values))
 
 
-def _print_memory(config: Config, ds_config: dict[str, Any], world_size: int, memory: Memory) -> None:
+def _print_memory(micro_batch_size: int, ds_config: dict[str, Any], world_size: int, memory: Memory) -> None:
     precision = "bfloat16" if uses_bf16(ds_config) else "float32"
     print(
         f"\nGB per GPU: {world_size} GPU{'s' * (world_size > 1)}, ZeRO-{zero_stage(ds_config)}, {precision}, "
-        f"micro-batch {config.train.micro_batch_size}; peak: {memory.stage}, {memory.bucket}"
+        f"micro-batch {micro_batch_size}; peak: {memory.stage}, {memory.bucket}"
     )
     lines = {f"weights, {name}": size for name, size in memory.weights.items()}
     lines |= {
@@ -211,12 +225,12 @@ def _print_memory(config: Config, ds_config: dict[str, Any], world_size: int, me
         print(f"  {'on the host: optimizer shard':<46}{memory.host_optimizer / GIGA:>9.3f}")
 
 
-def _print_policies(config: Config, ds_config: dict[str, Any], policies: Sequence[Sequence[str]]) -> None:
+def _print_policies(config: Config, ds_config: dict[str, Any], chosen: Sequence[Choice]) -> None:
     kernels = "megaflux_kernels" if uses_kernels(config, ds_config) else "diffusers' own path"
     print(f"\nFLUX runs on {kernels}; what its blocks compute again (model.activation_checkpointing "
           f"{config.model.activation_checkpointing}):")  # fmt: skip
-    for stage, chosen in zip(config.stages, policies, strict=True):
-        print(f"  {stage.name:<10}{counted(chosen)}")
+    for stage, choice in zip(config.stages, chosen, strict=True):
+        print(f"  {stage.name:<10}micro-batch {choice.micro_batch_size}: {counted(choice.policies)}")
 
 
 def _print_checkpoints(config: Config, sizes: Sequence[int], speed: float) -> None:

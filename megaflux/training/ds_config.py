@@ -133,7 +133,8 @@ def batch_problem(config: Config, world_size: int) -> str | None:
             f"train.micro_batch_size: {micro} does not divide the {drawn} images that a rank draws at a time "
             f"(train.drawn_per_rank); set it to {_nearest_divisors(drawn, micro)}"
         )
-    wanted = config.train.drawn_per_rank or config.train.micro_batch_size or 1
+    named = config.train.micro_batch_size if config.train.micro_batch_size != "auto" else None
+    wanted = config.train.drawn_per_rank or named or 1
 
     def fits(size: int) -> bool:
         return size % (min(wanted, max(1, size // world_size)) * world_size) == 0

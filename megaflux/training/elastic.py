@@ -17,7 +17,8 @@ log = logging.getLogger("megaflux")
 
 
 def fit(config: Config, resumed: Checkpoint | None, world_size: int) -> Config:
-    """The configuration with what each rank draws, and the largest micro-batch, up to its own, that divides it.
+    """The configuration with what each rank draws, and the largest micro-batch, up to its own, that divides it; where it is
+    `auto`, up to what a rank drew when the run began (out_of_memory.Plan may choose another).
 
     UserError: ranks that cannot share evenly what the run draws at a time. The same on all ranks."""
     train = config.for_world(world_size).train
@@ -29,7 +30,8 @@ def fit(config: Config, resumed: Checkpoint | None, world_size: int) -> Config:
             f"use {', '.join(map(str, fitting))} ranks",
             agreed=True,
         )
-    share, wanted = together // world_size, config.train.micro_batch_size
+    share = together // world_size
+    wanted = None if config.train.micro_batch_size == "auto" else config.train.micro_batch_size
     most = wanted or config.train.drawn_per_rank or share  # fewer ranks draw more each, but hold no more at a time
     micro = max(m for m in range(1, min(most, share) + 1) if share % m == 0)
     if wanted not in (None, micro):

@@ -66,8 +66,20 @@ class StageEngine:
     def num_trainable(self) -> int:
         return sum(whole_size(p) for p in self.module.parameters() if p.requires_grad)
 
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of an update."""
+        return self.deepspeed.gradient_accumulation_steps()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.deepspeed(*args, **kwargs)
+
+    def cut_into(self, micro_batch_size: int) -> None:
+        """Take micro-batches of this size, on a rank, from the next update on; before the first backward of one."""
+        self.deepspeed.set_train_micro_batch_size(micro_batch_size)
+        self.deepspeed.set_train_batch_size(self.config.train.global_batch_size)
+        # ZeRO's optimizer has a number of its own.
+        self.deepspeed.optimizer.gradient_accumulation_steps = self.deepspeed.gradient_accumulation_steps()
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of loss / accumulation, summed over micro-batches and averaged over ranks."""

@@ -23,6 +23,7 @@ from megaflux.config import Config
 from megaflux.data.loader import Batch, BucketLoader, build_loader
 from megaflux.data.pieces import pieces, position_for
 from megaflux.errors import STOPPED, UserError, is_out_of_memory
+from megaflux.gpus import Assumed
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models, load_models
 from megaflux.models.vlm import Condition
@@ -30,7 +31,7 @@ from megaflux.training import checkpoint, distributed, elastic, memory, noise, s
 from megaflux.training.cache import cached_dataset
 from megaflux.training.checkpoint import Checkpoint
 from megaflux.training.distributed import World
-from megaflux.training.ds_config import accumulation_steps, compute_dtype
+from megaflux.training.ds_config import compute_dtype
 from megaflux.training.engine import Carried, StageEngine, release_memory
 from megaflux.training.events import Events
 from megaflux.training.guard import Guard
@@ -45,11 +46,13 @@ log = logging.getLogger("megaflux")
 
 
 def train(
-    config: Config, ds_config: dict[str, Any], watch: Watch, load: Callable[..., Models] = load_models
+    config: Config, ds_config: dict[str, Any], watch: Watch, load: Callable[..., Models] = load_models,
+    assumed: Assumed | None = None,
 ) -> int:  # fmt: skip
     """Train through all stages, or go on where the run folder's newest whole checkpoint stands.
 
-    load: makes the models: (config, device, dtype) -> Models, the same weights each time.
+    load: makes the models: (config, device, dtype) -> Models, the same weights each time. assumed: what a person says of the
+    GPUs, for the choice of the micro-batch.
     Collective: every rank calls it. Returns the exit code: 0 when done, STOPPED when a signal asked to leave and all is
     saved. Raises UserError for input that a person can mend.
     """
@@ -60,6 +63,7 @@ def train(
     lock_run_folder(config, world)
     resumed = checkpoint.resolve(config, ds_config, world)
     prepare_run_folder(config, ds_config, world)  # as given: what the number of ranks makes of it is for this start
+    choose_micro_batch = config.train.micro_batch_size == "auto"
     config = elastic.fit(config, resumed, world.size)
     began = psutil.Process().create_time()
     events.record("start", time=began, update=resumed.update if resumed else 0, world_size=world.size, pid=os.getpid(),
@@ -69,7 +73,8 @@ def train(
         events.record("fault", what="checkpoint_refused", update=resumed.update, detail=line)
     prepare_data(config, world)
 
-    plan, went_back_to, behind = Plan(config, ds_config, world), set(), None
+    plan = Plan(config, ds_config, world, choose_micro_batch, assumed)
+    went_back_to, behind = set(), None
     try:
         while True:
             outcome = _run(config, ds_config, world, watch, events, plan, resumed, behind, load)
@@ -128,7 +133,6 @@ def _run(
     models = load(config, world.device, compute_dtype(ds_config))
     models.trainable.train()  # transformers recomputes activations in training mode only
     references = validation.load_references(config, models)
-    accumulation = accumulation_steps(config, world.size)
     loader = build_loader(
         cached_dataset(config, models, world), remote=config.data.remote, cache_limit=config.data.cache_limit,
         micro_batch_size=config.train.drawn_per_rank, seed=config.run.seed,
@@ -143,8 +147,9 @@ def _run(
         loader.load_state_dict(position_for(behind.position if behind else resumed.data, world.size))
         guard.load_state_dict(resumed.manifest.get("guard", {}))
         guard.dropped = max(guard.dropped, behind.dropped if behind else 0)
+        plan.load_state_dict(resumed.manifest.get("plan", {}))
         log.info("resuming %s at update %d", config.run.dir, resumed.update)
-    batches = pieces(iter(loader), config.train.micro_batch_size)
+    drawn = iter(loader)
     done = plan.update = resumed.update if resumed else 0
     monitor = Monitor(config, world, models.trainable, done, events)
     last = config.train.stop_after or config.train.updates
@@ -165,10 +170,11 @@ def _run(
             count = trained.count_trained(config, models.trainable, stage)
             if done < last:  # else only what is owed is shown
                 space.check(config, engine, count, world, checkpoint.most_at_once(config, done))
-            policies = plan.choose(models, engine)
-            log.info("stage %s: %d parameters train; %s; computed again in the backward pass, %s",
-                     config.stages[stage].name, engine.num_trainable, models.trainable.describe(),
-                     memory.counted(policies))  # fmt: skip
+            plan.choose(models, engine)
+            batches, accumulation = pieces(drawn, plan.micro_batch_size), engine.accumulation_steps
+            log.info("stage %s: %d parameters train; %s; %s", config.stages[stage].name, engine.num_trainable,
+                     models.trainable.describe(), plan.describe())  # fmt: skip
+            monitor.scalars(plan.scalars(), done)
             stage_end = config.stage_ends()[stage]
             if done == 0 or owes_loss:
                 _validate(engine, config, models, references, monitor, world, done, watch)
@@ -176,7 +182,8 @@ def _run(
                 _panel(engine, config, models, references, monitor, world, done, watch)
             owes_loss = owes_panel = False
         watch.ready()
-        events.record("ready", update=done, plan=memory.counted(policies), limit=plan.limit)
+        events.record("ready", update=done, plan=memory.counted(plan.policies), micro_batch_size=plan.micro_batch_size,
+                      why=plan.why, limit=plan.limit)  # fmt: skip
 
         while done < min(stage_end, last):
             learning_rate, seen, keys = engine.set_learning_rate(done), Counter(), []
@@ -185,7 +192,7 @@ def _run(
                     # 1. a batch of one bucket, the same bucket on every rank
                     waiting = time.perf_counter()
                     batch = next(batches).to(world.device)
-                    turn = micro * config.train.micro_batch_size * world.size // loader.global_batch
+                    turn = micro * plan.micro_batch_size * world.size // loader.global_batch
                     monitor.data_wait += time.perf_counter() - waiting
                     keys += batch.keys
                     # 2. VAE latents
@@ -223,7 +230,7 @@ def _run(
                     or leaving
                     or (_due(done, config.train.checkpoint_every) and not guard.in_a_row)
                 ):
-                    saved = _save(engine, config, done, loader, models, guard, resumed, monitor, world, events,
+                    saved = _save(engine, config, done, loader, models, guard, plan, resumed, monitor, world, events,
                                   must=at_end or done == last or leaving)  # fmt: skip
                 loss_due, panel_due = validation.due(config, done)
                 if not leaving and loss_due:
@@ -235,7 +242,7 @@ def _run(
                 if shown and distributed.any_over_ranks(watch.signal is not None, world):
                     leaving = True
                     saved or _save(
-                        engine, config, done, loader, models, guard, resumed, monitor, world, events, must=True
+                        engine, config, done, loader, models, guard, plan, resumed, monitor, world, events, must=True
                     )
             if leaving:
                 outcome = STOPPED
@@ -263,7 +270,7 @@ def _run(
 
 
 def _save(
-    engine: StageEngine, config: Config, update: int, loader: BucketLoader, models: Models, guard: Guard,
+    engine: StageEngine, config: Config, update: int, loader: BucketLoader, models: Models, guard: Guard, plan: Plan,
     resumed: Checkpoint | None, monitor: Monitor, world: World, events: Events, must: bool,
 ) -> bool:  # fmt: skip
     """Whether there is a checkpoint now. A disk that refuses one ends the run only where there must be one. Collective."""
@@ -271,7 +278,7 @@ def _save(
         space.check(config, engine, trained.count_trained(config, engine.module, engine.stage), world, None)
         with monitor.timed("save", update):
             checkpoint.save(config, engine, update, loader.state_dict(), models.base, world, guard.state_dict(),
-                            resumed.update if resumed else None)  # fmt: skip
+                            resumed.update if resumed else None, plan.state_dict())  # fmt: skip
     except space.NoRoom as error:
         if must:
             raise

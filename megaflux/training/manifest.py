@@ -25,8 +25,8 @@ from megaflux.errors import UserError
 from megaflux.files import sync_file, sync_folder
 
 # 2: the manifest holds a hash of itself; 3: fields of the configuration came in (saved.ADDED); 4: more of them, and the
-# weights are divided among the ranks' files (trained.py)
-FORMAT = 4
+# weights are divided among the ranks' files (trained.py); 5: the stage's plan, and train.micro_batch_size may be `auto`
+FORMAT = 5
 MANIFEST = "manifest.json"
 KEYS = {"format", "update", "stage", "stage_name", "world_size", "data", "identity", "base", "deepspeed", "files"}
 HASHERS = 8  # files hashed at a time: one thread reads 1 to 2 GB/s, and a shared file system gives more to several

@@ -26,6 +26,7 @@ import gc
 import json
 import logging
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -259,8 +260,7 @@ def zero_bytes(
 ) -> tuple[int, int, int]:
     """(gradients in flight, optimizer, optimizer on the host): bytes of DeepSpeed's ZeRO-2 or ZeRO-3 on a rank."""
     zero, level = ds_config.get("zero_optimization", {}), zero_stage(ds_config)
-    names = set(trainable_names(module, stage))
-    sizes = [parameter.numel() for name, parameter in module.named_parameters() if name in names]
+    sizes = trained_sizes(module, stage)
     shard = sum(sizes) // (world_size if level >= 1 else 1)
     bucket = bucket_elements(ds_config)
     reduced = max(bucket, max(sizes))
@@ -278,6 +278,15 @@ def zero_bytes(
     return gradients, on_gpu, (16 + width) * shard + width * max(sizes)
 
 
+def trained_sizes(module: nn.Module, stage: Stage) -> list[int]:
+    """Numbers in each parameter that a stage trains. Remembered per module: a plan asks for it hundreds of times."""
+    known, key = _trained.setdefault(module, {}), (stage.blocks, stage.components)
+    if key not in known:
+        names = set(trainable_names(module, stage))
+        known[key] = [parameter.numel() for name, parameter in module.named_parameters() if name in names]
+    return known[key]
+
+
 def _worst_tokens(config: Config, bucket: Bucket) -> Tokens:
     tokens = token_counts(config, bucket)
     caption = config.model.caption_max_tokens if config.data.condition.image_text else 0
@@ -291,4 +300,10 @@ def _vae(config_json: str) -> AutoencoderKL:
 
 
 def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    if module not in _counted:
+        _counted[module] = sum(parameter.numel() for parameter in module.parameters())
+    return _counted[module]
+
+
+_counted: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_trained: weakref.WeakKeyDictionary[nn.Module, dict[tuple, list[int]]] = weakref.WeakKeyDictionary()

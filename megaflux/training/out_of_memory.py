@@ -1,4 +1,5 @@
-"""Memory at its edge: a stage's activation policies tried out before its first update, and what to do when a GPU runs out.
+"""Memory at its edge: a stage's micro-batch and activation policies, tried out before its first update, and what to do when a
+GPU runs out.
 
 Before: each rank runs the real module forward and backward once at every bucket, without a collective and without a
 trace. A rank that runs out lowers its plan by the formula of memory.py and tries again; then all take the lowest.
@@ -6,13 +7,15 @@ trace. A rank that runs out lowers its plan by the formula of memory.py and trie
 Later a peer may be inside a collective, so that nothing can be agreed on: the rank writes how much may be planned with
 into RUN/memory.json and leaves with exit code 11, as one that hangs. The next start plans within it.
 
-Only `model.activation_checkpointing auto` is lowered; what a person chose stays, and the mend is said.
+Only `model.activation_checkpointing auto` and `train.micro_batch_size auto` are lowered; what a person chose stays, and the
+mend is said.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -22,16 +25,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from megaflux.config import Config, Stage
-from megaflux.data.buckets import Bucket, make_buckets
+from megaflux.data.buckets import Bucket
 from megaflux.errors import STUCK, UserError, is_out_of_memory
+from megaflux.gpus import Assumed
 from megaflux.models import latents as latent_ops
 from megaflux.models.flux import Policy, uneven_norms
 from megaflux.models.pretrained import Models, meta_models
 from megaflux.training import distributed, manifest, memory, validation, watch
 from megaflux.training.distributed import World
-from megaflux.training.ds_config import uses_kernels
+from megaflux.training.ds_config import uses_bf16, uses_kernels
 from megaflux.training.engine import StageEngine, release_memory
 from megaflux.training.events import Events
+from megaflux.training.micro_batch import Choice, Planner, divisors, reason
+from megaflux.training.throughput import PER_MACHINE, Cluster
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,15 +51,24 @@ NEVER = 10**6  # steps: of a rank on which no plan fits
 
 
 class Plan:
-    """Activation policies of the stage at hand, alike on all ranks."""
+    """Micro-batch and activation policies of the stage at hand, alike on all ranks."""
 
-    def __init__(self, config: Config, ds_config: dict[str, Any], world: World):
-        """Reads RUN/memory.json, on rank 0 for all; UserError where it cannot be read. Collective."""
+    def __init__(
+        self, config: Config, ds_config: dict[str, Any], world: World, choose_micro_batch: bool = False,
+        assumed: Assumed | None = None,
+    ):  # fmt: skip
+        """Reads RUN/memory.json, on rank 0 for all; UserError where it cannot be read. Collective.
+
+        config: with the micro-batch in numbers. choose_micro_batch: whether another one may be taken (train.micro_batch_size
+        auto), where the GPU's speed is known. assumed: what a person says of the GPU."""
         self.config, self.ds_config, self.world = config, ds_config, world
+        self.assumed = assumed or Assumed()
         self.file = Path(config.run.dir) / FILE
         self.stage: Stage | None = None
-        self.policies: list[Policy] = []
-        """Of the stage's blocks; empty while its engine is being built."""
+        self.choice: Choice | None = None
+        """The stage's; None while its engine is being built."""
+        self.why = ""
+        """One line on how the micro-batch was chosen; empty where it was given."""
         self.trained = False
         """Whether this process has done an update."""
         self.updating = False
@@ -65,38 +80,103 @@ class Plan:
             raise UserError(found, agreed=True)
         self.limits: dict[str, int] = found
         """Stage -> bytes of memory.py's formula that may be planned with."""
+        names = set(distributed.gathered(device_name(world.device), world))
+        self.gpu = " and ".join(sorted(names))
+        """Name of the ranks' GPUs, "cpu" of CPUs."""
+        known = self.assumed.of(self.gpu) if len(names) == 1 else None
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", min(world.size, PER_MACHINE)))
+        self.cluster = Cluster(known, world.size, here) if known else None
+        self.free = choose_micro_batch and self.cluster is not None
+        if choose_micro_batch and not self.free:
+            why = f"nothing is known of the speed of {self.gpu}" if world.device.type == "cuda" else "no GPU"
+            self.why = f"{why}, so all that are drawn; --gpu-memory GB lets the run choose"
+        self._saved: dict[str, Any] = {}
+
+    @property
+    def sizes(self) -> list[int]:
+        """Micro-batches that may be taken."""
+        train = self.config.train
+        return divisors(train.drawn_per_rank) if self.free else [train.micro_batch_size]
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.choice.micro_batch_size if self.choice else self.config.train.micro_batch_size
+
+    @property
+    def policies(self) -> list[Policy]:
+        return list(self.choice.policies) if self.choice else []
+
+    @property
+    def can_lower(self) -> bool:
+        """Whether there is anything but what a person chose."""
+        return self.free or self.config.model.activation_checkpointing == "auto"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the stage at hand, for a checkpoint's manifest."""
+        return {"stage": self.stage.name, "micro_batch_size": self.micro_batch_size, "policies": self.policies,
+                "gpu": self.gpu, "ranks": self.world.size}  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What the checkpoint's stage was planned with: taken again on as many ranks of the same GPU, so that a resumed run
+        rounds as one that was never stopped. {}: nothing is known."""
+        self._saved = state
 
     def enter(self, stage: Stage) -> None:
         """From here on, what does not fit is this stage's."""
-        self.stage, self.policies, self.updating = stage, [], False
+        self.stage, self.choice, self.updating = stage, None, False
 
-    def choose(self, models: Models, engine: StageEngine) -> list[Policy]:
-        """The policies of the stage, whose engine is built: as planned, within what earlier attempts found, and tried out.
-        Configures the model with them. Collective.
+    def choose(self, models: Models, engine: StageEngine) -> Choice:
+        """The plan of the stage, whose engine is built: as the checkpoint has it, or chosen, within what earlier attempts
+        found, and tried out. Configures model and engine with it. Collective.
 
         UserError, alike on all ranks, where not even the lowest plan fits."""
         kernels, stage = uses_kernels(self.config, self.ds_config), self.stage
-        self._uneven = uneven_norms(models.trainable.transformer) if kernels else None
-        if self._uneven and any(self._uneven):
+        uneven = uneven_norms(models.trainable.transformer) if kernels else None
+        if uneven and any(uneven):
             log.info("%d of %d FLUX blocks keep their q, k, v product: norm weights near zero",
-                     sum(self._uneven), len(self._uneven))  # fmt: skip
-        self._meta = meta_models(self.config)  # sizes: ZeRO-3 leaves the real parameters empty
-        self._buckets = make_buckets(self.config.data.aspect_ratios, self.config.data.longest_side)
-        policies = self._within(memory.budget(self.world, models, engine.deepspeed.optimizer.optimizer))
+                     sum(uneven), len(uneven))  # fmt: skip
+        # Sizes: ZeRO-3 leaves the real parameters empty.
+        self.planner = Planner(self.config, self.ds_config, self.world.size, *meta_models(self.config), uneven)
+        budget = memory.budget(self.world, models, engine.deepspeed.optimizer.optimizer)
+        if self.assumed.memory_gb is not None:
+            budget = min(budget, memory.usable(self.assumed.memory_gb * 1e9))
+        saved = self._as_saved(budget, tries_out(self.world, engine))
+        choice = saved or self._within(budget)
         limit = self.limit
-        if limit is not None and self._needs(policies) > limit:
-            policies = self._within(limit)
+        if limit is not None and self._needs(choice) > limit:
+            choice = self._within(limit)
             if self.world.is_main:
                 log.warning("stage %s: planned within %.1f GB, for a GPU ran out of memory with more; delete %s to plan anew",
                             stage.name, limit / 1e9, self.file)  # fmt: skip
         if tries_out(self.world, engine):
-            policies = self._tried(policies, lambda plan: self._fits(models, engine, plan))
+            choice = self._tried(choice, lambda plan: self._fits(models, engine, plan))
             if self.world.device.type == "cuda":  # what the tries needed is no news of the run
                 torch.cuda.reset_peak_memory_stats()
                 torch.cuda.reset_accumulated_memory_stats()
-        models.trainable.configure(kernels, policies)
-        self.policies = policies
-        return policies
+        if self._saved.get("stage") == stage.name and choice != saved and self.world.is_main:
+            log.warning("stage %s: planned anew (%s on %d ranks; the checkpoint's plan is of %s on %s); from here on the run "
+                        "may round otherwise than one that was never stopped", stage.name, self.gpu, self.world.size,
+                        self._saved.get("gpu"), self._saved.get("ranks"))  # fmt: skip
+        self._saved = {}  # of this stage; the next is planned when it comes
+        if self.free:
+            images = self.config.train.global_batch_size
+            others = self.planner.choices(stage, self.sizes, limit or budget, self.cluster)
+            self.why = "as in the checkpoint" if choice == saved else reason(choice, others, images)
+        models.trainable.configure(kernels, list(choice.policies))
+        engine.cut_into(choice.micro_batch_size)
+        self.choice = choice
+        return choice
+
+    def describe(self) -> str:
+        """The plan in words for people."""
+        why = f" ({self.why})" if self.why else ""
+        drawn, micro = self.config.train.drawn_per_rank, self.micro_batch_size
+        return f"micro-batch {micro} of {drawn} drawn{why}; computed again in the backward pass, {memory.counted(self.policies)}"
+
+    def scalars(self) -> dict[str, float]:
+        """Curves of the plan."""
+        values = {f"plan/blocks_{policy}": count for policy, count in self.choice.counts.items()}
+        return {"plan/micro_batch_size": self.micro_batch_size} | values
 
     @contextmanager
     def one_update(self) -> Iterator[None]:
@@ -108,17 +188,15 @@ class Plan:
     @property
     def limit(self) -> int | None:
         """Bytes that an earlier attempt's end left to plan with in this stage; None: none ended so."""
-        if self.stage is None or self.config.model.activation_checkpointing != "auto":
-            return None
-        return self.limits.get(self.stage.name)
+        return self.limits.get(self.stage.name) if self.stage is not None and self.can_lower else None
 
-    def lower(self, policies: Sequence[Policy]) -> tuple[list[Policy], int] | None:
+    def lower(self, choice: Choice) -> tuple[Choice, int] | None:
         """The next lower plan, and the bytes that it is planned within: a twentieth less than this one needs, or the next
         twentieth at which anything changes. None: there is no lower one."""
-        limit = self._needs(policies)
-        while self.config.model.activation_checkpointing == "auto" and set(policies) != {"full"}:
+        limit, lowest = self._needs(choice), self._within(0)
+        while choice != lowest:
             limit = int(STEP * limit)
-            if (lower := self._within(limit)) != list(policies):
+            if (lower := self._within(limit)) != choice:
                 return lower, limit
         return None
 
@@ -128,14 +206,14 @@ class Plan:
         UserError where the next start would end here as well: nothing was lowered, no update was done, and nobody else
         holds memory of this GPU."""
         what = " ".join(str(error).split())[:200]
-        lower = self.lower(self.policies) if self.updating else None
-        if not self.policies:
+        lower = self.lower(self.choice) if self.updating else None
+        if self.choice is None:
             then = (
                 "the models and the stage's optimizer do not fit this GPU; shard them (--deepspeed ds_configs/zero3.json), "
                 "or use more or larger GPUs"
             )
         elif lower is not None:
-            then = f"the next start plans with less ({memory.counted(lower[0])}; {self.file})"
+            then = f"the next start plans with less ({_shown(lower[0])}; {self.file})"
         elif self.updating:
             then = f"nothing is left to compute again: {self._mend()}"
         else:
@@ -167,7 +245,20 @@ class Plan:
         # Any rank may be the one that ran out, and rank 0 may be waiting for it.
         Events(self.config.run.dir, enabled=True).record("fault", what="out_of_memory", update=self.update, detail=why)
 
-    def _tried(self, plan: list[Policy], fits: Callable[[list[Policy]], bool]) -> list[Policy]:
+    def _as_saved(self, budget: int, tried_out: bool) -> Choice | None:
+        """The checkpoint's plan of this stage where it is to be taken again: of as many ranks and the same GPU, not against
+        what a person set, within the memory that is there. That is left to the try where there is one: free memory differs
+        by a little from start to start."""
+        saved, wanted = self._saved, self.config.model.activation_checkpointing
+        if saved.get("stage") != self.stage.name or (saved["gpu"], saved["ranks"]) != (self.gpu, self.world.size):
+            return None
+        size, policies = saved["micro_batch_size"], saved["policies"]
+        if size not in self.sizes or (wanted != "auto" and set(policies) != {wanted}):
+            return None
+        choice = self.planner.with_needs(self.stage, size, policies, budget)
+        return choice if choice.fits or tried_out else None
+
+    def _tried(self, plan: Choice, fits: Callable[[Choice], bool]) -> Choice:
         """The highest plan that fits on every rank, from this one down. Collective."""
         plans = [plan]
         while not fits(plans[-1]):
@@ -177,7 +268,8 @@ class Plan:
             plans.append(lower[0])
         steps = -distributed.min_over_ranks(-(len(plans) - 1 if plans else NEVER), self.world)
         if steps == NEVER:
-            why = f"stage {self.stage.name}: a micro-batch of {self._micro} does not fit the GPU's memory"
+            smallest = self._within(0).micro_batch_size
+            why = f"stage {self.stage.name}: a micro-batch of {smallest} does not fit the GPU's memory"
             others = -distributed.min_over_ranks(-held_by_others(self.world.device), self.world)
             if others:  # a process that is about to leave, perhaps: the same command may fit later
                 why += f", of which other processes hold {others / 1e9:.1f} GB"
@@ -191,16 +283,16 @@ class Plan:
             plan, _ = self.lower(plan)
         if steps and self.world.is_main:
             log.warning("stage %s: the plan did not fit the memory of every GPU; lowered %d times, to %s",
-                        self.stage.name, steps, memory.counted(plan))  # fmt: skip
+                        self.stage.name, steps, _shown(plan))  # fmt: skip
         return plan
 
-    def _fits(self, models: Models, engine: StageEngine, policies: list[Policy]) -> bool:
-        models.trainable.configure(uses_kernels(self.config, self.ds_config), policies)
-        fits = True
+    def _fits(self, models: Models, engine: StageEngine, plan: Choice) -> bool:
+        models.trainable.configure(uses_kernels(self.config, self.ds_config), list(plan.policies))
+        config, fits = self.config.with_batches(self.config.train.drawn_per_rank, plan.micro_batch_size), True
         try:
-            with _held(self.world.device, [*engine.coming(self.world.device), self._in_flight(policies)]):
-                for bucket in self._buckets:
-                    forward_and_backward(self.config, models, bucket)
+            with _held(self.world.device, [*engine.coming(self.world.device), self._in_flight()]):
+                for bucket in self.planner.buckets:
+                    forward_and_backward(config, models, bucket)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -208,29 +300,33 @@ class Plan:
         release_memory()  # past the handler: its traceback holds all that the try had made
         return fits
 
-    @property
-    def _micro(self) -> int:
-        return self.config.for_world(self.world.size).train.micro_batch_size
-
     def _mend(self) -> str:
         if self.config.model.activation_checkpointing not in ("auto", "full"):
             return "set model.activation_checkpointing to auto"
-        if self._micro > 1:
-            return f"lower train.micro_batch_size (it is {self._micro})"
+        smallest = self._within(0).micro_batch_size if self.choice is None else self.micro_batch_size
+        if smallest > 1:
+            return f"lower train.micro_batch_size (it is {smallest})"
         return "train.micro_batch_size is 1 already: lower data.longest_side, or use more or larger GPUs"
 
-    def _needs(self, policies: Sequence[Policy]) -> int:
-        return max(memory.stage_memory(self.config, self.ds_config, self.world.size, *self._meta, self.stage, bucket,
-                                       policies, self._uneven).total for bucket in self._buckets)  # fmt: skip
+    def _needs(self, choice: Choice) -> int:
+        return choice.bytes or self.planner.with_needs(self.stage, choice.micro_batch_size, choice.policies, 0).bytes
 
-    def _within(self, limit: int) -> list[Policy]:
-        return memory.policies_for(self.config, self.ds_config, self.world.size, *self._meta, self._buckets, self.stage,
-                                   limit, self._uneven)  # fmt: skip
+    def _within(self, limit: int) -> Choice:
+        return self.planner.best(self.stage, self.sizes, limit, self.cluster if self.free else None)
 
-    def _in_flight(self, policies: list[Policy]) -> int:
+    def _in_flight(self) -> int:
         """Bytes of gradients that are being reduced while a backward pass runs."""
-        return memory.stage_memory(self.config, self.ds_config, self.world.size, *self._meta, self.stage,
-                                   self._buckets[0], policies, self._uneven).gradients  # fmt: skip
+        width = 2 if uses_bf16(self.ds_config) else 4
+        return memory.zero_bytes(self.ds_config, self.world.size, self.planner.module, self.stage, width)[0]
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name as its driver has it; "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _shown(choice: Choice) -> str:
+    return f"micro-batch {choice.micro_batch_size}, {memory.counted(choice.policies)}"
 
 
 def held_by_others(device: torch.device) -> int:

@@ -30,6 +30,7 @@ NAME, DS_NAME = "config.yaml", "ds_config.json"
 ADDED: dict[int, dict[str, Any]] = {
     3: {"train.drawn_per_rank": lambda values: values["train"].get("micro_batch_size")},
     4: {"model.seeded": "torch", "train.deterministic": False},
+    5: {},  # no new field, but a new value: train.micro_batch_size may be `auto`, which earlier versions cannot read
 }
 """Format of a manifest -> {dotted field that came with it: what it means where it is missing: a value, or a function of the
 whole configuration as plain data}. `*` stands for every element of a list: `stages.*.name`."""

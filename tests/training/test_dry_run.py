@@ -105,7 +105,7 @@ def test_a_report_that_cannot_be_written(data, tmp_path):
 
 
 def test_offloading_and_more_gpus_make_dev_fit(data, capsys):
-    config = configure(data__path=str(data))
+    config = configure(data__path=str(data), train__micro_batch_size=8)
     offload = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero2_offload.json").read_text())
     assert dry_run(config, DS_CONFIG, 1) == 2
     assert dry_run(config, offload, 1) == 0

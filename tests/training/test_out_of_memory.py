@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from megaflux.config import build_config, merge
-from megaflux.data.buckets import make_buckets
 from megaflux.errors import UserError, is_out_of_memory
 from megaflux.models.pretrained import load_models, meta_models
 from megaflux.presets import tiny
@@ -20,6 +19,7 @@ from megaflux.training import checkpoint, distributed, loop, memory, monitor, ou
 from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine
 from megaflux.training.events import Events
+from megaflux.training.micro_batch import Planner
 from megaflux.training.monitor import Monitor, allocator_scalars, allocator_state
 from megaflux.training.out_of_memory import Plan, held_by_others
 from megaflux.training.space import NoRoom
@@ -59,7 +59,7 @@ def one_update(config, ds, tmp_path, tried_out: bool) -> dict[str, torch.Tensor]
     plan = Plan(config, ds, ALONE)
     plan.enter(config.stages[0])
     before = distributed.rng_state()["torch"]
-    policies = plan.choose(models, engine)
+    policies = plan.choose(models, engine).policies
     assert not set_aside()
     assert (set(policies) == {"full"}) == tried_out
     assert torch.equal(distributed.rng_state()["torch"], before)
@@ -121,23 +121,23 @@ def planned(ds: dict, run) -> Plan:
     values["model"]["activation_checkpointing"], values["data"]["cache"] = "auto", ["latents", "trunk"]
     values["data"]["aspect_ratios"] = ["1:1"]
     values["train"] |= {"micro_batch_size": 2000, "global_batch_size": 2000}
-    config = build_config(values | {"run": {"dir": str(run)}})
+    config = build_config(values | {"run": {"dir": str(run)}}).for_world(1)
     plan = Plan(config, ds, ALONE)
     plan.enter(config.stages[0])
-    plan._meta, plan._uneven, plan.trained, plan.updating = meta_models(config), None, True, True
-    plan._buckets = make_buckets(config.data.aspect_ratios, config.data.longest_side)
-    plan.policies = plan._within(10**15)
+    plan.planner, plan.trained, plan.updating = Planner(config, ds, 1, *meta_models(config)), True, True
+    plan.choice = plan._within(10**15)
     return plan
 
 
 def test_plans_are_lowered_by_a_twentieth_down_to_full(tmp_path, ds):
     plan = planned(ds, tmp_path)
-    policies, steps = plan.policies, 0
-    assert set(policies) == {"none"}
-    while (lower := plan.lower(policies)) is not None:
-        assert lower[1] < plan._needs(policies) and plan._within(lower[1]) == lower[0] != policies
-        policies, steps = lower[0], steps + 1
-    assert set(policies) == {"full"} and 3 <= steps <= 2 * len(policies)
+    choice, steps = plan.choice, 0
+    assert set(choice.policies) == {"none"}
+    while (lower := plan.lower(choice)) is not None:
+        assert lower[1] < plan._needs(choice) and plan._within(lower[1]) == lower[0] != choice
+        choice, steps = lower[0], steps + 1
+    assert set(choice.policies) == {"full"} and choice.micro_batch_size == 2000
+    assert 3 <= steps <= 2 * len(choice.policies)
 
 
 def test_word_is_left_by_whoever_runs_out_and_the_lowest_counts(tmp_path, ds, monkeypatch):
@@ -146,21 +146,21 @@ def test_word_is_left_by_whoever_runs_out_and_the_lowest_counts(tmp_path, ds, mo
     plan = planned(ds, tmp_path)
     plan.update, name = 70, plan.stage.name
     (tmp_path / "memory.json").write_text('{"bytes": {"another": 5}}')
-    lower, limit = plan.lower(plan.policies)
+    lower, limit = plan.lower(plan.choice)
     second = plan.lower(lower)
-    plan.policies = lower
+    plan.choice = lower
     plan.leave(torch.OutOfMemoryError(RAN_OUT))
     assert json.loads((tmp_path / "memory.json").read_text())["bytes"] == {"another": 5, name: second[1]}
     higher = planned(ds, tmp_path)
     assert higher.limit == second[1] < limit
     higher.leave(torch.OutOfMemoryError(RAN_OUT))  # of a rank that planned higher: the lowest stays
     assert json.loads((tmp_path / "memory.json").read_text())["bytes"] == {"another": 5, name: second[1]}
-    higher.policies = ["full"] * len(lower)
+    higher.choice = higher._within(0)
     higher.leave(torch.OutOfMemoryError(RAN_OUT))
     higher.enter(higher.stage)  # in the change to this stage, with its engine not yet built
     higher.leave(torch.OutOfMemoryError(RAN_OUT))
     assert [code for _, code in left] == [11] * 4
-    assert "after update 70" in left[0][0] and memory.counted(second[0]) in left[0][0]
+    assert "after update 70" in left[0][0] and memory.counted(second[0].policies) in left[0][0]
     assert "nothing is left to compute again: lower train.micro_batch_size (it is 2000)" in left[2][0]
     assert "the models and the stage's optimizer do not fit this GPU; shard them" in left[3][0]
     told = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
