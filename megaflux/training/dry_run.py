@@ -18,6 +18,7 @@ from megaflux.data.buckets import Bucket, make_buckets
 from megaflux.errors import UserError
 from megaflux.models.pretrained import meta_models
 from megaflux.training import checkpoint, space
+from megaflux.training.cache_size import size_of_config
 from megaflux.training.checks import find_notes, find_problems
 from megaflux.training.costs import (
     Flops,
@@ -109,6 +110,9 @@ def _costs(
     handed_over = _handed_over(config, buckets)
     if handed_over:
         print(f"  {'in /dev/shm, pictures from loader processes':<46}{handed_over / GIGA:>9.3f}")
+    cache = size_of_config(config, ds_config, trunk, buckets) if config.data.cache else None
+    if cache is not None:
+        print(cache.estimated())
     _print_policies(config, ds_config, policies)
     print(
         f"\nSpeed at {mfu:.0%} MFU of {peak_tflops:g} TFLOP/s a GPU: {speed:.3g} images/s on {world_size} "
@@ -135,6 +139,7 @@ def _costs(
         "memory_gb_per_gpu": memory.total / GIGA,
         "memory": asdict(memory),
         "shared_memory_gb_per_gpu": handed_over / GIGA,
+        "cache": cache.as_json() if cache is not None else None,
         "activation_checkpointing": {s.name: list(chosen) for s, chosen in zip(config.stages, policies, strict=True)},
         "checkpoint_gb": {s.name: size / GIGA for s, size in zip(config.stages, sizes, strict=True)},
         "images_per_second": speed,

@@ -264,6 +264,10 @@ def test_a_run_goes_on_without_its_cache_and_with_one_made_anew(data, tmp_path):
         done = launch(*command, "--train.stop_after", stop, *more, with_="python")
         assert done.returncode == 0, done.stderr[-3000:]
         assert ("cached latents and trunk" in done.stderr) == (stop != 4)
+        told = (
+            r"caching latents and trunk: bfloat16, 0\.0\d+ MB a picture, \d+ pictures, .* 3,000,000 pictures would take"
+        )
+        assert len(re.findall(told, done.stderr)) == (stop != 4)
         manifest = json.loads((newest(tmp_path / "run") / "manifest.json").read_text())
         assert (manifest["update"], manifest["data"]["batches"]) == (stop, 2 * stop)
         shutil.rmtree(data / "cache", ignore_errors=True)
