@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +16,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megaflux.config import build_config, merge
+from megaflux.data import parts as parts_module
 from megaflux.data.buckets import make_buckets
 from megaflux.data.index import read_index, stored_file
-from megaflux.data.shards import read_dataset_info, read_split
+from megaflux.data.loader import build_loader
+from megaflux.data.shards import read_dataset_info, read_split, verify_dataset
 from megaflux.errors import UserError
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import load_models, meta_models, weights_fingerprint
@@ -250,6 +254,43 @@ def test_the_size_of_a_cache_is_that_of_its_arrays(data):
             assert {array.dtype for array in arrays} == {size.dtype}
 
 
+@pytest.mark.parametrize("kinds", [("latents", "trunk")])
+def test_a_cache_takes_its_size_once_and_one_begun_compressed_goes_on(data, kinds, tmp_path, monkeypatch):
+    """Compressed, streaming would unpack each shard beside itself, and the disk hold both."""
+    data = shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
+    config, models, found, size = parts_of(data, *kinds)
+    write = parts_module.write_shards
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            parts_module, "write_shards", lambda *given, compression: write(*given)
+        )  # as earlier versions did
+        root = Path(cache.cached_dataset(config, models, ALONE))
+    old = {bucket: list(read_split(root, "train", bucket)) for bucket in size.per_picture}
+    (root / "dataset.json").unlink()
+    shutil.rmtree(next(root.glob("train/1x1/part-*")))
+    cache.cached_dataset(config, models, ALONE)
+    verify_dataset(root)
+    assert {file.suffix for file in root.glob("train/1x1/part-*/shard.*")} == {".mds", ".zstd"}
+    keys = []
+    for where in (root, data):
+        given = {"computed_from": data} if where == root else {}
+        loader = build_loader(where, micro_batch_size=2, seed=1, **given)
+        keys.append([batch.keys for batch in itertools.islice(iter(loader), loader.batches_per_epoch)])
+        loader.close()
+    assert keys[0] == keys[1]
+    shutil.rmtree(root)
+    cache.cached_dataset(config, models, ALONE)
+    assert {file.suffix for file in root.glob("train/*/part-*/shard.*")} == {".mds"}
+    for bucket, samples in old.items():
+        for before, now in zip(samples, read_split(root, "train", bucket), strict=True):
+            assert before["key"] == now["key"] and torch.equal(before["latents"], now["latents"])
+            assert torch.equal(before["hidden_states"], now["hidden_states"])
+    written = sum(file.stat().st_size for file in root.glob("train/*/part-*/shard.*"))
+    assert (
+        size.of_parts(found) < written < 1.1 * size.of_parts(found)
+    )  # keys and captions weigh, with pictures of 64 px
+
+
 # --- before the first is written ---
 
 
@@ -275,8 +316,6 @@ def test_a_cache_says_its_size_before_it_is_written(data, tmp_path, caplog, monk
 
 
 def test_a_disk_without_room_for_what_is_missing_is_refused_before_anything_is_computed(data, tmp_path, monkeypatch):
-    import shutil
-
     data = shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
     config, models, found, size = parts_of(data, "latents")
     need, real = size.of_parts(found), os.statvfs
