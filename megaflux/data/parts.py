@@ -142,7 +142,8 @@ class Writing:
         claim, final = self.folder / _written_as(part), part.folder(self.root)
         claim.mkdir()  # before anything is computed, for others to take another part
         folder = claim / part.name
-        count, _ = write_shards(folder, samples)
+        # zstd leaves 0.8 of bf16 arrays, but every reader would unpack them beside it, where both forms then stay.
+        count, _ = write_shards(folder, samples, compression=None)
         if count != part.shard["samples"]:
             raise RuntimeError(f"{final}: {count} samples of {part.shard['samples']}")
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
     ROOT/dataset.json                          what the dataset is; written last, so it marks completeness
     ROOT/index.json                            all shards of all splits and buckets
     ROOT/<split>/<bucket>/index.json           the shards of one stream: train/16x9, held_out/1x1, ...
-    ROOT/<split>/<bucket>/.../*.mds       shards of JPEG and WebP files, which zstd would not make smaller
-    ROOT/<split>/<bucket>/.../*.mds.zstd  of PNG files and of arrays; streaming unpacks them beside it, as *.mds
+    ROOT/<split>/<bucket>/.../*.mds       shards of JPEG and WebP files, which zstd would not make smaller, and caches
+    ROOT/<split>/<bucket>/.../*.mds.zstd  of PNG files, and of earlier caches; streaming unpacks them beside it, as *.mds
 
 Columns of prepared images: key (str), caption (str), image (bytes of a png, jpeg or webp file at the
 bucket's size). A derived dataset has the same layout and other columns: latents and hidden_states as
@@ -196,12 +196,12 @@ def open_writer(
 
 
 def write_shards(
-    folder: Path, samples: Iterable[dict[str, Any]], shard_size: int = SHARD_SIZE
+    folder: Path, samples: Iterable[dict[str, Any]], shard_size: int = SHARD_SIZE, compression: str | None = COMPRESSION
 ) -> tuple[int, dict[str, str]]:
     """Write shards and their index.json into `folder`, which must not be there yet; all of it is on disk afterwards.
 
     `samples` have the same fields throughout: str, bytes, or tensors of one dtype and shape per field,
-    whose encodings are taken from the first sample. Returns the number of samples and the columns. Without
+    whose encodings are taken from the first sample. compression: "zstd", or None. Returns the number of samples and the columns. Without
     samples there is no folder.
     """
     writer, columns, count = None, {}, 0
@@ -209,7 +209,7 @@ def write_shards(
         for sample in samples:
             if writer is None:
                 columns = {name: _encoding(name, value) for name, value in sample.items()}
-                writer = open_writer(folder, columns, shard_size)
+                writer = open_writer(folder, columns, shard_size, compression)
             arrays = {name: to_numpy(v) if isinstance(v, torch.Tensor) else v for name, v in sample.items()}
             writer.write(arrays)
             count += 1

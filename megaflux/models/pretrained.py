@@ -67,6 +67,13 @@ class Models:
     """Fingerprint of all weights as they were loaded or built, before any training."""
     t5: T5Path | None = None
     """The released weights' text path; a run has none."""
+    vae_visits: bool = False
+    """Whether the VAE is on the device only while it is at work (training/frozen.py)."""
+
+    def resident(self) -> tuple[nn.Module, ...]:
+        """The modules whose weights stay on the device all the time."""
+        trunk = () if self.trunk.released else (self.trunk.vlm,)
+        return (self.trainable, *trunk, *(() if self.vae_visits else (self.vae,)))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None) -> Models:
         """Move and cast, or only move; RoPE's frequencies stay float32."""

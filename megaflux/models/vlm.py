@@ -158,7 +158,8 @@ class Trunk:
         self, vlm, processor, max_image_tokens: int = 512, max_caption_tokens: int = 256, min_image_tokens: int = 4
     ):
         """min_image_tokens: a smaller picture is enlarged to about as many (the released weights: 512)."""
-        self.vlm = vlm
+        self._vlm, self.config = vlm, vlm.config
+        self._released: tuple[torch.device, torch.dtype] | None = None
         self.processor = processor
         self.max_caption_tokens = max_caption_tokens
         self.min_image_tokens, self.max_image_tokens = min_image_tokens, max_image_tokens
@@ -169,6 +170,34 @@ class Trunk:
         # Not lru_cache: around a bound method it holds the trunk, and so all of Qwen2-VL, in a cycle.
         self._grids: dict[tuple, tuple[int, int]] = {}
         self._templates: dict[Mode, tuple[str, str, str]] = {}
+
+    @property
+    def vlm(self):
+        """Qwen2VLModel without its last layer. RuntimeError after `release`."""
+        if self._vlm is None:
+            raise RuntimeError(
+                "Qwen2-VL's trunk was released, because its output is cached (data.cache holds trunk): its weights are gone, "
+                "so it cannot encode; load the models anew"
+            )
+        return self._vlm
+
+    @vlm.setter
+    def vlm(self, vlm) -> None:
+        self._vlm, self._released = vlm, None
+
+    @property
+    def released(self) -> bool:
+        """Whether the weights are gone."""
+        return self._vlm is None
+
+    def release(self) -> None:
+        """Give up the weights for good, on the device and on the host: `from_cache` needs none.
+
+        `device`, `dtype`, `config` and what lays out tokens stay; all that needs weights raises RuntimeError."""
+        if not self.released:
+            self._released = self.device, self.dtype
+            self._vlm.to("meta")  # whoever else still holds the module holds no memory by it
+            self._vlm = None
 
     @torch.no_grad()
     def encode(
@@ -234,7 +263,7 @@ class Trunk:
         start = len(head)
         image = range(start, start + rows * columns)
         select = [*image, *range(len(before), len(before) + len(words))]
-        return Turn(head + [self.vlm.config.image_token_id] * len(image), select, (rows, columns), start)
+        return Turn(head + [self.config.image_token_id] * len(image), select, (rows, columns), start)
 
     def collate(self, turns: list[Turn]) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Pad turns on the right: input_ids (B, S) and the fields of Condition but hidden_states, on the device."""
@@ -257,7 +286,9 @@ class Trunk:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the weights' device, or the one that accelerate brings them to."""
+        """Where inputs go: the weights' device, or the one that accelerate brings them to; also when they are released."""
+        if self._released is not None:
+            return self._released[0]
         hooks = (getattr(module, "_hf_hook", None) for module in self.vlm.modules())
         devices = (getattr(hook, "execution_device", None) for hook in hooks)
         found = next((device for device in devices if device is not None), None)
@@ -265,7 +296,7 @@ class Trunk:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.vlm.dtype
+        return self.vlm.dtype if self._released is None else self._released[1]
 
     def grid(self, height: int, width: int, limits: tuple[int, int] | None = None) -> tuple[int, int]:
         """(rows, columns) of image tokens of a picture of height x width px; limits: as in `encode`."""

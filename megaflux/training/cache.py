@@ -33,6 +33,7 @@ from megaflux.data.shards import DatasetInfo, read_dataset_info
 from megaflux.errors import STUCK, UserError
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models, weights_fingerprint
+from megaflux.training.cache_size import CacheSize, check_room, size_of_run
 from megaflux.training.distributed import HEARTBEAT, World, from_main, gathered
 from megaflux.training.watch import leave
 
@@ -49,7 +50,9 @@ def cached_dataset(config: Config, models: Models, world: World) -> str:
     Training from it draws the same samples in the same order as from `data.path` (build_loader's computed_from). Only
     local shards can be cached.
 
-    Raises UserError, alike on all ranks: an image shard or picture that is damaged, or a disk that refuses. A rank that
+    What it will take is said, and the disk asked for room, before anything is computed.
+
+    Raises UserError, alike on all ranks: no room, an image shard or picture that is damaged, or a disk that refuses. A rank that
     computes nothing for `train.hang_timeout` seconds leaves with its stacks and exit code 11.
     """
     kinds = config.data.cache
@@ -60,7 +63,8 @@ def cached_dataset(config: Config, models: Models, world: World) -> str:
     train = info.counts.get("train", {})  # validation encodes its few itself
     info = dataclasses.replace(info, counts={"train": train})
     root = from_main(original / "cache" / _fingerprint(config, models), world)
-    plan = _on_main(lambda: _planned(root, original, info), root, world)
+    size = size_of_run(config, models, info.buckets)
+    plan = _on_main(lambda: _planned(root, original, info, size), root, world)
     if plan is None:
         return str(root)
     parts, todo = plan
@@ -82,13 +86,16 @@ def to_tensor(image: bytes) -> torch.Tensor:
     return flat.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
 
 
-def _planned(root: Path, original: Path, info: DatasetInfo) -> tuple[list[Part], list[Part]] | None:
-    """(all parts of the cache, those that are missing); None: it is complete."""
+def _planned(root: Path, original: Path, info: DatasetInfo, size: CacheSize) -> tuple[list[Part], list[Part]] | None:
+    """(all parts of the cache, those that are missing, for which there is room); None: it is complete."""
     remove_leftovers(root)
     if (root / "dataset.json").exists():
         return None
     parts = all_parts(original, info)
-    return parts, missing(root, parts)
+    todo = missing(root, parts)
+    log.info("%s", size.told(parts))
+    check_room(root, size, todo)
+    return parts, todo
 
 
 def _compute(share: _Share, total: int, what: str, world: World) -> None:

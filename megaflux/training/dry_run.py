@@ -19,6 +19,7 @@ from megaflux.errors import UserError
 from megaflux.gpus import Assumed
 from megaflux.models.pretrained import meta_models
 from megaflux.training import checkpoint, space
+from megaflux.training.cache_size import size_of_config
 from megaflux.training.checks import find_notes, find_problems
 from megaflux.training.costs import (
     Flops,
@@ -115,6 +116,9 @@ def _costs(
     handed_over = _handed_over(config, buckets)
     if handed_over:
         print(f"  {'in /dev/shm, pictures from loader processes':<46}{handed_over / GIGA:>9.3f}")
+    cache = size_of_config(config, ds_config, trunk, buckets) if config.data.cache else None
+    if cache is not None:
+        print(cache.estimated())
     _print_policies(config, ds_config, chosen)
     print_table(found, config, world_size)
     print(
@@ -143,6 +147,7 @@ def _costs(
         "memory_gb_per_gpu": memory.total / GIGA,
         "memory": asdict(memory),
         "shared_memory_gb_per_gpu": handed_over / GIGA,
+        "cache": cache.as_json() if cache is not None else None,
         "activation_checkpointing": {
             s.name: list(choice.policies) for s, choice in zip(config.stages, chosen, strict=True)
         },

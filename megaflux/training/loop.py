@@ -27,7 +27,7 @@ from megaflux.gpus import Assumed
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models, load_models
 from megaflux.models.vlm import Condition
-from megaflux.training import checkpoint, distributed, elastic, memory, noise, space, trained, validation
+from megaflux.training import checkpoint, distributed, elastic, frozen, memory, noise, space, trained, validation
 from megaflux.training.cache import cached_dataset
 from megaflux.training.checkpoint import Checkpoint
 from megaflux.training.distributed import World
@@ -133,8 +133,10 @@ def _run(
     models = load(config, world.device, compute_dtype(ds_config))
     models.trainable.train()  # transformers recomputes activations in training mode only
     references = validation.load_references(config, models)
+    dataset = cached_dataset(config, models, world)
+    frozen.send_away(config, models)
     loader = build_loader(
-        cached_dataset(config, models, world), remote=config.data.remote, cache_limit=config.data.cache_limit,
+        dataset, remote=config.data.remote, cache_limit=config.data.cache_limit,
         micro_batch_size=config.train.drawn_per_rank, seed=config.run.seed,
         num_workers=config.data.num_workers, verify=behind is None, run_folder=config.run.dir,
         damaged="replace" if resumed else "refuse", computed_from=config.data.path if config.data.cache else None,

@@ -4,8 +4,9 @@
 P parameters that train, L the largest of them, N all that a part holds, R ranks, E reduce_bucket_size, w bytes per
 weight (2 in bfloat16, 4 in float32). DeepSpeed 0.19.8, read in runtime/zero/stage_1_and_2.py and stage3.py.
 
-- weights: w N for FLUX, the whole of Qwen2-VL (no lm_head), connector and VAE on every GPU. What trains is moved into
-  ZeRO's buffer, not copied. ZeRO-3 shards what is in the engine (FLUX, connector, Qwen's last layer) over R, and gathers
+- weights: w N for FLUX, the whole of Qwen2-VL (no lm_head), connector and VAE on every GPU. Where data.cache holds trunk,
+  of Qwen2-VL only the last layer, and where it holds latents, no VAE (training/frozen.py). What trains is moved into ZeRO's
+  buffer, not copied. ZeRO-3 shards what is in the engine (FLUX, connector, Qwen's last layer) over R, and gathers
   at most stage3_max_live_parameters at a time.
 - optimizer: 16 P / R: float32 master, two moments of Adam, float32 sum of the gradients of the rank's own part, from an
   update's first reduction to its step; in float32 the sum takes 8 P / R. The step works in place. With offload_optimizer
@@ -16,7 +17,8 @@ weight (2 in bfloat16, 4 in float32). DeepSpeed 0.19.8, read in runtime/zero/sta
   both; and w L that is on its way there. ZeRO-3's bucket is in communication_data_type and never freed.
 - activations: `training/activations.py`.
 - transient, alive only while activations are not, so that the larger of the two counts: the VAE, whose encoder works
-  before each forward pass (data.cache without latents) and whose decoder makes the panels (`latents.coding_peak`).
+  before each forward pass (data.cache without latents) and whose decoder makes the panels (`latents.coding_peak`); with
+  latents cached its weights too, which are there only then.
 - runtime: 2 GB for the CUDA context, NCCL and the libraries, which is an estimate. Fragmentation is not counted.
 """
 
@@ -60,7 +62,7 @@ class Memory:
     stage: str
     bucket: str
     weights: dict[str, int]
-    """flux, vlm, connector, vae; gathered (ZeRO-3)."""
+    """flux, vlm, connector; vae, unless latents are cached; gathered (ZeRO-3)."""
     gradients: int
     """In flight: ZeRO's bucket, and what reducing it takes."""
     optimizer: int
@@ -186,7 +188,7 @@ def budget(world: World, models: Models, optimizer: torch.optim.Optimizer | None
 
     optimizer: the engine's inner one, whose shards are then known to live already; without it they are planned for anew.
     """
-    modules = (models.trainable, models.trunk.vlm, models.vae)
+    modules = models.resident()
     tensors = [getattr(p, "ds_tensor", p) for module in modules for p in module.parameters()]  # ZeRO-3 empties p itself
     if optimizer is not None:
         tensors += [p for group in optimizer.param_groups for p in group["params"]]
@@ -217,13 +219,18 @@ def stage_memory(
         policies = ["full" if wanted == "auto" else wanted] * blocks
     batch = config.for_world(world_size).train.micro_batch_size
     width = 2 if uses_bf16(ds_config) else 4
-    weights = _weights(ds_config, world_size, module, trunk, vae, width)
+    cached = config.data.cache
+    weights = _weights(ds_config, world_size, module, None if "trunk" in cached else trunk, width)
     gradients, optimizer, host_optimizer = zero_bytes(ds_config, world_size, module, stage, width)
     tokens = _worst_tokens(config, bucket)
     kept = activation_bytes(module, stage, tokens, width, policies, uses_kernels(config, ds_config), batch, uneven)
     sizes = bucket.height, bucket.width, width
     encode, _ = coding_peak(vae.config.block_out_channels, batch, *sizes)
     _, decode = coding_peak(vae.config.block_out_channels, max(batch, PANEL), *sizes)
+    if "latents" in cached:  # it comes for a panel, and leaves
+        transient = decode + width * _numel(vae)
+    else:
+        weights["vae"], transient = width * _numel(vae), max(encode, decode)
     return Memory(
         stage=stage.name,
         bucket=str(bucket),
@@ -231,14 +238,14 @@ def stage_memory(
         gradients=gradients,
         optimizer=optimizer,
         activations=batch * kept,
-        transient=decode if "latents" in config.data.cache else max(encode, decode),
+        transient=transient,
         runtime=RUNTIME_BYTES,
         host_optimizer=host_optimizer,
     )
 
 
 def _weights(
-    ds_config: dict[str, Any], world_size: int, module: nn.Module, trunk: nn.Module, vae: nn.Module, width: int
+    ds_config: dict[str, Any], world_size: int, module: nn.Module, trunk: nn.Module | None, width: int
 ) -> dict[str, int]:
     parts = {
         "flux": _numel(module.transformer),
@@ -247,8 +254,7 @@ def _weights(
     }
     sharded = zero_stage(ds_config) == 3
     weights = {name: width * n // (world_size if sharded else 1) for name, n in parts.items()}
-    weights["vlm"] += width * _numel(trunk)
-    weights["vae"] = width * _numel(vae)
+    weights["vlm"] += 0 if trunk is None else width * _numel(trunk)
     if sharded and world_size > 1:
         live = ds_config.get("zero_optimization", {}).get("stage3_max_live_parameters", 1e9)
         weights["gathered"] = width * min(sum(parts.values()), int(live))

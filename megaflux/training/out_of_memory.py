@@ -31,7 +31,9 @@ from megaflux.gpus import Assumed
 from megaflux.models import latents as latent_ops
 from megaflux.models.flux import Policy, uneven_norms
 from megaflux.models.pretrained import Models, meta_models
+from megaflux.models.vlm import Condition
 from megaflux.training import distributed, manifest, memory, validation, watch
+from megaflux.training.cache_size import cached_shapes
 from megaflux.training.distributed import World
 from megaflux.training.ds_config import uses_bf16, uses_kernels
 from megaflux.training.engine import StageEngine, release_memory
@@ -344,21 +346,36 @@ def tries_out(world: World, engine: StageEngine) -> bool:
 
 
 def forward_and_backward(config: Config, models: Models, bucket: Bucket) -> None:
-    """What a micro-batch of this size needs, on blank pictures: encoders, forward, backward; nothing stays of it.
+    """What a micro-batch of this size needs, on blank pictures: encoders, forward, backward; nothing stays of it. What
+    data.cache holds is not encoded, as in the run: zeros stand for it.
 
     The module's own forward, past the hooks that DeepSpeed has on it, and gradients returned, not accumulated: no
     collective, no state, no random number."""
     batch, device = config.train.micro_batch_size, models.trunk.device
-    pictures = torch.zeros(batch, 3, bucket.height, bucket.width, dtype=torch.uint8, device=device)
-    latents = latent_ops.encode(models.vae, pictures)
-    words = "word " * models.trunk.max_caption_tokens if config.data.condition.image_text else ""
-    condition = models.trunk.encode(pictures, [words] * batch, "image_text" if words else "image")
+    latents, condition = _blank(config, models, bucket, batch, device)
     t = torch.linspace(0.1, 0.9, batch, device=device)
     losses = validation.denoising_loss(
         models.trainable.forward, config, models, bucket, latents, torch.zeros_like(latents), condition, t
     )
     trained = [parameter for parameter in models.trainable.parameters() if parameter.requires_grad]
     torch.autograd.grad(losses.mean(), trained, allow_unused=True)
+
+
+def _blank(
+    config: Config, models: Models, bucket: Bucket, batch: int, device: torch.device
+) -> tuple[torch.Tensor, Condition]:
+    """(latents, condition) of blank pictures, computed or as the loader brings them."""
+    shapes = cached_shapes(models, config.data.cache, bucket)
+    pictures = torch.zeros(batch, 3, bucket.height, bucket.width, dtype=torch.uint8, device=device)
+    if "latents" in shapes:
+        latents = torch.zeros(batch, *shapes["latents"], dtype=models.vae.dtype, device=device)
+    else:
+        latents = latent_ops.encode(models.vae, pictures)
+    if "hidden_states" in shapes:
+        hidden_states = torch.zeros(batch, *shapes["hidden_states"], dtype=models.trunk.dtype, device=device)
+        return latents, models.trunk.from_cache(hidden_states, bucket.height, bucket.width)
+    words = "word " * models.trunk.max_caption_tokens if config.data.condition.image_text else ""
+    return latents, models.trunk.encode(pictures, [words] * batch, "image_text" if words else "image")
 
 
 @contextmanager

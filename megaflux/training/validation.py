@@ -27,6 +27,7 @@ from megaflux.models.pretrained import Models
 from megaflux.models.vlm import Condition
 from megaflux.training.cache import to_tensor
 from megaflux.training.distributed import World, from_main, generator_for, sum_over_ranks
+from megaflux.training.frozen import vae_at_hand
 
 TIMES = [(i + 0.5) / 8 for i in range(8)]
 
@@ -133,6 +134,14 @@ def variations(
 ) -> Tensor:  # fmt: skip
     """Variations with seeds seed, seed + 1, ...: uint8 (len(index), per_reference, 3, H, W). on_step: called after each
     step of each batch; what it raises ends them."""
+    with vae_at_hand(models):
+        return _variations(config, models, references, index, per_reference, seed, on_step)
+
+
+def _variations(
+    config: Config, models: Models, references: References, index: list[int], per_reference: int, seed: int,
+    on_step: Callable[[], None],
+) -> Tensor:  # fmt: skip
     pipeline = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
     bucket, pictures = references.bucket, []
     chunk = max(1, config.train.micro_batch_size // per_reference)

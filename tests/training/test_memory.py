@@ -206,7 +206,7 @@ def on_a_gpu():
         trainable, vlm, vae = (module(weights[name]) for name in ("flux", "vlm", "vae"))
         master = torch.empty(1_581_963_776 // 8, device="cuda")
         moments = {key: torch.empty_like(master) for key in ("exp_avg", "exp_avg_sq")} | {"step": torch.zeros(())}
-    models = SimpleNamespace(trainable=trainable, trunk=SimpleNamespace(vlm=vlm), vae=vae)
+    models = SimpleNamespace(resident=lambda: (trainable, vlm, vae))
     optimizer = SimpleNamespace(param_groups=[{"params": [master]}], state={master: moments})
     own = sum(weights.values()) - weights["connector"] + 12 * master.numel()
     return config, models, optimizer, own
