@@ -17,38 +17,31 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from megaflux.config import Config, Stage
-from megaflux.data.buckets import Bucket
 from megaflux.errors import STUCK, UserError, is_out_of_memory
 from megaflux.gpus import Assumed
-from megaflux.models import latents as latent_ops
 from megaflux.models.flux import Policy, uneven_norms
 from megaflux.models.pretrained import Models, meta_models
-from megaflux.models.vlm import Condition
-from megaflux.training import distributed, manifest, memory, validation, watch
-from megaflux.training.cache_size import cached_shapes
+from megaflux.training import distributed, manifest, memory, watch
 from megaflux.training.distributed import World
 from megaflux.training.ds_config import uses_bf16, uses_kernels
 from megaflux.training.engine import StageEngine, release_memory
 from megaflux.training.events import Events
 from megaflux.training.micro_batch import Choice, Planner, divisors, reason
 from megaflux.training.throughput import PER_MACHINE, Cluster
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from megaflux.training.trial import device_name, forward_and_backward, held, held_by_others, tries_out
 
 log = logging.getLogger("megaflux")
 FILE = "memory.json"
 STEP = 0.95  # of what a plan that did not fit needs
 TELLING = 10.0  # s for the run's file system, which may hang
-LITTLE = 10**9  # bytes that may be anybody's
 NEVER = 10**6  # steps: of a rank on which no plan fits
 
 
@@ -292,7 +285,7 @@ class Plan:
         models.trainable.configure(uses_kernels(self.config, self.ds_config), list(plan.policies))
         config, fits = self.config.with_batches(self.config.train.drawn_per_rank, plan.micro_batch_size), True
         try:
-            with _held(self.world.device, [*engine.coming(self.world.device), self._in_flight()]):
+            with held(self.world.device, [*engine.coming(self.world.device), self._in_flight()]):
                 for bucket in self.planner.buckets:
                     forward_and_backward(config, models, bucket)
         except RuntimeError as error:
@@ -322,71 +315,8 @@ class Plan:
         return memory.zero_bytes(self.ds_config, self.world.size, self.planner.module, self.stage, width)[0]
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name as its driver has it; "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def _shown(choice: Choice) -> str:
     return f"micro-batch {choice.micro_batch_size}, {memory.counted(choice.policies)}"
-
-
-def held_by_others(device: torch.device) -> int:
-    """Bytes of a GPU that neither this process nor, as far as is known, its libraries hold; 0: next to none, or a CPU."""
-    if device.type != "cuda":
-        return 0
-    free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device) - memory.RUNTIME_BYTES
-    return others if others > LITTLE else 0
-
-
-def tries_out(world: World, engine: StageEngine) -> bool:
-    """Whether plans are tried out: on GPUs, and not under ZeRO-3, whose forward pass is made of collectives."""
-    return world.device.type == "cuda" and engine.zero_stage < 3
-
-
-def forward_and_backward(config: Config, models: Models, bucket: Bucket) -> None:
-    """What a micro-batch of this size needs, on blank pictures: encoders, forward, backward; nothing stays of it. What
-    data.cache holds is not encoded, as in the run: zeros stand for it.
-
-    The module's own forward, past the hooks that DeepSpeed has on it, and gradients returned, not accumulated: no
-    collective, no state, no random number."""
-    batch, device = config.train.micro_batch_size, models.trunk.device
-    latents, condition = _blank(config, models, bucket, batch, device)
-    t = torch.linspace(0.1, 0.9, batch, device=device)
-    losses = validation.denoising_loss(
-        models.trainable.forward, config, models, bucket, latents, torch.zeros_like(latents), condition, t
-    )
-    trained = [parameter for parameter in models.trainable.parameters() if parameter.requires_grad]
-    torch.autograd.grad(losses.mean(), trained, allow_unused=True)
-
-
-def _blank(
-    config: Config, models: Models, bucket: Bucket, batch: int, device: torch.device
-) -> tuple[torch.Tensor, Condition]:
-    """(latents, condition) of blank pictures, computed or as the loader brings them."""
-    shapes = cached_shapes(models, config.data.cache, bucket)
-    pictures = torch.zeros(batch, 3, bucket.height, bucket.width, dtype=torch.uint8, device=device)
-    if "latents" in shapes:
-        latents = torch.zeros(batch, *shapes["latents"], dtype=models.vae.dtype, device=device)
-    else:
-        latents = latent_ops.encode(models.vae, pictures)
-    if "hidden_states" in shapes:
-        hidden_states = torch.zeros(batch, *shapes["hidden_states"], dtype=models.trunk.dtype, device=device)
-        return latents, models.trunk.from_cache(hidden_states, bucket.height, bucket.width)
-    words = "word " * models.trunk.max_caption_tokens if config.data.condition.image_text else ""
-    return latents, models.trunk.encode(pictures, [words] * batch, "image_text" if words else "image")
-
-
-@contextmanager
-def _held(device: torch.device, sizes: Sequence[int]) -> Iterator[None]:
-    """Memory that the updates will take and nothing holds yet, held: so many bytes each."""
-    held = []
-    try:
-        held += [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
-        yield
-    finally:
-        held.clear()
 
 
 def _read(file: Path) -> dict[str, int] | str:

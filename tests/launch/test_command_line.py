@@ -26,6 +26,8 @@ def run(*argv: str, cwd: Path = ROOT, **environment: str) -> subprocess.Complete
         (["--deepspeed", "none.json"], "--deepspeed none.json: No such file"),
         (["--world-size", "0", "--dry-run"], "--world-size: must be a whole number above 0, got '0'"),
         (["--mfu", "35", "--dry-run"], "--mfu: must be above 0 and at most 1"),
+        (["--gpu", "l40s"], "--gpu: 'l40s' is not known; known: a100, h100, h200 (for another one"),
+        (["--gpu-memory", "0"], "--gpu-memory: must be a number above 0"),
         (["--json", "x.json"], "only with --dry-run"),
         (["--local_rank=x"], "invalid int value"),
     ],

@@ -4,6 +4,7 @@ nan, spike: the noise of that update is not finite, or huge. nan_from: from that
 slow_save, slow_data, slow_validation: from that update on, that part takes 1.5 s more, and the file MARK says when it began.
 oom_forward, oom_backward, oom_step: the GPU's memory runs out in that part. small_gpu: where plans are tried out, and fit
 that rank only with every block computed again.
+less_memory: that rank may plan with so many bytes, the number in the update's place, and nobody's VAE needs any.
 other_view: that rank reads other values for the run than the others, as stale network storage may show them.
 DIGESTS=file in the environment: a line for each stage begun and ended, with the SHA-256 of every parameter's bytes.
 die_validation, die_panel: the first rank ends itself when that part begins after that update; with :1 behind it, when the part
@@ -162,6 +163,14 @@ if kind == "small_gpu":
 
     out_of_memory.tries_out = lambda world, engine: True
     out_of_memory.forward_and_backward = too_large
+
+
+if kind == "less_memory":
+    from megaflux.training import memory
+
+    memory.coding_peak = lambda *_: (0, 0)  # at small sizes more than all else, and the same for each micro-batch
+    if mine:
+        memory.DeviceMemory.plannable = lambda self, own: int(update)
 
 
 def watch_models() -> None:

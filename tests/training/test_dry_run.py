@@ -10,6 +10,7 @@ import pytest
 from megaflux.config import Config, build_config
 from megaflux.data.buckets import make_buckets
 from megaflux.errors import UserError
+from megaflux.gpus import Assumed
 from megaflux.presets import PRESETS
 from megaflux.training import dry_run as module
 from megaflux.training.checks import find_notes, find_problems
@@ -63,11 +64,59 @@ def test_dev_without_a_problem(data, tmp_path, capsys):
     assert report["checkpoint_gb"]["stage3"] == pytest.approx(12 * 1.733007872 + 2 * 4.319638016, rel=0.03)
     at_45 = report["images_per_second"] * 0.45 / report["mfu"]
     assert config.train.checkpoint_every * config.train.global_batch_size / at_45 < 1800
+    rows = report["micro_batches"]
+    assert set(rows[0]) == {"gpu", "scope", "stage", "cache", "micro", "memory_gb", "policies", "tflop_per_image",
+                            "images_per_s", "days", "fits", "chosen"}  # fmt: skip
+    assert {row["gpu"] for row in rows} == {"A100 80 GB", "H100 80 GB", "H200 141 GB"}
+    assert len(rows) == 3 * 3 * 2 * 4 * 2  # GPUs, stages, cached or not, micro-batches, scopes
+    chosen = [row for row in rows if row["chosen"]]
+    assert len(chosen) == 3 * 3 * 2 * 2 and all(row["fits"] for row in chosen)
+    run = [row for row in chosen if row["gpu"] == "A100 80 GB" and row["scope"] == "mean" and not row["cache"]]
+    assert sum(row["days"] for row in run) == pytest.approx(report["days"])
+    assert {row["stage"]: row["micro"] for row in run} == report["micro_batch_size"]
+    for row in run:
+        same = {k: row[k] for k in ("gpu", "stage", "micro", "policies")}
+        (cached,) = [r for r in rows if r["scope"] == "mean" and r["cache"] and same.items() <= r.items()]
+        assert row["memory_gb"] - cached["memory_gb"] == pytest.approx(15.2, abs=0.1)
+        assert cached["tflop_per_image"] < row["tflop_per_image"] and cached["images_per_s"] > row["images_per_s"]
+        assert sum(row["policies"].values()) == 57
+    largest = {
+        row["stage"]: row for row in rows if row["scope"] == "largest" and row["micro"] == 1 and not row["cache"]
+    }
+    assert largest["stage1"]["tflop_per_image"] == pytest.approx(
+        189, abs=1
+    )  # gpu-audit's 190 where nothing is computed again
+    assert len(report["assumptions"]) == 6
     out = capsys.readouterr().out
-    for words in ("longest_side: 1024", "1,334,221,824", "optimizer shard", "in /dev/shm", "images/s",
+    for words in ("micro_batch_size: auto", "micro-batch 1: of 57 blocks: 57 none", "predicted, not measured",
+                  "assumed: A100 80 GB: assumed, no A100 was measured", "longest_side: 1024", "1,334,221,824", "optimizer shard", "in /dev/shm", "images/s",
                   "one every 125 updates", "0 problems found"):  # fmt: skip
         assert words in out
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_said_of_the_gpu_counts(data, tmp_path, capsys):
+    def report(config: Config, **said) -> dict:
+        assert dry_run(config, DS_CONFIG, 8, str(tmp_path / "r.json"), Assumed(**said)) in (0, 2)
+        return json.loads((tmp_path / "r.json").read_text())
+
+    config = configure(data__path=str(data))
+    h100 = report(config, name="h100")
+    assert (h100["gpu"], h100["peak_tflops"]) == ("H100 80 GB", 989)
+    assert {row["gpu"] for row in h100["micro_batches"]} == {"H100 80 GB"}
+    slower = report(config, name="h100", memory_gb=60, mfu=0.26)
+    assert slower["images_per_second"] < 0.6 * h100["images_per_second"]
+    assert 47 < slower["memory_gb_per_gpu"] < 60 * 0.92
+    assert "given: FLUX at 26% of 989 TFLOP/s" in slower["assumptions"][0]
+    none = report(config, memory_gb=40)  # where not even the smallest fits: the smallest, and the mend
+    assert set(none["micro_batch_size"].values()) == {1} and not any(
+        row["fits"] for row in none["micro_batches"] if not row["cache"]
+    )
+    assert [problem for problem in none["problems"] if "is more than 40 GB; set model.activation" in problem]
+    assert "* does not fit" in capsys.readouterr().out
+    number = report(configure(data__path=str(data), train__micro_batch_size=8), name="h100")
+    assert set(number["micro_batch_size"].values()) == {8}  # what a person sets stays
+    assert h100["images_per_second"] > 1.15 * number["images_per_second"]
 
 
 def test_nothing_is_allocated(data, monkeypatch):

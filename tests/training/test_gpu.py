@@ -14,8 +14,9 @@ from megaflux.presets import tiny
 from megaflux.training import memory
 from megaflux.training.distributed import World
 from megaflux.training.engine import MOMENTS, Carried, StageEngine, release_memory
-from megaflux.training.out_of_memory import Plan, forward_and_backward
+from megaflux.training.out_of_memory import Plan
 from megaflux.training.stages import trainable_names
+from megaflux.training.trial import forward_and_backward
 from megaflux.training.validation import denoising_loss
 from tests.models.test_reading import SLACK, rise, write_large
 from tests.training.faults import assert_same, final_state, final_weights
@@ -128,7 +129,7 @@ def test_a_plan_that_does_not_fit_is_lowered_and_leaves_nothing(tmp_path, ds):
     try:
         plan = Plan(config, ds, world)
         plan.enter(config.stages[0])
-        policies = plan.choose(models, engine)
+        policies = plan.choose(models, engine).policies
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert set(policies) != {"none"}, memory.counted(policies)

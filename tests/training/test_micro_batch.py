@@ -205,7 +205,9 @@ def test_a_run_chooses_and_a_resumed_one_takes_the_same_again(tmp_path, engine_o
     tight, roomy = Assumed(memory_gb=limit_for(config, 2)), Assumed(memory_gb=1000)
     plan = plan_of(config, tight)
     chosen = plan.choose(models, engine)
-    assert chosen == plan.planner.best(config.stages[0], [1, 2, 4, 8], memory.usable(tight.memory_gb * 1e9), plan.cluster)
+    assert chosen == plan.planner.best(
+        config.stages[0], [1, 2, 4, 8], memory.usable(tight.memory_gb * 1e9), plan.cluster
+    )
     assert (chosen.micro_batch_size, engine.accumulation_steps, engine.deepspeed.train_batch_size()) == (2, 4, 8)
     assert engine.deepspeed.train_micro_batch_size_per_gpu() == 2
     assert "predicted" in plan.why and "4 does not fit" in plan.why and "images/s with 1" in plan.why
@@ -221,7 +223,9 @@ def test_a_run_chooses_and_a_resumed_one_takes_the_same_again(tmp_path, engine_o
     for changed in ({"gpu": "NVIDIA H100"}, {"ranks": 2}):
         anew = plan_of(config, roomy, saved | changed)
         assert anew.choose(models, engine).micro_batch_size == 8 and engine.accumulation_steps == 1
-        assert caplog.records.pop().getMessage().startswith("stage base: planned anew (cpu on 1 ranks; the checkpoint's")
+        assert (
+            caplog.records.pop().getMessage().startswith("stage base: planned anew (cpu on 1 ranks; the checkpoint's")
+        )
         caplog.clear()
     less = plan_of(config, Assumed(memory_gb=limit_for(config, 1)), saved)
     assert less.choose(models, engine).micro_batch_size == 1
@@ -258,7 +262,10 @@ def test_without_a_gpu_that_is_known_all_that_are_drawn(tmp_path, engine_of, mon
 def test_out_of_memory_lowers_the_micro_batch_too(tmp_path):
     values = tiny()
     values["model"]["activation_checkpointing"] = "auto"
-    values["train"] |= {"global_batch_size": 2048, "micro_batch_size": "auto"}  # so that activations are most of the memory
+    values["train"] |= {
+        "global_batch_size": 2048,
+        "micro_batch_size": "auto",
+    }  # so that activations are most of the memory
     config = build_config(values | {"run": {"dir": str(tmp_path)}})
     plan = plan_of(config, Assumed(memory_gb=1000))
     plan.planner = Planner(plan.config, ZERO2, 1, *meta_models(plan.config))

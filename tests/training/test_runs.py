@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megaflux.config import ConditionModes, build_config, merge
-from megaflux.models.pretrained import load_models
+from megaflux.models.pretrained import load_models, meta_models
 from megaflux.presets import PUBLISHED_STAGES, tiny
+from megaflux.training import memory
+from megaflux.training.micro_batch import Planner
 from megaflux.training.noise import draw_mode
 from megaflux.training.stages import trainable_names
-from tests.training.faults import assert_same, final_state, final_weights
+from tests.training.faults import assert_same, events, final_state, final_weights, start
 from tests.training.runs import ROOT, copy_until, ds_config, launch, make_dataset, small_config, write_config
 
 
@@ -144,21 +146,59 @@ def test_torchrun_and_python_train_to_the_same_weights_as_deepspeed(tmp_path, da
     assert_same(weights[0], weights[2])
 
 
-def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_path, data):
+def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_path, data, monkeypatch):
+    """The ranks choose how the two that each draws are cut: one by one in the first stage, for rank 1 has little memory; both
+    at once in the second, which trains less."""
     values = small_config(
         data, tmp_path / "run", data__condition={"image": 0.3, "image_text": 0.4, "text": 0.3}, data__num_workers=1,
-        model__activation_checkpointing=True, train__drawn_per_rank=2, train__micro_batch_size=1,
+        model__activation_checkpointing=True, train__drawn_per_rank=2, train__micro_batch_size="auto",
+        stages=[{"name": "base", "share": 1.0, "blocks": "all", "components": "model"},
+                {"name": "one", "share": 1.0, "blocks": [2]}],
     )  # fmt: skip
     config = write_config(values, tmp_path / "config.yaml")
-    run_ok("--deepspeed", ds_config(tmp_path), "--config", config, ranks=2)
-    seed = build_config(merge(tiny(), values)).run.seed
+    resolved = build_config(merge(tiny(), values))
+    monkeypatch.setattr(memory, "coding_peak", lambda *_: (0, 0))
+    planner = Planner(resolved.for_world(2), json.loads(ds_config(tmp_path).read_text()), 2, *meta_models(resolved))
+    one, two = (planner.with_needs(resolved.stages[0], size, ["full"] * 3, 0).bytes for size in (1, 2))
+    limit = (one + two) // 2
+    assert one < limit < two and planner.with_needs(resolved.stages[1], 2, ["full"] * 3, 0).bytes < limit
+    little = f"less_memory:{limit}:1"
+
+    def train(run, *more) -> tuple[list[dict], str]:
+        process = start("--deepspeed", ds_config(tmp_path), "--config", config, "--gpu-memory", 1000, "--run.dir", run,
+                        *more, fault=little)  # fmt: skip
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, said[-3000:]
+        return events(run, "ready")[-2:], said
+
+    ready, said = train(tmp_path / "run")
+    assert [event["micro_batch_size"] for event in ready] == [1, 2]
+    assert "micro-batch 1 of 2 drawn (predicted" in said and "; 2 does not fit)" in said
+    curves = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in curves.Scalars("plan/micro_batch_size")] == [(0, 1.0), (3, 2.0)]
+    seed = resolved.run.seed
     modes = ConditionModes(**values["data"]["condition"])
     assert {draw_mode(modes, seed, update, 0) for update in range(6)} == {"image", "image_text", "text"}
-    position = json.loads((tmp_path / "run/checkpoints/update-0000006/manifest.json").read_text())["data"]
-    assert (position["micro_batch_size"], position["world_size"]) == (2, 2)  # drawn by twos, computed one by one
-    half = copy_until(tmp_path / "run", tmp_path / "half", 2)
-    run_ok("--deepspeed", ds_config(tmp_path), "--config", config, "--run.dir", half, ranks=2)
+    manifest = json.loads((tmp_path / "run/checkpoints/update-0000006/manifest.json").read_text())
+    position = manifest["data"]
+    assert (position["micro_batch_size"], position["world_size"]) == (2, 2)  # drawn by twos, however they are cut
+    assert manifest["plan"] == {
+        "stage": "one",
+        "micro_batch_size": 2,
+        "policies": ["full"] * 3,
+        "gpu": "cpu",
+        "ranks": 2,
+    }
+    half, other = (copy_until(tmp_path / "run", tmp_path / name, 2) for name in ("half", "other"))
+    ready, _ = train(half)
+    assert (ready[0]["micro_batch_size"], ready[0]["why"]) == (1, "as in the checkpoint")
     assert_same(final_weights(tmp_path / "run"), final_weights(half))
+    # cut otherwise: the same pictures, and so the same weights but for rounding
+    train(other, "--train.micro_batch_size", 2)
+    last = json.loads((other / "checkpoints/update-0000006/manifest.json").read_text())
+    assert last["data"] == position
+    for name, value in final_weights(other).items():
+        assert torch.allclose(value.float(), final_weights(half)[name].float(), rtol=0.05, atol=2e-3), name
 
 
 def test_a_run_starts_from_folders_in_the_published_layouts(tmp_path, data, published):
