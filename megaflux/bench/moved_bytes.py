@@ -11,13 +11,10 @@ is not counted. One with at most a head's numbers a token (statistics, FLUX's po
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,7 +23,8 @@ SUMS = ("between", "products", "small")
 OURS = "megaflux."  # namespace of the Triton kernels' custom ops
 
 MATRIX_PRODUCTS = {
-    "aten." + name for name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "matmul", "linear")
+    "aten." + name
+    for name in ("mm", "_addmm_activation", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "matmul", "linear")
 }
 ATTENTION = (
     "aten._scaled_dot_product_", "aten._flash_attention_", "aten._efficient_attention_", "aten._cudnn_attention_",
@@ -83,11 +81,13 @@ class Sizes:
             self.head_dim // 2,
         }
         if self.heads < 4:
-            raise ValueError(f"{self.heads} heads: bytes are told apart by shape from 4 heads on")
+            raise ValueError(
+                f"--heads {self.heads}: use 4 or more; with fewer, shapes do not tell states from statistics"
+            )
         clash = min(widths.intersection(self.tokens), default=None)
         if clash is not None:
             raise ValueError(
-                f"{clash} is a number of tokens and a width at once; take another number of tokens or batch"
+                f"{clash} is a number of tokens and a width at once; give another --image, --text or --batch"
             )
 
 
@@ -103,7 +103,7 @@ class Move(NamedTuple):
 class MovedBytes(TorchDispatchMode):
     """`with MovedBytes(sizes) as moved:` counts inside: `moved.bytes[Move(phase, sum, op)]`. Set `moved.phase` on the way.
 
-    Inside FakeTensorMode, and inside `rms_norms` for torch's RMSNorm as GPUs have it.
+    Inside FakeTensorMode, and inside `activations.rms_norm_of_gpus`, for CPUs have ten operations in RMSNorm's place.
     """
 
     def __init__(self, sizes: Sizes):
@@ -126,8 +126,8 @@ class MovedBytes(TorchDispatchMode):
             self.add(name, (), made)
         elif name in FILLED_THEN_COPIED:
             self.add(name, given, [*tree_leaves(result), given[0]])
-        elif name in MATRIX_PRODUCTS and name.startswith(("aten.addmm", "aten.baddbmm")):
-            self.add(name, [*added_to, *given[1 - len(added_to) :]], made, accumulator=(added_to or given)[0])
+        elif name in MATRIX_PRODUCTS and "add" in name:
+            self.add(name, [*added_to, *given], made, accumulator=(added_to or given)[0])
         else:
             self.add(name, [*given, *added_to], made)
         return result
@@ -189,30 +189,3 @@ def _arguments(schema: Any, args: tuple, kwargs: dict) -> tuple[list[Tensor], li
         else:
             read += tensors
     return read, written, both
-
-
-@contextmanager
-def rms_norms(moved: MovedBytes) -> Iterator[None]:
-    """Inside, torch's RMSNorm is counted as a GPU's: one operation each way, where CPUs have ten. Of fake tensors only."""
-
-    class RmsNorm(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, weight):
-            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            ctx.save_for_backward(x, weight)
-            moved.add("aten._fused_rms_norm", [x], [out])
-            return out
-
-        @staticmethod
-        def backward(ctx, dout):
-            x, weight = ctx.saved_tensors
-            dx = torch.empty_like(dout)
-            moved.add("aten._fused_rms_norm_backward", [dout.contiguous(), x], [dx])
-            return dx, torch.empty_like(weight)
-
-    plain = F.rms_norm
-    F.rms_norm = lambda x, shape, weight=None, eps=None: RmsNorm.apply(x, weight)
-    try:
-        yield
-    finally:
-        F.rms_norm = plain

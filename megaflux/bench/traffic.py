@@ -120,8 +120,10 @@ def _moved(blocks: int, kind: str, trains: str, arm: str, given: moved_bytes.Siz
     stack = sizes.Sizes(0, 0, given.heads, given.head_dim, 64, given.text, given.batch, "block", ())
     config = stack.flux_config(double=blocks * (kind == "double"), single=blocks * (kind == "single"))
     with ExitStack() as contexts:
-        for context in (FakeTensorMode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION), as_on_a_gpu(), _even_gradients()):
-            contexts.enter_context(context)
+        contexts.enter_context(FakeTensorMode())
+        contexts.enter_context(sdpa_kernel(SDPBackend.FLASH_ATTENTION))
+        for as_gpus_have_it in (as_on_a_gpu, _even_gradients, activations.rms_norm_of_gpus):
+            contexts.enter_context(as_gpus_have_it())
         transformer = activations.build(config, DTYPE)
         names = set() if trains == "frozen" else activations.trainable_flux(config, range(blocks), trains)
         activations.freeze(transformer, names)
@@ -130,7 +132,7 @@ def _moved(blocks: int, kind: str, trains: str, arm: str, given: moved_bytes.Siz
         if arm != "diffusers":  # fake norm weights have no values to look at: they count as the usual, far from 0
             transformer.fused.keep_input, transformer.fused.forwards = [False] * blocks, 1
         arguments = activations.inputs(transformer.config, given.batch, given.image, given.text, DTYPE)
-        with MovedBytes(given) as moved, moved_bytes.rms_norms(moved):
+        with MovedBytes(given) as moved:
             output = transformer(**arguments, return_dict=False)[0]
             moved.phase = "backward"
             output.sum().backward()

@@ -212,6 +212,7 @@ finally:
     [
         ["megaflux.bench", "step", *SMALL[:-1], "2x3", *QUICK, "--arms", "diffusers-eager,ours-mlp"],
         ["megaflux.bench", "activations", *SMALL[:-1], "2x3"],
+        ["megaflux.bench", "traffic", *"--image 40 --text 7 --heads 4 --head-dim 32 --trains attention".split()],
         ["megaflux_kernels.bench", "--op", "modulate", "--samples", "1", "--no-compile", "--image", "16"],
     ],
 )
