@@ -121,29 +121,31 @@ class MovedBytes(TorchDispatchMode):
         if name.startswith("prim.") or name in NO_TRAFFIC or _is_view(func._schema):
             return result
         given, mutated, added_to = _arguments(func._schema, args, kwargs)
-        made = tree_leaves(mutated) or tree_leaves(result)
+        changed = {_place(tensor) for tensor in mutated}
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        made = [*mutated, *(tensor for tensor in results if _place(tensor) not in changed)]
         if name in FILLS:
             self.add(name, (), made)
         elif name in FILLED_THEN_COPIED:
-            self.add(name, given, [*tree_leaves(result), given[0]])
+            self.add(name, given, [*made, given[0]])
         elif name in MATRIX_PRODUCTS and "add" in name:
             self.add(name, [*added_to, *given], made, accumulator=(added_to or given)[0])
         else:
             self.add(name, [*given, *added_to], made)
         return result
 
-    def add(self, name: str, read: Sequence[Any], written: Sequence[Any], accumulator: Tensor | None = None) -> None:
-        """Count an operation by hand. accumulator: of the tensors read, the one that a product is added to."""
+    def add(
+        self, name: str, read: Sequence[Tensor], written: Sequence[Tensor], accumulator: Tensor | None = None
+    ) -> None:
+        """Count an operation. accumulator: of the tensors read, the one that a product is added to."""
         product = name in MATRIX_PRODUCTS or name.startswith(ATTENTION)
         seen = set()
         for tensor in read:
-            if not isinstance(tensor, Tensor) or (place := _place(tensor)) in seen:
-                continue
-            seen.add(place)
-            self._count(name, tensor, product and tensor is not accumulator)
+            if (place := _place(tensor)) not in seen:
+                seen.add(place)
+                self._count(name, tensor, product and tensor is not accumulator)
         for tensor in written:
-            if isinstance(tensor, Tensor):
-                self._count(name, tensor, product)
+            self._count(name, tensor, product)
 
     def _count(self, name: str, tensor: Tensor, product: bool) -> None:
         tokens = next((self.tokens[n] for n in tensor.shape if n in self.tokens), None)

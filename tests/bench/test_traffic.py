@@ -16,23 +16,23 @@ from megaflux.models.flux_functions import even_gradient
 from megaflux_kernels.dispatch import as_on_a_gpu
 from megaflux_kernels.gelu_concat import gelu_concat
 from megaflux_kernels.modulate import modulate
-from tests.bench.runs import metrics, read
+from tests.bench.runs import TRAFFIC, metrics, read
 
 SMALL = Sizes(batch=1, image=40, text=7, heads=4, head_dim=32)
 PAIR = Sizes(batch=2, image=40, text=7, heads=4, head_dim=32)
 W, S, T = 128, 47, 7
-OPTIONS = ["--image", "40", "--text", "7", "--heads", "4", "--head-dim", "32"]
 
 
 @torch.library.custom_op("megaflux_test::into", mutates_args=("out", "total"))
-def into(x: torch.Tensor, out: torch.Tensor, total: torch.Tensor) -> None:
+def into(x: torch.Tensor, out: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     out.copy_(x)
     total.add_(x)
+    return x + 1
 
 
 @into.register_fake
 def _(x, out, total):
-    return None
+    return torch.empty_like(x)
 
 
 def tensor(*shape):
@@ -131,7 +131,7 @@ def test_fused_ops_are_one_pass():
 
 
 def test_custom_ops_read_what_they_change_unless_it_is_called_out():
-    assert moved(lambda x, out, total: into(x, out, total))["between"] == 1 + 1 + 2
+    assert moved(lambda x, out, total: into(x, out, total))["between"] == 1 + 1 + 2 + 1
 
 
 def test_the_even_gradient_is_a_copy_as_on_a_gpu():
@@ -200,7 +200,7 @@ def test_report(tmp_path, capsys):
     file = tmp_path / "traffic.json"
     command = [
         "traffic",
-        *OPTIONS,
+        *TRAFFIC,
         "--kinds",
         "single",
         "--trains",
@@ -233,6 +233,6 @@ def test_report(tmp_path, capsys):
 )
 def test_sizes_that_tell_nothing_are_refused_in_one_line(options, says, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["traffic", *OPTIONS, *options])
+        main(["traffic", *TRAFFIC, *options])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and says in said and said.count("\n") == 1
