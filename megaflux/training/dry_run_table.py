@@ -81,10 +81,10 @@ def print_table(found: Sequence[Line], config: Config, ranks: int) -> None:
     """All lines with data.cache as configured, and of each stage the chosen one with everything cached."""
     images = config.train.global_batch_size
     print(
-        f"\nMicro-batches of the {config.train.drawn_per_rank} images that a rank draws (train.micro_batch_size), on {ranks} "
-        f"GPU{'s' * (ranks > 1)}; predicted, not measured. Of the largest bucket, and the mean of all\nbuckets; days: of the "
-        "stage's updates, mean; *: chosen; frozen networks are cached where it says so\n"
-    )  # fmt: skip
+        f"\nMicro-batches that divide the {config.train.drawn_per_rank} images a rank draws (train.micro_batch_size), on "
+        f"{ranks} GPU{'s' * (ranks > 1)}. Predicted, not\nmeasured: TFLOP an image and images/s of the largest bucket, then in "
+        "the mean of all; days of the stage's updates;\n* chosen\n"
+    )
     print(f"{'GPU':<13}{'stage':<11}{'cache':<15}{'micro':>6}{'GB':>8}{'none':>6}{'mlp':>5}{'full':>5}"
           f"{'TFLOP/image':>18}{'images/s':>16}{'days':>8}")  # fmt: skip
     own = config.data.cache
