@@ -2,7 +2,8 @@
 
 Each op's triton_kernels.AOT lists (kernel, signature and constants, warps[, stages[, dtypes]]) at FLUX's sizes; a
 type `D` is compiled for each dtype. Registers, shared memory and spills come from the cubin (`cuobjdump -res-usage`),
-calls and divisions from its instructions (`nvdisasm`); Triton carries both. Exit code 1 where a kernel does not compile.
+calls and divisions from its instructions in bf16 (`nvdisasm`, which is slow); Triton carries both. Exit code 1 where a
+kernel does not compile.
 """
 
 from __future__ import annotations
@@ -42,14 +43,15 @@ def main() -> int:
         for row in compile_op(op, args.arch):
             rows.append(row)
             print(f"{row['op']:<18}{row['kernel']:<33}{row['dtype']:<7}{row['arch']:>5}{row['registers']:>11}"
-                  f"{row['shared']:>10}{row['spills']:>9}{row['calls']:>7}{row['divisions']:>11}", flush=True)  # fmt: skip
+                  f"{row['shared']:>10}{row['spills']:>9}{row.get('calls', '-'):>7}{row.get('divisions', '-'):>11}", flush=True)  # fmt: skip
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 
 def compile_op(op: str, architectures: list[int]) -> Iterator[dict[str, Any]]:
-    """{"op", "kernel", "constants", "dtype", "arch"} of each kernel of an op, with its `resources` and its `code`."""
+    """{"op", "kernel", "constants", "dtype", "arch"} of each kernel of an op, with its `resources` and, in bf16 or where
+    its arguments have no dtype to choose, its `code`."""
     module = importlib.import_module(f"megaflux_kernels.{op}.triton_kernels")
     for kernel, arguments, warps, *more in module.AOT:
         stages, dtypes = more[:1], more[1] if len(more) > 1 else DTYPES
@@ -58,8 +60,8 @@ def compile_op(op: str, architectures: list[int]) -> Iterator[dict[str, Any]]:
         for dtype in dtypes if typed else ("-",):
             for arch in architectures:
                 cubin, shared = compile_kernel(kernel, arguments, dtype, arch, warps, *stages)
-                yield {"op": op, "kernel": kernel.fn.__name__, "constants": constants, "dtype": dtype, "arch": arch,
-                       **resources(cubin, shared), **code(cubin)}  # fmt: skip
+                row = {"op": op, "kernel": kernel.fn.__name__, "constants": constants, "dtype": dtype, "arch": arch}
+                yield row | resources(cubin, shared) | (code(cubin) if dtype in ("bf16", "-") else {})
 
 
 def compile_kernel(kernel, arguments: dict[str, Any], dtype: str, arch: int, warps: int, stages: int = 3):
