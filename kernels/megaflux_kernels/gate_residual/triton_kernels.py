@@ -1,6 +1,6 @@
-"""gate_residual in Triton: tiles of columns where there is no norm, one program per token where there is one, one per
-few tokens backward, so that the sums over tokens have a first stage in registers and a second, deterministic one over
-programs."""
+"""gate_residual in Triton: one program per token, and per tile of columns where there is no norm. Only where gate or
+modulation trains, one per few tokens backward, so that the sums over tokens have a first stage in registers and a
+second, deterministic one over programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from megaflux_kernels.dispatch import on_its_gpu
 from megaflux_kernels.modulate.triton_kernels import num_warps
 
-ROWS = 16  # tokens that one backward program sums over
+ROWS = 16  # tokens that one backward program sums over, where something is summed
 BLOCK = 1024  # columns of a tile where there is no norm: 16 bytes per thread in 16 bits, with 4 warps
 
 
@@ -22,9 +22,9 @@ def gate_residual_forward(
     S, W, stride_rb, stride_rs, stride_xb, stride_xs, stride_gate,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    b, s = row // S, row % S
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    s, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = b * S + s
+    column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     mask = column < W
     residual = tl.load(residual_ptr + b * stride_rb + s * stride_rs + column, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + b * stride_xb + s * stride_xs + column, mask=mask, other=0.0).to(tl.float32)
@@ -39,8 +39,8 @@ def gate_residual_modulate_forward(
     S, W, stride_rb, stride_rs, stride_xb, stride_xs, stride_gate, stride_scale, stride_shift, eps,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    b, s = row // S, row % S
+    s, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = b * S + s
     column = tl.arange(0, BLOCK)
     mask = column < W
     residual = tl.load(residual_ptr + b * stride_rb + s * stride_rs + column, mask=mask, other=0.0).to(tl.float32)
@@ -76,11 +76,13 @@ def gate_residual_backward(
     dx_ptr += (b * S + first) * W
     gate = tl.load(gate_ptr + b * stride_gate + column, mask=mask, other=0.0).to(tl.float32)
     dgate = tl.zeros([BLOCK], dtype=tl.float32)
-    for s in range(0, tl.minimum(ROWS, S - part * ROWS)):
+    # A constant 1 leaves no loop.
+    for s in range(0, tl.minimum(ROWS, S - part * ROWS) if ROWS > 1 else 1):
         dhidden = tl.load(dhidden_ptr + s * stride_ds + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + s * W + column, (gate * dhidden).to(dx_ptr.dtype.element_ty), mask=mask)
         if GATE:
             x = tl.load(x_ptr + s * stride_xs + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + s * W + column, (gate * dhidden).to(dx_ptr.dtype.element_ty), mask=mask)
+        if GATE:
             dgate += dhidden * x
     if GATE:
         tl.store(dgate_ptr + (b * tl.num_programs(0) + part) * W + column, dgate, mask=mask)
@@ -111,21 +113,25 @@ def gate_residual_modulate_backward(
     dgate = tl.zeros([BLOCK], dtype=tl.float32)
     dscale = tl.zeros([BLOCK], dtype=tl.float32)
     dshift = tl.zeros([BLOCK], dtype=tl.float32)
-    for s in range(0, tl.minimum(ROWS, S - part * ROWS)):
+    # A constant 1 leaves no loop.
+    for s in range(0, tl.minimum(ROWS, S - part * ROWS) if ROWS > 1 else 1):
         dout = tl.load(dout_ptr + s * stride_os + column, mask=mask, other=0.0).to(tl.float32)
         hidden = tl.load(hidden_ptr + s * W + column, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + s)
         rstd = tl.load(rstd_ptr + s)
+        if HIDDEN:  # before the sums over columns, whose barriers a load does not pass
+            dhidden = tl.load(dhidden_ptr + s * stride_hs + column, mask=mask, other=0.0).to(tl.float32)
+        if GATE:
+            x = tl.load(x_ptr + s * stride_xs + column, mask=mask, other=0.0).to(tl.float32)
         normalized = tl.where(mask, (hidden - mean) * rstd, 0.0)
         dnormalized = dout * scale
         along = tl.sum(dnormalized * normalized, axis=0) / W
         total = (dnormalized - tl.sum(dnormalized, axis=0) / W - normalized * along) * rstd
         if HIDDEN:
-            total += tl.load(dhidden_ptr + s * stride_hs + column, mask=mask, other=0.0).to(tl.float32)
+            total += dhidden
         tl.store(dresidual_ptr + s * W + column, total.to(dresidual_ptr.dtype.element_ty), mask=mask)
         tl.store(dx_ptr + s * W + column, (gate * total).to(dx_ptr.dtype.element_ty), mask=mask)
         if GATE:
-            x = tl.load(x_ptr + s * stride_xs + column, mask=mask, other=0.0).to(tl.float32)
             dgate += total * x
         if MODULATION:
             dscale += dout * normalized
@@ -144,7 +150,7 @@ def forward(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     hidden = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     block = min(BLOCK, triton.next_power_of_2(W))
     if hidden.numel():
-        gate_residual_forward[(B * S, triton.cdiv(W, block))](
+        gate_residual_forward[(S, B, triton.cdiv(W, block))](
             residual, x, gate, hidden, S, W, residual.stride(0), residual.stride(1), x.stride(0), x.stride(1),
             gate.stride(0), BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -160,7 +166,7 @@ def forward_modulate(
     mean, rstd = (torch.empty((B, S), dtype=torch.float32, device=residual.device) for _ in range(2))
     block = triton.next_power_of_2(W)
     if out.numel():
-        gate_residual_modulate_forward[(B * S,)](
+        gate_residual_modulate_forward[(S, B)](
             residual, x, gate, scale, shift, hidden, out, mean, rstd, S, W, residual.stride(0), residual.stride(1),
             x.stride(0), x.stride(1), gate.stride(0), scale.stride(0), shift.stride(0), eps,
             BLOCK=block, num_warps=num_warps(block),
@@ -171,7 +177,8 @@ def forward_modulate(
 @on_its_gpu
 def backward(dhidden: Tensor, gate: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
     B, S, W = dhidden.shape
-    parts = triton.cdiv(S, ROWS)
+    step = ROWS if x is not None else 1  # without sums as many programs as there are tokens
+    parts = triton.cdiv(S, step)
     dx = torch.empty(dhidden.shape, dtype=dhidden.dtype, device=dhidden.device)
     dgate = _partial(x is not None, B, parts, W, dx)
     block = min(BLOCK, triton.next_power_of_2(W))
@@ -179,7 +186,7 @@ def backward(dhidden: Tensor, gate: Tensor, x: Tensor | None) -> tuple[Tensor, T
     if dx.numel():
         gate_residual_backward[(parts, B, triton.cdiv(W, block))](
             dhidden, gate, read, dx, dgate, S, W, dhidden.stride(0), dhidden.stride(1), gate.stride(0),
-            read.stride(0), read.stride(1), GATE=x is not None, ROWS=ROWS, BLOCK=block, num_warps=4,
+            read.stride(0), read.stride(1), GATE=x is not None, ROWS=step, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return dx, _sum(dgate, gate)
 
@@ -190,7 +197,8 @@ def backward_modulate(
     x: Tensor | None, need_modulation: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     B, S, W = hidden.shape
-    parts = triton.cdiv(S, ROWS)
+    step = ROWS if x is not None or need_modulation else 1
+    parts = triton.cdiv(S, step)
     hidden = hidden.contiguous()
     dresidual, dx = (torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) for _ in range(2))
     dgate, dscale, dshift = (
@@ -203,7 +211,7 @@ def backward_modulate(
             add, dout, hidden, mean, rstd, scale, gate, read, dresidual, dx, dgate, dscale, dshift,
             S, W, add.stride(0), add.stride(1), dout.stride(0), dout.stride(1), scale.stride(0), gate.stride(0),
             read.stride(0), read.stride(1),
-            HIDDEN=dhidden is not None, GATE=x is not None, MODULATION=need_modulation, ROWS=ROWS, BLOCK=block,
+            HIDDEN=dhidden is not None, GATE=x is not None, MODULATION=need_modulation, ROWS=step, BLOCK=block,
             num_warps=16 if block > 2048 else num_warps(block),  # three sums in registers
         )  # fmt: skip
     return dresidual, dx, _sum(dgate, gate), _sum(dscale, scale), _sum(dshift, scale)
@@ -254,6 +262,6 @@ AOT = [
     ),
 ]  # fmt: skip
 AOT += [  # frozen blocks
-    (gate_residual_backward, AOT[2][1] | {"GATE": False}, *AOT[2][2:]),
-    (gate_residual_modulate_backward, AOT[3][1] | {"GATE": False, "MODULATION": False}, *AOT[3][2:]),
+    (gate_residual_backward, AOT[2][1] | {"GATE": False, "ROWS": 1}, *AOT[2][2:]),
+    (gate_residual_modulate_backward, AOT[3][1] | {"GATE": False, "MODULATION": False, "ROWS": 1}, *AOT[3][2:]),
 ]

@@ -27,21 +27,22 @@ def _sigmoid_twice(x):
 @triton.jit
 def gelu_concat_forward(
     attn_ptr, hidden_ptr, out_ptr,
-    tokens, S, W, M, stride_ab, stride_as, stride_hb, stride_hs,
+    S, W, M, stride_ab, stride_as, stride_hb, stride_hs,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    b, s = row // S, row % S
+    b = tl.program_id(2).to(tl.int64)
+    s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = b * S + s
     copies = tl.cdiv(W, BLOCK)  # column blocks of attn_output come first
     block = tl.program_id(1)
     if block < copies:
         column = block * BLOCK + tl.arange(0, BLOCK)[None, :]
-        mask = (row < tokens) & (column < W)
+        mask = (s < S) & (column < W)
         attn = tl.load(attn_ptr + b * stride_ab + s * stride_as + column, mask=mask)
         tl.store(out_ptr + row * (W + M) + column, attn, mask=mask)
     else:
         column = (block - copies) * BLOCK + tl.arange(0, BLOCK)[None, :]
-        mask = (row < tokens) & (column < M)
+        mask = (s < S) & (column < M)
         x = tl.load(hidden_ptr + b * stride_hb + s * stride_hs + column, mask=mask, other=0.0).to(tl.float32)
         sigmoid, _ = _sigmoid_twice(x)
         out = x * sigmoid
@@ -77,8 +78,8 @@ def forward(attn_output: Tensor | None, hidden_states: Tensor) -> Tensor:
     out = torch.empty((B, S, W + M), dtype=hidden_states.dtype, device=hidden_states.device)
     block = min(BLOCK, triton.next_power_of_2(max(W, M)))
     if out.numel():
-        gelu_concat_forward[(triton.cdiv(B * S, ROWS), triton.cdiv(W, block) + triton.cdiv(M, block))](
-            attn, hidden_states, out, B * S, S, W, M, attn.stride(0), attn.stride(1),
+        gelu_concat_forward[(triton.cdiv(S, ROWS), triton.cdiv(W, block) + triton.cdiv(M, block), B)](
+            attn, hidden_states, out, S, W, M, attn.stride(0), attn.stride(1),
             hidden_states.stride(0), hidden_states.stride(1), ROWS=ROWS, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return out
@@ -102,7 +103,7 @@ def backward(dgelu: Tensor, hidden_states: Tensor) -> Tensor:
 AOT = [
     (
         gelu_concat_forward,
-        {"attn_ptr": "*D", "hidden_ptr": "*D", "out_ptr": "*D", "tokens": "i32", "S": "i32", "W": "i32", "M": "i32",
+        {"attn_ptr": "*D", "hidden_ptr": "*D", "out_ptr": "*D", "S": "i32", "W": "i32", "M": "i32",
          "stride_ab": "i64", "stride_as": "i32", "stride_hb": "i64", "stride_hs": "i32", "ROWS": ROWS, "BLOCK": BLOCK},
         4,
     ),

@@ -1,5 +1,5 @@
-"""modulate in Triton: one program per token forward, one per few tokens backward, so that the sums over tokens have a
-first stage in registers and a second, deterministic one over programs."""
+"""modulate in Triton: one program per token. Only where scale and shift train, one per few tokens backward, so that the
+sums over tokens have a first stage in registers and a second, deterministic one over programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megaflux_kernels.dispatch import on_its_gpu
 
-ROWS = 16  # tokens that one backward program sums over
+ROWS = 16  # tokens that one backward program sums over, where scale and shift train
 
 
 @triton.jit
@@ -19,8 +19,8 @@ def modulate_forward(
     S, W, stride_xb, stride_xs, stride_scale, stride_shift, eps,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    b, s = row // S, row % S
+    s, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = b * S + s
     column = tl.arange(0, BLOCK)
     mask = column < W
     x = tl.load(x_ptr + b * stride_xb + s * stride_xs + column, mask=mask, other=0.0).to(tl.float32)
@@ -42,30 +42,41 @@ def modulate_backward(
     RESIDUAL: tl.constexpr, MODULATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first = part.to(tl.int64) * ROWS
+    start = b * S + first
     column = tl.arange(0, BLOCK)
     mask = column < W
+    dout_ptr += b * stride_db + first * stride_ds
+    x_ptr += b * stride_xb + first * stride_xs
+    residual_ptr += b * stride_rb + first * stride_rs
+    dx_ptr += start * W
+    mean_ptr += start
+    rstd_ptr += start
     scale = 1.0 + tl.load(scale_ptr + b * stride_scale + column, mask=mask, other=0.0).to(tl.float32)
     dscale = tl.zeros([BLOCK], dtype=tl.float32)
     dshift = tl.zeros([BLOCK], dtype=tl.float32)
-    for s in range(part * ROWS, tl.minimum(part * ROWS + ROWS, S)):
-        dout = tl.load(dout_ptr + b * stride_db + s * stride_ds + column, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + b * stride_xb + s * stride_xs + column, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + b * S + s)
-        rstd = tl.load(rstd_ptr + b * S + s)
+    # A constant 1 leaves no loop.
+    for s in range(0, tl.minimum(ROWS, S - part * ROWS) if ROWS > 1 else 1):
+        dout = tl.load(dout_ptr + s * stride_ds + column, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + s * stride_xs + column, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + s)
+        rstd = tl.load(rstd_ptr + s)
+        if RESIDUAL:  # before the sums over columns, whose barriers a load does not pass
+            residual = tl.load(residual_ptr + s * stride_rs + column, mask=mask, other=0.0).to(tl.float32)
         normalized = tl.where(mask, (x - mean) * rstd, 0.0)
         dnormalized = dout * scale
         along = tl.sum(dnormalized * normalized, axis=0) / W
         dx = (dnormalized - tl.sum(dnormalized, axis=0) / W - normalized * along) * rstd
         if RESIDUAL:
-            dx += tl.load(residual_ptr + b * stride_rb + s * stride_rs + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + (b * S + s) * W + column, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            dx += residual
+        tl.store(dx_ptr + s * W + column, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if MODULATION:
             dscale += dout * normalized
             dshift += dout
     if MODULATION:
-        first = (b * tl.num_programs(0) + part) * W
-        tl.store(dscale_ptr + first + column, dscale, mask=mask)
-        tl.store(dshift_ptr + first + column, dshift, mask=mask)
+        sums = (b * tl.num_programs(0) + part) * W
+        tl.store(dscale_ptr + sums + column, dscale, mask=mask)
+        tl.store(dshift_ptr + sums + column, dshift, mask=mask)
 
 
 def num_warps(block: int) -> int:
@@ -81,7 +92,7 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor
     rstd = torch.empty((B, S), dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(W)
     if out.numel():
-        modulate_forward[(B * S,)](
+        modulate_forward[(S, B)](
             x, scale, shift, out, mean, rstd, S, W, x.stride(0), x.stride(1), scale.stride(0), shift.stride(0), eps,
             BLOCK=block, num_warps=num_warps(block),
         )  # fmt: skip
@@ -93,7 +104,8 @@ def backward(
     dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, residual: Tensor | None, need_modulation: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, S, W = x.shape
-    parts = triton.cdiv(S, ROWS)
+    step = ROWS if need_modulation else 1  # without sums as many programs as there are tokens
+    parts = triton.cdiv(S, step)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty((2, B, parts, W) if need_modulation else (2, 0), dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(W)
@@ -102,7 +114,7 @@ def backward(
         modulate_backward[(parts, B)](
             dout, x, mean, rstd, scale, add, dx, sums[0], sums[1], S, W, dout.stride(0), dout.stride(1), x.stride(0),
             x.stride(1), scale.stride(0), add.stride(0), add.stride(1),
-            RESIDUAL=residual is not None, MODULATION=need_modulation, ROWS=ROWS, BLOCK=block,
+            RESIDUAL=residual is not None, MODULATION=need_modulation, ROWS=step, BLOCK=block,
             num_warps=num_warps(block), enable_fp_fusion=False,  # or a - b * c is not 0 where the product is a
         )  # fmt: skip
     if not need_modulation:
@@ -130,4 +142,5 @@ AOT = [
         8,
     ),
 ]  # fmt: skip
-AOT.append((modulate_backward, AOT[1][1] | {"RESIDUAL": True, "MODULATION": False}, 8))  # frozen blocks
+_FROZEN = AOT[1][1] | {"MODULATION": False, "ROWS": 1}
+AOT += [(modulate_backward, _FROZEN | {"RESIDUAL": residual}, 8) for residual in (True, False)]
