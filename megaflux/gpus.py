@@ -56,7 +56,7 @@ class Gpu:
 GPUS = {
     "a100": Gpu(
         "A100 80 GB", 80, 312, 0.60, 0.50, 0.25, 138, 1700,
-        "assumed, no A100 was measured: FLUX at 60% of 312 TFLOP/s (recomputation included), trunk 50%, VAE 25%",
+        "no A100 was measured: FLUX at 60% of 312 TFLOP/s (recomputation included), trunk 50%, VAE 25%",
     ),
     "h100": Gpu(
         "H100 80 GB", 80, 989, 0.52, 0.38, 0.13, 245, 2900,

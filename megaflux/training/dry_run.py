@@ -29,11 +29,10 @@ from megaflux.training.costs import (
     token_counts,
     training_flops,
 )
-from megaflux.training.dry_run_table import gpus_of, micro_batch_lines, print_table
+from megaflux.training.dry_run_table import assumptions, gpus_of, micro_batch_lines, print_table
 from megaflux.training.ds_config import compute_dtype, uses_bf16, uses_kernels, zero_stage
 from megaflux.training.memory import Memory, counted, stage_memory
 from megaflux.training.micro_batch import Choice
-from megaflux.training.throughput import Cluster
 from megaflux.training.trained import count_trained
 
 GIGA = 1e9
@@ -153,7 +152,7 @@ def _costs(
         },
         "micro_batch_size": {s.name: choice.micro_batch_size for s, choice in zip(config.stages, chosen, strict=True)},
         "micro_batches": [line.as_json(scope, images) for line in found for scope in ("largest", "mean")],
-        "assumptions": [text for shown in gpus for text in Cluster(shown, world_size).assumptions()],
+        "assumptions": assumptions(found, world_size),
         "checkpoint_gb": {s.name: size / GIGA for s, size in zip(config.stages, sizes, strict=True)},
         "gpu": gpu.name,
         "images_per_second": speed,

@@ -12,7 +12,7 @@ from megaflux.config import Config, Stage
 from megaflux.gpus import GPUS, Assumed, Gpu
 from megaflux.training.memory import usable
 from megaflux.training.micro_batch import Choice, Planner, best_of, divisors
-from megaflux.training.throughput import Cluster
+from megaflux.training.throughput import LAUNCHES_TOLD, Cluster
 
 GIGA, TERA = 1e9, 1e12
 DAY = 86400
@@ -102,6 +102,11 @@ def print_table(found: Sequence[Line], config: Config, ranks: int) -> None:
             f"{mean['images_per_s']:>8.3g}{mean['days']:>8.3g} {mark}"
         )
     print()
-    for gpu in dict.fromkeys(line.gpu for line in found):
-        for text in Cluster(gpu, ranks).assumptions():
-            print(f"assumed: {text}")
+    for text in assumptions(found, ranks):
+        print(f"assumed: {text}")
+
+
+def assumptions(found: Sequence[Line], ranks: int) -> list[str]:
+    """What the predictions take for granted, one line each."""
+    gpus = dict.fromkeys(line.gpu for line in found)
+    return [text for gpu in gpus for text in Cluster(gpu, ranks).assumptions()] + [LAUNCHES_TOLD]

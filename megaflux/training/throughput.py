@@ -24,6 +24,7 @@ LAYER_LAUNCHES = 35  # of a layer of Qwen2-VL or of its ViT, forward
 VAE_LAUNCHES = 150
 NETWORK_GB_S = 25.0  # GB/s a GPU between machines: a link of 200 Gbit/s for each
 PER_MACHINE = 8  # GPUs of one machine, where nothing tells how many there are
+LAUNCHES_TOLD = f"a kernel takes eager Python {LAUNCH_SECONDS * 1e6:g} us to launch, on every GPU"
 OPTIMIZER_BYTES = 30  # read and written by AdamW for each parameter of a rank's part
 
 
@@ -105,7 +106,7 @@ class Cluster:
         return accumulated * (seconds + moved.per_micro_batch / sent) + once
 
     def assumptions(self) -> list[str]:
-        """What a prediction takes for granted, one line each."""
+        """What a prediction takes for granted of this GPU, one line each; LAUNCHES_TOLD holds for all."""
         where = "between machines" if self.ranks > self.per_machine else "within a machine"
         lines = [f"{self.gpu.name}: {self.gpu.told}"]
         if self.ranks > 1:
