@@ -30,7 +30,7 @@ from megaflux import compat  # noqa: F401  (before diffusers)
 from diffusers import FluxTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from megaflux.models.flux_functions import even_gradient, mlp, modulated, modulated_linear, pack
+from megaflux.models.flux_functions import even_gradient, mlp, modulated, modulated_linear, pack, stream_linears
 from megaflux_kernels.biased_attention import biased_attention
 from megaflux_kernels.gate_residual import gate_residual
 from megaflux_kernels.modulate import modulate
@@ -229,8 +229,7 @@ def _double_block(
         attn.norm_added_k.weight, attn.norm_q.eps, keep_input,
     )  # fmt: skip
     attn_output = _attention(self, q, k, v, bias)
-    image_output = attn.to_out[0](attn_output[:, T:].contiguous())
-    text_output = attn.to_add_out(attn_output[:, :T].contiguous())
+    image_output, text_output = stream_linears(attn_output, T, attn.to_out[0], attn.to_add_out)
 
     image, n = gate_residual(image, image_output, gate, scale_mlp, shift_mlp)
     text, c_n = gate_residual(text, text_output, c_gate, c_scale_mlp, c_shift_mlp)

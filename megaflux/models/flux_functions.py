@@ -70,6 +70,15 @@ def mlp(
     return _Mlp.apply(n, attn_output, x, scale, shift, recompute, *linears(proj_in), *linears(proj_out))
 
 
+def stream_linears(
+    attn_output: Tensor, text_tokens: int, to_out: nn.Linear, to_add_out: nn.Linear
+) -> tuple[Tensor, Tensor]:
+    """(to_out of the image rows (B, L, W), to_add_out of the text rows (B, T, W)) of attn_output (B, T + L, W), text
+    first; text_tokens is T. Its gradient is written by two products into one contiguous tensor: the gradients of slices
+    would each be filled with zeros first, and added."""
+    return _StreamLinears.apply(attn_output, text_tokens, *linears(to_out), *linears(to_add_out))
+
+
 def packed(tensors: Sequence[Tensor]) -> Tensor:
     """The tensors along their first dimension as one: a view where they lie side by side in memory (`pack`), else a
     copy."""
@@ -169,6 +178,38 @@ class _ModulatedLinear(torch.autograd.Function):
         return dn, None, None, None, *parts
 
 
+class _StreamLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, attn_output, text_tokens, w_image, b_image, w_text, b_text):
+        ctx.text_tokens, ctx.shape = text_tokens, attn_output.shape
+        trains = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
+        ctx.save_for_backward(w_image, w_text, attn_output if trains else None)  # which attention keeps, too
+        ctx.set_materialize_grads(False)
+        image, text = attn_output[:, text_tokens:], attn_output[:, :text_tokens]
+        return _linear(image, w_image, b_image), _linear(text, w_text, b_text)
+
+    @staticmethod
+    def backward(ctx, dimage, dtext):
+        w_image, w_text, attn_output = ctx.saved_tensors
+        T, needs = ctx.text_tokens, ctx.needs_input_grad
+        streams = (
+            (slice(T, None), dimage, w_image, needs[2], needs[3]),
+            (slice(0, T), dtext, w_text, needs[4], needs[5]),
+        )
+        dattn, gradients = None, []
+        if needs[0] and torch.compiler.is_compiling():  # Dynamo refuses out= of a slice
+            dattn = torch.cat([dtext @ w_text, dimage @ w_image], dim=1)
+        elif needs[0]:
+            dattn = w_image.new_empty(ctx.shape)
+        for rows, dout, weight, need_weight, need_bias in streams:
+            if needs[0] and not torch.compiler.is_compiling():
+                _product(dout, weight, dattn[:, rows])
+            given = dout is not None
+            gradients.append(_dweight(dout, attn_output[:, rows]) if need_weight and given else None)
+            gradients.append(dout.sum((0, 1)) if need_bias and given else None)
+        return dattn, None, *gradients
+
+
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, n, attn_output, x, scale, shift, recompute, w_in, b_in, w_out, b_out):
@@ -204,6 +245,25 @@ class _Mlp(torch.autograd.Function):
 def _halves(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """(weights, biases) of `linears`."""
     return parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear of rows x (B, L, W) of a longer tensor, without a copy of them: a product for each sample."""
+    if len(x) == 1 or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    out = x.new_empty((*x.shape[:-1], len(weight)))
+    for rows, part in zip(x, out):
+        torch.addmm(bias, rows, weight.t(), out=part)
+    return out
+
+
+def _product(dout: Tensor | None, weight: Tensor, out: Tensor) -> None:
+    """out = dout @ weight, written into rows (B, L, W) of a longer tensor; zeros where there is no gradient."""
+    if dout is None:
+        out.zero_()
+        return
+    for rows, part in zip(dout, out):
+        torch.mm(rows, weight, out=part)
 
 
 def _dweight(dout: Tensor, x: Tensor) -> Tensor:

@@ -7,9 +7,8 @@ w bytes per number, W FLUX's width, r its MLP ratio (4), l image and T condition
   what its gates scale as well (1 each):
       double block:  6 + r frozen   8 + r `attention` and `block`
       single block:  5 + r frozen   6 + r `attention` and `block`
-  and, of a micro-batch above 1, the slices of attention's output that trainable linears read, copied: l / (T + l)
-  for `attention`, 1 for `block`, in double blocks. A block with q/k norm weights near zero keeps q, k and v before
-  their norms too (3). Policy mlp: r less. Statistics, 4 bytes each: 3 a head and 4 to a token.
+  A block with q/k norm weights near zero keeps q, k and v before their norms too (3). Policy mlp: r less. Statistics,
+  4 bytes each: 3 a head and 4 to a token.
 - without kernels, eager diffusers: q and k before their norms too (2), and the inputs of linears that train:
       double block:  8 + r frozen   12 + r + l / (T + l) `attention`   14 + 2 r `block`
       single block:  7 + r frozen   10 + r               `attention`   11 + 2 r `block`
@@ -99,9 +98,8 @@ def block_units(
     ratio = MLP_RATIO
     share = tokens.image / (tokens.condition + tokens.image)
     if fused:
-        copied = 1 if micro_batch_size > 1 else 0
         kept = {
-            "double": {"frozen": 6 + ratio, "attention": 8 + ratio + share * copied, "block": 8 + ratio + copied},
+            "double": {"frozen": 6 + ratio, "attention": 8 + ratio, "block": 8 + ratio},
             "single": {"frozen": 5 + ratio, "attention": 6 + ratio, "block": 6 + ratio},
         }
     else:

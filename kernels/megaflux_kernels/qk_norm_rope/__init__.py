@@ -124,10 +124,14 @@ def _setup(ctx, inputs, output) -> None:
     kept = (qkv, txt_qkv) if keep_input else (None, None)
     ctx.save_for_backward(q, k, rstd, norm_q, norm_k, cos, sin, txt_norm_q, txt_norm_k, *kept)
     ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)  # none of rstd's size, which has no gradient
 
 
 def _backward(ctx, dq, dk, dv, drstd):
+    if dq is None and dk is None and dv is None:
+        return (None,) * 11
     q, k, rstd, norm_q, norm_k, cos, sin, txt_norm_q, txt_norm_k, qkv, txt_qkv = ctx.saved_tensors
+    dq, dk, dv = (torch.zeros_like(q) if d is None else d for d in (dq, dk, dv))
     need = ctx.needs_input_grad
     dqkv, dtxt_qkv, dnorm_q, dnorm_k, dtxt_norm_q, dtxt_norm_k = backward(
         dq, dk, dv, q, k, rstd, norm_q, norm_k, cos, sin, ctx.text_tokens, txt_norm_q, txt_norm_k,
