@@ -30,7 +30,16 @@ from megaflux import compat  # noqa: F401  (before diffusers)
 from diffusers import FluxTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from megaflux.models.flux_functions import even_gradient, mlp, modulated, modulated_linear, pack, stream_linears
+from megaflux.models.flux_functions import (
+    Handover,
+    even_gradient,
+    gelu_linear,
+    modulated,
+    modulated_linears,
+    normed_and_turned,
+    stream_linears,
+)
+from megaflux.models.packing import pack, unpack
 from megaflux_kernels.biased_attention import biased_attention
 from megaflux_kernels.gate_residual import gate_residual
 from megaflux_kernels.modulate import modulate
@@ -223,21 +232,28 @@ def _double_block(
     c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context.linear(temb).chunk(6, dim=1)
     n, image = modulated(image, scale, shift)
     c_n, text = modulated(text, c_scale, c_shift)
+    (qkv,) = modulated_linears(n, image, scale, shift, _qkv(self))
+    (c_qkv,) = modulated_linears(c_n, text, c_scale, c_shift, _text_qkv(self))
     q, k, v = qk_norm_rope(
-        modulated_linear(n, image, scale, shift, *_qkv(self)), attn.norm_q.weight, attn.norm_k.weight, *rope,
-        attn.heads, modulated_linear(c_n, text, c_scale, c_shift, *_text_qkv(self)), attn.norm_added_q.weight,
+        qkv, attn.norm_q.weight, attn.norm_k.weight, *rope, attn.heads, c_qkv, attn.norm_added_q.weight,
         attn.norm_added_k.weight, attn.norm_q.eps, keep_input,
     )  # fmt: skip
+    del n, c_n, qkv, c_qkv
     attn_output = _attention(self, q, k, v, bias)
     image_output, text_output = stream_linears(attn_output, T, attn.to_out[0], attn.to_add_out)
 
     image, n = gate_residual(image, image_output, gate, scale_mlp, shift_mlp)
     text, c_n = gate_residual(text, text_output, c_gate, c_scale_mlp, c_shift_mlp)
-    proj_in, proj_out = self.ff.net[0].proj, self.ff.net[2]
-    image = gate_residual(image, mlp(n, None, image, scale_mlp, shift_mlp, proj_in, proj_out, recompute), gate_mlp)
-    proj_in, proj_out = self.ff_context.net[0].proj, self.ff_context.net[2]
-    text_output = mlp(c_n, None, text, c_scale_mlp, c_shift_mlp, proj_in, proj_out, recompute)
+    image = gate_residual(image, _feed_forward(self.ff, n, image, scale_mlp, shift_mlp, recompute), gate_mlp)
+    text_output = _feed_forward(self.ff_context, c_n, text, c_scale_mlp, c_shift_mlp, recompute)
     return _in_range(gate_residual(text, text_output, c_gate_mlp)), image
+
+
+def _feed_forward(ff: nn.Module, n: Tensor, x: Tensor, scale: Tensor, shift: Tensor, recompute: bool) -> Tensor:
+    """A double block's MLP of one stream: n (B, S, W), the norm of x by scale and shift -> (B, S, W)."""
+    proj_in, proj_out, handover = ff.net[0].proj, ff.net[2], Handover()
+    (pre,) = modulated_linears(n, x, scale, shift, (proj_in,), handover=handover)
+    return gelu_linear(pre, None, x, scale, shift, proj_in, proj_out, recompute, handover)
 
 
 def _single_block(
@@ -245,16 +261,18 @@ def _single_block(
     recompute: bool, keep_input: bool,
 ) -> Tensor:  # fmt: skip
     """FluxSingleTransformerBlock.forward on the joined streams: (B, S, W) -> the same. temb: (B, W), past its SiLU."""
-    attn = self.attn
+    attn, handover = self.attn, Handover()
     shift, scale, gate = self.norm.linear(temb).chunk(3, dim=1)
     n, hidden_states = modulated(hidden_states, scale, shift)
-    qkv = modulated_linear(n, hidden_states, scale, shift, *_qkv(self))
-    q, k, v = qk_norm_rope(
-        qkv, attn.norm_q.weight, attn.norm_k.weight, *rope, attn.heads, eps=attn.norm_q.eps, keep_input=keep_input
+    qkv, pre = modulated_linears(n, hidden_states, scale, shift, _qkv(self), (self.proj_mlp,), handover=handover)
+    q, k, v = normed_and_turned(
+        qkv, attn.norm_q.weight, attn.norm_k.weight, rope, attn.heads, attn.norm_q.eps, keep_input, handover
     )
-    del qkv
+    del n, qkv
     attn_output = _attention(self, q, k, v, bias)
-    output = mlp(n, attn_output, hidden_states, scale, shift, self.proj_mlp, self.proj_out, recompute)
+    output = gelu_linear(
+        pre, attn_output, hidden_states, scale, shift, self.proj_mlp, self.proj_out, recompute, handover
+    )
     return _in_range(gate_residual(hidden_states, output, gate))
 
 
@@ -283,7 +301,12 @@ def _attention_options(options: dict[str, Any] | None) -> tuple[Tensor | None, b
 
 
 def _qkv(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    return _laid_together(block.attn.to_q, block.attn.to_k, block.attn.to_v)
+    attn, mlp = block.attn, getattr(block, "proj_mlp", None)  # of single blocks
+    if mlp is not None and not torch.compiler.is_compiling():
+        pack(attn.to_q, attn.to_k, attn.to_v, mlp)  # where all are frozen
+        if attn.to_q.weight.requires_grad:
+            unpack(mlp)
+    return _laid_together(attn.to_q, attn.to_k, attn.to_v)
 
 
 def _text_qkv(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:

@@ -14,7 +14,13 @@ from megaflux_kernels import dispatch
 from tests.models.test_flux import SIZES
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::mm.out", "aten::addmm.out"}
-MOVES_NOTHING = {"aten::empty.memory_format", "aten::new_empty", "aten::empty_like", "aten::_unsafe_view", "prim::device"}
+MOVES_NOTHING = {
+    "aten::empty.memory_format",
+    "aten::new_empty",
+    "aten::empty_like",
+    "aten::_unsafe_view",
+    "prim::device",
+}
 
 
 class Ops(TorchDispatchMode):
@@ -53,7 +59,7 @@ def backward_ops(kind, batch, components, monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("kind", ["double"])
+@pytest.mark.parametrize("kind", ["double", "single"])
 def test_nothing_but_products_and_fused_ops_runs_in_a_frozen_blocks_backward_pass(kind, batch, monkeypatch):
     ops = backward_ops(kind, batch, None, monkeypatch)
     ours = {name for name in ops if name.startswith("megaflux::") or "scaled_dot_product" in name}
