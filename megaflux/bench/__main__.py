@@ -1,7 +1,8 @@
-"""python -m megaflux.bench step|activations|memory|loader|infer: how fast, and how large. --help after each lists options.
+"""python -m megaflux.bench step|activations|traffic|memory|loader|infer: how fast, and how large. --help after each lists options.
 
 step         forward and backward of FLUX: diffusers, diffusers compiled, ours
 activations  bytes that the backward pass keeps, counted without a GPU
+traffic      bytes that a block moves beside its matrix products, counted without a GPU
 memory       the memory formulas beside what is counted, without a GPU
 loader       samples per second of the data loader
 infer        seconds per picture of the pipeline
@@ -14,7 +15,7 @@ import sys
 
 from megaflux_kernels.bench.report import Parser
 
-BENCHES = ("step", "activations", "memory", "loader", "infer")
+BENCHES = ("step", "activations", "traffic", "memory", "loader", "infer")
 MODULES = {"activations": "count"}  # the counting itself is megaflux.bench.activations
 
 

@@ -169,18 +169,38 @@ def count(
     return {"saved_bytes": saved, "flops": counter.get_total_flops() if backward else 0}
 
 
+@torch.library.custom_op("megaflux_bench::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("of fake tensors only")
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("megaflux_bench::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(dout: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("of fake tensors only")
+
+
+@_rms_norm_backward.register_fake
+def _(dout: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(dout), torch.empty_like(weight)
+
+
 class _RmsNorm(torch.autograd.Function):
-    """Keeps what torch's fused RMSNorm keeps on a GPU; of fake tensors, so no values."""
+    """One operation each way, which keeps what torch's fused RMSNorm keeps on a GPU; of fake tensors, so no values."""
 
     @staticmethod
     def forward(ctx, x, weight):
-        ctx.save_for_backward(x, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32), weight)
-        return torch.empty_like(x)
+        out, rstd = _rms_norm(x, weight)
+        ctx.save_for_backward(x, rstd, weight)
+        return out
 
     @staticmethod
     def backward(ctx, dout):
-        _, _, weight = ctx.saved_tensors
-        return torch.empty_like(dout), torch.empty_like(weight)
+        return _rms_norm_backward(dout.contiguous(), *ctx.saved_tensors)  # as the CUDA kernel does
 
 
 @contextmanager

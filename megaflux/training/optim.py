@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from megaflux.config import Config, Optim
+if TYPE_CHECKING:  # the bench `traffic` runs where pydantic is missing
+    from megaflux.config import Config, Optim
 
 
 def learning_rate(update: int, updates: int, optim: Optim) -> float:

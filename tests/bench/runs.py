@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SMALL = ["--double", "1", "--single", "2", "--heads", "2", "--head-dim", "32", "--joint-dim", "16", "--text", "5",
          "--grids", "3x4,2x3"]  # fmt: skip
+TRAFFIC = ["--image", "40", "--text", "7", "--heads", "4", "--head-dim", "32"]
 QUICK = ["--samples", "2", "--warmup", "1"]
 KEYS = ["device", "versions", "attention_backend", "commit", "rows"]
 ROW = {"bench": str, "arm": str, "shape": str, "metric": str, "value": float, "unit": str, "samples": int}

@@ -17,7 +17,7 @@ from megaflux.bench.sizes import Sizes, published
 from megaflux.presets import PUBLISHED_STAGES
 from megaflux_kernels.bench.machine import attention_backend
 from megaflux_kernels.bench.report import Parser
-from tests.bench.runs import QUICK, SMALL, WITHOUT, bench, metrics, read, start
+from tests.bench.runs import QUICK, SMALL, TRAFFIC, WITHOUT, bench, metrics, read, start
 
 ON_GPU = torch.cuda.is_available()
 ARMS = ["diffusers-eager", "diffusers-eager-full", "ours-none", "ours-mlp", "ours-full"]
@@ -212,6 +212,7 @@ finally:
     [
         ["megaflux.bench", "step", *SMALL[:-1], "2x3", *QUICK, "--arms", "diffusers-eager,ours-mlp"],
         ["megaflux.bench", "activations", *SMALL[:-1], "2x3"],
+        ["megaflux.bench", "traffic", *TRAFFIC, "--trains", "attention"],
         ["megaflux_kernels.bench", "--op", "modulate", "--samples", "1", "--no-compile", "--image", "16"],
     ],
 )
