@@ -13,9 +13,11 @@ w bytes per number, W FLUX's width, r its MLP ratio (4), l image and T condition
       double block:  8 + r frozen   12 + r + l / (T + l) `attention`   14 + 2 r `block`
       single block:  7 + r frozen   10 + r               `attention`   11 + 2 r `block`
 - policy full, either way: 1 per block.
-- backward, in the same units: while a block is at it, what it computes again (all but its input in policy full, r and
-  its norm's output in mlp) and the gradients of its MLP: of the stream, of the block's output, of proj_out's input
-  (1 + r) and of the pre-activation (r), then of the norm's output. The peak is the largest sum, over blocks, of what it
+- backward, in the same units: while a block is at it, what it computes again (all but its input in policy full, r in
+  mlp) and the gradients of its MLP: of the stream, of the block's output and of the pre-activation (r, written over
+  that of proj_out's input); in a single block also of attention's output (1) and room for those of q, k and v (3). The
+  norm's output (1) stays in mlp where the weights that read it train. Without kernels: of the stream, of the block's
+  output, of proj_out's input (r, and 1 in a single block), of the GELU and of the pre-activation. The peak is the largest sum, over blocks, of what it
   and the blocks before it keep and of this; mostly at the last block, where all is still kept.
 - Qwen's last layer: 11 D + 4 I per token of the turn (width D, MLP width I), and the connector's input and output; of
   the layer only input and output if recomputed.
@@ -73,13 +75,13 @@ def _backward_units(
     single = index >= len(transformer.transformer_blocks)
     trains = _components(stage, index)
     again = {"none": 0, "mlp": MLP_RATIO, "full": unit - 1}[policy]
-    added = 2 + single + 2 * MLP_RATIO + 1  # of stream, output, proj_out's input, pre-activation, norm's output
     if not fused:
-        added += 1  # the pre-activation's gradient beside the GELU's
+        added = 2 + single + 2 * MLP_RATIO + 2
         return again + added - {"frozen": 0, "attention": 2, "block": 4}[trains]  # kept for gates, and gone by then
-    rebuilt = trains == "block" and policy != "mlp"  # the norm's output for the MLP's weights; mlp has it anyway
-    gone = (trains != "frozen") + (policy == "full")  # kept for a gate; a pre-activation that only this pass holds
-    return again + added + rebuilt - gone
+    added = 2 + MLP_RATIO + 4 * single
+    held = policy == "mlp" and (trains == "block" or (single and trains == "attention"))  # the norm's output
+    gone = trains != "frozen"  # kept for a gate
+    return again + added + held - gone
 
 
 def _components(stage: Stage, index: int) -> str:
