@@ -15,7 +15,6 @@ Shapes: B batch, T text tokens (the condition), L image tokens, S = T + L, W wid
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import MethodType
@@ -40,6 +39,7 @@ from megaflux.models.flux_functions import (
     stream_linears,
 )
 from megaflux.models.packing import pack, unpack
+from megaflux.models.rope import Rope
 from megaflux_kernels.biased_attention import biased_attention
 from megaflux_kernels.gate_residual import gate_residual
 from megaflux_kernels.modulate import modulate
@@ -133,35 +133,6 @@ def all_blocks(transformer: FluxTransformer2DModel) -> list[nn.Module]:
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
-class Rope:
-    """FLUX's cosines and sines (S, D) of position ids, computed once for each pair of ids tensors.
-
-    It knows them by identity: whoever keeps its ids (diffusers' pipelines over their steps, latents.image_ids by
-    size) has the table computed once. Comparing values would wait for the GPU.
-    """
-
-    KEPT = 32  # pairs: sizes of pictures times lengths of conditions
-
-    def __init__(self, pos_embed: nn.Module):
-        self.pos_embed = pos_embed
-        self.tables: dict[tuple, tuple[list[weakref.ref], tuple[Tensor, Tensor]]] = {}
-
-    def __call__(self, txt_ids: Tensor, img_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, 3) and (L, 3) -> two (T + L, D), float32."""
-        ids = txt_ids, img_ids
-        if any(part.is_inference() for part in ids):  # these count no versions, so a change would not show
-            return self.pos_embed(torch.cat(ids))
-        key = tuple((id(part), part._version) for part in ids)
-        refs, table = self.tables.get(key, ([], None))
-        if [ref() is part for ref, part in zip(refs, ids)] != [True, True]:  # an address used again is no identity
-            with torch.inference_mode(False), torch.no_grad():
-                table = self.pos_embed(torch.cat(ids))
-            self.tables[key] = [weakref.ref(part) for part in ids], table
-            if len(self.tables) > self.KEPT:
-                self.tables.pop(next(iter(self.tables)))
-        return table
-
-
 def _forward(
     self: FluxTransformer2DModel,
     hidden_states: Tensor,
@@ -194,23 +165,50 @@ def _forward(
     rope = self.fused.rope(txt_ids, img_ids)
     _check_norms(self)
     T, double = text.shape[1], len(self.transformer_blocks)
+    modulations = [_modulation(block, temb) for block in all_blocks(self)]
+    added = controlnet_block_samples is not None, controlnet_single_block_samples is not None
+    following = _following(self, modulations, dtype, added)
 
+    normed: Any = (None, None)  # a block's first norms, where the one before has made them
     for i, block in enumerate(self.transformer_blocks):
-        text, image = _run(self, i, block, text, image, temb, rope, bias)
+        text, image, normed = _run(self, i, block, text, image, normed, modulations[i], following[i], rope, bias)
         if controlnet_block_samples is not None:
             samples = controlnet_block_samples
             image = image + samples[i % len(samples) if controlnet_blocks_repeat else i // -(-double // len(samples))]
-    hidden_states = torch.cat([text, image], dim=1)  # (B, S, W), joined once
-    for i, block in enumerate(self.single_transformer_blocks):
-        hidden_states = _run(self, double + i, block, hidden_states, temb, rope, bias)
+    hidden_states, normed = torch.cat([text, image], dim=1), None  # (B, S, W), joined once
+    for i, block in enumerate(self.single_transformer_blocks, double):
+        hidden_states, normed = _run(self, i, block, hidden_states, normed, modulations[i], following[i], rope, bias)
         if controlnet_single_block_samples is not None:
             samples = controlnet_single_block_samples
-            sample = samples[i // -(-len(self.single_transformer_blocks) // len(samples))]
+            sample = samples[(i - double) // -(-len(self.single_transformer_blocks) // len(samples))]
             hidden_states = hidden_states + F.pad(sample, (0, 0, T, 0))
 
     scale, shift = self.norm_out.linear(temb).chunk(2, dim=1)
     output = self.proj_out(modulate(hidden_states[:, T:], scale, shift))
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+def _modulation(block: nn.Module, temb: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+    """A block's AdaLN from temb (B, W), past its SiLU: of text and image, or of the joined stream, what diffusers'
+    AdaLayerNormZero makes, (B, W) each: shift, scale, gate; in double blocks also the MLP's shift, scale, gate."""
+    if hasattr(block, "norm1_context"):
+        return block.norm1_context.linear(temb).chunk(6, dim=1), block.norm1.linear(temb).chunk(6, dim=1)
+    return (block.norm.linear(temb).chunk(3, dim=1),)
+
+
+def _following(
+    transformer: FluxTransformer2DModel, modulations: Sequence[tuple], dtype: torch.dtype, added: tuple[bool, bool]
+) -> list[tuple | None]:
+    """Per block the next one's modulation, where the block makes the next one's first norm in one pass with its own last
+    residual. None: at the last block of a kind; where a ControlNet's samples are added in between (added: to double
+    blocks, to single ones); in float16, which is clipped in between; before a block that is computed again in full,
+    whose checkpoint would keep two tensors."""
+    double, following = len(transformer.transformer_blocks), [*modulations[1:], None]
+    for i, policy in enumerate([*transformer.fused.policies[1:], None]):
+        full = policy == "full" and torch.is_grad_enabled()
+        if full or i == double - 1 or added[i >= double] or dtype == torch.float16:
+            following[i] = None
+    return following
 
 
 def _run(transformer: FluxTransformer2DModel, index: int, block: nn.Module, *inputs: Any) -> Any:
@@ -222,16 +220,21 @@ def _run(transformer: FluxTransformer2DModel, index: int, block: nn.Module, *inp
 
 
 def _double_block(
-    self: nn.Module, text: Tensor, image: Tensor, temb: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None,
-    recompute: bool, keep_input: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """FluxTransformerBlock.forward: text (B, T, W), image (B, L, W) -> the same. temb: (B, W), past its SiLU."""
+    self: nn.Module, text: Tensor, image: Tensor, normed: tuple[Tensor | None, Tensor | None], modulation: tuple,
+    following: tuple | None, rope: tuple[Tensor, Tensor], bias: Tensor | None, recompute: bool, keep_input: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:  # fmt: skip
+    """FluxTransformerBlock.forward: text (B, T, W), image (B, L, W) -> the same, and their norms for the next block.
+
+    normed: the norms of text and image by this block's modulation, or None; following: the modulation of the next block,
+    or None: no norms are made for it."""
     attn, T = self.attn, text.shape[1]
-    # order of diffusers' AdaLayerNormZero: attention's shift, scale, gate, then the MLP's
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1.linear(temb).chunk(6, dim=1)
-    c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context.linear(temb).chunk(6, dim=1)
-    n, image = modulated(image, scale, shift)
-    c_n, text = modulated(text, c_scale, c_shift)
+    c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = modulation[0]
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation[1]
+    c_next, next_ = following or (None, None)
+    c_n, n = normed
+    if n is None:
+        n, image = modulated(image, scale, shift)
+        c_n, text = modulated(text, c_scale, c_shift)
     (qkv,) = modulated_linears(n, image, scale, shift, _qkv(self))
     (c_qkv,) = modulated_linears(c_n, text, c_scale, c_shift, _text_qkv(self))
     q, k, v = qk_norm_rope(
@@ -244,9 +247,21 @@ def _double_block(
 
     image, n = gate_residual(image, image_output, gate, scale_mlp, shift_mlp)
     text, c_n = gate_residual(text, text_output, c_gate, c_scale_mlp, c_shift_mlp)
-    image = gate_residual(image, _feed_forward(self.ff, n, image, scale_mlp, shift_mlp, recompute), gate_mlp)
+    image_output = _feed_forward(self.ff, n, image, scale_mlp, shift_mlp, recompute)
+    image, n = _gate_residual(image, image_output, gate_mlp, next_)
     text_output = _feed_forward(self.ff_context, c_n, text, c_scale_mlp, c_shift_mlp, recompute)
-    return _in_range(gate_residual(text, text_output, c_gate_mlp)), image
+    text, c_n = _gate_residual(text, text_output, c_gate_mlp, c_next)
+    return _in_range(text), image, (c_n, n)
+
+
+def _gate_residual(
+    residual: Tensor, x: Tensor, gate: Tensor, following: Sequence[Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """(residual + gate * x, its norm by the next block's modulation or None)."""
+    if following is None:
+        return gate_residual(residual, x, gate), None
+    shift, scale, *_ = following
+    return gate_residual(residual, x, gate, scale, shift)
 
 
 def _feed_forward(ff: nn.Module, n: Tensor, x: Tensor, scale: Tensor, shift: Tensor, recompute: bool) -> Tensor:
@@ -257,13 +272,16 @@ def _feed_forward(ff: nn.Module, n: Tensor, x: Tensor, scale: Tensor, shift: Ten
 
 
 def _single_block(
-    self: nn.Module, hidden_states: Tensor, temb: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None,
-    recompute: bool, keep_input: bool,
-) -> Tensor:  # fmt: skip
-    """FluxSingleTransformerBlock.forward on the joined streams: (B, S, W) -> the same. temb: (B, W), past its SiLU."""
+    self: nn.Module, hidden_states: Tensor, n: Tensor | None, modulation: tuple, following: tuple | None,
+    rope: tuple[Tensor, Tensor], bias: Tensor | None, recompute: bool, keep_input: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """FluxSingleTransformerBlock.forward on the joined streams: (B, S, W) -> the same, and its norm for the next block.
+    n, modulation and following as in `_double_block`, of one stream."""
     attn, handover = self.attn, Handover()
-    shift, scale, gate = self.norm.linear(temb).chunk(3, dim=1)
-    n, hidden_states = modulated(hidden_states, scale, shift)
+    ((shift, scale, gate),) = modulation
+    (next_,) = following or (None,)
+    if n is None:
+        n, hidden_states = modulated(hidden_states, scale, shift)
     qkv, pre = modulated_linears(n, hidden_states, scale, shift, _qkv(self), (self.proj_mlp,), handover=handover)
     q, k, v = normed_and_turned(
         qkv, attn.norm_q.weight, attn.norm_k.weight, rope, attn.heads, attn.norm_q.eps, keep_input, handover
@@ -273,7 +291,8 @@ def _single_block(
     output = gelu_linear(
         pre, attn_output, hidden_states, scale, shift, self.proj_mlp, self.proj_out, recompute, handover
     )
-    return _in_range(gate_residual(hidden_states, output, gate))
+    hidden_states, n = _gate_residual(hidden_states, output, gate, next_)
+    return _in_range(hidden_states), n
 
 
 def _attention(block: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
