@@ -60,6 +60,8 @@ class Fused:
     keep_input: list[bool] = field(default_factory=list)
     """Per block: q and k cannot be told from their rotated values, since a norm weight is near zero."""
     forwards: int = 0
+    norms: list[tuple[Tensor, int]] = field(default_factory=list)
+    """The q and k norm weights of the last forward pass, and their versions where they do not train."""
 
 
 def fuse(transformer: FluxTransformer2DModel, policies: Policy | Sequence[Policy] = "none") -> None:
@@ -340,25 +342,37 @@ def _laid_together(*layers: nn.Linear) -> tuple[nn.Linear, ...]:
 
 
 def _check_norms(transformer: FluxTransformer2DModel) -> None:
-    """Whether each block's q and k can be told from their rotated values; looked up now and then, since it waits for
-    the GPU."""
+    """Whether each block's q and k can be told from their rotated values; waits for the GPU in the first forward pass
+    after `fuse`, then only where a norm weight is another one, or every 16 passes where one trains."""
     fused = transformer.fused
     if not torch.is_grad_enabled():
         fused.keep_input = fused.keep_input or [False] * len(fused.policies)  # nothing is kept
         return
-    if fused.forwards % NORMS_CHECKED_EVERY == 0:
+    weights = [weight for block in all_blocks(transformer) for weight in _norm_weights(block)]
+    norms = [(w, -1 if w.requires_grad or w.is_inference() else w._version) for w in weights]
+    trains = any(weight.requires_grad for weight in weights)
+    due = fused.forwards % NORMS_CHECKED_EVERY == 0 if trains else fused.forwards == 0
+    others = bool(fused.norms) and any(a is not b or m != n for (a, m), (b, n) in zip(norms, fused.norms, strict=True))
+    if due or others:
         fused.keep_input = uneven_norms(transformer)
+    fused.norms = norms
     fused.forwards += 1
 
 
 def uneven_norms(transformer: FluxTransformer2DModel) -> list[bool]:
     """Of each block, double ones first: whether a q or k norm weight is so near zero, beside its neighbour, that the
     block must keep its q, k, v product for the backward pass. Waits for the GPU, once."""
-    flags = []
-    for block in all_blocks(transformer):
-        norms = (getattr(block.attn, name, None) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
-        flags.append(torch.stack([in_proportion(norm.weight) for norm in norms if norm is not None]).all())
+    blocks = all_blocks(transformer)
+    flags = [torch.stack([in_proportion(weight) for weight in _norm_weights(block)]).all() for block in blocks]
     return [not flag for flag in torch.stack(flags).tolist()]
+
+
+def _norm_weights(block: nn.Module) -> list[Tensor]:
+    attn = block.attn
+    norms = [attn.norm_q, attn.norm_k]
+    if hasattr(block, "norm1_context"):
+        norms += [attn.norm_added_q, attn.norm_added_k]
+    return [norm.weight for norm in norms]
 
 
 def _in_range(hidden_states: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ def columns(parts: Sequence[Tensor | None]) -> Tensor | None:
     for part in parts:
         if part is None or part.untyped_storage()._cdata != storage or part.dtype != first.dtype:
             return None
-        if part.storage_offset() != offset or part.stride() != first.stride():
+        where = part.storage_offset(), part.stride(), part.shape[:-1]
+        if where != (offset, first.stride(), first.shape[:-1]):
             return None
         offset += part.shape[-1]
     size = (*first.shape[:-1], sum(part.shape[-1] for part in parts))
