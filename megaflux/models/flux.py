@@ -29,21 +29,11 @@ from megaflux import compat  # noqa: F401  (before diffusers)
 from diffusers import FluxTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from megaflux.models.flux_functions import (
-    Handover,
-    even_gradient,
-    gelu_linear,
-    modulated,
-    modulated_linears,
-    normed_and_turned,
-    stream_linears,
-)
-from megaflux.models.packing import pack, unpack
+from megaflux.models.flux_blocks import double_block, qkv_layers, single_block, text_qkv_layers
+from megaflux.models.flux_functions import even_gradient
 from megaflux.models.rope import Rope
-from megaflux_kernels.biased_attention import biased_attention
-from megaflux_kernels.gate_residual import gate_residual
 from megaflux_kernels.modulate import modulate
-from megaflux_kernels.qk_norm_rope import in_proportion, qk_norm_rope
+from megaflux_kernels.qk_norm_rope import in_proportion
 
 Policy = Literal["none", "mlp", "full"]
 POLICIES: tuple[Policy, ...] = ("none", "mlp", "full")
@@ -90,9 +80,9 @@ def fuse(transformer: FluxTransformer2DModel, policies: Policy | Sequence[Policy
         transformer.fused = Fused(chosen, Rope(transformer.pos_embed))
         transformer.forward = MethodType(_forward, transformer)
         for block in transformer.transformer_blocks:
-            block.forward = MethodType(_double_block, block)
+            block.forward = MethodType(double_block, block)
         for block in transformer.single_transformer_blocks:
-            block.forward = MethodType(_single_block, block)
+            block.forward = MethodType(single_block, block)
     pack_projections(transformer)
 
 
@@ -100,9 +90,9 @@ def pack_projections(transformer: FluxTransformer2DModel) -> None:
     """Lay the frozen q, k and v projections of each block side by side, so that one product needs no copy. The forward
     does so too, for weights move: to a device, out of an optimizer's buffer."""
     for block in all_blocks(transformer):
-        _qkv(block)
+        qkv_layers(block)
     for block in transformer.transformer_blocks:
-        _text_qkv(block)
+        text_qkv_layers(block)
 
 
 def unfuse(transformer: FluxTransformer2DModel) -> None:
@@ -169,7 +159,8 @@ def _forward(
     T, double = text.shape[1], len(self.transformer_blocks)
     modulations = [_modulation(block, temb) for block in all_blocks(self)]
     added = controlnet_block_samples is not None, controlnet_single_block_samples is not None
-    following = _following(self, modulations, dtype, added)
+    scale, shift = self.norm_out.linear(temb).chunk(2, dim=1)
+    following = _following(self, [*modulations, ((shift, scale),)], dtype, added)
 
     normed: Any = (None, None)  # a block's first norms, where the one before has made them
     for i, block in enumerate(self.transformer_blocks):
@@ -185,8 +176,8 @@ def _forward(
             sample = samples[(i - double) // -(-len(self.single_transformer_blocks) // len(samples))]
             hidden_states = hidden_states + F.pad(sample, (0, 0, T, 0))
 
-    scale, shift = self.norm_out.linear(temb).chunk(2, dim=1)
-    output = self.proj_out(modulate(hidden_states[:, T:], scale, shift))
+    image = modulate(hidden_states[:, T:], scale, shift) if normed is None else normed[:, T:]
+    output = self.proj_out(image)
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
@@ -201,11 +192,11 @@ def _modulation(block: nn.Module, temb: Tensor) -> tuple[tuple[Tensor, ...], ...
 def _following(
     transformer: FluxTransformer2DModel, modulations: Sequence[tuple], dtype: torch.dtype, added: tuple[bool, bool]
 ) -> list[tuple | None]:
-    """Per block the next one's modulation, where the block makes the next one's first norm in one pass with its own last
-    residual. None: at the last block of a kind; where a ControlNet's samples are added in between (added: to double
-    blocks, to single ones); in float16, which is clipped in between; before a block that is computed again in full,
-    whose checkpoint would keep two tensors."""
-    double, following = len(transformer.transformer_blocks), [*modulations[1:], None]
+    """Per block the next one's modulation, FLUX's last norm's after the last block, where the block makes the next norm
+    in one pass with its own last residual. None: at the last double block; where a ControlNet's samples are added in
+    between (added: to double blocks, to single ones); in float16, which is clipped in between; before a block that is
+    computed again in full, whose checkpoint would keep two tensors. modulations: of all blocks, and of the last norm."""
+    double, following = len(transformer.transformer_blocks), list(modulations[1:])
     for i, policy in enumerate([*transformer.fused.policies[1:], None]):
         full = policy == "full" and torch.is_grad_enabled()
         if full or i == double - 1 or added[i >= double] or dtype == torch.float16:
@@ -221,91 +212,6 @@ def _run(transformer: FluxTransformer2DModel, index: int, block: nn.Module, *inp
     return block(*inputs, policy == "mlp", keep_input)
 
 
-def _double_block(
-    self: nn.Module, text: Tensor, image: Tensor, normed: tuple[Tensor | None, Tensor | None], modulation: tuple,
-    following: tuple | None, rope: tuple[Tensor, Tensor], bias: Tensor | None, recompute: bool, keep_input: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:  # fmt: skip
-    """FluxTransformerBlock.forward: text (B, T, W), image (B, L, W) -> the same, and their norms for the next block.
-
-    normed: the norms of text and image by this block's modulation, or None; following: the modulation of the next block,
-    or None: no norms are made for it."""
-    attn, T = self.attn, text.shape[1]
-    c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = modulation[0]
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation[1]
-    c_next, next_ = following or (None, None)
-    c_n, n = normed
-    if n is None:
-        n, image = modulated(image, scale, shift)
-        c_n, text = modulated(text, c_scale, c_shift)
-    (qkv,) = modulated_linears(n, image, scale, shift, _qkv(self))
-    (c_qkv,) = modulated_linears(c_n, text, c_scale, c_shift, _text_qkv(self))
-    q, k, v = qk_norm_rope(
-        qkv, attn.norm_q.weight, attn.norm_k.weight, *rope, attn.heads, c_qkv, attn.norm_added_q.weight,
-        attn.norm_added_k.weight, attn.norm_q.eps, keep_input,
-    )  # fmt: skip
-    del n, c_n, qkv, c_qkv
-    attn_output = _attention(self, q, k, v, bias)
-    image_output, text_output = stream_linears(attn_output, T, attn.to_out[0], attn.to_add_out)
-
-    image, n = gate_residual(image, image_output, gate, scale_mlp, shift_mlp)
-    text, c_n = gate_residual(text, text_output, c_gate, c_scale_mlp, c_shift_mlp)
-    image_output = _feed_forward(self.ff, n, image, scale_mlp, shift_mlp, recompute)
-    image, n = _gate_residual(image, image_output, gate_mlp, next_)
-    text_output = _feed_forward(self.ff_context, c_n, text, c_scale_mlp, c_shift_mlp, recompute)
-    text, c_n = _gate_residual(text, text_output, c_gate_mlp, c_next)
-    return _in_range(text), image, (c_n, n)
-
-
-def _gate_residual(
-    residual: Tensor, x: Tensor, gate: Tensor, following: Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor | None]:
-    """(residual + gate * x, its norm by the next block's modulation or None)."""
-    if following is None:
-        return gate_residual(residual, x, gate), None
-    shift, scale, *_ = following
-    return gate_residual(residual, x, gate, scale, shift)
-
-
-def _feed_forward(ff: nn.Module, n: Tensor, x: Tensor, scale: Tensor, shift: Tensor, recompute: bool) -> Tensor:
-    """A double block's MLP of one stream: n (B, S, W), the norm of x by scale and shift -> (B, S, W)."""
-    proj_in, proj_out, handover = ff.net[0].proj, ff.net[2], Handover()
-    (pre,) = modulated_linears(n, x, scale, shift, (proj_in,), handover=handover)
-    return gelu_linear(pre, None, x, scale, shift, proj_in, proj_out, recompute, handover)
-
-
-def _single_block(
-    self: nn.Module, hidden_states: Tensor, n: Tensor | None, modulation: tuple, following: tuple | None,
-    rope: tuple[Tensor, Tensor], bias: Tensor | None, recompute: bool, keep_input: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """FluxSingleTransformerBlock.forward on the joined streams: (B, S, W) -> the same, and its norm for the next block.
-    n, modulation and following as in `_double_block`, of one stream."""
-    attn, handover = self.attn, Handover()
-    ((shift, scale, gate),) = modulation
-    (next_,) = following or (None,)
-    if n is None:
-        n, hidden_states = modulated(hidden_states, scale, shift)
-    qkv, pre = modulated_linears(n, hidden_states, scale, shift, _qkv(self), (self.proj_mlp,), handover=handover)
-    q, k, v = normed_and_turned(
-        qkv, attn.norm_q.weight, attn.norm_k.weight, rope, attn.heads, attn.norm_q.eps, keep_input, handover
-    )
-    del n, qkv
-    attn_output = _attention(self, q, k, v, bias)
-    output = gelu_linear(
-        pre, attn_output, hidden_states, scale, shift, self.proj_mlp, self.proj_out, recompute, handover
-    )
-    hidden_states, n = _gate_residual(hidden_states, output, gate, next_)
-    return _in_range(hidden_states), n
-
-
-def _attention(block: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, H, S, D) three times -> (B, S, W). bias: (B, S) float log-bias per key, or None."""
-    if (probe := vars(block).get("attention_probe")) is not None:  # see generation.attention_map
-        probe(q, k, bias)
-    if bias is None:
-        return even_gradient(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-    return biased_attention(q, k, v, bias).transpose(1, 2).flatten(2)
-
-
 def _attention_options(options: dict[str, Any] | None) -> tuple[Tensor | None, bool]:
     """(log-bias per key (B, S) or None, context_embedded) of joint_attention_kwargs."""
     options = dict(options or {})
@@ -319,26 +225,6 @@ def _attention_options(options: dict[str, Any] | None) -> tuple[Tensor | None, b
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
     return mask[:, 0, 0], embedded
-
-
-def _qkv(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    attn, mlp = block.attn, getattr(block, "proj_mlp", None)  # of single blocks
-    if mlp is not None and not torch.compiler.is_compiling():
-        pack(attn.to_q, attn.to_k, attn.to_v, mlp)  # where all are frozen
-        if attn.to_q.weight.requires_grad:
-            unpack(mlp)
-    return _laid_together(attn.to_q, attn.to_k, attn.to_v)
-
-
-def _text_qkv(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    return _laid_together(block.attn.add_q_proj, block.attn.add_k_proj, block.attn.add_v_proj)
-
-
-def _laid_together(*layers: nn.Linear) -> tuple[nn.Linear, ...]:
-    # Looked up each time, not remembered; the look is cheap.
-    if not torch.compiler.is_compiling():
-        pack(*layers)
-    return layers
 
 
 def _check_norms(transformer: FluxTransformer2DModel) -> None:
@@ -373,8 +259,3 @@ def _norm_weights(block: nn.Module) -> list[Tensor]:
     if hasattr(block, "norm1_context"):
         norms += [attn.norm_added_q, attn.norm_added_k]
     return [norm.weight for norm in norms]
-
-
-def _in_range(hidden_states: Tensor) -> Tensor:
-    # as diffusers' blocks: float16 ends at 65504
-    return hidden_states.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else hidden_states

@@ -9,15 +9,25 @@ Shapes: B batch, S tokens of a stream, W width, M the MLP's width (4 W), N outpu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaflux.models.packing import columns, linears, packed, side_by_side
-from megaflux_kernels import gelu_concat, modulate, qk_norm_rope
+from megaflux.models.packing import linears, packed
+from megaflux.models.products import (
+    grouped,
+    halves,
+    input_gradient,
+    linear,
+    product_into,
+    products,
+    split,
+    weight_gradient,
+)
+from megaflux_kernels import gate_residual, gelu_concat, modulate, qk_norm_rope
 
 
 def even_gradient(attn_output: Tensor) -> Tensor:
@@ -72,7 +82,7 @@ def modulated_linears(
     if torch.is_grad_enabled() and (trains or len(groups) > 1):
         sizes = tuple(len(group) for group in groups)
         return _ModulatedLinears.apply(n, x, scale, shift, sizes, handover, *parameters)
-    weights, biases = ([packed(part) for part in _grouped(half, groups)] for half in _halves(parameters))
+    weights, biases = ([packed(part) for part in grouped(half, groups)] for half in halves(parameters))
     return tuple(F.linear(n, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
 
@@ -99,6 +109,12 @@ def gelu_linear(
     return _GeluLinear.apply(
         pre, attn_output, x, scale, shift, recompute, handover, *linears(proj_in), *linears(proj_out)
     )
+
+
+def last_norm(residual: Tensor, x: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """LayerNorm(residual + gate * x) * (1 + scale) + shift: (B, S, W). Where the gate trains, x is kept for it and
+    residual by the block's own norm: then their sum is made again and not kept."""
+    return _LastNorm.apply(residual, x, gate, scale, shift)
 
 
 def stream_linears(
@@ -139,33 +155,33 @@ class _Modulated(torch.autograd.Function):
 class _ModulatedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, n, x, scale, shift, sizes, handover, *parameters):
-        weights, biases = _halves(parameters)
+        weights, biases = halves(parameters)
         ctx.sizes, ctx.handover = sizes, handover
         ctx.rebuilds = any(ctx.needs_input_grad[6 : 6 + len(weights)])
         if handover is not None:
             handover.rebuilds = ctx.rebuilds
         ctx.save_for_backward(*((x, scale, shift) if ctx.rebuilds else ()), *parameters)
         ctx.set_materialize_grads(False)
-        groups = zip(_grouped(weights, sizes), _grouped(biases, sizes), strict=True)
-        return tuple(_linears(n, *group) for group in groups)
+        groups = zip(grouped(weights, sizes), grouped(biases, sizes), strict=True)
+        return tuple(products(n, *group) for group in groups)
 
     @staticmethod
     def backward(ctx, *douts):
         saved = ctx.saved_tensors  # once: checkpointing gives them out once
-        sources, (weights, _) = saved[: 3 * ctx.rebuilds], _halves(saved[3 * ctx.rebuilds :])
-        groups = list(_grouped(weights, ctx.sizes))
-        dn = _dinput(douts, groups) if ctx.needs_input_grad[0] else None
+        sources, (weights, _) = saved[: 3 * ctx.rebuilds], halves(saved[3 * ctx.rebuilds :])
+        groups = list(grouped(weights, ctx.sizes))
+        dn = input_gradient(douts, groups) if ctx.needs_input_grad[0] else None
         n = _take(ctx.handover, "n")
         if ctx.rebuilds and n is None:
             n = modulate.forward(*sources)[0]
         dweights, dbiases = [], []
-        need_weights, need_biases = (_grouped(half, ctx.sizes) for half in _halves(ctx.needs_input_grad[6:]))
+        need_weights, need_biases = (grouped(half, ctx.sizes) for half in halves(ctx.needs_input_grad[6:]))
         for dout, group, weight_needs, bias_needs in zip(douts, groups, need_weights, need_biases, strict=True):
             rows = [weight.shape[0] for weight in group]
-            dweight = None if dout is None or not any(weight_needs) else _dweight(dout, n)
+            dweight = None if dout is None or not any(weight_needs) else weight_gradient(dout, n)
             dbias = None if dout is None or not any(bias_needs) else dout.sum((0, 1))
-            dweights += _split(dweight, rows, weight_needs)
-            dbiases += _split(dbias, rows, bias_needs)
+            dweights += split(dweight, rows, weight_needs)
+            dbiases += split(dbias, rows, bias_needs)
         return dn, None, None, None, None, None, *dweights, *dbiases
 
 
@@ -191,6 +207,23 @@ class _NormedAndTurned(torch.autograd.Function):
         return dqkv, dnorm_q, dnorm_k, None, None, None, None, None, None
 
 
+class _LastNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, residual, x, gate, scale, shift):
+        hidden, n, mean, rstd = gate_residual.forward_modulate(residual, x, gate, scale, shift)
+        kept = (residual, x) if ctx.needs_input_grad[2] else (hidden,)
+        ctx.save_for_backward(gate, scale, mean, rstd, *kept)
+        return n
+
+    @staticmethod
+    def backward(ctx, dn):
+        gate, scale, mean, rstd, hidden, *x = ctx.saved_tensors
+        if x:
+            hidden = gate_residual.forward(hidden, *x, gate)
+        needs = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        return gate_residual.backward_modulate(None, dn, hidden, mean, rstd, scale, gate, *x, need_modulation=needs)
+
+
 class _StreamLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attn_output, text_tokens, w_image, b_image, w_text, b_text):
@@ -199,7 +232,7 @@ class _StreamLinears(torch.autograd.Function):
         ctx.save_for_backward(w_image, w_text, attn_output if trains else None)  # which attention keeps, too
         ctx.set_materialize_grads(False)
         image, text = attn_output[:, text_tokens:], attn_output[:, :text_tokens]
-        return _linear(image, w_image, b_image), _linear(text, w_text, b_text)
+        return linear(image, w_image, b_image), linear(text, w_text, b_text)
 
     @staticmethod
     def backward(ctx, dimage, dtext):
@@ -216,9 +249,9 @@ class _StreamLinears(torch.autograd.Function):
             dattn = w_image.new_empty(ctx.shape)
         for rows, dout, weight, need_weight, need_bias in streams:
             if needs[0] and not torch.compiler.is_compiling():
-                _product(dout, weight, dattn[:, rows])
+                product_into(dout, weight, dattn[:, rows])
             given = dout is not None
-            gradients.append(_dweight(dout, attn_output[:, rows]) if need_weight and given else None)
+            gradients.append(weight_gradient(dout, attn_output[:, rows]) if need_weight and given else None)
             gradients.append(dout.sum((0, 1)) if need_bias and given else None)
         return dattn, None, *gradients
 
@@ -239,7 +272,7 @@ class _GeluLinear(torch.autograd.Function):
         w_out, attn_output, *sources = ctx.saved_tensors
         need_pre, need_attention, *_, need_w_out, need_b_out = ctx.needs_input_grad
         pre = _again(ctx.handover, *sources) if ctx.recompute else sources.pop()
-        dw_out = _dweight(dout, gelu_concat.forward(attn_output, pre)) if need_w_out else None
+        dw_out = weight_gradient(dout, gelu_concat.forward(attn_output, pre)) if need_w_out else None
         db_out = dout.sum((0, 1)) if need_b_out else None
         dattention = dout @ w_out[:, : ctx.split] if need_attention else None
         dpre = _dpre(dout, w_out[:, ctx.split :], pre, 3 * ctx.split, ctx.handover) if need_pre else None
@@ -273,82 +306,3 @@ def _take(handover: Handover | None, name: str) -> Tensor | None:
     tensor = getattr(handover, name)
     setattr(handover, name, None)
     return tensor
-
-
-def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """x (B, S, W) times all the weights: (B, S, N), side by side."""
-    if torch.compiler.is_compiling() or (side_by_side(weights) and side_by_side(biases)):
-        return F.linear(x, packed(weights), packed(biases))
-    # Apart in memory: a product each into one result costs less than joining the weights first.
-    out = x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
-    parts = out.flatten(0, 1).split([weight.shape[0] for weight in weights], dim=1)
-    for part, weight, bias in zip(parts, weights, biases, strict=True):
-        torch.addmm(bias, x.flatten(0, 1), weight.t(), out=part)
-    return out
-
-
-def _dinput(douts: Sequence[Tensor | None], groups: Sequence[Sequence[Tensor]]) -> Tensor | None:
-    """Gradient of the input of products with groups of weights, from the gradients of the results."""
-    weights = [weight for group in groups for weight in group]
-    dout = columns(douts)
-    if dout is not None and (torch.compiler.is_compiling() or side_by_side(weights)):
-        return dout @ packed(weights)
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for dout, group in zip(douts, groups, strict=True):
-        if dout is None:
-            continue
-        if torch.compiler.is_compiling() or side_by_side(group):
-            pairs.append((dout.flatten(0, 1), packed(group)))
-        else:
-            pairs += zip(dout.flatten(0, 1).split([weight.shape[0] for weight in group], dim=1), group, strict=True)
-    if not pairs:
-        return None
-    dn = pairs[0][0] @ pairs[0][1]
-    for part, weight in pairs[1:]:
-        dn = torch.addmm(dn, part, weight, out=None if torch.compiler.is_compiling() else dn)
-    shape = next(dout for dout in douts if dout is not None).shape
-    return dn.view(*shape[:-1], -1)
-
-
-def _grouped(items: Sequence, groups: Sequence) -> Iterator[Sequence]:
-    """The items in as many parts as groups, each as long as its group (or as the number says)."""
-    start = 0
-    for group in groups:
-        end = start + (group if isinstance(group, int) else len(group))
-        yield items[start:end]
-        start = end
-
-
-def _halves(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """of `linears`: weights and biases."""
-    return parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear of rows x (B, L, W) of a longer tensor, without a copy of them: a product for each sample."""
-    if len(x) == 1 or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    out = x.new_empty((*x.shape[:-1], len(weight)))
-    for rows, part in zip(x, out):
-        torch.addmm(bias, rows, weight.t(), out=part)
-    return out
-
-
-def _product(dout: Tensor | None, weight: Tensor, out: Tensor) -> None:
-    """out = dout @ weight, written into rows (B, L, W) of a longer tensor; zeros where there is no gradient."""
-    if dout is None:
-        out.zero_()
-        return
-    for rows, part in zip(dout, out):
-        torch.mm(rows, weight, out=part)
-
-
-def _dweight(dout: Tensor, x: Tensor) -> Tensor:
-    """(N, W): gradient of a weight from its output's gradient (B, S, N) and its input (B, S, W)."""
-    return dout.flatten(0, 1).t() @ x.flatten(0, 1)
-
-
-def _split(gradient: Tensor | None, rows: Sequence[int], needs: Sequence[bool]) -> list[Tensor | None]:
-    if gradient is None:
-        return [None] * len(rows)
-    return [part if need else None for part, need in zip(gradient.split(list(rows)), needs, strict=True)]
