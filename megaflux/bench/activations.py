@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaflux import compat  # noqa: F401  (before diffusers)
@@ -124,10 +125,9 @@ def saved_bytes(transformer: nn.Module, run: Callable[[], Any], checkpointed: bo
         return tensor
 
     def keep_inputs(block: nn.Module, args: tuple, kwargs: dict) -> None:
-        for given in (*args, *kwargs.values()):
-            for tensor in given if isinstance(given, tuple) else (given,):
-                if isinstance(tensor, Tensor):
-                    keep(tensor)
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, Tensor):
+                keep(given)
 
     handles = []
     if checkpointed:

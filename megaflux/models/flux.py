@@ -15,7 +15,6 @@ Shapes: B batch, T text tokens (the condition), L image tokens, S = T + L, W wid
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import MethodType
@@ -30,11 +29,11 @@ from megaflux import compat  # noqa: F401  (before diffusers)
 from diffusers import FluxTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from megaflux.models.flux_functions import even_gradient, mlp, modulated, modulated_linear, pack
-from megaflux_kernels.biased_attention import biased_attention
-from megaflux_kernels.gate_residual import gate_residual
+from megaflux.models.flux_blocks import double_block, qkv_layers, single_block, text_qkv_layers
+from megaflux.models.flux_functions import even_gradient
+from megaflux.models.rope import Rope
 from megaflux_kernels.modulate import modulate
-from megaflux_kernels.qk_norm_rope import in_proportion, qk_norm_rope
+from megaflux_kernels.qk_norm_rope import in_proportion
 
 Policy = Literal["none", "mlp", "full"]
 POLICIES: tuple[Policy, ...] = ("none", "mlp", "full")
@@ -51,6 +50,8 @@ class Fused:
     keep_input: list[bool] = field(default_factory=list)
     """Per block: q and k cannot be told from their rotated values, since a norm weight is near zero."""
     forwards: int = 0
+    norms: list[tuple[Tensor, int]] = field(default_factory=list)
+    """The q and k norm weights of the last forward pass, and their versions where they do not train."""
 
 
 def fuse(transformer: FluxTransformer2DModel, policies: Policy | Sequence[Policy] = "none") -> None:
@@ -79,9 +80,9 @@ def fuse(transformer: FluxTransformer2DModel, policies: Policy | Sequence[Policy
         transformer.fused = Fused(chosen, Rope(transformer.pos_embed))
         transformer.forward = MethodType(_forward, transformer)
         for block in transformer.transformer_blocks:
-            block.forward = MethodType(_double_block, block)
+            block.forward = MethodType(double_block, block)
         for block in transformer.single_transformer_blocks:
-            block.forward = MethodType(_single_block, block)
+            block.forward = MethodType(single_block, block)
     pack_projections(transformer)
 
 
@@ -89,9 +90,9 @@ def pack_projections(transformer: FluxTransformer2DModel) -> None:
     """Lay the frozen q, k and v projections of each block side by side, so that one product needs no copy. The forward
     does so too, for weights move: to a device, out of an optimizer's buffer."""
     for block in all_blocks(transformer):
-        _qkv(block)
+        qkv_layers(block)
     for block in transformer.transformer_blocks:
-        _text_qkv(block)
+        text_qkv_layers(block)
 
 
 def unfuse(transformer: FluxTransformer2DModel) -> None:
@@ -122,35 +123,6 @@ def _even_outputs(attn: nn.Module, args: tuple, output: Tensor | tuple[Tensor, .
 def all_blocks(transformer: FluxTransformer2DModel) -> list[nn.Module]:
     """Double blocks, then single ones: the order in which megaflux numbers them."""
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-
-
-class Rope:
-    """FLUX's cosines and sines (S, D) of position ids, computed once for each pair of ids tensors.
-
-    It knows them by identity: whoever keeps its ids (diffusers' pipelines over their steps, latents.image_ids by
-    size) has the table computed once. Comparing values would wait for the GPU.
-    """
-
-    KEPT = 32  # pairs: sizes of pictures times lengths of conditions
-
-    def __init__(self, pos_embed: nn.Module):
-        self.pos_embed = pos_embed
-        self.tables: dict[tuple, tuple[list[weakref.ref], tuple[Tensor, Tensor]]] = {}
-
-    def __call__(self, txt_ids: Tensor, img_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, 3) and (L, 3) -> two (T + L, D), float32."""
-        ids = txt_ids, img_ids
-        if any(part.is_inference() for part in ids):  # these count no versions, so a change would not show
-            return self.pos_embed(torch.cat(ids))
-        key = tuple((id(part), part._version) for part in ids)
-        refs, table = self.tables.get(key, ([], None))
-        if [ref() is part for ref, part in zip(refs, ids)] != [True, True]:  # an address used again is no identity
-            with torch.inference_mode(False), torch.no_grad():
-                table = self.pos_embed(torch.cat(ids))
-            self.tables[key] = [weakref.ref(part) for part in ids], table
-            if len(self.tables) > self.KEPT:
-                self.tables.pop(next(iter(self.tables)))
-        return table
 
 
 def _forward(
@@ -185,23 +157,51 @@ def _forward(
     rope = self.fused.rope(txt_ids, img_ids)
     _check_norms(self)
     T, double = text.shape[1], len(self.transformer_blocks)
+    modulations = [_modulation(block, temb) for block in all_blocks(self)]
+    added = controlnet_block_samples is not None, controlnet_single_block_samples is not None
+    scale, shift = self.norm_out.linear(temb).chunk(2, dim=1)
+    following = _following(self, [*modulations, ((shift, scale),)], dtype, added)
 
+    normed: Any = (None, None)  # a block's first norms, where the one before has made them
     for i, block in enumerate(self.transformer_blocks):
-        text, image = _run(self, i, block, text, image, temb, rope, bias)
+        text, image, normed = _run(self, i, block, text, image, normed, modulations[i], following[i], rope, bias)
         if controlnet_block_samples is not None:
             samples = controlnet_block_samples
             image = image + samples[i % len(samples) if controlnet_blocks_repeat else i // -(-double // len(samples))]
-    hidden_states = torch.cat([text, image], dim=1)  # (B, S, W), joined once
-    for i, block in enumerate(self.single_transformer_blocks):
-        hidden_states = _run(self, double + i, block, hidden_states, temb, rope, bias)
+    hidden_states, normed = torch.cat([text, image], dim=1), None  # (B, S, W), joined once
+    for i, block in enumerate(self.single_transformer_blocks, double):
+        hidden_states, normed = _run(self, i, block, hidden_states, normed, modulations[i], following[i], rope, bias)
         if controlnet_single_block_samples is not None:
             samples = controlnet_single_block_samples
-            sample = samples[i // -(-len(self.single_transformer_blocks) // len(samples))]
+            sample = samples[(i - double) // -(-len(self.single_transformer_blocks) // len(samples))]
             hidden_states = hidden_states + F.pad(sample, (0, 0, T, 0))
 
-    scale, shift = self.norm_out.linear(temb).chunk(2, dim=1)
-    output = self.proj_out(modulate(hidden_states[:, T:], scale, shift))
+    image = modulate(hidden_states[:, T:], scale, shift) if normed is None else normed[:, T:]
+    output = self.proj_out(image)
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+def _modulation(block: nn.Module, temb: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+    """A block's AdaLN from temb (B, W), past its SiLU: of text and image, or of the joined stream, what diffusers'
+    AdaLayerNormZero makes, (B, W) each: shift, scale, gate; in double blocks also the MLP's shift, scale, gate."""
+    if hasattr(block, "norm1_context"):
+        return block.norm1_context.linear(temb).chunk(6, dim=1), block.norm1.linear(temb).chunk(6, dim=1)
+    return (block.norm.linear(temb).chunk(3, dim=1),)
+
+
+def _following(
+    transformer: FluxTransformer2DModel, modulations: Sequence[tuple], dtype: torch.dtype, added: tuple[bool, bool]
+) -> list[tuple | None]:
+    """Per block the next one's modulation, FLUX's last norm's after the last block, where the block makes the next norm
+    in one pass with its own last residual. None: at the last double block; where a ControlNet's samples are added in
+    between (added: to double blocks, to single ones); in float16, which is clipped in between; before a block that is
+    computed again in full, whose checkpoint would keep two tensors. modulations: of all blocks, and of the last norm."""
+    double, following = len(transformer.transformer_blocks), list(modulations[1:])
+    for i, policy in enumerate([*transformer.fused.policies[1:], None]):
+        full = policy == "full" and torch.is_grad_enabled()
+        if full or i == double - 1 or added[i >= double] or dtype == torch.float16:
+            following[i] = None
+    return following
 
 
 def _run(transformer: FluxTransformer2DModel, index: int, block: nn.Module, *inputs: Any) -> Any:
@@ -210,62 +210,6 @@ def _run(transformer: FluxTransformer2DModel, index: int, block: nn.Module, *inp
     if policy == "full" and torch.is_grad_enabled():
         return checkpoint(block, *inputs, False, keep_input, use_reentrant=False, preserve_rng_state=False)
     return block(*inputs, policy == "mlp", keep_input)
-
-
-def _double_block(
-    self: nn.Module, text: Tensor, image: Tensor, temb: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None,
-    recompute: bool, keep_input: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """FluxTransformerBlock.forward: text (B, T, W), image (B, L, W) -> the same. temb: (B, W), past its SiLU."""
-    attn, T = self.attn, text.shape[1]
-    # order of diffusers' AdaLayerNormZero: attention's shift, scale, gate, then the MLP's
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1.linear(temb).chunk(6, dim=1)
-    c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context.linear(temb).chunk(6, dim=1)
-    n, image = modulated(image, scale, shift)
-    c_n, text = modulated(text, c_scale, c_shift)
-    q, k, v = qk_norm_rope(
-        modulated_linear(n, image, scale, shift, *_qkv(self)), attn.norm_q.weight, attn.norm_k.weight, *rope,
-        attn.heads, modulated_linear(c_n, text, c_scale, c_shift, *_text_qkv(self)), attn.norm_added_q.weight,
-        attn.norm_added_k.weight, attn.norm_q.eps, keep_input,
-    )  # fmt: skip
-    attn_output = _attention(self, q, k, v, bias)
-    image_output = attn.to_out[0](attn_output[:, T:].contiguous())
-    text_output = attn.to_add_out(attn_output[:, :T].contiguous())
-
-    image, n = gate_residual(image, image_output, gate, scale_mlp, shift_mlp)
-    text, c_n = gate_residual(text, text_output, c_gate, c_scale_mlp, c_shift_mlp)
-    proj_in, proj_out = self.ff.net[0].proj, self.ff.net[2]
-    image = gate_residual(image, mlp(n, None, image, scale_mlp, shift_mlp, proj_in, proj_out, recompute), gate_mlp)
-    proj_in, proj_out = self.ff_context.net[0].proj, self.ff_context.net[2]
-    text_output = mlp(c_n, None, text, c_scale_mlp, c_shift_mlp, proj_in, proj_out, recompute)
-    return _in_range(gate_residual(text, text_output, c_gate_mlp)), image
-
-
-def _single_block(
-    self: nn.Module, hidden_states: Tensor, temb: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None,
-    recompute: bool, keep_input: bool,
-) -> Tensor:  # fmt: skip
-    """FluxSingleTransformerBlock.forward on the joined streams: (B, S, W) -> the same. temb: (B, W), past its SiLU."""
-    attn = self.attn
-    shift, scale, gate = self.norm.linear(temb).chunk(3, dim=1)
-    n, hidden_states = modulated(hidden_states, scale, shift)
-    qkv = modulated_linear(n, hidden_states, scale, shift, *_qkv(self))
-    q, k, v = qk_norm_rope(
-        qkv, attn.norm_q.weight, attn.norm_k.weight, *rope, attn.heads, eps=attn.norm_q.eps, keep_input=keep_input
-    )
-    del qkv
-    attn_output = _attention(self, q, k, v, bias)
-    output = mlp(n, attn_output, hidden_states, scale, shift, self.proj_mlp, self.proj_out, recompute)
-    return _in_range(gate_residual(hidden_states, output, gate))
-
-
-def _attention(block: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, H, S, D) three times -> (B, S, W). bias: (B, S) float log-bias per key, or None."""
-    if (probe := vars(block).get("attention_probe")) is not None:  # see generation.attention_map
-        probe(q, k, bias)
-    if bias is None:
-        return even_gradient(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-    return biased_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
 
 def _attention_options(options: dict[str, Any] | None) -> tuple[Tensor | None, bool]:
@@ -283,43 +227,35 @@ def _attention_options(options: dict[str, Any] | None) -> tuple[Tensor | None, b
     return mask[:, 0, 0], embedded
 
 
-def _qkv(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    return _laid_together(block.attn.to_q, block.attn.to_k, block.attn.to_v)
-
-
-def _text_qkv(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    return _laid_together(block.attn.add_q_proj, block.attn.add_k_proj, block.attn.add_v_proj)
-
-
-def _laid_together(*layers: nn.Linear) -> tuple[nn.Linear, ...]:
-    # Looked up each time, not remembered; the look is cheap.
-    if not torch.compiler.is_compiling():
-        pack(*layers)
-    return layers
-
-
 def _check_norms(transformer: FluxTransformer2DModel) -> None:
-    """Whether each block's q and k can be told from their rotated values; looked up now and then, since it waits for
-    the GPU."""
+    """Whether each block's q and k can be told from their rotated values; waits for the GPU in the first forward pass
+    after `fuse`, then only where a norm weight is another one, or every 16 passes where one trains."""
     fused = transformer.fused
     if not torch.is_grad_enabled():
         fused.keep_input = fused.keep_input or [False] * len(fused.policies)  # nothing is kept
         return
-    if fused.forwards % NORMS_CHECKED_EVERY == 0:
+    weights = [weight for block in all_blocks(transformer) for weight in _norm_weights(block)]
+    norms = [(w, -1 if w.requires_grad or w.is_inference() else w._version) for w in weights]
+    trains = any(weight.requires_grad for weight in weights)
+    due = fused.forwards % NORMS_CHECKED_EVERY == 0 if trains else fused.forwards == 0
+    others = bool(fused.norms) and any(a is not b or m != n for (a, m), (b, n) in zip(norms, fused.norms, strict=True))
+    if due or others:
         fused.keep_input = uneven_norms(transformer)
+    fused.norms = norms
     fused.forwards += 1
 
 
 def uneven_norms(transformer: FluxTransformer2DModel) -> list[bool]:
     """Of each block, double ones first: whether a q or k norm weight is so near zero, beside its neighbour, that the
     block must keep its q, k, v product for the backward pass. Waits for the GPU, once."""
-    flags = []
-    for block in all_blocks(transformer):
-        norms = (getattr(block.attn, name, None) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
-        flags.append(torch.stack([in_proportion(norm.weight) for norm in norms if norm is not None]).all())
+    blocks = all_blocks(transformer)
+    flags = [torch.stack([in_proportion(weight) for weight in _norm_weights(block)]).all() for block in blocks]
     return [not flag for flag in torch.stack(flags).tolist()]
 
 
-def _in_range(hidden_states: Tensor) -> Tensor:
-    # as diffusers' blocks: float16 ends at 65504
-    return hidden_states.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else hidden_states
+def _norm_weights(block: nn.Module) -> list[Tensor]:
+    attn = block.attn
+    norms = [attn.norm_q, attn.norm_k]
+    if hasattr(block, "norm1_context"):
+        norms += [attn.norm_added_q, attn.norm_added_k]
+    return [norm.weight for norm in norms]

@@ -10,12 +10,24 @@ Shapes: B batch, S tokens of a stream, W width, M the MLP's width (4 W), N outpu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaflux_kernels import gelu_concat, modulate
+from megaflux.models.packing import linears, packed
+from megaflux.models.products import (
+    grouped,
+    halves,
+    input_gradient,
+    linear,
+    product_into,
+    products,
+    split,
+    weight_gradient,
+)
+from megaflux_kernels import gate_residual, gelu_concat, modulate, qk_norm_rope
 
 
 def even_gradient(attn_output: Tensor) -> Tensor:
@@ -36,75 +48,82 @@ def copies_gradients(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def linears(*layers: nn.Linear) -> list[Tensor]:
-    """Weights, then biases, of the layers of one product."""
-    return [layer.weight for layer in layers] + [layer.bias for layer in layers]
-
-
 def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """(LayerNorm(x) * (1 + scale) + shift, x). The residual passes through, so that its gradient is added in the
     norm's own backward pass and not in one more."""
     return _Modulated.apply(x, scale, shift)
 
 
-def modulated_linear(n: Tensor, x: Tensor, scale: Tensor, shift: Tensor, *layers: nn.Linear) -> Tensor:
-    """One product of n (B, S, W) with all the layers' weights: (B, S, N), the layers' outputs side by side.
+@dataclass
+class Handover:
+    """What the backward passes of one call of a block leave for each other; each is made anew in every backward pass,
+    and none is needed for a right gradient."""
 
-    n is what `modulated` made of x, scale and shift, from which it is rebuilt where a weight trains.
+    qkv_gradient: Tensor | None = None
+    """Where the gradient of q, k and v (B, S, 3 W) is written: columns of one tensor with the MLP's, so that both are
+    one product with the weights."""
+    rebuilds: bool = False
+    """Whether `modulated_linears` needs n again."""
+    n: Tensor | None = None
+    """n, rebuilt."""
+
+
+def modulated_linears(
+    n: Tensor, x: Tensor, scale: Tensor, shift: Tensor, *groups: Sequence[nn.Linear], handover: Handover | None = None
+) -> tuple[Tensor, ...]:
+    """Of each group of layers one product of n (B, S, W) with their weights: (B, S, N), their outputs side by side.
+
+    n is what `modulated` made of x, scale and shift, from which it is rebuilt where a weight trains. The gradient of n
+    is one product where those of all outputs are columns of one tensor and all weights lie side by side.
     """
-    parameters = linears(*layers)
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
-        return _ModulatedLinear.apply(n, x, scale, shift, *parameters)
-    return F.linear(n, packed(parameters[: len(layers)]), packed(parameters[len(layers) :]))
+    parameters = linears(*(layer for group in groups for layer in group))
+    trains = any(parameter.requires_grad for parameter in parameters)
+    handover = None if torch.compiler.is_compiling() else handover
+    if torch.is_grad_enabled() and (trains or len(groups) > 1):
+        sizes = tuple(len(group) for group in groups)
+        return _ModulatedLinears.apply(n, x, scale, shift, sizes, handover, *parameters)
+    weights, biases = ([packed(part) for part in grouped(half, groups)] for half in halves(parameters))
+    return tuple(F.linear(n, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
 
-def mlp(
-    n: Tensor, attn_output: Tensor | None, x: Tensor, scale: Tensor, shift: Tensor, proj_in: nn.Linear,
-    proj_out: nn.Linear, recompute: bool,
+def normed_and_turned(
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, rope: tuple[Tensor, Tensor], heads: int, eps: float, keep_input: bool,
+    handover: Handover,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`qk_norm_rope` of one stream, its gradient written where the handover says."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return qk_norm_rope.qk_norm_rope(qkv, norm_q, norm_k, *rope, heads, eps=eps, keep_input=keep_input)
+    return _NormedAndTurned.apply(qkv, norm_q, norm_k, *rope, heads, eps, keep_input, handover)
+
+
+def gelu_linear(
+    pre: Tensor, attn_output: Tensor | None, x: Tensor, scale: Tensor, shift: Tensor, proj_in: nn.Linear,
+    proj_out: nn.Linear, recompute: bool, handover: Handover | None = None,
 ) -> Tensor:  # fmt: skip
-    """proj_out([attn_output |] gelu(proj_in(n))): (B, S, W).
+    """proj_out([attn_output |] gelu(pre)): (B, S, W).
 
-    attn_output: (B, S, W) in single blocks, None in double ones. n: (B, S, W), what `modulated` made of x, scale and
-    shift. recompute: run proj_in again in the backward pass instead of keeping its output (B, S, M).
+    pre: (B, S, M), proj_in's output of what `modulated` made of x, scale and shift. attn_output: (B, S, W) in single
+    blocks, None in double ones. recompute: make pre again in the backward pass instead of keeping it.
     """
-    return _Mlp.apply(n, attn_output, x, scale, shift, recompute, *linears(proj_in), *linears(proj_out))
+    handover = None if torch.compiler.is_compiling() else handover
+    return _GeluLinear.apply(
+        pre, attn_output, x, scale, shift, recompute, handover, *linears(proj_in), *linears(proj_out)
+    )
 
 
-def packed(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors along their first dimension as one: a view where they lie side by side in memory (`pack`), else a
-    copy."""
-    if not side_by_side(tensors):
-        return torch.cat(list(tensors))
-    first = tensors[0].detach()
-    size = (sum(t.shape[0] for t in tensors), *first.shape[1:])
-    return first.as_strided(size, first.stride(), first.storage_offset())
+def last_norm(residual: Tensor, x: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """LayerNorm(residual + gate * x) * (1 + scale) + shift: (B, S, W). Where the gate trains, x is kept for it and
+    residual by the block's own norm: then their sum is made again and not kept."""
+    return _LastNorm.apply(residual, x, gate, scale, shift)
 
 
-def side_by_side(tensors: Sequence[Tensor]) -> bool:
-    """Whether the tensors fill one stretch of one storage, in order. Never under torch.compile, which sees no storage."""
-    if torch.compiler.is_compiling():
-        return False
-    first, offset = tensors[0], tensors[0].storage_offset()
-    storage = first.untyped_storage()._cdata
-    for tensor in tensors:
-        alike = tensor.untyped_storage()._cdata == storage and tensor.dtype == first.dtype
-        if not (alike and tensor.storage_offset() == offset and tensor.is_contiguous()):
-            return False
-        offset += tensor.numel()
-    return True
-
-
-@torch.no_grad()
-def pack(*layers: nn.Linear) -> None:
-    """Lay frozen weights, and biases, of the layers side by side, so that one product needs no copy. Names, values
-    and parameters stay; a layer that trains is left to its optimizer."""
-    for parameters in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
-        if any(p.requires_grad for p in parameters) or side_by_side(parameters):
-            continue
-        joined, start = torch.cat([p.data for p in parameters]), 0
-        for parameter in parameters:
-            parameter.data = joined[start : start + parameter.shape[0]]
-            start += parameter.shape[0]
+def stream_linears(
+    attn_output: Tensor, text_tokens: int, to_out: nn.Linear, to_add_out: nn.Linear
+) -> tuple[Tensor, Tensor]:
+    """(to_out of the image rows (B, L, W), to_add_out of the text rows (B, T, W)) of attn_output (B, T + L, W), text
+    first; text_tokens is T. Its gradient is written by two products into one contiguous tensor: the gradients of slices
+    would each be filled with zeros first, and added."""
+    return _StreamLinears.apply(attn_output, text_tokens, *linears(to_out), *linears(to_add_out))
 
 
 class _EvenGradient(torch.autograd.Function):
@@ -133,85 +152,157 @@ class _Modulated(torch.autograd.Function):
         return modulate.backward(dout, *ctx.saved_tensors, residual, need_modulation)
 
 
-class _ModulatedLinear(torch.autograd.Function):
+class _ModulatedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, n, x, scale, shift, *parameters):
-        weights, biases = _halves(parameters)
-        ctx.rebuilds = any(ctx.needs_input_grad[4 : 4 + len(weights)])
+    def forward(ctx, n, x, scale, shift, sizes, handover, *parameters):
+        weights, biases = halves(parameters)
+        ctx.sizes, ctx.handover = sizes, handover
+        ctx.rebuilds = any(ctx.needs_input_grad[6 : 6 + len(weights)])
+        if handover is not None:
+            handover.rebuilds = ctx.rebuilds
         ctx.save_for_backward(*((x, scale, shift) if ctx.rebuilds else ()), *parameters)
-        if torch.compiler.is_compiling() or (side_by_side(weights) and side_by_side(biases)):
-            return F.linear(n, packed(weights), packed(biases))
-        # Apart in memory: a product each into one result costs less than joining the weights first.
-        rows = [weight.shape[0] for weight in weights]
-        out = torch.empty((*n.shape[:-1], sum(rows)), dtype=n.dtype, device=n.device)
-        for part, weight, bias in zip(out.flatten(0, 1).split(rows, dim=1), weights, biases, strict=True):
-            torch.addmm(bias, n.flatten(0, 1), weight.t(), out=part)
-        return out
+        ctx.set_materialize_grads(False)
+        groups = zip(grouped(weights, sizes), grouped(biases, sizes), strict=True)
+        return tuple(products(n, *group) for group in groups)
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx, *douts):
         saved = ctx.saved_tensors  # once: checkpointing gives them out once
-        sources, (weights, _) = saved[: 3 * ctx.rebuilds], _halves(saved[3 * ctx.rebuilds :])
-        needs = ctx.needs_input_grad[4:]
-        rows = [weight.shape[0] for weight in weights]
-        dn = None
-        if ctx.needs_input_grad[0] and (torch.compiler.is_compiling() or side_by_side(weights)):
-            dn = dout @ packed(weights)
-        elif ctx.needs_input_grad[0]:
-            first, *others = dout.flatten(0, 1).split(rows, dim=1)
-            dn = first @ weights[0]
-            for part, weight in zip(others, weights[1:], strict=True):
-                torch.addmm(dn, part, weight, out=dn)
-            dn = dn.view(*dout.shape[:-1], -1)
-        dweight = _dweight(dout, modulate.forward(*sources)[0]) if ctx.rebuilds else None
-        dbias = dout.sum((0, 1)) if any(needs[len(rows) :]) else None
-        parts = *_split(dweight, rows, needs[: len(rows)]), *_split(dbias, rows, needs[len(rows) :])
-        return dn, None, None, None, *parts
+        sources, (weights, _) = saved[: 3 * ctx.rebuilds], halves(saved[3 * ctx.rebuilds :])
+        groups = list(grouped(weights, ctx.sizes))
+        dn = input_gradient(douts, groups) if ctx.needs_input_grad[0] else None
+        n = _take(ctx.handover, "n")
+        if ctx.rebuilds and n is None:
+            n = modulate.forward(*sources)[0]
+        dweights, dbiases = [], []
+        need_weights, need_biases = (grouped(half, ctx.sizes) for half in halves(ctx.needs_input_grad[6:]))
+        for dout, group, weight_needs, bias_needs in zip(douts, groups, need_weights, need_biases, strict=True):
+            rows = [weight.shape[0] for weight in group]
+            dweight = None if dout is None or not any(weight_needs) else weight_gradient(dout, n)
+            dbias = None if dout is None or not any(bias_needs) else dout.sum((0, 1))
+            dweights += split(dweight, rows, weight_needs)
+            dbiases += split(dbias, rows, bias_needs)
+        return dn, None, None, None, None, None, *dweights, *dbiases
 
 
-class _Mlp(torch.autograd.Function):
+class _NormedAndTurned(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, n, attn_output, x, scale, shift, recompute, w_in, b_in, w_out, b_out):
-        pre = F.linear(n, w_in, b_in)
-        ctx.recompute, ctx.rebuilds = recompute, recompute or ctx.needs_input_grad[6]
-        keeps_attention = ctx.needs_input_grad[8] and attn_output is not None
+    def forward(ctx, qkv, norm_q, norm_k, cos, sin, heads, eps, keep_input, handover):
+        q, k, v, rstd = qk_norm_rope.forward(qkv, norm_q, norm_k, cos, sin, heads, eps=eps)
+        ctx.handover = handover
+        ctx.save_for_backward(q, k, rstd, norm_q, norm_k, cos, sin, qkv if keep_input else None)
+        ctx.set_materialize_grads(False)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, *douts):
+        out = _take(ctx.handover, "qkv_gradient")
+        if all(dout is None for dout in douts):
+            return (None,) * 9
+        q, k, rstd, norm_q, norm_k, cos, sin, qkv = ctx.saved_tensors
+        douts = [torch.zeros_like(q) if dout is None else dout.transpose(1, 2) for dout in douts]
+        dqkv, _, dnorm_q, dnorm_k, *_ = qk_norm_rope.backward(
+            *douts, q, k, rstd, norm_q, norm_k, cos, sin, 0, need_norms=any(ctx.needs_input_grad[1:3]), qkv=qkv, out=out
+        )
+        return dqkv, dnorm_q, dnorm_k, None, None, None, None, None, None
+
+
+class _LastNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, residual, x, gate, scale, shift):
+        hidden, n, mean, rstd = gate_residual.forward_modulate(residual, x, gate, scale, shift)
+        kept = (residual, x) if ctx.needs_input_grad[2] else (hidden,)
+        ctx.save_for_backward(gate, scale, mean, rstd, *kept)
+        return n
+
+    @staticmethod
+    def backward(ctx, dn):
+        gate, scale, mean, rstd, hidden, *x = ctx.saved_tensors
+        if x:
+            hidden = gate_residual.forward(hidden, *x, gate)
+        needs = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        return gate_residual.backward_modulate(None, dn, hidden, mean, rstd, scale, gate, *x, need_modulation=needs)
+
+
+class _StreamLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, attn_output, text_tokens, w_image, b_image, w_text, b_text):
+        ctx.text_tokens, ctx.shape = text_tokens, attn_output.shape
+        trains = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
+        ctx.save_for_backward(w_image, w_text, attn_output if trains else None)  # which attention keeps, too
+        ctx.set_materialize_grads(False)
+        image, text = attn_output[:, text_tokens:], attn_output[:, :text_tokens]
+        return linear(image, w_image, b_image), linear(text, w_text, b_text)
+
+    @staticmethod
+    def backward(ctx, dimage, dtext):
+        w_image, w_text, attn_output = ctx.saved_tensors
+        T, needs = ctx.text_tokens, ctx.needs_input_grad
+        streams = (
+            (slice(T, None), dimage, w_image, needs[2], needs[3]),
+            (slice(0, T), dtext, w_text, needs[4], needs[5]),
+        )
+        dattn, gradients = None, []
+        if needs[0] and torch.compiler.is_compiling():  # Dynamo refuses out= of a slice
+            dattn = torch.cat([dtext @ w_text, dimage @ w_image], dim=1)
+        elif needs[0]:
+            dattn = w_image.new_empty(ctx.shape)
+        for rows, dout, weight, need_weight, need_bias in streams:
+            if needs[0] and not torch.compiler.is_compiling():
+                product_into(dout, weight, dattn[:, rows])
+            given = dout is not None
+            gradients.append(weight_gradient(dout, attn_output[:, rows]) if need_weight and given else None)
+            gradients.append(dout.sum((0, 1)) if need_bias and given else None)
+        return dattn, None, *gradients
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pre, attn_output, x, scale, shift, recompute, handover, w_in, b_in, w_out, b_out):
+        ctx.recompute, ctx.handover = recompute, handover
         ctx.split = 0 if attn_output is None else attn_output.shape[-1]
+        keeps_attention = ctx.needs_input_grad[9] and attn_output is not None
         ctx.save_for_backward(
-            w_in, b_in if recompute else None, w_out, None if recompute else pre,
-            attn_output if keeps_attention else None, *((x, scale, shift) if ctx.rebuilds else ()),
-        )  # fmt: skip
+            w_out, attn_output if keeps_attention else None, *((x, scale, shift, w_in, b_in) if recompute else (pre,))
+        )
         return F.linear(gelu_concat.forward(attn_output, pre), w_out, b_out)
 
     @staticmethod
     def backward(ctx, dout):
-        w_in, b_in, w_out, pre, attn_output, *sources = ctx.saved_tensors
-        need_n, need_attention, *_, need_w_in, need_b_in, need_w_out, need_b_out = ctx.needs_input_grad
-        n = modulate.forward(*sources)[0] if ctx.rebuilds else None
-        if ctx.recompute:
-            pre = F.linear(n, w_in, b_in)
-        dw_out = _dweight(dout, gelu_concat.forward(attn_output, pre)) if need_w_out else None
+        w_out, attn_output, *sources = ctx.saved_tensors
+        need_pre, need_attention, *_, need_w_out, need_b_out = ctx.needs_input_grad
+        pre = _again(ctx.handover, *sources) if ctx.recompute else sources.pop()
+        dw_out = weight_gradient(dout, gelu_concat.forward(attn_output, pre)) if need_w_out else None
         db_out = dout.sum((0, 1)) if need_b_out else None
-        dconcat = dout @ w_out  # (B, S, [W +] M)
-        dattention = dconcat[..., : ctx.split] if need_attention else None
-        dpre = gelu_concat.backward(dconcat[..., ctx.split :], pre)
-        del pre
-        dw_in = _dweight(dpre, n) if need_w_in else None
-        db_in = dpre.sum((0, 1)) if need_b_in else None
-        dn = dpre @ w_in if need_n else None
-        return dn, dattention, None, None, None, None, dw_in, db_in, dw_out, db_out
+        dattention = dout @ w_out[:, : ctx.split] if need_attention else None
+        dpre = _dpre(dout, w_out[:, ctx.split :], pre, 3 * ctx.split, ctx.handover) if need_pre else None
+        return dpre, dattention, None, None, None, None, None, None, None, dw_out, db_out
 
 
-def _halves(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """(weights, biases) of `linears`."""
-    return parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
+def _again(handover: Handover | None, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """pre (B, S, M), computed again."""
+    n = modulate.forward(x, scale, shift)[0]
+    if handover is not None and handover.rebuilds:
+        handover.n = n
+    return F.linear(n, weight, bias)
 
 
-def _dweight(dout: Tensor, x: Tensor) -> Tensor:
-    """(N, W): gradient of a weight from its output's gradient (B, S, N) and its input (B, S, W)."""
-    return dout.flatten(0, 1).t() @ x.flatten(0, 1)
+def _dpre(dout: Tensor, weight: Tensor, pre: Tensor, before: int, handover: Handover | None) -> Tensor:
+    """Gradient of pre from that of gelu(pre) @ weight.t(); with a handover the last columns of a tensor whose `before`
+    first ones wait for the gradient of q, k and v."""
+    if torch.compiler.is_compiling():
+        return gelu_concat.backward(dout @ weight, pre)
+    joined = dout.new_empty((*dout.shape[:-1], before + pre.shape[-1]))
+    dpre = joined[..., before:]
+    torch.mm(dout.flatten(0, 1), weight, out=dpre.flatten(0, 1))
+    if handover is not None and before:
+        handover.qkv_gradient = joined[..., :before]
+    return gelu_concat.backward_(dpre, pre)
 
 
-def _split(gradient: Tensor | None, rows: Sequence[int], needs: Sequence[bool]) -> list[Tensor | None]:
-    if gradient is None:
-        return [None] * len(rows)
-    return [part if need else None for part, need in zip(gradient.split(list(rows)), needs, strict=True)]
+def _take(handover: Handover | None, name: str) -> Tensor | None:
+    if handover is None:
+        return None
+    tensor = getattr(handover, name)
+    setattr(handover, name, None)
+    return tensor

@@ -7,16 +7,17 @@ w bytes per number, W FLUX's width, r its MLP ratio (4), l image and T condition
   what its gates scale as well (1 each):
       double block:  6 + r frozen   8 + r `attention` and `block`
       single block:  5 + r frozen   6 + r `attention` and `block`
-  and, of a micro-batch above 1, the slices of attention's output that trainable linears read, copied: l / (T + l)
-  for `attention`, 1 for `block`, in double blocks. A block with q/k norm weights near zero keeps q, k and v before
-  their norms too (3). Policy mlp: r less. Statistics, 4 bytes each: 3 a head and 4 to a token.
+  A block with q/k norm weights near zero keeps q, k and v before their norms too (3). Policy mlp: r less. Statistics,
+  4 bytes each: 3 a head and 4 to a token.
 - without kernels, eager diffusers: q and k before their norms too (2), and the inputs of linears that train:
       double block:  8 + r frozen   12 + r + l / (T + l) `attention`   14 + 2 r `block`
       single block:  7 + r frozen   10 + r               `attention`   11 + 2 r `block`
 - policy full, either way: 1 per block.
-- backward, in the same units: while a block is at it, what it computes again (all but its input in policy full, r and
-  its norm's output in mlp) and the gradients of its MLP: of the stream, of the block's output, of proj_out's input
-  (1 + r) and of the pre-activation (r), then of the norm's output. The peak is the largest sum, over blocks, of what it
+- backward, in the same units: while a block is at it, what it computes again (all but its input in policy full, r in
+  mlp) and the gradients of its MLP: of the stream, of the block's output and of the pre-activation (r, written over
+  that of proj_out's input); in a single block also of attention's output (1) and room for those of q, k and v (3). The
+  norm's output (1) stays in mlp where the weights that read it train. Without kernels: of the stream, of the block's
+  output, of proj_out's input (r, and 1 in a single block), of the GELU and of the pre-activation. The peak is the largest sum, over blocks, of what it
   and the blocks before it keep and of this; mostly at the last block, where all is still kept.
 - Qwen's last layer: 11 D + 4 I per token of the turn (width D, MLP width I), and the connector's input and output; of
   the layer only input and output if recomputed.
@@ -74,13 +75,13 @@ def _backward_units(
     single = index >= len(transformer.transformer_blocks)
     trains = _components(stage, index)
     again = {"none": 0, "mlp": MLP_RATIO, "full": unit - 1}[policy]
-    added = 2 + single + 2 * MLP_RATIO + 1  # of stream, output, proj_out's input, pre-activation, norm's output
     if not fused:
-        added += 1  # the pre-activation's gradient beside the GELU's
+        added = 2 + single + 2 * MLP_RATIO + 2
         return again + added - {"frozen": 0, "attention": 2, "block": 4}[trains]  # kept for gates, and gone by then
-    rebuilt = trains == "block" and policy != "mlp"  # the norm's output for the MLP's weights; mlp has it anyway
-    gone = (trains != "frozen") + (policy == "full")  # kept for a gate; a pre-activation that only this pass holds
-    return again + added + rebuilt - gone
+    added = 2 + MLP_RATIO + 4 * single
+    held = policy == "mlp" and (trains == "block" or (single and trains == "attention"))  # the norm's output
+    gone = trains != "frozen"  # kept for a gate
+    return again + added + held - gone
 
 
 def _components(stage: Stage, index: int) -> str:
@@ -99,9 +100,8 @@ def block_units(
     ratio = MLP_RATIO
     share = tokens.image / (tokens.condition + tokens.image)
     if fused:
-        copied = 1 if micro_batch_size > 1 else 0
         kept = {
-            "double": {"frozen": 6 + ratio, "attention": 8 + ratio + share * copied, "block": 8 + ratio + copied},
+            "double": {"frozen": 6 + ratio, "attention": 8 + ratio, "block": 8 + ratio},
             "single": {"frozen": 5 + ratio, "attention": 6 + ratio, "block": 6 + ratio},
         }
     else:

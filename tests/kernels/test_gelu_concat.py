@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from megaflux_kernels.gelu_concat import backward, forward, gelu_concat, reference
+from megaflux_kernels.gelu_concat import backward, backward_, forward, gelu_concat, reference
 from tests.kernels.accuracy import assert_within_twice, randn
 from tests.kernels.conftest import DEVICE, DTYPES
 
@@ -48,6 +48,18 @@ def test_slices_are_read_where_they_lie(path):
     douts = [randn(2, 30, 130, seed=3, dtype=torch.float32, device=DEVICE)[..., 10:],
              randn(2, 30, 96, seed=4, dtype=torch.float32, device=DEVICE)[:, 3:]]  # fmt: skip
     assert_within_twice(sliced(gelu_concat), sliced(reference.definition), [attn, joint], douts, torch.float32)
+
+
+def test_the_gradient_may_be_written_over_dgelu_in_a_wider_tensor(path):
+    for shape in ((2, 17, 40), (1, 3, 1100)):
+        hidden = randn(*shape, seed=2, dtype=torch.float32, device=DEVICE)
+        wide = randn(*shape[:2], 24 + shape[2], seed=3, dtype=torch.float32, device=DEVICE)
+        before, dgelu = wide.clone(), wide[..., 24:]
+        want = backward(dgelu, hidden)
+        assert backward_(dgelu, hidden) is dgelu
+        assert torch.equal(dgelu, want) and torch.equal(wide[..., :24], before[..., :24])
+    with pytest.raises(ValueError, match="unit stride"):
+        backward_(torch.zeros(1, 4, 3).transpose(1, 2), torch.zeros(1, 3, 4))
 
 
 def test_large_values_saturate(path):
@@ -114,6 +126,9 @@ def test_opcheck(triton_path):
     torch.library.opcheck(torch.ops.megaflux.gelu_concat.default, tuple(values))
     torch.library.opcheck(torch.ops.megaflux.gelu_concat.default, (None, values[1]))
     torch.library.opcheck(torch.ops.megaflux.gelu_concat_backward.default, (dout[..., 32:], values[1].detach()))
+    torch.library.opcheck(
+        torch.ops.megaflux.gelu_concat_backward_.default, (dout[..., 32:].clone(), values[1].detach())
+    )
 
 
 def test_compiles_and_checkpoints(triton_path):

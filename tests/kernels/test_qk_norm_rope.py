@@ -222,6 +222,24 @@ def test_every_element_is_written(triton_path, poisoned, keep_input):
     assert all(torch.isfinite(t).all() for t in (q, k, v, rstd, *grads))
 
 
+@pytest.mark.parametrize("keep_input", [False, True])
+def test_the_gradient_may_be_columns_of_a_wider_tensor(path, keep_input):
+    values, douts = inputs((2, 7, 3, 3, 32), torch.float32)
+    qkv, txt_qkv, *norms = (v.detach() for v in values)
+    cos, sin = table(10, 32)
+    q, k, _, rstd = forward(qkv, *norms[:2], cos, sin, 3, txt_qkv, *norms[2:])
+    given = (*(d.transpose(1, 2) for d in douts), q, k, rstd, *norms[:2], cos, sin, 3, *norms[2:], True)
+    given += (qkv, txt_qkv) if keep_input else (None, None)
+    wide = torch.full((2, 7, 3 * 96 + 40), 7.0, device=DEVICE)
+    want, found = backward(*given), backward(*given, out=wide[..., 8:-32])
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    assert torch.equal(wide[..., 8:-32], want[0])
+    assert (wide[..., :8] == 7).all() and (wide[..., -32:] == 7).all()
+    for bad in (wide[..., 8:-31], wide[:1, :, 8:-32], torch.zeros(2, 288, 7, device=DEVICE).transpose(1, 2)):
+        with pytest.raises(ValueError, match="want out"):
+            backward(*given, out=bad)
+
+
 def test_gradients_are_the_same_every_time(path):
     values, douts = inputs((2, 40, 9, 3, 32), torch.float32)
     run = call(qk_norm_rope, (2, 40, 9, 3, 32))
@@ -244,6 +262,10 @@ def test_opcheck(triton_path, text):
     for need, kept in ((False, (None, None)), (True, (qkv, txt_qkv))):
         torch.library.opcheck(torch.ops.megaflux.qk_norm_rope_backward.default, (
             *grads, q, k, rstd, norm_q, norm_k, cos, sin, shape[2], txt_norm_q, txt_norm_k, need, *kept
+        ))  # fmt: skip
+        torch.library.opcheck(torch.ops.megaflux.qk_norm_rope_backward_out.default, (
+            *grads, q, k, rstd, norm_q, norm_k, cos, sin, shape[2], txt_norm_q, txt_norm_k, need, *kept,
+            torch.zeros(1, 3, 3 * 64 + 8)[..., 4:-4],
         ))  # fmt: skip
     if not text:  # weights of a stream without tokens
         torch.library.opcheck(torch.ops.megaflux.qk_norm_rope_backward.default, (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megaflux.config import build_config, merge
-from megaflux.models.flux_functions import side_by_side
+from megaflux.models.packing import side_by_side
 from megaflux.models.pretrained import load_models
 from megaflux.presets import tiny
 from megaflux.training import distributed

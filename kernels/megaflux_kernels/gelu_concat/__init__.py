@@ -40,6 +40,13 @@ def _(dgelu: Tensor, hidden_states: Tensor) -> Tensor:
     return hidden_states.new_empty(hidden_states.shape)
 
 
+@torch.library.custom_op("megaflux::gelu_concat_backward_", mutates_args=("dgelu",))
+def _triton_backward_(dgelu: Tensor, hidden_states: Tensor) -> None:
+    from megaflux_kernels.gelu_concat import triton_kernels
+
+    triton_kernels.backward(dgelu, hidden_states, dgelu)
+
+
 def _check(attn_output: Tensor | None, hidden_states: Tensor) -> None:
     check("gelu_concat", hidden_states, attn_output, dims=3)
     if attn_output is not None and (attn_output.ndim != 3 or attn_output.shape[:2] != hidden_states.shape[:2]):
@@ -59,14 +66,29 @@ def forward(attn_output: Tensor | None, hidden_states: Tensor) -> Tensor:
 def backward(dgelu: Tensor, hidden_states: Tensor) -> Tensor:
     """The gradient (B, S, M) of hidden_states. dgelu: the gradient of gelu(hidden_states), (B, S, M), any strides over
     B and S: dout[..., W:] as it lies. The gradient of attn_output is dout[..., :W]."""
+    _check_gradient(dgelu, hidden_states)
+    run = _triton_backward if use_triton(hidden_states) else reference.backward
+    return run(rows(dgelu), rows(hidden_states))
+
+
+def backward_(dgelu: Tensor, hidden_states: Tensor) -> Tensor:
+    """`backward`, written over dgelu, which is returned: (B, S, M), any strides over B and S, so that it may be a slice
+    of a wider gradient. ValueError for other input, and where the last stride is not 1."""
+    _check_gradient(dgelu, hidden_states)
+    if rows(dgelu) is not dgelu:
+        raise ValueError(f"gelu_concat: want dgelu of unit stride in the last dimension, got strides {dgelu.stride()}")
+    run = _triton_backward_ if use_triton(hidden_states) else reference.backward_
+    run(dgelu, rows(hidden_states))
+    return dgelu
+
+
+def _check_gradient(dgelu: Tensor, hidden_states: Tensor) -> None:
     check("gelu_concat", hidden_states, dgelu, dims=3)
     if dgelu.shape != hidden_states.shape:
         raise ValueError(
             f"gelu_concat: want dgelu of hidden_states' shape {tuple(hidden_states.shape)}, got {tuple(dgelu.shape)}; "
             "slice dout[..., W:]"
         )
-    run = _triton_backward if use_triton(hidden_states) else reference.backward
-    return run(rows(dgelu), rows(hidden_states))
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -27,3 +27,8 @@ def forward(attn_output: Tensor | None, hidden_states: Tensor) -> Tensor:
 def backward(dgelu: Tensor, hidden_states: Tensor) -> Tensor:
     """dhidden_states."""
     return torch.ops.aten.gelu_backward(dgelu, hidden_states, approximate="tanh")
+
+
+def backward_(dgelu: Tensor, hidden_states: Tensor) -> None:
+    """dhidden_states, written over dgelu."""
+    torch.ops.aten.gelu_backward.grad_input(dgelu, hidden_states, approximate="tanh", grad_input=dgelu)

@@ -52,9 +52,10 @@ def gelu_concat_forward(
 @triton.jit
 def gelu_concat_backward(
     dgelu_ptr, hidden_ptr, dhidden_ptr,
-    tokens, S, M, stride_db, stride_ds, stride_hb, stride_hs,
+    tokens, S, M, stride_db, stride_ds, stride_hb, stride_hs, stride_ob, stride_os,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # dhidden may be dgelu: an element is read and written by one thread.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     b, s = row // S, row % S
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -67,7 +68,8 @@ def gelu_concat_backward(
     sigmoid, rest = _sigmoid_twice(x)
     slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     dhidden = dgelu * (sigmoid + x * slope * sigmoid * rest)
-    tl.store(dhidden_ptr + row * M + column, dhidden.to(dhidden_ptr.dtype.element_ty), mask=mask)
+    out = dhidden_ptr + b * stride_ob + s * stride_os + column
+    tl.store(out, dhidden.to(dhidden_ptr.dtype.element_ty), mask=mask)
 
 
 @on_its_gpu
@@ -86,14 +88,16 @@ def forward(attn_output: Tensor | None, hidden_states: Tensor) -> Tensor:
 
 
 @on_its_gpu
-def backward(dgelu: Tensor, hidden_states: Tensor) -> Tensor:
+def backward(dgelu: Tensor, hidden_states: Tensor, dhidden: Tensor | None = None) -> Tensor:
+    """dhidden: where to write it, dgelu itself too; None: a new tensor."""
     B, S, M = hidden_states.shape
-    dhidden = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
+    if dhidden is None:
+        dhidden = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
     block = min(BLOCK, triton.next_power_of_2(M))
     if dhidden.numel():
         gelu_concat_backward[(triton.cdiv(B * S, ROWS), triton.cdiv(M, block))](
-            dgelu, hidden_states, dhidden, B * S, S, M, dgelu.stride(0), dgelu.stride(1),
-            hidden_states.stride(0), hidden_states.stride(1), ROWS=ROWS, BLOCK=block, num_warps=4,
+            dgelu, hidden_states, dhidden, B * S, S, M, dgelu.stride(0), dgelu.stride(1), hidden_states.stride(0),
+            hidden_states.stride(1), dhidden.stride(0), dhidden.stride(1), ROWS=ROWS, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return dhidden
 
@@ -110,7 +114,8 @@ AOT = [
     (
         gelu_concat_backward,
         {"dgelu_ptr": "*D", "hidden_ptr": "*D", "dhidden_ptr": "*D", "tokens": "i32", "S": "i32", "M": "i32",
-         "stride_db": "i64", "stride_ds": "i32", "stride_hb": "i64", "stride_hs": "i32", "ROWS": ROWS, "BLOCK": BLOCK},
+         "stride_db": "i64", "stride_ds": "i32", "stride_hb": "i64", "stride_hs": "i32", "stride_ob": "i64",
+         "stride_os": "i32", "ROWS": ROWS, "BLOCK": BLOCK},
         4,
     ),
 ]  # fmt: skip

@@ -62,10 +62,39 @@ def _(
     need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     B, S, H, D = q.shape
+    dqkv = q.new_empty((B, S - text_tokens, 3 * H * D))
+    return dqkv, *_new_gradients(q, norm_q, text_tokens, need_norms)
+
+
+@torch.library.custom_op("megaflux::qk_norm_rope_backward_out", mutates_args=("out",))
+def _triton_backward_out(
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
+    cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
+    need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None, out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from megaflux_kernels.qk_norm_rope import triton_kernels
+
+    return triton_kernels.backward(
+        dq, dk, dv, q, k, rstd, norm_q, norm_k, cos, sin, text_tokens, txt_norm_q, txt_norm_k, need_norms, qkv,
+        txt_qkv, out,
+    )[1:]  # fmt: skip
+
+
+@_triton_backward_out.register_fake
+def _(
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
+    cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
+    need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None, out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _new_gradients(q, norm_q, text_tokens, need_norms)
+
+
+def _new_gradients(q: Tensor, norm_q: Tensor, text_tokens: int, need_norms: bool) -> tuple[Tensor, Tensor, Tensor]:
+    B, _, H, D = q.shape
     norms = (2, D) if need_norms else (0,)
     return (
-        q.new_empty((B, S - text_tokens, 3 * H * D)), q.new_empty((B, text_tokens, 3 * H * D)),
-        norm_q.new_empty(norms), norm_q.new_empty(norms if text_tokens else (0,)),
+        q.new_empty((B, text_tokens, 3 * H * D)), norm_q.new_empty(norms),
+        norm_q.new_empty(norms if text_tokens else (0,)),
     )  # fmt: skip
 
 
@@ -84,25 +113,44 @@ def forward(
 def backward(
     dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
     cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None = None, txt_norm_k: Tensor | None = None,
-    need_norms: bool = False, qkv: Tensor | None = None, txt_qkv: Tensor | None = None,
+    need_norms: bool = False, qkv: Tensor | None = None, txt_qkv: Tensor | None = None, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dqkv (B, L, 3 H D), dtxt_qkv (B, T, 3 H D), dnorm_q, dnorm_k, dtxt_norm_q, dtxt_norm_k (D,)) of `forward`; the
     norms' are None unless need_norms, the text's without text.
 
     dq, dk, dv: (B, S, H, D), any strides but the last, 1. q, k, rstd: what `forward` returned. qkv, txt_qkv: its
-    input, where the norm weights are not `invertible`; None: q and k are turned back.
+    input, where the norm weights are not `invertible`; None: q and k are turned back. out: where dqkv is written, any
+    strides but the last, 1 (a slice of a wider gradient); None: a new tensor. ValueError for an out that is not so.
     """
-    run = _triton_backward if use_triton(q) else reference.backward
     norm_q, norm_k, txt_norm_q, txt_norm_k, qkv, txt_qkv = _rows(norm_q, norm_k, txt_norm_q, txt_norm_k, qkv, txt_qkv)
-    dqkv, dtxt_qkv, dnorms, dtxt_norms = run(
+    given = (
         rows(dq), rows(dk), rows(dv), q, k, rstd, norm_q, norm_k, cos, sin, text_tokens, txt_norm_q, txt_norm_k,
         need_norms, qkv, txt_qkv,
     )  # fmt: skip
+    if out is not None:
+        _check_out(out, q, text_tokens)
+    if not use_triton(q):
+        dqkv, dtxt_qkv, dnorms, dtxt_norms = reference.backward(*given, out)
+    elif out is None:
+        dqkv, dtxt_qkv, dnorms, dtxt_norms = _triton_backward(*given)
+    else:
+        dqkv, (dtxt_qkv, dnorms, dtxt_norms) = out, _triton_backward_out(*given, out)
     text = text_tokens > 0
     none = (None, None)
     dnorm_q, dnorm_k = dnorms.clone() if need_norms else none
     dtxt_norm_q, dtxt_norm_k = dtxt_norms.clone() if need_norms and text else none
     return dqkv, dtxt_qkv if text else None, dnorm_q, dnorm_k, dtxt_norm_q, dtxt_norm_k
+
+
+def _check_out(out: Tensor, q: Tensor, text_tokens: int) -> None:
+    check("qk_norm_rope", q, out)
+    B, S, H, D = q.shape
+    want = (B, S - text_tokens, 3 * H * D)
+    if out.shape != want or rows(out) is not out:
+        raise ValueError(
+            f"qk_norm_rope: want out {want} of unit stride in the last dimension, got {tuple(out.shape)} of strides "
+            f"{out.stride()}"
+        )
 
 
 def invertible(*norm_weights: Tensor | None) -> bool:
@@ -124,10 +172,14 @@ def _setup(ctx, inputs, output) -> None:
     kept = (qkv, txt_qkv) if keep_input else (None, None)
     ctx.save_for_backward(q, k, rstd, norm_q, norm_k, cos, sin, txt_norm_q, txt_norm_k, *kept)
     ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)  # none of rstd's size, which has no gradient
 
 
 def _backward(ctx, dq, dk, dv, drstd):
+    if dq is None and dk is None and dv is None:
+        return (None,) * 11
     q, k, rstd, norm_q, norm_k, cos, sin, txt_norm_q, txt_norm_k, qkv, txt_qkv = ctx.saved_tensors
+    dq, dk, dv = (torch.zeros_like(q) if d is None else d for d in (dq, dk, dv))
     need = ctx.needs_input_grad
     dqkv, dtxt_qkv, dnorm_q, dnorm_k, dtxt_norm_q, dtxt_norm_k = backward(
         dq, dk, dv, q, k, rstd, norm_q, norm_k, cos, sin, ctx.text_tokens, txt_norm_q, txt_norm_k,

@@ -63,15 +63,17 @@ def forward(
 def backward(
     dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
     cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
-    need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None,
+    need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None, dqkv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dqkv, dtxt_qkv, dnorms (2, D), dtxt_norms (2, D)); what is not there is empty."""
+    """(dqkv, dtxt_qkv, dnorms (2, D), dtxt_norms (2, D)); what is not there is empty. dqkv: where to write the first of
+    them; None: a new tensor."""
     B, S, H, D = q.shape
     T, wide = text_tokens, rstd.dtype
     turn = _turn(cos, sin, wide)
     back, inverse = turn.conj().resolve_conj(), turn.reciprocal()  # the same but for rounding of cos and sin
     streams = [slice(T, S), *([slice(0, T)] if T else [])]
-    grads = [torch.empty((B, S - T if i == 0 else T, 3, H, D), dtype=q.dtype, device=q.device) for i in range(2)]
+    dqkv = torch.empty((B, S - T, 3 * H * D), dtype=q.dtype, device=q.device) if dqkv is None else dqkv
+    grads = [dqkv.unflatten(-1, (3, H, D)), torch.empty((B, T, 3, H, D), dtype=q.dtype, device=q.device)]
     norms: list[list[Tensor]] = [[], []]
     for i, (y, dy, weight, txt_weight) in enumerate(((q, dq, norm_q, txt_norm_q), (k, dk, norm_k, txt_norm_k))):
         y, dy, scale, weight = y.to(wide), dy.to(wide), rstd[i, ..., None], weight.to(wide)

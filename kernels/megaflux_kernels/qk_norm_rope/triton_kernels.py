@@ -88,7 +88,7 @@ def _back(dy, y, x, rstd, wa, wb, cos, sin, KEPT: tl.constexpr, H: tl.constexpr,
 def qk_norm_rope_backward(
     dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, rstd_ptr, norm_q_ptr, norm_k_ptr, cos_ptr, sin_ptr, qkv_ptr, dqkv_ptr,
     partial_ptr, L, S, start, heads, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
-    stride_vb, stride_vs, stride_vh, stride_b, stride_s, statistics,
+    stride_vb, stride_vs, stride_vh, stride_b, stride_s, stride_ob, stride_os, statistics,
     KEPT: tl.constexpr, NORMS: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     part, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -115,7 +115,7 @@ def qk_norm_rope_backward(
             packed = qkv_ptr + b * stride_b + s * stride_s + column
             x_q = tl.load(packed, mask=mask, other=0.0).to(tl.float32)
             x_k = tl.load(packed + heads * D, mask=mask, other=0.0).to(tl.float32)
-        out = dqkv_ptr + (b * L + s) * 3 * heads * D + column
+        out = dqkv_ptr + b * stride_ob + s * stride_os + column
 
         dy = tl.load(dq_ptr + b * stride_qb + at * stride_qs + head[:, None] * stride_qh + d, mask=mask, other=0.0)
         y = tl.load(q_ptr + saved, mask=mask, other=0.0).to(tl.float32)
@@ -170,18 +170,20 @@ def forward(
 def backward(
     dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
     cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
-    need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None,
+    need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None, dqkv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dqkv: where to write the image stream's gradient, (B, L, 3 H D) of unit last stride; None: a new tensor."""
     B, S, heads, D = q.shape
     cos, sin = cos.contiguous(), sin.contiguous()
     H, T = min(HEADS, triton.next_power_of_2(heads)), text_tokens
     step = ROWS if need_norms else 1
     found = []
-    for packed, weight_q, weight_k, start, L in (
-        (qkv, norm_q, norm_k, T, S - T),
-        (txt_qkv, txt_norm_q, txt_norm_k, 0, T),
+    for packed, weight_q, weight_k, start, L, grad in (
+        (qkv, norm_q, norm_k, T, S - T, dqkv),
+        (txt_qkv, txt_norm_q, txt_norm_k, 0, T, None),
     ):
-        grad = torch.empty((B, L, 3 * heads * D), dtype=q.dtype, device=q.device)
+        if grad is None:
+            grad = torch.empty((B, L, 3 * heads * D), dtype=q.dtype, device=q.device)
         grid = (triton.cdiv(L, step), triton.cdiv(heads, H), B)
         partial = torch.empty((B, grid[0] * grid[1] * need_norms, 2, D), dtype=torch.float32, device=q.device)
         kept = q if packed is None else packed
@@ -189,7 +191,8 @@ def backward(
             qk_norm_rope_backward[grid](
                 dq, dk, dv, q, k, rstd, weight_q, weight_k, cos, sin, kept, grad, partial, L, S, start, heads,
                 dq.stride(0), dq.stride(1), dq.stride(2), dk.stride(0), dk.stride(1), dk.stride(2),
-                dv.stride(0), dv.stride(1), dv.stride(2), kept.stride(0), kept.stride(1), B * S * heads,
+                dv.stride(0), dv.stride(1), dv.stride(2), kept.stride(0), kept.stride(1),
+                grad.stride(0), grad.stride(1), B * S * heads,
                 KEPT=packed is not None, NORMS=need_norms, ROWS=step, H=H, D=D, num_warps=4,
             )  # fmt: skip
         wanted = need_norms and (T > 0 or not found)  # without text, the image's only: the first
@@ -209,7 +212,7 @@ _BACKWARD = {
     "dqkv_ptr": "*D", "partial_ptr": "*fp32", "L": "i32", "S": "i32", "start": "i32", "heads": "i32",
     "stride_qb": "i64", "stride_qs": "i32", "stride_qh": "i32", "stride_kb": "i64", "stride_ks": "i32",
     "stride_kh": "i32", "stride_vb": "i64", "stride_vs": "i32", "stride_vh": "i32", "stride_b": "i64",
-    "stride_s": "i32", "statistics": "i32",
+    "stride_s": "i32", "stride_ob": "i64", "stride_os": "i32", "statistics": "i32",
 }  # fmt: skip
 AOT = [
     (qk_norm_rope_forward, _FORWARD, 4),
