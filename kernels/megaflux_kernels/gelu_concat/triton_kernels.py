@@ -52,14 +52,14 @@ def gelu_concat_forward(
 @triton.jit
 def gelu_concat_backward(
     dgelu_ptr, hidden_ptr, dhidden_ptr,
-    tokens, S, M, stride_db, stride_ds, stride_hb, stride_hs, stride_ob, stride_os,
+    S, M, stride_db, stride_ds, stride_hb, stride_hs, stride_ob, stride_os,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # dhidden may be dgelu: an element is read and written by one thread.
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    b, s = row // S, row % S
+    b = tl.program_id(2).to(tl.int64)
+    s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = (row < tokens) & (column < M)
+    mask = (s < S) & (column < M)
     dgelu = tl.load(dgelu_ptr + b * stride_db + s * stride_ds + column, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(hidden_ptr + b * stride_hb + s * stride_hs + column, mask=mask, other=0.0).to(tl.float32)
     # Beyond 30 the derivative is 0 or 1 to the last bit, and x * x could overflow; where() leaves NaN alone, unlike
@@ -95,8 +95,8 @@ def backward(dgelu: Tensor, hidden_states: Tensor, dhidden: Tensor | None = None
         dhidden = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
     block = min(BLOCK, triton.next_power_of_2(M))
     if dhidden.numel():
-        gelu_concat_backward[(triton.cdiv(B * S, ROWS), triton.cdiv(M, block))](
-            dgelu, hidden_states, dhidden, B * S, S, M, dgelu.stride(0), dgelu.stride(1), hidden_states.stride(0),
+        gelu_concat_backward[(triton.cdiv(S, ROWS), triton.cdiv(M, block), B)](
+            dgelu, hidden_states, dhidden, S, M, dgelu.stride(0), dgelu.stride(1), hidden_states.stride(0),
             hidden_states.stride(1), dhidden.stride(0), dhidden.stride(1), ROWS=ROWS, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return dhidden
@@ -113,7 +113,7 @@ AOT = [
     ),
     (
         gelu_concat_backward,
-        {"dgelu_ptr": "*D", "hidden_ptr": "*D", "dhidden_ptr": "*D", "tokens": "i32", "S": "i32", "M": "i32",
+        {"dgelu_ptr": "*D", "hidden_ptr": "*D", "dhidden_ptr": "*D", "S": "i32", "M": "i32",
          "stride_db": "i64", "stride_ds": "i32", "stride_hb": "i64", "stride_hs": "i32", "stride_ob": "i64",
          "stride_os": "i32", "ROWS": ROWS, "BLOCK": BLOCK},
         4,

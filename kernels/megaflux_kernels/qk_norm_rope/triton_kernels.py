@@ -40,11 +40,10 @@ def _norm_turn(x, norm_ptr, cos, sin, eps, H: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def qk_norm_rope_forward(
     qkv_ptr, norm_q_ptr, norm_k_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, rstd_ptr,
-    L, S, start, heads, stride_b, stride_s, statistics, eps,
+    S, start, heads, stride_b, stride_s, statistics, eps,
     H: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    b, s = row // L, row % L
+    s, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     head = tl.program_id(1) * H + tl.arange(0, H)
     column = head[:, None] * D + tl.arange(0, D)[None, :]
     mask = (head < heads)[:, None]
@@ -103,7 +102,9 @@ def qk_norm_rope_backward(
     sum_qb = tl.zeros([D // 2], dtype=tl.float32)
     sum_ka = tl.zeros([D // 2], dtype=tl.float32)
     sum_kb = tl.zeros([D // 2], dtype=tl.float32)
-    for s in range(part * ROWS, tl.minimum(part * ROWS + ROWS, L)):
+    # A constant 1 leaves no loop.
+    for i in range(0, tl.minimum(ROWS, L - part * ROWS) if ROWS > 1 else 1):
+        s = part * ROWS + i
         at = start + s
         token = b * S + at
         saved = token * heads * D + column
@@ -158,9 +159,8 @@ def forward(
     for packed, weight_q, weight_k, start in streams:
         if packed is None or not packed.numel():
             continue
-        L = packed.shape[1]
-        qk_norm_rope_forward[(B * L, triton.cdiv(heads, H))](
-            packed, weight_q, weight_k, cos, sin, q, k, v, rstd, L, S, start, heads, packed.stride(0),
+        qk_norm_rope_forward[(packed.shape[1], triton.cdiv(heads, H), B)](
+            packed, weight_q, weight_k, cos, sin, q, k, v, rstd, S, start, heads, packed.stride(0),
             packed.stride(1), B * S * heads, eps, H=H, D=D, num_warps=4,
         )  # fmt: skip
     return q, k, v, rstd
@@ -203,7 +203,7 @@ def backward(
 
 _FORWARD = {
     "qkv_ptr": "*D", "norm_q_ptr": "*D", "norm_k_ptr": "*D", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "q_ptr": "*D",
-    "k_ptr": "*D", "v_ptr": "*D", "rstd_ptr": "*fp32", "L": "i32", "S": "i32", "start": "i32", "heads": "i32",
+    "k_ptr": "*D", "v_ptr": "*D", "rstd_ptr": "*fp32", "S": "i32", "start": "i32", "heads": "i32",
     "stride_b": "i64", "stride_s": "i32", "statistics": "i32", "eps": "fp32", "H": HEADS, "D": 128,
 }  # fmt: skip
 _BACKWARD = {
