@@ -180,8 +180,8 @@ def test_q_and_k_and_v_pass_once_each_way(kind):
 @pytest.mark.parametrize(
     "kind, most",
     [
-        pytest.param("single", 46, marks=pytest.mark.xfail(strict=True, reason="52 before autograd's copies are gone")),
-        pytest.param("double", 52, marks=pytest.mark.xfail(strict=True, reason="61 before autograd's copies are gone")),
+        ("single", 46),
+        ("double", 52),
     ],
 )
 def test_a_frozen_block_moves_at_most(kind, most):
