@@ -44,6 +44,10 @@ class Gpu:
     told: str
     """One line for people: what of it was measured, and what is assumed."""
 
+    def with_memory(self, gb: float) -> Gpu:
+        """The same with another memory, in GB, which its name tells too."""
+        return replace(self, memory_gb=gb, name=re.sub(r"[\d.]+ GB$", f"{gb:g} GB", self.name))
+
     def with_share(self, flux: float) -> Gpu:
         """The same with another part of the peak for FLUX, and the frozen networks' changed in proportion."""
         factor = flux / self.flux
@@ -71,14 +75,15 @@ GPUS = {
 
 def find_gpu(name: str) -> Gpu | None:
     """The GPU of GPUS that a name means: its key, or a device's name as torch gives it ("NVIDIA H100 80GB HBM3"), of
-    which a size in it is taken over. None for all others, PCIe and NVL variants among them: they are slower."""
+    which a size in it is taken over. None for all others, PCIe and NVL variants and parts of a GPU (MIG) among them: they are slower."""
     if name.strip().lower() in GPUS:
         return GPUS[name.strip().lower()]
     found = next((gpu for key, gpu in GPUS.items() if re.search(rf"\b{key}\b", name, re.IGNORECASE)), None)
-    if found is None or peak_tflops_for(name) != found.peak_tflops:
+    slower = re.search(r"\b(PCIe|NVL|MIG)\b", name, re.IGNORECASE)
+    if found is None or slower or peak_tflops_for(name) != found.peak_tflops:
         return None
     size = re.search(r"(\d+) ?GB\b", name)
-    return replace(found, memory_gb=float(size[1])) if size else found
+    return found.with_memory(float(size[1])) if size else found
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class Assumed:
             )
         given = {}
         if self.memory_gb is not None:
-            given["memory_gb"] = self.memory_gb
+            gpu = gpu.with_memory(self.memory_gb)
         if self.peak_tflops is not None:
             given["peak_tflops"] = self.peak_tflops
         if self.mfu is not None:

@@ -65,6 +65,8 @@ def micro_batch_lines(
             planner = Planner(cached, ds_config, ranks, module, trunk)
             for stage, updates in zip(config.stages, config.stage_updates(), strict=True):
                 sizes = divisors(config.train.drawn_per_rank)
+                if not choose and config.train.micro_batch_size not in sizes:  # which is a problem of its own
+                    sizes = sorted([*sizes, config.train.micro_batch_size])
                 choices = planner.choices(stage, sizes, usable(gpu.memory_gb * GIGA), Cluster(gpu, ranks))
                 best = best_of(choices).micro_batch_size if choose else config.train.micro_batch_size
                 found += [Line(gpu, stage, updates, cache, c, c.micro_batch_size == best) for c in choices]

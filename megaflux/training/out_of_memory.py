@@ -78,7 +78,7 @@ class Plan:
         names = set(distributed.gathered(device_name(world.device), world))
         self.gpu = " and ".join(sorted(names))
         """Name of the ranks' GPUs, "cpu" of CPUs."""
-        known = self.assumed.of(self.gpu) if len(names) == 1 else None
+        known = self.assumed.of(self.gpu if len(names) == 1 else None)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", min(world.size, PER_MACHINE)))
         self.cluster = Cluster(known, world.size, here) if known else None
         self.free = choose_micro_batch and self.cluster is not None
@@ -109,7 +109,8 @@ class Plan:
     def state_dict(self) -> dict[str, Any]:
         """Of the stage at hand, for a checkpoint's manifest."""
         return {"stage": self.stage.name, "micro_batch_size": self.micro_batch_size, "policies": self.policies,
-                "gpu": self.gpu, "ranks": self.world.size}  # fmt: skip
+                "gpu": self.gpu, "ranks": self.world.size, "free": self.free, "limit": self.limit,
+                "activation_checkpointing": self.config.model.activation_checkpointing}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What the checkpoint's stage was planned with: taken again on as many ranks of the same GPU, so that a resumed run
@@ -148,10 +149,13 @@ class Plan:
             if self.world.device.type == "cuda":  # what the tries needed is no news of the run
                 torch.cuda.reset_peak_memory_stats()
                 torch.cuda.reset_accumulated_memory_stats()
-        if self._saved.get("stage") == stage.name and choice != saved and self.world.is_main:
-            log.warning("stage %s: planned anew (%s on %d ranks; the checkpoint's plan is of %s on %s); from here on the run "
-                        "may round otherwise than one that was never stopped", stage.name, self.gpu, self.world.size,
-                        self._saved.get("gpu"), self._saved.get("ranks"))  # fmt: skip
+        if self._saved.get("stage") == stage.name and self.world.is_main:
+            there = Choice(self._saved["micro_batch_size"], tuple(self._saved["policies"]))
+            here, then = (self.gpu, self.world.size), (self._saved["gpu"], self._saved["ranks"])
+            if (choice, here) != (there, then):
+                log.warning("stage %s: planned anew: %s, on %d ranks (%s); in the checkpoint %s, on %d ranks (%s); rounding may "
+                            "differ from that of a run that was never stopped",
+                            stage.name, _shown(choice), *reversed(here), _shown(there), *reversed(then))  # fmt: skip
         self._saved = {}  # of this stage; the next is planned when it comes
         if self.free:
             images = self.config.train.global_batch_size
@@ -242,15 +246,26 @@ class Plan:
 
     def _as_saved(self, budget: int, tried_out: bool) -> Choice | None:
         """The checkpoint's plan of this stage where it is to be taken again: of as many ranks and the same GPU, not against
-        what a person set, within the memory that is there. That is left to the try where there is one: free memory differs
-        by a little from start to start."""
+        what a person has set since (a number or `auto`, a policy, --gpu-memory, memory.json deleted), within the memory that is
+        there. That is left to the try where there is one: free memory differs by a little from start to start."""
         saved, wanted = self._saved, self.config.model.activation_checkpointing
         if saved.get("stage") != self.stage.name or (saved["gpu"], saved["ranks"]) != (self.gpu, self.world.size):
             return None
         size, policies = saved["micro_batch_size"], saved["policies"]
-        if size not in self.sizes or (wanted != "auto" and set(policies) != {wanted}):
+        if size not in self.sizes or (self.free and not saved.get("free", True)):
+            return None
+        as_wanted = (
+            saved.get("activation_checkpointing", "auto") == "auto" if wanted == "auto" else set(policies) == {wanted}
+        )
+        if not as_wanted:
+            return None
+        planned_within = saved.get("limit")
+        if planned_within is not None and (self.limit is None or self.limit > planned_within):
             return None
         choice = self.planner.with_needs(self.stage, size, policies, budget)
+        given = self.assumed.memory_gb
+        if given is not None and choice.bytes > memory.usable(given * 1e9):
+            return None
         return choice if choice.fits or tried_out else None
 
     def _tried(self, plan: Choice, fits: Callable[[Choice], bool]) -> Choice:

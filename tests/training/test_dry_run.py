@@ -114,6 +114,12 @@ def test_what_is_said_of_the_gpu_counts(data, tmp_path, capsys):
     )
     assert [problem for problem in none["problems"] if "is more than 40 GB; set model.activation" in problem]
     assert "* does not fit" in capsys.readouterr().out
+    capsys.readouterr()
+    uneven = report(
+        configure(data__path=str(data), train__micro_batch_size=3), name="h100"
+    )  # 2, and what it would need
+    assert [problem for problem in uneven["problems"] if "3 does not divide the 8 images" in problem]
+    assert set(uneven["micro_batch_size"].values()) == {3}
     number = report(configure(data__path=str(data), train__micro_batch_size=8), name="h100")
     assert set(number["micro_batch_size"].values()) == {8}  # what a person sets stays
     assert h100["images_per_second"] > 1.15 * number["images_per_second"]

@@ -24,6 +24,7 @@ from megaflux.training.micro_batch import Choice, Planner, best_of, divisors
 from megaflux.training.out_of_memory import Plan
 from megaflux.training.throughput import Cluster, Launches, Traffic, Work
 from tests.training.runs import small_config
+from tests.training.updates import drawn_losses, wake
 
 ZERO2 = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero2.json").read_text())
 ALONE = World(0, 1, torch.device("cpu"))
@@ -33,7 +34,7 @@ TOY = replace(GPUS["a100"], name="toy", peak_tflops=0.2, reduced_gb_s=0.5)
 
 def small(run: Path, drawn: int = 8, micro: int | str = "auto", **changes):
     values = small_config(run, run, train__global_batch_size=drawn, train__drawn_per_rank=drawn,
-                          train__micro_batch_size=micro, model__activation_checkpointing="auto", **changes)  # fmt: skip
+                          train__micro_batch_size=micro, **{"model__activation_checkpointing": "auto"} | changes)  # fmt: skip
     return build_config(merge(tiny(), values))
 
 
@@ -139,12 +140,37 @@ def test_of_equals_the_smallest_and_of_none_that_fits_the_one_that_needs_least()
     assert best_of([choice(4, 9, 1.0, fits=False), choice(2, 7, 3.0)]).micro_batch_size == 2
 
 
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("file", ["zero2.json", "zero2_offload.json", "zero3.json"])
+def test_an_engine_cut_into_other_micro_batches_trains_as_one_built_for_them(tmp_path, file):
+    """Bit for bit, over two updates: built for one micro-batch of 4 an update and cut into two of 2."""
+    ds, weights = json.loads((Path(__file__).parents[2] / "ds_configs" / file).read_text()), []
+    for built in (2, 4):
+        config = small(tmp_path, 4, built, model__activation_checkpointing="none").for_world(1)
+        models, generator = load_models(config).to("cpu", torch.bfloat16), torch.Generator().manual_seed(0)
+        wake(models, generator)
+        engine = StageEngine(models.trainable, config, ds, 0, 1)
+        models.trainable.configure(file != "zero3.json", "none")
+        engine.cut_into(2)
+        assert engine.accumulation_steps == 2
+        for update in range(2):
+            engine.set_learning_rate(update)
+            for _ in range(2):
+                engine.backward(drawn_losses(engine, config, models, generator).mean())
+                engine.step()
+        assert engine.deepspeed.global_steps == 2
+        weights.append({name: state["master"] for name, state in engine.carry(set(engine.first_stage)).tensors.items()})
+        engine.close()
+    assert weights[0] and all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 # --- GPUs ---
 
 
 @pytest.mark.parametrize(("name", "found"), [
     ("a100", ("A100 80 GB", 80)), ("H100", ("H100 80 GB", 80)), ("NVIDIA H100 80GB HBM3", ("H100 80 GB", 80)),
-    ("NVIDIA A100-SXM4-40GB", ("A100 80 GB", 40)), ("NVIDIA H200", ("H200 141 GB", 141)), ("NVIDIA H100 PCIe", None),
+    ("NVIDIA A100-SXM4-40GB", ("A100 40 GB", 40)), ("NVIDIA H200", ("H200 141 GB", 141)), ("NVIDIA H100 PCIe", None),
+    ("NVIDIA A100 80GB PCIe", None), ("NVIDIA H200 NVL", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ("NVIDIA H100 NVL", None), ("NVIDIA GH200 480GB", None), ("NVIDIA L40S", None), ("cpu", None),
 ])  # fmt: skip
 def test_gpus_whose_speed_is_predicted(name, found):
@@ -157,6 +183,7 @@ def test_what_a_person_says_of_a_gpu_wins():
     assert Assumed(name="a100").of("NVIDIA H200") == GPUS["a100"]
     given = Assumed(memory_gb=40, peak_tflops=500, mfu=0.26).of("NVIDIA H100 80GB HBM3")
     assert (given.memory_gb, given.peak_tflops, given.flux, given.trunk) == (40, 500, 0.26, 0.19)
+    assert given.name == "H100 40 GB"
     assert "given: FLUX at 26% of 500 TFLOP/s" in given.told
     assert Assumed(mfu=0.4).of("NVIDIA L40S") is None
     unknown = Assumed(memory_gb=48).of("NVIDIA L40S")
@@ -224,17 +251,56 @@ def test_a_run_chooses_and_a_resumed_one_takes_the_same_again(tmp_path, engine_o
         anew = plan_of(config, roomy, saved | changed)
         assert anew.choose(models, engine).micro_batch_size == 8 and engine.accumulation_steps == 1
         assert (
-            caplog.records.pop().getMessage().startswith("stage base: planned anew (cpu on 1 ranks; the checkpoint's")
+            caplog.records.pop()
+            .getMessage()
+            .startswith(
+                "stage base: planned anew: micro-batch 8, of 3 blocks: 3 none, on 1 ranks (cpu); in the checkpoint"
+            )
         )
         caplog.clear()
     less = plan_of(config, Assumed(memory_gb=limit_for(config, 1)), saved)
     assert less.choose(models, engine).micro_batch_size == 1
-    assert "round otherwise" in caplog.text
+    assert "rounding may differ" in caplog.text
     caplog.clear()
     number = plan_of(small(tmp_path, micro=4), roomy, saved)  # what a person sets wins
     assert number.choose(models, engine).micro_batch_size == 4 and number.why == ""
+    assert "planned anew: micro-batch 4" in caplog.text and "in the checkpoint micro-batch 2" in caplog.text
+    caplog.clear()
+    same = plan_of(small(tmp_path, micro=2, model__activation_checkpointing="auto"), roomy, saved)
+    assert same.choose(models, engine) == chosen and not caplog.records
     other = plan_of(config, roomy, saved | {"stage": "one"})  # of another stage: this one is chosen
     assert other.choose(models, engine).micro_batch_size == 8
+
+
+@pytest.mark.usefixtures("process_group", "little_vae")
+def test_what_a_person_changes_is_planned_anew(tmp_path, engine_of):
+    """A plan is not taken again where it was made under what no longer holds: a number, a policy, a limit in memory.json."""
+    config, roomy = small(tmp_path), Assumed(memory_gb=1000)
+    models, engine = engine_of(config)
+
+    def saved_by(config, limits=None, assumed=roomy) -> dict:
+        plan = plan_of(config, assumed)
+        plan.limits = limits or {}
+        plan.choose(models, engine)
+        return json.loads(json.dumps(plan.state_dict()))
+
+    fresh = plan_of(config, roomy).choose(models, engine)
+    tight = limit_for(config, 1)
+    for state in (
+        saved_by(small(tmp_path, micro=2)),  # now auto
+        saved_by(config, assumed=None) | {"micro_batch_size": 2},  # now --gpu-memory, without which nothing was chosen
+        saved_by(
+            config.model_copy(update={"model": config.model.model_copy(update={"activation_checkpointing": "full"})})
+        ),
+        saved_by(config, {"base": memory.usable(1e9 * tight)}),  # memory.json, now deleted
+    ):
+        plan = plan_of(config, roomy, state)
+        assert state["micro_batch_size"] != 8 or state["policies"] != list(fresh.policies)
+        assert plan.choose(models, engine) == fresh and plan.why.startswith("predicted")
+    # --gpu-memory counts also where a try would find room
+    plan = plan_of(config, Assumed(memory_gb=tight), saved_by(config))
+    plan.planner = Planner(plan.config, ZERO2, 1, *meta_models(plan.config))
+    assert plan._as_saved(memory.usable(1e9 * tight), tried_out=True) is None
 
 
 @pytest.mark.usefixtures("process_group", "little_vae")
@@ -254,8 +320,10 @@ def test_without_a_gpu_that_is_known_all_that_are_drawn(tmp_path, engine_of, mon
     assert plan.choose(models, engine).micro_batch_size == 8
     assert plan.describe().startswith("micro-batch 8 of 8 drawn (no GPU, so all that are drawn; --gpu-memory GB lets")
     monkeypatch.setattr(distributed, "gathered", lambda value, world: ["NVIDIA H100", "NVIDIA H200"])
-    mixed = plan_of(config, Assumed(memory_gb=1000))
+    mixed = plan_of(config)
     assert not mixed.free and mixed.gpu == "NVIDIA H100 and NVIDIA H200"
+    for said in (Assumed(memory_gb=1000), Assumed("h100")):  # it can be told what to plan for
+        assert plan_of(config, said).free
 
 
 @pytest.mark.usefixtures("process_group", "little_vae")

@@ -188,6 +188,9 @@ def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_p
         "policies": ["full"] * 3,
         "gpu": "cpu",
         "ranks": 2,
+        "free": True,
+        "limit": None,
+        "activation_checkpointing": "full",
     }
     half, other = (copy_until(tmp_path / "run", tmp_path / name, 2) for name in ("half", "other"))
     ready, _ = train(half)
