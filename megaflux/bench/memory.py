@@ -77,9 +77,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
                 for bucket in buckets if args.all_buckets else [square]:
                     arm, shape = f"{stage.name}-{plan}", f"{bucket} b{batch}: {memory.counted(policies)}"
                     if not report.has(BENCH, arm, shape):
-                        formula = batch * activation_bytes(
-                            module, stage, token_counts(sized, bucket), 2, policies, True, batch
-                        )
+                        formula = batch * activation_bytes(module, stage, token_counts(sized, bucket), 2, policies)
                         add(arm, shape, update_peak(sized, module, stage, bucket, batch, policies), formula)
     for dtype in (torch.bfloat16, torch.float32):
         for pictures in (1, 2, 8):

@@ -41,13 +41,13 @@ MLP_RATIO = 4  # r: FluxSingleTransformerBlock's mlp_ratio and FeedForward's mul
 
 def activation_bytes(
     module: nn.Module, stage: Stage, tokens: Tokens, width: int, policies: Sequence[Policy], fused: bool = True,
-    micro_batch_size: int = 1, uneven: Sequence[bool] | None = None,
+    uneven: Sequence[bool] | None = None,
 ) -> int:  # fmt: skip
     """Bytes alive at the peak of the backward pass for one image of a micro-batch: what autograd keeps of FLUX's blocks,
     the Qwen layer and the connector, and what the block at work adds. module: Qwen2VLFlux, the meta device will do; width:
     bytes per number; policies: one per block; fused: with kernels."""
     transformer, text = module.transformer, module.vlm.config
-    blocks = flux_bytes(transformer, stage, tokens, width, policies, fused, micro_batch_size, uneven)
+    blocks = flux_bytes(transformer, stage, tokens, width, policies, fused, uneven)
     layer = 2 * text.hidden_size if "full" in policies else 11 * text.hidden_size + 4 * text.intermediate_size
     connector = tokens.condition * (text.hidden_size + transformer.config.joint_attention_dim)
     return round(blocks + width * (layer * tokens.turn + connector))
@@ -55,10 +55,10 @@ def activation_bytes(
 
 def flux_bytes(
     transformer: nn.Module, stage: Stage, tokens: Tokens, width: int, policies: Sequence[Policy], fused: bool = True,
-    micro_batch_size: int = 1, uneven: Sequence[bool] | None = None,
+    uneven: Sequence[bool] | None = None,
 ) -> float:  # fmt: skip
     """The part of FLUX's blocks in `activation_bytes`."""
-    units = block_units(transformer, stage, tokens, fused, micro_batch_size, uneven)
+    units = block_units(transformer, stage, tokens, fused, uneven)
     statistics = 4 * (3 * transformer.config.num_attention_heads + 4) / (width * transformer.inner_dim)
     kept_so_far = peak = 0.0
     for index, (unit, policy) in enumerate(zip(units, policies, strict=True)):
@@ -92,9 +92,8 @@ def _components(stage: Stage, index: int) -> str:
 
 
 def block_units(
-    transformer: nn.Module, stage: Stage, tokens: Tokens, fused: bool, micro_batch_size: int = 1,
-    uneven: Sequence[bool] | None = None,
-) -> list[float]:  # fmt: skip
+    transformer: nn.Module, stage: Stage, tokens: Tokens, fused: bool, uneven: Sequence[bool] | None = None
+) -> list[float]:
     """What each FLUX block keeps without recomputation, in units of one hidden state of T + L tokens."""
     num_double = len(transformer.transformer_blocks)
     ratio = MLP_RATIO

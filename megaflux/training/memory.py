@@ -118,14 +118,14 @@ def policies_for(
 
     def fits(policies: list[Policy]) -> bool:
         for memory, tokens in fixed:
-            kept = activation_bytes(module, stage, tokens, width, policies, fused, batch, uneven)
+            kept = activation_bytes(module, stage, tokens, width, policies, fused, uneven)
             if replace(memory, activations=batch * kept).total > gpu_bytes:
                 return False
         return True
 
     if not fused:
         return ["none"] * blocks if fits(["none"] * blocks) else ["full"] * blocks
-    kept = block_units(module.transformer, stage, _worst_tokens(config, buckets[0]), True, batch, uneven)
+    kept = block_units(module.transformer, stage, _worst_tokens(config, buckets[0]), True, uneven)
     # First the last block: what it keeps it would compute again while all others' is still there.
     order = sorted(range(blocks), key=lambda block: (block < blocks - 1, kept[block], -block))
     steps = [(block, policy) for policy in ("mlp", "none") for block in order]
@@ -223,7 +223,7 @@ def stage_memory(
     weights = _weights(ds_config, world_size, module, None if "trunk" in cached else trunk, width)
     gradients, optimizer, host_optimizer = zero_bytes(ds_config, world_size, module, stage, width)
     tokens = _worst_tokens(config, bucket)
-    kept = activation_bytes(module, stage, tokens, width, policies, uses_kernels(config, ds_config), batch, uneven)
+    kept = activation_bytes(module, stage, tokens, width, policies, uses_kernels(config, ds_config), uneven)
     sizes = bucket.height, bucket.width, width
     encode, _ = coding_peak(vae.config.block_out_channels, batch, *sizes)
     _, decode = coding_peak(vae.config.block_out_channels, max(batch, PANEL), *sizes)

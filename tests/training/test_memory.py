@@ -45,7 +45,7 @@ def dev(batch: int = 8, double: int = 19, single: int = 38, **stage) -> Config:
 
 def counted_and_formula(config: Config, stage: int, bucket: Bucket, batch: int, policies: list, fused: bool = True):
     module, spec = meta_models(config)[0], config.stages[stage]
-    kept = activation_bytes(module, spec, token_counts(config, bucket), 2, policies, fused, batch)
+    kept = activation_bytes(module, spec, token_counts(config, bucket), 2, policies, fused)
     return update_peak(config, module, spec, bucket, batch, policies, fused), batch * kept
 
 

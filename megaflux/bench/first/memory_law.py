@@ -40,7 +40,7 @@ def run(recorder: Recorder, setting: Setting) -> None:
 
     def law(batch: int, policies: list[Policy]) -> float:
         stage = SimpleNamespace(blocks=sizes.train_blocks, components=sizes.components)
-        kept = (flux_bytes(transformer, stage, tokens, setting.dtype.itemsize, policies, True, batch)
+        kept = (flux_bytes(transformer, stage, tokens, setting.dtype.itemsize, policies, True)
                 for _, tokens in pictures)  # fmt: skip
         return batch * max(kept) / 1e9
 
