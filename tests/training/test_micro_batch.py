@@ -301,6 +301,20 @@ def test_what_a_person_changes_is_planned_anew(tmp_path, engine_of):
     plan = plan_of(config, Assumed(memory_gb=tight), saved_by(config))
     plan.planner = Planner(plan.config, ZERO2, 1, *meta_models(plan.config))
     assert plan._as_saved(memory.usable(1e9 * tight), tried_out=True) is None
+    # free memory counts where nothing is tried out
+    plan.assumed = roomy
+    assert plan._as_saved(memory.usable(1e9 * tight), tried_out=False) is None
+    assert plan._as_saved(memory.usable(1e9 * tight), tried_out=True) == fresh
+
+
+@pytest.mark.usefixtures("little_vae")
+def test_a_plan_that_fits_here_is_lowered_as_often_as_another_ranks(tmp_path, monkeypatch):
+    plan = plan_of(small(tmp_path, 2048), Assumed(memory_gb=1000))
+    plan.planner = Planner(plan.config, ZERO2, 1, *meta_models(plan.config))
+    highest = plan._within(10**15)
+    twice = plan.lower(plan.lower(highest)[0])[0]
+    monkeypatch.setattr(distributed, "min_over_ranks", lambda value, world: min(value, -2))
+    assert plan._tried(highest, lambda choice: True) == twice != highest
 
 
 @pytest.mark.usefixtures("process_group", "little_vae")
