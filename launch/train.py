@@ -103,7 +103,7 @@ def build_parser(prog: str = "launch/train.py", description: str | None = __doc_
                      help="of one GPU, in place of the GPU's own; a run plans within it")  # fmt: skip
     gpu.add_argument("--peak-tflops", type=_positive, metavar="X", help="peak of one GPU, dense bf16, likewise")
     gpu.add_argument("--mfu", type=_share, metavar="X",
-                     help="part of the peak at which FLUX computes, what it computes again included")  # fmt: skip
+                     help="part of the peak at which FLUX computes, what it computes again included (MFU leaves that out)")  # fmt: skip
     add_config_arguments(parser)
     return parser
 

@@ -121,7 +121,8 @@ def _costs(
     _print_policies(config, ds_config, chosen)
     print_table(found, config, world_size)
     print(
-        f"\nSpeed on {world_size} {gpu.name}, of what is chosen: {speed:.3g} images/s, {mfu:.0%} MFU; {config.train.updates} "
+        f"\nSpeed on {world_size} {gpu.name}, of what is chosen: {speed:.3g} images/s, {mfu:.0%} MFU "
+        f"(recomputation left out); {config.train.updates} "
         f"updates of {config.train.global_batch_size} images take {_duration(seconds)}\n"
     )
     sizes = [
@@ -130,10 +131,12 @@ def _costs(
     ]
     _print_checkpoints(config, sizes, speed)
     if memory.total / GIGA > gpu.memory_gb:
-        mend = "" if choose else "lower train.micro_batch_size or set it to auto, "
+        mends = [] if choose else ["lower train.micro_batch_size or set it to auto"]
+        if config.model.activation_checkpointing not in ("auto", "full"):
+            mends.append("set model.activation_checkpointing to auto")
+        mends.append("use more GPUs or zero3.json")
         problems.append(
-            f"memory: {memory.total / GIGA:.1f} GB per GPU is more than {gpu.memory_gb:g} GB; {mend}"
-            "set model.activation_checkpointing to auto, use more GPUs or zero3.json"
+            f"memory: {memory.total / GIGA:.1f} GB per GPU is more than {gpu.memory_gb:g} GB; {', '.join(mends)}"
         )
     images = config.train.global_batch_size
     return {

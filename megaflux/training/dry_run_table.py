@@ -10,7 +10,7 @@ from torch import nn
 
 from megaflux.config import Config, Stage
 from megaflux.gpus import GPUS, Assumed, Gpu
-from megaflux.training.memory import usable
+from megaflux.training.memory import USABLE, usable
 from megaflux.training.micro_batch import Choice, Planner, best_of, divisors
 from megaflux.training.throughput import LAUNCHES_TOLD, Cluster
 
@@ -95,7 +95,8 @@ def print_table(found: Sequence[Line], config: Config, ranks: int) -> None:
             continue
         largest, mean = (line.as_json(scope, images) for scope in ("largest", "mean"))
         mark = "*" if line.chosen else " "
-        mark += "" if line.choice.fits else " does not fit"
+        if not line.choice.fits:
+            mark += " does not fit" if line.choice.bytes > line.gpu.memory_gb * GIGA else f" over {USABLE:.0%} of it"
         policies = line.choice.counts
         print(
             f"{line.gpu.name:<13}{line.stage.name[:10]:<11}{','.join(line.cache) or '-':<15}{line.choice.micro_batch_size:>6}"

@@ -40,6 +40,7 @@ from megaflux.training.trial import device_name, forward_and_backward, held, hel
 
 log = logging.getLogger("megaflux")
 FILE = "memory.json"
+ALIKE = 1.01  # of what is free at one start may be free at the next, where no try tells
 STEP = 0.95  # of what a plan that did not fit needs
 TELLING = 10.0  # s for the run's file system, which may hang
 NEVER = 10**6  # steps: of a rank on which no plan fits
@@ -84,7 +85,7 @@ class Plan:
         self.free = choose_micro_batch and self.cluster is not None
         if choose_micro_batch and not self.free:
             why = f"nothing is known of the speed of {self.gpu}" if world.device.type == "cuda" else "no GPU"
-            self.why = f"{why}, so all that are drawn; --gpu-memory GB lets the run choose"
+            self.why = f"{why}, so none is chosen; --gpu-memory GB lets the run choose"
         self._saved: dict[str, Any] = {}
 
     @property
@@ -266,7 +267,7 @@ class Plan:
         given = self.assumed.memory_gb
         if given is not None and choice.bytes > memory.usable(given * 1e9):
             return None
-        return choice if choice.fits or tried_out else None
+        return choice if tried_out or choice.bytes <= ALIKE * budget else None
 
     def _tried(self, plan: Choice, fits: Callable[[Choice], bool]) -> Choice:
         """The highest plan that fits on every rank, from this one down. Collective."""

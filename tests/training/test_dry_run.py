@@ -112,7 +112,7 @@ def test_what_is_said_of_the_gpu_counts(data, tmp_path, capsys):
     assert set(none["micro_batch_size"].values()) == {1} and not any(
         row["fits"] for row in none["micro_batches"] if not row["cache"]
     )
-    assert [problem for problem in none["problems"] if "is more than 40 GB; set model.activation" in problem]
+    assert [problem for problem in none["problems"] if "is more than 40 GB; use more GPUs" in problem]
     assert "* does not fit" in capsys.readouterr().out
     capsys.readouterr()
     uneven = report(

@@ -332,7 +332,7 @@ def test_without_a_gpu_that_is_known_all_that_are_drawn(tmp_path, engine_of, mon
     models, engine = engine_of(config)
     plan = plan_of(config)
     assert plan.choose(models, engine).micro_batch_size == 8
-    assert plan.describe().startswith("micro-batch 8 of 8 drawn (no GPU, so all that are drawn; --gpu-memory GB lets")
+    assert plan.describe().startswith("micro-batch 8 of 8 drawn (no GPU, so none is chosen; --gpu-memory GB lets")
     monkeypatch.setattr(distributed, "gathered", lambda value, world: ["NVIDIA H100", "NVIDIA H200"])
     mixed = plan_of(config)
     assert not mixed.free and mixed.gpu == "NVIDIA H100 and NVIDIA H200"
