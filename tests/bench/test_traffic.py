@@ -177,13 +177,7 @@ def test_q_and_k_and_v_pass_once_each_way(kind):
     assert found["megaflux.qk_norm_rope_backward"] == pytest.approx(8)
 
 
-@pytest.mark.parametrize(
-    "kind, most",
-    [
-        pytest.param("single", 46, marks=pytest.mark.xfail(strict=True, reason="52 before autograd's copies are gone")),
-        pytest.param("double", 52, marks=pytest.mark.xfail(strict=True, reason="61 before autograd's copies are gone")),
-    ],
-)
+@pytest.mark.parametrize("kind, most", [("single", 46), ("double", 52)])
 def test_a_frozen_block_moves_at_most(kind, most):
     assert traffic.totals(states(kind, "frozen", "ours-none"))["between"] <= most + 1e-6
 
