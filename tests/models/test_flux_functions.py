@@ -175,6 +175,12 @@ def test_frozen_projections_of_a_single_block_are_one_product_and_let_go_of_what
     block = flux.single_transformer_blocks[0]
     attn, mlp = block.attn, block.proj_mlp
     layers = [attn.to_q, attn.to_k, attn.to_v, mlp]
+    arguments, where = given(flux), mlp.weight.data_ptr()
+    with torch.no_grad():  # generation, which has no gradients for one product
+        flux(**arguments)
+    assert mlp.weight.data_ptr() == where and mlp.weight.untyped_storage().nbytes() == mlp.weight.nbytes
+    assert side_by_side([layer.weight for layer in layers[:3]])
+    flux(**arguments)
     assert side_by_side([layer.weight for layer in layers]) and side_by_side([layer.bias for layer in layers])
     before = mlp.weight.clone()
     freeze(flux, "model")
@@ -183,6 +189,18 @@ def test_frozen_projections_of_a_single_block_are_one_product_and_let_go_of_what
         layer.weight.data = layer.weight.data.clone()
     fuse(flux)
     assert mlp.weight.untyped_storage().nbytes() == mlp.weight.nbytes and torch.equal(mlp.weight, before)
+
+
+def test_weights_packed_in_inference_mode_can_be_trained_through():
+    flux = build().requires_grad_(False)
+    fuse(flux)
+    flux.transformer_blocks[0].attn.to_q.weight.data = flux.transformer_blocks[0].attn.to_q.weight.data.clone()  # moved
+    arguments = given(flux)
+    with torch.inference_mode():
+        flux(**arguments)
+    assert not any(parameter.is_inference() for parameter in flux.parameters())
+    freeze(flux, "attention")
+    flux(**arguments, return_dict=False)[0].sum().backward()
 
 
 def test_columns_are_one_tensor_only_where_they_are_neighbours():
