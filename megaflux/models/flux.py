@@ -83,12 +83,14 @@ def fuse(transformer: FluxTransformer2DModel, policies: Policy | Sequence[Policy
             block.forward = MethodType(double_block, block)
         for block in transformer.single_transformer_blocks:
             block.forward = MethodType(single_block, block)
-    pack_projections(transformer)
+    with torch.no_grad():  # generation may be all that comes
+        pack_projections(transformer)
 
 
 def pack_projections(transformer: FluxTransformer2DModel) -> None:
-    """Lay the frozen q, k and v projections of each block side by side, so that one product needs no copy. The forward
-    does so too, for weights move: to a device, out of an optimizer's buffer."""
+    """Lay the frozen q, k and v projections of each block side by side, so that one product needs no copy; with
+    gradients on a single block's proj_mlp too. The forward does so too, for weights move: to a device, out of an
+    optimizer's buffer."""
     for block in all_blocks(transformer):
         qkv_layers(block)
     for block in transformer.transformer_blocks:

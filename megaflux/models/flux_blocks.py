@@ -115,9 +115,13 @@ def _attention(block: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor |
 
 
 def qkv_layers(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """A block's q, k and v projections, side by side in memory where they are frozen; with gradients on, beside them a
+    frozen proj_mlp, for the product of all four gradients. Without gradients nothing reads that, and the largest weights
+    of a single block would be copied for nothing."""
     attn, mlp = block.attn, getattr(block, "proj_mlp", None)  # of single blocks
     if mlp is not None and not torch.compiler.is_compiling():
-        pack(attn.to_q, attn.to_k, attn.to_v, mlp)  # where all are frozen
+        if torch.is_grad_enabled():
+            pack(attn.to_q, attn.to_k, attn.to_v, mlp)
         if attn.to_q.weight.requires_grad:
             unpack(mlp)
     return _laid_together(attn.to_q, attn.to_k, attn.to_v)

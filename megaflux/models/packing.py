@@ -37,6 +37,7 @@ def side_by_side(tensors: Sequence[Tensor]) -> bool:
     return True
 
 
+@torch.inference_mode(False)  # memory made inside it would make the parameters useless for training
 @torch.no_grad()
 def pack(*layers: nn.Linear) -> None:
     """Lay frozen weights, and biases, of the layers side by side, so that one product needs no copy. Names, values
@@ -50,6 +51,7 @@ def pack(*layers: nn.Linear) -> None:
             start += parameter.shape[0]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def unpack(layer: nn.Linear) -> None:
     """Give frozen parameters of a layer memory of their own, where their neighbours train and have moved to an

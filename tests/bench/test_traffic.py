@@ -178,13 +178,7 @@ def test_q_and_k_and_v_pass_once_each_way(kind):
     assert backward == pytest.approx(8)
 
 
-@pytest.mark.parametrize(
-    "kind, most",
-    [
-        ("single", 46),
-        ("double", 52),
-    ],
-)
+@pytest.mark.parametrize("kind, most", [("single", 46), ("double", 52)])
 def test_a_frozen_block_moves_at_most(kind, most):
     assert traffic.totals(states(kind, "frozen", "ours-none"))["between"] <= most + 1e-6
 

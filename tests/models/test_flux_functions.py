@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaflux.bench import activations
 from megaflux.models import flux_functions
-from megaflux.models.flux import fuse
+from megaflux.models.flux import _following, fuse
 from megaflux.models.packing import columns, side_by_side
 from megaflux_kernels import dispatch
 from tests.models.test_flux import DEVICE, IMAGE, SIZES, build, freeze, given, relative, same, step
@@ -157,6 +157,7 @@ def test_a_missing_gradient_is_none_and_what_was_left_over_is_not_used(missing):
     out = flux_functions.gelu_linear(pre, attention, x, scale, shift, proj_mlp, proj_out, False, handover)
 
     whole = torch.autograd.grad(out.sum(), x, retain_graph=True)[0]
+    assert handover.qkv_gradient is None and handover.n is None  # seven hidden states would live on with the graph
     parts = {}
     for name, source, held in (("mlp", pre, pre), ("attention", attention, attention)):
         gradient = torch.autograd.grad(out.sum(), held, retain_graph=True)[0]
@@ -164,6 +165,42 @@ def test_a_missing_gradient_is_none_and_what_was_left_over_is_not_used(missing):
     torch.testing.assert_close(parts["mlp"] + parts["attention"], whole, rtol=1e-4, atol=1e-5)
     assert relative(parts[missing], whole) > 1e-3
     assert torch.equal(torch.autograd.grad(out.sum(), x)[0], whole)
+
+
+@pytest.mark.parametrize("missing", ["image", "text"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_stream_without_a_gradient_gives_attention_zeros(missing, batch):
+    torch.manual_seed(0)
+    attention = torch.randn(batch, 7, 8, requires_grad=True)
+    to_out, to_add_out = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    image, text = flux_functions.stream_linears(attention, 3, to_out, to_add_out)
+    (text if missing == "image" else image).sum().backward()
+    rows, other = (slice(3, None), slice(0, 3)) if missing == "image" else (slice(0, 3), slice(3, None))
+    used, unused = (to_add_out, to_out) if missing == "image" else (to_out, to_add_out)
+    assert (attention.grad[:, rows] == 0).all()
+    assert relative(attention.grad[:, other], used.weight.sum(0).expand(batch, other.stop or 4, 8)) < 1e-5
+    assert unused.weight.grad is None and unused.bias.grad is None and used.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "policies, dtype, added, without",
+    [
+        ("none", torch.float32, (False, False), {2}),  # the last double block
+        ("none", torch.float32, (True, False), {0, 1, 2}),
+        ("none", torch.float32, (False, True), {2, 3, 4, 5}),
+        ("none", torch.float16, (False, False), {0, 1, 2, 3, 4, 5}),  # which is clipped in between
+        ("full", torch.float32, (False, False), {0, 1, 2, 3, 4}),  # the last norm is no block's
+        (["none", "full", "mlp", "none", "full", "none"], torch.float32, (False, False), {0, 2, 3}),
+    ],
+)
+def test_which_blocks_make_the_norm_of_the_next(policies, dtype, added, without):
+    flux = build(num_layers=3, num_single_layers=3)
+    fuse(flux, policies)
+    following = _following(flux, [(i,) for i in range(7)], dtype, added)
+    assert {i for i, modulation in enumerate(following) if modulation is None} == without
+    assert all(modulation in (None, (i + 1,)) for i, modulation in enumerate(following))
+    with torch.no_grad():  # nothing is computed again
+        assert (_following(flux, [(i,) for i in range(7)], torch.float32, (False, False))).count(None) == 1
 
 
 # --- memory side by side ---
@@ -175,6 +212,12 @@ def test_frozen_projections_of_a_single_block_are_one_product_and_let_go_of_what
     block = flux.single_transformer_blocks[0]
     attn, mlp = block.attn, block.proj_mlp
     layers = [attn.to_q, attn.to_k, attn.to_v, mlp]
+    arguments, where = given(flux), mlp.weight.data_ptr()
+    with torch.no_grad():  # generation, which has no gradients for one product
+        flux(**arguments)
+    assert mlp.weight.data_ptr() == where and mlp.weight.untyped_storage().nbytes() == mlp.weight.nbytes
+    assert side_by_side([layer.weight for layer in layers[:3]])
+    flux(**arguments)
     assert side_by_side([layer.weight for layer in layers]) and side_by_side([layer.bias for layer in layers])
     before = mlp.weight.clone()
     freeze(flux, "model")
@@ -183,6 +226,18 @@ def test_frozen_projections_of_a_single_block_are_one_product_and_let_go_of_what
         layer.weight.data = layer.weight.data.clone()
     fuse(flux)
     assert mlp.weight.untyped_storage().nbytes() == mlp.weight.nbytes and torch.equal(mlp.weight, before)
+
+
+def test_weights_packed_in_inference_mode_can_be_trained_through():
+    flux = build().requires_grad_(False)
+    fuse(flux)
+    flux.transformer_blocks[0].attn.to_q.weight.data = flux.transformer_blocks[0].attn.to_q.weight.data.clone()  # moved
+    arguments = given(flux)
+    with torch.inference_mode():
+        flux(**arguments)
+    assert not any(parameter.is_inference() for parameter in flux.parameters())
+    freeze(flux, "attention")
+    flux(**arguments, return_dict=False)[0].sum().backward()
 
 
 def test_columns_are_one_tensor_only_where_they_are_neighbours():
