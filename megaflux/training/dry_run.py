@@ -119,7 +119,7 @@ def _costs(
     if cache is not None:
         print(cache.estimated())
     _print_policies(config, ds_config, chosen)
-    print_table(found, config, world_size)
+    print_table(found, config, world_size, choose)
     print(
         f"\nSpeed on {world_size} {gpu.name}, of what is chosen: {speed:.3g} images/s, {mfu:.0%} MFU "
         f"(recomputation left out); {config.train.updates} "

@@ -79,8 +79,10 @@ def _caches(config: Config) -> list[tuple[str, ...]]:
     return [own, both] if allowed and set(own) != set(both) else [own]
 
 
-def print_table(found: Sequence[Line], config: Config, ranks: int) -> None:
-    """All lines with data.cache as configured, and of each stage the chosen one with everything cached."""
+def print_table(found: Sequence[Line], config: Config, ranks: int, choose: bool) -> None:
+    """All lines with data.cache as configured, and of each stage the chosen one with everything cached. A table in which
+    nothing is computed again at any micro-batch, and none is to be chosen, is cut to the lines in force."""
+    again = any(line.choice.counts["none"] < len(line.choice.policies) for line in found)
     images = config.train.global_batch_size
     print(
         f"\nMicro-batches that divide the {config.train.drawn_per_rank} images a rank draws (train.micro_batch_size), on "
@@ -91,7 +93,7 @@ def print_table(found: Sequence[Line], config: Config, ranks: int) -> None:
           f"{'TFLOP/image':>18}{'images/s':>16}{'days':>8}")  # fmt: skip
     own = config.data.cache
     for line in found:
-        if line.cache != own and not line.chosen:
+        if not line.chosen and (line.cache != own or not (choose or again)):
             continue
         largest, mean = (line.as_json(scope, images) for scope in ("largest", "mean"))
         mark = "*" if line.chosen else " "
@@ -101,12 +103,25 @@ def print_table(found: Sequence[Line], config: Config, ranks: int) -> None:
         print(
             f"{line.gpu.name:<13}{line.stage.name[:10]:<11}{','.join(line.cache) or '-':<15}{line.choice.micro_batch_size:>6}"
             f"{largest['memory_gb']:>8.1f}{policies['none']:>6}{policies['mlp']:>5}{policies['full']:>5}"
-            f"{largest['tflop_per_image']:>10.4g}{mean['tflop_per_image']:>8.4g}{largest['images_per_s']:>8.3g}"
-            f"{mean['images_per_s']:>8.3g}{mean['days']:>8.3g} {mark}"
+            f"{_short(largest['tflop_per_image']):>10}{_short(mean['tflop_per_image']):>8}{_short(largest['images_per_s']):>8}"
+            f"{_short(mean['images_per_s']):>8}{_short(mean['days']):>8} {mark}"
         )
     print()
     for text in assumptions(found, ranks):
         print(f"assumed: {text}")
+
+
+def _short(value: float) -> str:
+    """Three digits or more in at most seven characters: "0.0005", "18.5", "1430"."""
+    return (
+        f"{value:.0f}"
+        if value >= 100
+        else f"{value:.3g}"
+        if value >= 0.01
+        else f"{value:.4f}"
+        if value >= 1e-4
+        else "<0.0001"
+    )
 
 
 def assumptions(found: Sequence[Line], ranks: int) -> list[str]:
