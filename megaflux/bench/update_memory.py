@@ -24,7 +24,7 @@ from megaflux.bench.live_memory import LiveMemory
 from megaflux.config import Config, Stage
 from megaflux.data.buckets import Bucket
 from megaflux.models import latents
-from megaflux.models.flux import Policy
+from megaflux.models.flux import Policy, pack_projections
 from megaflux.models.pretrained import AutoencoderKL
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.models.vlm import Condition
@@ -58,6 +58,8 @@ def update_peak(
         channels = module.transformer.config.in_channels // 4
         pooled = torch.empty(1, module.transformer.config.pooled_projection_dim, dtype=dtype)
         models = SimpleNamespace(trainable=module, pooled_projections=pooled)
+        if fused:
+            pack_projections(module.transformer)  # now, so that no weight moves while what lives is counted
         with LiveMemory() as memory:
             shape = batch, channels, bucket.height // latents.VAE_SCALE, bucket.width // latents.VAE_SCALE
             condition = _condition(config, module, bucket, batch, dtype)
