@@ -43,7 +43,8 @@ def main() -> int:
         for row in compile_op(op, args.arch):
             rows.append(row)
             print(f"{row['op']:<18}{row['kernel']:<33}{row['dtype']:<7}{row['arch']:>5}{row['registers']:>11}"
-                  f"{row['shared']:>10}{row['spills']:>9}{row.get('calls', '-'):>7}{row.get('divisions', '-'):>11}", flush=True)  # fmt: skip
+                  f"{row['shared']:>10}{row['spills']:>9}{row.get('calls', '-'):>7}{row.get('divisions', '-'):>11}",
+                  flush=True)  # fmt: skip
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     return 0

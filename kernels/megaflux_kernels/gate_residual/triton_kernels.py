@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megaflux_kernels.dispatch import on_its_gpu
-from megaflux_kernels.modulate.triton_kernels import num_warps
+from megaflux_kernels.modulate.triton_kernels import _norm_gradient, num_warps
 
 ROWS = 16  # tokens that one backward program sums over, where something is summed
 BLOCK = 1024  # columns of a tile where there is no norm: 16 bytes per thread in 16 bits, with 4 warps
@@ -123,10 +123,7 @@ def gate_residual_modulate_backward(
             dhidden = tl.load(dhidden_ptr + s * stride_hs + column, mask=mask, other=0.0).to(tl.float32)
         if GATE:
             x = tl.load(x_ptr + s * stride_xs + column, mask=mask, other=0.0).to(tl.float32)
-        normalized = tl.where(mask, (hidden - mean) * rstd, 0.0)
-        dnormalized = dout * scale
-        along = tl.sum(dnormalized * normalized, axis=0) / W
-        total = (dnormalized - tl.sum(dnormalized, axis=0) / W - normalized * along) * rstd
+        total, normalized = _norm_gradient(dout, hidden, mean, rstd, scale, mask, W)
         if HIDDEN:
             total += dhidden
         tl.store(dresidual_ptr + s * W + column, total.to(dresidual_ptr.dtype.element_ty), mask=mask)

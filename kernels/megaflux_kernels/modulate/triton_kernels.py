@@ -36,6 +36,15 @@ def modulate_forward(
 
 
 @triton.jit
+def _norm_gradient(dout, x, mean, rstd, scale, mask, W):
+    """(gradient of x, x normalised) of one token, [BLOCK] float32 each. scale: 1 + that of the modulation."""
+    normalized = tl.where(mask, (x - mean) * rstd, 0.0)
+    dnormalized = dout * scale
+    along = tl.sum(dnormalized * normalized, axis=0) / W
+    return (dnormalized - tl.sum(dnormalized, axis=0) / W - normalized * along) * rstd, normalized
+
+
+@triton.jit
 def modulate_backward(
     dout_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, residual_ptr, dx_ptr, dscale_ptr, dshift_ptr,
     S, W, stride_db, stride_ds, stride_xb, stride_xs, stride_scale, stride_rb, stride_rs,
@@ -63,10 +72,7 @@ def modulate_backward(
         rstd = tl.load(rstd_ptr + s)
         if RESIDUAL:  # before the sums over columns, whose barriers a load does not pass
             residual = tl.load(residual_ptr + s * stride_rs + column, mask=mask, other=0.0).to(tl.float32)
-        normalized = tl.where(mask, (x - mean) * rstd, 0.0)
-        dnormalized = dout * scale
-        along = tl.sum(dnormalized * normalized, axis=0) / W
-        dx = (dnormalized - tl.sum(dnormalized, axis=0) / W - normalized * along) * rstd
+        dx, normalized = _norm_gradient(dout, x, mean, rstd, scale, mask, W)
         if RESIDUAL:
             dx += residual
         tl.store(dx_ptr + s * W + column, dx.to(dx_ptr.dtype.element_ty), mask=mask)
