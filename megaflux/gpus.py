@@ -75,7 +75,8 @@ GPUS = {
 
 def find_gpu(name: str) -> Gpu | None:
     """The GPU of GPUS that a name means: its key, or a device's name as torch gives it ("NVIDIA H100 80GB HBM3"), of
-    which a size in it is taken over. None for all others, PCIe and NVL variants and parts of a GPU (MIG) among them: they are slower."""
+    which a size in it is taken over. None for all others, PCIe and NVL variants and parts of a GPU (MIG) among them: they are
+    slower."""
     if name.strip().lower() in GPUS:
         return GPUS[name.strip().lower()]
     found = next((gpu for key, gpu in GPUS.items() if re.search(rf"\b{key}\b", name, re.IGNORECASE)), None)

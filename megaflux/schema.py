@@ -221,6 +221,11 @@ class Train(Section):
     stop_after: CountOrZero = 0
     """Save and leave after this many updates of the run, as if its time were up; 0: run to the end."""
 
+    @property
+    def given_micro_batch(self) -> int | None:
+        """micro_batch_size where it is a number."""
+        return None if self.micro_batch_size == "auto" else self.micro_batch_size
+
 
 class Optim(Section):
     lr: Positive = 1e-5
@@ -326,7 +331,7 @@ class Config(Section):
         """The configuration with what depends on the number of ranks filled in: train.drawn_per_rank and
         train.micro_batch_size, of which auto counts as all that are drawn until it is chosen (training.micro_batch)."""
         train, share = self.train, max(1, self.train.global_batch_size // world_size)
-        wanted = None if train.micro_batch_size == "auto" else train.micro_batch_size
+        wanted = train.given_micro_batch
         drawn = min(train.drawn_per_rank or wanted or share, share)
         return self.with_batches(drawn, min(wanted or drawn, drawn))
 

@@ -71,15 +71,8 @@ class Sizes:
     def check(self) -> None:
         """ValueError where a number of tokens is also a width, so that a weight would count as a hidden state."""
         width = self.heads * self.head_dim
-        widths = {width * n for n in range(1, 13)} | {
-            1,
-            2,
-            3,
-            self.batch,
-            self.heads,
-            self.head_dim,
-            self.head_dim // 2,
-        }
+        small = (1, 2, 3, self.batch, self.heads, self.head_dim, self.head_dim // 2)
+        widths = {*(width * n for n in range(1, 13)), *small}
         if self.heads < 4:
             raise ValueError(
                 f"--heads {self.heads}: use 4 or more; with fewer, shapes do not tell states from statistics"

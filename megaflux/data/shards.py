@@ -201,8 +201,8 @@ def write_shards(
     """Write shards and their index.json into `folder`, which must not be there yet; all of it is on disk afterwards.
 
     `samples` have the same fields throughout: str, bytes, or tensors of one dtype and shape per field,
-    whose encodings are taken from the first sample. compression: "zstd", or None. Returns the number of samples and the columns. Without
-    samples there is no folder.
+    whose encodings are taken from the first sample. compression: "zstd", or None. Returns the number of samples and the
+    columns. Without samples there is no folder.
     """
     writer, columns, count = None, {}, 0
     try:

@@ -17,8 +17,9 @@ w bytes per number, W FLUX's width, r its MLP ratio (4), l image and T condition
   mlp) and the gradients of its MLP: of the stream, of the block's output and of the pre-activation (r, written over
   that of proj_out's input); in a single block also of attention's output (1) and room for those of q, k and v (3). The
   norm's output (1) stays in mlp where the weights that read it train. Without kernels: of the stream, of the block's
-  output, of proj_out's input (r, and 1 in a single block), of the GELU and of the pre-activation. The peak is the largest sum, over blocks, of what it
-  and the blocks before it keep and of this; mostly at the last block, where all is still kept.
+  output, of proj_out's input (r, and 1 in a single block), of the GELU and of the pre-activation. The peak is the
+  largest sum, over blocks, of what it and the blocks before it keep and of this; mostly at the last block, where all is
+  still kept.
 - Qwen's last layer: 11 D + 4 I per token of the turn (width D, MLP width I), and the connector's input and output; of
   the layer only input and output if recomputed.
 """

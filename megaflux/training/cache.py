@@ -52,8 +52,8 @@ def cached_dataset(config: Config, models: Models, world: World) -> str:
 
     What it will take is said, and the disk asked for room, before anything is computed.
 
-    Raises UserError, alike on all ranks: no room, an image shard or picture that is damaged, or a disk that refuses. A rank that
-    computes nothing for `train.hang_timeout` seconds leaves with its stacks and exit code 11.
+    Raises UserError, alike on all ranks: no room, an image shard or picture that is damaged, or a disk that refuses. A
+    rank that computes nothing for `train.hang_timeout` seconds leaves with its stacks and exit code 11.
     """
     kinds = config.data.cache
     if not kinds:

@@ -10,8 +10,9 @@ from torch import nn
 
 from megaflux.config import Config, Stage
 from megaflux.gpus import GPUS, Assumed, Gpu
+from megaflux.training.ds_config import divisors
 from megaflux.training.memory import USABLE, usable
-from megaflux.training.micro_batch import Choice, Planner, best_of, divisors
+from megaflux.training.micro_batch import Choice, Planner, best_of
 from megaflux.training.throughput import LAUNCHES_TOLD, Cluster
 
 GIGA, TERA = 1e9, 1e12
@@ -58,15 +59,20 @@ def micro_batch_lines(
 
     config: with its micro-batch in numbers, which is the one chosen unless `choose`. module, trunk: as `meta_models`
     gives them."""
+    planners = {
+        cache: Planner(
+            config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})}), ds_config, ranks,
+            module, trunk,
+        )
+        for cache in _caches(config)
+    }  # fmt: skip
+    sizes = divisors(config.train.drawn_per_rank)
+    if not choose and config.train.micro_batch_size not in sizes:  # which is a problem of its own
+        sizes = sorted([*sizes, config.train.micro_batch_size])
     found = []
     for gpu in gpus:
-        for cache in _caches(config):
-            cached = config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})})
-            planner = Planner(cached, ds_config, ranks, module, trunk)
+        for cache, planner in planners.items():
             for stage, updates in zip(config.stages, config.stage_updates(), strict=True):
-                sizes = divisors(config.train.drawn_per_rank)
-                if not choose and config.train.micro_batch_size not in sizes:  # which is a problem of its own
-                    sizes = sorted([*sizes, config.train.micro_batch_size])
                 choices = planner.choices(stage, sizes, usable(gpu.memory_gb * GIGA), Cluster(gpu, ranks))
                 best = best_of(choices).micro_batch_size if choose else config.train.micro_batch_size
                 found += [Line(gpu, stage, updates, cache, c, c.micro_batch_size == best) for c in choices]
@@ -113,15 +119,11 @@ def print_table(found: Sequence[Line], config: Config, ranks: int, choose: bool)
 
 def _short(value: float) -> str:
     """Three digits or more in at most seven characters: "0.0005", "18.5", "1430"."""
-    return (
-        f"{value:.0f}"
-        if value >= 100
-        else f"{value:.3g}"
-        if value >= 0.01
-        else f"{value:.4f}"
-        if value >= 1e-4
-        else "<0.0001"
-    )
+    if value < 1e-4:
+        return "<0.0001"
+    if value < 0.01:
+        return f"{value:.4f}"
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def assumptions(found: Sequence[Line], ranks: int) -> list[str]:

@@ -133,8 +133,7 @@ def batch_problem(config: Config, world_size: int) -> str | None:
             f"train.micro_batch_size: {micro} does not divide the {drawn} images that a rank draws at a time "
             f"(train.drawn_per_rank); set it to {_nearest_divisors(drawn, micro)}"
         )
-    named = config.train.micro_batch_size if config.train.micro_batch_size != "auto" else None
-    wanted = config.train.drawn_per_rank or named or 1
+    wanted = config.train.drawn_per_rank or config.train.given_micro_batch or 1
 
     def fits(size: int) -> bool:
         return size % (min(wanted, max(1, size // world_size)) * world_size) == 0
@@ -149,10 +148,14 @@ def batch_problem(config: Config, world_size: int) -> str | None:
     )
 
 
+def divisors(number: int) -> list[int]:
+    """Whole numbers that divide one, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def _nearest_divisors(number: int, wanted: int) -> str:
     """The three divisors nearest to what was asked for, as text."""
-    fitting = [n for n in range(1, number + 1) if number % n == 0]
-    return " or ".join(map(str, sorted(sorted(fitting, key=lambda n: abs(n - wanted))[:3])))
+    return " or ".join(map(str, sorted(sorted(divisors(number), key=lambda n: abs(n - wanted))[:3])))
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
@@ -174,6 +177,17 @@ def sharding(ds_config: dict[str, Any]) -> dict[str, Any]:
 def uses_bf16(ds_config: dict[str, Any]) -> bool:
     """Whether weights and activations are bfloat16; float32 otherwise."""
     return bool(ds_config.get("bf16", {}).get("enabled"))
+
+
+def weight_bytes(ds_config: dict[str, Any]) -> int:
+    """Bytes of a number of weights and activations (`compute_dtype`, without torch)."""
+    return 2 if uses_bf16(ds_config) else 4
+
+
+def sent_bytes(ds_config: dict[str, Any]) -> int:
+    """Bytes of a number of gradients on their way to another rank."""
+    wide = {"fp32": 4, "fp16": 2, "bf16": 2}
+    return wide.get(ds_config.get("communication_data_type"), weight_bytes(ds_config))
 
 
 def uses_kernels(config: Config, ds_config: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from megaflux.config import Config
 from megaflux.data.pieces import global_micro_batch
 from megaflux.errors import UserError
 from megaflux.training.checkpoint import Checkpoint
+from megaflux.training.ds_config import divisors
 
 log = logging.getLogger("megaflux")
 
@@ -24,16 +25,14 @@ def fit(config: Config, resumed: Checkpoint | None, world_size: int) -> Config:
     train = config.for_world(world_size).train
     together = global_micro_batch(resumed.data) if resumed else train.drawn_per_rank * world_size
     if together % world_size:
-        fitting = [n for n in range(1, together + 1) if together % n == 0]
         raise UserError(
             f"run.dir: this run draws {together} pictures at a time, which {world_size} ranks cannot share evenly; "
-            f"use {', '.join(map(str, fitting))} ranks",
+            f"use {', '.join(map(str, divisors(together)))} ranks",
             agreed=True,
         )
-    share = together // world_size
-    wanted = None if config.train.micro_batch_size == "auto" else config.train.micro_batch_size
+    share, wanted = together // world_size, config.train.given_micro_batch
     most = wanted or config.train.drawn_per_rank or share  # fewer ranks draw more each, but hold no more at a time
-    micro = max(m for m in range(1, min(most, share) + 1) if share % m == 0)
+    micro = max(m for m in divisors(share) if m <= most)
     if wanted not in (None, micro):
         log.warning("train.micro_batch_size: %d, since %d ranks share the %d pictures that this run draws at a time",
                     micro, world_size, together)  # fmt: skip

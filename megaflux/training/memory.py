@@ -46,7 +46,7 @@ from megaflux.models.tokens import Tokens
 from megaflux.training.activations import activation_bytes, block_units
 from megaflux.training.costs import token_counts, vae_config
 from megaflux.training.distributed import World, min_over_ranks
-from megaflux.training.ds_config import bucket_elements, uses_bf16, uses_kernels, zero_stage
+from megaflux.training.ds_config import bucket_elements, sent_bytes, uses_kernels, weight_bytes, zero_stage
 from megaflux.training.stages import trainable_names
 
 log = logging.getLogger("megaflux")
@@ -102,8 +102,8 @@ def policies_for(
     has it; auto: the least recomputation that fits in gpu_bytes at every bucket.
 
     auto starts with full everywhere and gives memory first to those blocks that save most FLOPs per byte: full ->
-    mlp in the last block and in those that keep least, then mlp -> none. Without kernels it is none or full for all blocks. uneven: blocks
-    that keep their q, k, v product too (`flux.uneven_norms`); None: none does.
+    mlp in the last block and in those that keep least, then mlp -> none. Without kernels it is none or full for all
+    blocks. uneven: blocks that keep their q, k, v product too (`flux.uneven_norms`); None: none does.
     """
     transformer = module.transformer
     blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
@@ -112,7 +112,7 @@ def policies_for(
         return [wanted] * blocks
 
     batch = config.for_world(world_size).train.micro_batch_size
-    width = 2 if uses_bf16(ds_config) else 4
+    width = weight_bytes(ds_config)
     given = config, ds_config, world_size, module, trunk, stage
     fixed = [(stage_memory(*given, bucket), _worst_tokens(config, bucket)) for bucket in buckets]
 
@@ -218,7 +218,7 @@ def stage_memory(
         blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
         policies = ["full" if wanted == "auto" else wanted] * blocks
     batch = config.for_world(world_size).train.micro_batch_size
-    width = 2 if uses_bf16(ds_config) else 4
+    width = weight_bytes(ds_config)
     cached = config.data.cache
     weights = _weights(ds_config, world_size, module, None if "trunk" in cached else trunk, width)
     gradients, optimizer, host_optimizer = zero_bytes(ds_config, world_size, module, stage, width)
@@ -270,7 +270,7 @@ def zero_bytes(
     shard = sum(sizes) // (world_size if level >= 1 else 1)
     bucket = bucket_elements(ds_config)
     reduced = max(bucket, max(sizes))
-    wide = {"fp32": 4, "fp16": 2, "bf16": 2}.get(ds_config.get("communication_data_type"), width)
+    wide = sent_bytes(ds_config)
     gradients = width * max(sizes)  # on its way into the bucket
     if level == 3:
         gradients, total = gradients + wide * (bucket + reduced), 4 * shard

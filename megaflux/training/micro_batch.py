@@ -49,10 +49,6 @@ class Choice:
         return {policy: found[policy] for policy in POLICIES}
 
 
-def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
 class Planner:
     """What micro-batches of a run need and how fast they are, from sizes alone."""
 

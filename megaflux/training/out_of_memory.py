@@ -31,10 +31,10 @@ from megaflux.models.flux import Policy, uneven_norms
 from megaflux.models.pretrained import Models, meta_models
 from megaflux.training import distributed, manifest, memory, watch
 from megaflux.training.distributed import World
-from megaflux.training.ds_config import uses_bf16, uses_kernels
+from megaflux.training.ds_config import divisors, uses_kernels, weight_bytes
 from megaflux.training.engine import StageEngine, release_memory
 from megaflux.training.events import Events
-from megaflux.training.micro_batch import Choice, Planner, divisors, reason
+from megaflux.training.micro_batch import Choice, Planner, reason
 from megaflux.training.throughput import PER_MACHINE, Cluster
 from megaflux.training.trial import device_name, forward_and_backward, held, held_by_others, tries_out
 
@@ -327,8 +327,8 @@ class Plan:
 
     def _in_flight(self) -> int:
         """Bytes of gradients that are being reduced while a backward pass runs."""
-        width = 2 if uses_bf16(self.ds_config) else 4
-        return memory.zero_bytes(self.ds_config, self.world.size, self.planner.module, self.stage, width)[0]
+        return memory.zero_bytes(self.ds_config, self.world.size, self.planner.module, self.stage,
+                                 weight_bytes(self.ds_config))[0]  # fmt: skip
 
 
 def _shown(choice: Choice) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaflux.gpus import Gpu
-from megaflux.training.ds_config import uses_bf16, with_defaults, zero_stage
+from megaflux.training.ds_config import sent_bytes, weight_bytes, with_defaults, zero_stage
 
 LAUNCH_SECONDS = 30e-6  # a trunk of 2,000 launches took 59 to 69 ms on an H100, with one picture or two
 BLOCK_LAUNCHES = {True: 31, False: 80}  # of a FLUX block, forward and backward: with kernels, and diffusers' own
@@ -66,8 +66,7 @@ class Traffic:
 def traffic(ds_config: dict[str, Any], ranks: int, trained: int, in_engine: int) -> Traffic:
     """Of ZeRO-2 or ZeRO-3 in rings of R ranks: an all-reduce sends 2 (R - 1) / R of a tensor's bytes, a reduction or a
     gathering half of that (docs/training.md). trained, in_engine: parameters."""
-    width = 2 if uses_bf16(ds_config) else 4
-    sent = {"fp32": 4, "fp16": 2, "bf16": 2}.get(ds_config.get("communication_data_type"), width)
+    width, sent = weight_bytes(ds_config), sent_bytes(ds_config)
     ring = (ranks - 1) / ranks
     optimizer = OPTIMIZER_BYTES * trained / ranks
     if zero_stage(ds_config) == 3:

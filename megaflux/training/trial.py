@@ -75,9 +75,9 @@ def _blank(
 @contextmanager
 def held(device: torch.device, sizes: Sequence[int]) -> Iterator[None]:
     """Memory that the updates will take and nothing holds yet, held: so many bytes each."""
-    held = []
+    tensors = []
     try:
-        held += [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+        tensors += [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
         yield
     finally:
-        held.clear()
+        tensors.clear()

@@ -18,9 +18,10 @@ from megaflux.presets import dev, tiny
 from megaflux.training import costs, distributed, memory, throughput
 from megaflux.training.distributed import World
 from megaflux.training.dry_run_table import gpus_of, micro_batch_lines
+from megaflux.training.ds_config import divisors
 from megaflux.training.elastic import fit
 from megaflux.training.engine import StageEngine
-from megaflux.training.micro_batch import Choice, Planner, best_of, divisors
+from megaflux.training.micro_batch import Choice, Planner, best_of
 from megaflux.training.out_of_memory import Plan
 from megaflux.training.throughput import Cluster, Launches, Traffic, Work
 from tests.training.runs import small_config
