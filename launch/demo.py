@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from megaflux.errors import UserError, exit_on_user_error
-from megaflux.paths import path_option
+from megaflux.common.errors import UserError, exit_on_user_error
+from megaflux.common.paths import path_option
 
 ROOT = Path(__file__).parent.parent
 

@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megaflux.errors import UserError, exit_on_user_error
-from megaflux.paths import path_option
-from megaflux.presets import PUBLISHED_STAGES, dev, tiny
+from megaflux.common.errors import UserError, exit_on_user_error
+from megaflux.common.paths import path_option
+from megaflux.config.presets import PUBLISHED_STAGES, dev, tiny
 from megaflux_kernels.bench.report import Parser, Row, add_report_arguments, open_report, positive, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,10 +142,10 @@ def choose_blocks(
 ) -> list[int]:  # fmt: skip
     """The first of these lists of blocks that is measured already, which needs no room, or for whose checkpoints the disk
     has room, what an earlier run left counted as free. UserError, naming the least that is needed, where there is none."""
-    from megaflux.config import build_config
+    from megaflux.config.parse import build_config
     from megaflux.models.pretrained import meta_models
-    from megaflux.training import checkpoint
-    from megaflux.training.costs import stage_table
+    from megaflux.training.checkpoint import state as checkpoint
+    from megaflux.training.planning.costs import stage_table
 
     had = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
     free = shutil.disk_usage(run.parent).free + had
@@ -167,7 +167,7 @@ def choose_blocks(
 
 def checkpoint_bytes(trained: int) -> int:
     """Bytes of a checkpoint of `trained` parameters in bfloat16."""
-    from megaflux.training import space
+    from megaflux.training.checkpoint import space
 
     return space.checkpoint_bytes(trained, trained, 2)
 
@@ -177,11 +177,11 @@ def choose_sharding(values: dict[str, Any], device: Any) -> Path:
     it for each trained parameter), as training's own formula counts; else zero2_offload.json."""
     import torch
 
-    from megaflux.config import build_config
+    from megaflux.config.parse import build_config
     from megaflux.data.buckets import make_buckets
     from megaflux.models.pretrained import meta_models
     from megaflux.training.ds_config import load_ds_config, with_defaults
-    from megaflux.training.memory import memory_per_gpu, usable
+    from megaflux.training.planning.memory import memory_per_gpu, usable
 
     here, offloaded = (ROOT / "ds_configs" / name for name in ("zero2.json", "zero2_offload.json"))
     if device.type != "cuda":

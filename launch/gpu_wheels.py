@@ -26,8 +26,8 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # it must run where nothing is installed of megaflux
 
-from megaflux.errors import UserError, exit_on_user_error  # noqa: E402
-from megaflux.paths import path_option  # noqa: E402
+from megaflux.common.errors import UserError, exit_on_user_error  # noqa: E402
+from megaflux.common.paths import path_option  # noqa: E402
 from megaflux_kernels.bench.report import Parser, positive  # noqa: E402
 
 THERE = ("torch", "torchvision", "triton", "transformers", "numpy", "pillow", "psutil", "pyyaml", "tensorboard", "tqdm",

@@ -27,11 +27,11 @@ from tokenizers import (
 )
 
 import megaflux
+from megaflux.common.paths import path_option
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
-from megaflux.data.chunks import is_held_out
-from megaflux.data.openmoji import OpenMoji, caption_of
 from megaflux.data.prepare import OPENMOJI_DEFAULTS
-from megaflux.paths import path_option
+from megaflux.data.writing.chunks import is_held_out
+from megaflux.data.writing.openmoji import OpenMoji, caption_of
 
 OUT = Path(megaflux.__file__).parent / "assets" / "tiny"
 

@@ -13,18 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megaflux.errors import UserError, exit_on_user_error, quiet_interrupt
+from megaflux.common.errors import UserError, exit_on_user_error, quiet_interrupt
 
 if __name__ == "__main__":
     quiet_interrupt()  # the imports below take a second
 
-from megaflux.config import Parser, add_config_arguments, parse_config
-from megaflux.gpus import GPUS, Assumed, find_gpu
-from megaflux.paths import path_option
-from megaflux.training import saved
-from megaflux.training.checks import find_problems
+from megaflux.common.paths import path_option
+from megaflux.config.parse import Parser, add_config_arguments, parse_config
+from megaflux.training.checkpoint import saved
 from megaflux.training.ds_config import load_ds_config, with_defaults
-from megaflux.training.watch import Watch
+from megaflux.training.planning.checks import find_problems
+from megaflux.training.planning.gpus import GPUS, Assumed, find_gpu
+from megaflux.training.survival.watch import Watch
 
 DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
 
@@ -58,7 +58,7 @@ def main(
     if args.dry_run:
         if os.environ.get("RANK", "0") != "0":
             return 0  # a launcher started several: one report is enough
-        from megaflux.training.dry_run import dry_run
+        from megaflux.training.planning.dry_run import dry_run
 
         return dry_run(config, ds_config, args.world_size or visible_ranks(), args.json, assumed)
     if args.json or args.world_size:

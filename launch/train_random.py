@@ -17,9 +17,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for launch/, which is not installed
 
 from launch import train
-from megaflux.config import Config
-from megaflux.errors import exit_on_user_error
-from megaflux.training.checks import find_problems
+from megaflux.common.errors import exit_on_user_error
+from megaflux.config.parse import Config
+from megaflux.training.planning.checks import find_problems
 
 
 def main() -> int | None:

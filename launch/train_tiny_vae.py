@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaflux import compat  # before diffusers
+from megaflux.common import compat  # before diffusers
+from megaflux.common.paths import path_option
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
-from megaflux.data.chunks import is_held_out
-from megaflux.data.openmoji import OpenMoji
 from megaflux.data.prepare import OPENMOJI_DEFAULTS
-from megaflux.paths import path_option
+from megaflux.data.writing.chunks import is_held_out
+from megaflux.data.writing.openmoji import OpenMoji
 
 from diffusers import AutoencoderKL  # isort: skip  (after compat)
 

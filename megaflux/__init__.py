@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 if sys.argv[:1] == ["-m"]:  # one of its programs is about to be imported (python -m megaflux.NAME)
-    from megaflux.errors import quiet_interrupt
+    from megaflux.common.errors import quiet_interrupt
 
     quiet_interrupt()
 

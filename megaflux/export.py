@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaflux.config import Parser
-from megaflux.errors import UserError, exit_on_user_error
+from megaflux.common.errors import UserError, exit_on_user_error
+from megaflux.common.paths import path_option
+from megaflux.config.parse import Parser
 from megaflux.generation.layout import check_out, whole_folder
-from megaflux.paths import path_option
 
 if TYPE_CHECKING:
     from megaflux.runs import TrainedRun

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from megaflux.config import Config
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
+from megaflux.config.parse import Config
 from megaflux.generation.layout import MANIFEST, Settings
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline, device_and_dtype
 from megaflux.models.pretrained import Models, cast, load_models
-from megaflux.training import checkpoint, saved, trained
-from megaflux.training.manifest import read as read_manifest
+from megaflux.training.checkpoint import saved
+from megaflux.training.checkpoint import state as checkpoint
+from megaflux.training.checkpoint import weights as trained
+from megaflux.training.checkpoint.manifest import read as read_manifest
 
 
 @dataclass(frozen=True)

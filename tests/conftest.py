@@ -22,7 +22,7 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter, chosen
 def small_values() -> dict:
     """The tiny preset, smaller still: 1 + 1 blocks of width 32, 64 px, two Qwen layers; one stage of all of
     FLUX."""
-    from megaflux.presets import tiny
+    from megaflux.config.presets import tiny
 
     values = copy.deepcopy(tiny())
     model = values["model"]
@@ -51,9 +51,11 @@ def small_values() -> dict:
 def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype=torch.float32) -> Path:
     """A run folder as training leaves it, but for DeepSpeed's shards: config.yaml, and checkpoints whose
     trained weights are seeded noise around the initial ones (the update is the seed)."""
-    from megaflux.config import build_config
+    from megaflux.config.parse import build_config
     from megaflux.models.pretrained import load_models
-    from megaflux.training import checkpoint, manifest, trained
+    from megaflux.training.checkpoint import manifest
+    from megaflux.training.checkpoint import state as checkpoint
+    from megaflux.training.checkpoint import weights as trained
 
     config = build_config(values | {"run": {"dir": str(root), "seed": 3}})
     root.mkdir(parents=True)
@@ -130,16 +132,16 @@ def published(tmp_path_factory, small_config) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def dev_meta():
     """(Qwen2VLFlux, trunk) of the preset dev on the meta device."""
-    from megaflux.config import build_config
+    from megaflux.config.parse import build_config
+    from megaflux.config.presets import dev
     from megaflux.models.pretrained import meta_models
-    from megaflux.presets import dev
 
     return meta_models(build_config(dev()))
 
 
 @pytest.fixture(scope="session")
 def small_config():
-    from megaflux.config import build_config
+    from megaflux.config.parse import build_config
 
     return build_config(small_values())
 

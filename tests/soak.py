@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 
-from megaflux.errors import UserError, exit_on_user_error
+from megaflux.common.errors import UserError, exit_on_user_error
 from tests.training.faults import Reference, end, kill_chain
 from tests.training.runs import LAUNCH, ROOT, ds_config, environment, launch, make_dataset, small_config, write_config
 
@@ -177,7 +177,7 @@ def maps(process: psutil.Process) -> list[str]:
 
 
 def last_update(run: Path) -> int:
-    from megaflux.training.events import NAME, read
+    from megaflux.training.survival.events import NAME, read
 
     if not (run / NAME).exists():
         return 0

@@ -33,7 +33,7 @@ else:
 
 @pytest.mark.parametrize(
     "command",
-    ["launch/train.py --dry-run", "launch/gpu_train.py", "megaflux.infer --checkpoint . --prompt a",
+    ["launch/train.py --dry-run", "launch/gpu_train.py", "megaflux.infer.make --checkpoint . --prompt a",
      "megaflux.bench step", "megaflux_kernels.bench"],
 )  # fmt: skip
 def test_segments_grow_before_torch_is_imported(command, tmp_path):

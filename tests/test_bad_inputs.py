@@ -23,15 +23,21 @@ import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from megaflux import infer, panel, panel_state, panel_work, plain_yaml, runs
-from megaflux.config import build_config
+from megaflux import runs
+from megaflux.common.errors import UserError
+from megaflux.config import plain_yaml
+from megaflux.config.parse import build_config
 from megaflux.data.batches import decode_image
 from megaflux.data.buckets import Bucket
 from megaflux.data.prepare import Options, prepare
-from megaflux.errors import UserError
 from megaflux.generation import outputs
 from megaflux.generation.job import Input, Job, JobControl, JobReference, Runtime, read_inputs
-from megaflux.training import checkpoint, manifest
+from megaflux.infer import make as infer
+from megaflux.panel import app as panel
+from megaflux.panel import state as panel_state
+from megaflux.panel import work as panel_work
+from megaflux.training.checkpoint import manifest
+from megaflux.training.checkpoint import state as checkpoint
 from megaflux.training.distributed import World
 from megaflux.training.ds_config import sharding
 from tests.conftest import picture, small_values
@@ -224,9 +230,9 @@ SOURCES = sorted(file for folder in ("megaflux", "kernels", "launch") for file i
 UNSAFE = {"pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "joblib.load", "marshal.load", "marshal.loads", "shelve.open",
           "np.load", "numpy.load", "pd.read_pickle", "yaml.unsafe_load", "yaml.full_load", "eval", "exec"}  # fmt: skip
 # DeepSpeed's shards hold its own classes; they are held against the manifest's hash before.
-OPTIMIZER = "megaflux/training/repartition.py"
+OPTIMIZER = "megaflux/training/checkpoint/reshard.py"
 OFF = ("allow_pickle", "trust_remote_code", "allow_unsafe_types")
-YAML = ("megaflux/plain_yaml.py", {"Loader": "_Loader"})
+YAML = ("megaflux/config/plain_yaml.py", {"Loader": "_Loader"})
 
 
 def calls(file: Path):

@@ -5,8 +5,9 @@ import random
 import pytest
 import yaml
 
-from megaflux import plain_yaml
-from megaflux.config import (
+from megaflux.common.errors import UserError
+from megaflux.config import plain_yaml
+from megaflux.config.parse import (
     Config,
     Parser,
     add_config_arguments,
@@ -15,8 +16,7 @@ from megaflux.config import (
     nearest,
     parse_config,
 )
-from megaflux.errors import UserError
-from megaflux.presets import PRESETS
+from megaflux.config.presets import PRESETS
 
 
 def parse(*argv: str) -> Config:

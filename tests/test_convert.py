@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from megaflux import compat  # noqa: F401  (before diffusers and transformers)
+from megaflux.common import compat  # noqa: F401  (before diffusers and transformers)
 from diffusers import FluxControlNetModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from megaflux import Qwen2VLFluxPipeline, Reference, convert, infer
-from megaflux.errors import UserError
+from megaflux.infer import make as infer
+from megaflux import Qwen2VLFluxPipeline, Reference, convert
+from megaflux.common.errors import UserError
 from megaflux.generation.condition import prompt_embeds
-from megaflux.generation.dots import NEUTRAL
+from megaflux.generation.dots.dots import NEUTRAL
 from megaflux.models.latents import image_ids, text_ids
 from megaflux.models.t5 import image_tokens_only, split_context
 from megaflux.runs import load_pipeline

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from megaflux import export as exporting
 from megaflux import runs
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 from megaflux.models import pretrained
 from tests.conftest import picture, small_values, write_run
 

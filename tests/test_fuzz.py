@@ -18,19 +18,26 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megaflux import plain_yaml
-from megaflux.config import Config, Parser, add_config_arguments, build_config, field_paths, parse_config
+from megaflux.common.errors import UserError
+from megaflux.config import plain_yaml
+from megaflux.config.parse import Config, Parser, add_config_arguments, build_config, field_paths, parse_config
+from megaflux.config.presets import tiny
 from megaflux.data.buckets import make_buckets
-from megaflux.data.index import column_encodings, fingerprint, inspect_index, read_index
-from megaflux.data.shards import DatasetInfo, read_dataset_info, read_split, verify_dataset, write_bucket, write_dataset
-from megaflux.data.verdict import verify_shards
-from megaflux.errors import UserError
+from megaflux.data.storage.dataset import (
+    DatasetInfo,
+    read_dataset_info,
+    read_split,
+    verify_dataset,
+    write_bucket,
+    write_dataset,
+)
+from megaflux.data.storage.index import column_encodings, fingerprint, inspect_index, read_index
+from megaflux.data.storage.verdict import verify_shards
 from megaflux.generation import outputs
 from megaflux.generation.job import Input, Job, JobControl, JobReference, Runtime, read_inputs
-from megaflux.infer import replayed
-from megaflux.infer_options import to_job
-from megaflux.presets import tiny
-from megaflux.training.checks import find_notes, find_problems
+from megaflux.infer.make import replayed
+from megaflux.infer.options import to_job
+from megaflux.training.planning.checks import find_notes, find_problems
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megaflux import infer
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 from megaflux.generation import outputs
+from megaflux.infer import make as infer
 from tests.conftest import picture, write_run
 
 
@@ -219,7 +219,7 @@ def break_run(root: Path, how: str) -> str:
         (newest / "weights.safetensors").write_bytes(content)
         return "update-0000008/weights.safetensors: damaged"
     if how == "weights not in the manifest":
-        from megaflux.training import manifest
+        from megaflux.training.checkpoint import manifest
 
         content = json.loads((newest / "manifest.json").read_text()) | {"files": {}}
         (newest / "manifest.json").write_text(json.dumps(manifest.sealed(content)))
@@ -268,7 +268,7 @@ def test_a_checkpoint_put_aside_is_not_the_newest(run_folder, cat, tmp_path):
 def test_a_checkpoint_without_one_trained_weight_is_refused(small_config, cat, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from megaflux.training import manifest
+    from megaflux.training.checkpoint import manifest
 
     root = write_run(tmp_path / "run", small_config.model_dump(), updates=(8,))
     folder = root / "checkpoints/update-0000008"
@@ -300,6 +300,6 @@ def test_the_command_leaves_with_2_and_one_line(run_folder, tmp_path):
 
 def test_help_imports_nothing_heavy():
     heavy = "[m for m in ('torch', 'PIL', 'numpy') if m in sys.modules]"
-    code = f"import sys, megaflux.infer, megaflux.export; print({heavy})"
+    code = f"import sys, megaflux.infer.make, megaflux.export; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n"

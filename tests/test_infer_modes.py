@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
-from megaflux import infer
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 from megaflux.generation import outputs
+from megaflux.infer import make as infer
 from tests.conftest import picture
 from tests.generation.test_modes import controlnet_folder  # noqa: F401  (a fixture)
 

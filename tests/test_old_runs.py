@@ -12,12 +12,12 @@ import torch
 import yaml
 
 from megaflux import runs
-from megaflux.config import Parser, add_config_arguments, parse_config
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
+from megaflux.config.parse import Parser, add_config_arguments, parse_config
+from megaflux.config.presets import PRESETS
 from megaflux.export import export
 from megaflux.models.pretrained import load_vae
-from megaflux.presets import PRESETS
-from megaflux.training import manifest, saved
+from megaflux.training.checkpoint import manifest, saved
 from megaflux.training.ds_config import load_ds_config, with_defaults
 from tests.conftest import picture
 from tests.training.runs import ROOT, launch

@@ -14,15 +14,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from megaflux import infer_options, plain_yaml
 from megaflux.bench.__main__ import BENCHES
-from megaflux.config import Config, Parser, add_config_arguments, build_config, field_paths, parse_config
-from megaflux.errors import UserError
-from megaflux.infer import line_options
-from megaflux.paths import expanded, keyed_path_option, literal, path_option
-from megaflux.presets import PRESETS
-from megaflux.schema import PATHS
-from megaflux.training import checkpoint, saved
+from megaflux.common.errors import UserError
+from megaflux.common.paths import expanded, keyed_path_option, literal, path_option
+from megaflux.config import plain_yaml
+from megaflux.config.parse import Config, Parser, add_config_arguments, build_config, field_paths, parse_config
+from megaflux.config.presets import PRESETS
+from megaflux.config.schema import PATHS
+from megaflux.infer import options as infer_options
+from megaflux.infer.make import line_options
+from megaflux.training.checkpoint import saved
+from megaflux.training.checkpoint import state as checkpoint
 from megaflux.training.ds_config import load_ds_config
 from megaflux_kernels.bench.report import path as kernels_path
 from tests.conftest import picture, small_values, write_run
@@ -108,8 +110,8 @@ def test_every_option_that_holds_a_path_expands_it(module, monkeypatch):
 
 
 def test_every_program_is_walked_over():
-    assert {"megaflux.infer", "megaflux.panel", "megaflux.export", "megaflux.convert", "megaflux.data.prepare",
-            "megaflux.data.verify", "megaflux.training.report", "megaflux.training.checkpoint_tool", "megaflux.bench.__main__",
+    assert {"megaflux.infer.make", "megaflux.panel.app", "megaflux.export", "megaflux.convert", "megaflux.data.prepare",
+            "megaflux.data.verify", "megaflux.training.report", "megaflux.training.checkpoint.tool", "megaflux.bench.__main__",
             "launch.train", "launch.demo", "launch.gpu_train"} <= set(commands())  # fmt: skip
 
 
@@ -129,7 +131,7 @@ def test_every_field_that_holds_a_path_expands_it(home):
 
 def _field(path: str):
     if path.startswith("stages."):
-        from megaflux.schema import Stage
+        from megaflux.config.schema import Stage
 
         return Stage.model_fields[path.partition(".")[2]]
     if path == "stages" or "." not in path:
@@ -234,7 +236,7 @@ def test_pictures_and_models_of_infer(home):
 
 def test_a_bad_home_on_any_command_line_is_one_line(capsys):
     from megaflux.data import prepare
-    from megaflux.training import checkpoint_tool
+    from megaflux.training.checkpoint import tool as checkpoint_tool
 
     for main, argv, name in (
         (prepare.main, ["~nobodyhere/x", "out"], "SOURCE"),

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from megaflux import compat  # noqa: F401  (before diffusers)
+from megaflux.common import compat  # noqa: F401  (before diffusers)
 
 # isort: split
 from diffusers import FluxTransformer2DModel

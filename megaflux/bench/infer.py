@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megaflux.paths import path_option
+from megaflux.common.paths import path_option
 from megaflux_kernels.bench.machine import attention_backend, default_device, facts
 from megaflux_kernels.bench.report import Parser, Row, add_report_arguments, one_of, open_report, positive, table
 from megaflux_kernels.bench.timing import median, quantile, samples_ms
 
 if TYPE_CHECKING:
-    from megaflux.generation.controlnets import ControlNets
+    from megaflux.generation.control.nets import ControlNets
     from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 
 BENCH = "infer"
@@ -49,7 +49,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    from megaflux.errors import UserError
+    from megaflux.common.errors import UserError
 
     if args.checkpoint and not Path(args.checkpoint).is_dir():
         parser.error(f"--checkpoint {args.checkpoint}: no such folder; give a run's or an export's")
@@ -95,9 +95,9 @@ def load(checkpoint: str | None, device: torch.device) -> Qwen2VLFluxPipeline:
 
     if checkpoint:
         return load_pipeline(checkpoint, device=device)
-    from megaflux.config import build_config
+    from megaflux.config.parse import build_config
+    from megaflux.config.presets import tiny
     from megaflux.models.pretrained import load_models
-    from megaflux.presets import tiny
 
     config = build_config(tiny())
     models = load_models(config)
@@ -113,7 +113,7 @@ def random_controlnet(pipeline: Qwen2VLFluxPipeline) -> ControlNets:
     """A union of the transformer's width and 5 + 10 blocks, as the public one has, or as many as there are."""
     from diffusers import FluxControlNetModel
 
-    from megaflux.generation.controlnets import ControlNets
+    from megaflux.generation.control.nets import ControlNets
 
     config = dict(pipeline.models.trainable.transformer.config)
     known = ("patch_size", "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim",
@@ -141,7 +141,7 @@ def measure(
     from PIL import Image
 
     from megaflux.generation.condition import Reference, prompt_embeds
-    from megaflux.generation.dots import NEUTRAL
+    from megaflux.generation.dots.dots import NEUTRAL
     from megaflux.generation.sampling import Control, Start, flux_pipeline, sample, scheduler_like
 
     models = pipeline.models

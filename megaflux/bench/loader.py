@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from megaflux.paths import path_option
+from megaflux.common.paths import path_option
 from megaflux_kernels.bench.machine import default_device, facts
 from megaflux_kernels.bench.report import Parser, Report, Row, add_report_arguments, open_report, positive, table
 from megaflux_kernels.bench.timing import median
@@ -39,7 +39,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     report = open_report(parser, args, facts(default_device(), None))
     if args.data and not Path(args.data).is_dir():
         parser.error(f"--data {args.data}: no such folder; give a dataset of megaflux.data.prepare")
-    from megaflux.errors import UserError
+    from megaflux.common.errors import UserError
 
     with tempfile.TemporaryDirectory() as scratch:
         try:

@@ -1,4 +1,4 @@
-"""python -m megaflux.bench memory: the formulas of training/memory.py beside what is counted, for the preset dev.
+"""python -m megaflux.bench memory: the formulas of training/planning/memory.py beside what is counted, for the preset dev.
 
 Activations of one micro-batch, forward and backward through all 57 blocks, and the VAE's maps, on fake tensors; ZeRO's
 bytes for each parameter that trains from a small real engine of DeepSpeed (where it is installed). No GPU is needed;
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from megaflux.bench.update_memory import update_peak, vae_peaks, zero_peak
-from megaflux.config import Config, build_config
+from megaflux.config.parse import Config, build_config
+from megaflux.config.presets import PRESETS
 from megaflux.data.buckets import make_buckets
 from megaflux.models.latents import coding_peak
 from megaflux.models.pretrained import Models, load_models, meta_models
-from megaflux.presets import PRESETS
-from megaflux.training import memory
-from megaflux.training.activations import activation_bytes
-from megaflux.training.costs import token_counts, vae_config
+from megaflux.training.planning import memory
+from megaflux.training.planning.activations import activation_bytes
+from megaflux.training.planning.costs import token_counts, vae_config
 from megaflux_kernels.bench.machine import default_device, facts
 from megaflux_kernels.bench.report import Parser, Row, add_report_arguments, one_of, open_report, positive, table
 

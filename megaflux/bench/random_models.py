@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from megaflux import compat  # noqa: F401  (before diffusers and transformers)
+from megaflux.common import compat  # noqa: F401  (before diffusers and transformers)
 
 # isort: split
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
@@ -23,12 +23,12 @@ from transformers import Qwen2VLModel, Qwen2VLProcessor
 
 from megaflux.bench.activations import in_dtype
 from megaflux.bench.arms import random_flux
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 from megaflux.models.loading_errors import named
 from megaflux.models.scratch import tiny_processor, vlm_configuration
 
 if TYPE_CHECKING:
-    from megaflux.config import Config
+    from megaflux.config.parse import Config
     from megaflux.models.pretrained import Models
 
 # config.json of black-forest-labs/FLUX.1-dev, vae/ and scheduler/
@@ -97,7 +97,7 @@ def random_models(
     """
     from megaflux.models.connector import build_connector
     from megaflux.models.pretrained import assemble, weights_fingerprint
-    from megaflux.training.costs import vae_config
+    from megaflux.training.planning.costs import vae_config
 
     model, seed = config.model, config.run.seed
     dtype, device = dtype or torch.bfloat16, torch.device(device)

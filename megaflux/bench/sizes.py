@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megaflux.presets import PUBLISHED_STAGES, dev
+from megaflux.config.presets import PUBLISHED_STAGES, dev
 from megaflux_kernels.bench.report import positive
 
 GPU_GRIDS = ("64x64", "36x64", "27x64")  # 1024x1024, 1024x576, 1024x432 px; the last with 512 makes 17.5 x 128 tokens

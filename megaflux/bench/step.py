@@ -26,8 +26,8 @@ from megaflux.bench import limits, numerics
 from megaflux.bench.activations import freeze, trainable_flux
 from megaflux.bench.arms import ARMS, Arms, is_compiled, random_flux, random_inputs
 from megaflux.bench.sizes import Sizes, add_size_arguments, pixels, sizes
-from megaflux.errors import is_out_of_memory
-from megaflux.gpus import peak_tflops_for
+from megaflux.common.errors import is_out_of_memory
+from megaflux.training.planning.gpus import peak_tflops_for
 from megaflux_kernels import cudnn
 from megaflux_kernels.bench.machine import attention_backend, clocks, default_device, facts, first_line
 from megaflux_kernels.bench.report import (

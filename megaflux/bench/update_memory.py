@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megaflux.bench.activations import in_dtype, rms_norm_of_gpus
 from megaflux.bench.live_memory import LiveMemory
-from megaflux.config import Config, Stage
+from megaflux.config.parse import Config, Stage
 from megaflux.data.buckets import Bucket
 from megaflux.models import latents
 from megaflux.models.flux import Policy, pack_projections
@@ -29,8 +29,8 @@ from megaflux.models.pretrained import AutoencoderKL
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.models.vlm import Condition
 from megaflux.training import optim, stages
-from megaflux.training.costs import token_counts
 from megaflux.training.ds_config import accumulation_steps
+from megaflux.training.planning.costs import token_counts
 from megaflux.training.validation import denoising_loss
 from megaflux_kernels.dispatch import as_on_a_gpu
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megaflux.common.errors import UserError
 from megaflux.data.buckets import Bucket
-from megaflux.data.shards import from_numpy
-from megaflux.errors import UserError
+from megaflux.data.storage.dataset import from_numpy
 
 STORED = ("PNG", "JPEG", "WEBP")  # what prepare writes; Pillow would hand other formats to other programs
 
@@ -58,7 +58,7 @@ def collate(samples: Sequence[dict[str, Any]], buckets: Sequence[Bucket]) -> dic
     """Samples of one bucket -> the fields of a Batch, with the bucket's number for the bucket.
 
     Each sample is as MDS gives it (key, caption, and image bytes or arrays) plus its "bucket", a number. Those of
-    megaflux.data.quarantine have "pixel_values" for the image, and may have "replaced" or be only a "failure", which
+    megaflux.data.reading.quarantine have "pixel_values" for the image, and may have "replaced" or be only a "failure", which
     is then the only field. Raises RuntimeError for samples of different buckets, UserError for an image of the wrong
     size.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 
 ASPECT_RATIOS = ("16:9", "2:1", "2.35:1", "1:1", "1:2")  # width:height, the published recipe's five
 MULTIPLE = 16  # px: the VAE halves three times and FLUX packs 2 x 2 latents

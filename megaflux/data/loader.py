@@ -3,7 +3,7 @@
 One stream per bucket, drawn from with streaming's `per_stream` method: at every step all ranks get
 batches of the same bucket. That method drops what does not fill a global micro-batch (micro-batch x
 ranks), so each bucket is filled up with repeats of its own samples; how many is logged and in `repeats`.
-Everything else is seen exactly once an epoch, but for what goes bad meanwhile (megaflux.data.quarantine).
+Everything else is seen exactly once an epoch, but for what goes bad meanwhile (megaflux.data.reading.quarantine).
 
     global micro-batch b of an epoch: samples b*G .. b*G + G-1 of the epoch's order, G = micro-batch x ranks
     on one node, rank r gets those at positions r, r + ranks, r + 2*ranks, ...
@@ -23,19 +23,19 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
-from megaflux.data import remote as remote_data
-from megaflux.data import shm_room
+from megaflux.common.errors import UserError
+from megaflux.common.ranks import World, as_streaming_sees, detect_world, raise_first
 from megaflux.data.batches import Batch, collate
 from megaflux.data.buckets import Bucket
-from megaflux.data.index import RESTORE, column_encodings, inspect_index, raise_problems
-from megaflux.data.order import DrawnFrom, Order, packed
-from megaflux.data.quarantine import BucketDataset, QuarantiningStream
-from megaflux.data.ranks import World, as_streaming_sees, detect_world, raise_first
-from megaflux.data.shards import DatasetInfo, read_dataset_info
-from megaflux.data.shared_memory import claim, exclusive_set_up, release, remove_leftovers
-from megaflux.data.unpack import remove_abandoned, unwritable
-from megaflux.data.verdict import verify_on_all_ranks
-from megaflux.errors import UserError
+from megaflux.data.reading import shm_room
+from megaflux.data.reading.order import DrawnFrom, Order, packed
+from megaflux.data.reading.quarantine import BucketDataset, QuarantiningStream
+from megaflux.data.reading.shared_memory import claim, exclusive_set_up, release, remove_leftovers
+from megaflux.data.storage import remote as remote_data
+from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
+from megaflux.data.storage.index import RESTORE, column_encodings, inspect_index, raise_problems
+from megaflux.data.storage.unpack import remove_abandoned, unwritable
+from megaflux.data.storage.verdict import verify_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,9 @@ def build_loader(
     processes per rank, 0: load in this process. remote: where the dataset is, anything that
     mosaicml-streaming reads (s3://, gs://, a path, ...). cache_limit: of the cache, as "100gb"; None: no
     limit. prefetch_factor: batches each worker loads ahead. shuffle: False for the stored order. verify: first hold
-    every local shard of this split and the held-out one against its hash (megaflux.data.verdict). run_folder:
+    every local shard of this split and the held-out one against its hash (megaflux.data.storage.verdict). run_folder:
     keeps that verdict where `path` cannot be written; None: it is then not kept. max_replaced: share of an epoch's
-    samples that may go bad while it is read and be replaced (megaflux.data.quarantine). damaged: replace, for a run
+    samples that may go bad while it is read and be replaced (megaflux.data.reading.quarantine). damaged: replace, for a run
     that goes on: local shards that are missing or damaged at the start are warned of, and treated as those that go bad
     later. computed_from: the dataset that `path` was computed from, sample by sample in the same order
     (megaflux.training.cache); both are then drawn from in the same order, and a position of one is a position of the

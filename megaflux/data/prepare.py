@@ -2,7 +2,7 @@
 
 SOURCE is a folder of images (captions in .txt or .json files of the same name), of WebDataset .tar files
 or of .parquet files (columns image, caption or text, key), or the word openmoji. OUT becomes the dataset
-described in megaflux.data.shards. The list of images is cut into chunks of fixed size; each is written
+described in megaflux.data.storage.dataset. The list of images is cut into chunks of fixed size; each is written
 by one process and appears in one step, so the result does not depend on the number of processes, and a
 killed run continues when the same command is given again.
 
@@ -35,18 +35,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megaflux.config import Parser
-from megaflux.data import chunks
+from megaflux.common.errors import UserError, exit_on_user_error
+from megaflux.common.files import sync_folder
+from megaflux.common.paths import path_option
+from megaflux.config.parse import Parser
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.images import ENCODINGS, MAX_PIXELS
-from megaflux.data.index import write_json
-from megaflux.data.items import Item
-from megaflux.data.merge import TooManyBad, judge, merge, read_plan
-from megaflux.data.shards import COMPRESSION, FORMAT_VERSION, SHARD_SIZE, DatasetInfo, compression_for
-from megaflux.data.sources import open_source
-from megaflux.errors import UserError, exit_on_user_error
-from megaflux.files import sync_folder
-from megaflux.paths import path_option
+from megaflux.data.storage.dataset import COMPRESSION, FORMAT_VERSION, SHARD_SIZE, DatasetInfo, compression_for
+from megaflux.data.storage.index import write_json
+from megaflux.data.writing import chunks
+from megaflux.data.writing.items import Item
+from megaflux.data.writing.merge import TooManyBad, judge, merge, read_plan
+from megaflux.data.writing.sources import open_source
 
 OPENMOJI_DEFAULTS = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
 

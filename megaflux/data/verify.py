@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megaflux.config import Parser
-from megaflux.data.merge import describe
-from megaflux.data.shards import verify_dataset
-from megaflux.errors import exit_on_user_error
-from megaflux.paths import path_option
+from megaflux.common.errors import exit_on_user_error
+from megaflux.common.paths import path_option
+from megaflux.config.parse import Parser
+from megaflux.data.storage.dataset import verify_dataset
+from megaflux.data.writing.merge import describe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from operator import index
 import torch
 from PIL import Image
 
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 from megaflux.generation.condition import Reference
 from megaflux_kernels import cudnn
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from megaflux.errors import UserError
-from megaflux.generation import griddot
-from megaflux.generation.dots import NEUTRAL, Dot, Weighting, check_weighting
+from megaflux.common.errors import UserError
+from megaflux.generation.dots import griddot
+from megaflux.generation.dots.dots import NEUTRAL, Dot, Weighting, check_weighting
 from megaflux.generation.inputs import reference_tensor
 from megaflux.models.pretrained import Models
 from megaflux.models.vlm import Condition

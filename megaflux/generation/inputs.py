@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megaflux.common.errors import UserError
 from megaflux.data import images
 from megaflux.data.buckets import MULTIPLE, make_buckets
-from megaflux.errors import UserError
 
 # width, height of the released tool, px, at a longest trained side of 1024
 RELEASE_SIZES = {"1:1": (1024, 1024), "16:9": (1344, 768), "9:16": (768, 1344), "2.4:1": (1536, 640),

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from megaflux.config import Section
-from megaflux.errors import UserError
-from megaflux.generation.dots import Dot, Weighting
+from megaflux.common.errors import UserError
+from megaflux.config.parse import Section
+from megaflux.generation.dots.dots import Dot, Weighting
 from megaflux.generation.prompt import check_prompt
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a command line wants to answer at once
     from PIL import Image
 
-    from megaflux.generation.control import Detectors
+    from megaflux.generation.control.detectors import Detectors
     from megaflux.generation.pipeline import Qwen2VLFluxPipeline, Qwen2VLFluxPipelineOutput
 
 Mode = Literal["text", "variation", "img2img", "inpaint", "controlnet", "controlnet-inpaint"]
@@ -292,7 +292,7 @@ def run(
 ) -> Result:  # fmt: skip
     """Make a checked job's pictures. on_step: called after each step of each batch. UserError for what cannot be."""
     from megaflux.generation.condition import Reference
-    from megaflux.generation.control import Detectors, Sources, read_mask
+    from megaflux.generation.control.detectors import Detectors, Sources, read_mask
     from megaflux.generation.inputs import canvas
 
     settings = pipeline.settings

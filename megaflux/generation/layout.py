@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from megaflux.config import Config, Section
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
+from megaflux.config.parse import Config, Section
 from megaflux.models.sources import is_pointer
 
 if TYPE_CHECKING:

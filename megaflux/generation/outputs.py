@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 from megaflux.generation.job import Job, Runtime
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def settings_of(
     made = {} if seed is None else {"seed": seed}
     return {
         "format": FORMAT,
-        "command": "megaflux.infer",
+        "command": "megaflux.infer.make",
         "job": job.model_dump(mode="json"),
         "runtime": runtime.model_dump(mode="json"),
         "source": source,

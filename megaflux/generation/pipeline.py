@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megaflux.errors import UserError
-from megaflux.generation import controlnets, runtime
+from megaflux.common.errors import UserError
+from megaflux.generation import runtime
 from megaflux.generation.arguments import (
     as_references,
     check_amount,
@@ -34,7 +34,6 @@ from megaflux.generation.arguments import (
     device_and_dtype,
     starts,
 )
-from megaflux.generation.attention_map import attention_mass
 from megaflux.generation.condition import (
     Encoded,
     PromptEmbeds,
@@ -45,8 +44,10 @@ from megaflux.generation.condition import (
     spread,
     token_weights,
 )
-from megaflux.generation.control import UNION_MODES, read_mask
-from megaflux.generation.dots import NEUTRAL, Dot, Weighting
+from megaflux.generation.control import nets as controlnets
+from megaflux.generation.control.detectors import UNION_MODES, read_mask
+from megaflux.generation.dots.attention_map import attention_mass
+from megaflux.generation.dots.dots import NEUTRAL, Dot, Weighting
 from megaflux.generation.inputs import canvas, check_sampling, matched_size, output_size, reference_tensor
 from megaflux.generation.layout import (
     CONNECTOR,

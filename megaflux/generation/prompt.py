@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 
 
 def check_prompt(prompt: str | None) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 from megaflux.models.pretrained import cast
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from megaflux import compat  # noqa: F401  (before diffusers)
+from megaflux.common import compat  # noqa: F401  (before diffusers)
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetImg2ImgPipeline,

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from megaflux.transfer import to_device
+from megaflux.common.transfer import to_device
 
 VAE_SCALE = 8  # pixels per latent, each way
 PACK = 2  # latents per token, each way

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from megaflux.errors import UserError, is_out_of_memory
+from megaflux.common.errors import UserError, is_out_of_memory
 from megaflux.models.sources import is_pointer
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from megaflux import compat  # noqa: F401  (before diffusers and transformers)
+from megaflux.common import compat  # noqa: F401  (before diffusers and transformers)
 import diffusers
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
@@ -35,8 +35,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from megaflux.config import Config
-from megaflux.errors import UserError
+from megaflux.config.parse import Config
+from megaflux.common.errors import UserError
 from megaflux.models.connector import build_connector
 from megaflux.models.loading_errors import named
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux

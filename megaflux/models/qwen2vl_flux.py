@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from megaflux import compat  # noqa: F401  (before diffusers)
+from megaflux.common import compat  # noqa: F401  (before diffusers)
 
 # isort: split
 from diffusers import FluxTransformer2DModel

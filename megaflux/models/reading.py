@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 from megaflux.models.sources import read_index
 
 WINDOW = 32 * 2**20

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megaflux import compat  # noqa: F401  (before diffusers and transformers)
+from megaflux.common import compat  # noqa: F401  (before diffusers and transformers)
 from diffusers import FluxTransformer2DModel
 from transformers import (
     CLIPTextConfig,

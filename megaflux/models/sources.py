@@ -93,7 +93,7 @@ def opened(source: str, patterns: Iterable[str]) -> str:
     They prefer a folder of the hub's name, so that one beside which `hub:` asks for the hub's is fetched here: the files
     of these patterns."""
     if why := problem(source):
-        from megaflux.errors import UserError
+        from megaflux.common.errors import UserError
 
         raise UserError(f"{source}: {why}")
     name = hub_name(source)

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from megaflux.transfer import to_device
+from megaflux.common.transfer import to_device
 
 Mode = Literal["image", "image_text", "text"]
 QUESTION = "Describe this image."  # the released code's turn without a prompt

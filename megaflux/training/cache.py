@@ -2,7 +2,7 @@
 
 Writes a derived dataset (same layout, other columns) beside the images, under a name that is a fingerprint of all it
 depends on: the images, the VAE's and the trunk's weights, sizes and dtype. A finished one is used as it is. One that is
-not: the ranks share the parts that are missing (megaflux.data.parts).
+not: the ranks share the parts that are missing (megaflux.data.storage.parts).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from megaflux.config import Config
+from megaflux.common.errors import STUCK, UserError
+from megaflux.config.parse import Config
 from megaflux.data.batches import decode_image
 from megaflux.data.images import decode
-from megaflux.data.index import stored_file
-from megaflux.data.parts import Part, Writing, all_parts, complete, missing, remove_leftovers
-from megaflux.data.shards import DatasetInfo, read_dataset_info
-from megaflux.errors import STUCK, UserError
+from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
+from megaflux.data.storage.index import stored_file
+from megaflux.data.storage.parts import Part, Writing, all_parts, complete, missing, remove_leftovers
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models, weights_fingerprint
-from megaflux.training.cache_size import CacheSize, check_room, size_of_run
 from megaflux.training.distributed import HEARTBEAT, World, from_main, gathered
-from megaflux.training.watch import leave
+from megaflux.training.planning.cache_size import CacheSize, check_room, size_of_run
+from megaflux.training.survival.watch import leave
 
 log = logging.getLogger("megaflux")
 BATCH = 32

@@ -15,7 +15,7 @@ import os
 
 import torch
 
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS is deterministic; what it says of results' reproducibility

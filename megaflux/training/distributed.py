@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megaflux.data.ranks import gathered
-from megaflux.errors import UserError
-from megaflux.training import rendezvous
+from megaflux.common.errors import UserError
+from megaflux.common.ranks import gathered
 from megaflux.training.determinism import make_deterministic
+from megaflux.training.survival import rendezvous
 from megaflux_kernels import cudnn
 
 log = logging.getLogger("megaflux")

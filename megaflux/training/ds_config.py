@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaflux.config import Config
-from megaflux.errors import UserError
-from megaflux.paths import expanded
+from megaflux.common.errors import UserError
+from megaflux.common.paths import expanded
+from megaflux.config.parse import Config
 
 if TYPE_CHECKING:
     import torch

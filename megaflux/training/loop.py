@@ -19,28 +19,32 @@ from typing import Any
 import psutil
 import torch
 
-from megaflux.config import Config
+from megaflux.common.errors import STOPPED, UserError, is_out_of_memory
+from megaflux.config.parse import Config
 from megaflux.data.loader import Batch, BucketLoader, build_loader
-from megaflux.data.pieces import pieces, position_for
-from megaflux.errors import STOPPED, UserError, is_out_of_memory
-from megaflux.gpus import Assumed
+from megaflux.data.reading.pieces import pieces, position_for
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models, load_models
 from megaflux.models.vlm import Condition
-from megaflux.training import checkpoint, distributed, elastic, frozen, memory, noise, space, trained, validation
+from megaflux.training import distributed, frozen, noise, validation
 from megaflux.training.cache import cached_dataset
-from megaflux.training.checkpoint import Checkpoint
+from megaflux.training.checkpoint import elastic, space
+from megaflux.training.checkpoint import state as checkpoint
+from megaflux.training.checkpoint import weights as trained
+from megaflux.training.checkpoint.state import Checkpoint
 from megaflux.training.distributed import World
 from megaflux.training.ds_config import compute_dtype
 from megaflux.training.engine import Carried, StageEngine, release_memory
-from megaflux.training.events import Events
-from megaflux.training.guard import Guard
 from megaflux.training.monitor import Monitor
-from megaflux.training.out_of_memory import Plan
+from megaflux.training.planning import memory
+from megaflux.training.planning.gpus import Assumed
+from megaflux.training.planning.out_of_memory import Plan
 from megaflux.training.setup import lock_run_folder, prepare_data, prepare_run_folder
 from megaflux.training.stages import trainable_names
+from megaflux.training.survival.events import Events
+from megaflux.training.survival.guard import Guard
+from megaflux.training.survival.watch import Watch
 from megaflux.training.validation import References
-from megaflux.training.watch import Watch
 
 log = logging.getLogger("megaflux")
 

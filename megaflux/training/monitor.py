@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from megaflux.config import Config
+from megaflux.config.parse import Config
 from megaflux.data.batches import Batch
-from megaflux.gpus import peak_tflops_for
-from megaflux.training import costs
 from megaflux.training.distributed import World, gathered, sum_over_ranks
-from megaflux.training.events import Events
+from megaflux.training.planning import costs
+from megaflux.training.planning.gpus import peak_tflops_for
+from megaflux.training.survival.events import Events
 from megaflux.training.validation import picture_file, save_picture
 
 T_BUCKETS = 8

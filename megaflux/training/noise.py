@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from megaflux import flow
-from megaflux.config import ConditionModes, Flow
+from megaflux.common.transfer import pins, to_device
+from megaflux.config.parse import ConditionModes, Flow
 from megaflux.models.latents import PACK
 from megaflux.models.vlm import Mode
 from megaflux.training.distributed import generator_for
-from megaflux.transfer import pins, to_device
 
 
 def draw_time_and_noise(

@@ -15,11 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megaflux.config import Parser, load_yaml
-from megaflux.errors import UserError, exit_on_user_error
-from megaflux.paths import path_option
-from megaflux.training import events as diary
-from megaflux.training.events import number
+from megaflux.common.errors import UserError, exit_on_user_error
+from megaflux.common.paths import path_option
+from megaflux.config.parse import Parser, load_yaml
+from megaflux.training.survival import events as diary
+from megaflux.training.survival.events import number
 
 SHARES = {
     "productive": "updates, but for their wait for data",

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from megaflux.config import Config
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
+from megaflux.config.parse import Config
+from megaflux.training.checkpoint.manifest import write_durably
 from megaflux.training.distributed import World, from_main, work_while_others_wait
-from megaflux.training.manifest import write_durably
 
 log = logging.getLogger("megaflux")
 LOCK_PATIENCE = 20.0  # s for a run that is about to leave
@@ -81,10 +81,10 @@ def prepare_data(config: Config, world: World) -> None:
     """Have `data.path` ready on every rank: made from `data.source` if it is not there yet, or, with `data.remote`,
     its description and the held-out pictures fetched. UserError, alike on all ranks, if that fails or does not fit.
     Collective."""
-    from megaflux.data import remote
-    from megaflux.data.merge import TooManyBad
     from megaflux.data.prepare import OPENMOJI_DEFAULTS, Options, prepare
-    from megaflux.data.shards import read_dataset_info
+    from megaflux.data.storage import remote
+    from megaflux.data.storage.dataset import read_dataset_info
+    from megaflux.data.writing.merge import TooManyBad
 
     data = config.data
 

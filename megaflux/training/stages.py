@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megaflux.errors import FrozenParameterError, UserError
+from megaflux.common.errors import FrozenParameterError, UserError
 
 if TYPE_CHECKING:  # the benches name stages on machines that lack what reading a configuration needs
-    from megaflux.config import Stage
+    from megaflux.config.parse import Stage
 
 # (part, pattern): what a parameter belongs to. Ordered for reading; the patterns exclude each other.
 PATTERNS: tuple[tuple[str, str], ...] = (

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from megaflux import flow
-from megaflux.config import Config
+from megaflux.common.errors import UserError
+from megaflux.config.parse import Config
 from megaflux.data.buckets import Bucket
-from megaflux.data.shards import read_dataset_info, read_split, squarest_bucket
-from megaflux.errors import UserError
+from megaflux.data.storage.dataset import read_dataset_info, read_split, squarest_bucket
 from megaflux.generation.sampling import flux_pipeline, generate
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models

@@ -11,7 +11,7 @@ from megaflux.bench.first import blocks, compiled, continued, kernel_tests, loop
 from megaflux.bench.first.facts import FINISHED, Fact, Facts, Recorder
 from megaflux.bench.first.predicted import PREDICTED
 from megaflux.bench.first.settings import Setting
-from megaflux.training import manifest
+from megaflux.training.checkpoint import manifest
 from megaflux_kernels.bench import cases, trials
 
 
@@ -20,9 +20,9 @@ def values(facts: Facts, step: str) -> dict:
 
 
 def test_token_counts_are_those_of_training():
-    from megaflux.config import build_config
-    from megaflux.presets import dev
-    from megaflux.training.costs import token_counts
+    from megaflux.config.parse import build_config
+    from megaflux.config.presets import dev
+    from megaflux.training.planning.costs import token_counts
 
     config = build_config(dev())
     pictures = Setting(False, Path()).pictures()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from launch import gpu_train
-from megaflux.errors import UserError
-from megaflux.presets import PUBLISHED_STAGES
+from megaflux.common.errors import UserError
+from megaflux.config.presets import PUBLISHED_STAGES
 from megaflux_kernels.bench.machine import attention_backend, facts
 from megaflux_kernels.bench.report import Report, Row
 from tests.bench.runs import ROOT, metrics, read, start

@@ -11,8 +11,8 @@ import yaml
 
 from launch import gpu_wheels
 from megaflux.bench.loader import make_pictures
+from megaflux.common.errors import UserError
 from megaflux.data.prepare import Options, prepare
-from megaflux.errors import UserError
 from tests.bench.runs import ROOT, start
 from tests.conftest import small_values
 
@@ -46,7 +46,7 @@ def test_the_first_part_is_enough_for_benches_of_flux_and_random_models():
     code = """
 import torch, megaflux.bench.step, megaflux.bench.activations, megaflux_kernels.bench.__main__
 from megaflux.bench.random_models import random_vae, random_vlm
-from megaflux.presets import tiny
+from megaflux.config.presets import tiny
 random_vlm(tiny()["model"]["vlm_config"], torch.bfloat16, "cpu")
 print("fine")
 """

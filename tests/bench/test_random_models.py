@@ -11,12 +11,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megaflux.bench import random_models as random_models_module
 from megaflux.bench.loader import make_pictures
 from megaflux.bench.random_models import random_models, random_vae, random_vlm
-from megaflux.config import build_config
+from megaflux.common.errors import UserError
+from megaflux.config.parse import build_config
+from megaflux.config.presets import tiny
 from megaflux.data.prepare import Options, prepare
-from megaflux.errors import UserError
 from megaflux.models.pretrained import load_models
 from megaflux.models.scratch import TINY
-from megaflux.presets import tiny
 from tests.bench.runs import ROOT, start
 from tests.conftest import small_values
 
@@ -34,7 +34,7 @@ class Finder:
 sys.meta_path[:] = [Finder(finder) for finder in sys.meta_path]
 import torch
 from megaflux.bench.random_models import random_vae, random_vlm
-from megaflux.presets import tiny
+from megaflux.config.presets import tiny
 random_vlm(tiny()["model"]["vlm_config"], torch.bfloat16, "cpu")
 random_vae({"latent_channels": 8}, torch.bfloat16, "cpu")
 print("made", sorted(ABSENT & set(sys.modules)))

@@ -14,7 +14,7 @@ from megaflux.bench.activations import trainable_flux
 from megaflux.bench.arms import Arms, random_flux, random_inputs
 from megaflux.bench.live_memory import GRANULE, LiveMemory
 from megaflux.bench.sizes import Sizes, published
-from megaflux.presets import PUBLISHED_STAGES
+from megaflux.config.presets import PUBLISHED_STAGES
 from megaflux_kernels.bench.machine import attention_backend
 from megaflux_kernels.bench.report import Parser
 from tests.bench.runs import QUICK, SMALL, TRAFFIC, WITHOUT, bench, metrics, read, start

@@ -14,7 +14,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megaflux.data.loader import build_loader
-from megaflux.data.pieces import position_for
+from megaflux.data.reading.pieces import position_for
 
 dataset, out, together, seed, batches, beyond = sys.argv[1:]
 out, batches = Path(out), int(batches)

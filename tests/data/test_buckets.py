@@ -2,8 +2,8 @@
 
 import pytest
 
+from megaflux.common.errors import UserError
 from megaflux.data.buckets import ASPECT_RATIOS, Bucket, make_buckets, nearest_bucket
-from megaflux.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ from conftest import file_bytes, picture
 from PIL import Image
 from test_loader import all_keys, free_port, keys_of, prefixes_on, take
 
+from megaflux.common.errors import UserError
 from megaflux.data.buckets import make_buckets
-from megaflux.data.index import read_index
 from megaflux.data.loader import build_loader
-from megaflux.data.quarantine import stand_ins
-from megaflux.data.shards import DatasetInfo, read_split, write_bucket, write_dataset
-from megaflux.data.verdict import VERDICT, verify_shards
-from megaflux.errors import UserError
+from megaflux.data.reading.quarantine import stand_ins
+from megaflux.data.storage.dataset import DatasetInfo, read_split, write_bucket, write_dataset
+from megaflux.data.storage.index import read_index
+from megaflux.data.storage.verdict import VERDICT, verify_shards
 
 SEED = 3
 BUCKETS = make_buckets(("1:1", "2:1"), 64)
@@ -407,7 +407,7 @@ def test_a_cache_fetches_again_what_is_damaged_in_it(dataset, tmp_path, opened):
 NO_HANDLES = """
 import itertools, resource, sys
 from megaflux.data.loader import build_loader
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 loader = build_loader(sys.argv[1], micro_batch_size=4, seed=3)
 batches = iter(loader)
 next(batches)
@@ -438,7 +438,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from test_faults import damage
 from megaflux.data.loader import build_loader
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 rank, root, out = dist.get_rank(), Path(sys.argv[1]), Path(sys.argv[2])
 loader = build_loader(root, micro_batch_size=2, seed=3, num_workers=2, verify=True)
 if rank == 0:

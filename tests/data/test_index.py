@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
+from megaflux.common.errors import UserError
 from megaflux.data.buckets import Bucket
-from megaflux.data.index import MAX_PROBLEMS, inspect_index, read_index
-from megaflux.data.shards import read_dataset_info, read_split, verify_dataset
-from megaflux.errors import UserError
+from megaflux.data.storage.dataset import read_dataset_info, read_split, verify_dataset
+from megaflux.data.storage.index import MAX_PROBLEMS, inspect_index, read_index
 
 SQUARE = Bucket("1:1", 64, 64)
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
-from megaflux.data.index import write_index
 from megaflux.data.loader import build_loader
-from megaflux.data.shards import DatasetInfo, open_writer, write_dataset
+from megaflux.data.storage.dataset import DatasetInfo, open_writer, write_dataset
+from megaflux.data.storage.index import write_index
 
 WORKER = Path(__file__).with_name("ledger_worker.py")
 TOGETHER = 16  # samples that all ranks draw together

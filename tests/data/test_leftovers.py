@@ -16,9 +16,9 @@ import pytest
 from test_faults import dataset, opened  # noqa: F401  fixtures
 from test_loader import take
 
-from megaflux import files
-from megaflux.data import shared_memory
-from megaflux.data.shared_memory import FORGOTTEN, remove_leftovers
+from megaflux.common import files
+from megaflux.data.reading import shared_memory
+from megaflux.data.reading.shared_memory import FORGOTTEN, remove_leftovers
 
 TEMPORARY = Path(tempfile.gettempdir())
 

@@ -21,12 +21,12 @@ import torch
 from conftest import SMALL, write_folder
 from PIL import Image
 
+from megaflux.common.errors import UserError
 from megaflux.data.buckets import make_buckets
 from megaflux.data.loader import build_loader
 from megaflux.data.prepare import Options, prepare
-from megaflux.data.shards import DatasetInfo, read_split, write_bucket, write_dataset
-from megaflux.data.shared_memory import _folders_in, _is_orphaned, remove_leftovers
-from megaflux.errors import UserError
+from megaflux.data.reading.shared_memory import _folders_in, _is_orphaned, remove_leftovers
+from megaflux.data.storage.dataset import DatasetInfo, read_split, write_bucket, write_dataset
 
 BATCHES = 17  # of 4 in an epoch of the small dataset: 10 square, 6 wide, 1 tall
 
@@ -334,7 +334,7 @@ import torch.distributed as dist
 dist.init_process_group("gloo")
 from megaflux.data import loader as module
 from megaflux.data.loader import build_loader
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 path, out = sys.argv[1:]
 found, refused = {}, []
 

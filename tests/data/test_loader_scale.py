@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
-from megaflux.data.index import write_index
 from megaflux.data.loader import build_loader
-from megaflux.data.shards import DatasetInfo, open_writer, write_dataset
+from megaflux.data.storage.dataset import DatasetInfo, open_writer, write_dataset
+from megaflux.data.storage.index import write_index
 
 SAMPLES = {"16:9": 900_000, "2:1": 300_000, "2.35:1": 200_000, "1:1": 1_200_000, "1:2": 400_000}
 PER_SHARD = 1000

@@ -11,7 +11,7 @@ import pytest
 from test_faults import dataset, flip, stored  # noqa: F401  a fixture
 from test_loader import free_port
 
-from megaflux.data.verdict import VERDICT, verify_shards
+from megaflux.data.storage.verdict import VERDICT, verify_shards
 
 MACHINE = """
 import json, os, sys, threading
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch.distributed as dist
 dist.init_process_group("gloo")
 from megaflux.data import verdict
-from megaflux.data.ranks import detect_world
+from megaflux.common.ranks import detect_world
 paths, out = json.loads(sys.argv[1]), Path(sys.argv[2])
 world = detect_world()
 assert world.nodes == len(paths), world

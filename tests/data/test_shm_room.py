@@ -10,17 +10,17 @@ import torch
 from test_faults import BATCHES, dataset, opened  # noqa: F401  fixtures
 from test_loader import take
 
-from megaflux.data import shm_room
+from megaflux.common.errors import UserError
 from megaflux.data.buckets import make_buckets
-from megaflux.data.shards import ndarray_encoding
-from megaflux.errors import UserError
+from megaflux.data.reading import shm_room
+from megaflux.data.storage.dataset import ndarray_encoding
 
 SQUARE, WIDE = make_buckets(("1:1", "2:1"), 64)
 
 SMALL = """
 import itertools, subprocess, sys
 from megaflux.data.loader import build_loader
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 for workers, size in ((2, "2m"), (0, "2m"), (2, "3040k")):
     subprocess.run(["mount", "-o", f"remount,size={size}", "/dev/shm"], check=True)
     try:

@@ -12,12 +12,12 @@ from conftest import file_bytes, picture
 from PIL import Image
 from pyarrow import parquet
 
+from megaflux.common.errors import UserError
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.images import BadImage
-from megaflux.data.items import parse_caption
-from megaflux.data.openmoji import OpenMoji, caption_of
-from megaflux.data.sources import open_source
-from megaflux.errors import UserError
+from megaflux.data.writing.items import parse_caption
+from megaflux.data.writing.openmoji import OpenMoji, caption_of
+from megaflux.data.writing.sources import open_source
 
 BUCKETS = make_buckets(ASPECT_RATIOS, 128)
 

@@ -17,11 +17,11 @@ from conftest import SMALL, write_folder
 from test_faults import BATCHES, dataset, opened, stored  # noqa: F401  fixtures
 from test_loader import keys_of, take
 
-from megaflux.data import remote, unpack
-from megaflux.data.index import read_index
+from megaflux.common.errors import UserError
 from megaflux.data.prepare import Options, prepare
-from megaflux.data.unpack import UNPACKING, own_folder, remove_abandoned
-from megaflux.errors import UserError
+from megaflux.data.storage import remote, unpack
+from megaflux.data.storage.index import read_index
+from megaflux.data.storage.unpack import UNPACKING, own_folder, remove_abandoned
 
 TWO = """
 import itertools, json, os, sys, time

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from megaflux.errors import UserError
-from megaflux.generation.control import (
+from megaflux.common.errors import UserError
+from megaflux.generation.control.detectors import (
     KINDS,
     UNION_MODES,
     Detectors,
@@ -45,7 +45,7 @@ def randomize(model: torch.nn.Module, scale: float, seed: int) -> torch.nn.Modul
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory) -> Sources:
     """A folder of each detector, as save_pretrained leaves it. Read only."""
-    from megaflux import compat  # noqa: F401
+    from megaflux.common import compat  # noqa: F401
 
     root = tmp_path_factory.mktemp("detectors")
     write_depth(root / "depth")
@@ -424,7 +424,7 @@ def test_without_the_optional_packages_the_error_names_the_extra(sources, monkey
 
 def test_the_detectors_libraries_are_quiet(sources):
     code = (
-        "import sys\nfrom PIL import Image\nfrom megaflux.generation.control import Detectors, Sources, parse_point\n"
+        "import sys\nfrom PIL import Image\nfrom megaflux.generation.control.detectors import Detectors, Sources, parse_point\n"
         "parse_point('0,1')\nassert 'torch' not in sys.modules\n"
         "Detectors.line_resolution = 128\n"
         "Detectors(Sources(line=sys.argv[1])).map('line', Image.new('RGB', (64, 64), 'white'))\n"

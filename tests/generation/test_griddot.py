@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from megaflux.errors import UserError
-from megaflux.generation import dots as dotting
-from megaflux.generation import griddot
+from megaflux.common.errors import UserError
 from megaflux.generation.condition import PromptEmbeds, Reference, prompt_embeds, token_weights
-from megaflux.generation.griddot import Dot, Weighting
-from megaflux.generation.heat_map import heat_map
+from megaflux.generation.dots import dots as dotting
+from megaflux.generation.dots import griddot
+from megaflux.generation.dots.griddot import Dot, Weighting
+from megaflux.generation.dots.heat_map import heat_map
 from megaflux.models.latents import image_ids, text_ids
 from megaflux.runs import load_pipeline
 from tests.conftest import picture

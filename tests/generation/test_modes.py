@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megaflux import compat  # noqa: F401  (before diffusers)
+from megaflux.common import compat  # noqa: F401  (before diffusers)
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetImg2ImgPipeline,
@@ -19,7 +19,7 @@ from diffusers import (
 from PIL import Image, ImageDraw
 
 from megaflux import Dot, Qwen2VLFluxPipeline, Reference, Weighting
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 from megaflux.generation.condition import prompt_embeds
 from megaflux.generation.sampling import EulerScheduler, scheduler_like
 from megaflux.models import latents as latent_ops

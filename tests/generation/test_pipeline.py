@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from megaflux.common.errors import UserError
 from megaflux.data.batches import collate
 from megaflux.data.buckets import Bucket, make_buckets
-from megaflux.errors import UserError
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline, Reference, Settings, output_size, reference_tensor
 from megaflux.runs import load_pipeline
 from megaflux.training.cache import to_tensor

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 from megaflux.generation import runtime
 from megaflux.runs import load_pipeline
 from tests.conftest import picture

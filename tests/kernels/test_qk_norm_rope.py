@@ -43,7 +43,7 @@ def call(op, shape, **options):
 
 
 def test_definition_is_diffusers_own():
-    from megaflux import compat  # noqa: F401  (before diffusers)
+    from megaflux.common import compat  # noqa: F401  (before diffusers)
     from diffusers.models.embeddings import apply_rotary_emb  # isort: skip
 
     shape = (2, 7, 3, 3, 32)

@@ -22,7 +22,7 @@ def inputs(shape, dtype, needs=(True,) * 4):
 
 
 def test_definition_is_transformers_norm_and_a_linear():
-    from megaflux import compat  # noqa: F401, I001  (before transformers)
+    from megaflux.common import compat  # noqa: F401, I001  (before transformers)
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
     (x, norm_weight, weight, bias), _ = inputs(SHAPES[1], torch.bfloat16)

@@ -57,7 +57,9 @@ def test_help_shows_every_field():
 
 
 def test_checks_need_no_heavy_library():
-    code = "import sys, megaflux.training.checks; print({'torch', 'deepspeed', 'diffusers'} & set(sys.modules))"
+    code = (
+        "import sys, megaflux.training.planning.checks; print({'torch', 'deepspeed', 'diffusers'} & set(sys.modules))"
+    )
     assert run(sys.executable, "-c", code).stdout == "set()\n"
 
 
@@ -99,19 +101,19 @@ def test_through_the_deepspeed_launcher(tmp_path):
 
 @pytest.mark.parametrize("program, at, argv", [
     ("launch/train.py", "pydantic", ["--dry-run"]),  # its first imports
-    ("launch/train.py", "megaflux.training.dry_run", ["--dry-run"]),
-    ("megaflux.infer", "pydantic", ["--prompt", "a"]),
+    ("launch/train.py", "megaflux.training.planning.dry_run", ["--dry-run"]),
+    ("megaflux.infer.make", "pydantic", ["--prompt", "a"]),
     ("megaflux.data.prepare", "tqdm", ["a", "b"]),
     ("megaflux.training.report", "argparse", ["none"]),
     ("megaflux.export", "torch", [str(ROOT / "tests/old_runs/a9a4819/small"), "out"]),
-    ("megaflux.panel", "socket", []),
+    ("megaflux.panel.app", "socket", []),
 ])  # fmt: skip
 def test_ctrl_c_is_one_word_and_130(tmp_path, program, at, argv):
     """In each program's imports and beyond, by a sitecustomize that sends it where a module is first imported."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
         "import os, signal, sys\ndone = []\ndef hook(event, args):\n"
-        f"    if event == 'import' and args[0] == {at!r} and 'megaflux.errors' in sys.modules and not done:\n"
+        f"    if event == 'import' and args[0] == {at!r} and 'megaflux.common.errors' in sys.modules and not done:\n"
         "        done.append(os.kill(os.getpid(), signal.SIGINT))\nsys.addaudithook(hook)\n"
     )
     how = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]

@@ -318,9 +318,9 @@ def test_slurm_script_as_shipped_is_right_for_any_of_these_nodes(tmp_path, monke
     assert {task["MASTER_PORT"] for task in tasks} == {"20077"}
 
     from launch import train
-    from megaflux.config import parse_config
-    from megaflux.training.checks import find_problems
+    from megaflux.config.parse import parse_config
     from megaflux.training.ds_config import load_ds_config
+    from megaflux.training.planning.checks import find_problems
 
     python, program, *words = tasks[-1]["WORDS"].split()
     assert (python, program) == ("python", "launch/train.py")

@@ -14,19 +14,19 @@ import pytest
 import torch
 from torch import nn
 
-from megaflux.config import build_config
+from megaflux.config.parse import build_config
+from megaflux.config.presets import tiny
 from megaflux.models import pretrained, scratch
 from megaflux.models.connector import build_connector
 from megaflux.models.draws import Draws, quantiles, seeded
-from megaflux.presets import tiny
 
 CODE = """
 import hashlib, sys
-from megaflux.config import build_config
+from megaflux.config.parse import build_config
 from megaflux.models import scratch
 from megaflux.models.connector import build_connector
 from megaflux.models.pretrained import weights_fingerprint
-from megaflux.presets import tiny
+from megaflux.config.presets import tiny
 
 model, way = build_config(tiny()).model, sys.argv[1]
 modules = {

@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaflux.bench import activations
+from megaflux.config.presets import PUBLISHED_STAGES, dev
 from megaflux.models import flux as flux_module
 from megaflux.models import flux_functions
 from megaflux.models.flux import POLICIES, even_attention_gradients, fuse, is_fused, unfuse
 from megaflux.models.packing import side_by_side
-from megaflux.presets import PUBLISHED_STAGES, dev
 
 from diffusers import FluxTransformer2DModel  # isort: skip  (after megaflux, whose compat it needs)
 

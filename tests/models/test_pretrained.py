@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megaflux.config import build_config
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
+from megaflux.config.parse import build_config
+from megaflux.config.presets import dev
 from megaflux.models import pretrained, scratch
-from megaflux.presets import dev
 from tests.conftest import small_values
 
 from transformers import CLIPTextModel, CLIPTokenizer, Qwen2VLForConditionalGeneration  # isort: skip

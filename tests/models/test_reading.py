@@ -14,10 +14,10 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 
-from megaflux.config import build_config
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
+from megaflux.config.parse import build_config
 from megaflux.models import pretrained, scratch
-from megaflux.training import trained
+from megaflux.training.checkpoint import weights as trained
 from tests.conftest import small_values
 
 from diffusers import AutoencoderKL, FluxTransformer2DModel  # isort: skip
@@ -299,7 +299,7 @@ def test_shards_and_types(published, tmp_path, damage):
 MEASURE = """
 import json, sys, threading, time
 import torch
-from megaflux.config import build_config
+from megaflux.config.parse import build_config
 from megaflux.models import pretrained
 from tests.models.test_reading import resident, size
 

@@ -13,13 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megaflux import convert, infer, infer_options
-from megaflux.config import build_config
-from megaflux.errors import UserError
+from megaflux import convert
+from megaflux.common.errors import UserError
+from megaflux.config.parse import build_config
 from megaflux.generation.job import Runtime
+from megaflux.infer import make as infer
+from megaflux.infer import options as infer_options
 from megaflux.models import pretrained
 from megaflux.models.sources import FLUX, VLM, folder_problems, hub_name, model_problems, opened, problem, read_header
-from megaflux.training import checkpoint
+from megaflux.training.checkpoint import state as checkpoint
 from tests.conftest import small_values
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 23\n"

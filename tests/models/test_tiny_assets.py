@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import megaflux
-from megaflux import compat  # noqa: F401  before diffusers and transformers
+from megaflux.common import compat  # noqa: F401  before diffusers and transformers
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
-from megaflux.data.chunks import is_held_out
-from megaflux.data.openmoji import OpenMoji, caption_of
 from megaflux.data.prepare import OPENMOJI_DEFAULTS
+from megaflux.data.writing.chunks import is_held_out
+from megaflux.data.writing.openmoji import OpenMoji, caption_of
 
 from diffusers import AutoencoderKL  # isort: skip  (after compat)
 from transformers import (  # isort: skip

@@ -80,7 +80,7 @@ def tiny(data: Path) -> dict:
 
 def small(data: Path) -> dict:
     """Values over the preset dev."""
-    from megaflux.presets import tiny as preset
+    from megaflux.config.presets import tiny as preset
 
     model = preset()["model"]
     vlm = {part: model["vlm_config"][part] | VLM[part] for part in VLM}

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from megaflux import infer, panel, panel_state
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 from megaflux.generation.job import MODES, Job, Runtime
-from megaflux.panel_state import Form, Session, Stored, job_of
+from megaflux.infer import make as infer
+from megaflux.panel import app as panel
+from megaflux.panel import state as panel_state
+from megaflux.panel.state import Form, Session, Stored, job_of
 from tests.conftest import picture
 from tests.generation.test_modes import controlnet_folder  # noqa: F401  (a fixture)
 from tests.panel import bad_files
@@ -201,9 +203,9 @@ class Desk:
     """The handlers of a page, and the page's values as a person would set them."""
 
     def __init__(self, loaded, out: Path):
-        from megaflux.panel_handlers import VALUES
-        from megaflux.panel_wiring import build, guarded
-        from megaflux.panel_work import Work
+        from megaflux.panel.handlers import VALUES
+        from megaflux.panel.wiring import build, guarded
+        from megaflux.panel.work import Work
 
         self.page = build(Work(*loaded, out))
         self.h = self.page.handlers
@@ -286,7 +288,7 @@ def test_the_grid_and_the_weights_are_those_of_the_run(desk, tmp_path):
 
 def test_beside_a_prompt_t5_leaves_the_picture_fewer_tokens(with_t5, converted, tmp_path):  # noqa: F811
     from megaflux.generation.job import read_inputs, run
-    from megaflux.panel_work import Work
+    from megaflux.panel.work import Work
 
     picture(300, 300, 1).save(tmp_path / "cat.png")
     work = Work(with_t5, None, Runtime(checkpoint=str(converted)), tmp_path)

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 import yaml
 
-from megaflux.config import build_config, merge
-from megaflux.errors import exit_on_user_error
+from megaflux.common.errors import exit_on_user_error
+from megaflux.config.parse import build_config, merge
+from megaflux.config.presets import tiny
 from megaflux.models import latents
 from megaflux.models.pretrained import load_models
-from megaflux.presets import tiny
 from megaflux.training import distributed
 from megaflux.training.cache import cached_dataset
 

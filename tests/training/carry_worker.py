@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megaflux.config import Config, build_config, merge
-from megaflux.presets import tiny
+from megaflux.config.parse import Config, build_config, merge
+from megaflux.config.presets import tiny
 from megaflux.training import distributed
 from megaflux.training.engine import StageEngine
 from tests.training.runs import small_config

@@ -23,8 +23,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from megaflux.data.shared_memory import _folders_in
-from megaflux.training.events import NAME, read
+from megaflux.data.reading.shared_memory import _folders_in
+from megaflux.training.survival.events import NAME, read
 from tests.training.runs import LAUNCH, ROOT, environment, free_port, launch
 
 FAULTY = str(ROOT / "tests" / "training" / "faulty_train.py")

@@ -65,7 +65,7 @@ noise.draw_time_and_noise = draw
 
 
 def other_view() -> None:
-    from megaflux import config
+    from megaflux.config import parse as config
 
     parse = config.parse_config
 
@@ -95,7 +95,7 @@ def slow_down(module, name: str) -> None:
 
 
 if kind == "slow_save":
-    from megaflux.training import manifest
+    from megaflux.training.checkpoint import manifest
 
     slow_down(manifest, "inventory")
 if kind == "slow_validation":
@@ -154,7 +154,7 @@ if kind == "oom_step":
         run_out() or step(self, *args, **kwargs)
     )
 if kind == "small_gpu":
-    from megaflux.training import out_of_memory
+    from megaflux.training.planning import out_of_memory
 
     def too_large(config, models, bucket, real=out_of_memory.forward_and_backward):
         real(config, models, bucket)
@@ -166,7 +166,7 @@ if kind == "small_gpu":
 
 
 if kind == "less_memory":
-    from megaflux.training import memory
+    from megaflux.training.planning import memory
 
     memory.coding_peak = lambda *_: (0, 0)  # at small sizes more than all else, and the same for each micro-batch
     if mine:

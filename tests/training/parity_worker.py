@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megaflux.config import build_config, merge
+from megaflux.config.parse import build_config, merge
+from megaflux.config.presets import tiny
 from megaflux.models.pretrained import load_models
-from megaflux.presets import tiny
 from megaflux.training import distributed, validation
 from megaflux.training.ds_config import compute_dtype, load_ds_config
 from megaflux.training.engine import StageEngine

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaflux.config import build_config, merge
-from megaflux.data import parts as parts_module
-from megaflux.data.index import read_index
+from megaflux.common.errors import UserError
+from megaflux.config.parse import build_config, merge
+from megaflux.config.presets import tiny
 from megaflux.data.loader import build_loader
-from megaflux.data.shards import read_dataset_info, read_split, verify_dataset, write_bucket, write_dataset
-from megaflux.errors import UserError
+from megaflux.data.storage import parts as parts_module
+from megaflux.data.storage.dataset import read_dataset_info, read_split, verify_dataset, write_bucket, write_dataset
+from megaflux.data.storage.index import read_index
 from megaflux.models import latents
 from megaflux.models.pretrained import load_models
-from megaflux.presets import tiny
 from megaflux.training import cache
 from megaflux.training.distributed import World
 from tests.training.faults import newest

@@ -10,16 +10,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megaflux.config import Config, build_config
+from megaflux.config.parse import Config, build_config
+from megaflux.config.presets import FLUX_VAE, PRESETS
 from megaflux.data.buckets import Bucket, make_buckets
-from megaflux.gpus import peak_tflops_for
 from megaflux.models.pretrained import meta_models
 from megaflux.models.tokens import Tokens, condition_grid
 from megaflux.models.vlm import Condition
-from megaflux.presets import FLUX_VAE, PRESETS
-from megaflux.training import costs, memory, stages
-from megaflux.training.activations import activation_bytes, block_units, flux_bytes
-from megaflux.training.costs import training_flops
+from megaflux.training import stages
+from megaflux.training.planning import costs, memory
+from megaflux.training.planning.activations import activation_bytes, block_units, flux_bytes
+from megaflux.training.planning.costs import training_flops
+from megaflux.training.planning.gpus import peak_tflops_for
 
 ZERO2 = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "communication_data_type": "fp32"}
 SQUARE = Bucket("1:1", 1024, 1024)

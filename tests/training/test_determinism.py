@@ -14,7 +14,7 @@ from tests.training.runs import environment, free_port, launch
 CODE = """
 import os, sys
 import torch
-from megaflux.errors import exit_on_user_error
+from megaflux.common.errors import exit_on_user_error
 from megaflux.training import distributed
 
 def main():

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from megaflux.config import Config, build_config
+from megaflux.common.errors import UserError
+from megaflux.config.parse import Config, build_config
+from megaflux.config.presets import PRESETS
 from megaflux.data.buckets import make_buckets
-from megaflux.errors import UserError
-from megaflux.gpus import Assumed
-from megaflux.presets import PRESETS
-from megaflux.training import dry_run as module
-from megaflux.training.checks import find_notes, find_problems
-from megaflux.training.dry_run import dry_run
+from megaflux.training.planning import dry_run as module
+from megaflux.training.planning.checks import find_notes, find_problems
+from megaflux.training.planning.dry_run import dry_run
+from megaflux.training.planning.gpus import Assumed
 
 DS_CONFIG = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero2.json").read_text())
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaflux.config import build_config
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
+from megaflux.config.parse import build_config
+from megaflux.config.presets import PRESETS
 from megaflux.models.pretrained import meta_models
-from megaflux.presets import PRESETS
 from megaflux.training.ds_config import (
     FILLED,
     accumulation_steps,

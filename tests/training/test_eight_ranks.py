@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megaflux.presets import tiny
-from megaflux.training import checkpoint, manifest
+from megaflux.config.presets import tiny
+from megaflux.training.checkpoint import manifest
+from megaflux.training.checkpoint import state as checkpoint
 from tests.training.faults import end, final_weights, left_behind, newest, ranks_of, start, wait_for
 from tests.training.runs import ds_config, make_dataset, write_config
 

@@ -9,15 +9,15 @@ import weakref
 import pytest
 import torch
 
-from megaflux.config import build_config, merge
+from megaflux.config.parse import build_config, merge
+from megaflux.config.presets import tiny
 from megaflux.models.packing import side_by_side
 from megaflux.models.pretrained import load_models
-from megaflux.presets import tiny
 from megaflux.training import distributed
 from megaflux.training.engine import StageEngine, adam_state
-from megaflux.training.guard import Guard
 from megaflux.training.optim import learning_rate
 from megaflux.training.stages import trainable_names
+from megaflux.training.survival.guard import Guard
 from tests.training.carry_worker import Toy, toy_config
 from tests.training.runs import ROOT, ds_config, environment, free_port, small_config
 from tests.training.updates import drawn_losses, wake

@@ -15,19 +15,20 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megaflux.config import build_config, merge
-from megaflux.data import parts as parts_module
+from megaflux.common.errors import UserError
+from megaflux.config.parse import build_config, merge
+from megaflux.config.presets import dev, tiny
 from megaflux.data.buckets import make_buckets
-from megaflux.data.index import read_index, stored_file
 from megaflux.data.loader import build_loader
-from megaflux.data.shards import read_dataset_info, read_split, verify_dataset
-from megaflux.errors import UserError
+from megaflux.data.storage import parts as parts_module
+from megaflux.data.storage.dataset import read_dataset_info, read_split, verify_dataset
+from megaflux.data.storage.index import read_index, stored_file
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import load_models, meta_models, weights_fingerprint
-from megaflux.presets import dev, tiny
-from megaflux.training import cache, cache_size, frozen, loop, memory, out_of_memory, validation
+from megaflux.training import cache, frozen, loop, validation
 from megaflux.training.distributed import World
-from megaflux.training.dry_run import dry_run
+from megaflux.training.planning import cache_size, memory, out_of_memory
+from megaflux.training.planning.dry_run import dry_run
 from tests.training.runs import ROOT, make_dataset, small_config
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -7,16 +7,16 @@ import json
 import pytest
 import torch
 
-from megaflux.config import build_config, merge
+from megaflux.config.parse import build_config, merge
+from megaflux.config.presets import tiny
 from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import load_models
-from megaflux.presets import tiny
-from megaflux.training import memory
 from megaflux.training.distributed import World
 from megaflux.training.engine import MOMENTS, Carried, StageEngine, release_memory
-from megaflux.training.out_of_memory import Plan
+from megaflux.training.planning import memory
+from megaflux.training.planning.out_of_memory import Plan
+from megaflux.training.planning.trial import forward_and_backward
 from megaflux.training.stages import trainable_names
-from megaflux.training.trial import forward_and_backward
 from megaflux.training.validation import denoising_loss
 from tests.models.test_reading import SLACK, rise, write_large
 from tests.training.faults import assert_same, final_state, final_weights

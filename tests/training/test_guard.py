@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megaflux.training.engine import StageEngine
-from megaflux.training.guard import FEWEST, Guard
+from megaflux.training.survival.guard import FEWEST, Guard
 from tests.training.carry_worker import Toy, toy_config
 from tests.training.runs import ds_config
 

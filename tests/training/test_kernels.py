@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaflux.config import build_config, merge
-from megaflux.presets import tiny
-from megaflux.training.checks import find_problems
+from megaflux.config.parse import build_config, merge
+from megaflux.config.presets import tiny
 from megaflux.training.ds_config import load_ds_config
+from megaflux.training.planning.checks import find_problems
 from tests.training.runs import copy_until, ds_config, launch, make_dataset, small_config, write_config
 
 
@@ -96,7 +96,7 @@ def test_zero3_runs_on_diffusers_own_path_and_says_so(tmp_path, data):
 
 
 def test_settings_say_which_path_made_a_picture(tmp_path, run_folder):
-    from megaflux import infer
+    from megaflux.infer import make as infer
 
     Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)).save(tmp_path / "black.png")
     for kernels in ("on", "off"):
@@ -108,9 +108,9 @@ def test_settings_say_which_path_made_a_picture(tmp_path, run_folder):
 
 
 def test_shards_in_the_old_order_are_refused_with_the_reason(run_folder):
-    from megaflux.config import load_yaml
-    from megaflux.errors import UserError
-    from megaflux.training import checkpoint
+    from megaflux.common.errors import UserError
+    from megaflux.config.parse import load_yaml
+    from megaflux.training.checkpoint import state as checkpoint
 
     config = build_config(load_yaml(str(run_folder / "config.yaml")))
     with pytest.raises(UserError, match="optimizer shards have another order; finish the run with that version"):

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaflux import files
-from megaflux.errors import UserError
-from megaflux.training import manifest
+from megaflux.common import files
+from megaflux.common.errors import UserError
+from megaflux.training.checkpoint import manifest
 
 CONTENT = {"format": manifest.FORMAT, "update": 0, "stage": 0, "stage_name": "one", "world_size": 2, "data": {"epoch": 1}, "base": "b",
            "identity": {}, "deepspeed": {"zero_stage": 2}, "guard": {}}  # fmt: skip

@@ -14,17 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megaflux.bench import memory as bench
 from megaflux.bench.live_memory import LiveMemory
 from megaflux.bench.update_memory import update_peak, vae_peaks
-from megaflux.config import Config, build_config
+from megaflux.config.parse import Config, build_config
+from megaflux.config.presets import FLUX_VAE, PRESETS
 from megaflux.data.buckets import Bucket, make_buckets
 from megaflux.generation import sampling
 from megaflux.models.latents import coding_peak
 from megaflux.models.pretrained import meta_models
 from megaflux.models.scratch import TINY
-from megaflux.presets import FLUX_VAE, PRESETS
-from megaflux.training import memory
-from megaflux.training.activations import activation_bytes
-from megaflux.training.costs import token_counts
 from megaflux.training.distributed import World
+from megaflux.training.planning import memory
+from megaflux.training.planning.activations import activation_bytes
+from megaflux.training.planning.costs import token_counts
 
 DS_CONFIG = json.loads(bench.ZERO_CONFIG.read_text())
 SQUARE, WIDE = Bucket("1:1", 1024, 1024), Bucket("2:1", 512, 1024)

@@ -11,19 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaflux.config import build_config, merge
-from megaflux.gpus import GPUS, Assumed, find_gpu
+from megaflux.config.parse import build_config, merge
+from megaflux.config.presets import dev, tiny
 from megaflux.models.pretrained import load_models, meta_models
-from megaflux.presets import dev, tiny
-from megaflux.training import costs, distributed, memory, throughput
+from megaflux.training import distributed
+from megaflux.training.checkpoint.elastic import fit
 from megaflux.training.distributed import World
-from megaflux.training.dry_run_table import gpus_of, micro_batch_lines
 from megaflux.training.ds_config import divisors
-from megaflux.training.elastic import fit
 from megaflux.training.engine import StageEngine
-from megaflux.training.micro_batch import Choice, Planner, best_of
-from megaflux.training.out_of_memory import Plan
-from megaflux.training.throughput import Cluster, Launches, Traffic, Work
+from megaflux.training.planning import costs, memory, throughput
+from megaflux.training.planning.dry_run_table import gpus_of, micro_batch_lines
+from megaflux.training.planning.gpus import GPUS, Assumed, find_gpu
+from megaflux.training.planning.micro_batch import Choice, Planner, best_of
+from megaflux.training.planning.out_of_memory import Plan
+from megaflux.training.planning.throughput import Cluster, Launches, Traffic, Work
 from tests.training.runs import small_config
 from tests.training.updates import drawn_losses, wake
 

@@ -11,18 +11,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megaflux.config import build_config, merge
-from megaflux.errors import UserError, is_out_of_memory
+from megaflux.common.errors import UserError, is_out_of_memory
+from megaflux.config.parse import build_config, merge
+from megaflux.config.presets import tiny
 from megaflux.models.pretrained import load_models, meta_models
-from megaflux.presets import tiny
-from megaflux.training import checkpoint, distributed, loop, memory, monitor, out_of_memory
+from megaflux.training import distributed, loop, monitor
+from megaflux.training.checkpoint import state as checkpoint
+from megaflux.training.checkpoint.space import NoRoom
 from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine
-from megaflux.training.events import Events
-from megaflux.training.micro_batch import Planner
 from megaflux.training.monitor import Monitor, allocator_scalars, allocator_state
-from megaflux.training.out_of_memory import Plan, held_by_others
-from megaflux.training.space import NoRoom
+from megaflux.training.planning import memory, out_of_memory
+from megaflux.training.planning.micro_batch import Planner
+from megaflux.training.planning.out_of_memory import Plan, held_by_others
+from megaflux.training.survival.events import Events
 from tests.training.runs import ds_config, small_config
 from tests.training.updates import drawn_losses, wake
 

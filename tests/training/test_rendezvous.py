@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
-from megaflux.errors import STUCK, UserError
-from megaflux.training import rendezvous
+from megaflux.common.errors import STUCK, UserError
+from megaflux.training.survival import rendezvous
 from tests.training.runs import LAUNCH, environment, free_port
 
 
@@ -99,7 +99,7 @@ def test_a_first_rank_that_never_comes_is_one_line_and_no_bad_input(monkeypatch,
 
 
 FAILS = """
-from megaflux.errors import STUCK, UserError, exit_on_user_error
+from megaflux.common.errors import STUCK, UserError, exit_on_user_error
 def main(): raise UserError("nobody there", own={own}, code=STUCK)
 exit_on_user_error(main)
 """

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 from megaflux.training import report as reporting
-from megaflux.training.events import FAULTS, Events, parse, read
 from megaflux.training.report import SHARES, account
+from megaflux.training.survival.events import FAULTS, Events, parse, read
 
 ANY = settings(deadline=None, database=None, max_examples=150)  # cores are shared, so no test has a deadline
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaflux.config import ConditionModes, build_config, merge
+from megaflux.config.parse import ConditionModes, build_config, merge
+from megaflux.config.presets import PUBLISHED_STAGES, tiny
 from megaflux.models.pretrained import load_models, meta_models
-from megaflux.presets import PUBLISHED_STAGES, tiny
-from megaflux.training import memory
-from megaflux.training.micro_batch import Planner
 from megaflux.training.noise import draw_mode
+from megaflux.training.planning import memory
+from megaflux.training.planning.micro_batch import Planner
 from megaflux.training.stages import trainable_names
 from tests.training.faults import assert_same, events, final_state, final_weights, start
 from tests.training.runs import ROOT, copy_until, ds_config, launch, make_dataset, small_config, write_config

@@ -7,11 +7,11 @@ from collections import Counter
 import pytest
 import torch
 
-from megaflux.config import Stage
-from megaflux.errors import FrozenParameterError, UserError
+from megaflux.common.errors import FrozenParameterError, UserError
+from megaflux.config.parse import Stage
+from megaflux.config.presets import PUBLISHED_STAGES
 from megaflux.models import latents as ops
 from megaflux.models.pretrained import load_models
-from megaflux.presets import PUBLISHED_STAGES
 from megaflux.training import stages
 
 PUBLISHED = [Stage(name=name, share=1, blocks=tuple(blocks)) for name, blocks in PUBLISHED_STAGES.items()]

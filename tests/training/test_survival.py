@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaflux.errors import UserError
-from megaflux.training import checkpoint, elastic, manifest
-from megaflux.training.checkpoint import Checkpoint
+from megaflux.common.errors import UserError
+from megaflux.training.checkpoint import elastic, manifest
+from megaflux.training.checkpoint import state as checkpoint
+from megaflux.training.checkpoint.state import Checkpoint
 from tests.training.faults import (
     FAULTY,
     Reference,

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megaflux import export, runs
-from megaflux.errors import UserError
-from megaflux.training import checkpoint, manifest, trained
+from megaflux.common.errors import UserError
+from megaflux.training.checkpoint import manifest
+from megaflux.training.checkpoint import state as checkpoint
+from megaflux.training.checkpoint import weights as trained
 from megaflux.training.distributed import World
 
 

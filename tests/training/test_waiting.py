@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaflux.config import build_config, merge
-from megaflux.presets import tiny
+from megaflux.config.parse import build_config, merge
+from megaflux.config.presets import tiny
 from megaflux.training import setup
 from megaflux.training.distributed import World
 from tests.training.runs import environment, free_port
@@ -41,7 +41,7 @@ def test_others_wait_for_a_rank_that_works_past_every_time_limit(ends, said, cod
 def test_data_are_prepared_and_fetched_while_the_others_wait_and_not_before_a_barrier(tmp_path, monkeypatch):
     """By rank 0 what is prepared, by each machine's first what is fetched; all others wait with signs of life."""
     from megaflux.data import prepare as preparing
-    from megaflux.data import remote
+    from megaflux.data.storage import remote
 
     done, waited = [], []
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from megaflux import flow
-from megaflux.config import Config, Flow, build_config
+from megaflux.config.parse import Config, Flow, build_config
 from megaflux.data.batches import Batch
 from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import Models, load_models
 from megaflux.training import distributed, loop, monitor, noise, validation
 from megaflux.training.distributed import World, generator_for
 from megaflux.training.engine import StageEngine
-from megaflux.training.events import Events
-from megaflux.training.guard import Guard
 from megaflux.training.monitor import Monitor
+from megaflux.training.survival.events import Events
+from megaflux.training.survival.guard import Guard
 from tests.conftest import small_values
 from tests.stand_in_gpu import GPU, StandInGpu
 from tests.training.runs import ds_config

@@ -13,18 +13,20 @@ from types import MappingProxyType, SimpleNamespace
 import pytest
 import torch
 
-from megaflux.config import build_config, merge
-from megaflux.errors import UserError
-from megaflux.presets import tiny
-from megaflux.training import checkpoint, setup, space
+from megaflux.common.errors import UserError
+from megaflux.config.parse import build_config, merge
+from megaflux.config.presets import tiny
+from megaflux.training import setup
+from megaflux.training.checkpoint import space
+from megaflux.training.checkpoint import state as checkpoint
 from megaflux.training.distributed import World
-from megaflux.training.watch import ASKING, HEARD, Watch
+from megaflux.training.survival.watch import ASKING, HEARD, Watch
 from tests.training.runs import ROOT, small_config
 
 ALONE = World(0, 1, torch.device("cpu"))
 BLOCKED = """
 import ctypes, sys
-from megaflux.training.watch import Watch
+from megaflux.training.survival.watch import Watch
 watch = Watch(hang_timeout={hang}, leave_within=1)
 {ready}
 print("up", flush=True)
@@ -107,7 +109,7 @@ def test_nohup_stays_nohup(more, heard):
 
 
 PRINTS = """
-from megaflux.training.watch import Watch
+from megaflux.training.survival.watch import Watch
 import logging, sys, time
 watch = Watch(1000)
 watch.ready()
@@ -141,7 +143,7 @@ def test_output_that_nobody_reads_any_more_ends_nothing(flags):
 
 
 STUCK_IN_PRINT = """
-from megaflux.training.watch import Watch
+from megaflux.training.survival.watch import Watch
 import sys
 watch = Watch({hang}, 1000)
 watch.ready()
@@ -173,7 +175,7 @@ def test_a_rank_that_is_stuck_in_a_print_is_left_as_well(signals, code):
 
 def test_an_update_has_three_times_the_longest_to_end(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("megaflux.training.watch.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("megaflux.training.survival.watch.time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(Watch, "_look", lambda self: None)  # no thread
     handlers = {number: signal.getsignal(number) for number in HEARD}
     watch, told = Watch(1000), Watch(1000, 7)
@@ -239,7 +241,7 @@ def test_a_hang_that_cannot_even_be_written_down_is_left():
 
 
 def test_a_persons_python_outlives_its_shell_and_what_else_ran_there(tmp_path):
-    code = "from megaflux.training.watch import Watch; import sys, time; w = Watch(1000); w.ready(); time.sleep(3); "
+    code = "from megaflux.training.survival.watch import Watch; import sys, time; w = Watch(1000); w.ready(); time.sleep(3); "
     code += f"open({str(tmp_path / 'asked')!r}, 'w').write(str(w.signal))"
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_PROCID")}
     shell = f'sleep 1 & "{sys.executable}" -c "{code}" & sleep 1.5'

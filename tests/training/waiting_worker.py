@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megaflux.errors import UserError
+from megaflux.common.errors import UserError
 from megaflux.training.distributed import World, work_while_others_wait
 
 LIMIT = 3.0  # s

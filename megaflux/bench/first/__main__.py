@@ -28,7 +28,7 @@ from megaflux.bench.first.facts import AGAIN, FINISHED, Fact, Facts, GpuLost, Re
 from megaflux.bench.first.processes import lock
 from megaflux.bench.first.runner import SINCE, Outcome, is_finished, run
 from megaflux.bench.first.table import table
-from megaflux.paths import path_option
+from megaflux.common.paths import path_option
 from megaflux_kernels.bench.machine import visible_gpu
 from megaflux_kernels.bench.report import Parser, one_of, positive
 

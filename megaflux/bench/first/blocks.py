@@ -17,7 +17,7 @@ from megaflux.bench.activations import freeze, trainable_flux
 from megaflux.bench.arms import Arms, random_flux, random_inputs
 from megaflux.bench.first.facts import Recorder
 from megaflux.bench.first.settings import Setting, grid
-from megaflux.gpus import peak_tflops_for
+from megaflux.training.planning.gpus import peak_tflops_for
 from megaflux_kernels.bench.timing import median, samples_ms
 
 ARMS = ("ours-none", "ours-mlp", "ours-full", "diffusers-eager", "diffusers-eager-full")

@@ -15,7 +15,8 @@ import torch
 from megaflux.bench.first import loop
 from megaflux.bench.first.facts import Recorder
 from megaflux.bench.first.settings import Setting
-from megaflux.training import manifest, repartition
+from megaflux.training.checkpoint import manifest
+from megaflux.training.checkpoint import reshard as repartition
 
 RUNS = ("first", "second")
 LINKED = 1 << 20  # bytes; larger files of the checkpoint are linked, not copied

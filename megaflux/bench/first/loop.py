@@ -17,7 +17,7 @@ from megaflux.bench.first.facts import Recorder
 from megaflux.bench.first.processes import start
 from megaflux.bench.first.settings import SMALL_SIDE, Setting
 from megaflux.bench.first.training import ALL, STEPS
-from megaflux.presets import dev, tiny
+from megaflux.config.presets import dev, tiny
 from megaflux_kernels.bench.timing import median
 
 UPDATES, STAGE_END, SAVED, LAST = 6, 3, 4, 5

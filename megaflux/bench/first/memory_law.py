@@ -15,7 +15,7 @@ from megaflux.bench.first.facts import Recorder
 from megaflux.bench.first.settings import Setting, grid
 from megaflux.bench.live_memory import LiveMemory
 from megaflux.models.flux import Policy, fuse
-from megaflux.training.activations import flux_bytes
+from megaflux.training.planning.activations import flux_bytes
 
 POINTS = ((1, "none"), (2, "mlp"), (4, "mlp"), (8, "full"))
 MIXED = 2  # images; two thirds of the blocks in policy none, the others in mlp

@@ -13,10 +13,10 @@ import torch
 from megaflux.bench.first.facts import Recorder
 from megaflux.bench.first.settings import Setting
 from megaflux.bench.random_models import VAE_SCALES, random_vae, random_vlm
+from megaflux.config.presets import FLUX_VAE, dev, tiny
 from megaflux.models import latents
 from megaflux.models.scratch import TINY
 from megaflux.models.vlm import Trunk, split_vlm
-from megaflux.presets import FLUX_VAE, dev, tiny
 from megaflux_kernels.bench.timing import median, samples_ms
 
 VAE_BATCHES = (1, 2, 8)

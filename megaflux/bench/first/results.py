@@ -13,7 +13,7 @@ from pathlib import Path
 from megaflux.bench.first import predicted as predictions
 from megaflux.bench.first.facts import FINISHED, Fact, Facts, number
 from megaflux.bench.first.steps import TABLE
-from megaflux.paths import path_option
+from megaflux.common.paths import path_option
 from megaflux_kernels.bench.report import Parser
 
 SMALL = "small"

@@ -22,14 +22,16 @@ from typing import Any
 import torch
 
 from megaflux.bench.random_models import random_models
-from megaflux.config import build_config, load_yaml
+from megaflux.common.paths import path_option
+from megaflux.config.parse import build_config, load_yaml
 from megaflux.data.batches import Batch
-from megaflux.paths import path_option
-from megaflux.training import checkpoint, loop, manifest, noise, validation
+from megaflux.training import loop, noise, validation
+from megaflux.training.checkpoint import manifest
+from megaflux.training.checkpoint import state as checkpoint
 from megaflux.training.ds_config import load_ds_config, with_defaults
 from megaflux.training.engine import StageEngine
 from megaflux.training.monitor import Monitor
-from megaflux.training.watch import Watch
+from megaflux.training.survival.watch import Watch
 
 DS_CONFIG = Path(__file__).parents[3] / "ds_configs" / "zero2.json"
 STEPS = (

@@ -1,0 +1,1 @@
+"""What every part may use: errors and exit codes, files, paths, ranks."""

@@ -1,0 +1,368 @@
+"""Every knob of a run: a field with its unit and what None means; the text under a field is its --help.
+
+A resolved Config is frozen and is saved beside the run. Anything a run's result depends on is in here, and
+nothing else is. Where the values come from: megaflux.config.parse.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from megaflux.common.paths import expanded
+from megaflux.config import plain_yaml
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic would read true as 1
+        raise ValueError(f"must be a number, got {str(value).lower()}")
+    return value
+
+
+def _home(value: str | None) -> str | None:
+    return None if value is None else expanded(value)
+
+
+def _policy(value: Any) -> Any:
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
+MOST = 2**53  # of a count: up to there a float holds every whole number
+MOST_SHARE = 1e12
+
+_NUMBER = BeforeValidator(_not_bool)
+Fraction = Annotated[float, _NUMBER, Field(ge=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, _NUMBER, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, _NUMBER, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, _NUMBER, Field(ge=1, le=MOST)]
+CountOrZero = Annotated[int, _NUMBER, Field(ge=0, le=MOST)]
+HOME = AfterValidator(_home)
+"""Marks a field that holds a path (or a name that may stand in its place): a `~` at its beginning is expanded."""
+HomePath = Annotated[str, HOME]
+HomePathOrNone = Annotated[str | None, HOME]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        validate_default=True,
+    )
+
+
+class Named(Section):
+    """A section with names of files in it."""
+
+    @field_validator("*")
+    @classmethod
+    def _no_strange_characters(cls, value: Any) -> Any:
+        if isinstance(value, str) and (bad := re.search("[\0\ud800-\udfff]", value)):
+            what = "NUL" if bad[0] == "\0" else "half a surrogate pair, so not valid UTF-8"
+            raise ValueError(f"character {bad.start() + 1} is {what}; take it out")
+        return value
+
+
+class Run(Named):
+    dir: HomePath
+    """Folder of the run: configuration, TensorBoard events, checkpoints, samples."""
+    seed: CountOrZero = 0
+    """Seed of everything random: weights built from nothing, shuffling, t, noise."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: continue if the run folder holds a checkpoint, else start; never: refuse a folder that holds one;
+    must: refuse to start from nothing."""
+
+
+class Model(Named):
+    flux: HomePathOrNone = None
+    """FLUX.1 in diffusers' layout (transformer, VAE, scheduler, CLIP): a folder, or a hub name: hub:owner/name always,
+    owner/name where the working directory holds no folder owner (here and for vlm and vae). None: the
+    transformer and CLIP are built from `flux_config` and `clip_config` with seeded random weights, the VAE is
+    `vae`."""
+    vlm: HomePathOrNone = None
+    """Qwen2-VL: a folder or a hub name. None: built from `vlm_config` with seeded random weights."""
+    vae: HomePathOrNone = None
+    """A VAE other than the one in `flux`: a folder, a hub name or `tiny`. None: `flux`'s own."""
+    flux_config: dict[str, Any]
+    """Arguments of diffusers' FluxTransformer2DModel; the sizes of a model built from nothing and of a dry
+    run."""
+    vlm_config: dict[str, Any]
+    """`text_config` and `vision_config` of transformers' Qwen2VLConfig, used likewise."""
+    clip_config: dict[str, Any]
+    """Arguments of transformers' CLIPTextConfig, used likewise."""
+    seeded: Literal["portable", "torch"] = "portable"
+    """How weights built from nothing are drawn from the seed (the connector's always are): portable, the same bits on every
+    CPU; torch, by torch's own kernels, whose last bits depend on the CPU's instruction set, as runs begun before there was a
+    choice do."""
+    latent_channels: Count
+    """Channels of the VAE's latents (8x smaller than the image); FLUX sees four times as many after
+    packing."""
+    kernels: Literal["on", "off"] = "on"
+    """on: FLUX and the connector run on megaflux_kernels (Triton on a GPU, torch on a CPU; not under ZeRO-3, which
+    gathers weights module by module); off: diffusers' own path."""
+    activation_checkpointing: Annotated[Literal["auto", "none", "mlp", "full"], BeforeValidator(_policy)] = "auto"
+    """What the backward pass computes again instead of keeping it: none, mlp (in each FLUX block the MLP's first
+    product; needs kernels), full (all of each FLUX block, and the Qwen layer), auto (per block, from the memory of
+    the GPU). Gradients are the same. true and false are read as full and none."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention of Qwen2-VL in transformers' words; FLUX always uses scaled_dot_product_attention."""
+    vlm_max_tokens: Count = 512
+    """Most image tokens (28 x 28 px each) that a reference is encoded to; larger references are scaled
+    down."""
+    caption_max_tokens: Count = 256
+    """Captions are cut after this many tokens."""
+
+
+class ConditionModes(Section):
+    """How often each kind of condition is drawn; one draw for all ranks per global micro-batch."""
+
+    image: Fraction = 1.0
+    """Reference image only."""
+    image_text: Fraction = 0.0
+    """Reference image with its caption before it in the chat turn, caption tokens appended."""
+    text: Fraction = 0.0
+    """Caption only."""
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> ConditionModes:
+        total = self.image + self.image_text + self.text
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"image + image_text + text is {total:g}; make the three add up to 1")
+        return self
+
+
+class Data(Named):
+    path: HomePath
+    """Folder of MDS shards as `python -m megaflux.data.prepare` writes them; with `remote`, the local
+    cache."""
+    remote: HomePathOrNone = None
+    """Where the shards lie (s3://, gs://, ...; anything mosaicml-streaming reads). None: they are in
+    `path`."""
+    cache_limit: str | None = None
+    """Most disk for shards fetched from `remote`, e.g. "500gb". None: no limit."""
+    source: HomePathOrNone = None
+    """What to prepare `path` from when it does not exist (an argument of megaflux.data.prepare). None: an
+    error."""
+    longest_side: Annotated[int, Field(ge=16, le=MOST)]
+    """Longest side of a training image, px; must be what the shards were prepared with."""
+    aspect_ratios: tuple[str, ...] = ("16:9", "2:1", "2.35:1", "1:1", "1:2")
+    """Width : height of each bucket."""
+    cache: tuple[Literal["latents", "trunk"], ...] = ()
+    """Compute VAE latents and/or the frozen trunk's output once and train from those shards; e.g.
+    latents,trunk."""
+    num_workers: CountOrZero = 0
+    """Loader processes per rank; 0: the images are decoded in the training process."""
+    condition: ConditionModes = ConditionModes()
+    sample_posterior: bool = False
+    """Draw latents from the VAE's posterior instead of taking its mean (needs latents not to be cached)."""
+
+
+class Stage(Named):
+    name: str
+    """Name in logs and checkpoints."""
+    share: Annotated[float, _NUMBER, Field(gt=0, le=MOST_SHARE, allow_inf_nan=False)]
+    """Part of the updates, relative to the other stages' shares (with shares that add up to train.updates,
+    the updates themselves)."""
+    blocks: tuple[CountOrZero, ...] | Literal["all"]
+    """FLUX blocks that train: double blocks first, then single ones, counted from 0; or all."""
+    components: Literal["attention", "block", "model"] = "attention"
+    """What trains of a listed block: attention (the released code's list), block (all of it);
+    context_embedder trains in both. model: everything in FLUX, embedders and proj_out included."""
+
+    @model_validator(mode="after")
+    def _blocks_are_a_set(self) -> Stage:
+        if self.blocks != "all":
+            if not self.blocks:
+                raise ValueError(f"stage {self.name!r} lists no blocks; list some or say all")
+            twice = sorted({b for b in self.blocks if self.blocks.count(b) > 1})
+            if twice:
+                raise ValueError(f"stage {self.name!r} lists block {twice[0]} twice; list it once")
+        if self.components == "model" and self.blocks != "all":
+            raise ValueError(f"stage {self.name!r}: components model trains all of FLUX; set blocks to all")
+        return self
+
+
+class Train(Section):
+    updates: Count
+    """Optimizer steps of the whole run."""
+    global_batch_size: Count
+    """Images per update over all ranks; a multiple of what all ranks draw at a time."""
+    drawn_per_rank: Count | None = None
+    """Images of one aspect bucket that a rank draws at a time; all ranks draw from the same bucket. Fixed when a run
+    begins; lowered to global_batch_size / ranks where that is less. None: micro_batch_size where that is a number."""
+    micro_batch_size: Count | Literal["auto"] | None
+    """Images per forward pass and rank: how the drawn ones are cut. Must divide them; lowered to them where larger. auto: of
+    their divisors the one with the most images per second, predicted for each stage from the GPU's memory and speed; all
+    that are drawn where nothing is known of it (a CPU). None: all that are drawn, and global_batch_size / ranks where
+    drawn_per_rank is None too."""
+    checkpoint_every: Count
+    """Updates between checkpoints; one is written at each stage's end as well."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 3
+    """Newest checkpoints kept; older ones are deleted (a stage's last one stays)."""
+    keep_every: CountOrZero = 0
+    """Checkpoints of every so many updates are kept for good, as a stage's last is; 0: none."""
+    hang_timeout: Positive = 1800.0
+    """Seconds without an update, a validation batch or a step of a picture after which a rank dumps its stacks and leaves
+    with exit code 11; more than the longest save and the longest change of stage take. Start-up is not counted."""
+    leave_within: Positive | None = None
+    """Seconds that an update may take to end after a signal asked to leave; the save that follows takes its own time.
+    Both together below what the queue or the launcher grants. None: 25, or three times the longest update of this process
+    where that is more."""
+    bad_updates: Count = 10
+    """Dropped updates in a row after which the run goes back to its last checkpoint and leaves their data out."""
+    deterministic: bool = False
+    """The same bits from the same start on GPUs too, at a cost in speed that was not measured: torch's deterministic
+    algorithms, flash attention's ordered backward, no cuDNN attention. On a CPU a run is so anyway. May be changed while
+    resuming."""
+    stop_after: CountOrZero = 0
+    """Save and leave after this many updates of the run, as if its time were up; 0: run to the end."""
+
+    @property
+    def given_micro_batch(self) -> int | None:
+        """micro_batch_size where it is a number."""
+        return None if self.micro_batch_size == "auto" else self.micro_batch_size
+
+
+class Optim(Section):
+    lr: Positive = 1e-5
+    """Peak learning rate, the same for FLUX, connector and Qwen layer."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    warmup_fraction: Fraction = 0.01
+    """Part of all updates over which the rate rises linearly from lr / n to lr."""
+    plateau_fraction: Fraction = 0.0
+    """Part of all updates at lr; the rest falls linearly to 0 at the end of the run, across stages."""
+    spike_sigma: NonNegative = 6.0
+    """An update is dropped, on all ranks alike, where its gradient norm is this many standard deviations above the mean
+    of the norms before it; 0: never. One that is not finite always is."""
+    spike_window: Count = 128
+    """Norms that make that mean; it speaks once there are 64, and begins anew with each stage."""
+    max_grad_norm: NonNegative = 1.0
+    """Gradients are scaled down to this norm; 0: never."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Optim:
+        if self.warmup_fraction + self.plateau_fraction > 1:
+            raise ValueError("warmup_fraction + plateau_fraction is over 1; the whole run is 1")
+        return self
+
+
+class Flow(Section):
+    density: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Density of t in training."""
+    logit_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    logit_std: Positive = 1.0
+    shift: Literal["resolution", "none"] | Positive = "resolution"
+    """Shift of t towards noise: resolution (FLUX's, by the number of image tokens), a factor, or none."""
+    guidance: NonNegative = 3.5
+    """Value fed to FLUX's guidance embedding in training and validation."""
+
+
+class Validation(Section):
+    every: CountOrZero
+    """Updates between seeded validation losses; 0: only at the start and at each stage's end."""
+    samples: Count = 64
+    """Held-out references, square, drawn by hash; at most as many as there are."""
+    panel_every: CountOrZero
+    """Updates between panels of variations; 0: only at each stage's end."""
+    panel_samples: Count = 4
+    """References in the panel, and variations of each."""
+    steps: Count = 28
+    """Euler steps of a variation."""
+
+
+class Monitor(Section):
+    every: Count = 10
+    """Updates between TensorBoard points."""
+    grad_norms_every: CountOrZero = 100
+    """Updates between gradient norms by part and block (an all-reduce per parameter); 0: never."""
+    peak_tflops: Positive | None = None
+    """Peak of one device for MFU, TFLOP/s. None: by the GPU's name; else a matrix product measured at the
+    start."""
+    label_blocks: bool = False
+    """Name each FLUX block in torch.profiler's traces."""
+
+
+class Config(Section):
+    preset: str
+    run: Run
+    model: Model
+    data: Data
+    stages: tuple[Stage, ...]
+    train: Train
+    optim: Optim = Optim()
+    flow: Flow = Flow()
+    validation: Validation
+    monitor: Monitor = Monitor()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if not self.stages:
+            raise ValueError("stages: no stage; list at least one")
+        counts = {name: self.model.flux_config.get(name) for name in ("num_layers", "num_single_layers")}
+        for name, count in counts.items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise ValueError(f"model.flux_config.{name}: must be a whole number of blocks, got {count!r}")
+        num_blocks = sum(counts.values())
+        for i, stage in enumerate(self.stages):
+            out = [b for b in stage.blocks if b >= num_blocks] if stage.blocks != "all" else []
+            if out:
+                raise ValueError(f"stages.{i}.blocks: {out[0]} is out of range; blocks are 0 to {num_blocks - 1}")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError("stages: two stages have the same name; give each its own")
+        if min(self.stage_updates()) < 1:
+            shares = [stage.share for stage in self.stages]
+            enough = math.fsum(shares) / min(shares)
+            mend = f"use at least {math.ceil(enough)} or drop stages" if enough <= MOST else "raise the smallest share"
+            raise ValueError(f"train.updates: {self.train.updates} leaves a stage without updates; {mend}")
+        if "latents" in self.data.cache and self.data.sample_posterior:
+            raise ValueError("data.cache: cached latents are the posterior's mean; set data.sample_posterior false")
+        if "trunk" in self.data.cache and self.data.condition.image < 1:
+            raise ValueError("data.cache: a cached trunk holds the image condition only; set data.condition.image 1")
+        return self
+
+    def for_world(self, world_size: int) -> Config:
+        """The configuration with what depends on the number of ranks filled in: train.drawn_per_rank and
+        train.micro_batch_size, of which auto counts as all that are drawn until it is chosen (training.micro_batch)."""
+        train, share = self.train, max(1, self.train.global_batch_size // world_size)
+        wanted = train.given_micro_batch
+        drawn = min(train.drawn_per_rank or wanted or share, share)
+        return self.with_batches(drawn, min(wanted or drawn, drawn))
+
+    def with_batches(self, drawn_per_rank: int, micro_batch_size: int) -> Config:
+        """The configuration with these in `train`."""
+        sizes = {"drawn_per_rank": drawn_per_rank, "micro_batch_size": micro_batch_size}
+        return self.model_copy(update={"train": self.train.model_copy(update=sizes)})
+
+    def stage_ends(self) -> list[int]:
+        """Number of updates done when each stage ends; the last is train.updates."""
+        total = math.fsum(stage.share for stage in self.stages)
+        ends, reached = [], 0.0
+        for stage in self.stages:
+            reached += stage.share
+            ends.append(round(self.train.updates * reached / total))
+        return ends
+
+    def stage_updates(self) -> list[int]:
+        """Updates of each stage."""
+        ends = self.stage_ends()
+        return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def to_yaml(self) -> str:
+        """The whole configuration as text that `--config` reads back equal."""
+        return plain_yaml.dump(self.model_dump())  # mode json would make null of .inf
+
+
+PATHS = tuple(
+    f"{name}.{field}"
+    for name, section in (("run", Run), ("model", Model), ("data", Data))
+    for field, info in section.model_fields.items()
+    if HOME in info.metadata
+)
+"""Dotted names of the fields that hold a path."""

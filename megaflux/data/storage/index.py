@@ -1,0 +1,238 @@
+"""index.json of MDS shards, checked before streaming sees it.
+
+Streaming trusts the file: `../x` in it reads and writes outside the folder, wrong counts and duplicate
+entries load silently, and a missing shard ends an epoch early or hangs. So everything that the index
+says is checked here first, and all that is wrong is reported at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import reprlib
+import secrets
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from megaflux.common.errors import UserError
+from megaflux.common.files import sync_file, sync_folder
+
+INDEX = "index.json"
+# Never pkl: it runs code on reading.
+SAFE_ENCODING = re.compile(r"str|bytes|int|ndarray:(u?int(8|16|32|64)|float(16|32|64)):[1-9]\d{0,8}(,[1-9]\d{0,8})*")
+COMPRESSION = re.compile(r"(br|bz2|gz|snappy|zstd)(:\d{1,2})?")
+KEYS = {"column_encodings", "column_names", "column_sizes", "compression", "format", "hashes", "raw_data", "samples",
+        "size_limit", "version", "zip_data"}  # fmt: skip
+MAX_NAME, MAX_PART = 1000, 255  # bytes of a file's name and of each of its parts; file systems take no more
+RESTORE = "Restore the files or prepare the dataset again"
+MAX_PROBLEMS = 20  # reported by name; the rest as a number
+
+_short = reprlib.Repr()  # of what a file holds: no more than a line has room for, however deep or long it is
+_short.maxstring = _short.maxother = _short.maxlong = 80
+shown = _short.repr
+
+
+def read_index(folder: Path, check_files: bool = True, expected_samples: int | None = None) -> list[dict[str, Any]]:
+    """The shard entries of `folder`/index.json, checked.
+
+    With `check_files` the files must be there with the size that the index gives. `expected_samples` is
+    the count that dataset.json gives. Raises UserError with every problem found.
+    """
+    shards, problems = inspect_index(folder, check_files, expected_samples)
+    raise_problems(problems)
+    return shards
+
+
+def raise_problems(problems: Sequence[str], agreed: bool = False, mend: str = RESTORE) -> None:
+    """Raise one UserError naming all problems, if there are any. agreed: all ranks raise it. mend: what to do, a sentence."""
+    if problems:
+        more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+        listed = "; ".join(problems[:MAX_PROBLEMS])
+        raise UserError(f"{listed}{more}. {mend}", agreed)
+
+
+def inspect_index(
+    folder: Path, check_files: bool = True, expected_samples: int | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The shard entries of `folder`/index.json and everything wrong with them, as read_index."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text())
+    except FileNotFoundError:
+        return [], [f"{path}: missing"]
+    except (OSError, ValueError, RecursionError) as error:
+        return [], [f"{path}: cannot be read ({str(error)[:80]})"]
+    if not isinstance(index, dict) or index.get("version") != 2 or not isinstance(index.get("shards"), list):
+        return [], [f"{path}: not an MDS index of version 2"]
+    shards = index["shards"]
+    problems = [] if shards else [f"{path}: no shards"]
+    seen: set[str] = set()
+    sound = []
+    for number, shard in enumerate(shards):
+        found = _shard_problems(shard, seen)
+        problems += [f"{path}: shard {number}: {problem}" for problem in found]
+        if not found:
+            sound.append(shard)
+    if len({json.dumps(_columns(shard)) for shard in sound}) > 1:
+        problems.append(f"{path}: shards with different columns")
+    if check_files:
+        problems += _file_problems(folder, sound)
+    samples = sum(shard["samples"] for shard in sound)
+    if len(sound) == len(shards) and expected_samples is not None and samples != expected_samples:
+        problems.append(f"{path}: {samples} samples, but dataset.json counts {expected_samples}")
+    return shards, problems
+
+
+def column_encodings(shards: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Column name -> MDS encoding, of a checked index."""
+    return dict(_columns(shards[0]))
+
+
+def fingerprint(shards_by_bucket: dict[str, Sequence[dict[str, Any]]]) -> str:
+    """What identifies the data: a SHA-256 over every shard's name, sample count and content hashes."""
+    content = {
+        bucket: [[shard["raw_data"]["basename"], shard["samples"], shard["raw_data"]["hashes"]] for shard in shards]
+        for bucket, shards in shards_by_bucket.items()
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def stored_file(shard: dict[str, Any]) -> dict[str, Any]:
+    """The entry {"basename", "bytes", "hashes"} of the file that holds the shard: compressed, if it is."""
+    return shard["zip_data"] or shard["raw_data"]
+
+
+def with_prefix(shard: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The same shard as seen from a folder higher up: `prefix`/ goes before its file names."""
+    moved = dict(shard)
+    for field in ("raw_data", "zip_data"):
+        if shard[field]:
+            moved[field] = {**shard[field], "basename": f"{prefix}/{shard[field]['basename']}"}
+    return moved
+
+
+def write_index(folder: Path, shards: Iterable[dict[str, Any]]) -> None:
+    """Write `folder`/index.json in one step, with sorted keys."""
+    write_json(folder / INDEX, {"version": 2, "shards": list(shards)}, indent=None)
+
+
+def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
+    """Write a JSON file so that a kill at any moment leaves the old file or the new one."""
+    # Machines that share a folder may have processes of the same number, in containers most of all.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(content, indent=indent, sort_keys=True) + "\n")
+        sync_file(file)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def _columns(shard: dict[str, Any]) -> list[tuple[str, str]]:
+    return list(zip(shard["column_names"], shard["column_encodings"], strict=True))
+
+
+def _shard_problems(shard: Any, seen: set[str]) -> list[str]:
+    if not isinstance(shard, dict):
+        return ["not an object"]
+    problems = []
+    if shard.get("version") != 2 or shard.get("format") != "mds":
+        problems.append("not in MDS format, version 2")
+    if set(shard) != KEYS:
+        problems.append(f"{', '.join(sorted(ascii(key) for key in set(shard) ^ KEYS))[:200]} missing or unknown")
+    samples = shard.get("samples")
+    if not _is_count(samples, 2**32):  # four bytes hold it in the shard
+        problems.append(f"samples = {shown(samples)}, not a positive count")
+    names, encodings = shard.get("column_names"), shard.get("column_encodings")
+    sizes = shard.get("column_sizes")
+    if not _are_strings(names) or not _are_strings(encodings) or {len(names), len({*names})} != {len(encodings)}:
+        problems.append("column names and encodings do not match up")
+    else:
+        for name, encoding in zip(names, encodings, strict=True):
+            if not SAFE_ENCODING.fullmatch(encoding):
+                problems.append(f"column {shown(name)} has the encoding {shown(encoding)}, which is not allowed")
+        if not isinstance(sizes, list) or [_is_size(size) for size in sizes] != [True] * len(names):
+            problems.append("column names and sizes do not match up")
+    compression = shard.get("compression")
+    if bool(compression) != bool(shard.get("zip_data")):
+        problems.append("compression and zip_data do not match up")
+    elif compression is not None and not (isinstance(compression, str) and COMPRESSION.fullmatch(compression)):
+        problems.append(f"compression {shown(compression)} is none of br, bz2, gz, snappy, zstd")
+    if not _is_size(shard.get("size_limit")):
+        problems.append("size_limit is not a size")
+    raw_bytes = None
+    for field in ("raw_data", "zip_data"):
+        info = shard.get(field)
+        if field == "zip_data" and info is None:
+            continue
+        found, size = _file_info_problems(field, info, seen)
+        problems += found
+        raw_bytes = size if field == "raw_data" else raw_bytes
+    if not problems and raw_bytes < 4 * (samples + 2):  # a count, and an offset more than samples
+        problems.append(f"{samples} samples do not fit into {raw_bytes} bytes")
+    return problems
+
+
+def _are_strings(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(value, str) for value in values)
+
+
+def _is_count(value: Any, most: int = 2**63) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < most
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or _is_count(value)
+
+
+def _file_info_problems(field: str, info: Any, seen: set[str]) -> tuple[list[str], int | None]:
+    if not isinstance(info, dict) or set(info) != {"basename", "bytes", "hashes"}:
+        return [f"{field} is not an object of basename, bytes and hashes"], None
+    name, size = info["basename"], info["bytes"]
+    problems = []
+    if not isinstance(name, str) or not _is_inside(name):
+        problems.append(f"{field} basename {shown(name)} does not stay inside the folder")
+    elif name in seen:
+        problems.append(f"{field} basename {shown(name)} is there twice")
+    else:
+        seen.add(name)
+    if not _is_count(size):
+        problems.append(f"{field} bytes = {shown(size)}, not a positive size")
+    hashes = info["hashes"]
+    if not isinstance(hashes, dict) or not hashes or not all(isinstance(digest, str) for digest in hashes.values()):
+        problems.append(f"{field} has no hashes")
+    return problems, size
+
+
+def _is_inside(name: str) -> bool:
+    if not name or re.search("[\\\\\0:\ud800-\udfff]", name) or len(name.encode()) > MAX_NAME:
+        return False
+    path = PurePosixPath(name)
+    if any(len(part.encode()) > MAX_PART for part in path.parts):
+        return False
+    return not path.is_absolute() and ".." not in path.parts and str(path) == name and path.name not in (INDEX, ".")
+
+
+def _file_problems(folder: Path, shards: Sequence[dict[str, Any]]) -> list[str]:
+    problems = []
+    for shard in shards:
+        stored = stored_file(shard)
+        path = folder / stored["basename"]
+        try:
+            found = path.stat()
+        except OSError:
+            problems.append(f"{path}: missing")
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            problems.append(f"{path}: not a file")
+            continue
+        size = found.st_size
+        if size != stored["bytes"]:
+            problems.append(f"{path}: {size} bytes, the index says {stored['bytes']}")
+        raw = folder / shard["raw_data"]["basename"]  # streaming unpacks beside the compressed file
+        if shard["zip_data"] and raw.exists() and raw.stat().st_size != shard["raw_data"]["bytes"]:
+            problems.append(f"{raw}: {raw.stat().st_size} bytes, the index says {shard['raw_data']['bytes']}")
+    return problems

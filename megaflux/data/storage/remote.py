@@ -1,0 +1,72 @@
+"""Fetching a remote dataset's description, so that it is checked before streaming relies on it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from megaflux.common import compat  # noqa: F401  before streaming, which imports torchvision
+
+# isort: split
+from streaming.base.storage import CloudDownloader
+
+from megaflux.common.errors import UserError
+from megaflux.data.storage.dataset import read_dataset_info, squarest_bucket
+from megaflux.data.storage.index import INDEX, read_index, stored_file
+from megaflux.data.storage.unpack import own_folder
+
+
+def fetch_indexes(remote: str, cache: Path, split: str) -> None:
+    """Bring dataset.json and the split's index files from `remote` into the folder `cache`.
+
+    Raises UserError if they cannot be had, or if the cache holds those of another dataset.
+    """
+    if "://" not in remote and os.path.abspath(remote) == os.path.abspath(cache):
+        raise UserError(f"remote {remote} is the cache folder itself; give another cache folder, or no remote")
+    _fetch(remote, "dataset.json", cache)
+    info = read_dataset_info(cache)
+    for bucket in info.buckets:
+        if info.counts.get(split, {}).get(bucket.name, 0):
+            _fetch(remote, f"{split}/{bucket.folder}/{INDEX}", cache)
+
+
+def fetch_split(remote: str, cache: Path, split: str) -> None:
+    """Bring the description of the dataset and the shards of the split's squarest bucket into the folder `cache`:
+    what validation reads, without streaming. Shards that are there already are kept.
+
+    Raises UserError as fetch_indexes does.
+    """
+    fetch_indexes(remote, cache, split)
+    bucket = squarest_bucket(read_dataset_info(cache), split)
+    folder = f"{split}/{bucket.folder}" if bucket else ""
+    for shard in read_index(cache / folder, check_files=False) if bucket else []:
+        file = stored_file(shard)
+        target = cache / folder / file["basename"]
+        if not target.is_file() or target.stat().st_size != file["bytes"]:
+            target.unlink(missing_ok=True)
+            _fetch(remote, f"{folder}/{file['basename']}", cache)
+
+
+def _fetch(remote: str, name: str, cache: Path) -> None:
+    target = cache / name
+    try:
+        # One place, which the loader clears of what killed runs left. What is there already is only compared: the folder may
+        # be one that cannot be written.
+        with tempfile.TemporaryDirectory() if target.exists() else own_folder(cache) as own:
+            own = Path(own)
+            arriving = own / "fetched"
+            try:
+                CloudDownloader.direct_download(f"{remote.rstrip('/')}/{name}", str(arriving))
+            except Exception as error:
+                raise UserError(f"{remote.rstrip('/')}/{name}: cannot be fetched ({str(error)[:200]})") from None
+            if target.exists():
+                if target.read_bytes() != arriving.read_bytes():
+                    raise UserError(
+                        f"{target}: differs from {remote}; the cache is of another dataset, give an empty folder"
+                    )
+                return
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(arriving, target)
+    except OSError as error:
+        raise UserError(f"data.path: {cache} cannot be written ({error.strerror}); give a folder that can be") from None

@@ -1,0 +1,216 @@
+"""Fetching and unpacking shards into a folder that other processes use too: other runs, other machines, other ranks.
+
+    FOLDER/.unpacking/<machine>-<process>-<random>/    what one process is writing now; `lock` in it is held meanwhile
+
+Streaming writes every shard through one name (`shard.mds.tmp`), which two processes take from each other. Here each
+writes into a folder of its own and renames what is whole, so nobody sees half a file, and who comes second replaces
+the file by an equal one. What a killed process left is removed by the next start on that machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megaflux.common import compat  # noqa: F401  before streaming, which imports torchvision
+
+# isort: split
+from streaming import Stream
+from streaming.base.compression import decompress
+from streaming.base.format import FileInfo
+from streaming.base.hashing import get_hash
+from streaming.base.util import retry
+
+from megaflux.common.files import Lock, sync_file, try_lock
+
+logger = logging.getLogger(__name__)
+
+UNPACKING = ".unpacking"
+LOCK = "lock"
+ABANDONED = 86400.0  # s; what another machine, or a file system without locks, has left for so long is nobody's
+
+
+class MachineFault(RuntimeError):
+    """What no other sample would mend: a folder that cannot be written, no room in the cache, or a thread of
+    streaming's that has ended."""
+
+
+class UnpackingStream(Stream):
+    """A Stream that any number of processes on any number of machines may read from one folder."""
+
+    def _prepare_shard_part(
+        self, raw_info: FileInfo, zip_info: FileInfo | None = None, compression: str | None = None
+    ) -> int:
+        """Have the unpacked shard in the folder; the change of the cache's size in bytes, as streaming counts it.
+
+        Raises ValueError for a wrong hash, MachineFault where the folder cannot be written, and what unpacking, reading
+        and the remote raise.
+        """
+        folder = Path(self.local, self.split)
+        raw, stored = folder / raw_info.basename, folder / (zip_info or raw_info).basename
+        if raw.is_file() or (self.remote is None and not stored.is_file()):
+            return super()._prepare_shard_part(raw_info, zip_info, compression)
+        was_there, changed = stored.is_file(), raw_info.bytes
+        with _own_folder_or_fault(folder) as own:
+            if was_there:
+                data = stored.read_bytes()
+                self._check(zip_info, data, stored)
+            else:
+                data = self._fetch(zip_info or raw_info, own / "fetched", stored)
+                if zip_info is None or self.safe_keep_zip:
+                    _publish(own / "fetched", stored)
+            if zip_info is not None:
+                _write(own / "unpacked", decompress(compression, data))
+                _publish(own / "unpacked", raw)
+        if zip_info is not None:
+            changed += zip_info.bytes * (not was_there)
+            if not self.safe_keep_zip:
+                stored.unlink(missing_ok=True)
+                changed -= zip_info.bytes
+        return changed
+
+    def _fetch(self, info: FileInfo, target: Path, name: Path) -> bytes:
+        """A file of the remote, held against its hash. What arrives damaged is fetched once more."""
+        remote = os.path.join(self.remote, self.split, info.basename)
+        for attempts_left in (1, 0):
+            retry(clean_up_fn=self._downloader.clean_up, num_attempts=self.download_retry)(
+                lambda: self._downloader.download(remote, str(target), self.download_timeout)
+            )()
+            data = target.read_bytes()
+            try:
+                self._check(info, data, name)
+                return data
+            except ValueError:
+                if not attempts_left:
+                    raise
+                target.unlink()
+        raise AssertionError
+
+    def _check(self, info: FileInfo, data: bytes, name: Path) -> None:
+        algorithm = self.validate_hash
+        if not algorithm:
+            return
+        if algorithm not in info.hashes:
+            raise ValueError(f"{name}: the index has no {algorithm} of it, only {', '.join(sorted(info.hashes))}")
+        if get_hash(algorithm, data) != info.hashes[algorithm]:
+            raise ValueError(f"Checksum failure: {name}")
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            sync_file(file)  # before it has its name: a power cut must not leave a short shard under it
+    except OSError as error:
+        raise MachineFault(f"{path.parents[2]}: cannot be written ({error.strerror})") from error
+
+
+def _publish(path: Path, target: Path) -> None:
+    """Rename what is whole to its own name, which another process may have done meanwhile."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    except OSError as error:
+        raise MachineFault(f"{target.parent}: cannot be written ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path) -> Iterator[Path]:
+    """A new folder within `folder`, on the same disk, for this process alone; removed at the end.
+
+    Raises OSError where it cannot be made.
+    """
+    while True:
+        own = folder / UNPACKING / f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+        own.mkdir(parents=True)
+        try:
+            with open(own / LOCK, "w") as lock:
+                # A start that cleans up may have come between the two: then it has the lock, or the file is gone.
+                if try_lock(lock) is not Lock.TAKEN and (own / LOCK).exists():
+                    yield own
+                    return
+        except FileNotFoundError:
+            if own.exists():
+                raise
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _own_folder_or_fault(folder: Path) -> Iterator[Path]:
+    with contextlib.ExitStack() as stack:
+        try:
+            own = stack.enter_context(own_folder(folder))
+        except OSError as error:
+            raise MachineFault(f"{folder}: cannot be written ({error.strerror})") from error
+        yield own
+
+
+def remove_abandoned(folders: Iterable[Path]) -> list[Path]:
+    """Remove what killed processes were writing into these folders; what was removed.
+
+    Of this machine: where nobody holds the lock. Of others, or without locks: after a day. Call it on one rank a node.
+    """
+    removed = []
+    for folder in folders:
+        for own in sorted((folder / UNPACKING).glob("*")):
+            with contextlib.suppress(OSError):  # gone meanwhile, or not ours
+                if _is_abandoned(own):
+                    shutil.rmtree(own)
+                    removed.append(own)
+    return removed
+
+
+def _is_abandoned(own: Path) -> bool:
+    old = time.time() - own.stat().st_mtime > ABANDONED
+    if own.name.partition("-")[0] != _machine() or not (own / LOCK).exists():
+        return old
+    with open(own / LOCK) as lock:
+        found = try_lock(lock)
+    return found is Lock.HELD or (found is Lock.REFUSED and old)
+
+
+def unwritable(path: Path, shards: Mapping[Path, Sequence[dict[str, Any]]]) -> str | None:
+    """Why a local dataset's shards cannot be unpacked where they are, and the mend, in one line; None: all are unpacked,
+    or can be.
+
+    path: the dataset's folder. shards: stream folder -> the entries of its checked index.
+    """
+    missing, size, refused = 0, 0, None
+    for folder, entries in shards.items():
+        packed = [entry for entry in entries if entry["zip_data"]]
+        todo = [entry for entry in packed if not (folder / entry["raw_data"]["basename"]).exists()]
+        missing, size = missing + len(todo), size + sum(entry["raw_data"]["bytes"] for entry in todo)
+        if not todo or refused:
+            continue
+        parents = sorted({(folder / entry["raw_data"]["basename"]).parent for entry in todo})
+        refused = next((f"{parent} is read-only here" for parent in parents if not _may_write(parent)), None)
+        if refused is None:
+            try:
+                with own_folder(folder):
+                    pass
+            except OSError as error:
+                refused = f"{folder}: {error.strerror}"
+    if refused is None:
+        return None
+    return (
+        f"data.path: {path} cannot be written ({refused}), and {missing} of its shards are still to be unpacked there; "
+        f"make it writable, or set data.remote to {path} and data.path to a new folder with {size / 1e9:.1f} GB free"
+    )
+
+
+def _may_write(folder: Path) -> bool:
+    return not folder.exists() or os.access(folder, os.W_OK | os.X_OK)  # absent: its shards are missing, said elsewhere
+
+
+def _machine() -> str:
+    """This start of this machine. Host names repeat (containers, localhost), and process numbers do in containers."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip().replace("-", "") if boot.exists() else os.uname().nodename.replace("-", "_")

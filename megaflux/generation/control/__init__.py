@@ -1,0 +1,1 @@
+"""ControlNets and the detectors that draw their maps."""

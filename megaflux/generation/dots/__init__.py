@@ -1,0 +1,1 @@
+"""Weights of a reference's tokens: dots, GridDot, heat maps."""

@@ -1,0 +1,121 @@
+"""Dots and what else weighs a reference's tokens, as a person gives them. What they mean: griddot.py.
+
+Imports nothing heavy, so that a command line can check before it loads anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from megaflux.common.errors import UserError
+from megaflux.config.parse import Section
+
+MAX_DOTS = 1000
+
+
+class Dot(Section):
+    """One dot on a reference."""
+
+    x: float = Field(ge=0, le=1)
+    """Of its centre: 0 left, 1 right."""
+    y: float = Field(ge=0, le=1)
+    """Of its centre: 0 top, 1 bottom."""
+    radius: float = Field(gt=0, allow_inf_nan=False)
+    """Where its effect ends, as a fraction of the picture's shorter side."""
+    weight: float = Field(ge=0, allow_inf_nan=False)
+    """Of the token at its centre: 0 leaves out, 1 as it is, 2 as if it stood there twice."""
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """What becomes of a reference's tokens beside its dots."""
+
+    background: float = 1.0
+    """Weight where no dot is: 1 boosts or suppresses, 0 is "only here"."""
+    preserve_mass: bool = False
+    """Rescale the weights to the mean 1, so that the reference as a whole counts as before."""
+    variety: float = 0.0
+    """Share of the tokens left out, drawn anew for each seed: variations that differ more."""
+    downsample: int = 1
+    """Average tokens over this many rows and columns of the grid: a vaguer reference."""
+
+
+NEUTRAL = Weighting()
+
+
+def check_weighting(weighting: Weighting) -> Weighting:
+    """UserError for a value that cannot be."""
+    if not 0 <= weighting.background < math.inf:
+        raise UserError(f"background: {weighting.background}; use a weight of at least 0 (1 is neutral)")
+    if not 0 <= weighting.variety < 1:
+        raise UserError(f"variety: {weighting.variety}; use a share from 0 to below 1")
+    if weighting.downsample < 1:
+        raise UserError(f"downsample: {weighting.downsample}; use 1 (as it is) or more")
+    return weighting
+
+
+def parse_dot(text: str) -> tuple[int, Dot]:
+    """(reference it is on, counted from 0; Dot) of `x,y,radius,weight` or `2:x,y,radius,weight`. UserError otherwise."""
+    which, colon, rest = text.rpartition(":")
+    parts = rest.split(",")
+    try:
+        number = int(which) if colon else 1
+        values = [float(part) for part in parts]
+    except ValueError:
+        values, number = [], 0
+    if len(values) != 4 or number < 1:
+        raise UserError(f"dot {text!r}: use X,Y,RADIUS,WEIGHT as in 0.5,0.4,0.2,2, or N:X,Y,RADIUS,WEIGHT")
+    return number - 1, make_dot(dict(zip(("x", "y", "radius", "weight"), values)), f"dot {text!r}")
+
+
+def make_dot(values: object, where: str) -> Dot:
+    """A Dot from plain data. UserError naming the place and the field."""
+    meaning = {"x": "inside the picture, 0 to 1", "y": "inside the picture, 0 to 1", "radius": "above 0",
+               "weight": "at least 0"}  # fmt: skip
+    try:
+        return Dot.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "dot"
+        value = first["input"] if first["type"] != "missing" else "missing"
+        mend = f"must be {meaning[name]}" if name in meaning else first["msg"]
+        raise UserError(f"{where}: {name}: {value}; {mend}") from None
+
+
+def read_dots(path: str) -> tuple[dict[int, list[Dot]], dict[str, float | bool]]:
+    """({reference: dots}, {"background", "preserve_mass"} where given) of a JSON file.
+
+    {"dots": [{"x", "y", "radius", "weight", "reference": 1}, ...], "background": 1, "preserve_mass": false}, or the
+    list alone. UserError naming the file and the entry.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"dots {path}: {getattr(error, 'strerror', None) or error}") from None
+    content = {"dots": content} if isinstance(content, list) else content
+    known = {"dots", "background", "preserve_mass"}
+    if not isinstance(content, dict) or not isinstance(content.get("dots"), list) or not set(content) <= known:
+        raise UserError(f"dots {path}: must be a list of dots, or an object with dots, background, preserve_mass")
+    if len(content["dots"]) > MAX_DOTS:
+        raise UserError(f"dots {path}: {len(content['dots'])} dots; use at most {MAX_DOTS}")
+    found: dict[int, list[Dot]] = {}
+    for index, values in enumerate(content["dots"], start=1):
+        where = f"dots {path}: dot {index}"
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: must be an object with x, y, radius, weight")
+        number = values.get("reference", 1)
+        if not isinstance(number, int) or number < 1:
+            raise UserError(f"{where}: reference: {number}; counts from 1")
+        dot = make_dot({key: value for key, value in values.items() if key != "reference"}, where)
+        found.setdefault(number - 1, []).append(dot)
+    rest = {key: content[key] for key in ("background", "preserve_mass") if key in content}
+    if not isinstance(rest.get("background", 1.0), int | float) or not isinstance(
+        rest.get("preserve_mass", True), bool
+    ):
+        raise UserError(f"dots {path}: background must be a number and preserve_mass true or false")
+    return found, rest

@@ -1,0 +1,255 @@
+"""What the inputs of the page call: an act of panel_state or panel_work, and what the page then shows."""
+
+from __future__ import annotations
+
+import html
+import tempfile
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import gradio as gr
+
+from megaflux.common.errors import UserError
+from megaflux.panel.state import (
+    Form,
+    Session,
+    clicked,
+    edited,
+    masked_at,
+    place,
+    plain,
+    referred,
+    shown,
+    slid,
+    store,
+    taken_up,
+    unbegun,
+    unmasked,
+    with_mask_by,
+)
+from megaflux.panel.view import SAID_OF_CLICKS, said
+from megaflux.panel.work import Made, Stopped, Work, settings_text
+
+VALUES = tuple(f.name for f in fields(Form) if f.name != "controls")
+"""The inputs that a Form is made of, in the order in which handlers get them; ticks and scales of controls follow."""
+WHOLE = ("downsample", "steps", "count", "seed", "batch_size")  # numbers that may come as 4.0
+_BAR = gr.Progress()  # Gradio knows its progress bar by the parameter's default
+
+
+class Handlers:
+    """Each takes what the page holds, *values last, and returns {component: value}: what is not named stays as it is.
+
+    A UserError that leaves a handler becomes the status line (panel_wiring.guarded).
+    """
+
+    def __init__(self, work: Work, components: dict[str, Any]):
+        self.work, self.c = work, components
+        self.stops: dict[str | None, Event] = {}
+        """By session, of what runs or waits."""
+        self.folder = tempfile.TemporaryDirectory(prefix="megaflux-panel-")
+
+    def form(self, values: tuple) -> Form:
+        """Of the inputs' values in the order of VALUES, then tick and scale of each control."""
+        given, rest = dict(zip(VALUES, values)), values[len(VALUES) :]
+        given |= {name: int(given[name]) for name in WHOLE if given[name] is not None}
+        kinds = [kind for kind, _, _ in self.c["controls"]]
+        ticked = zip(kinds, rest[::2], rest[1::2])
+        return Form(**given, controls=tuple((kind, scale) for kind, tick, scale in ticked if tick))
+
+    def trouble(self, error: UserError) -> dict:
+        return {self.c["status"]: said(plain(str(error)), "trouble")}
+
+    # The reference and its dots
+
+    def seen(self, session: Session, *values: Any) -> dict:
+        """The reference's part of the page after an act."""
+        c, there = self.c, session.reference is not None
+        picture, about, trouble = self.work.view(session, self.form(values))
+        if session.current is not None and not trouble:
+            about += f"; the sliders move dot {session.current + 1} of {len(session.dots)}"
+        return {
+            c["session"]: session,
+            c["grid"]: gr.update(value=picture, visible=there),
+            c["grid_line"]: gr.update(value=said(about, "trouble" if trouble else ""), visible=there),
+            c["dots_part"]: gr.update(visible=there),
+            c["table"]: [[d.x, d.y, d.radius, d.weight] for d in session.dots],
+        }
+
+    def with_sliders(self, session: Session, *values: Any) -> dict:
+        """`seen`, and the sliders at the current dot's values."""
+        changes = self.seen(session, *values)
+        if session.current is not None:
+            dot = session.dots[session.current]
+            for name in (
+                "radius",
+                "weight",
+            ):  # numbers in the table may go beyond a slider's ends, which Gradio refuses
+                slider = self.c[name]
+                changes[slider] = min(max(getattr(dot, name), slider.minimum), slider.maximum)
+        return changes
+
+    def give_reference(self, file: str | None, session: Session, *values: Any) -> dict:
+        box = self.c["reference_file"]
+        if file is None:
+            return {}
+        try:
+            session = referred(session, store(file, self.work.out))
+            changes = self.seen(session, *values) | self.lay_out(session, *values)
+        except UserError as error:
+            return {box: None} | self.trouble(error)
+        return changes | {box: None, self.c["status"]: said(f"Reference: {session.reference.name}.")}
+
+    def drop_reference(self, session: Session, *values: Any) -> dict:
+        session = referred(session, None)
+        return self.seen(session, *values) | self.lay_out(session, *values)
+
+    def click(self, event: gr.SelectData, session: Session, radius: float, weight: float, *values: Any) -> dict:
+        x, y = place(event.index, self.work.seen_size(session.reference))
+        return self.with_sliders(clicked(session, x, y, radius, weight), *values)
+
+    def slide(self, name: str) -> Callable[..., dict]:
+        return lambda value, session, *values: self.seen(slid(session, name, value), *values)
+
+    def take_up(self, event: gr.SelectData, session: Session, *values: Any) -> dict:
+        changes = self.with_sliders(taken_up(session, event.index[0]), *values)
+        del changes[self.c["table"]]  # it is being edited
+        return changes
+
+    def edit(self, rows: list, session: Session, radius: float, weight: float, *values: Any) -> dict:
+        try:
+            return self.with_sliders(edited(session, rows, radius, weight), *values)
+        except UserError as error:  # the table goes back to the dots as they are
+            return self.seen(session, *values) | self.trouble(error)
+
+    def act(self, change: Callable[[Session], Session]) -> Callable[..., dict]:
+        return lambda session, *values: self.with_sliders(change(session), *values)
+
+    # Start image, mask, control maps
+
+    def lay_out(self, session: Session, *values: Any) -> dict:
+        """Show the parts that the mode uses."""
+        c, form = self.c, self.form(values)
+        uses, there = shown(form.mode), session.begin is not None
+        way = form.mask_by if uses["mask"] else ""
+        clicks = there and way in ("discs", "points")
+        picture = self.work.begin_view(with_mask_by(session, way)) if there else None
+        return {
+            c["session"]: session,
+            c["reference_part"]: gr.update(visible=uses["reference"]),
+            c["start_part"]: gr.update(visible=uses["start"]),
+            c["mask_by"]: gr.update(visible=uses["mask"]),
+            c["mask_file"]: gr.update(visible=way == "file"),
+            c["disc"]: gr.update(visible=clicks and way == "discs"),
+            c["begin"]: gr.update(value=picture, visible=uses["start"] and there),
+            c["begin_hint"]: gr.update(value=SAID_OF_CLICKS.get(way, ""), visible=clicks),
+            c["unmask"]: gr.update(visible=uses["mask"] and there),
+            c["drop_start"]: gr.update(visible=session.start is not None),
+            c["control_part"]: gr.update(visible=uses["control"]),
+        }
+
+    def give_start(self, file: str | None, session: Session, *values: Any) -> dict:
+        return self._give("start", file, session, *values)
+
+    def give_mask(self, file: str | None, session: Session, *values: Any) -> dict:
+        return self._give("mask", file, session, *values)
+
+    def _give(self, part: str, file: str | None, session: Session, *values: Any) -> dict:
+        box = self.c[f"{part}_file"]
+        if file is None:
+            return {}
+        try:
+            stored = store(file, self.work.out)
+            session = replace(unbegun(session) if part == "start" else session, **{part: stored})
+            changes = self.lay_out(session, *values)
+        except UserError as error:
+            return {box: None} | self.trouble(error)
+        line = said(f"{'Start image' if part == 'start' else 'Mask'}: {stored.name}.")
+        return changes | {box: None, self.c["status"]: line}
+
+    def drop_start(self, session: Session, *values: Any) -> dict:
+        return self.lay_out(unbegun(session), *values)
+
+    def mask_at(self, event: gr.SelectData, radius: float, session: Session, *values: Any) -> dict:
+        form = self.form(values)
+        if not shown(form.mode)["mask"]:
+            return {}
+        x, y = place(event.index, self.work.seen_size(session.begin))
+        return self.lay_out(masked_at(session, form.mask_by, x, y, radius), *values)
+
+    def unmask(self, session: Session, *values: Any) -> dict:
+        return self.lay_out(unmasked(session, self.form(values).mask_by), *values)
+
+    def give_map(self, kind: str) -> Callable[..., dict]:
+        def call(file: str | None, session: Session, *_: Any) -> dict:
+            stored = store(file, self.work.out)
+            session = replace(session, maps={**session.maps, kind: stored})
+            return {self.c["session"]: session, self.c["map_files"][kind]: gr.update(label=stored.name),
+                    self.c["status"]: said(f"Map for {kind}: {stored.name}.")}  # fmt: skip
+
+        return call
+
+    # Pictures
+
+    def arm(self, request: gr.Request) -> dict:
+        """Before a job waits for its turn: from now on Stop means this one."""
+        self.stops[request.session_hash] = Event()
+        return {self.c["status"]: said("Generating ...")}
+
+    def stopping(self, request: gr.Request) -> dict:
+        """What is said before `stop`: the last word is then that of the job."""
+        line = "Stopping after this step ..." if request.session_hash in self.stops else "Nothing is running."
+        return {self.c["status"]: said(line)}
+
+    def stop(self, request: gr.Request) -> None:
+        if (event := self.stops.get(request.session_hash)) is not None:
+            event.set()
+
+    def generate(
+        self, request: gr.Request, bar: gr.Progress = _BAR, session: Session | None = None, *values: Any
+    ) -> dict:  # fmt: skip
+        """Make the pictures that the page asks for."""
+        c, form = self.c, self.form(values)
+        stop = self.stops.setdefault(request.session_hash, Event())
+        bar(0, desc="Reading what was given")
+        try:
+            made = self.work.generate(
+                session, form, stop, lambda done, total: bar((done, total), desc="Generating", unit="steps")
+            )
+        except Stopped:
+            return {c["status"]: said("Stopped; nothing was saved.")}
+        finally:
+            self.stops.pop(request.session_hash, None)
+        pictures = [(file, f"seed {seed}") for file, seed in zip(made.files, made.seeds)]
+        return {
+            c["made"]: made,
+            c["gallery"]: gr.update(
+                value=pictures, columns=min(len(pictures), 2 if len(pictures) < 5 else 3), selected_index=0
+            ),
+            c["attention_hint"]: gr.update(visible=bool(made.maps)),
+            c["attention"]: gr.update(value=list(made.maps), visible=bool(made.maps)),
+            c["status"]: said(". ".join([made.line, *made.notes]) + ".", "good"),
+        } | self.chose(made, 0)
+
+    def choose(self, event: gr.SelectData, made: Made) -> dict:
+        return self.chose(made, event.index)
+
+    def chose(self, made: Made, index: int) -> dict:
+        """That picture is the one which the buttons below mean."""
+        c, file = self.c, Path(made.files[index])
+        settings = Path(self.folder.name) / f"{file.stem}.json"
+        settings.write_text(settings_text(str(file)))
+        return {
+            c["chosen"]: index,
+            c["chosen_line"]: f"Chosen: <b>seed {made.seeds[index]}</b>, {html.escape(file.name)}",
+            c["use"]: gr.update(interactive=True),
+            c["settings"]: gr.update(value=str(settings), interactive=True),
+        }
+
+    def use(self, made: Made, index: int, session: Session, *values: Any) -> dict:
+        """The chosen picture becomes the reference, without dots."""
+        session = referred(session, store(made.files[index], self.work.out))
+        line = said(f"Seed {made.seeds[index]} is the reference now.")
+        return self.seen(session, *values) | self.lay_out(session, *values) | {self.c["status"]: line}

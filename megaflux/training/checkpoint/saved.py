@@ -1,0 +1,206 @@
+"""What a run was begun with, for whoever resumes it, exports it or generates from it.
+
+Each checkpoint's manifest holds its format, the part of the configuration that must not change, and, from format 3 on, all that
+the run was started with then; RUN/config.yaml is what it was last started with. Two rules keep old runs alive:
+
+- A field that they lack means the value it had before it existed: ADDED, by the format that the field came with. Whoever
+  adds a field to megaflux.config.schema raises `manifest.FORMAT` and writes it down here; tests/test_old_runs.py holds it.
+- On resume, a value that the user does not set, in a file or on the command line, is the run's saved one (`begun`):
+  a changed default never changes a run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaflux.common.errors import UserError
+from megaflux.common.paths import literal
+from megaflux.config import plain_yaml
+from megaflux.config.parse import Config, build_config, load_yaml
+from megaflux.config.schema import PATHS
+from megaflux.training.checkpoint import manifest
+
+NAME, DS_NAME = "config.yaml", "ds_config.json"
+ADDED: dict[int, dict[str, Any]] = {
+    3: {"train.drawn_per_rank": lambda values: values["train"].get("micro_batch_size")},
+    4: {"model.seeded": "torch", "train.deterministic": False},
+    5: {},  # no new field, but a new value: train.micro_batch_size may be `auto`, which earlier versions cannot read
+}
+"""Format of a manifest -> {dotted field that came with it: what it means where it is missing: a value, or a function of the
+whole configuration as plain data}. `*` stands for every element of a list: `stages.*.name`."""
+PER_START = ("run.dir", "run.resume", "train.stop_after")
+"""Fields that say how one start goes and not what the run is: never taken from an earlier start."""
+FIXED = ("train.drawn_per_rank",)
+"""Fields that are settled when a run begins, and that its checkpoints' identity does not hold."""
+
+
+def filled(values: dict[str, Any], format: int = 0) -> dict[str, Any]:
+    """Plain nested values of an earlier version with the fields that came later. format: of the manifest they are from; 0:
+    of a configuration, where a missing field tells its age by itself."""
+    values = copy.deepcopy(values)
+    for came_with, fields in sorted(ADDED.items()):
+        for path, before in fields.items() if came_with > format else ():
+            for section in _sections(values, path.split(".")[:-1]):
+                name = path.rpartition(".")[2]
+                if name not in section:
+                    section[name] = before(values) if callable(before) else before
+    return values
+
+
+def load(run_dir: str | Path) -> Config:
+    """The configuration that a run was last started with. UserError, naming the file, where it cannot be read."""
+    file = Path(run_dir) / NAME
+    return _built(_read_yaml(file), file)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        return load_yaml(str(file))
+    except UserError as error:  # which names the option that usually brings such a file
+        raise UserError(str(error).removeprefix("--config ")) from None
+
+
+def _built(values: dict[str, Any], file: Path) -> Config:
+    try:
+        return build_config(literal(filled(values), PATHS))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) and isinstance(values.get("zero_optimization"), dict) else {}
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a run that can be resumed was started with when its newest checkpoint was saved."""
+
+    values: dict[str, Any] | None
+    """Its configuration, without PER_START, as plain nested data; None: nobody knows (config.yaml is missing)."""
+    ds_config: dict[str, Any]
+    """DeepSpeed's; {}: nobody knows."""
+
+
+def begun(run_dir: str) -> Begun | None:
+    """What the run in a folder was started with; None: it holds no checkpoint, so there is nothing to resume.
+
+    A start that ended before it saved has left nothing here. UserError where RUN/config.yaml is needed (checkpoints before
+    format 3) and cannot be read."""
+    if not os.path.isdir(manifest.folder(run_dir)):  # Path's own raises where a name is too long
+        return None
+    content = _newest(run_dir)
+    if content is None:
+        return None
+    snapshot = content.get("started_with", {})
+    if "config" in snapshot:
+        config = build_config(literal(filled(plain_yaml.load(snapshot["config"]), content["format"]), PATHS))
+        ds_config = snapshot.get("ds_config", {})
+    elif (Path(run_dir) / NAME).is_file():
+        values = _read_yaml(Path(run_dir) / NAME)
+        if isinstance(values.get("train"), dict) and "micro_batch_size" in content["data"]:
+            # what it drew when it began, however its micro-batches were cut since
+            values["train"].setdefault("drawn_per_rank", content["data"]["micro_batch_size"])
+        config, ds_config = _built(values, Path(run_dir) / NAME), _read_json(Path(run_dir) / DS_NAME)
+    else:
+        return Begun(None, _read_json(Path(run_dir) / DS_NAME))
+    values = config.model_dump()
+    for path in PER_START:
+        section, _, name = path.partition(".")
+        del values[section][name]
+    values["run"]["dir"] = run_dir
+    return Begun(values, ds_config)
+
+
+def snapshot(run_dir: str | Path) -> dict[str, Any]:
+    """What this start has written into the run's folder, for a checkpoint's manifest (`begun` reads it); {} where that
+    cannot be read."""
+    try:
+        return {"config": (Path(run_dir) / NAME).read_text(), "ds_config": _read_json(Path(run_dir) / DS_NAME)}
+    except OSError:
+        return {}
+
+
+def refuse_changes(config: Config, saved: dict[str, Any]) -> None:
+    """UserError where a configuration for resuming names another preset than the run's, or sets one of FIXED to another
+    value than the run's. saved: `Begun.values`."""
+    mend = "leave it out, or give another --run.dir"
+    if config.preset != saved["preset"]:
+        raise UserError(
+            f"--preset {config.preset}: {config.run.dir} holds a run of the preset {saved['preset']}; {mend}"
+        )
+    for path in FIXED:
+        section, _, name = path.partition(".")
+        wanted, kept = getattr(getattr(config, section), name), saved[section][name]
+        if wanted != kept:
+            raise UserError(f"{path}: {wanted}, but {config.run.dir} holds a run begun with {kept}; {mend}")
+
+
+def _newest(run_dir: str) -> dict[str, Any] | None:
+    """The manifest of the newest checkpoint that has one that can be read; {} with the keys of none where there are
+    checkpoints only without; None: no checkpoint."""
+    cut_short = sorted(manifest.folder(run_dir).glob(".update-*.partial"))  # whole but for its name, perhaps
+    found = [*reversed(cut_short), *reversed(manifest.listed(run_dir).values())]
+    for path in found:
+        if (path / manifest.MANIFEST).is_file():
+            try:
+                return manifest.read(path)
+            except UserError:  # it is refused, with its reason, where it would be resumed
+                continue
+    return {"data": {}} if manifest.listed(run_dir) else None
+
+
+def describe(run_dir: str, kept: dict[str, Any]) -> str:
+    """One line on values that a run keeps though this version's preset has others. kept: dotted field -> value."""
+    shown = ", ".join(f"{path} {str(value)[:60]}" for path, value in kept.items())
+    return f"resuming {run_dir} with its own values, where none is given now and the preset has others: {shown}"
+
+
+def changed(identity: dict[str, Any], format: int, now: dict[str, Any]) -> list[str]:
+    """The keys of a run's identity (`checkpoint.identity`) in which the manifest of another format differs from `now`."""
+    nested = literal(filled(_nested(identity), format), PATHS)
+    return [key for key, value in now.items() if _at(nested, key) != value]
+
+
+_NOTHING = object()
+
+
+def _at(values: Any, path: str) -> Any:
+    for key in path.split("."):
+        if not isinstance(values, dict) or key not in values:
+            return _NOTHING
+        values = values[key]
+    return values
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """{"run.seed": 0} -> {"run": {"seed": 0}}."""
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split(".")
+        at = nested
+        for key in parents:
+            at = at.setdefault(key, {})
+        at[last] = value
+    return nested
+
+
+def _sections(values: Any, path: list[str]) -> Iterator[dict[str, Any]]:
+    """Every section at a path with `*`; none where the values have no such section (an identity holds a part only)."""
+    if not path:
+        if isinstance(values, dict):
+            yield values
+    elif path[0] == "*":
+        for element in values if isinstance(values, list | tuple) else ():
+            yield from _sections(element, path[1:])
+    elif isinstance(values, dict) and path[0] in values:
+        yield from _sections(values[path[0]], path[1:])

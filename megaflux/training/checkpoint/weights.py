@@ -1,0 +1,153 @@
+"""The weights that a checkpoint holds: which parameters, which rank writes which, and how they get into models again.
+
+    weights.safetensors                     all of them, of a run on one rank (before format 4: of any run)
+    weights-00000-of-00008.safetensors ...  each rank's share of them
+
+Every parameter that any stage so far has trained, by Qwen2VLFlux's names, in the dtype that it trains in; each in one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from megaflux.common.errors import UserError
+from megaflux.config.parse import Config
+from megaflux.models import reading
+from megaflux.models.loading_errors import named
+from megaflux.training import stages
+from megaflux.training.distributed import World
+from megaflux.training.engine import StageEngine, whole_size
+
+if TYPE_CHECKING:  # diffusers and transformers: seconds that the tool for people need not wait
+    from megaflux.models.pretrained import Models
+
+_FILE = re.compile(r"weights(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def trained_names(config: Config, module: nn.Module, stage: int) -> set[str]:
+    """The parameters that train in this stage or did in one before it."""
+    return {name for s in config.stages[: stage + 1] for name in stages.trainable_names(module, s)}
+
+
+def count_trained(config: Config, module: nn.Module, stage: int) -> int:
+    """Numbers in a checkpoint's weights at this stage."""
+    names = trained_names(config, module, stage)
+    return sum(whole_size(p) for name, p in module.named_parameters() if name in names)
+
+
+def file_name(rank: int, world_size: int) -> str:
+    """The file that a rank writes its share of the weights to."""
+    return "weights.safetensors" if world_size == 1 else f"weights-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def shares(sizes: Mapping[str, int], world_size: int) -> list[list[str]]:
+    """Names divided among ranks, each to one: the largest first, to whoever has least. sizes: name -> numbers. The same on
+    every rank."""
+    names: list[list[str]] = [[] for _ in range(world_size)]
+    load = [0] * world_size
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        rank = load.index(min(load))
+        names[rank].append(name)
+        load[rank] += sizes[name]
+    return names
+
+
+def gather_share(config: Config, engine: StageEngine, world: World) -> dict[str, torch.Tensor]:
+    """This rank's share of the weights, on the host, by name. Collective under ZeRO-3."""
+    names = trained_names(config, engine.module, engine.stage)
+    parameters = {name: p for name, p in engine.module.named_parameters() if name in names}
+    mine = set(shares({name: whole_size(p) for name, p in parameters.items()}, world.size)[world.rank])
+    weights = {}
+    for name, parameter in parameters.items():
+        with _gathered(parameter, engine.zero_stage):
+            if name in mine:
+                weights[name] = parameter.detach().cpu().contiguous().clone()
+    return weights
+
+
+def write_share(weights: Mapping[str, torch.Tensor], folder: Path, world: World) -> None:
+    """Write this rank's share into a checkpoint's folder."""
+    file = folder / file_name(world.rank, world.size)
+    save_file(dict(weights), file)
+    file.chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
+
+
+def files_of(manifest: Mapping[str, Any], path: Path) -> list[str]:
+    """Names of the files that hold a checkpoint's weights, by its manifest. UserError where it names none, or not all of
+    them: the manifest is then not a save's."""
+    found = sorted(name for name in manifest["files"] if _FILE.fullmatch(name))
+    divided = sum(name != file_name(0, 1) for name in found)
+    if not found or divided and found != [file_name(rank, len(found)) for rank in range(len(found))]:
+        raise UserError(f"{path}/manifest.json: names {', '.join(found) or 'no weights'}; it is not complete")
+    return found
+
+
+def sha256(manifest: Mapping[str, Any], path: Path) -> str:
+    """What identifies a checkpoint's weights: the SHA-256 of its file; where there are several, of the text that lists
+    theirs in order of rank, one a line."""
+    hashes = [manifest["files"][name]["sha256"] for name in files_of(manifest, path)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def any_float32(manifest: Mapping[str, Any], path: Path) -> bool:
+    """Whether any of a checkpoint's weights is stored in float32."""
+    for name in files_of(manifest, path):
+        with named(str(path / name)), safe_open(path / name, "pt") as file:
+            if any(file.get_slice(key).get_dtype() == "F32" for key in file.keys()):
+                return True
+    return False
+
+
+def load_weights(path: Path, manifest: dict[str, Any], config: Config, models: Models) -> None:
+    """Put a checkpoint's weights into freshly loaded models, before an engine is built on them.
+
+    UserError if the models are not those that the run started from, or a name is missing or does not fit.
+    """
+    if manifest["base"] != models.base:
+        raise UserError(
+            f"{path}: was trained on other base weights than model.* names now (or than this version of megaflux "
+            "builds); give the ones it started from"
+        )
+    parameters = dict(models.trainable.named_parameters())
+    stored: dict[Path, dict[str, torch.Size]] = {}
+    for name in files_of(manifest, path):
+        with named(str(path / name)):
+            stored[path / name] = reading.shapes(path / name)
+    there = {name for shapes in stored.values() for name in shapes}
+    missing = trained_names(config, models.trainable, manifest["stage"]) - there
+    if missing:
+        where = next(iter(stored)) if len(stored) == 1 else path
+        raise UserError(f"{where}: missing key {sorted(missing)[0]} (of {len(missing)}); it was trained")
+    for file, shapes in stored.items():
+        for name, shape in shapes.items():
+            if name not in parameters or parameters[name].shape != shape:
+                raise UserError(f"{file}: {name} does not fit this model; check model.* of the configuration")
+    for file, shapes in stored.items():
+        with named(str(file)), torch.no_grad():
+            for name, tensor in reading.tensors(file, shapes):
+                parameters[name].copy_(tensor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _gathered(parameter: nn.Parameter, zero_stage: int) -> AbstractContextManager:
+    if zero_stage < 3:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])

@@ -1,0 +1,177 @@
+"""What is wrong with a run before anything is loaded: quick looks at values and folders, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from os.path import exists, isdir, isfile  # Path's own raise where a name is too long
+from pathlib import Path
+from typing import Any
+
+from megaflux.common.errors import UserError
+from megaflux.config.parse import Config
+from megaflux.data.buckets import make_buckets
+from megaflux.models.sources import HUB, hub_name, model_problems
+from megaflux.training.checkpoint import manifest
+from megaflux.training.ds_config import batch_problem, uses_kernels, zero_stage
+
+
+def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) -> list[str]:
+    """Everything that would stop the run, one line each, naming the field and the mend. Reads small files
+    only."""
+    return [
+        *_batch(config, world_size),
+        *_sharding(config, ds_config),
+        *_sizes(config),
+        *_run_folder(config),
+        *_models(config),
+        *_kernels(config, ds_config),
+        *_data(config),
+        *_validation(config),
+    ]
+
+
+def find_notes(config: Config) -> list[str]:
+    """What will happen and a person may not expect, one line each."""
+    notes = []
+    if _data_will_be_prepared(config):
+        notes.append(f"data.path: {config.data.path} is not there yet; it is prepared from {config.data.source}")
+    for field in ("flux", "vlm", "vae"):
+        source = getattr(config.model, field)
+        if source and source != "tiny" and (name := hub_name(source)):
+            why = "hub: asks for it" if source.startswith(HUB) else f"no folder {name.partition('/')[0]} is here"
+            notes.append(f"model.{field}: {name} is fetched from the hub ({why}); its files are not looked at before")
+    return notes
+
+
+def _batch(config: Config, world_size: int) -> Iterator[str]:
+    if os.path.isdir(manifest.folder(config.run.dir)) and manifest.listed(config.run.dir):
+        return  # a run that goes on cuts its micro-batches for the ranks there are (training.elastic)
+    problem = batch_problem(config, world_size)
+    if problem:
+        yield problem
+
+
+def _sharding(config: Config, ds_config: dict[str, Any]) -> Iterator[str]:
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload not in ("none", None) and zero_stage(ds_config) < 1:
+        yield "--deepspeed: offload_optimizer needs zero_optimization.stage 1, 2 or 3"
+
+
+def _sizes(config: Config) -> Iterator[str]:
+    """The tables of sizes against each other and against the local folders that replace them."""
+    model, flux = config.model, config.model.flux_config
+    if model.flux is None:
+        axes, head = flux.get("axes_dims_rope") or (), flux.get("attention_head_dim")
+        if not isinstance(axes, list | tuple) or not all(isinstance(axis, int) for axis in axes):
+            yield f"model.flux_config.axes_dims_rope: must be a list of whole numbers, got {str(axes)[:80]!r}"
+        elif axes and head and sum(axes) != head:
+            yield f"model.flux_config.axes_dims_rope: sum is {sum(axes)}; make it attention_head_dim, {head}"
+        channels = flux.get("in_channels")
+        if channels and channels != 4 * model.latent_channels:
+            yield (
+                f"model.flux_config.in_channels: {channels}, but latents of {model.latent_channels} channels pack "
+                f"to {4 * model.latent_channels}; set it to that"
+            )
+    stored = _read_json(Path(model.flux) / "transformer/config.json") if model.flux else None
+    if stored:
+        names = ("num_layers", "num_single_layers")
+        counts = [stored.get(name, 0) for name in names] if isinstance(stored, dict) else [None]
+        if not all(isinstance(count, int) for count in counts):
+            yield f"model.flux: {model.flux}/transformer/config.json gives no number of blocks; restore it"
+            return
+        blocks = sum(counts)
+        for i, stage in enumerate(config.stages):
+            out = [b for b in stage.blocks if b >= blocks] if stage.blocks != "all" else []
+            if out:
+                last = blocks - 1
+                yield f"stages.{i}.blocks: {out[0]} is out of range; {model.flux} has blocks 0 to {last}"
+
+
+def _run_folder(config: Config) -> Iterator[str]:
+    path = Path(config.run.dir)
+    try:
+        path.exists()
+    except OSError as error:
+        yield f"run.dir: {str(path)[:80]}: {error.strerror}; give another folder"
+        return
+    for place in (path, *path.parents):
+        if place.exists():
+            if not place.is_dir():
+                yield f"run.dir: {place} is a file; give a folder"
+            elif not os.access(place, os.W_OK | os.X_OK):
+                yield f"run.dir: {place} cannot be written; give another folder or change its permissions"
+            return
+
+
+def _models(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.flux is None and model.vae is None:
+        yield "model.vae: a model built from nothing needs a VAE; set it to a folder or to tiny"
+    yield from model_problems(model)
+
+
+def _kernels(config: Config, ds_config: dict[str, Any]) -> Iterator[str]:
+    if config.model.activation_checkpointing == "mlp" and not uses_kernels(config, ds_config):
+        why = "ZeRO-3 runs" if config.model.kernels == "on" else "model.kernels off means"
+        yield f"model.activation_checkpointing: mlp needs kernels, but {why} diffusers' own path; use auto, none or full"
+
+
+def _data(config: Config) -> Iterator[str]:
+    data, root = config.data, Path(config.data.path)
+    try:
+        wanted = {(b.name, b.width, b.height) for b in make_buckets(data.aspect_ratios, data.longest_side)}
+    except UserError as error:
+        yield f"data.longest_side and data.aspect_ratios: {error}"
+        return
+    if data.remote and data.cache:
+        yield "data.cache: only shards in data.path can be cached; empty it or drop data.remote"
+    if data.cache_limit and not re.fullmatch(r"\d+(\.\d+)?\s*[kmgt]?b?", data.cache_limit, re.IGNORECASE):
+        yield f"data.cache_limit: {data.cache_limit!r} is no size; write it as 500gb"
+    if exists(root) and not isdir(root):
+        yield f"data.path: {root} is a file; give a folder"
+        return
+    description = root / "dataset.json"
+    if not isfile(description):
+        if not data.remote and not _data_will_be_prepared(config):
+            what = "is not a prepared dataset (no dataset.json)" if exists(root) else "does not exist"
+            yield f"data.path: {root} {what}; make it with python -m megaflux.data.prepare SOURCE {root}"
+        return
+    stored = _read_json(description)
+    try:
+        side = stored["longest_side"]
+        buckets = {(str(b["name"]), b["width"], b["height"]) for b in stored["buckets"]}
+        names = ",".join(str(b["name"]) for b in stored["buckets"])
+    except (TypeError, KeyError):
+        yield f"data.path: {description} cannot be read; restore it or prepare the data again"
+        return
+    if side != data.longest_side:
+        yield (
+            f"data.longest_side: {data.longest_side}, but {root} was prepared with {side}; set it to {side} or "
+            "prepare the data again"
+        )
+    elif buckets != wanted:
+        yield (
+            f"data.aspect_ratios: {','.join(data.aspect_ratios)}, but {root} was prepared with {names}; set them "
+            "to those or prepare the data again"
+        )
+
+
+def _validation(config: Config) -> Iterator[str]:
+    panel, samples = config.validation.panel_samples, config.validation.samples
+    if panel > samples:
+        yield f"validation.panel_samples: {panel} is more than validation.samples, {samples}; lower it"
+
+
+def _data_will_be_prepared(config: Config) -> bool:
+    data = config.data
+    return bool(data.source) and not data.remote and not exists(Path(data.path) / "dataset.json")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None

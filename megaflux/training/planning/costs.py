@@ -1,0 +1,290 @@
+"""Parameters and FLOPs of a configuration, freezing counted in; from module shapes alone, no weights needed.
+
+Symbols: B images per micro-batch, L image tokens of FLUX, T condition tokens, S tokens of the cut chat turn,
+P patches of Qwen's ViT, W FLUX's width. FLOPs are 2 x multiply-adds of matrix products; element-wise work is
+not counted. Everything is for the condition of mode `image`.
+
+What a step of one image costs (Qwen2VLFlux: Qwen layer -> connector -> FLUX):
+- forward: 2 in out tokens for every linear, 4 (T + L)^2 W for each FLUX block's attention, 4 S^2 D for
+  Qwen's.
+- dX, the gradient to inputs: as much as the forward of the linear, for all of FLUX: the Qwen layer and the
+  connector lie upstream of every block and train in every stage. Not for what no trainable parameter lies
+  upstream of: `x_embedder`, the modulation linears while `time_text_embed` is frozen, the first block's image
+  q, k, v while that block's modulation and `x_embedder` are frozen.
+- dW, the gradient to weights: as much again, for trainable linears only.
+- attention backward: twice its forward (dQ, dK, dV, dP). A flash kernel computes QK^T a second time, half a
+  forward more. A block in activation policy `mlp` computes its MLP's first product again, one in `full` its whole
+  forward, and then the Qwen layer does so too. All this is `recompute`, which MFU leaves out and hardware FLOPs count.
+- frozen: the trunk's and the VAE encoder's forward, where data.cache does not hold them. Causal attention is
+  counted in full, as torch's FlopCounterMode does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from megaflux.common.errors import UserError
+from megaflux.config.parse import Config, Stage
+from megaflux.config.presets import FLUX_VAE
+from megaflux.data.buckets import Bucket
+from megaflux.models.pretrained import AutoencoderKL, meta_models
+from megaflux.models.scratch import TINY
+from megaflux.models.tokens import Tokens, count_tokens
+from megaflux.training.stages import locate, trainable_names
+
+MODULATION = re.compile(r"transformer\.(.*\.(norm1|norm1_context|norm)|norm_out)\.linear")
+FIRST_IMAGE_QKV = re.compile(r"transformer\.transformer_blocks\.0\.attn\.to_[qkv]")
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """One row of the stage table."""
+
+    name: str
+    updates: int
+    blocks: list[int]
+    """FLUX blocks that train, double ones first; "all" as every index."""
+    trainable: dict[str, int]
+    """Trainable parameters of flux, connector and vlm."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one image in one training step; the module's docstring says what each is."""
+
+    forward_linear: int
+    forward_attention: int
+    backward_inputs: int
+    backward_weights: int
+    backward_attention: int
+    frozen: int
+    recompute: int
+
+    @property
+    def model(self) -> int:
+        """What MFU counts: all but recomputation."""
+        trained = self.forward_linear + self.forward_attention + self.backward_inputs + self.backward_weights
+        return trained + self.backward_attention + self.frozen
+
+    @property
+    def hardware(self) -> int:
+        """What the device computes."""
+        return self.model + self.recompute
+
+
+# --- parameters ---------------------------------------------------------------------------------------------
+
+
+def stage_table(config: Config, module: nn.Module) -> list[StageCosts]:
+    """The stages in force and what each trains. module: Qwen2VLFlux, the meta device will do. UserError where
+    a listed block matches no parameter."""
+    num_double = len(module.transformer.transformer_blocks)
+    num_blocks = num_double + len(module.transformer.single_transformer_blocks)
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    table = []
+    for stage, updates in zip(config.stages, config.stage_updates(), strict=True):
+        trainable = dict.fromkeys(("flux", "connector", "vlm"), 0)
+        for name in trainable_names(module, stage):
+            trainable[locate(name, num_double).group] += sizes[name]
+        blocks = list(range(num_blocks)) if stage.blocks == "all" else list(stage.blocks)
+        table.append(StageCosts(stage.name, updates, blocks, trainable))
+    return table
+
+
+# --- FLOPs --------------------------------------------------------------------------------------------------
+
+
+def token_counts(config: Config, bucket: Bucket) -> Tokens:
+    """Sequence lengths of a bucket whose picture is also the reference."""
+    vision = config.model.vlm_config.get("vision_config", {})
+    patch, merge = vision.get("patch_size", 14), vision.get("spatial_merge_size", 2)
+    return count_tokens(bucket.height, bucket.width, config.model.vlm_max_tokens, patch, merge)
+
+
+def training_flops(
+    module: nn.Module, stage: Stage, tokens: Tokens, frozen: int = 0, policies: Sequence[str] | None = None
+) -> Flops:
+    """FLOPs of one image in one step of a stage. module: Qwen2VLFlux, the meta device will do. frozen: FLOPs
+    of the frozen networks, as `frozen_flops` counts them. policies: none, mlp or full for each FLUX block, double
+    ones first; None: nothing is computed again."""
+    trainable = set(trainable_names(module, stage))
+    blocks = len(module.transformer.transformer_blocks) + len(module.transformer.single_transformer_blocks)
+    policies = policies or ["none"] * blocks
+    linear = dx = dw = 0
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        cost = 2 * layer.in_features * layer.out_features * _tokens_seen(name, tokens)
+        linear += cost
+        dx += cost if _needs_input_gradient(name, trainable) else 0
+        dw += cost if f"{name}.weight" in trainable else 0
+    again = recomputation(module, tokens)
+    attention = blocks * again.attention + _layer_attention(module, tokens)
+    return Flops(linear, attention, dx, dw, 2 * attention, frozen, attention // 2 + again.of(policies))
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """FLOPs of one image that the backward pass computes again, by what FLUX's blocks keep; the same in every stage."""
+
+    mlp: list[int]
+    """Of each block, double ones first: in policy mlp."""
+    full: list[int]
+    """In policy full."""
+    layer: int
+    """Qwen's last layer, where any block's policy is full."""
+    attention: int
+    """One block's attention, forward; part of full."""
+
+    def of(self, policies: Sequence[str]) -> int:
+        chosen = {"none": [0] * len(self.mlp), "mlp": self.mlp, "full": self.full}
+        total = sum(chosen[policy][block] for block, policy in enumerate(policies))
+        return total + (self.layer if "full" in policies else 0)
+
+
+def recomputation(module: nn.Module, tokens: Tokens) -> Recomputation:
+    """What each policy of each block costs. module: Qwen2VLFlux, the meta device will do."""
+    transformer = module.transformer
+    num_double = len(transformer.transformer_blocks)
+    attention = 4 * (tokens.condition + tokens.image) ** 2 * transformer.inner_dim
+    full = [attention] * (num_double + len(transformer.single_transformer_blocks))
+    mlp, again = [0] * len(full), _layer_attention(module, tokens)
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        cost = 2 * layer.in_features * layer.out_features * _tokens_seen(name, tokens)
+        block = re.match(r"transformer\.(single_)?transformer_blocks\.(\d+)\.(.+)", name)
+        if block is None:
+            # Checkpointing stops at the last tensor that the backward reads, before the layer's last linear.
+            again += cost if name.startswith("vlm.") and not name.endswith("down_proj") else 0
+            continue
+        index = int(block[2]) + (num_double if block[1] else 0)
+        full[index] += cost
+        mlp[index] += cost if block[3] in ("proj_mlp", "ff.net.0.proj", "ff_context.net.0.proj") else 0
+    return Recomputation(mlp, full, again, attention)
+
+
+def _layer_attention(module: nn.Module, tokens: Tokens) -> int:
+    """Attention of Qwen's last layer, forward."""
+    return 4 * len(module.vlm.layers) * tokens.turn**2 * module.vlm.config.hidden_size
+
+
+def frozen_flops(config: Config, trunk: nn.Module | None, bucket: Bucket) -> int:
+    """Forward of the trunk and the VAE's encoder for one image, without what data.cache holds. trunk:
+    Qwen2VLModel without its last layer, the meta device will do; None: built from the configuration if
+    needed."""
+    return sum(frozen_parts(config, trunk, bucket))
+
+
+def frozen_parts(config: Config, trunk: nn.Module | None, bucket: Bucket) -> tuple[int, int]:
+    """(trunk, VAE) of `frozen_flops`; 0 for what data.cache holds."""
+    encode = seen = 0
+    if "trunk" not in config.data.cache:
+        seen = trunk_flops(meta_models(config)[1] if trunk is None else trunk, token_counts(config, bucket))
+    if "latents" not in config.data.cache:
+        encode = vae_encode_flops(json.dumps(vae_config(config)), bucket.height, bucket.width)
+    return seen, encode
+
+
+def trunk_flops(trunk: nn.Module, tokens: Tokens) -> int:
+    """Forward of Qwen2-VL's ViT (each patch sees all P) and decoder layers (no lm_head) for one image."""
+    flops = 0
+    for name, layer in trunk.named_modules():
+        if isinstance(layer, nn.Linear):
+            seen = tokens.turn
+            if name.startswith("visual."):
+                seen = tokens.condition if "merger" in name else tokens.patches
+            flops += 2 * layer.in_features * layer.out_features * seen
+        elif isinstance(layer, nn.Conv3d):  # patches do not overlap: one product each
+            flops += 2 * layer.in_channels * layer.out_channels * math.prod(layer.kernel_size) * tokens.patches
+    vision, text = trunk.config.vision_config, trunk.config.text_config
+    flops += 4 * len(trunk.visual.blocks) * tokens.patches**2 * vision.embed_dim
+    return flops + 4 * len(trunk.language_model.layers) * tokens.turn**2 * text.hidden_size
+
+
+@lru_cache(maxsize=64)
+def vae_encode_flops(config_json: str, height: int, width: int) -> int:
+    """Forward of AutoencoderKL's encoder, run on the meta device, for one picture of height x width px."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        encoder = AutoencoderKL(**json.loads(config_json)).encoder
+        encoder(torch.empty(1, encoder.conv_in.in_channels, height, width))
+    return counter.get_total_flops()
+
+
+def vae_config(config: Config) -> dict[str, Any]:
+    """Arguments of AutoencoderKL: of the local folder that the configuration names, else FLUX.1's published
+    ones."""
+    model = config.model
+    folder = TINY / "vae" if model.vae == "tiny" else Path(model.vae or f"{model.flux}/vae")
+    if model.vae != "tiny" and not (folder / "config.json").is_file():
+        return FLUX_VAE
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'}: cannot be read ({error}); restore the VAE's folder") from None
+    return {key: value for key, value in values.items() if not key.startswith("_")}
+
+
+_counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple, int]] = weakref.WeakKeyDictionary()
+_trunks: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+"""Of each module that FLOPs were counted for: the trunk before it, on the meta device, where nobody gave it."""
+
+
+def train_flops_per_image(
+    config: Config, module: nn.Module, stage: Stage | int, bucket: Bucket, trunk: nn.Module | None = None
+) -> int:
+    """Model FLOPs of one image of a bucket in a stage (itself or its index), for MFU: forward, dX, dW of what
+    trains and attention's backward; no recomputation. The trunk and the VAE count only where data.cache does
+    not hold their output. Remembered per module: cheap to call for every micro-batch."""
+    stage = config.stages[stage] if isinstance(stage, int) else stage
+    known = _counted.setdefault(module, {})
+    key = (stage.blocks, stage.components, bucket.size, config.data.cache, config.model.vlm_max_tokens)
+    if key not in known:
+        if trunk is None and "trunk" not in config.data.cache:
+            if module not in _trunks:  # half a second for `dev`: not again for each stage and bucket
+                _trunks[module] = meta_models(config)[1]
+            trunk = _trunks[module]
+        frozen = frozen_flops(config, trunk, bucket)
+        known[key] = training_flops(module, stage, token_counts(config, bucket), frozen).model
+    return known[key]
+
+
+def _tokens_seen(name: str, tokens: Tokens) -> int:
+    """Tokens per image that a linear of Qwen2VLFlux sees."""
+    if name.startswith("vlm."):
+        return tokens.turn
+    if name == "connector" or name == "transformer.context_embedder":
+        return tokens.condition
+    if MODULATION.fullmatch(name) or ".time_text_embed." in name:
+        return 1
+    if ".single_transformer_blocks." in name:
+        return tokens.condition + tokens.image
+    text = re.search(r"\.(attn\.add_|attn\.to_add_out|ff_context\.)", name)
+    return tokens.condition if text else tokens.image
+
+
+def _needs_input_gradient(name: str, trainable: set[str]) -> bool:
+    """Whether a trainable parameter lies upstream of a linear's input."""
+    embeds_time = any(other.startswith("transformer.time_text_embed.") for other in trainable)
+    if name == "transformer.x_embedder":
+        return False
+    if ".time_text_embed." in name:
+        return embeds_time and name.endswith("linear_2")
+    if MODULATION.fullmatch(name):
+        return embeds_time
+    if FIRST_IMAGE_QKV.fullmatch(name):
+        upstream = ("transformer.x_embedder.weight", "transformer.transformer_blocks.0.norm1.linear.weight")
+        return not trainable.isdisjoint(upstream)
+    return True

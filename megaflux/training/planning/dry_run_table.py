@@ -1,0 +1,132 @@
+"""The dry run's table of micro-batches: what each needs and how fast it would be, on the GPUs whose speed is predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from megaflux.config.parse import Config, Stage
+from megaflux.training.ds_config import divisors
+from megaflux.training.planning.gpus import GPUS, Assumed, Gpu
+from megaflux.training.planning.memory import USABLE, usable
+from megaflux.training.planning.micro_batch import Choice, Planner, best_of
+from megaflux.training.planning.throughput import LAUNCHES_TOLD, Cluster
+
+GIGA, TERA = 1e9, 1e12
+DAY = 86400
+
+
+@dataclass(frozen=True)
+class Line:
+    """One micro-batch of a stage on a GPU."""
+
+    gpu: Gpu
+    stage: Stage
+    updates: int
+    cache: tuple[str, ...]
+    choice: Choice
+    chosen: bool
+
+    def as_json(self, scope: str, images: int) -> dict[str, Any]:
+        """scope: largest, the bucket that takes longest, or mean, of all buckets alike. images: of an update."""
+        choice = self.choice
+        largest = max(choice.seconds, key=lambda bucket: choice.seconds[bucket])
+        seconds = choice.seconds[largest] if scope == "largest" else choice.mean_seconds
+        flops = choice.flops[largest] if scope == "largest" else sum(choice.flops.values()) / len(choice.flops)
+        return {
+            "gpu": self.gpu.name, "scope": scope, "stage": self.stage.name, "cache": list(self.cache),
+            "micro": choice.micro_batch_size, "memory_gb": choice.bytes / GIGA, "policies": choice.counts,
+            "tflop_per_image": flops / TERA, "images_per_s": images / seconds, "days": self.updates * seconds / DAY,
+            "fits": choice.fits, "chosen": self.chosen,
+        }  # fmt: skip
+
+
+def gpus_of(assumed: Assumed) -> list[Gpu]:
+    """The GPUs that the table shows: the one a person names, else all that are known, each with what a person says."""
+    names = [assumed.name] if assumed.name else list(GPUS)
+    return [Assumed(name, assumed.memory_gb, assumed.peak_tflops, assumed.mfu).of() for name in names]
+
+
+def micro_batch_lines(
+    config: Config, ds_config: dict[str, Any], ranks: int, module: nn.Module, trunk: nn.Module, gpus: Sequence[Gpu],
+    choose: bool,
+) -> list[Line]:  # fmt: skip
+    """Every divisor of what a rank draws, for each GPU and stage: with data.cache as configured, and with latents and trunk
+    cached where the configuration allows that.
+
+    config: with its micro-batch in numbers, which is the one chosen unless `choose`. module, trunk: as `meta_models`
+    gives them."""
+    planners = {
+        cache: Planner(
+            config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})}), ds_config, ranks,
+            module, trunk,
+        )
+        for cache in _caches(config)
+    }  # fmt: skip
+    sizes = divisors(config.train.drawn_per_rank)
+    if not choose and config.train.micro_batch_size not in sizes:  # which is a problem of its own
+        sizes = sorted([*sizes, config.train.micro_batch_size])
+    found = []
+    for gpu in gpus:
+        for cache, planner in planners.items():
+            for stage, updates in zip(config.stages, config.stage_updates(), strict=True):
+                choices = planner.choices(stage, sizes, usable(gpu.memory_gb * GIGA), Cluster(gpu, ranks))
+                best = best_of(choices).micro_batch_size if choose else config.train.micro_batch_size
+                found += [Line(gpu, stage, updates, cache, c, c.micro_batch_size == best) for c in choices]
+    return found
+
+
+def _caches(config: Config) -> list[tuple[str, ...]]:
+    own, both = config.data.cache, ("latents", "trunk")
+    allowed = config.data.condition.image == 1 and not config.data.sample_posterior  # as schema.Config asks
+    return [own, both] if allowed and set(own) != set(both) else [own]
+
+
+def print_table(found: Sequence[Line], config: Config, ranks: int, choose: bool) -> None:
+    """All lines with data.cache as configured, and of each stage the chosen one with everything cached. A table in which
+    nothing is computed again at any micro-batch, and none is to be chosen, is cut to the lines in force."""
+    again = any(line.choice.counts["none"] < len(line.choice.policies) for line in found)
+    images = config.train.global_batch_size
+    print(
+        f"\nMicro-batches that divide the {config.train.drawn_per_rank} images a rank draws (train.micro_batch_size), on "
+        f"{ranks} GPU{'s' * (ranks > 1)}. Predicted, not\nmeasured: TFLOP an image and images/s of the largest bucket, then in "
+        "the mean of all; days of the stage's updates;\n* chosen\n"
+    )
+    print(f"{'GPU':<13}{'stage':<11}{'cache':<15}{'micro':>6}{'GB':>8}{'none':>6}{'mlp':>5}{'full':>5}"
+          f"{'TFLOP/image':>18}{'images/s':>16}{'days':>8}")  # fmt: skip
+    own = config.data.cache
+    for line in found:
+        if not line.chosen and (line.cache != own or not (choose or again)):
+            continue
+        largest, mean = (line.as_json(scope, images) for scope in ("largest", "mean"))
+        mark = "*" if line.chosen else " "
+        if not line.choice.fits:
+            mark += " does not fit" if line.choice.bytes > line.gpu.memory_gb * GIGA else f" over {USABLE:.0%} of it"
+        policies = line.choice.counts
+        print(
+            f"{line.gpu.name:<13}{line.stage.name[:10]:<11}{','.join(line.cache) or '-':<15}{line.choice.micro_batch_size:>6}"
+            f"{largest['memory_gb']:>8.1f}{policies['none']:>6}{policies['mlp']:>5}{policies['full']:>5}"
+            f"{_short(largest['tflop_per_image']):>10}{_short(mean['tflop_per_image']):>8}{_short(largest['images_per_s']):>8}"
+            f"{_short(mean['images_per_s']):>8}{_short(mean['days']):>8} {mark}"
+        )
+    print()
+    for text in assumptions(found, ranks):
+        print(f"assumed: {text}")
+
+
+def _short(value: float) -> str:
+    """Three digits or more in at most seven characters: "0.0005", "18.5", "1430"."""
+    if value < 1e-4:
+        return "<0.0001"
+    if value < 0.01:
+        return f"{value:.4f}"
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def assumptions(found: Sequence[Line], ranks: int) -> list[str]:
+    """What the predictions take for granted, one line each."""
+    gpus = dict.fromkeys(line.gpu for line in found)
+    return [text for gpu in gpus for text in Cluster(gpu, ranks).assumptions()] + [LAUNCHES_TOLD]
