@@ -52,6 +52,6 @@ setup(
             CONTROL,
             PANEL,
             QUANTIZE,
-        ],  # fmt: skip
+        ],
     },
 )

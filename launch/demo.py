@@ -27,13 +27,35 @@ def main() -> None:
     args, train_options = parser.parse_known_args()
     run, started = Path(args.run), time.monotonic()
 
-    _run("deepspeed", "--num_accelerators", "1", str(ROOT / "launch" / "train.py"), "--deepspeed",
-         str(ROOT / "ds_configs" / "zero2.json"), "--run.dir", str(run), *train_options)  # fmt: skip
+    _run(
+        "deepspeed",
+        "--num_accelerators",
+        "1",
+        str(ROOT / "launch" / "train.py"),
+        "--deepspeed",
+        str(ROOT / "ds_configs" / "zero2.json"),
+        "--run.dir",
+        str(run),
+        *train_options,
+    )
     print("generating variations of held-out pictures ...", flush=True)
     summary = evaluate(run)
     reference = run / "samples" / "reference.png"
-    _run(sys.executable, "-m", "megaflux.infer", "--checkpoint", str(run), "--reference", str(reference),
-         "--count", "4", "--seed", "7", "--out", str(run / "variations"))  # fmt: skip
+    _run(
+        sys.executable,
+        "-m",
+        "megaflux.infer",
+        "--checkpoint",
+        str(run),
+        "--reference",
+        str(reference),
+        "--count",
+        "4",
+        "--seed",
+        "7",
+        "--out",
+        str(run / "variations"),
+    )
     summary["seconds"] = round(time.monotonic() - started, 1)
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print()

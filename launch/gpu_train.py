@@ -47,9 +47,13 @@ def main() -> int:
     )
     parser.add_argument("--micro-batch", type=positive, default=1, metavar="N", help="images per step (default 1)")
     parser.add_argument("--accumulation", type=positive, default=4, metavar="N", help="steps per update (default 4)")
-    parser.add_argument("--blocks", type=_blocks, metavar="1,19,56",
-                        help="FLUX blocks that train (default: all of stage 1 where the disk has room for its checkpoints, "
-                             f"else {_listed(FEW_BLOCKS)})")  # fmt: skip
+    parser.add_argument(
+        "--blocks",
+        type=_blocks,
+        metavar="1,19,56",
+        help="FLUX blocks that train (default: all of stage 1 where the disk has room for its checkpoints, "
+        f"else {_listed(FEW_BLOCKS)})",
+    )
     add_report_arguments(parser)
     args, train_options = parser.parse_known_args()
     if args.updates < 2 * (WARM_UP + 1):
@@ -108,13 +112,24 @@ def settings(root: Path, args: argparse.Namespace) -> dict[str, Any]:
     if args.small:
         small = tiny()["model"]
         flux = small["flux_config"] | {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2}
-        values["model"] |= {"flux_config": flux, "vlm_config": small["vlm_config"], "clip_config": small["clip_config"],
-                            "latent_channels": small["latent_channels"], "vlm_max_tokens": 16, "vae": "tiny"}  # fmt: skip
+        values["model"] |= {
+            "flux_config": flux,
+            "vlm_config": small["vlm_config"],
+            "clip_config": small["clip_config"],
+            "latent_channels": small["latent_channels"],
+            "vlm_max_tokens": 16,
+            "vae": "tiny",
+        }
         values["data"] |= {"longest_side": 64, "num_workers": 0, "aspect_ratios": ["1:1", "2:1"]}
         values["stages"] = [values["stages"][0] | {"blocks": [1, 3]}]
     values["run"] = {"dir": str(root / "run")}
-    values["train"] |= {"updates": args.updates, "global_batch_size": args.micro_batch * args.accumulation,
-                        "micro_batch_size": args.micro_batch, "checkpoint_every": half, "keep_checkpoints": KEEP}  # fmt: skip
+    values["train"] |= {
+        "updates": args.updates,
+        "global_batch_size": args.micro_batch * args.accumulation,
+        "micro_batch_size": args.micro_batch,
+        "checkpoint_every": half,
+        "keep_checkpoints": KEEP,
+    }
     values["validation"] = {"every": 0, "panel_every": 0, "samples": 2, "panel_samples": 1, "steps": 2}
     values["monitor"] = {"every": 1, "grad_norms_every": 0}
     return values
@@ -137,9 +152,11 @@ def unused(root: Path) -> str:
 
 
 def choose_blocks(
-    run: Path, values: dict[str, Any], choices: list[list[int]],
+    run: Path,
+    values: dict[str, Any],
+    choices: list[list[int]],
     measured: Callable[[list[int]], bool] = lambda blocks: False,
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """The first of these lists of blocks that is measured already, which needs no room, or for whose checkpoints the disk
     has room, what an earlier run left counted as free. UserError, naming the least that is needed, where there is none."""
     from megaflux.config.parse import build_config
@@ -219,9 +236,23 @@ def train(config: Path, sharding: Path, *options: str) -> list[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # As a module: where packages were put into a folder, its commands are not on the PATH.
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "1", "--master_port", str(port),
-               str(ROOT / "launch" / "train_random.py"), "--deepspeed", str(sharding), "--preset", "dev",
-               "--config", str(config), *options]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        "1",
+        "--master_port",
+        str(port),
+        str(ROOT / "launch" / "train_random.py"),
+        "--deepspeed",
+        str(sharding),
+        "--preset",
+        "dev",
+        "--config",
+        str(config),
+        *options,
+    ]
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     print("$ " + " ".join(command), flush=True)

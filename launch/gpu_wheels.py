@@ -30,13 +30,39 @@ from megaflux.common.errors import UserError, exit_on_user_error  # noqa: E402
 from megaflux.common.paths import path_option  # noqa: E402
 from megaflux_kernels.bench.report import Parser, positive  # noqa: E402
 
-THERE = ("torch", "torchvision", "triton", "transformers", "numpy", "pillow", "psutil", "pyyaml", "tensorboard", "tqdm",
-         "requests", "packaging", "py-cpuinfo", "msgpack", "ninja", "pyarrow", "pytest", "xxhash")  # fmt: skip
+THERE = (
+    "torch",
+    "torchvision",
+    "triton",
+    "transformers",
+    "numpy",
+    "pillow",
+    "psutil",
+    "pyyaml",
+    "tensorboard",
+    "tqdm",
+    "requests",
+    "packaging",
+    "py-cpuinfo",
+    "msgpack",
+    "ninja",
+    "pyarrow",
+    "pytest",
+    "xxhash",
+)
 FIRST = ("diffusers",)
 ALL = (*FIRST, "accelerate", "deepspeed", "mosaicml-streaming", "pydantic", "einops")
 # streaming imports these where data are in a bucket of theirs, and matplotlib for a simulator
-UNUSED = ("boto3", "google-cloud-storage", "paramiko", "oci", "azure-storage-blob", "azure-storage-file-datalake",
-          "azure-identity", "matplotlib")  # fmt: skip
+UNUSED = (
+    "boto3",
+    "google-cloud-storage",
+    "paramiko",
+    "oci",
+    "azure-storage-blob",
+    "azure-storage-file-datalake",
+    "azure-identity",
+    "matplotlib",
+)
 FRESH = ("typing-extensions",)  # carried although it is there: pydantic wants a recent one
 BUILT = ("deepspeed",)  # published as source alone
 # Of glibc 2.28 and older ones; pip takes each name as it stands, and zstd's is 2_14.
@@ -101,9 +127,16 @@ def chosen(roots: Iterable[str], python: str) -> dict[str, str]:
 
 def required(roots: Iterable[str], python: str, skip: Iterable[str] = (), strict: bool = True) -> set[str]:
     """Names of roots and all that they require, as their METADATA here says. strict: UserError for one that is not installed."""
-    environment = {"python_version": python, "python_full_version": f"{python}.0", "implementation_name": "cpython",
-                   "platform_python_implementation": "CPython", "sys_platform": "linux", "os_name": "posix",
-                   "platform_system": "Linux", "platform_machine": "x86_64"}  # fmt: skip
+    environment = {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+        "sys_platform": "linux",
+        "os_name": "posix",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+    }
     waiting, seen = [Requirement(root) for root in roots], set()
     while waiting:
         wanted = waiting.pop()
@@ -152,8 +185,19 @@ def fetch(name: str, version: str, python: str, out: Path) -> str:
         done = pip("wheel", "--no-deps", "--no-build-isolation", "--use-pep517", "-w", str(out), f"{name}=={version}")
     else:
         platforms = [word for p in PLATFORMS for word in ("--platform", f"{p}_x86_64")]
-        done = pip("download", "--no-deps", "--only-binary=:all:", "--python-version", python, "--implementation", "cp",
-                   *platforms, "-d", str(out), f"{name}=={version}")  # fmt: skip
+        done = pip(
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--python-version",
+            python,
+            "--implementation",
+            "cp",
+            *platforms,
+            "-d",
+            str(out),
+            f"{name}=={version}",
+        )
     said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in said if line.startswith("ERROR")] or said or ["pip said nothing"]
     return errors[-1][:200] if done.returncode else ""

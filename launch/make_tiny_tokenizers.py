@@ -15,16 +15,7 @@ import json
 from pathlib import Path
 
 import tokenizers
-from tokenizers import (
-    AddedToken,
-    Regex,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import megaflux
 from megaflux.common.paths import path_option
@@ -41,15 +32,30 @@ QWEN2_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_VL_SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
-    "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
-    "<|quad_start|>", "<|quad_end|>",
-    "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 TEMPLATE_TEXTS = (
-    "You are a helpful assistant.", "Describe this image.", "Picture 1: ", "Video 1: ", "system\n", "user\n",
+    "You are a helpful assistant.",
+    "Describe this image.",
+    "Picture 1: ",
+    "Video 1: ",
+    "system\n",
+    "user\n",
     "assistant\n",
-)  # fmt: skip
+)
 # Renders what Qwen2-VL-7B-Instruct's template renders, laid out to be read ("-" eats white space).
 CHAT_TEMPLATE = """\
 {%- set seen = namespace(images=0, videos=0) -%}
@@ -100,9 +106,13 @@ def write_json(path: Path, value: object, indent: int | None = None) -> None:
 def special_token(text: str) -> dict:
     """A special token as tokenizer_config.json describes it."""
     return {
-        "content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+        "content": text,
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
         "special": True,
-    }  # fmt: skip
+    }
 
 
 def make_qwen_tokenizer(out: Path, captions: list[str], vocabulary: int) -> int:

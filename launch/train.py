@@ -83,11 +83,18 @@ def saved_values(run_dir: str) -> dict[str, Any] | None:
 def build_parser(prog: str = "launch/train.py", description: str | None = __doc__) -> Parser:
     """The options of a training program of this name."""
     parser = Parser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=f"{prog} [--preset tiny|dev] [--config FILE.yaml] [--FIELD VALUE ...] [--dry-run]",
-    )  # fmt: skip
-    parser.add_argument("--deepspeed", type=path_option, default=str(DS_CONFIG), metavar="FILE.json",
-                        help="sharding and precision (default: ds_configs/zero2.json)")  # fmt: skip
+    )
+    parser.add_argument(
+        "--deepspeed",
+        type=path_option,
+        default=str(DS_CONFIG),
+        metavar="FILE.json",
+        help="sharding and precision (default: ds_configs/zero2.json)",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     dry = parser.add_argument_group("dry run")
     dry.add_argument("--dry-run", action="store_true", help="print what a run would do and cost; exit code 2: problems")
@@ -97,13 +104,25 @@ def build_parser(prog: str = "launch/train.py", description: str | None = __doc_
         "GPUs",
         "what the dry run, and the choice of a run's micro-batch (train.micro_batch_size auto), take for granted",
     )
-    gpu.add_argument("--gpu", type=_gpu, metavar="NAME",
-                     help=f"{', '.join(GPUS)}, or a device's name; a run takes the one it is on, a dry run shows all three")  # fmt: skip
-    gpu.add_argument("--gpu-memory", type=_positive, metavar="GB",
-                     help="of one GPU, in place of the GPU's own; a run plans within it")  # fmt: skip
+    gpu.add_argument(
+        "--gpu",
+        type=_gpu,
+        metavar="NAME",
+        help=f"{', '.join(GPUS)}, or a device's name; a run takes the one it is on, a dry run shows all three",
+    )
+    gpu.add_argument(
+        "--gpu-memory",
+        type=_positive,
+        metavar="GB",
+        help="of one GPU, in place of the GPU's own; a run plans within it",
+    )
     gpu.add_argument("--peak-tflops", type=_positive, metavar="X", help="peak of one GPU, dense bf16, likewise")
-    gpu.add_argument("--mfu", type=_share, metavar="X",
-                     help="part of the peak at which FLUX computes, what it computes again included (MFU leaves that out)")  # fmt: skip
+    gpu.add_argument(
+        "--mfu",
+        type=_share,
+        metavar="X",
+        help="part of the peak at which FLUX computes, what it computes again included (MFU leaves that out)",
+    )
     add_config_arguments(parser)
     return parser
 
@@ -146,8 +165,10 @@ def _positive(text: str) -> float:
 
 def _gpu(text: str) -> str:
     if find_gpu(text) is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not known; known: {', '.join(GPUS)} (for another one leave it out and "
-                                         "give --gpu-memory, --peak-tflops and --mfu)")  # fmt: skip
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not known; known: {', '.join(GPUS)} (for another one leave it out and "
+            "give --gpu-memory, --peak-tflops and --mfu)"
+        )
     return text
 
 

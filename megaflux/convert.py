@@ -53,8 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "source", type=path_option, metavar="SRC", help="the authors' folder (flux/, qwen2-vl/), or an export"
     )
     parser.add_argument("out", type=path_option, metavar="DST", help="folder to write; must not exist")
-    parser.add_argument("--flux", type=path_option, metavar="DIR", help="on the way back: a FLUX.1 folder to take CLIP and T5 from, where the "
-                        "export holds none")  # fmt: skip
+    parser.add_argument(
+        "--flux",
+        type=path_option,
+        metavar="DIR",
+        help="on the way back: a FLUX.1 folder to take CLIP and T5 from, where the export holds none",
+    )
     args = parser.parse_args(argv)
     source, out = Path(args.source), Path(args.out)
     if not os.path.isdir(source):
@@ -120,10 +124,16 @@ def from_release(source: Path, out: Path) -> list[str]:
             write_linear(t5_embedder, partial / T5_EMBEDDER)
         save_file({"pooled_prompt_embeds": pooled.contiguous()}, partial / POOLED)
         settings = Settings(
-            longest_side=1024, aspect_ratios=RELEASE_RATIOS, guidance=3.5, vlm_max_tokens=512, vlm_min_tokens=512,
-            caption_max_tokens=256, modes=("image",), sizes="release",
+            longest_side=1024,
+            aspect_ratios=RELEASE_RATIOS,
+            guidance=3.5,
+            vlm_max_tokens=512,
+            vlm_min_tokens=512,
+            caption_max_tokens=256,
+            modes=("image",),
+            sizes="release",
             text_encoders=("t5",) if t5_embedder is not None and encoder else ("qwen",),
-        )  # fmt: skip
+        )
         digest = hashlib.sha256((qwen / CONNECTOR_PT).read_bytes()).hexdigest()
         write_indexes(partial, settings, {"released": source.resolve().name, "connector_sha256": digest}, None)
     return notes
@@ -151,8 +161,10 @@ def to_release(source: Path, out: Path, flux: Path | None = None) -> None:
             elif needed and flux is not None:
                 raise UserError(f"--flux {flux}: {name}/ is missing; give a FLUX.1 folder in diffusers' layout")
             elif needed:
-                raise UserError(f"{source}: an export holds no CLIP, and the authors' layout does; give --flux DIR of a "
-                                "FLUX.1 folder")  # fmt: skip
+                raise UserError(
+                    f"{source}: an export holds no CLIP, and the authors' layout does; give --flux DIR of a "
+                    "FLUX.1 folder"
+                )
     if flux is not None:
         pretrained.load_clip(str(flux))
     with whole_folder(out) as partial:

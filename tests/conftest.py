@@ -35,9 +35,13 @@ def small_values() -> dict:
         "joint_attention_dim": 24,
     }
     model["vlm_config"]["text_config"] |= {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    }
     model["vlm_config"]["vision_config"] |= {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2}
     values["data"] |= {"longest_side": 64, "aspect_ratios": ["16:9", "1:1", "1:2"], "cache": []}
     values["stages"] = [

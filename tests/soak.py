@@ -35,8 +35,9 @@ GROWTH = 0.02  # of resident memory, from the first tenth after the warm-up to t
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"), help="where all is kept (default runs/soak)")
     parser.add_argument("--points", type=int, default=200, help="kills (default 200; 0: none)")
     parser.add_argument("--updates", type=int, default=10_000, help="of the long run (default 10000; 0: none)")
@@ -90,19 +91,25 @@ def kills(folder: Path, points: int) -> bool:
         print(f"kills: {len(done)} of {points} points bit-equal", flush=True)
     redone = [point["reached"] - point["resumed"] for point in done if point["resumed"] is not None]
     gone = [point["seconds"] for point in done]
-    print(f"kills: {len(done)} points in {len({p['chain'] for p in done})} runs, all bit-equal; "
-          f"{sum(p['phase'] == 'start-up' for p in done)} in start-up, {sum(p['in_save'] for p in done)} in a save; "
-          f"{sum(p['stale'] for p in done)} left shared memory, which the next start removed; "
-          f"updates done again: at most {max(redone)} (a checkpoint is every 2); "
-          f"kill to all processes gone: median {statistics.median(gone):.1f} s, at most {max(gone):.1f} s")  # fmt: skip
+    print(
+        f"kills: {len(done)} points in {len({p['chain'] for p in done})} runs, all bit-equal; "
+        f"{sum(p['phase'] == 'start-up' for p in done)} in start-up, {sum(p['in_save'] for p in done)} in a save; "
+        f"{sum(p['stale'] for p in done)} left shared memory, which the next start removed; "
+        f"updates done again: at most {max(redone)} (a checkpoint is every 2); "
+        f"kill to all processes gone: median {statistics.median(gone):.1f} s, at most {max(gone):.1f} s"
+    )
     return max(redone) <= 2 and max(gone) < 10
 
 
 def undisturbed(folder: Path) -> Reference:
     """24 updates on two ranks over a stage boundary."""
     values = small_config(folder / "pictures" / "data", folder / "reference", train__updates=24)
-    whole = Reference(folder / "reference", ds_config(folder), write_config(values, folder / "config.yaml"),
-                      folder / "pictures" / "data")  # fmt: skip
+    whole = Reference(
+        folder / "reference",
+        ds_config(folder),
+        write_config(values, folder / "config.yaml"),
+        folder / "pictures" / "data",
+    )
     done = launch(*whole.started_by, ranks=2)  # goes on, or sees that it is done
     if done.returncode:
         raise UserError(f"{whole.run}: the undisturbed run failed: {done.stderr.strip().splitlines()[-1]}")
@@ -113,12 +120,26 @@ def updates(folder: Path, count: int) -> bool:
     """The long run; says how its memory went."""
     run, samples = folder / "long", folder / "memory.jsonl"
     values = small_config(
-        folder / "pictures" / "data", run, train__updates=count, train__checkpoint_every=200, train__keep_checkpoints=2,
-        data__num_workers=1, validation__every=500, validation__panel_every=1000, monitor__every=10,
-        monitor__grad_norms_every=100, train__hang_timeout=300,
-    )  # fmt: skip
-    command = [sys.executable, LAUNCH, "--deepspeed", str(ds_config(folder)), "--config",
-               str(write_config(values, folder / "long.yaml"))]  # fmt: skip
+        folder / "pictures" / "data",
+        run,
+        train__updates=count,
+        train__checkpoint_every=200,
+        train__keep_checkpoints=2,
+        data__num_workers=1,
+        validation__every=500,
+        validation__panel_every=1000,
+        monitor__every=10,
+        monitor__grad_norms_every=100,
+        train__hang_timeout=300,
+    )
+    command = [
+        sys.executable,
+        LAUNCH,
+        "--deepspeed",
+        str(ds_config(folder)),
+        "--config",
+        str(write_config(values, folder / "long.yaml")),
+    ]
     started = time.monotonic()
     with (folder / "long.log").open("a") as log:
         process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
@@ -149,8 +170,10 @@ def updates(folder: Path, count: int) -> bool:
         after = statistics.median(line[name] for line in warm[-tenth:])
         held &= after <= before * (1 + allowed)
         told.append(f"{name} {before:.0f} -> {after:.0f}")
-    print(f"updates: {last - first} in one process ({len(pids)} attempts, {(time.monotonic() - started) / 60:.0f} minutes "
-          f"this time), {len(warm)} samples after the warm-up: {', '.join(told)}")  # fmt: skip
+    print(
+        f"updates: {last - first} in one process ({len(pids)} attempts, {(time.monotonic() - started) / 60:.0f} minutes "
+        f"this time), {len(warm)} samples after the warm-up: {', '.join(told)}"
+    )
     return held
 
 
@@ -160,13 +183,17 @@ def look(pid: int, run: Path) -> dict | None:
     try:
         rank = psutil.Process(pid)
         family = [rank, *rank.children(recursive=True)]
-        return {
-            "update": done,
-            "rss_mb": sum(p.memory_info().rss for p in family) / 1e6,
-            "descriptors": sum(p.num_fds() for p in family),
-            "threads": sum(p.num_threads() for p in family),
-            "shared_memory": len({line.split()[5] for p in family for line in maps(p) if "/dev/shm/" in line}),
-        } if done and rank.status() != psutil.STATUS_ZOMBIE else None  # fmt: skip
+        return (
+            {
+                "update": done,
+                "rss_mb": sum(p.memory_info().rss for p in family) / 1e6,
+                "descriptors": sum(p.num_fds() for p in family),
+                "threads": sum(p.num_threads() for p in family),
+                "shared_memory": len({line.split()[5] for p in family for line in maps(p) if "/dev/shm/" in line}),
+            }
+            if done and rank.status() != psutil.STATUS_ZOMBIE
+            else None
+        )
     except psutil.Error:
         return None
 

@@ -28,9 +28,19 @@ T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 READS = {"tolist", "numpy", "__array__", "cpu"}  # whole tensors, above the dispatcher
 WAITS = {  # below it; the size or the value of the result depends on the input's values
-    "_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
-    "unique_consecutive", "bincount", "repeat_interleave", "_linalg_check_errors",
-}  # fmt: skip
+    "_local_scalar_dense",
+    "nonzero",
+    "nonzero_numpy",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "bincount",
+    "repeat_interleave",
+    "_linalg_check_errors",
+}
 
 
 class OnGpu(Tensor):
@@ -109,8 +119,15 @@ class StandInGpu:
     def note(self, what: str, to: list | None = None) -> None:
         frames = [f for f in traceback.extract_stack() if Path(f.filename) != Path(__file__)]
         inner = next(f for f in reversed(frames) if "/torch/" not in f.filename or "/site-packages/" not in f.filename)
-        ours = next((f for f in reversed(frames) if Path(f.filename).is_relative_to(ROOT / "megaflux")
-                     or Path(f.filename).is_relative_to(ROOT / "kernels")), inner)  # fmt: skip
+        ours = next(
+            (
+                f
+                for f in reversed(frames)
+                if Path(f.filename).is_relative_to(ROOT / "megaflux")
+                or Path(f.filename).is_relative_to(ROOT / "kernels")
+            ),
+            inner,
+        )
         (self.waits if to is None else to).append((what, *(f"{Path(f.filename).name}:{f.name}" for f in (ours, inner))))
 
     def read(self, tensor: Tensor, how: Callable[[Tensor], T]) -> T:
@@ -152,8 +169,9 @@ class _Calls(TorchFunctionMode):
         if name == "backward":  # called as any other, it would run with this mode off
             with self:
                 run = torch.autograd.graph._engine_run_backward
-                return run((first,), (torch.ones_like(first),), False, False, (), allow_unreachable=True,
-                           accumulate_grad=True)  # fmt: skip
+                return run(
+                    (first,), (torch.ones_like(first),), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
         if name == "pin_memory":
             return gpu.pin(first.clone())
         if name == "is_pinned":

@@ -33,15 +33,26 @@ else:
 
 @pytest.mark.parametrize(
     "command",
-    ["launch/train.py --dry-run", "launch/gpu_train.py", "megaflux.infer.make --checkpoint . --prompt a",
-     "megaflux.bench step", "megaflux_kernels.bench"],
-)  # fmt: skip
+    [
+        "launch/train.py --dry-run",
+        "launch/gpu_train.py",
+        "megaflux.infer.make --checkpoint . --prompt a",
+        "megaflux.bench step",
+        "megaflux_kernels.bench",
+    ],
+)
 def test_segments_grow_before_torch_is_imported(command, tmp_path):
     what, *arguments = command.split()
     env = {name: value for name, value in os.environ.items() if name not in NAMES}
     env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    done = subprocess.run([sys.executable, "-c", STARTED, str(ROOT / what) if "/" in what else what, *arguments],
-                          env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED, str(ROOT / what) if "/" in what else what, *arguments],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.stdout.strip() == "PYTORCH_ALLOC_CONF = expandable_segments:True", done.stdout + done.stderr
 
 

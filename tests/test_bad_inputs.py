@@ -77,8 +77,18 @@ def save(folder: Path, update: int, ds_config: dict = DS_CONFIG, **changes) -> P
     (partial / "deepspeed").mkdir(parents=True)
     for name in ("weights.safetensors", "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt", "rng-rank0000.pt"):
         (partial / name).write_bytes(hashlib.sha256(f"{name} {update}".encode()).digest() * 10)
-    content = {"format": manifest.FORMAT, "update": update, "stage": 0, "stage_name": "base", "world_size": 1, "data": {},
-               "identity": checkpoint.identity(config), "base": "b", "deepspeed": sharding(ds_config), "guard": {}}  # fmt: skip
+    content = {
+        "format": manifest.FORMAT,
+        "update": update,
+        "stage": 0,
+        "stage_name": "base",
+        "world_size": 1,
+        "data": {},
+        "identity": checkpoint.identity(config),
+        "base": "b",
+        "deepspeed": sharding(ds_config),
+        "guard": {},
+    }
     final = manifest.folder(folder) / manifest.name_of(update)
     manifest.publish(partial, final, content | changes, manifest.inventory(partial))
     return final
@@ -102,15 +112,27 @@ def flip(file: Path) -> None:
 
 
 DAMAGE = {
-    "an empty manifest": (lambda p: (p / "manifest.json").write_bytes(b""), "manifest.json: .*not a complete checkpoint"),
+    "an empty manifest": (
+        lambda p: (p / "manifest.json").write_bytes(b""),
+        "manifest.json: .*not a complete checkpoint",
+    ),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "manifest.json: No such file"),
-    "half a manifest": (lambda p: (p / "manifest.json").write_text((p / "manifest.json").read_text()[:99]), "manifest.json: "),
+    "half a manifest": (
+        lambda p: (p / "manifest.json").write_text((p / "manifest.json").read_text()[:99]),
+        "manifest.json: ",
+    ),
     "a path that leads out": (leads_out, "../../x lies outside the checkpoint"),
-    "truncated weights": (lambda p: (p / "weights.safetensors").write_bytes(b"x"), "weights.safetensors: damaged .1 bytes"),
+    "truncated weights": (
+        lambda p: (p / "weights.safetensors").write_bytes(b"x"),
+        "weights.safetensors: damaged .1 bytes",
+    ),
     "a missing shard": (lambda p: next(p.glob("deepspeed/*")).unlink(), "optim_states.pt: missing"),
     "a flipped byte": (lambda p: flip(next(p.glob("deepspeed/*"))), "optim_states.pt: damaged"),
-    "a pickle among the weights": (lambda p: (p / "weights.safetensors").write_bytes(pickle.dumps({})), "weights.* damaged"),
-}  # fmt: skip
+    "a pickle among the weights": (
+        lambda p: (p / "weights.safetensors").write_bytes(pickle.dumps({})),
+        "weights.* damaged",
+    ),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -227,8 +249,23 @@ def test_a_pickle_in_the_place_of_weights_runs_nothing_even_under_its_right_hash
 
 
 SOURCES = sorted(file for folder in ("megaflux", "kernels", "launch") for file in (ROOT / folder).rglob("*.py"))
-UNSAFE = {"pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "joblib.load", "marshal.load", "marshal.loads", "shelve.open",
-          "np.load", "numpy.load", "pd.read_pickle", "yaml.unsafe_load", "yaml.full_load", "eval", "exec"}  # fmt: skip
+UNSAFE = {
+    "pickle.load",
+    "pickle.loads",
+    "pickle.Unpickler",
+    "dill.load",
+    "joblib.load",
+    "marshal.load",
+    "marshal.loads",
+    "shelve.open",
+    "np.load",
+    "numpy.load",
+    "pd.read_pickle",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "eval",
+    "exec",
+}
 # DeepSpeed's shards hold its own classes; they are held against the manifest's hash before.
 OPTIMIZER = "megaflux/training/checkpoint/reshard.py"
 OFF = ("allow_pickle", "trust_remote_code", "allow_unsafe_types")
@@ -362,21 +399,32 @@ def test_a_shards_picture_is_never_given_to_another_program():
 # Names that are longer than a file system takes, and settings that only a forger writes
 
 
-@pytest.mark.parametrize("argv", [
-    ["--checkpoint", "a" * 300, "--prompt", "x"], ["--checkpoint", "/", "--prompt", "x", "--out", "a" * 300],
-    ["--checkpoint", "/", "--prompt", "x", "--out", "a\0b"], ["--from-image", "a" * 300], ["--checkpoint", "/", "--reference", "a" * 300],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--checkpoint", "a" * 300, "--prompt", "x"],
+        ["--checkpoint", "/", "--prompt", "x", "--out", "a" * 300],
+        ["--checkpoint", "/", "--prompt", "x", "--out", "a\0b"],
+        ["--from-image", "a" * 300],
+        ["--checkpoint", "/", "--reference", "a" * 300],
+    ],
+)
 def test_names_that_no_file_has_are_one_line(argv):
     with pytest.raises(UserError) as caught:
         infer.main(argv)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"maps": [1]}, "maps is no object of hashes"), ({"maps": {"canny": 5}}, "maps is no object"),
-    ({"seed": [7]}, "settings: seed .* is not one of the job's"), ({"format": {"a": "b\n" * 99}}, "settings of format"),
-    ({"job": {"prompt": "a\0b"}}, "prompt: character 2 is NUL"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"maps": [1]}, "maps is no object of hashes"),
+        ({"maps": {"canny": 5}}, "maps is no object"),
+        ({"seed": [7]}, "settings: seed .* is not one of the job's"),
+        ({"format": {"a": "b\n" * 99}}, "settings of format"),
+        ({"job": {"prompt": "a\0b"}}, "prompt: character 2 is NUL"),
+    ],
+)
 def test_settings_that_megaflux_never_wrote(tmp_path, changes, said):
     sound = outputs.settings_of(Job(), Runtime(checkpoint="/"), {}, {}, 0)
     info = PngInfo()
@@ -390,14 +438,25 @@ def test_settings_that_megaflux_never_wrote(tmp_path, changes, said):
 # The command line of training
 
 
-@pytest.mark.parametrize(("argv", "said"), [
-    (["--train.global_batch_size", "7", "--train.micro_batch_size", "2"], "train.global_batch_size: .*set it to"),
-    (["--run.dir", "{file}"], "run.dir: .*file is a file"), (["--run.dir", "{file}/below"], "run.dir: .*file is a file"),
-    (["--run.dir", "a" * 300], "run.dir: .*File name too long"), (["--train.updates", "0"], "train.updates: must be at least 1"),
-    (["--optim.lr", "nan"], "optim.lr"), (["--optim.lr", "-1"], "optim.lr"), (["--optm.lr", "1"], "did you mean --optim.lr"),
-    (["--stages.1.blocks", "[1,99]"], "stages.1.blocks: 99 is out of range"), (["--stages.1.blocks", "[1,1]"], "lists block 1 twice"),
-    (["--model.flux_config", "{num_layers: 6, num_single_layers: 6, attention_head_dim: 4, axes_dims_rope: 5}"], "axes_dims_rope: must be a list"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--train.global_batch_size", "7", "--train.micro_batch_size", "2"], "train.global_batch_size: .*set it to"),
+        (["--run.dir", "{file}"], "run.dir: .*file is a file"),
+        (["--run.dir", "{file}/below"], "run.dir: .*file is a file"),
+        (["--run.dir", "a" * 300], "run.dir: .*File name too long"),
+        (["--train.updates", "0"], "train.updates: must be at least 1"),
+        (["--optim.lr", "nan"], "optim.lr"),
+        (["--optim.lr", "-1"], "optim.lr"),
+        (["--optm.lr", "1"], "did you mean --optim.lr"),
+        (["--stages.1.blocks", "[1,99]"], "stages.1.blocks: 99 is out of range"),
+        (["--stages.1.blocks", "[1,1]"], "lists block 1 twice"),
+        (
+            ["--model.flux_config", "{num_layers: 6, num_single_layers: 6, attention_head_dim: 4, axes_dims_rope: 5}"],
+            "axes_dims_rope: must be a list",
+        ),
+    ],
+)
 def test_training_is_refused_in_one_line(tmp_path, monkeypatch, argv, said):
     from launch.train import main
 

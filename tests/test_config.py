@@ -7,15 +7,7 @@ import yaml
 
 from megaflux.common.errors import UserError
 from megaflux.config import plain_yaml
-from megaflux.config.parse import (
-    Config,
-    Parser,
-    add_config_arguments,
-    build_config,
-    field_paths,
-    nearest,
-    parse_config,
-)
+from megaflux.config.parse import Config, Parser, add_config_arguments, build_config, field_paths, nearest, parse_config
 from megaflux.config.presets import PRESETS
 
 
@@ -78,10 +70,7 @@ def yaml_file(tmp_path):
         (["--stages", "3"], ["stages: must be a list"]),
         (["--stages", "[{"], ["--stages"]),
         (["--data.cache", "latnts"], ["data.cache.0", "'latents' or 'trunk'"]),
-        (
-            ["--data.cache", "trunk", "--data.condition.image", "0.5", "--data.condition.text", "0.5"],
-            ["data.cache"],
-        ),
+        (["--data.cache", "trunk", "--data.condition.image", "0.5", "--data.condition.text", "0.5"], ["data.cache"]),
         (["--data.condition.text", "0.5"], ["data.condition", "add up to 1"]),
         (["--flow.shift", "big"], ["flow.shift: must be 'resolution' or 'none' or a valid number"]),
         (["--optim.betas", "[1, 2, 3]"], ["optim.betas: must have 2 values"]),
@@ -166,8 +155,17 @@ def test_layers_preset_then_file_then_command_line(yaml_file):
     assert parse("--config", path, "--preset", "tiny").preset == "tiny"
 
 
-@pytest.mark.parametrize("text, want", [("latents,trunk", ("latents", "trunk")), ("[trunk]", ("trunk",)), ("", ()),
-                                        ("none", ()), ("[]", ()), ("latents, ", ("latents",))])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("latents,trunk", ("latents", "trunk")),
+        ("[trunk]", ("trunk",)),
+        ("", ()),
+        ("none", ()),
+        ("[]", ()),
+        ("latents, ", ("latents",)),
+    ],
+)
 def test_lists_of_words(text, want):
     assert parse("--data.cache", text).data.cache == want
     assert parse(f"--cache={text}").data.cache == want
@@ -202,8 +200,38 @@ def test_infinities_and_strange_line_breaks_read_back(yaml_file):
 
 def test_yaml_round_trip_of_any_plain_values():
     generator = random.Random(0)
-    words = ["16:9", "1e-5", "1e5", "null", "", "~", "true", "yes", "no", "0x1", ".nan", "a: b", "- x", "#", "010", "=",
-             "2024-01-01", "é", "\n", "line\nline", " x ", "!!str", "&a", "*a", "1_000", "<<", "None", "\t", "'", '"']  # fmt: skip
+    words = [
+        "16:9",
+        "1e-5",
+        "1e5",
+        "null",
+        "",
+        "~",
+        "true",
+        "yes",
+        "no",
+        "0x1",
+        ".nan",
+        "a: b",
+        "- x",
+        "#",
+        "010",
+        "=",
+        "2024-01-01",
+        "é",
+        "\n",
+        "line\nline",
+        " x ",
+        "!!str",
+        "&a",
+        "*a",
+        "1_000",
+        "<<",
+        "None",
+        "\t",
+        "'",
+        '"',
+    ]
 
     def draw(depth: int):
         kind = generator.randrange(8 if depth else 6)
@@ -211,8 +239,14 @@ def test_yaml_round_trip_of_any_plain_values():
             return [draw(depth - 1) for _ in range(generator.randrange(4))]
         if kind == 7:
             return {generator.choice(words): draw(depth - 1) for _ in range(generator.randrange(4))}
-        plain = [generator.choice(words), generator.uniform(-1, 1) * 10 ** generator.randrange(-30, 30),
-                 generator.randrange(-(10**20), 10**20), True, None, float("inf")]  # fmt: skip
+        plain = [
+            generator.choice(words),
+            generator.uniform(-1, 1) * 10 ** generator.randrange(-30, 30),
+            generator.randrange(-(10**20), 10**20),
+            True,
+            None,
+            float("inf"),
+        ]
         return plain[kind]
 
     for _ in range(300):
@@ -240,8 +274,15 @@ def test_a_frozen_configuration():
 
 def test_every_field_has_help_but_the_self_evident():
     silent = {path for path, text in field_paths().items() if not text}
-    assert silent <= {"preset", "stages", "optim.betas", "optim.eps", "optim.weight_decay", "flow.logit_mean",
-                      "flow.logit_std"}  # fmt: skip
+    assert silent <= {
+        "preset",
+        "stages",
+        "optim.betas",
+        "optim.eps",
+        "optim.weight_decay",
+        "flow.logit_mean",
+        "flow.logit_std",
+    }
 
 
 def test_nearest_gives_short_lists_whole():

@@ -86,8 +86,12 @@ def test_there_and_back_changes_no_bit(release, converted, tmp_path):
     before, after = tensors(release), tensors(back)
     assert set(before) == set(after) and len(before) > 60
     assert all(before[k].dtype == after[k].dtype and torch.equal(before[k], after[k]) for k in before)
-    assert {"qwen2-vl/connector.pt:linear.weight", "qwen2-vl/connector.pt:linear.bias", "qwen2-vl/t5_embedder.pt:weight",
-            "qwen2-vl/t5_embedder.pt:bias"} <= set(after)  # fmt: skip
+    assert {
+        "qwen2-vl/connector.pt:linear.weight",
+        "qwen2-vl/connector.pt:linear.bias",
+        "qwen2-vl/t5_embedder.pt:weight",
+        "qwen2-vl/t5_embedder.pt:bias",
+    } <= set(after)
     for config in release.rglob("*config.json"):
         again = json.loads((back / config.relative_to(release)).read_text())
         assert json.loads(config.read_text()).items() <= again.items()
@@ -113,10 +117,16 @@ def velocity(pipeline, embeds, controls=None, **kwargs) -> torch.Tensor:
     x = torch.randn(1, 12, model.transformer.config.in_channels, generator=generator, dtype=torch.float64)
     with torch.no_grad():
         return model.transformer(
-            hidden_states=x, encoder_hidden_states=embeds, timestep=torch.tensor([0.6]).double(),
-            pooled_projections=pipeline.models.pooled_projections, guidance=torch.tensor([3.5]).double(),
-            img_ids=image_ids(48, 64), txt_ids=text_ids(embeds.shape[1]), return_dict=False, **kwargs,
-        )[0]  # fmt: skip
+            hidden_states=x,
+            encoder_hidden_states=embeds,
+            timestep=torch.tensor([0.6]).double(),
+            pooled_projections=pipeline.models.pooled_projections,
+            guidance=torch.tensor([3.5]).double(),
+            img_ids=image_ids(48, 64),
+            txt_ids=text_ids(embeds.shape[1]),
+            return_dict=False,
+            **kwargs,
+        )[0]
 
 
 @pytest.mark.parametrize("kernels", [True, False])
@@ -128,8 +138,12 @@ def test_t5_tokens_pass_their_own_linear_after_the_image_tokens(pipeline, kernel
         embeds = prompt_embeds(encoded, NEUTRAL, 0, t5.embedder)
         n = embeds.num_own_tokens
         assert encoded.t5.shape == (1, 256, JOINT) and embeds.prompt_embeds.shape[1] == n + 256
-        raw = prompt_embeds(pipeline.encode_all([Reference(picture(64, 64))], "a red fox at night", for_controlnet=True),
-                            NEUTRAL, 0, t5.embedder)  # fmt: skip
+        raw = prompt_embeds(
+            pipeline.encode_all([Reference(picture(64, 64))], "a red fox at night", for_controlnet=True),
+            NEUTRAL,
+            0,
+            t5.embedder,
+        )
         # by hand: the image tokens through context_embedder, T5's through their linear, joined
         with torch.no_grad():
             ids = t5.tokenizer(
@@ -166,8 +180,24 @@ def test_the_prompt_matters_and_is_cut_at_256(pipeline, converted, tmp_path, cap
     assert len({x.images[0].tobytes() for x in (fox, night, none)}) == 3
     assert any("1001 T5 tokens, cut to the first 256" in note for note in made("fox " * 1000).notes)
     picture(64, 64).save(tmp_path / "cat.png")
-    arguments = ["--checkpoint", str(converted), "--reference", str(tmp_path / "cat.png"), "--prompt", "a red fox",
-                 "--width", "32", "--height", "32", "--steps", "1", "--count", "1", "--out", str(tmp_path / "out")]  # fmt: skip
+    arguments = [
+        "--checkpoint",
+        str(converted),
+        "--reference",
+        str(tmp_path / "cat.png"),
+        "--prompt",
+        "a red fox",
+        "--width",
+        "32",
+        "--height",
+        "32",
+        "--steps",
+        "1",
+        "--count",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert infer.main(arguments) == 0
     assert infer.main(["--from-image", str(tmp_path / "out/cat-seed0.png"), "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again/cat-seed0.png").read_bytes()[-200:] == (tmp_path / "out/cat-seed0.png").read_bytes()[
@@ -195,8 +225,14 @@ def test_a_controlnet_sees_the_image_tokens_alone(pipeline, small_config, tmp_pa
     loaded.context_embedder.forward = lambda x: seen.append(x.shape[1]) or real(x)
     pipeline.models.trainable.configure(kernels)
     try:
-        common = {"height": 32, "width": 32, "num_inference_steps": 2, "seed": 1, "control_image": picture(32, 32),
-                  "control_mode": "line"}  # fmt: skip
+        common = {
+            "height": 32,
+            "width": 32,
+            "num_inference_steps": 2,
+            "seed": 1,
+            "control_image": picture(32, 32),
+            "control_mode": "line",
+        }
         prompted = pipeline(picture(64, 64), "a red fox", **common).images[0]
         (reference,) = pipeline.encode_all([Reference(picture(64, 64))], "a red fox").references
         assert set(seen) == {reference.hidden_states.shape[1]}
@@ -279,8 +315,14 @@ def damage(root: Path, how: str) -> str:
     if how == "no flux":
         shutil.rmtree(root / "flux")
         return "flux: missing"
-    file = root / {"transformer": "flux/transformer/diffusion_pytorch_model.safetensors",
-                   "t5": "flux/text_encoder_2/model.safetensors", "qwen": "qwen2-vl/model.safetensors"}[how]  # fmt: skip
+    file = (
+        root
+        / {
+            "transformer": "flux/transformer/diffusion_pytorch_model.safetensors",
+            "t5": "flux/text_encoder_2/model.safetensors",
+            "qwen": "qwen2-vl/model.safetensors",
+        }[how]
+    )
     weights = load_file(file)
     gone = sorted(k for k in weights if "lm_head" not in k and "embed_tokens" not in k)[0]
     del weights[gone]
@@ -288,10 +330,25 @@ def damage(root: Path, how: str) -> str:
     return "missing key"
 
 
-@pytest.mark.parametrize("how", [
-    "no connector", "missing key", "extra key", "wrong shape", "not a dictionary", "truncated", "empty", "a pickle",
-    "a pickle inside", "no clip", "no flux", "transformer", "t5", "qwen",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        "no connector",
+        "missing key",
+        "extra key",
+        "wrong shape",
+        "not a dictionary",
+        "truncated",
+        "empty",
+        "a pickle",
+        "a pickle inside",
+        "no clip",
+        "no flux",
+        "transformer",
+        "t5",
+        "qwen",
+    ],
+)
 def test_a_damaged_release_is_one_line_and_nothing_is_written(release, tmp_path, how):
     shutil.copytree(release, tmp_path / "src")
     said = damage(tmp_path / "src", how)
@@ -309,8 +366,9 @@ def test_bad_arguments(release, converted, tmp_path):
         convert.main([str(release), str(converted)])
     with pytest.raises(UserError, match="--flux: is for the way back"):
         convert.main([str(release), str(tmp_path / "out"), "--flux", str(release / "flux")])
-    done = subprocess.run([sys.executable, "-m", "megaflux.convert", str(tmp_path), str(tmp_path / "out")],
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "megaflux.convert", str(tmp_path), str(tmp_path / "out")], capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 

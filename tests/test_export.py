@@ -76,9 +76,13 @@ def test_diffusers_own_pipeline_makes_our_picture(export_folder):
     ours.models.trainable.configure(False)
     image = ours(picture(64, 64), None, 48, 64, 3, seed=5).images[0]
     theirs = FluxPipeline.from_pretrained(
-        export_folder, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+        export_folder,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
         torch_dtype=torch.float32,
-    )  # fmt: skip
+    )
     with torch.no_grad():
         again = theirs(
             prompt_embeds=ours.models.trainable.encode_condition(condition),

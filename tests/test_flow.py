@@ -29,9 +29,7 @@ def test_ends_of_the_path_are_data_and_noise():
 def test_target_is_the_paths_derivative():
     data, noise = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
     _, derivative = torch.func.jvp(
-        lambda t: flow.interpolate(data, noise, t),
-        (torch.tensor([0.3, 0.8]).double(),),
-        (torch.ones(2).double(),),
+        lambda t: flow.interpolate(data, noise, t), (torch.tensor([0.3, 0.8]).double(),), (torch.ones(2).double(),)
     )
     torch.testing.assert_close(derivative, flow.velocity_target(data, noise), rtol=0, atol=1e-14)
 
@@ -67,8 +65,7 @@ def test_marginal_velocity_of_a_gaussian_gives_the_gaussian_back():
 
 
 @pytest.mark.parametrize(
-    ("density", "mean", "std"),
-    [("logit_normal", 0.0, 1.0), ("logit_normal", -0.7, 1.6), ("uniform", 0.0, 1.0)],
+    ("density", "mean", "std"), [("logit_normal", 0.0, 1.0), ("logit_normal", -0.7, 1.6), ("uniform", 0.0, 1.0)]
 )
 def test_densities_by_kolmogorov_smirnov(density, mean, std):
     n = 20_000

@@ -44,9 +44,12 @@ TIMES = int(os.environ.get("FUZZ", "1"))
 
 def fuzz(examples: int):
     return settings(
-        max_examples=examples * TIMES, deadline=None, derandomize=TIMES == 1, database=None,
+        max_examples=examples * TIMES,
+        deadline=None,
+        derandomize=TIMES == 1,
+        database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -77,14 +80,59 @@ def nested(depth: int) -> list:
     return value
 
 
-STRANGE = [None, True, False, -1, 0, 1, 2**32, 2**63, 10**400, 0.5, 1e308, float("nan"), float("inf"), "", " ", "../x",
-           "../../x", "/etc/passwd", "a/../../b", ".", "..", "a\0b", "\ud800", "caf\udce9", "x" * 300, "two\nlines", "\x1b[2J",
-           "index.json", "C:\\x", "~", "pkl", "ndarray:", "ndarray:object", "ndarray:float32:0", "zstd:99", "1:1", "2:1", "NaN",
-           "!!python/object:os.system", "*a", "9" * 5000, [], {}, [[]], {"": {}}, nested(60)]  # fmt: skip
+STRANGE = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2**32,
+    2**63,
+    10**400,
+    0.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    " ",
+    "../x",
+    "../../x",
+    "/etc/passwd",
+    "a/../../b",
+    ".",
+    "..",
+    "a\0b",
+    "\ud800",
+    "caf\udce9",
+    "x" * 300,
+    "two\nlines",
+    "\x1b[2J",
+    "index.json",
+    "C:\\x",
+    "~",
+    "pkl",
+    "ndarray:",
+    "ndarray:object",
+    "ndarray:float32:0",
+    "zstd:99",
+    "1:1",
+    "2:1",
+    "NaN",
+    "!!python/object:os.system",
+    "*a",
+    "9" * 5000,
+    [],
+    {},
+    [[]],
+    {"": {}},
+    nested(60),
+]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(STRANGE),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8,
-)  # fmt: skip
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 def places(value):
@@ -129,12 +177,26 @@ def files_like(sound) -> st.SearchStrategy[File]:
     """JSON files: any bytes, any JSON, a sound one cut, changed, with a key twice, or nested without end."""
     text = json.dumps(sound)
     return st.one_of(
-        changed(sound).map(as_json), changed(sound).map(as_json), st.binary(max_size=200), json_values.map(as_json),
+        changed(sound).map(as_json),
+        changed(sound).map(as_json),
+        st.binary(max_size=200),
+        json_values.map(as_json),
         st.integers(0, len(text)).map(lambda n: text[:n].encode()),
-        st.tuples(st.sampled_from([i for i, c in enumerate(text) if c == "{"]), st.sampled_from(["samples", "version", "raw_data"]),
-                  json_values).map(lambda t: f'{text[: t[0] + 1]}"{t[1]}": {json.dumps(t[2])}, {text[t[0] + 1 :]}'.encode()),
-        st.sampled_from([b"[" * 100_000, b'{"a":' * 100_000, text.encode("utf-16"), text.encode() + b"\xff", b'{"version": ' + b"9" * 9999 + b"}"]),
-    ).map(File)  # fmt: skip
+        st.tuples(
+            st.sampled_from([i for i, c in enumerate(text) if c == "{"]),
+            st.sampled_from(["samples", "version", "raw_data"]),
+            json_values,
+        ).map(lambda t: f'{text[: t[0] + 1]}"{t[1]}": {json.dumps(t[2])}, {text[t[0] + 1 :]}'.encode()),
+        st.sampled_from(
+            [
+                b"[" * 100_000,
+                b'{"a":' * 100_000,
+                text.encode("utf-16"),
+                text.encode() + b"\xff",
+                b'{"version": ' + b"9" * 9999 + b"}",
+            ]
+        ),
+    ).map(File)
 
 
 # A dataset
@@ -237,15 +299,76 @@ def test_a_description_of_a_dataset(dataset, opened, data):
 DS_CONFIG = {"zero_optimization": {"stage": 2}}
 yaml_texts = st.one_of(
     st.text(max_size=60),
-    st.lists(st.sampled_from(["a", "optim", "lr", ": ", ":", " ", "  ", "\n", "- ", "[", "]", "{", "}", ", ", "&a ", "*a", "<<: ",
-                              "!!python/object/apply:os.system ['false']", "!!int x", "!!bool x", "!!timestamp x", "!!set ",
-                              "!!binary _", "!", "|\n", ">\n", "? ", "'", '"', "\\", "#", "%YAML 1.1\n", "---\n", "...", "0x1", "1e5",
-                              "1e999", "-1", "~", ".nan", ".inf", "\t", "\0", "\x1b", "\x85", "\ufeff", "\ud800", "é", "9" * 5000]),
-             max_size=14).map("".join),
-    st.sampled_from(["[" * 50_000, "{a: " * 50_000, "- " * 50_000, "x" * 100_000, "[" * 60 + "]" * 60,
-                     "a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(24)),
-                     "run: &r {dir: *r}", "model: {vlm_config: &v [*v]}"]),
-)  # fmt: skip
+    st.lists(
+        st.sampled_from(
+            [
+                "a",
+                "optim",
+                "lr",
+                ": ",
+                ":",
+                " ",
+                "  ",
+                "\n",
+                "- ",
+                "[",
+                "]",
+                "{",
+                "}",
+                ", ",
+                "&a ",
+                "*a",
+                "<<: ",
+                "!!python/object/apply:os.system ['false']",
+                "!!int x",
+                "!!bool x",
+                "!!timestamp x",
+                "!!set ",
+                "!!binary _",
+                "!",
+                "|\n",
+                ">\n",
+                "? ",
+                "'",
+                '"',
+                "\\",
+                "#",
+                "%YAML 1.1\n",
+                "---\n",
+                "...",
+                "0x1",
+                "1e5",
+                "1e999",
+                "-1",
+                "~",
+                ".nan",
+                ".inf",
+                "\t",
+                "\0",
+                "\x1b",
+                "\x85",
+                "\ufeff",
+                "\ud800",
+                "é",
+                "9" * 5000,
+            ]
+        ),
+        max_size=14,
+    ).map("".join),
+    st.sampled_from(
+        [
+            "[" * 50_000,
+            "{a: " * 50_000,
+            "- " * 50_000,
+            "x" * 100_000,
+            "[" * 60 + "]" * 60,
+            "a: &a [x, x]\n"
+            + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(24)),
+            "run: &r {dir: *r}",
+            "model: {vlm_config: &v [*v]}",
+        ]
+    ),
+)
 
 
 def parse(*argv: str) -> Config | None:
@@ -281,13 +404,33 @@ def test_a_configuration_file(tmp_path, text):
         is_usable(config)
 
 
-FIELDS = [*field_paths(), "stages.0.share", "stages.1.blocks", "stages.1.blocks.0", "stages.x", "stages.", "stages.0", "stages.99.name",
-          "stages." + "9" * 5000, "config", "preset", "cache", "optim", "nothing", "model.flux_config.num_layers"]  # fmt: skip
+FIELDS = [
+    *field_paths(),
+    "stages.0.share",
+    "stages.1.blocks",
+    "stages.1.blocks.0",
+    "stages.x",
+    "stages.",
+    "stages.0",
+    "stages.99.name",
+    "stages." + "9" * 5000,
+    "config",
+    "preset",
+    "cache",
+    "optim",
+    "nothing",
+    "model.flux_config.num_layers",
+]
 
 
 @fuzz(200)
-@given(st.lists(st.tuples(st.sampled_from(FIELDS), yaml_texts | st.sampled_from([str(s) for s in STRANGE if s != 10**400])), max_size=3),
-       st.booleans())  # fmt: skip
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(FIELDS), yaml_texts | st.sampled_from([str(s) for s in STRANGE if s != 10**400])),
+        max_size=3,
+    ),
+    st.booleans(),
+)
 def test_a_command_line(given_, equals):
     words = [w for name, text in given_ for w in ([f"--{name}={text}"] if equals else [f"--{name}", text])]
     config = parse(*words)
@@ -296,10 +439,13 @@ def test_a_command_line(given_, equals):
 
 
 @fuzz(100)
-@given(st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False) | st.text(max_size=12),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=10,
-))  # fmt: skip
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False) | st.text(max_size=12),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+        max_leaves=10,
+    )
+)
 def test_what_is_dumped_reads_back(value):
     assert plain_yaml.load(plain_yaml.dump({"top": value})) == {"top": value}
 
@@ -308,11 +454,21 @@ def test_what_is_dumped_reads_back(value):
 
 
 SETTINGS = outputs.settings_of(
-    Job(references=(JobReference(file="/a.png", sha256="0" * 64),), image=Input(file="/b.png"), mode="controlnet", seeds=(6, 7),
-        controls=(JobControl(kind="canny"),), prompt="a fox", width=64, height=64),
-    Runtime(checkpoint="/", controlnet={"": "/"}), {"run": "/", "weights_sha256": "0" * 64},
-    {"versions": {"megaflux": "1"}, "maps": {"canny": "0" * 64}}, 7,
-)  # fmt: skip
+    Job(
+        references=(JobReference(file="/a.png", sha256="0" * 64),),
+        image=Input(file="/b.png"),
+        mode="controlnet",
+        seeds=(6, 7),
+        controls=(JobControl(kind="canny"),),
+        prompt="a fox",
+        width=64,
+        height=64,
+    ),
+    Runtime(checkpoint="/", controlnet={"": "/"}),
+    {"run": "/", "weights_sha256": "0" * 64},
+    {"versions": {"megaflux": "1"}, "maps": {"canny": "0" * 64}},
+    7,
+)
 
 
 def picture(settings: str | None = None, key: str = "megaflux") -> bytes:
@@ -336,12 +492,17 @@ def flipped(change: tuple[list[tuple[int, int]], int]) -> bytes:
 
 SOUND = picture(json.dumps(SETTINGS))
 pictures = st.one_of(
-    changed(SETTINGS).map(lambda value: picture(json.dumps(value))), changed(SETTINGS).map(lambda value: picture(json.dumps(value))),
-    st.binary(max_size=100), st.binary(max_size=100).map(lambda data: SOUND[:8] + data),
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=40).map(picture), json_values.map(lambda value: picture(json.dumps(value))),
-    st.tuples(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=4), st.integers(0, 3000)).map(flipped),
+    changed(SETTINGS).map(lambda value: picture(json.dumps(value))),
+    changed(SETTINGS).map(lambda value: picture(json.dumps(value))),
+    st.binary(max_size=100),
+    st.binary(max_size=100).map(lambda data: SOUND[:8] + data),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=40).map(picture),
+    json_values.map(lambda value: picture(json.dumps(value))),
+    st.tuples(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=4), st.integers(0, 3000)).map(
+        flipped
+    ),
     st.sampled_from(["[" * 200_000, "{}" + " " * 2_000_000]).map(picture),
-).map(File)  # fmt: skip
+).map(File)
 
 
 @fuzz(200)

@@ -28,8 +28,24 @@ def cat(tmp_path) -> Path:
 
 
 def run(checkpoint, reference, out, *more: str) -> None:
-    assert infer.main(["--checkpoint", str(checkpoint), "--reference", str(reference), "--out", str(out),
-                       "--steps", "2", "--device", "cpu", *more]) == 0  # fmt: skip
+    assert (
+        infer.main(
+            [
+                "--checkpoint",
+                str(checkpoint),
+                "--reference",
+                str(reference),
+                "--out",
+                str(out),
+                "--steps",
+                "2",
+                "--device",
+                "cpu",
+                *more,
+            ]
+        )
+        == 0
+    )
 
 
 def pixels(file: Path) -> bytes:
@@ -38,19 +54,7 @@ def pixels(file: Path) -> bytes:
 
 def test_variations_sheet_and_settings(run_folder, cat, tmp_path, capsys):
     out = tmp_path / "deep/out"
-    run(
-        run_folder,
-        cat,
-        out,
-        "--count",
-        "3",
-        "--seed",
-        "7",
-        "--aspect",
-        "16:9",
-        "--prompt",
-        "ein Füchslein 🦊",
-    )
+    run(run_folder, cat, out, "--count", "3", "--seed", "7", "--aspect", "16:9", "--prompt", "ein Füchslein 🦊")
     names = ["cat-seed7.png", "cat-seed8.png", "cat-seed9.png", "cat-sheet.png"]
     assert sorted(file.name for file in out.iterdir()) == names
     said = capsys.readouterr().out.splitlines()
@@ -142,28 +146,31 @@ def no_models(monkeypatch):
     monkeypatch.setattr("megaflux.generation.pipeline.pretrained.load_transformer", refuse)
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["--count", "0"], "--count 0: use at least 1"),
-    (["--steps", "0"], "--steps 0: use at least 1"),
-    (["--seed", "-1"], "--seed -1: use 0 to"),
-    (["--seed", str(2**64)], "--seed .*: use 0 to"),
-    (["--aspect", "square"], "--aspect: .*WIDTH:HEIGHT"),
-    (["--aspect", "0:1"], "--aspect: .*WIDTH:HEIGHT"),
-    (["--guidance", "nan"], "--guidance nan"),
-    (["--guidance", "-1"], "--guidance -1"),
-    (["--prompt", "a\0b"], "prompt: character 2 is NUL"),
-    (["--prompt", "caf\udce9"], "prompt: character 4 is .*not valid UTF-8"),
-    (["--checkpoint", "{tmp}/nowhere"], "--checkpoint .*nowhere: no such folder"),
-    (["--checkpoint", "{tmp}/cat.png"], "--checkpoint .*cat.png: not a folder"),
-    (["--checkpoint", "{tmp}"], "neither a run .* nor an export"),
-    (["--update", "5"], "update-0000005: no such checkpoint; the run has 4, 8"),
-    (["--checkpoint", "{run}/checkpoints/update-0000004"], "give the run's folder and --update 4"),
-    (["--out", "{tmp}/cat.png"], "--out .*cat.png is a file"),
-    (["--out", "{tmp}/cat.png/below"], "--out .*cat.png is a file"),
-    (["--reference", "{tmp}/nothing.png"], "nothing.png: No such file"),
-    (["--reference", "{tmp}"], "--reference .*Is a directory"),
-    (["--device", "cuda:77"], "device: cuda:77"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--count", "0"], "--count 0: use at least 1"),
+        (["--steps", "0"], "--steps 0: use at least 1"),
+        (["--seed", "-1"], "--seed -1: use 0 to"),
+        (["--seed", str(2**64)], "--seed .*: use 0 to"),
+        (["--aspect", "square"], "--aspect: .*WIDTH:HEIGHT"),
+        (["--aspect", "0:1"], "--aspect: .*WIDTH:HEIGHT"),
+        (["--guidance", "nan"], "--guidance nan"),
+        (["--guidance", "-1"], "--guidance -1"),
+        (["--prompt", "a\0b"], "prompt: character 2 is NUL"),
+        (["--prompt", "caf\udce9"], "prompt: character 4 is .*not valid UTF-8"),
+        (["--checkpoint", "{tmp}/nowhere"], "--checkpoint .*nowhere: no such folder"),
+        (["--checkpoint", "{tmp}/cat.png"], "--checkpoint .*cat.png: not a folder"),
+        (["--checkpoint", "{tmp}"], "neither a run .* nor an export"),
+        (["--update", "5"], "update-0000005: no such checkpoint; the run has 4, 8"),
+        (["--checkpoint", "{run}/checkpoints/update-0000004"], "give the run's folder and --update 4"),
+        (["--out", "{tmp}/cat.png"], "--out .*cat.png is a file"),
+        (["--out", "{tmp}/cat.png/below"], "--out .*cat.png is a file"),
+        (["--reference", "{tmp}/nothing.png"], "nothing.png: No such file"),
+        (["--reference", "{tmp}"], "--reference .*Is a directory"),
+        (["--device", "cuda:77"], "device: cuda:77"),
+    ],
+)
 def test_bad_input_is_one_line_before_any_model(run_folder, cat, tmp_path, no_models, arguments, said):
     arguments = [a.format(tmp=tmp_path, run=run_folder) if a.startswith("{") else a for a in arguments]
     before = sorted(tmp_path.rglob("*"))

@@ -25,8 +25,13 @@ def files(tmp_path) -> dict[str, str]:
     """Pictures by what they are for."""
     mask = Image.new("L", (64, 48))
     ImageDraw.Draw(mask).rectangle([16, 16, 47, 31], fill=255)
-    made = {"cat": picture(84, 56, 1), "dog": picture(56, 56, 2), "room": picture(64, 48, 3), "mask": mask,
-            "depth": picture(64, 48, 4)}  # fmt: skip
+    made = {
+        "cat": picture(84, 56, 1),
+        "dog": picture(56, 56, 2),
+        "room": picture(64, 48, 3),
+        "mask": mask,
+        "depth": picture(64, 48, 4),
+    }
     for name, image in made.items():
         image.save(tmp_path / f"{name}.png")
     return {name: str(tmp_path / f"{name}.png") for name in made}
@@ -34,15 +39,49 @@ def files(tmp_path) -> dict[str, str]:
 
 MODES = {
     "text": ["--prompt", "a red fox"],
-    "variation": ["--reference", "{cat}:0.7", "{dog}", "--dot", "0.5,0.5,0.6,3", "--dot", "2:0.1,0.1,0.9,0.5", "--variety",
-                  "0.3", "--prompt", "a fox"],
+    "variation": [
+        "--reference",
+        "{cat}:0.7",
+        "{dog}",
+        "--dot",
+        "0.5,0.5,0.6,3",
+        "--dot",
+        "2:0.1,0.1,0.9,0.5",
+        "--variety",
+        "0.3",
+        "--prompt",
+        "a fox",
+    ],
     "img2img": ["--image", "{room}", "--reference", "{cat}", "--strength", "0.6"],
-    "inpaint": ["--image", "{room}", "--mask", "{mask}", "--reference", "{cat}", "--preserve-mass", "--background", "0.5",
-                "--dot", "0.2,0.2,0.5,2"],
-    "controlnet": ["--image", "{room}", "--control", "canny:0.4", "--control-image", "depth={depth}:0.2", "--reference",
-                   "{cat}", "--controlnet", "{net}", "--control-end", "0.7"],
+    "inpaint": [
+        "--image",
+        "{room}",
+        "--mask",
+        "{mask}",
+        "--reference",
+        "{cat}",
+        "--preserve-mass",
+        "--background",
+        "0.5",
+        "--dot",
+        "0.2,0.2,0.5,2",
+    ],
+    "controlnet": [
+        "--image",
+        "{room}",
+        "--control",
+        "canny:0.4",
+        "--control-image",
+        "depth={depth}:0.2",
+        "--reference",
+        "{cat}",
+        "--controlnet",
+        "{net}",
+        "--control-end",
+        "0.7",
+    ],
     "controlnet-inpaint": ["--image", "{room}", "--mask", "{mask}", "--control", "canny", "--controlnet", "{net}"],
-}  # fmt: skip
+}
 
 
 def run(*arguments: str) -> None:
@@ -56,8 +95,20 @@ def pixels(file: Path) -> bytes:
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_and_its_replay(run_folder, controlnet_folder, files, tmp_path, mode):  # noqa: F811
     arguments = [a.format(**files, net=controlnet_folder) for a in MODES[mode]]
-    run("--checkpoint", str(run_folder), *arguments, "--count", "3", "--seed", "5", "--batch-size", "2", "--out",
-        str(tmp_path / "out"), "--save-control")  # fmt: skip
+    run(
+        "--checkpoint",
+        str(run_folder),
+        *arguments,
+        "--count",
+        "3",
+        "--seed",
+        "5",
+        "--batch-size",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+        "--save-control",
+    )
     made = sorted(tmp_path.glob("out/*-seed[567].png"))
     assert len(made) == 3 and len({pixels(file) for file in made}) == 3
     saved = json.loads(Image.open(made[1]).text["megaflux"])
@@ -77,8 +128,17 @@ def test_every_mode_and_its_replay(run_folder, controlnet_folder, files, tmp_pat
 
 
 def test_a_picture_with_its_inputs_inside_needs_no_files(run_folder, files, tmp_path):
-    run("--checkpoint", str(run_folder), "--reference", files["cat"], "--count", "1", "--out", str(tmp_path / "out"),
-        "--embed-inputs")  # fmt: skip
+    run(
+        "--checkpoint",
+        str(run_folder),
+        "--reference",
+        files["cat"],
+        "--count",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+        "--embed-inputs",
+    )
     made = tmp_path / "out/cat-seed0.png"
     Path(files["cat"]).unlink()
     assert infer.main(["--from-image", str(made), "--out", str(tmp_path / "again")]) == 0
@@ -98,27 +158,83 @@ def test_replay_says_what_is_gone_or_changed_and_takes_another(run_folder, files
     assert infer.main(["--from-image", made, "--reference", str(moved), "--out", str(tmp_path / "again")]) == 0
     assert pixels(tmp_path / "again/moved-seed0.png") == pixels(Path(made))
     # another seed, and another number of steps, of the same settings
-    assert infer.main(["--from-image", made, "--reference", str(moved), "--seed", "4", "--count", "2", "--steps", "2",
-                       "--out", str(tmp_path / "more")]) == 0  # fmt: skip
+    assert (
+        infer.main(
+            [
+                "--from-image",
+                made,
+                "--reference",
+                str(moved),
+                "--seed",
+                "4",
+                "--count",
+                "2",
+                "--steps",
+                "2",
+                "--out",
+                str(tmp_path / "more"),
+            ]
+        )
+        == 0
+    )
     more = json.loads(Image.open(tmp_path / "more/moved-seed5.png").text["megaflux"])["job"]
     assert more["steps"] == 2 and more["seeds"] == [4, 5] and (tmp_path / "more/moved-sheet.png").is_file()
 
 
 def test_embedded_inputs_serve_the_dry_run_and_lines_too(run_folder, files, tmp_path, capsys):
-    run("--checkpoint", str(run_folder), "--reference", files["cat"], "--count", "1", "--out", str(tmp_path / "out"),
-        "--embed-inputs")  # fmt: skip
+    run(
+        "--checkpoint",
+        str(run_folder),
+        "--reference",
+        files["cat"],
+        "--count",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+        "--embed-inputs",
+    )
     made = str(tmp_path / "out/cat-seed0.png")
     Path(files["cat"]).unlink()
     assert infer.main(["--from-image", made, "--dry-run"]) == 0 and "problem" not in capsys.readouterr().out
-    done = subprocess.run([sys.executable, "-m", "megaflux.infer", "--from-image", made, "--interactive", "--out",
-                           str(tmp_path / "lines")], input="--seed 3\n", capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "megaflux.infer",
+            "--from-image",
+            made,
+            "--interactive",
+            "--out",
+            str(tmp_path / "lines"),
+        ],
+        input="--seed 3\n",
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "error" not in done.stdout and (tmp_path / "lines/cat-seed3.png").is_file()
 
 
 def test_options_beside_from_image_change_what_they_name(run_folder, controlnet_folder, files, tmp_path):  # noqa: F811
-    run("--checkpoint", str(run_folder), "--reference", files["cat"] + ":0.5", "--dot", "0.4,0.4,0.6,3", "--count", "1",
-        "--image", files["room"], "--control", "canny", "--controlnet", str(controlnet_folder), "--mode", "controlnet",
-        "--out", str(tmp_path / "out"))  # fmt: skip
+    run(
+        "--checkpoint",
+        str(run_folder),
+        "--reference",
+        files["cat"] + ":0.5",
+        "--dot",
+        "0.4,0.4,0.6,3",
+        "--count",
+        "1",
+        "--image",
+        files["room"],
+        "--control",
+        "canny",
+        "--controlnet",
+        str(controlnet_folder),
+        "--mode",
+        "controlnet",
+        "--out",
+        str(tmp_path / "out"),
+    )
     made, moved = str(tmp_path / "out/cat-seed0.png"), str(Path(files["cat"]).rename(tmp_path / "moved.png"))
     again = ["--from-image", made, "--reference", moved, "--out", str(tmp_path / "again")]
     assert infer.main([*again, "--save-control"]) == 0
@@ -135,8 +251,22 @@ def test_replay_notices_other_nets_and_other_maps(run_folder, controlnet_folder,
     net = tmp_path / "net"
     shutil.copytree(controlnet_folder, net)
     monkeypatch.chdir(tmp_path)
-    run("--checkpoint", str(run_folder), "--reference", files["cat"], "--image", files["room"], "--control", "canny",
-        "--controlnet", "net", "--count", "1", "--out", "out")  # fmt: skip
+    run(
+        "--checkpoint",
+        str(run_folder),
+        "--reference",
+        files["cat"],
+        "--image",
+        files["room"],
+        "--control",
+        "canny",
+        "--controlnet",
+        "net",
+        "--count",
+        "1",
+        "--out",
+        "out",
+    )
     made = tmp_path / "out/cat-seed0.png"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # a relative net is found from any folder
@@ -159,12 +289,36 @@ def test_masks_keep_their_alpha_and_maps_are_sharp(run_folder, files, tmp_path, 
     ImageDraw.Draw(mask).rectangle([16, 16, 47, 31], fill=(255, 255, 255, 255))
     mask.save(tmp_path / "alpha.png")
     picture(200, 150, 3).resize((400, 300)).save(tmp_path / "large.png")
-    run("--checkpoint", str(run_folder), "--image", files["room"], "--mask", str(tmp_path / "alpha.png"), "--count", "1",
-        "--save-control", "--out", str(tmp_path / "out"))  # fmt: skip
+    run(
+        "--checkpoint",
+        str(run_folder),
+        "--image",
+        files["room"],
+        "--mask",
+        str(tmp_path / "alpha.png"),
+        "--count",
+        "1",
+        "--save-control",
+        "--out",
+        str(tmp_path / "out"),
+    )
     kept = np.array(Image.open(tmp_path / "out/room-control-mask.png").convert("L"))
     assert np.array_equal(kept, np.array(Image.open(files["mask"])))
-    run("--checkpoint", str(run_folder), "--image", str(tmp_path / "large.png"), "--control", "canny", "--controlnet",
-        str(controlnet_folder), "--count", "1", "--save-control", "--out", str(tmp_path / "net"))  # fmt: skip
+    run(
+        "--checkpoint",
+        str(run_folder),
+        "--image",
+        str(tmp_path / "large.png"),
+        "--control",
+        "canny",
+        "--controlnet",
+        str(controlnet_folder),
+        "--count",
+        "1",
+        "--save-control",
+        "--out",
+        str(tmp_path / "net"),
+    )
     edges = Image.open(tmp_path / "net/large-control-canny.png")
     assert edges.size == Image.open(tmp_path / "net/large-seed0.png").size
     assert set(np.unique(np.array(edges))) == {0, 255}
@@ -173,8 +327,11 @@ def test_masks_keep_their_alpha_and_maps_are_sharp(run_folder, files, tmp_path, 
 def test_out_of_memory_is_one_line(run_folder, files, tmp_path, monkeypatch):
     from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 
-    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), MemoryError(),
-                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")):  # fmt: skip
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ):
 
         def fail(*_, error=error, **__):
             raise error
@@ -186,8 +343,18 @@ def test_out_of_memory_is_one_line(run_folder, files, tmp_path, monkeypatch):
 
 
 def test_replay_refuses_other_weights(run_folder, files, tmp_path):
-    run("--checkpoint", str(run_folder), "--update", "4", "--reference", files["cat"], "--count", "1", "--out",
-        str(tmp_path / "out"))  # fmt: skip
+    run(
+        "--checkpoint",
+        str(run_folder),
+        "--update",
+        "4",
+        "--reference",
+        files["cat"],
+        "--count",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    )
     made = str(tmp_path / "out/cat-seed0.png")
     assert infer.main(["--from-image", made, "--out", str(tmp_path / "again")]) == 0  # update 4, not the newest
     assert pixels(tmp_path / "again/cat-seed0.png") == pixels(Path(made))
@@ -207,16 +374,25 @@ def _bomb() -> bytes:
 BOMB = _bomb()
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    (None, "No such file"), (b"", "no PNG picture"), (b"<html>", "no PNG picture"), ({}, "holds no settings"),
-    ({"megaflux": "nonsense"}, "cannot be read"), ({"megaflux": "[]"}, "cannot be read"),
-    ({"megaflux": '{"format": 99}'}, "format 99"), ({"megaflux": '{"format": 1}'}, "cannot be read .*job"),
-    ({"megaflux": '{"format": 1, "job": {"mode": "x"}, "runtime": {"checkpoint": "x"}}'}, "mode"),
-    ({"megaflux": '{"format": 1, "job": {"batch_size": 0}, "runtime": {"checkpoint": "x"}}'}, "batch_size"),
-    ({"megaflux": '{"format": 1, "job": {"seeds": []}, "runtime": {"checkpoint": "x"}}'}, "seeds"),
-    ({"megaflux": '{"format": 1, "job": {}, "runtime": {"checkpoint": "x"}}'}, "source"),
-    ({"megaflux": "[" * 200_000}, "cannot be read"), (BOMB, "too many pixels"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        (b"", "no PNG picture"),
+        (b"<html>", "no PNG picture"),
+        ({}, "holds no settings"),
+        ({"megaflux": "nonsense"}, "cannot be read"),
+        ({"megaflux": "[]"}, "cannot be read"),
+        ({"megaflux": '{"format": 99}'}, "format 99"),
+        ({"megaflux": '{"format": 1}'}, "cannot be read .*job"),
+        ({"megaflux": '{"format": 1, "job": {"mode": "x"}, "runtime": {"checkpoint": "x"}}'}, "mode"),
+        ({"megaflux": '{"format": 1, "job": {"batch_size": 0}, "runtime": {"checkpoint": "x"}}'}, "batch_size"),
+        ({"megaflux": '{"format": 1, "job": {"seeds": []}, "runtime": {"checkpoint": "x"}}'}, "seeds"),
+        ({"megaflux": '{"format": 1, "job": {}, "runtime": {"checkpoint": "x"}}'}, "source"),
+        ({"megaflux": "[" * 200_000}, "cannot be read"),
+        (BOMB, "too many pixels"),
+    ],
+)
 def test_a_picture_of_another_program_is_refused(tmp_path, content, said):
     file = tmp_path / "x.png"
     if isinstance(content, bytes):
@@ -236,18 +412,50 @@ def test_a_picture_of_another_program_is_refused(tmp_path, content, said):
 
 
 def test_no_metadata_leaves_nothing(run_folder, files, tmp_path):
-    run("--checkpoint", str(run_folder), "--reference", files["cat"], "--count", "1", "--no-metadata", "--out",
-        str(tmp_path / "out"))  # fmt: skip
+    run(
+        "--checkpoint",
+        str(run_folder),
+        "--reference",
+        files["cat"],
+        "--count",
+        "1",
+        "--no-metadata",
+        "--out",
+        str(tmp_path / "out"),
+    )
     for file in (tmp_path / "out").iterdir():
         assert Image.open(file).info == {} and files["cat"].encode() not in file.read_bytes()
 
 
 def test_dots_and_attention_are_drawn(run_folder, files, tmp_path, capsys):
-    run("--checkpoint", str(run_folder), "--reference", files["cat"], files["dog"], "--dot", "1:0.5,0.5,0.5,2",
-        "--dot", "2:0.3,0.3,0.5,4", "--count", "2", "--out", str(tmp_path / "out"), "--attention-map")  # fmt: skip
+    run(
+        "--checkpoint",
+        str(run_folder),
+        "--reference",
+        files["cat"],
+        files["dog"],
+        "--dot",
+        "1:0.5,0.5,0.5,2",
+        "--dot",
+        "2:0.3,0.3,0.5,4",
+        "--count",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+        "--attention-map",
+    )
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
-    assert names == ["cat-dots-1.png", "cat-dots-2.png", "cat-seed0-attention-1.png", "cat-seed0-attention-2.png", "cat-seed0.png",
-                     "cat-seed1-attention-1.png", "cat-seed1-attention-2.png", "cat-seed1.png", "cat-sheet.png"]  # fmt: skip
+    assert names == [
+        "cat-dots-1.png",
+        "cat-dots-2.png",
+        "cat-seed0-attention-1.png",
+        "cat-seed0-attention-2.png",
+        "cat-seed0.png",
+        "cat-seed1-attention-1.png",
+        "cat-seed1-attention-2.png",
+        "cat-seed1.png",
+        "cat-sheet.png",
+    ]
     assert capsys.readouterr().out.count("of the picture's attention went to reference") == 4
     lit = np.array(Image.open(tmp_path / "out/cat-dots-2.png")).astype(int)
     assert lit.shape[0] == lit.shape[1] == 768  # the reference's shape, large enough to see
@@ -275,13 +483,39 @@ def test_dry_run_says_what_would_happen(run_folder, export_folder, files, tmp_pa
     monkeypatch.setattr("megaflux.generation.pipeline.pretrained.load_transformer", refuse)
     for checkpoint in (run_folder, export_folder):
         out = str(tmp_path / "out")
-        assert infer.main(["--checkpoint", str(checkpoint), "--reference", files["cat"], "--aspect", "16:9", "--dry-run",
-                           "--out", out, "--offload", "model"]) == 0  # fmt: skip
+        assert (
+            infer.main(
+                [
+                    "--checkpoint",
+                    str(checkpoint),
+                    "--reference",
+                    files["cat"],
+                    "--aspect",
+                    "16:9",
+                    "--dry-run",
+                    "--out",
+                    out,
+                    "--offload",
+                    "model",
+                ]
+            )
+            == 0
+        )
         said = capsys.readouterr().out
         assert "mode        variation" in said and "64x32 px, 8 tokens" in said and "cat.png: 2x2 = 4 tokens" in said
         assert "estimated peak on the device" in said and "FLUX" in said and not Path(out).exists()
-    missing = ["--control", "depth", "--control", "line", "--controlnet", str(tmp_path / "nowhere"), "--image",
-               str(tmp_path / "gone.png"), "--line-model", "some/hub-name"]  # fmt: skip
+    missing = [
+        "--control",
+        "depth",
+        "--control",
+        "line",
+        "--controlnet",
+        str(tmp_path / "nowhere"),
+        "--image",
+        str(tmp_path / "gone.png"),
+        "--line-model",
+        "some/hub-name",
+    ]
     assert infer.main(["--checkpoint", str(run_folder), *missing, "--dry-run"]) == 2
     problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
     assert len(problems) == 3
@@ -289,13 +523,41 @@ def test_dry_run_says_what_would_happen(run_folder, export_folder, files, tmp_pa
 
 
 def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_path):
-    lines = [files["cat"], f"{files['cat']} {files['dog']}:0.5 a red fox --count 2 --seed 3", "nothing.pgn a fox",
-             "a fox --steps x",             "a blue fox --count 1", f"{files['cat']} --steps 0", "--device cuda", "'unclosed", "", "quit", "never"]  # fmt: skip
+    lines = [
+        files["cat"],
+        f"{files['cat']} {files['dog']}:0.5 a red fox --count 2 --seed 3",
+        "nothing.pgn a fox",
+        "a fox --steps x",
+        "a blue fox --count 1",
+        f"{files['cat']} --steps 0",
+        "--device cuda",
+        "'unclosed",
+        "",
+        "quit",
+        "never",
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "megaflux.infer", "--checkpoint", str(run_folder), "--interactive", "--steps", "2",
-         "--count", "1", "--device", "cpu", "--out", str(tmp_path / "out")],
-        input="\n".join(lines), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "megaflux.infer",
+            "--checkpoint",
+            str(run_folder),
+            "--interactive",
+            "--steps",
+            "2",
+            "--count",
+            "1",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
     assert [e.split(":")[1].split()[0] for e in errors] == ["nothing.pgn", "argument", "--steps", "--device", "line"], (
@@ -305,55 +567,80 @@ def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_pa
     assert names == {"cat-seed0.png", "cat-seed3.png", "cat-seed4.png", "text-seed0.png"}
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    ([], "--mode variation|mode variation needs a picture"),
-    (["--mode", "text"], "mode text needs a prompt"), (["--mode", "text", "--reference", "{cat}"], "takes no reference"),
-    (["--prompt", "x", "--variety", "0.5"], "mode text has none"),
-    (["--mode", "img2img", "--prompt", "x"], "needs a picture to begin with"),
-    (["--mode", "variation", "--image", "{room}", "--reference", "{cat}"], "begins at noise"),
-    (["--mode", "inpaint", "--image", "{room}"], "needs a mask"),
-    (["--mode", "img2img", "--image", "{room}", "--mask", "{mask}"], "paints everywhere"),
-    (["--image", "{room}", "--mask", "{mask}", "--mask-point", "0.5,0.5"], "give one of them"),
-    (["--mode", "controlnet", "--image", "{room}"], "needs a control"),
-    (["--mode", "img2img", "--image", "{room}", "--control", "canny", "--controlnet", "x"], "takes no control"),
-    (["--image", "{room}", "--control", "canny"], "no ControlNet; give --controlnet"),
-    (["--image", "{room}", "--control", "canny", "--control", "canny", "--controlnet", "x"], "given twice"),
-    (["--image", "{room}", "--control", "pose", "--controlnet", "x"], "no detector makes such a map"),
-    (["--image", "{room}", "--control", "smell", "--controlnet", "x"], "no such kind; use"),
-    (["--image", "{room}", "--control", "canny:x", "--controlnet", "x"], "'x' is no number"),
-    (["--image", "{room}", "--control", "canny:-1", "--controlnet", "x"], "scale -1"),
-    (["--control-image", "depth", "--controlnet", "x"], "use KIND=IMG"),
-    (["--image", "{room}", "--control", "canny", "--controlnet", "x", "--control-start", "0.6", "--control-end", "0.4"],
-     "is not before"),
-    (["--reference", "{cat}:0"], "strength 0"), (["--reference", "{cat}:-1"], "strength -1"),
-    (["--reference", "{cat}:nan"], "strength nan"), (["--reference", "{cat}", "--dot", "0.5,0.5,0,1"], "radius: 0"),
-    (["--reference", "{cat}", "--dot", "1.5,0.5,0.1,1"], "x: 1.5; must be inside"),
-    (["--reference", "{cat}", "--dot", "2:0.5,0.5,0.1,1"], "dot on reference 2: there are 1"),
-    (["--prompt", "x", "--dot", "0.5,0.5,0.1,1"], "there is none"),
-    (["--reference", "{cat}", "--background", "-1"], "background: -1"), (["--reference", "{cat}", "--variety", "1"], "variety"),
-    (["--reference", "{cat}", "--downsample", "0"], "--downsample 0"),
-    (["--reference", "{cat}", "--background", "0.2"], "--background 0.2: there is no dot"),
-    (["--prompt", "x", "--background", "0.2"], "there is no dot"), (["--prompt", "x", "--preserve-mass"], "mode text has none"),
-    (["--reference", "{cat}", "--count", "100000000000"], "--count 100000000000: use at most"),
-    (["--reference", "{cat}", "--width", "16000", "--height", "16"], "--width 16000: .*at most 8192"),
-    (["--reference", "{cat}", "--dots", "{deep}"], "dots .*deep.json"),
-    (["--reference", "{cat}", "--interactive", "--dry-run"], "--interactive with --dry-run"),
-    (["--reference", "{cat}", "--dots", "{cat}"], "dots .*cat.png"), (["--reference", "{cat}", "--width", "64"], "give both"),
-    (["--reference", "{cat}", "--width", "40", "--height", "64"], "--width 40: use a positive multiple of 16"),
-    (["--image", "{room}", "--strength", "0"], "--strength 0"), (["--image", "{room}", "--strength", "nan"], "--strength nan"),
-    (["--reference", "{cat}", "--shift", "-1"], "--shift -1"), (["--reference", "{cat}", "--batch-size", "0"], "--batch-size 0"),
-    (["--reference", "{cat}", "--offload", "model"], "no.* GPU|there is none here"),
-    (["--reference", "{cat}", "--text-encoder", "t5", "--prompt", "x"], "have no T5|has none"),
-    (["--reference", "{cat}", "--attention-map", "--kernels", "off"], "--attention-map"),
-    (["--reference", "caf\udce9.png"], "not valid UTF-8; rename"),
-    (["--reference", "{cat}", "--unknown"], "unrecognized arguments: --unknown"),
-    (["--image", "{room}", "--mask", "{dogmask}", "--reference", "{cat}"], "mask: 56x56"),
-    (["--image", "{room}", "--mask", "{black}", "--reference", "{cat}"], "mask: .*nothing"),
-    (["--image", "{room}", "--mask-point", "0.5,0.5", "--reference", "{cat}"], "--sam-model"),
-    (["--image", "{room}", "--mask-point", "2,0.5"], "2"), (["--image", "{room}", "--mask-point", "x"], "mask-point|X,Y"),
-    (["--image", "{room}", "--control", "depth", "--controlnet", "{net}"], "--depth-model"),
-    (["--reference", "{cat}", "--controlnet", "/nowhere", "--control-image", "depth={depth}"], "/nowhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--mode variation|mode variation needs a picture"),
+        (["--mode", "text"], "mode text needs a prompt"),
+        (["--mode", "text", "--reference", "{cat}"], "takes no reference"),
+        (["--prompt", "x", "--variety", "0.5"], "mode text has none"),
+        (["--mode", "img2img", "--prompt", "x"], "needs a picture to begin with"),
+        (["--mode", "variation", "--image", "{room}", "--reference", "{cat}"], "begins at noise"),
+        (["--mode", "inpaint", "--image", "{room}"], "needs a mask"),
+        (["--mode", "img2img", "--image", "{room}", "--mask", "{mask}"], "paints everywhere"),
+        (["--image", "{room}", "--mask", "{mask}", "--mask-point", "0.5,0.5"], "give one of them"),
+        (["--mode", "controlnet", "--image", "{room}"], "needs a control"),
+        (["--mode", "img2img", "--image", "{room}", "--control", "canny", "--controlnet", "x"], "takes no control"),
+        (["--image", "{room}", "--control", "canny"], "no ControlNet; give --controlnet"),
+        (["--image", "{room}", "--control", "canny", "--control", "canny", "--controlnet", "x"], "given twice"),
+        (["--image", "{room}", "--control", "pose", "--controlnet", "x"], "no detector makes such a map"),
+        (["--image", "{room}", "--control", "smell", "--controlnet", "x"], "no such kind; use"),
+        (["--image", "{room}", "--control", "canny:x", "--controlnet", "x"], "'x' is no number"),
+        (["--image", "{room}", "--control", "canny:-1", "--controlnet", "x"], "scale -1"),
+        (["--control-image", "depth", "--controlnet", "x"], "use KIND=IMG"),
+        (
+            [
+                "--image",
+                "{room}",
+                "--control",
+                "canny",
+                "--controlnet",
+                "x",
+                "--control-start",
+                "0.6",
+                "--control-end",
+                "0.4",
+            ],
+            "is not before",
+        ),
+        (["--reference", "{cat}:0"], "strength 0"),
+        (["--reference", "{cat}:-1"], "strength -1"),
+        (["--reference", "{cat}:nan"], "strength nan"),
+        (["--reference", "{cat}", "--dot", "0.5,0.5,0,1"], "radius: 0"),
+        (["--reference", "{cat}", "--dot", "1.5,0.5,0.1,1"], "x: 1.5; must be inside"),
+        (["--reference", "{cat}", "--dot", "2:0.5,0.5,0.1,1"], "dot on reference 2: there are 1"),
+        (["--prompt", "x", "--dot", "0.5,0.5,0.1,1"], "there is none"),
+        (["--reference", "{cat}", "--background", "-1"], "background: -1"),
+        (["--reference", "{cat}", "--variety", "1"], "variety"),
+        (["--reference", "{cat}", "--downsample", "0"], "--downsample 0"),
+        (["--reference", "{cat}", "--background", "0.2"], "--background 0.2: there is no dot"),
+        (["--prompt", "x", "--background", "0.2"], "there is no dot"),
+        (["--prompt", "x", "--preserve-mass"], "mode text has none"),
+        (["--reference", "{cat}", "--count", "100000000000"], "--count 100000000000: use at most"),
+        (["--reference", "{cat}", "--width", "16000", "--height", "16"], "--width 16000: .*at most 8192"),
+        (["--reference", "{cat}", "--dots", "{deep}"], "dots .*deep.json"),
+        (["--reference", "{cat}", "--interactive", "--dry-run"], "--interactive with --dry-run"),
+        (["--reference", "{cat}", "--dots", "{cat}"], "dots .*cat.png"),
+        (["--reference", "{cat}", "--width", "64"], "give both"),
+        (["--reference", "{cat}", "--width", "40", "--height", "64"], "--width 40: use a positive multiple of 16"),
+        (["--image", "{room}", "--strength", "0"], "--strength 0"),
+        (["--image", "{room}", "--strength", "nan"], "--strength nan"),
+        (["--reference", "{cat}", "--shift", "-1"], "--shift -1"),
+        (["--reference", "{cat}", "--batch-size", "0"], "--batch-size 0"),
+        (["--reference", "{cat}", "--offload", "model"], "no.* GPU|there is none here"),
+        (["--reference", "{cat}", "--text-encoder", "t5", "--prompt", "x"], "have no T5|has none"),
+        (["--reference", "{cat}", "--attention-map", "--kernels", "off"], "--attention-map"),
+        (["--reference", "caf\udce9.png"], "not valid UTF-8; rename"),
+        (["--reference", "{cat}", "--unknown"], "unrecognized arguments: --unknown"),
+        (["--image", "{room}", "--mask", "{dogmask}", "--reference", "{cat}"], "mask: 56x56"),
+        (["--image", "{room}", "--mask", "{black}", "--reference", "{cat}"], "mask: .*nothing"),
+        (["--image", "{room}", "--mask-point", "0.5,0.5", "--reference", "{cat}"], "--sam-model"),
+        (["--image", "{room}", "--mask-point", "2,0.5"], "2"),
+        (["--image", "{room}", "--mask-point", "x"], "mask-point|X,Y"),
+        (["--image", "{room}", "--control", "depth", "--controlnet", "{net}"], "--depth-model"),
+        (["--reference", "{cat}", "--controlnet", "/nowhere", "--control-image", "depth={depth}"], "/nowhere"),
+    ],
+)
 def test_bad_input_is_one_line_and_writes_nothing(run_folder, files, tmp_path, arguments, said, controlnet_folder):  # noqa: F811
     Image.new("L", (64, 48)).save(tmp_path / "black.png")
     Image.new("L", (56, 56), 255).save(tmp_path / "dogmask.png")

@@ -71,8 +71,9 @@ def test_an_old_run_is_exported_and_generates(old, tmp_path):
     reference, made = picture(64, 64), []
     for source in (old / "tiny", old / "export", tmp_path / "export"):
         pipeline = runs.load_pipeline(source, device="cpu", dtype=torch.float32)
-        images = pipeline(reference, num_inference_steps=2, output_type="pt",
-                          generator=torch.Generator().manual_seed(0)).images  # fmt: skip
+        images = pipeline(
+            reference, num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)
+        ).images
         made.append(images)
     assert made[0].std() > 0.01
     assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
@@ -167,19 +168,27 @@ def test_what_is_drawn_together_cannot_be_changed_while_resuming(old):
 def test_a_field_that_is_added_raises_the_format():
     """Whoever adds one: a new entry of ADDED, a higher manifest.FORMAT, and a line here. A released entry never changes."""
     assert {version: sorted(fields) for version, fields in saved.ADDED.items()} == {
-        3: ["train.drawn_per_rank"], 4: ["model.seeded", "train.deterministic"], 5: [],
-    }  # fmt: skip
+        3: ["train.drawn_per_rank"],
+        4: ["model.seeded", "train.deterministic"],
+        5: [],
+    }
     assert max(saved.ADDED) == manifest.FORMAT
 
 
 def test_fields_are_filled_in_by_the_format_that_they_came_with(monkeypatch):
-    monkeypatch.setattr(saved, "ADDED", {
-        3: {"train.drawn_per_rank": lambda values: values["train"].get("micro_batch_size")},
-        4: {"stages.*.weight": 1.0, "flow.new": {"a": 1}, "deepspeed.new": "x"},
-    })  # fmt: skip
+    monkeypatch.setattr(
+        saved,
+        "ADDED",
+        {
+            3: {"train.drawn_per_rank": lambda values: values["train"].get("micro_batch_size")},
+            4: {"stages.*.weight": 1.0, "flow.new": {"a": 1}, "deepspeed.new": "x"},
+        },
+    )
     identity = {"train.updates": 6, "stages": [{"name": "a"}, {"name": "b"}], "flow": {"shift": 3.0}, "run.seed": 0}
-    now = identity | {"stages": [{"name": "a", "weight": 1.0}, {"name": "b", "weight": 1.0}],
-                      "flow": {"shift": 3.0, "new": {"a": 1}}}  # fmt: skip
+    now = identity | {
+        "stages": [{"name": "a", "weight": 1.0}, {"name": "b", "weight": 1.0}],
+        "flow": {"shift": 3.0, "new": {"a": 1}},
+    }
     assert saved.changed(identity, 2, now) == saved.changed(identity, 3, now) == []
     assert saved.changed(identity, 4, now) == ["stages", "flow"]  # a manifest of that format lacks nothing by age
     assert saved.changed(identity, 2, now | {"run.seed": 1}) == ["run.seed"]

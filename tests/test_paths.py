@@ -32,9 +32,18 @@ from tests.conftest import picture, small_values, write_run
 ROOT = Path(__file__).parents[1]
 TAKES_PATHS = {path_option, keyed_path_option, kernels_path}
 WORDS = {  # options and fields that hold words and no path
-    "--prompt", "--mask-point", "--aspect", "--dot", "--control", "--device", "--aspect-ratios", "--commit", "--preset",
-    "--train-blocks", "config",
-}  # fmt: skip
+    "--prompt",
+    "--mask-point",
+    "--aspect",
+    "--dot",
+    "--control",
+    "--device",
+    "--aspect-ratios",
+    "--commit",
+    "--preset",
+    "--train-blocks",
+    "config",
+}
 WORD_FIELDS = {"preset", "data.cache_limit", "data.aspect_ratios", "stages.name", "stages.blocks", "stages.components"}
 
 
@@ -110,17 +119,30 @@ def test_every_option_that_holds_a_path_expands_it(module, monkeypatch):
 
 
 def test_every_program_is_walked_over():
-    assert {"megaflux.infer.make", "megaflux.panel.app", "megaflux.export", "megaflux.convert", "megaflux.data.prepare",
-            "megaflux.data.verify", "megaflux.training.report", "megaflux.training.checkpoint.tool", "megaflux.bench.__main__",
-            "launch.train", "launch.demo", "launch.gpu_train"} <= set(commands())  # fmt: skip
+    assert {
+        "megaflux.infer.make",
+        "megaflux.panel.app",
+        "megaflux.export",
+        "megaflux.convert",
+        "megaflux.data.prepare",
+        "megaflux.data.verify",
+        "megaflux.training.report",
+        "megaflux.training.checkpoint.tool",
+        "megaflux.bench.__main__",
+        "launch.train",
+        "launch.demo",
+        "launch.gpu_train",
+    } <= set(commands())
 
 
 def test_every_field_that_holds_a_path_expands_it(home):
     words = {
-        path for path, info in ((p, _field(p)) for p in [*field_paths(), "stages.name", "stages.blocks",
-                                                         "stages.components"])
+        path
+        for path, info in (
+            (p, _field(p)) for p in [*field_paths(), "stages.name", "stages.blocks", "stages.components"]
+        )
         if "str" in str(info.annotation)
-    }  # fmt: skip
+    }
     tables = {"model.flux_config", "model.vlm_config", "model.clip_config"}
     assert words - set(PATHS) - tables - WORD_FIELDS == set()
     for path in PATHS:
@@ -199,7 +221,10 @@ def test_a_folder_named_so_by_an_earlier_version_is_not_left_behind_in_silence(h
 def test_an_old_runs_own_paths_stay_what_they_were(tmp_path, monkeypatch):
     values = {"run": {"dir": "~/run"}, "model": {"vae": "tiny"}, "data": {"path": "~data", "source": None}}
     assert literal(values, PATHS) == {
-        "run": {"dir": "./~/run"}, "model": {"vae": "tiny"}, "data": {"path": "./~data", "source": None}}  # fmt: skip
+        "run": {"dir": "./~/run"},
+        "model": {"vae": "tiny"},
+        "data": {"path": "./~data", "source": None},
+    }
     run = write_run(tmp_path / "run", small_values(), updates=(4,))
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("path: data/openmoji", "path: ~/openmoji"))
@@ -224,10 +249,25 @@ def test_an_old_run_on_weights_in_a_folder_named_so_is_the_same_run(tmp_path):
 def test_pictures_and_models_of_infer(home):
     picture(64, 64).save(home / "cat.png")
     (home / "net").mkdir()
-    given = vars(infer_options.build_parser().parse_args(
-        ["--checkpoint=~/net", "--reference", "~/cat.png:0.5", "--control-image", "depth=~/cat.png:0.4", "--dots=~/d.json",
-         "--controlnet", "depth=~/net", "--controlnet", "~/net", "--depth-model", "LiheYoung/depth", "--out=~/o"]
-    ))  # fmt: skip
+    given = vars(
+        infer_options.build_parser().parse_args(
+            [
+                "--checkpoint=~/net",
+                "--reference",
+                "~/cat.png:0.5",
+                "--control-image",
+                "depth=~/cat.png:0.4",
+                "--dots=~/d.json",
+                "--controlnet",
+                "depth=~/net",
+                "--controlnet",
+                "~/net",
+                "--depth-model",
+                "LiheYoung/depth",
+                "--out=~/o",
+            ]
+        )
+    )
     assert given["reference"] == [f"{home}/cat.png:0.5"] and given["control_image"] == [f"depth={home}/cat.png:0.4"]
     assert given["controlnet"] == [f"depth={home}/net", f"{home}/net"] and given["depth_model"] == "LiheYoung/depth"
     assert given["dots"] == f"{home}/d.json" and given["out"] == f"{home}/o" and given["checkpoint"] == f"{home}/net"

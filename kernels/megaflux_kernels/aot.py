@@ -42,9 +42,11 @@ def main() -> int:
     for op in [args.op] if args.op else OPS:
         for row in compile_op(op, args.arch):
             rows.append(row)
-            print(f"{row['op']:<18}{row['kernel']:<33}{row['dtype']:<7}{row['arch']:>5}{row['registers']:>11}"
-                  f"{row['shared']:>10}{row['spills']:>9}{row.get('calls', '-'):>7}{row.get('divisions', '-'):>11}",
-                  flush=True)  # fmt: skip
+            print(
+                f"{row['op']:<18}{row['kernel']:<33}{row['dtype']:<7}{row['arch']:>5}{row['registers']:>11}"
+                f"{row['shared']:>10}{row['spills']:>9}{row.get('calls', '-'):>7}{row.get('divisions', '-'):>11}",
+                flush=True,
+            )
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     return 0
@@ -72,15 +74,20 @@ def compile_kernel(kernel, arguments: dict[str, Any], dtype: str, arch: int, war
     from triton.compiler import ASTSource
 
     constants = {name: kind for name, kind in arguments.items() if not isinstance(kind, str)}
-    signature = {name: kind.replace("D", dtype) if isinstance(kind, str) else "constexpr"
-                 for name, kind in arguments.items()}  # fmt: skip
+    signature = {
+        name: kind.replace("D", dtype) if isinstance(kind, str) else "constexpr" for name, kind in arguments.items()
+    }
     # What Triton's launcher would find out of the real arguments: pointers and FLUX's sizes are multiples of 16.
     names = list(arguments)
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in signature.items()
-               if kind.startswith(("*", "i32", "i64"))}  # fmt: skip
+    aligned = {
+        (names.index(n),): [["tt.divisibility", 16]]
+        for n, kind in signature.items()
+        if kind.startswith(("*", "i32", "i64"))
+    }
     source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32),
-                              options={"num_warps": warps, "num_stages": stages})  # fmt: skip
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
+    )
     return compiled.asm["cubin"], compiled.metadata.shared
 
 

@@ -143,9 +143,15 @@ def saved_bytes(transformer: nn.Module, run: Callable[[], Any], checkpointed: bo
 
 
 def count(
-    flux_config: dict[str, Any], trainable: set[str], arm: str, image_tokens: int, text_tokens: int, batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16, backward: bool = True,
-) -> dict[str, int]:  # fmt: skip
+    flux_config: dict[str, Any],
+    trainable: set[str],
+    arm: str,
+    image_tokens: int,
+    text_tokens: int,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    backward: bool = True,
+) -> dict[str, int]:
     """{"saved_bytes", "flops"} of an arm at these sizes, nothing allocated. flops: matrix products of forward and
     backward, recomputation included (0 without backward). trainable: names of FLUX's parameters that train.
 

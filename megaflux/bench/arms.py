@@ -15,8 +15,15 @@ from torch import Tensor, nn
 from megaflux.bench import activations
 from megaflux.models.flux import all_blocks
 
-ARMS = ("diffusers-eager", "diffusers-eager-full", "diffusers-compile", "diffusers-compile-full", "ours-none",
-        "ours-mlp", "ours-full")  # fmt: skip
+ARMS = (
+    "diffusers-eager",
+    "diffusers-eager-full",
+    "diffusers-compile",
+    "diffusers-compile-full",
+    "ours-none",
+    "ours-mlp",
+    "ours-full",
+)
 VARIANTS = 64  # of one block that torch.compile may hold: double and single, frozen and not, recomputed and not
 
 
@@ -45,9 +52,7 @@ def random_inputs(
     rows, columns = grid
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        given = activations.inputs(
-            transformer.config, batch, rows * columns, text, transformer.dtype, str(device)
-        )  # fmt: skip
+        given = activations.inputs(transformer.config, batch, rows * columns, text, transformer.dtype, str(device))
     row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
     ids = torch.stack([torch.zeros_like(row), row, column], dim=-1)
     return given | {"img_ids": ids.reshape(-1, 3).float()}

@@ -29,8 +29,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--arms", type=partial(one_of, known=ARMS, what="arm"), default=list(ARMS), metavar="A,B",
-                        help=f"of {', '.join(ARMS)} (default: all)")  # fmt: skip
+    parser.add_argument(
+        "--arms",
+        type=partial(one_of, known=ARMS, what="arm"),
+        default=list(ARMS),
+        metavar="A,B",
+        help=f"of {', '.join(ARMS)} (default: all)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
     parser.add_argument(
         "--plot", type=path, metavar="FILE.png", help="draw the bytes of the first of the grids (needs matplotlib)"

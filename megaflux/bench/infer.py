@@ -38,10 +38,20 @@ def add_arguments(parser: Parser) -> None:
         metavar="DIR",
         help="a run's or an export's folder (default: random tiny weights)",
     )
-    parser.add_argument("--arms", type=partial(one_of, known=ARMS, what="arm"), default=list(ARMS), metavar="A,B",
-                        help=f"of {', '.join(ARMS)} (default: all)")  # fmt: skip
-    parser.add_argument("--modes", type=partial(one_of, known=MODES, what="mode"), default=["variation"], metavar="A,B",
-                        help=f"of {', '.join(MODES)} (default: variation)")  # fmt: skip
+    parser.add_argument(
+        "--arms",
+        type=partial(one_of, known=ARMS, what="arm"),
+        default=list(ARMS),
+        metavar="A,B",
+        help=f"of {', '.join(ARMS)} (default: all)",
+    )
+    parser.add_argument(
+        "--modes",
+        type=partial(one_of, known=MODES, what="mode"),
+        default=["variation"],
+        metavar="A,B",
+        help=f"of {', '.join(MODES)} (default: variation)",
+    )
     parser.add_argument("--steps", type=positive, default=28, metavar="N", help="Euler steps (default 28)")
     parser.add_argument("--side", type=positive, metavar="PX", help="of a square picture (default: that of training)")
     parser.add_argument("--samples", type=positive, default=4, metavar="N", help="pictures of each arm (default 4)")
@@ -66,7 +76,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     heads, head_dim = transformer.config.num_attention_heads, transformer.config.attention_head_dim
     report = open_report(
         parser, args, facts(device, attention_backend(device, transformer.dtype, heads, head_dim, 256))
-    )  # fmt: skip
+    )
     blocks = f"{len(transformer.transformer_blocks)}+{len(transformer.single_transformer_blocks)}"
     size = f"{side}x{side} {args.steps} steps {blocks}x{heads}x{head_dim} {str(transformer.dtype).split('.')[-1]}"
     if any("controlnet" in mode for mode in args.modes):
@@ -116,12 +126,22 @@ def random_controlnet(pipeline: Qwen2VLFluxPipeline) -> ControlNets:
     from megaflux.generation.control.nets import ControlNets
 
     config = dict(pipeline.models.trainable.transformer.config)
-    known = ("patch_size", "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim",
-             "pooled_projection_dim", "guidance_embeds", "axes_dims_rope")  # fmt: skip
+    known = (
+        "patch_size",
+        "in_channels",
+        "attention_head_dim",
+        "num_attention_heads",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+        "guidance_embeds",
+        "axes_dims_rope",
+    )
     net = FluxControlNetModel(
-        **{name: config[name] for name in known}, num_layers=min(5, config["num_layers"]),
-        num_single_layers=min(10, config["num_single_layers"]), num_mode=10,
-    )  # fmt: skip
+        **{name: config[name] for name in known},
+        num_layers=min(5, config["num_layers"]),
+        num_single_layers=min(10, config["num_single_layers"]),
+        num_mode=10,
+    )
     nets = ControlNets({"": net.requires_grad_(False).eval()})
     nets.to(pipeline.device, pipeline.dtype)
     return nets
@@ -156,25 +176,46 @@ def measure(
     if "inpaint" in mode:
         given["mask_image"] = mask
     if "controlnet" in mode:
-        given |= {"control_image": [picture, picture], "control_mode": ["depth", "line"],
-                  "controlnet_conditioning_scale": [0.2, 0.4]}  # fmt: skip
+        given |= {
+            "control_image": [picture, picture],
+            "control_mode": ["depth", "line"],
+            "controlnet_conditioning_scale": [0.2, 0.4],
+        }
         control: Control = pipeline.controlnet.control(
             [picture, picture], ["depth", "line"], [2, 0], [0.2, 0.4], 0.0, 1.0
         )
 
     def plain() -> None:
         embeds = prompt_embeds(pipeline.encode_all([Reference(picture)]), NEUTRAL, 0)
-        flux = flux_pipeline(models.trainable.transformer, models.vae,
-                             scheduler_like(models.scheduler, None, pipeline.dtype), start, control)  # fmt: skip
-        sample(flux, models.trainable, embeds, models.pooled_projections, [torch.Generator().manual_seed(0)], side, side,
-               steps, pipeline.settings.guidance, start, control)  # fmt: skip
+        flux = flux_pipeline(
+            models.trainable.transformer,
+            models.vae,
+            scheduler_like(models.scheduler, None, pipeline.dtype),
+            start,
+            control,
+        )
+        sample(
+            flux,
+            models.trainable,
+            embeds,
+            models.pooled_projections,
+            [torch.Generator().manual_seed(0)],
+            side,
+            side,
+            steps,
+            pipeline.settings.guidance,
+            start,
+            control,
+        )
 
     def ours() -> None:
         pipeline(picture, None, side, side, steps, seed=0, **given)
 
     runs: dict[str, tuple[bool, Callable[[], None]]] = {
-        "diffusers": (False, plain), "ours": (True, ours), "ours-kernels-off": (False, ours),
-    }  # fmt: skip
+        "diffusers": (False, plain),
+        "ours": (True, ours),
+        "ours-kernels-off": (False, ours),
+    }
     times: dict[str, list[float]] = defaultdict(list)
     peaks: dict[str, float] = defaultdict(float)
     rounds = min(2, samples)

@@ -25,13 +25,23 @@ def add_arguments(parser: Parser) -> None:
         "--data", type=path_option, metavar="DIR", help="a prepared dataset (default: one made for the bench)"
     )
     parser.add_argument("--images", type=positive, default=96, metavar="N", help="of a dataset made here (default 96)")
-    parser.add_argument("--side", type=positive, default=512, metavar="PX",
-                        help="longest side of a dataset made here, a multiple of 16 (default 512)")  # fmt: skip
+    parser.add_argument(
+        "--side",
+        type=positive,
+        default=512,
+        metavar="PX",
+        help="longest side of a dataset made here, a multiple of 16 (default 512)",
+    )
     parser.add_argument("--workers", type=_counts, default=[0, 1, 2], metavar="N,...", help="default 0,1,2")
     parser.add_argument("--micro-batch", type=positive, default=4, metavar="N", help="samples per batch (default 4)")
     parser.add_argument("--samples", type=positive, default=20, metavar="N", help="batches timed (default 20)")
-    parser.add_argument("--busy-ms", type=positive, default=100, metavar="MS",
-                        help="a training step's length, between batches, when the wait is measured (default 100)")  # fmt: skip
+    parser.add_argument(
+        "--busy-ms",
+        type=positive,
+        default=100,
+        metavar="MS",
+        help="a training step's length, between batches, when the wait is measured (default 100)",
+    )
     add_report_arguments(parser)
 
 
@@ -80,9 +90,16 @@ def measure(report: Report, folder: Path, workers: int, args: argparse.Namespace
     report.add(
         Row(BENCH, arm, shape, "samples_per_s", rate, "1/s", args.samples),
         Row(BENCH, arm, shape, "wait_ms", median(waits), "ms", args.samples),
-        Row(BENCH, arm, shape, "wait_fraction", sum(waits) / (sum(waits) + args.samples * args.busy_ms), "1",
-            args.samples),
-    )  # fmt: skip
+        Row(
+            BENCH,
+            arm,
+            shape,
+            "wait_fraction",
+            sum(waits) / (sum(waits) + args.samples * args.busy_ms),
+            "1",
+            args.samples,
+        ),
+    )
 
 
 def make_dataset(folder: Path, images: int, side: int) -> Path:

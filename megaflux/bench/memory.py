@@ -37,13 +37,24 @@ BUCKET_ELEMENTS = 200_000  # of the small engine: it holds some of its parameter
 
 def add_arguments(parser: Parser) -> None:
     def add(name: str, known: tuple[str, ...], default: list[str], what: str) -> None:
-        parser.add_argument(f"--{name}", type=partial(one_of, known=known, what=what), default=default, metavar="A,B",
-                            help=f"of {', '.join(known)} (default {','.join(default)})")  # fmt: skip
+        parser.add_argument(
+            f"--{name}",
+            type=partial(one_of, known=known, what=what),
+            default=default,
+            metavar="A,B",
+            help=f"of {', '.join(known)} (default {','.join(default)})",
+        )
 
     add("stages", STAGES, ["stage1", "stage3"], "stage")
     add("plans", PLANS, list(PLANS), "plan")
-    parser.add_argument("--batches", type=positive, nargs="+", default=[1, 2, 8], metavar="N",
-                        help="images per micro-batch (default 1 2 8)")  # fmt: skip
+    parser.add_argument(
+        "--batches",
+        type=positive,
+        nargs="+",
+        default=[1, 2, 8],
+        metavar="N",
+        help="images per micro-batch (default 1 2 8)",
+    )
     parser.add_argument("--ranks", type=positive, default=8, metavar="N", help="GPUs that the plan auto is for")
     parser.add_argument("--gpu-memory", type=positive, default=80, metavar="GB", help="of each of them (default 80)")
     parser.add_argument("--all-buckets", action="store_true", help="every aspect ratio, not the square alone")

@@ -27,19 +27,46 @@ MATRIX_PRODUCTS = {
     for name in ("mm", "_addmm_activation", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "matmul", "linear")
 }
 ATTENTION = (
-    "aten._scaled_dot_product_", "aten._flash_attention_", "aten._efficient_attention_", "aten._cudnn_attention_",
+    "aten._scaled_dot_product_",
+    "aten._flash_attention_",
+    "aten._efficient_attention_",
+    "aten._cudnn_attention_",
     OURS + "biased_attention",
-)  # fmt: skip
+)
 NO_TRAFFIC = {
     "aten." + name
-    for name in ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "_unsafe_view",
-                 "set_", "resize_", "lift_fresh", "_local_scalar_dense", "is_same_size")
-}  # fmt: skip
+    for name in (
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "empty_permuted",
+        "new_empty",
+        "new_empty_strided",
+        "_unsafe_view",
+        "set_",
+        "resize_",
+        "lift_fresh",
+        "_local_scalar_dense",
+        "is_same_size",
+    )
+}
 FILLS = {
     "aten." + name
-    for name in ("zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full",
-                 "zero_", "fill_", "normal_", "uniform_")
-}  # fmt: skip
+    for name in (
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "zero_",
+        "fill_",
+        "normal_",
+        "uniform_",
+    )
+}
 """These write and read nothing, though some take a tensor."""
 FILLED_THEN_COPIED = {"aten.slice_backward", "aten.select_backward", "aten.constant_pad_nd"}
 """Two kernels in one operation: the whole output is filled, then the input is copied into its place there."""

@@ -33,8 +33,14 @@ if TYPE_CHECKING:
 
 # config.json of black-forest-labs/FLUX.1-dev, vae/ and scheduler/
 VAE_SCALES = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "force_upcast": True}
-SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15,
-             "base_image_seq_len": 256, "max_image_seq_len": 4096}  # fmt: skip
+SCHEDULER = {
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
 
 
 def random_vae(
@@ -85,9 +91,7 @@ def random_vlm(
     return vlm.eval(), processor
 
 
-def random_models(
-    config: Config, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> Models:  # fmt: skip
+def random_models(config: Config, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Models:
     """The models of a configuration, random, on a device: what `megaflux.models.pretrained.load_models` gives, for
     machines without the published weights. For measuring only.
 
@@ -117,9 +121,16 @@ def random_models(
     generator = torch.Generator(device).manual_seed(seed + 3)
     pooled = torch.randn(1, flux.pooled_projection_dim, generator=generator, device=device)
     models = assemble(
-        transformer, connector.to(device, dtype), vlm, processor, vae, FlowMatchEulerDiscreteScheduler(**SCHEDULER),
-        pooled, model.vlm_max_tokens, model.caption_max_tokens,
-    )  # fmt: skip
+        transformer,
+        connector.to(device, dtype),
+        vlm,
+        processor,
+        vae,
+        FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        pooled,
+        model.vlm_max_tokens,
+        model.caption_max_tokens,
+    )
     models.base = weights_fingerprint(models.trainable, models.trunk.vlm, models.vae)
     return models.to(device, dtype)
 

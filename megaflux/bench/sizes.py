@@ -51,10 +51,15 @@ class Sizes:
     def shape(self, grid: tuple[int, int], dtype: str) -> str:
         """All that a time depends on, in a word: "4096+512 b1 19+38x24x128 attention bfloat16"."""
         rows, columns = grid
-        trains = self.components if self.train_blocks == published(self.double, self.single) else (
-            f"{self.components}[{','.join(map(str, self.train_blocks))}]")  # fmt: skip
-        return (f"{rows}x{columns}+{self.text} b{self.batch} {self.double}+{self.single}x{self.heads}x{self.head_dim} "
-                f"{trains} {dtype}")  # fmt: skip
+        trains = (
+            self.components
+            if self.train_blocks == published(self.double, self.single)
+            else (f"{self.components}[{','.join(map(str, self.train_blocks))}]")
+        )
+        return (
+            f"{rows}x{columns}+{self.text} b{self.batch} {self.double}+{self.single}x{self.heads}x{self.head_dim} "
+            f"{trains} {dtype}"
+        )
 
 
 def published(double: int, single: int) -> tuple[int, ...]:
@@ -79,12 +84,25 @@ def add_size_arguments(parser: argparse.ArgumentParser, full: bool, components: 
     add("--text", 512, 64, "condition tokens")
     add("--batch", 1, 1, "images per step")
     grids = GPU_GRIDS if full else CPU_GRIDS
-    parser.add_argument("--grids", type=_grids, default=_grids(",".join(grids)), metavar="HxW,...",
-                        help=f"rows x columns of image tokens, 16 px each way (default {','.join(grids)})")  # fmt: skip
-    parser.add_argument("--components", choices=("attention", "block"), default=components,
-                        help=f"what trains of a block that trains (default {components})")  # fmt: skip
-    parser.add_argument("--train-blocks", type=_numbers, metavar="N,...",
-                        help="blocks that train (default: stage 1's; about a quarter at other depths)")  # fmt: skip
+    parser.add_argument(
+        "--grids",
+        type=_grids,
+        default=_grids(",".join(grids)),
+        metavar="HxW,...",
+        help=f"rows x columns of image tokens, 16 px each way (default {','.join(grids)})",
+    )
+    parser.add_argument(
+        "--components",
+        choices=("attention", "block"),
+        default=components,
+        help=f"what trains of a block that trains (default {components})",
+    )
+    parser.add_argument(
+        "--train-blocks",
+        type=_numbers,
+        metavar="N,...",
+        help="blocks that train (default: stage 1's; about a quarter at other depths)",
+    )
 
 
 def sizes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Sizes:
@@ -94,8 +112,17 @@ def sizes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Sizes:
     blocks = args.train_blocks or published(args.double, args.single)
     if max(blocks) >= args.double + args.single:
         parser.error(f"--train-blocks {max(blocks)}: there are {args.double + args.single} blocks, counted from 0")
-    return Sizes(args.double, args.single, args.heads, args.head_dim, args.joint_dim, args.text, args.batch,
-                 args.components, tuple(blocks))  # fmt: skip
+    return Sizes(
+        args.double,
+        args.single,
+        args.heads,
+        args.head_dim,
+        args.joint_dim,
+        args.text,
+        args.batch,
+        args.components,
+        tuple(blocks),
+    )
 
 
 def pixels(grid: tuple[int, int]) -> str:

@@ -45,29 +45,65 @@ from megaflux_kernels.bench.timing import median, quantile, samples_ms
 BENCH = "step"
 LIMIT = "limit"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-            "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 ROUNDS = 4  # there, back, there, back; the samples are divided among them. A CPU is shared: two samples each
-RATIOS = (("ours-none", "diffusers-eager"), ("ours-mlp", "diffusers-eager-full"), ("ours-none", "diffusers-compile"),
-          ("ours-mlp", "diffusers-compile-full"), ("ours-full", "diffusers-eager-full"))  # fmt: skip
+RATIOS = (
+    ("ours-none", "diffusers-eager"),
+    ("ours-mlp", "diffusers-eager-full"),
+    ("ours-none", "diffusers-compile"),
+    ("ours-mlp", "diffusers-compile-full"),
+    ("ours-full", "diffusers-eager-full"),
+)
 
 
 def add_arguments(parser: Parser) -> None:
     on_gpu = default_device().type == "cuda"
     known = [arm for arm in ARMS if on_gpu or not is_compiled(arm)]
-    parser.add_argument("--arms", type=partial(one_of, known=ARMS, what="arm"), default=known, metavar="A,B",
-                        help=f"of {', '.join(ARMS)} (default: all on a GPU, those not compiled on a CPU)")  # fmt: skip
-    parser.add_argument("--samples", type=positive, default=20 if on_gpu else 8, metavar="N",
-                        help="timed steps of each arm (default 20 on a GPU, 8 on a CPU)")  # fmt: skip
-    parser.add_argument("--warmup", type=positive, default=5 if on_gpu else 2, metavar="N",
-                        help="steps of each arm before its first sample (default 5 on a GPU, 2 on a CPU)")  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32",
-                        help="of weights and inputs (default bfloat16 on a GPU, float32 on a CPU)")  # fmt: skip
-    parser.add_argument("--threads", type=positive, default=None if on_gpu else 1, metavar="N",
-                        help="of torch on the CPU (default 1 on a CPU: on a machine that others use too, threads "
-                        "wait for each other)")  # fmt: skip
-    parser.add_argument("--attention", choices=("auto", *BACKENDS), default="auto",
-                        help="backend of scaled_dot_product_attention for all arms (default auto: torch chooses)")  # fmt: skip
+    parser.add_argument(
+        "--arms",
+        type=partial(one_of, known=ARMS, what="arm"),
+        default=known,
+        metavar="A,B",
+        help=f"of {', '.join(ARMS)} (default: all on a GPU, those not compiled on a CPU)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=positive,
+        default=20 if on_gpu else 8,
+        metavar="N",
+        help="timed steps of each arm (default 20 on a GPU, 8 on a CPU)",
+    )
+    parser.add_argument(
+        "--warmup",
+        type=positive,
+        default=5 if on_gpu else 2,
+        metavar="N",
+        help="steps of each arm before its first sample (default 5 on a GPU, 2 on a CPU)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16" if on_gpu else "float32",
+        help="of weights and inputs (default bfloat16 on a GPU, float32 on a CPU)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=None if on_gpu else 1,
+        metavar="N",
+        help="of torch on the CPU (default 1 on a CPU: on a machine that others use too, threads wait for each other)",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=("auto", *BACKENDS),
+        default="auto",
+        help="backend of scaled_dot_product_attention for all arms (default auto: torch chooses)",
+    )
     add_size_arguments(parser, full=on_gpu, components="attention")
     add_report_arguments(parser)
 
@@ -84,9 +120,11 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     with sdpa_kernel(BACKENDS[args.attention]) if args.attention != "auto" else nullcontext():
         backend = backends(parser, args, chosen, dtype, device)
         report = open_report(parser, args, facts(device, backend))
-        print(f"{report.facts['device']}, attention {backend}, torch {torch.__version__}, commit "
-              f"{(report.facts['commit'] or 'unknown')[:12]}; stage 1 trains {chosen.components} of blocks "
-              f"{','.join(map(str, chosen.train_blocks))}")  # fmt: skip
+        print(
+            f"{report.facts['device']}, attention {backend}, torch {torch.__version__}, commit "
+            f"{(report.facts['commit'] or 'unknown')[:12]}; stage 1 trains {chosen.components} of blocks "
+            f"{','.join(map(str, chosen.train_blocks))}"
+        )
         todo = []
         for grid in args.grids:
             shape = chosen.shape(grid, args.dtype)
@@ -107,9 +145,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     return int(failed)
 
 
-def backends(
-    parser: Parser, args: argparse.Namespace, chosen: Sizes, dtype: torch.dtype, device: torch.device
-) -> str:  # fmt: skip
+def backends(parser: Parser, args: argparse.Namespace, chosen: Sizes, dtype: torch.dtype, device: torch.device) -> str:
     """What attention really takes at the lengths asked for, as "cudnn", or "cudnn, flash" where they differ. A backend
     asked for that does not take them, or is wrong there, ends the process in one line."""
     found = []
@@ -142,14 +178,19 @@ def past_gate(
                     groups = [[arm] for arm in group]  # whose error it was, each by itself shows
                 else:
                     problem, wrong = _why(error)
-                    print(f"{'error: ' * wrong}numerics gate: {pixels(grid)} {group[0]}: {problem}; no row",
-                          file=sys.stderr, flush=True)  # fmt: skip
+                    print(
+                        f"{'error: ' * wrong}numerics gate: {pixels(grid)} {group[0]}: {problem}; no row",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     failed |= wrong
             _free(device)
     for arm, errors in found.items():
         worst = errors[0]
-        line = (f"{pixels(grid)} {arm}: {len(errors)} results, worst {worst.name} {worst.ours:.2e} "
-                f"(diffusers' {worst.eager:.2e})")  # fmt: skip
+        line = (
+            f"{pixels(grid)} {arm}: {len(errors)} results, worst {worst.name} {worst.ours:.2e} "
+            f"(diffusers' {worst.eager:.2e})"
+        )
         if not worst.passes:
             print(f"error: numerics gate: {line}: more than twice; nothing was timed", file=sys.stderr)
             return None, True
@@ -158,9 +199,14 @@ def past_gate(
 
 
 def measure(
-    report: Report, chosen: Sizes, todo: Sequence[tuple[tuple[int, int], str, list[str]]], dtype: torch.dtype,
-    device: torch.device, samples: int, warmup: int,
-) -> bool:  # fmt: skip
+    report: Report,
+    chosen: Sizes,
+    todo: Sequence[tuple[tuple[int, int], str, list[str]]],
+    dtype: torch.dtype,
+    device: torch.device,
+    samples: int,
+    warmup: int,
+) -> bool:
     """Build one FLUX and measure every shape of todo: (grid, shape's name, arms). Whether something failed; too little
     memory is no failure."""
     config = chosen.flux_config()
@@ -187,9 +233,16 @@ def measure(
 
 
 def measure_shape(
-    report: Report, chosen: Sizes, arms: Arms, trainable: set[str], grid: tuple[int, int], shape: str, names: list[str],
-    samples: int, warmup: int,
-) -> bool:  # fmt: skip
+    report: Report,
+    chosen: Sizes,
+    arms: Arms,
+    trainable: set[str],
+    grid: tuple[int, int],
+    shape: str,
+    names: list[str],
+    samples: int,
+    warmup: int,
+) -> bool:
     """Measure the limit and the arms named at one grid; rows are added as they come. Whether something failed."""
     tokens, dtype, device = grid[0] * grid[1], arms.transformer.dtype, arms.transformer.device
     counted = limits.products(chosen, tokens, trainable)
@@ -221,10 +274,15 @@ def measure_shape(
 
 
 def take_turns(
-    arms: Arms, names: Sequence[str], given: dict[str, torch.Tensor], parts: dict[str, Callable[[], Callable]],
-    device: torch.device, samples: int, warmup: int,
+    arms: Arms,
+    names: Sequence[str],
+    given: dict[str, torch.Tensor],
+    parts: dict[str, Callable[[], Callable]],
+    device: torch.device,
+    samples: int,
+    warmup: int,
     done: Callable[[str, list[float], dict[str, int]], None],
-) -> bool:  # fmt: skip
+) -> bool:
     """Measure parts and arms, there and back, until all samples are taken. Whether one failed.
 
     done(name, milliseconds, {"peak_bytes", "saved_bytes"}) is called for each when its last sample is there, parts
@@ -260,9 +318,15 @@ def take_turns(
 
 
 def _sample_arm(
-    arms: Arms, name: str, given: dict[str, torch.Tensor], device: torch.device, samples: int, warmup: int,
-    times: list[float], extra: dict[str, int],
-) -> None:  # fmt: skip
+    arms: Arms,
+    name: str,
+    given: dict[str, torch.Tensor],
+    device: torch.device,
+    samples: int,
+    warmup: int,
+    times: list[float],
+    extra: dict[str, int],
+) -> None:
     """Add an arm's samples, its peak and what it saves."""
     clear, step = partial(arms.clear, given), partial(arms.step, given)
     try:
@@ -298,9 +362,15 @@ def _why(error: Exception, compiled: bool = False) -> tuple[str, bool]:
 
 
 def rows(
-    arm: str, shape: str, times: Sequence[float], extra: dict[str, int], limit_ms: float | None, flops: int,
-    device: torch.device, dtype: torch.dtype,
-) -> list[Row]:  # fmt: skip
+    arm: str,
+    shape: str,
+    times: Sequence[float],
+    extra: dict[str, int],
+    limit_ms: float | None,
+    flops: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Row]:
     """What is known of one arm at one shape. limit_ms: None where the limit could not be measured."""
     value, n = median(times), len(times)
     found = [

@@ -41,8 +41,13 @@ STACK = 2  # blocks: the first and the last of a stack differ from those between
 
 def add_arguments(parser: Parser) -> None:
     def names(option: str, known: Any, what: str) -> None:
-        parser.add_argument(f"--{option}", type=partial(one_of, known=known, what=what), default=list(known), metavar="A,B",
-                            help=f"of {', '.join(known)} (default: all)")  # fmt: skip
+        parser.add_argument(
+            f"--{option}",
+            type=partial(one_of, known=known, what=what),
+            default=list(known),
+            metavar="A,B",
+            help=f"of {', '.join(known)} (default: all)",
+        )
 
     def number(option: str, default: int, text: str) -> None:
         parser.add_argument(option, type=positive, default=default, metavar="N", help=f"{text} (default {default})")
@@ -86,9 +91,12 @@ def add_rows(report: Any, arm: str, shape: str, states: Counter[Move]) -> None:
     found = totals(states)
     report.add(
         *(Row(BENCH, arm, shape, name, value, "states") for name, value in found.items()),
-        *(Row(f"{BENCH}-ops", arm, shape, f"{move.phase} {move.op}", value, "states")
-          for move, value in states.items() if move.sum == "between"),
-    )  # fmt: skip
+        *(
+            Row(f"{BENCH}-ops", arm, shape, f"{move.phase} {move.op}", value, "states")
+            for move, value in states.items()
+            if move.sum == "between"
+        ),
+    )
 
 
 def totals(states: Counter[Move]) -> dict[str, float]:
@@ -100,9 +108,11 @@ def totals(states: Counter[Move]) -> dict[str, float]:
     sums = {name: total(sum=name) for name in SUMS}
     floor = float(sum(n for move, n in states.items() if move.sum == "between" and move.op.startswith(OURS)))
     parts = {phase: total(sum="between", phase=phase) for phase in ("forward", "backward")}
-    return {"between": sums["between"]} | parts | {
-        "floor": floor, "added": sums["between"] - floor, "products": sums["products"], "small": sums["small"]
-    }  # fmt: skip
+    return (
+        {"between": sums["between"]}
+        | parts
+        | {"floor": floor, "added": sums["between"] - floor, "products": sums["products"], "small": sums["small"]}
+    )
 
 
 def block_states(kind: str, trains: str, arm: str, given: moved_bytes.Sizes) -> Counter[Move]:

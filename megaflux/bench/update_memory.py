@@ -36,9 +36,15 @@ from megaflux_kernels.dispatch import as_on_a_gpu
 
 
 def update_peak(
-    config: Config, module: Qwen2VLFlux, stage: Stage, bucket: Bucket, batch: int, policies: Sequence[Policy],
-    fused: bool = True, dtype: torch.dtype = torch.bfloat16,
-) -> int:  # fmt: skip
+    config: Config,
+    module: Qwen2VLFlux,
+    stage: Stage,
+    bucket: Bucket,
+    batch: int,
+    policies: Sequence[Policy],
+    fused: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
     """Bytes alive at the peak of one forward and backward pass of `batch` pictures, weights left out.
 
     module: as `meta_models` gives it, left as it is; policies: one per FLUX block; fused: with kernels.
@@ -64,9 +70,15 @@ def update_peak(
             shape = batch, channels, bucket.height // latents.VAE_SCALE, bucket.width // latents.VAE_SCALE
             condition = _condition(config, module, bucket, batch, dtype)
             losses = denoising_loss(
-                module, config, models, bucket, torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype),
-                condition, torch.empty(batch),
-            )  # fmt: skip
+                module,
+                config,
+                models,
+                bucket,
+                torch.empty(shape, dtype=dtype),
+                torch.empty(shape, dtype=dtype),
+                condition,
+                torch.empty(batch),
+            )
             losses.mean().backward()
             return memory.peak
 
@@ -97,8 +109,9 @@ def _condition(config: Config, module: Qwen2VLFlux, bucket: Bucket, batch: int, 
     tokens = token_counts(config, bucket)
     return Condition(
         torch.empty(batch, tokens.turn, module.vlm.config.hidden_size, dtype=dtype),
-        torch.ones(3, batch, tokens.turn, dtype=torch.long), torch.ones(batch, tokens.condition, dtype=torch.long),
-    )  # fmt: skip
+        torch.ones(3, batch, tokens.turn, dtype=torch.long),
+        torch.ones(batch, tokens.condition, dtype=torch.long),
+    )
 
 
 def zero_peak(config: Config, module: Qwen2VLFlux, stage: int, ds_config: dict[str, Any]) -> tuple[int, int]:

@@ -65,9 +65,11 @@ def try_lock(file: IO, shared: bool = False, wait: bool = False) -> Lock:
         if error.errno not in REFUSES_LOCKS:
             raise
         _warn_once(
-            "locks", "%s: no locks on this file system (%s); see to it that no other process writes there", file.name,
+            "locks",
+            "%s: no locks on this file system (%s); see to it that no other process writes there",
+            file.name,
             error.strerror,
-        )  # fmt: skip
+        )
         return Lock.REFUSED
     return Lock.HELD
 
@@ -79,9 +81,12 @@ def _sync(descriptor: int, name: object) -> None:
         if error.errno not in REFUSES_SYNC:
             raise
         _warn_once(
-            "fsync", "%s: this file system does not take fsync (%s); what was just written may be lost in a power cut, "
-            "not in a kill", name, error.strerror,
-        )  # fmt: skip
+            "fsync",
+            "%s: this file system does not take fsync (%s); what was just written may be lost in a power cut, "
+            "not in a kill",
+            name,
+            error.strerror,
+        )
 
 
 def _warn_once(kind: str, *message: object) -> None:

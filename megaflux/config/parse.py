@@ -36,10 +36,28 @@ from megaflux.config.schema import (
 )
 
 __all__ = [
-    "ConditionModes", "Config", "Data", "Flow", "Model", "Monitor", "Optim", "Parser", "Run", "Section",
-    "Stage", "Train", "Validation", "add_config_arguments", "build_config", "field_paths", "load_yaml", "merge",
-    "nearest", "parse_config", "set_dotted",
-]  # fmt: skip
+    "ConditionModes",
+    "Config",
+    "Data",
+    "Flow",
+    "Model",
+    "Monitor",
+    "Optim",
+    "Parser",
+    "Run",
+    "Section",
+    "Stage",
+    "Train",
+    "Validation",
+    "add_config_arguments",
+    "build_config",
+    "field_paths",
+    "load_yaml",
+    "merge",
+    "nearest",
+    "parse_config",
+    "set_dotted",
+]
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -187,9 +205,13 @@ def build_config(values: dict[str, Any]) -> Config:
         raise UserError("; ".join(f"{w}: {_either(v)}" if w else "; ".join(v) for w, v in found.items())) from None
 
 
-_REWORDED = {"missing": "is missing; set it", "model_type": "must be a section of `key: value` lines",
-             "dict_type": "must be a section of `key: value` lines", "tuple_type": "must be a list",
-             "invalid_key": "must be a word, as every key"}  # fmt: skip
+_REWORDED = {
+    "missing": "is missing; set it",
+    "model_type": "must be a section of `key: value` lines",
+    "dict_type": "must be a section of `key: value` lines",
+    "tuple_type": "must be a list",
+    "invalid_key": "must be a word, as every key",
+}
 
 
 def _explain(item: dict[str, Any]) -> tuple[str, str]:
@@ -248,8 +270,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default=None, help=f"table of default values: {', '.join(PRESETS)} (default tiny)")
     parser.add_argument("--config", type=path_option, metavar="FILE.yaml", help="values over the preset's")
     group = parser.add_argument_group(
-        "configuration",
-        "each also as a nested key in --config; values are YAML; one stage's: --stages.0.share 2",
+        "configuration", "each also as a nested key in --config; values are YAML; one stage's: --stages.0.share 2"
     )
     for path, text in field_paths().items():
         if path != "preset":

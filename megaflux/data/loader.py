@@ -122,18 +122,37 @@ def build_loader(
             stale = remove_leftovers(os.path.abspath(folder) for folder in folders)
             if stale:
                 logger.info("removed shared memory that killed runs had left: %s", ", ".join(stale))
-        small = shm_room.problem(
-            shards, micro_batch_size=micro_batch_size, num_workers=num_workers, prefetch_factor=prefetch_factor,
-            local_ranks=world.local_size, samples_per_epoch=sum(_drawn(shards, micro_batch_size * world.size).values()),
-            gpus=torch.cuda.is_available(),
-        ) if world.local_rank == 0 else None  # fmt: skip
+        small = (
+            shm_room.problem(
+                shards,
+                micro_batch_size=micro_batch_size,
+                num_workers=num_workers,
+                prefetch_factor=prefetch_factor,
+                local_ranks=world.local_size,
+                samples_per_epoch=sum(_drawn(shards, micro_batch_size * world.size).values()),
+                gpus=torch.cuda.is_available(),
+            )
+            if world.local_rank == 0
+            else None
+        )
         raise_first(small, world)
         return BucketLoader(
-            path, split, shards, world,
-            micro_batch_size=micro_batch_size, seed=seed, num_workers=num_workers, remote=remote,
-            cache_limit=cache_limit, prefetch_factor=prefetch_factor, shuffle=shuffle, max_replaced=max_replaced,
-            stale=stale, damaged=problems, drawn_from=drawn_from,
-        )  # fmt: skip
+            path,
+            split,
+            shards,
+            world,
+            micro_batch_size=micro_batch_size,
+            seed=seed,
+            num_workers=num_workers,
+            remote=remote,
+            cache_limit=cache_limit,
+            prefetch_factor=prefetch_factor,
+            shuffle=shuffle,
+            max_replaced=max_replaced,
+            stale=stale,
+            damaged=problems,
+            drawn_from=drawn_from,
+        )
 
 
 def _leave_signals_to_the_rank(_: int) -> None:

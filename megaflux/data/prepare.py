@@ -127,17 +127,22 @@ def prepare(
         jobs = [(number, parts[number]) for number in todo]
         started = time.monotonic()
         bar = tqdm(
-            total=done_before + sum(len(chunk) for _, chunk in jobs), initial=done_before,
-            unit="img", desc=f"prepare {out.name}", smoothing=0.05,
+            total=done_before + sum(len(chunk) for _, chunk in jobs),
+            initial=done_before,
+            unit="img",
+            desc=f"prepare {out.name}",
+            smoothing=0.05,
             disable=None if progress else True,  # None: shown on a terminal, not in a log file
-        )  # fmt: skip
+        )
         with bar:
             _run(job, jobs, workers or _cores(), bar)
         seconds = time.monotonic() - started
     written = sum(len(chunk) for _, chunk in jobs)
     if progress:
-        print(f"{written} images in {seconds:.1f} s: {written / max(seconds, 1e-9):.0f} images/s"
-              + (f", {done_before} were there already" if done_before else ""))  # fmt: skip
+        print(
+            f"{written} images in {seconds:.1f} s: {written / max(seconds, 1e-9):.0f} images/s"
+            + (f", {done_before} were there already" if done_before else "")
+        )
     if part:  # whether too many are bad is judged over all parts, by the merge
         judge([chunks.read_report(out, n) for n in mine], math.inf, f"{out}/chunks/*.json", progress)
         return None
@@ -290,29 +295,31 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line; `options` holds the Options that it amounts to."""
     usual = Options()
     parser = Parser(
-        prog="python -m megaflux.data.prepare", description=__doc__, allow_abbrev=True,
+        prog="python -m megaflux.data.prepare",
+        description=__doc__,
+        allow_abbrev=True,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("source", type=path_option, metavar="SOURCE", help="folder, .tar, .parquet, or openmoji")
     add("out", type=path_option, metavar="OUT", help="folder of the dataset, new or begun by the same command")
     add("--longest-side", type=int, metavar="PX", help="of every canvas, default 1024 (openmoji: 128)")
     add("--aspect-ratios", default=",".join(usual.aspect_ratios), help="canvases, default %(default)s")
     add("--held-out", type=float, metavar="FRACTION", help="kept from training, default 0.01 (openmoji: 0.05)")
-    add(
-        "--format",
-        dest="encoding",
-        choices=ENCODINGS,
-        help="of the stored images, default jpeg (openmoji: png)",
-    )
+    add("--format", dest="encoding", choices=ENCODINGS, help="of the stored images, default jpeg (openmoji: png)")
     add("--quality", type=int, default=usual.quality, help="of jpeg and webp, default %(default)s")
     add("--allow-upscale", action="store_true", help="enlarge small images (counted) instead of skipping them")
     add("--shard-size", type=int, default=usual.shard_size, metavar="BYTES", help="default %(default)s")
     add("--chunk", type=int, default=usual.chunk, metavar="IMAGES", help="unit of work, default %(default)s")
     add("--canvases", type=float, metavar="N", help="openmoji: per emoji on average, 1 to 5; default 1.25")
     add("--max-pixels", type=int, default=usual.max_pixels, help="skip larger images, default %(default)s")
-    add("--max-bad", type=_parse_max_bad, default=0.05, metavar="FRACTION_OR_COUNT",
-        help="unusable images allowed: a fraction if below 1, else a count; default %(default)s")  # fmt: skip
+    add(
+        "--max-bad",
+        type=_parse_max_bad,
+        default=0.05,
+        metavar="FRACTION_OR_COUNT",
+        help="unusable images allowed: a fraction if below 1, else a count; default %(default)s",
+    )
     add("--workers", type=int, metavar="N", help="processes, default one per core")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--part", type=_parse_part, metavar="I/N", help="only the I-th of N parts, without merging")
@@ -337,9 +344,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 merge(given.out, max_bad=given.max_bad)
         else:
             prepare(
-                given.source, given.out, given.options,
-                workers=given.workers, max_bad=given.max_bad, part=given.part,
-            )  # fmt: skip
+                given.source, given.out, given.options, workers=given.workers, max_bad=given.max_bad, part=given.part
+            )
     except TooManyBad as error:
         print(f"error: {error}", file=sys.stderr)
         return 3

@@ -92,8 +92,14 @@ class PromptEmbeds:
         first = parts[0]
         bias = None
         if any(part.bias is not None for part in parts):
-            bias = torch.cat([part.prompt_embeds.new_zeros(part.prompt_embeds.shape[:2], dtype=torch.float64)
-                              if part.bias is None else part.bias for part in parts])  # fmt: skip
+            bias = torch.cat(
+                [
+                    part.prompt_embeds.new_zeros(part.prompt_embeds.shape[:2], dtype=torch.float64)
+                    if part.bias is None
+                    else part.bias
+                    for part in parts
+                ]
+            )
         tokens = torch.cat([part.prompt_embeds for part in parts])
         return PromptEmbeds(tokens, bias, first.embedded, first.num_own_tokens)
 
@@ -106,9 +112,15 @@ class PromptEmbeds:
 
 @torch.no_grad()
 def encode(
-    models: Models, longest_side: int, references: Sequence[Reference], prompt: str = "", text_encoder: str = "qwen",
-    weighting: Weighting = NEUTRAL, embedded: bool = False, reference_tokens: int | None = None,
-) -> Encoded:  # fmt: skip
+    models: Models,
+    longest_side: int,
+    references: Sequence[Reference],
+    prompt: str = "",
+    text_encoder: str = "qwen",
+    weighting: Weighting = NEUTRAL,
+    embedded: bool = False,
+    reference_tokens: int | None = None,
+) -> Encoded:
     """Run Qwen2-VL (and T5) once. prompt: "" for none; text_encoder: qwen or t5, which reads the prompt;
     reference_tokens: most tokens of a reference (None: as trained). UserError for what cannot be."""
     trunk, model = models.trunk, models.trainable

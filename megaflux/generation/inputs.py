@@ -12,8 +12,14 @@ from megaflux.data import images
 from megaflux.data.buckets import MULTIPLE, make_buckets
 
 # width, height of the released tool, px, at a longest trained side of 1024
-RELEASE_SIZES = {"1:1": (1024, 1024), "16:9": (1344, 768), "9:16": (768, 1344), "2.4:1": (1536, 640),
-                 "3:4": (896, 1152), "4:3": (1152, 896)}  # fmt: skip
+RELEASE_SIZES = {
+    "1:1": (1024, 1024),
+    "16:9": (1344, 768),
+    "9:16": (768, 1344),
+    "2.4:1": (1536, 640),
+    "3:4": (896, 1152),
+    "4:3": (1152, 896),
+}
 
 
 def output_size(aspect: str, longest_side: int, sizes: str = "training") -> tuple[int, int]:

@@ -217,8 +217,10 @@ def check(job: Job) -> Job:
 def check_background(job: Job) -> None:
     """UserError for a background that nothing stands before: it is the weight where no dot is, on a picture with dots."""
     if job.background != 1 and not any(reference.dots for reference in job.references):
-        raise UserError(f"--background {job.background:g}: there is no dot; give --dot X,Y,R,W, or the whole picture a "
-                        "strength: --reference IMG:STRENGTH")  # fmt: skip
+        raise UserError(
+            f"--background {job.background:g}: there is no dot; give --dot X,Y,R,W, or the whole picture a "
+            "strength: --reference IMG:STRENGTH"
+        )
 
 
 def read_inputs(job: Job, embedded: Mapping[str, bytes] | None = None) -> tuple[Job, Opened]:
@@ -245,8 +247,10 @@ def read_inputs(job: Job, embedded: Mapping[str, bytes] | None = None) -> tuple[
                 raise UserError(f"{name} {item.file}: {getattr(error, 'strerror', None) or error}") from None
         digest = hashlib.sha256(data).hexdigest()
         if item.sha256 and digest != item.sha256:
-            raise UserError(f"{name} {item.file}: has changed since (SHA-256 {digest[:12]}, not {item.sha256[:12]}); "
-                            "restore it, or give another file by the option")  # fmt: skip
+            raise UserError(
+                f"{name} {item.file}: has changed since (SHA-256 {digest[:12]}, not {item.sha256[:12]}); "
+                "restore it, or give another file by the option"
+            )
         seen = opened.masks if name == "--mask" else opened.pictures
         if digest not in seen:
             try:
@@ -287,9 +291,12 @@ def resolve_size(job: Job, opened: Opened, longest_side: int, sizes: str) -> Job
 
 
 def run(
-    pipeline: Qwen2VLFluxPipeline, job: Job, opened: Opened, detectors: Detectors | None = None,
+    pipeline: Qwen2VLFluxPipeline,
+    job: Job,
+    opened: Opened,
+    detectors: Detectors | None = None,
     on_step: Callable[[], Any] | None = None,
-) -> Result:  # fmt: skip
+) -> Result:
     """Make a checked job's pictures. on_step: called after each step of each batch. UserError for what cannot be."""
     from megaflux.generation.condition import Reference
     from megaflux.generation.control.detectors import Detectors, Sources, read_mask
@@ -315,14 +322,29 @@ def run(
         return {}
 
     output = pipeline(
-        [Reference(opened[r], r.strength, r.dots) for r in job.references], job.prompt, job.height, job.width, job.steps,
-        job.guidance, list(job.seeds), image=image, mask_image=mask, strength=job.strength,
-        control_image=list(maps.values()) or None, control_mode=list(maps) or None,
-        controlnet_conditioning_scale=[c.scale for c in job.controls], control_guidance_start=job.control_start,
-        control_guidance_end=job.control_end, weighting=job.weighting, reference_tokens=job.reference_tokens,
-        text_encoder=job.text_encoder, shift=job.shift, batch_size=job.batch_size, callback_on_step_end=after_step,
+        [Reference(opened[r], r.strength, r.dots) for r in job.references],
+        job.prompt,
+        job.height,
+        job.width,
+        job.steps,
+        job.guidance,
+        list(job.seeds),
+        image=image,
+        mask_image=mask,
+        strength=job.strength,
+        control_image=list(maps.values()) or None,
+        control_mode=list(maps) or None,
+        controlnet_conditioning_scale=[c.scale for c in job.controls],
+        control_guidance_start=job.control_start,
+        control_guidance_end=job.control_end,
+        weighting=job.weighting,
+        reference_tokens=job.reference_tokens,
+        text_encoder=job.text_encoder,
+        shift=job.shift,
+        batch_size=job.batch_size,
+        callback_on_step_end=after_step,
         attention_map=job.attention_map,
-    )  # fmt: skip
+    )
     notes = [*opened.notes, *detectors.notes, *output.notes]
     return Result(job, output.images, output, [opened[r] for r in job.references], image, mask, maps, notes)
 

@@ -216,9 +216,10 @@ def write_linear(linear: nn.Linear, file: Path) -> None:
 
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: p.detach().contiguous() for name, p in linear.named_parameters()}, file)
-    write_json(file.parent / "config.json", {
-        "_class_name": "Linear", "in_features": linear.in_features, "out_features": linear.out_features,
-    })  # fmt: skip
+    write_json(
+        file.parent / "config.json",
+        {"_class_name": "Linear", "in_features": linear.in_features, "out_features": linear.out_features},
+    )
 
 
 def write_indexes(folder: Path, settings: Settings, source: dict[str, Any], attribution: str | None) -> None:
@@ -226,28 +227,34 @@ def write_indexes(folder: Path, settings: Settings, source: dict[str, Any], attr
     import diffusers
 
     architecture = json.loads((folder / "text_encoder/config.json").read_text())["architectures"][0]
-    write_json(folder / "model_index.json", {
-        "_class_name": "Qwen2VLFluxPipeline",
-        "_diffusers_version": diffusers.__version__,
-        "transformer": ["diffusers", "FluxTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", architecture],
-    })  # fmt: skip
+    write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "Qwen2VLFluxPipeline",
+            "_diffusers_version": diffusers.__version__,
+            "transformer": ["diffusers", "FluxTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", architecture],
+        },
+    )
     files = inventory(folder)
     if "weights_sha256" not in source:
         listed = "".join(
             f"{name} {entry['sha256']}\n" for name, entry in files.items() if name.endswith(".safetensors")
         )
         source = source | {"weights_sha256": hashlib.sha256(listed.encode()).hexdigest()}
-    write_json(folder / MANIFEST, {
-        "format": FORMAT,
-        "settings": settings.model_dump(mode="json"),
-        "source": source,
-        "attribution": attribution,
-        "versions": versions(),
-        "files": files,
-    })  # fmt: skip
+    write_json(
+        folder / MANIFEST,
+        {
+            "format": FORMAT,
+            "settings": settings.model_dump(mode="json"),
+            "source": source,
+            "attribution": attribution,
+            "versions": versions(),
+            "files": files,
+        },
+    )
 
 
 def inventory(folder: Path) -> dict[str, dict[str, Any]]:

@@ -77,9 +77,12 @@ def png_bytes(
 
 
 def save(
-    picture: Image.Image, folder: Path, name: str, settings: dict[str, Any] | None = None,
+    picture: Image.Image,
+    folder: Path,
+    name: str,
+    settings: dict[str, Any] | None = None,
     embed: Mapping[str, bytes] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write folder/name.png, or name-2.png, name-3.png, ... if that exists; returns the file.
 
     The name is claimed by O_EXCL, so two processes never take the same. UserError where it cannot be written.

@@ -68,10 +68,24 @@ from megaflux.models.pretrained import Models
 from megaflux.models.vlm import Condition
 
 __all__ = [
-    "CONNECTOR", "FORMAT", "MANIFEST", "POOLED", "Dot", "Manifest", "Qwen2VLFluxPipeline", "Qwen2VLFluxPipelineOutput",
-    "Reference", "Settings", "Weighting", "check_sampling", "device_and_dtype", "matched_size", "output_size",
-    "read_manifest", "reference_tensor",
-]  # fmt: skip
+    "CONNECTOR",
+    "FORMAT",
+    "MANIFEST",
+    "POOLED",
+    "Dot",
+    "Manifest",
+    "Qwen2VLFluxPipeline",
+    "Qwen2VLFluxPipelineOutput",
+    "Reference",
+    "Settings",
+    "Weighting",
+    "check_sampling",
+    "device_and_dtype",
+    "matched_size",
+    "output_size",
+    "read_manifest",
+    "reference_tensor",
+]
 
 
 @dataclass
@@ -93,9 +107,13 @@ class Qwen2VLFluxPipeline:
     FLUX and the connector run on megaflux_kernels; False: on diffusers' own path."""
 
     def __init__(
-        self, models: Models, settings: Settings, source: dict[str, Any] | None = None, kernels: bool = True,
+        self,
+        models: Models,
+        settings: Settings,
+        source: dict[str, Any] | None = None,
+        kernels: bool = True,
         attribution: str | None = None,
-    ):  # fmt: skip
+    ):
         self.models = models
         self.settings = settings
         self.source = source or {}
@@ -108,9 +126,14 @@ class Qwen2VLFluxPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
-        kernels: bool = True, *, torch_dtype: torch.dtype | None = None,
-    ) -> Qwen2VLFluxPipeline:  # fmt: skip
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        kernels: bool = True,
+        *,
+        torch_dtype: torch.dtype | None = None,
+    ) -> Qwen2VLFluxPipeline:
         """Assemble an export folder; `megaflux.runs.load_pipeline` takes run folders as well.
 
         dtype (or torch_dtype, diffusers' name) None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if
@@ -123,11 +146,16 @@ class Qwen2VLFluxPipeline:
         transformer = pretrained.load_transformer(str(root), dtype, target)
         vlm, processor = pretrained.load_vlm(str(root / "text_encoder"), settings.attention, dtype, target)
         models = pretrained.assemble(
-            transformer, pretrained.load_connector(root / CONNECTOR), vlm, processor,
-            pretrained.load_vae(None, str(root)), pretrained.load_scheduler(str(root)),
+            transformer,
+            pretrained.load_connector(root / CONNECTOR),
+            vlm,
+            processor,
+            pretrained.load_vae(None, str(root)),
+            pretrained.load_scheduler(str(root)),
             pretrained.read_tensors(root / POOLED, {"pooled_prompt_embeds"})["pooled_prompt_embeds"],
-            settings.vlm_max_tokens, settings.caption_max_tokens,
-        )  # fmt: skip
+            settings.vlm_max_tokens,
+            settings.caption_max_tokens,
+        )
         models.trunk.min_image_tokens = settings.vlm_min_tokens
         if "t5" in settings.text_encoders:
             models.t5 = pretrained.load_t5(root, dtype)
@@ -234,14 +262,24 @@ class Qwen2VLFluxPipeline:
             raise UserError(f"output type: {output_type}; use pil, np, pt or latent")
         notes: list[str] = []
         start = self._start(image, mask_image, strength, height, width, notes)
-        control = self._control(control_image, control_mode, controlnet_conditioning_scale, control_guidance_start,
-                                control_guidance_end, height, width, notes)  # fmt: skip
+        control = self._control(
+            control_image,
+            control_mode,
+            controlnet_conditioning_scale,
+            control_guidance_start,
+            control_guidance_end,
+            height,
+            width,
+            notes,
+        )
         encoded = self.encode_all(references, prompt, weighting, text_encoder, reference_tokens, control is not None)
         notes += encoded.notes
         if control is not None:
             if self.controlnet.union and not encoded.references and encoded.text is None:
-                raise UserError("a union ControlNet reads Qwen2-VL's tokens, and a prompt read by T5 has none; give a "
-                                "reference, or the text encoder qwen")  # fmt: skip
+                raise UserError(
+                    "a union ControlNet reads Qwen2-VL's tokens, and a prompt read by T5 has none; give a "
+                    "reference, or the text encoder qwen"
+                )
             notes += controlnets.not_honoured(encoded, weighting)
             if start is not None and batch_size > 1:
                 batch_size = 1
@@ -259,9 +297,23 @@ class Qwen2VLFluxPipeline:
                 part = range(first, min(first + batch_size, len(seeds)))
                 each = [prompt_embeds(encoded, weighting, seeds[i], t5_embedder) for i in part]
                 embeds = PromptEmbeds.cat(each)
-                arguments = (flux, models.trainable, embeds, models.pooled_projections, [generators[i] for i in part],
-                             height, width, num_inference_steps, guidance, start, control, t5_embedder, output_type,
-                             callback_on_step_end, callback_on_step_end_tensor_inputs)  # fmt: skip
+                arguments = (
+                    flux,
+                    models.trainable,
+                    embeds,
+                    models.pooled_projections,
+                    [generators[i] for i in part],
+                    height,
+                    width,
+                    num_inference_steps,
+                    guidance,
+                    start,
+                    control,
+                    t5_embedder,
+                    output_type,
+                    callback_on_step_end,
+                    callback_on_step_end_tensor_inputs,
+                )
                 if attention_map:
                     with attention_mass(models.trainable.transformer, embeds.prompt_embeds.shape[1]) as mass:
                         made.append(sample(*arguments))
@@ -269,9 +321,12 @@ class Qwen2VLFluxPipeline:
                 else:
                     made.append(sample(*arguments))
                 output.weights += [
-                    [token_weights(r, weighting, seeds[i], k).view(r.grid).numpy()
-                     for k, r in enumerate(encoded.references)] for i in part
-                ]  # fmt: skip
+                    [
+                        token_weights(r, weighting, seeds[i], k).view(r.grid).numpy()
+                        for k, r in enumerate(encoded.references)
+                    ]
+                    for i in part
+                ]
         if output_type == "pil":
             output.images = [picture for pictures in made for picture in pictures]
         else:
@@ -279,9 +334,14 @@ class Qwen2VLFluxPipeline:
         return output if return_dict else (output.images,)
 
     def encode_all(
-        self, references: Sequence[Reference], prompt: str = "", weighting: Weighting = NEUTRAL,
-        text_encoder: str | None = None, reference_tokens: int | None = None, for_controlnet: bool = False,
-    ) -> Encoded:  # fmt: skip
+        self,
+        references: Sequence[Reference],
+        prompt: str = "",
+        weighting: Weighting = NEUTRAL,
+        text_encoder: str | None = None,
+        reference_tokens: int | None = None,
+        for_controlnet: bool = False,
+    ) -> Encoded:
         """References and prompt past Qwen2-VL, connector and, on our own path, context_embedder (a ControlNet has one of
         its own, so not for it)."""
         settings, encoder = self.settings, text_encoder or self.settings.text_encoders[0]
@@ -289,8 +349,9 @@ class Qwen2VLFluxPipeline:
             raise UserError(f"text encoder: {encoder}; use qwen or t5")
         embedded = self.models.trainable.fused and not for_controlnet
         with runtime.encoding(self):
-            encoded = encode(self.models, settings.longest_side, references, prompt, encoder, weighting, embedded,
-                             reference_tokens)  # fmt: skip
+            encoded = encode(
+                self.models, settings.longest_side, references, prompt, encoder, weighting, embedded, reference_tokens
+            )
         if encoded.text is not None:
             needed = "image_text" if references else "text"
             if needed not in settings.modes:

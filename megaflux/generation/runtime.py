@@ -17,8 +17,18 @@ if TYPE_CHECKING:
     from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 
 # Layers that stay in bf16, as in the released tool: norms and their modulations, and what reads and writes the streams.
-KEPT_IN_BF16 = ("norm", "norm1", "norm1_context", "norm2", "norm2_context", "norm_out", "proj_out", "x_embedder",
-                "context_embedder", "time_text_embed")  # fmt: skip
+KEPT_IN_BF16 = (
+    "norm",
+    "norm1",
+    "norm1_context",
+    "norm2",
+    "norm2_context",
+    "norm_out",
+    "proj_out",
+    "x_embedder",
+    "context_embedder",
+    "time_text_embed",
+)
 
 
 @dataclass(frozen=True)

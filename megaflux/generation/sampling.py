@@ -85,15 +85,25 @@ def scheduler_like(scheduler: FlowMatchEulerDiscreteScheduler, shift: float | No
 
 def flux_pipeline(transformer, vae, scheduler, start: Start | None = None, control: Control | None = None):
     """diffusers' pipeline for what is given, without text encoders: our condition comes as prompt_embeds."""
-    parts = {"scheduler": scheduler, "vae": vae, "text_encoder": None, "tokenizer": None, "text_encoder_2": None,
-             "tokenizer_2": None, "transformer": transformer}  # fmt: skip
+    parts = {
+        "scheduler": scheduler,
+        "vae": vae,
+        "text_encoder": None,
+        "tokenizer": None,
+        "text_encoder_2": None,
+        "tokenizer_2": None,
+        "transformer": transformer,
+    }
     if control is not None:
         parts["controlnet"] = control.controlnet
     kinds = {
-        (False, False, False): FluxPipeline, (True, False, False): FluxImg2ImgPipeline,
-        (True, True, False): FluxInpaintPipeline, (False, False, True): FluxControlNetPipeline,
-        (True, False, True): FluxControlNetImg2ImgPipeline, (True, True, True): FluxControlNetInpaintPipeline,
-    }  # fmt: skip
+        (False, False, False): FluxPipeline,
+        (True, False, False): FluxImg2ImgPipeline,
+        (True, True, False): FluxInpaintPipeline,
+        (False, False, True): FluxControlNetPipeline,
+        (True, False, True): FluxControlNetImg2ImgPipeline,
+        (True, True, True): FluxControlNetInpaintPipeline,
+    }
     pipeline = kinds[start is not None, start is not None and start.mask is not None, control is not None](**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -101,11 +111,22 @@ def flux_pipeline(transformer, vae, scheduler, start: Start | None = None, contr
 
 @torch.no_grad()
 def sample(
-    pipeline, model: Qwen2VLFlux, prompt: PromptEmbeds, pooled_projections: Tensor,
-    generators: Sequence[torch.Generator], height: int, width: int, steps: int, guidance: float,
-    start: Start | None = None, control: Control | None = None, t5_embedder: nn.Linear | None = None,
-    output_type: str = "pil", callback: Callable[..., dict] | None = None, callback_inputs: Sequence[str] = ("latents",),
-) -> Any:  # fmt: skip
+    pipeline,
+    model: Qwen2VLFlux,
+    prompt: PromptEmbeds,
+    pooled_projections: Tensor,
+    generators: Sequence[torch.Generator],
+    height: int,
+    width: int,
+    steps: int,
+    guidance: float,
+    start: Start | None = None,
+    control: Control | None = None,
+    t5_embedder: nn.Linear | None = None,
+    output_type: str = "pil",
+    callback: Callable[..., dict] | None = None,
+    callback_inputs: Sequence[str] = ("latents",),
+) -> Any:
     """What a pipeline of `flux_pipeline` makes of a batch: its `.images`, in diffusers' output_type.
 
     Picture i starts from noise that generators[i] draws, and so does whatever else is drawn for it.
@@ -120,10 +141,12 @@ def sample(
             arguments["mask_image"] = [start.mask] * B
     if control is not None:
         arguments |= {
-            "control_image": control.images, "control_mode": control.modes,
-            "controlnet_conditioning_scale": control.scales, "control_guidance_start": control.start,
+            "control_image": control.images,
+            "control_mode": control.modes,
+            "controlnet_conditioning_scale": control.scales,
+            "control_guidance_start": control.start,
             "control_guidance_end": control.end,
-        }  # fmt: skip
+        }
     options: dict[str, Any] = {"context_embedded": True} if prompt.embedded else {}
     num_image_tokens = (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
     # A bias of diffusers' own attention must be of the queries' dtype; our kernel takes any, and float32 is exact enough.
@@ -137,19 +160,34 @@ def sample(
             if control is not None:
                 stack.enter_context(image_tokens_only(control.controlnet, prompt.num_own_tokens))
         return pipeline(
-            prompt_embeds=prompt.prompt_embeds, pooled_prompt_embeds=pooled_projections.to(prompt.prompt_embeds).expand(B, -1),
-            height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
-            joint_attention_kwargs=options or None, generator=list(generators), output_type=output_type,
-            callback_on_step_end=callback, callback_on_step_end_tensor_inputs=list(callback_inputs), **arguments,
-        ).images  # fmt: skip
+            prompt_embeds=prompt.prompt_embeds,
+            pooled_prompt_embeds=pooled_projections.to(prompt.prompt_embeds).expand(B, -1),
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            joint_attention_kwargs=options or None,
+            generator=list(generators),
+            output_type=output_type,
+            callback_on_step_end=callback,
+            callback_on_step_end_tensor_inputs=list(callback_inputs),
+            **arguments,
+        ).images
 
 
 @torch.no_grad()
 def generate(
-    pipeline: FluxPipeline, model: Qwen2VLFlux, condition: Condition, pooled_projections: Tensor,
-    seeds: Sequence[int | torch.Generator], height: int, width: int, steps: int, guidance: float,
+    pipeline: FluxPipeline,
+    model: Qwen2VLFlux,
+    condition: Condition,
+    pooled_projections: Tensor,
+    seeds: Sequence[int | torch.Generator],
+    height: int,
+    width: int,
+    steps: int,
+    guidance: float,
     on_step: Callable[[], None] = lambda: None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Variations in a batch, for validation: uint8 (B, 3, height, width) on the CPU, one per condition and seed.
 
     condition: B conditions of equal length; pooled_projections: (1, P). Picture i starts from noise drawn on the CPU
@@ -161,8 +199,19 @@ def generate(
     prompt = PromptEmbeds(tokens, None, model.fused, tokens.shape[1])
     generators = [s if isinstance(s, torch.Generator) else torch.Generator().manual_seed(s) for s in seeds]
     with decoding_in_chunks(pipeline.vae, len(seeds), height, width):
-        images = sample(pipeline, model, prompt, pooled_projections, generators, height, width, steps, guidance,
-                        output_type="pt", callback=lambda *_: on_step() or {})  # fmt: skip
+        images = sample(
+            pipeline,
+            model,
+            prompt,
+            pooled_projections,
+            generators,
+            height,
+            width,
+            steps,
+            guidance,
+            output_type="pt",
+            callback=lambda *_: on_step() or {},
+        )
     return (images.float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
 
 

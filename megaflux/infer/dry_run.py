@@ -87,8 +87,10 @@ def describe(job: Job, opened: Opened, facts: Facts) -> None:
         if reference.sha256 in opened.pictures:
             tokens = reference_tokens(opened[reference].size, facts, job.reference_tokens)
             condition += math.prod(-(-side // job.downsample) for side in tokens)
-            print(f"reference   {Path(reference.file).name}: {tokens[0]}x{tokens[1]} = {math.prod(tokens)} tokens, strength "
-                  f"{reference.strength:g}, {len(reference.dots)} dots")  # fmt: skip
+            print(
+                f"reference   {Path(reference.file).name}: {tokens[0]}x{tokens[1]} = {math.prod(tokens)} tokens, strength "
+                f"{reference.strength:g}, {len(reference.dots)} dots"
+            )
     if job.prompt:
         print(f"prompt      {len(job.prompt)} characters, at most {facts.settings.caption_max_tokens} tokens")
     if picture_tokens:
@@ -146,8 +148,10 @@ def print_memory(parts: list[Part], job: Job, runtime: Runtime, facts: Facts) ->
         if part.parameters is not None:
             amount = f"{part.parameters / 1e6:10.1f} M {memory.sizes[part.name] / GB:8.2f} GB"
         print(f"  {part.name:<14}{amount}  {part.source}")
-    print(f"  estimated peak on the device: {memory.peak / GB:.1f} GB: {memory.weights / GB:.1f} weights"
-          f"{' at a time' if runtime.offload else ''}, {memory.working / GB:.1f} working memory")  # fmt: skip
+    print(
+        f"  estimated peak on the device: {memory.peak / GB:.1f} GB: {memory.weights / GB:.1f} weights"
+        f"{' at a time' if runtime.offload else ''}, {memory.working / GB:.1f} working memory"
+    )
     if on_gpu(runtime):
         print(f"  free there: {free_bytes(runtime) / GB:.1f} GB; {advice(memory, runtime) or 'fits'}")
 
@@ -202,8 +206,12 @@ def export_facts(runtime: Runtime) -> Facts:
     if "t5" in settings.text_encoders:
         names |= {"T5": "text_encoder_2", "T5's linear": "t5_embedder"}
     parts = [Part(name, str(root / folder), parameters_in(root / folder)) for name, folder in names.items()]
-    return Facts(settings, parts, flux["num_attention_heads"] * flux["attention_head_dim"],
-                 vlm["patch_size"] * vlm["spatial_merge_size"])  # fmt: skip
+    return Facts(
+        settings,
+        parts,
+        flux["num_attention_heads"] * flux["attention_head_dim"],
+        vlm["patch_size"] * vlm["spatial_merge_size"],
+    )
 
 
 def run_facts(runtime: Runtime) -> Facts:
@@ -233,8 +241,12 @@ def run_facts(runtime: Runtime) -> Facts:
         Part("VAE", model.vae or model.flux, vae),
     ]
     flux, vision = trainable.transformer.config, trunk.config.vision_config
-    return Facts(Settings.of(run.config), parts, flux.num_attention_heads * flux.attention_head_dim,
-                 vision.patch_size * vision.spatial_merge_size)  # fmt: skip
+    return Facts(
+        Settings.of(run.config),
+        parts,
+        flux.num_attention_heads * flux.attention_head_dim,
+        vision.patch_size * vision.spatial_merge_size,
+    )
 
 
 def extra_parts(job: Job, runtime: Runtime) -> tuple[list[Part], list[str]]:
@@ -243,8 +255,15 @@ def extra_parts(job: Job, runtime: Runtime) -> tuple[list[Part], list[str]]:
     from megaflux.models.sources import DIFFUSERS_MODEL, hub_name, source_problems
 
     made = [c.kind for c in job.controls if c.image is None and c.kind in DETECTED]
-    needs = [name for name, wanted in {"depth": "depth" in made, "line": "line" in made and runtime.line_model,
-                                       "sam": job.mask_points}.items() if wanted]  # fmt: skip
+    needs = [
+        name
+        for name, wanted in {
+            "depth": "depth" in made,
+            "line": "line" in made and runtime.line_model,
+            "sam": job.mask_points,
+        }.items()
+        if wanted
+    ]
     given = {"depth": runtime.depth_model, "line": runtime.line_model, "sam": runtime.sam_model}
     problems = [NEEDED[name] for name in needs if given[name] is None]
     wanted = {OPTIONS[name][2:]: given[name] for name in needs if given[name] is not None}
@@ -279,6 +298,9 @@ def parameters_in(folder: Path) -> int:
                 header = json.loads(stream.read(length)) if length < 1e8 else {}
         except (OSError, struct.error, ValueError):
             raise UserError(f"{file}: cannot be read as safetensors; get it again") from None
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items()
-                     if name not in ("__metadata__", "lm_head.weight"))  # fmt: skip
+        total += sum(
+            math.prod(entry["shape"])
+            for name, entry in header.items()
+            if name not in ("__metadata__", "lm_head.weight")
+        )
     return total

@@ -78,11 +78,14 @@ def same_weights(original: dict[str, Any], pipeline: Qwen2VLFluxPipeline, given:
     before, now = dict(original["source"]), dict(pipeline.source)
     nets_before, nets_now = before.pop("controlnet", None), now.pop("controlnet", None)
     if nets_before is not None and nets_before != nets_now and "controlnet" not in given:
-        raise UserError("--from-image: the ControlNet's folder now holds other weights than the picture's; give "
-                        "--controlnet DIR")  # fmt: skip
+        raise UserError(
+            "--from-image: the ControlNet's folder now holds other weights than the picture's; give --controlnet DIR"
+        )
     if before != now and not {"checkpoint", "update"} & set(given):
-        raise UserError(f"--from-image: the picture was made with {said(before)}, the folder now holds {said(now)}; give "
-                        "--checkpoint DIR, and --update N for a run")  # fmt: skip
+        raise UserError(
+            f"--from-image: the picture was made with {said(before)}, the folder now holds {said(now)}; give "
+            "--checkpoint DIR, and --update N for a run"
+        )
     key = "weights_sha256"
     if before.get(key) != now.get(key):
         print(f"other weights than the picture's ({said(before)}): expect another picture")
@@ -127,9 +130,15 @@ def load(runtime: Runtime) -> tuple[Qwen2VLFluxPipeline, Detectors, Runtime]:
 
 
 def make(
-    pipeline: Qwen2VLFluxPipeline, detectors: Detectors, job: Job, runtime: Runtime, opened, out: Path,
-    options: dict[str, Any], only: int | None = None,
-) -> list[Path]:  # fmt: skip
+    pipeline: Qwen2VLFluxPipeline,
+    detectors: Detectors,
+    job: Job,
+    runtime: Runtime,
+    opened,
+    out: Path,
+    options: dict[str, Any],
+    only: int | None = None,
+) -> list[Path]:
     """Run a job and write its pictures; prints notes and files. only: the one seed to write, and no sheet.
 
     options: out's (no_metadata, embed_inputs, save_control) and `maps`, the hashes that a replay must meet."""
@@ -145,16 +154,26 @@ def make(
 
 
 def write(
-    result: Result, runtime: Runtime, pipeline: Qwen2VLFluxPipeline, inputs: dict[str, bytes], out: Path,
-    options: dict[str, Any], only: int | None = None,
-) -> list[Path]:  # fmt: skip
+    result: Result,
+    runtime: Runtime,
+    pipeline: Qwen2VLFluxPipeline,
+    inputs: dict[str, bytes],
+    out: Path,
+    options: dict[str, Any],
+    only: int | None = None,
+) -> list[Path]:
     """All files of a job's result."""
     from megaflux.generation.dots.heat_map import attention_picture, heat_map
 
     job, stem = result.job, stem_of(result.job)
     transformer = pipeline.models.trainable.transformer
-    facts = {"path": pipeline.models.trainable.describe(), "dtype": str(transformer.dtype).removeprefix("torch."),
-             "device": str(pipeline.device), "versions": versions(), "maps": map_hashes(result)}  # fmt: skip
+    facts = {
+        "path": pipeline.models.trainable.describe(),
+        "dtype": str(transformer.dtype).removeprefix("torch."),
+        "device": str(pipeline.device),
+        "versions": versions(),
+        "maps": map_hashes(result),
+    }
 
     def stored(picture, name: str, seed: int | None = None) -> Path:
         settings = None if options.get("no_metadata") else settings_of(job, runtime, pipeline.source, facts, seed)
@@ -202,14 +221,18 @@ def same_maps(before: dict[str, str] | None, result: Result) -> None:
     now = map_hashes(result)
     for name, digest in (before or {}).items():
         if now.get(name) != digest:
-            raise UserError(f"--from-image: the {name} map comes out otherwise than the picture's, so the detector has "
-                            "changed; restore it, or give the map's file by an option")  # fmt: skip
+            raise UserError(
+                f"--from-image: the {name} map comes out otherwise than the picture's, so the detector has "
+                "changed; restore it, or give the map's file by an option"
+            )
 
 
 def interactive(
-    given: dict[str, Any], base: tuple[Job, Runtime] | None, embedded: Mapping[str, bytes] | None = None,
+    given: dict[str, Any],
+    base: tuple[Job, Runtime] | None,
+    embedded: Mapping[str, bytes] | None = None,
     original: dict[str, Any] | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Read lines of pictures, words and options, and make each; the model stays loaded. A line that cannot be is one
     `error:` line, and the next is read."""
     fixed = set(Runtime.model_fields) | {"dry_run", "from_image", "interactive", "checkpoint"}
@@ -289,8 +312,10 @@ def memory_said() -> Iterator[None]:
             r"out of memory|can't allocate memory|not enough mem", line
         ):
             raise
-        raise UserError(f"out of memory ({line[:160]}); make smaller or fewer pictures at a time (--batch-size 1), or on "
-                        "a GPU --offload model or --quantize fp8") from None  # fmt: skip
+        raise UserError(
+            f"out of memory ({line[:160]}); make smaller or fewer pictures at a time (--batch-size 1), or on "
+            "a GPU --offload model or --quantize fp8"
+        ) from None
 
 
 def versions() -> dict[str, str]:

@@ -50,8 +50,13 @@ class _Parser(argparse.ArgumentParser):
 def add_networks(add: Callable[..., Any], masks: str) -> None:
     """The options that name other people's networks, here and of the panel. add: a parser's add_argument; masks: what Segment
     Anything is for."""
-    add("--controlnet", type=keyed_path_option, action="append", metavar="[KIND=]DIR",
-        help="a FLUX ControlNet (union or for one kind)")  # fmt: skip
+    add(
+        "--controlnet",
+        type=keyed_path_option,
+        action="append",
+        metavar="[KIND=]DIR",
+        help="a FLUX ControlNet (union or for one kind)",
+    )
     add("--depth-model", type=path_option, metavar="DIR", help="Depth Anything in transformers' layout")
     add("--line-model", type=path_option, metavar="DIR", help="folder of Anyline's MTEED.pth (default: Canny edges)")
     add("--sam-model", type=path_option, metavar="DIR", help=f"Segment Anything 2 in transformers' layout, {masks}")
@@ -60,9 +65,11 @@ def add_networks(add: Callable[..., Any], masks: str) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Options left out stay out of the namespace, so that --from-image knows which were given."""
     parser = _Parser(
-        prog="python -m megaflux.infer", description=DESCRIPTION, argument_default=argparse.SUPPRESS,
+        prog="python -m megaflux.infer",
+        description=DESCRIPTION,
+        argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--checkpoint", type=path_option, metavar="DIR", help="a run's folder, or an export's")
     add("--update", type=int, metavar="N", help="the run's checkpoint after N updates (default: the newest)")
@@ -77,8 +84,14 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what to make")
     add = group.add_argument
     add("--mode", choices=MODES, help="default: by what is given (a reference: variation; a prompt alone: text; ...)")
-    add("--reference", type=path_option, nargs="+", action="extend", metavar="IMG[:STRENGTH]",
-        help="one or more pictures; strength 1 is as trained, 0.5 counts half")  # fmt: skip
+    add(
+        "--reference",
+        type=path_option,
+        nargs="+",
+        action="extend",
+        metavar="IMG[:STRENGTH]",
+        help="one or more pictures; strength 1 is as trained, 0.5 counts half",
+    )
     add("--prompt", metavar="TEXT", help="words beside the references, or alone")
     add(
         "--text-encoder",
@@ -109,8 +122,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, metavar="S", help="seeds are S, S + 1, ... (default 0)")
     add("--batch-size", type=int, metavar="N", help="pictures at a time (default 1)")
     add("--aspect", metavar="W:H", help="shape (default: the image's own, else 1:1)")
-    add("--sizes", choices=("training", "release"), help="what an aspect means: the training bucket, or the released "
-        "tool's table of equal areas (default: the weights')")  # fmt: skip
+    add(
+        "--sizes",
+        choices=("training", "release"),
+        help="what an aspect means: the training bucket, or the released "
+        "tool's table of equal areas (default: the weights')",
+    )
     add("--width", type=int, metavar="PX", help="with --height, in the place of an aspect; multiples of 16")
     add("--height", type=int, metavar="PX")
     add("--match-input-size", action="store_true", help="the size of the image, or of the first reference")
@@ -120,8 +137,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("dots: what in a reference matters")
     add = group.add_argument
-    add("--dot", action="append", metavar="[N:]X,Y,R,W", help="on reference N (default 1): centre 0..1, radius as a "
-        "fraction of the shorter side, weight (0 leaves out, 1 neutral, 2 doubles); repeatable")  # fmt: skip
+    add(
+        "--dot",
+        action="append",
+        metavar="[N:]X,Y,R,W",
+        help="on reference N (default 1): centre 0..1, radius as a "
+        "fraction of the shorter side, weight (0 leaves out, 1 neutral, 2 doubles); repeatable",
+    )
     add(
         "--dots",
         type=path_option,
@@ -153,8 +175,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", "bfloat16", "float32"), help="auto (default): bfloat16 on a GPU, float32 on the CPU"
     )
     add("--kernels", choices=("on", "off"), help="off: diffusers' own path instead of megaflux_kernels")
-    add("--offload", choices=("model", "sequential"), help="keep weights in the host's memory: a part, or a layer, at a "
-        "time on the GPU")  # fmt: skip
+    add(
+        "--offload",
+        choices=("model", "sequential"),
+        help="keep weights in the host's memory: a part, or a layer, at a time on the GPU",
+    )
     add("--quantize", choices=("fp8",), help="FLUX's block weights in float8")
     add("--compile", action="store_true", help="torch.compile FLUX's blocks: minutes at the start, then faster")
     return parser
@@ -322,8 +347,9 @@ def control_image(text: str) -> JobControl:
         raise UserError(f"--control-image {text}: use KIND=IMG, as in depth=map.png")
     file, scale = with_number(rest, "--control-image")
     image = Input(file=path_of(file, "--control-image"))
-    return JobControl(kind=known_kind(kind, "--control-image"), scale=check_scale(scale, f"--control-image {text}"),
-                      image=image)  # fmt: skip
+    return JobControl(
+        kind=known_kind(kind, "--control-image"), scale=check_scale(scale, f"--control-image {text}"), image=image
+    )
 
 
 def known_kind(kind: str, option: str) -> str:

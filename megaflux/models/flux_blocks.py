@@ -26,9 +26,17 @@ from megaflux_kernels.qk_norm_rope import qk_norm_rope
 
 
 def double_block(
-    self: nn.Module, text: Tensor, image: Tensor, normed: tuple[Tensor | None, Tensor | None], modulation: tuple,
-    following: tuple | None, rope: tuple[Tensor, Tensor], bias: Tensor | None, recompute: bool, keep_input: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:  # fmt: skip
+    self: nn.Module,
+    text: Tensor,
+    image: Tensor,
+    normed: tuple[Tensor | None, Tensor | None],
+    modulation: tuple,
+    following: tuple | None,
+    rope: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    recompute: bool,
+    keep_input: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
     """FluxTransformerBlock.forward: text (B, T, W), image (B, L, W) -> the same, and their norms for the next block.
 
     normed: the norms of text and image by this block's modulation, or None; following: the modulation of the next block,
@@ -44,9 +52,17 @@ def double_block(
     (qkv,) = modulated_linears(n, image, scale, shift, qkv_layers(self))
     (c_qkv,) = modulated_linears(c_n, text, c_scale, c_shift, text_qkv_layers(self))
     q, k, v = qk_norm_rope(
-        qkv, attn.norm_q.weight, attn.norm_k.weight, *rope, attn.heads, c_qkv, attn.norm_added_q.weight,
-        attn.norm_added_k.weight, attn.norm_q.eps, keep_input,
-    )  # fmt: skip
+        qkv,
+        attn.norm_q.weight,
+        attn.norm_k.weight,
+        *rope,
+        attn.heads,
+        c_qkv,
+        attn.norm_added_q.weight,
+        attn.norm_added_k.weight,
+        attn.norm_q.eps,
+        keep_input,
+    )
     del n, c_n, qkv, c_qkv
     attn_output = _attention(self, q, k, v, bias)
     image_output, text_output = stream_linears(attn_output, T, attn.to_out[0], attn.to_add_out)
@@ -82,9 +98,16 @@ def _feed_forward(ff: nn.Module, n: Tensor, x: Tensor, scale: Tensor, shift: Ten
 
 
 def single_block(
-    self: nn.Module, hidden_states: Tensor, n: Tensor | None, modulation: tuple, following: tuple | None,
-    rope: tuple[Tensor, Tensor], bias: Tensor | None, recompute: bool, keep_input: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    self: nn.Module,
+    hidden_states: Tensor,
+    n: Tensor | None,
+    modulation: tuple,
+    following: tuple | None,
+    rope: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    recompute: bool,
+    keep_input: bool,
+) -> tuple[Tensor, Tensor | None]:
     """FluxSingleTransformerBlock.forward on the joined streams: (B, S, W) -> the same, and its norm for the next block.
     n, modulation and following as in `double_block`, of one stream."""
     attn, handover = self.attn, Handover()

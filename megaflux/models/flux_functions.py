@@ -87,9 +87,15 @@ def modulated_linears(
 
 
 def normed_and_turned(
-    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, rope: tuple[Tensor, Tensor], heads: int, eps: float, keep_input: bool,
+    qkv: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    rope: tuple[Tensor, Tensor],
+    heads: int,
+    eps: float,
+    keep_input: bool,
     handover: Handover,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """`qk_norm_rope` of one stream, its gradient written where the handover says."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return qk_norm_rope.qk_norm_rope(qkv, norm_q, norm_k, *rope, heads, eps=eps, keep_input=keep_input)
@@ -97,9 +103,16 @@ def normed_and_turned(
 
 
 def gelu_linear(
-    pre: Tensor, attn_output: Tensor | None, x: Tensor, scale: Tensor, shift: Tensor, proj_in: nn.Linear,
-    proj_out: nn.Linear, recompute: bool, handover: Handover | None = None,
-) -> Tensor:  # fmt: skip
+    pre: Tensor,
+    attn_output: Tensor | None,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    proj_in: nn.Linear,
+    proj_out: nn.Linear,
+    recompute: bool,
+    handover: Handover | None = None,
+) -> Tensor:
     """proj_out([attn_output |] gelu(pre)): (B, S, W).
 
     pre: (B, S, M), proj_in's output of what `modulated` made of x, scale and shift. attn_output: (B, S, W) in single

@@ -41,13 +41,7 @@ from megaflux.models.connector import build_connector
 from megaflux.models.loading_errors import named
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.models.reading import Target, fill, refuse, sampled, shapes, some, tensors, weight_files, without_weights
-from megaflux.models.scratch import (
-    TINY,
-    build_clip,
-    build_transformer,
-    build_vlm,
-    vlm_configuration,
-)
+from megaflux.models.scratch import TINY, build_clip, build_transformer, build_vlm, vlm_configuration
 from megaflux.models.sources import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, model_problems, opened
 from megaflux.models.t5 import T5Path
 from megaflux.models.vlm import Trunk, split_vlm
@@ -128,9 +122,16 @@ def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch
         vlm, processor = build_vlm(model.vlm_config, seed, way)
     connector = build_connector(vlm.config.text_config.hidden_size, transformer.config.joint_attention_dim, seed, way)
     models = assemble(
-        transformer, connector.to(own), vlm, processor, vae, scheduler, pooled,
-        model.vlm_max_tokens, model.caption_max_tokens,
-    )  # fmt: skip
+        transformer,
+        connector.to(own),
+        vlm,
+        processor,
+        vae,
+        scheduler,
+        pooled,
+        model.vlm_max_tokens,
+        model.caption_max_tokens,
+    )
     models.base = weights_fingerprint(models.trainable, models.trunk.vlm, models.vae, samples=target.samples)
     return models if target.mapped else models.to(device, dtype)
 
@@ -152,10 +153,16 @@ def weights_fingerprint(
 
 
 def assemble(
-    transformer: FluxTransformer2DModel, connector: nn.Linear, vlm: Qwen2VLModel, processor: Qwen2VLProcessor,
-    vae: AutoencoderKL, scheduler: FlowMatchEulerDiscreteScheduler, pooled: Tensor,
-    max_image_tokens: int, max_caption_tokens: int,
-) -> Models:  # fmt: skip
+    transformer: FluxTransformer2DModel,
+    connector: nn.Linear,
+    vlm: Qwen2VLModel,
+    processor: Qwen2VLProcessor,
+    vae: AutoencoderKL,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    pooled: Tensor,
+    max_image_tokens: int,
+    max_caption_tokens: int,
+) -> Models:
     """Cut the VLM, put the connector between, check that the parts fit each other. UserError where they don't."""
     flux = transformer.config
     if vae.config.latent_channels * 4 != flux.in_channels:
@@ -219,9 +226,12 @@ def load_clip(source: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
     """`text_encoder/` and `tokenizer/` of a FLUX.1 folder."""
     # The published file also carries position_ids, a buffer that transformers no longer registers.
     clip = load_strict(
-        CLIPTextModel, source, subfolder="text_encoder", dtype=torch.float32,
+        CLIPTextModel,
+        source,
+        subfolder="text_encoder",
+        dtype=torch.float32,
         allow_unexpected=lambda key: key.endswith("embeddings.position_ids"),
-    )  # fmt: skip
+    )
     place = opened(source, ("tokenizer/*",))
     with named(f"{source}/tokenizer"):
         return clip, CLIPTokenizer.from_pretrained(place, subfolder="tokenizer")
@@ -288,10 +298,13 @@ def load_linear(file: Path) -> nn.Linear:
 def load_t5_encoder(root: Path, dtype: torch.dtype = torch.bfloat16):
     """(T5EncoderModel, tokenizer) of text_encoder_2/ and tokenizer_2/ of a FLUX.1 folder or an export."""
     encoder = load_strict(
-        T5EncoderModel, str(root), subfolder="text_encoder_2", dtype=dtype,
+        T5EncoderModel,
+        str(root),
+        subfolder="text_encoder_2",
+        dtype=dtype,
         allow_missing=lambda key: key == "encoder.embed_tokens.weight",  # tied to shared.weight
         allow_unexpected=lambda key: key == "encoder.embed_tokens.weight",
-    )  # fmt: skip
+    )
     with named(f"{root}/tokenizer_2"):
         return encoder, AutoTokenizer.from_pretrained(root / "tokenizer_2")
 

@@ -79,10 +79,12 @@ class Qwen2VLFlux(nn.Module):
         connector and context_embedder; the transformer is then told `context_embedded`.
         """
         hidden_states = self.vlm(
-            inputs_embeds=condition.hidden_states, position_ids=condition.position_ids,
-            attention_mask=causal_mask(condition.attention_mask, condition.hidden_states.dtype), use_cache=False,
+            inputs_embeds=condition.hidden_states,
+            position_ids=condition.position_ids,
+            attention_mask=causal_mask(condition.attention_mask, condition.hidden_states.dtype),
+            use_cache=False,
             return_dict=True,
-        ).last_hidden_state  # fmt: skip
+        ).last_hidden_state
         index = condition.select[..., None].expand(-1, -1, hidden_states.shape[-1])
         hidden_states = hidden_states.gather(1, index)  # (B, S, D) -> (B, T, D)
         if not self.fused:
@@ -93,9 +95,14 @@ class Qwen2VLFlux(nn.Module):
         return rmsnorm_linear(hidden_states, self.vlm.norm.weight, *weights, self.vlm.config.rms_norm_eps)
 
     def forward(
-        self, condition: Condition, hidden_states: Tensor, timestep: Tensor, img_ids: Tensor,
-        pooled_projections: Tensor, guidance: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        condition: Condition,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        img_ids: Tensor,
+        pooled_projections: Tensor,
+        guidance: Tensor | None,
+    ) -> Tensor:
         """Velocity (B, L, C) of packed noisy latents.
 
         hidden_states: (B, L, C); timestep: (B,) in [0, 1], 1 is noise; img_ids: (L, 3); pooled_projections: (B, P);

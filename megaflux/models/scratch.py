@@ -68,8 +68,12 @@ def vlm_configuration(vlm_config: dict[str, Any], tokenizer=None) -> Qwen2VLConf
     special: dict[str, int] = {}
     if tokenizer is not None:
         values["text_config"].setdefault("vocab_size", len(tokenizer))
-        names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
-                 "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
+        names = {
+            "image_token_id": "<|image_pad|>",
+            "video_token_id": "<|video_pad|>",
+            "vision_start_token_id": "<|vision_start|>",
+            "vision_end_token_id": "<|vision_end|>",
+        }
         special = {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
     return Qwen2VLConfig(**values, **special)
 
@@ -78,9 +82,11 @@ def tiny_processor() -> Qwen2VLProcessor:
     """Qwen2-VL's processor around the shipped tokenizer."""
     tokenizer = Qwen2TokenizerFast.from_pretrained(TINY / "tokenizer")
     return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessorFast(), tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor(),
+        image_processor=Qwen2VLImageProcessorFast(),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
         chat_template=tokenizer.chat_template,
-    )  # fmt: skip
+    )
 
 
 def build_clip(clip_config: dict[str, Any], seed: int, way: Way = "portable") -> tuple[CLIPTextModel, CLIPTokenizer]:
@@ -90,7 +96,10 @@ def build_clip(clip_config: dict[str, Any], seed: int, way: Way = "portable") ->
     tokenizer = CLIPTokenizer.from_pretrained(TINY / "clip_tokenizer")
     with named("model.clip_config"), seeded(seed, "clip", way):
         config = CLIPTextConfig(
-            vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id, **clip_config,
-        )  # fmt: skip
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **clip_config,
+        )
         return CLIPTextModel(config).eval(), tokenizer

@@ -47,8 +47,9 @@ class Condition:
     def repeated(self, times: int) -> Condition:
         """Each sample's condition `times` times in a row."""
         dims = {"position_ids": 1}
-        return Condition(**{k: None if v is None else v.repeat_interleave(times, dims.get(k, 0))
-                            for k, v in vars(self).items()})  # fmt: skip
+        return Condition(
+            **{k: None if v is None else v.repeat_interleave(times, dims.get(k, 0)) for k, v in vars(self).items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -201,16 +202,20 @@ class Trunk:
 
     @torch.no_grad()
     def encode(
-        self, pixel_values: Tensor | None, captions: list[str] | None = None, mode: Mode = "image",
+        self,
+        pixel_values: Tensor | None,
+        captions: list[str] | None = None,
+        mode: Mode = "image",
         limits: tuple[int, int] | None = None,
-    ) -> Condition:  # fmt: skip
+    ) -> Condition:
         """Run the trunk. pixel_values: uint8 (B, 3, H, W), not read in mode text; captions: B strings, not read in
         mode image; limits: fewest and most image tokens, None: as the trunk was built. The result is on the trunk's
         device and in its dtype."""
         batch = len(captions) if pixel_values is None or mode == "text" else pixel_values.shape[0]
         size = None if mode == "text" else tuple(pixel_values.shape[-2:])
-        turns = [self.turn(mode, size, captions[i] if captions and mode != "image" else "", limits)
-                 for i in range(batch)]  # fmt: skip
+        turns = [
+            self.turn(mode, size, captions[i] if captions and mode != "image" else "", limits) for i in range(batch)
+        ]
         input_ids, layout = self.collate(turns)
         # The parts of Qwen2VLModel, called as its forward calls them but for what waits for the GPU there: it looks the
         # image tokens' places up in input_ids, and reads a grid that lies on the GPU some 200 times.
@@ -219,9 +224,12 @@ class Trunk:
             for row, turn, tokens in zip(embeds, turns, self._see(pixel_values, turns[0].grid, limits), strict=True):
                 row[turn.image_start : turn.image_start + len(tokens)] = tokens
         hidden_states = self.vlm.language_model(
-            inputs_embeds=embeds, position_ids=layout["position_ids"],
-            attention_mask=causal_mask(layout["attention_mask"], embeds.dtype), use_cache=False, return_dict=True,
-        ).last_hidden_state  # fmt: skip
+            inputs_embeds=embeds,
+            position_ids=layout["position_ids"],
+            attention_mask=causal_mask(layout["attention_mask"], embeds.dtype),
+            use_cache=False,
+            return_dict=True,
+        ).last_hidden_state
         return Condition(hidden_states, **layout)
 
     def _see(self, pixel_values: Tensor, grid: tuple[int, int], limits: tuple[int, int] | None) -> Tensor:
@@ -233,9 +241,10 @@ class Trunk:
         # transformers 5 computes with the positions, on the device; 4 makes its own of the grid and passes these over.
         positions = to_device(patch_positions(rows, columns, self.merge).repeat(batch, 1), self.device)
         tokens = self.vlm.visual(
-            patches.to(self.device, self.dtype), grid_thw=torch.tensor([[1, rows, columns]] * batch),
+            patches.to(self.device, self.dtype),
+            grid_thw=torch.tensor([[1, rows, columns]] * batch),
             position_ids=positions,
-        )  # fmt: skip
+        )
         tokens = getattr(tokens, "pooler_output", tokens)  # transformers 5; 4 gives the tensor
         return tokens.unflatten(0, (batch, -1))
 
@@ -278,8 +287,12 @@ class Trunk:
             select[i, : counts[i]] = torch.tensor(t.select)
         attention_mask = _length_mask(lengths).long() if min(lengths) < S else None
         select_mask = _length_mask(counts) if min(counts) < T else None
-        layout = {"position_ids": position_ids, "select": select, "attention_mask": attention_mask,
-                  "select_mask": select_mask}  # fmt: skip
+        layout = {
+            "position_ids": position_ids,
+            "select": select,
+            "attention_mask": attention_mask,
+            "select_mask": select_mask,
+        }
         device = self.device
         moved = {name: None if value is None else to_device(value, device) for name, value in layout.items()}
         return to_device(input_ids, device), moved

@@ -33,9 +33,10 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """Options left out stay out of the namespace. The runtime's have the names and values of megaflux.infer.make's."""
     parser = _Parser(
-        prog="python -m megaflux.panel", argument_default=argparse.SUPPRESS,
+        prog="python -m megaflux.panel",
+        argument_default=argparse.SUPPRESS,
         description="A page on this machine: drop a picture, click dots on its tokens, generate.",
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--checkpoint", type=path_option, metavar="DIR", help="a run's folder, or an export's")
     add("--update", type=int, metavar="N", help="the run's checkpoint after N updates (default: the newest)")
@@ -52,8 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", "bfloat16", "float32"), help="auto (default): bfloat16 on a GPU, float32 on the CPU"
     )
     add("--kernels", choices=("on", "off"), help="off: diffusers' own path; no attention maps then")
-    add("--offload", choices=("model", "sequential"), help="keep weights in the host's memory: a part, or a layer, at a "
-        "time on the GPU")  # fmt: skip
+    add(
+        "--offload",
+        choices=("model", "sequential"),
+        help="keep weights in the host's memory: a part, or a layer, at a time on the GPU",
+    )
     add("--quantize", choices=("fp8",), help="FLUX's block weights in float8")
     add("--compile", action="store_true", help="torch.compile FLUX's blocks: minutes at the start, then faster")
     return parser
@@ -111,10 +115,20 @@ def serve(page: Any, port: int, out: Path) -> None:
 
     try:
         page.queue(default_concurrency_limit=1).launch(
-            server_name=HOST, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True,
-            ssr_mode=False, mcp_server=False, enable_monitoring=False, show_error=True, max_file_size="256mb",
-            allowed_paths=[str(out.absolute())], **launch_options(),
-        )  # fmt: skip
+            server_name=HOST,
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            show_error=True,
+            max_file_size="256mb",
+            allowed_paths=[str(out.absolute())],
+            **launch_options(),
+        )
     except OSError:
         raise UserError(f"port {port} is taken; give --port N") from None
     print(f"panel: http://{HOST}:{port}  (Ctrl-C stops)", flush=True)

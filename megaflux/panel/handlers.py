@@ -186,8 +186,11 @@ class Handlers:
         def call(file: str | None, session: Session, *_: Any) -> dict:
             stored = store(file, self.work.out)
             session = replace(session, maps={**session.maps, kind: stored})
-            return {self.c["session"]: session, self.c["map_files"][kind]: gr.update(label=stored.name),
-                    self.c["status"]: said(f"Map for {kind}: {stored.name}.")}  # fmt: skip
+            return {
+                self.c["session"]: session,
+                self.c["map_files"][kind]: gr.update(label=stored.name),
+                self.c["status"]: said(f"Map for {kind}: {stored.name}."),
+            }
 
         return call
 
@@ -209,7 +212,7 @@ class Handlers:
 
     def generate(
         self, request: gr.Request, bar: gr.Progress = _BAR, session: Session | None = None, *values: Any
-    ) -> dict:  # fmt: skip
+    ) -> dict:
         """Make the pictures that the page asks for."""
         c, form = self.c, self.form(values)
         stop = self.stops.setdefault(request.session_hash, Event())

@@ -108,8 +108,13 @@ class Form:
 def shown(mode: str) -> dict[str, bool]:
     """Which of GROUPS a mode uses."""
     begins = mode not in ("variation", "text")
-    return {"reference": mode != "text", "start": begins, "mask": "inpaint" in mode, "strength": begins,
-            "control": "controlnet" in mode}  # fmt: skip
+    return {
+        "reference": mode != "text",
+        "start": begins,
+        "mask": "inpaint" in mode,
+        "strength": begins,
+        "control": "controlnet" in mode,
+    }
 
 
 def store(upload: str | Path, out: Path) -> Stored:
@@ -202,8 +207,12 @@ def taken_up(session: Session, number: int) -> Session:
 
 def with_mask_by(session: Session, way: str) -> Session:
     """With the mask that was given in this way alone: "discs", "file" or "points"; anything else: with none."""
-    return replace(session, mask=session.mask if way == "file" else None, points=session.points if way == "points" else (),
-                   discs=session.discs if way == "discs" else ())  # fmt: skip
+    return replace(
+        session,
+        mask=session.mask if way == "file" else None,
+        points=session.points if way == "points" else (),
+        discs=session.discs if way == "discs" else (),
+    )
 
 
 def masked_at(session: Session, way: str, x: float, y: float, radius: float) -> Session:
@@ -215,9 +224,12 @@ def masked_at(session: Session, way: str, x: float, y: float, radius: float) -> 
 
 def unmasked(session: Session, way: str) -> Session:
     """Without the last disc or point, or the mask's file."""
-    return replace(session, discs=session.discs[:-1] if way == "discs" else session.discs,
-                   points=session.points[:-1] if way == "points" else session.points,
-                   mask=None if way == "file" else session.mask)  # fmt: skip
+    return replace(
+        session,
+        discs=session.discs[:-1] if way == "discs" else session.discs,
+        points=session.points[:-1] if way == "points" else session.points,
+        mask=None if way == "file" else session.mask,
+    )
 
 
 def removed(session: Session) -> Session:
@@ -262,9 +274,17 @@ def job_of(session: Session, form: Form) -> Job:
     mode, uses = form.mode, shown(form.mode)
     session = with_mask_by(session, form.mask_by)
     prompt = check_prompt(form.prompt).strip()
-    numbers = {"steps": form.steps, "pictures": form.count, "seed": form.seed, "batch size": form.batch_size,
-               "strength": form.strength, "background": form.background, "variety": form.variety,
-               "downsample": form.downsample, "reference strength": form.reference_strength}  # fmt: skip
+    numbers = {
+        "steps": form.steps,
+        "pictures": form.count,
+        "seed": form.seed,
+        "batch size": form.batch_size,
+        "strength": form.strength,
+        "background": form.background,
+        "variety": form.variety,
+        "downsample": form.downsample,
+        "reference strength": form.reference_strength,
+    }
     if empty := next((name for name, value in numbers.items() if value is None), None):
         raise UserError(f"{empty}: empty; give a number")
     if mode == "text" and not prompt:
@@ -286,30 +306,47 @@ def job_of(session: Session, form: Form) -> Job:
     for kind, scale in form.controls if uses["control"] else ():
         if scale is None or not 0 <= scale < math.inf:
             raise UserError(f"{kind}: scale {scale}; use a number of at least 0")
-    values = {"steps": form.steps, "batch_size": form.batch_size, "downsample": form.downsample,
-              "strength": form.strength}  # fmt: skip
+    values = {
+        "steps": form.steps,
+        "batch_size": form.batch_size,
+        "downsample": form.downsample,
+        "strength": form.strength,
+    }
     check_values(values | ({} if form.guidance is None else {"guidance": form.guidance}))
     references = ()
     if uses["reference"] and session.reference is not None:
         stored = session.reference
-        references = (JobReference(file=stored.file, sha256=stored.sha256, strength=form.reference_strength,
-                                   dots=session.dots),)  # fmt: skip
+        references = (
+            JobReference(file=stored.file, sha256=stored.sha256, strength=form.reference_strength, dots=session.dots),
+        )
     weighs = uses["reference"]
     check_weighting(Weighting(form.background))  # without a dot it is not used
     job = Job(
-        mode=mode, references=references, prompt=prompt, text_encoder=form.text_encoder,
+        mode=mode,
+        references=references,
+        prompt=prompt,
+        text_encoder=form.text_encoder,
         image=_input(session.start) if uses["start"] else None,
         mask=_input(session.mask) if uses["mask"] else None,
         mask_points=session.points if uses["mask"] and session.mask is None else (),
         strength=form.strength,
-        controls=tuple(JobControl(kind=kind, scale=scale, image=_input(session.maps.get(kind)))
-                       for kind, scale in form.controls) if uses["control"] else (),
-        background=form.background if weighs and session.dots else 1.0, preserve_mass=form.preserve_mass and weighs,
-        variety=form.variety if weighs else 0.0, downsample=form.downsample if weighs else 1,
-        aspect=None if form.aspect in (AUTO, MATCH) else form.aspect, match_input_size=form.aspect == MATCH,
-        steps=form.steps, guidance=form.guidance, seeds=tuple(range(form.seed, form.seed + form.count)),
-        batch_size=form.batch_size, attention_map=form.attention_map and bool(references),
-    )  # fmt: skip
+        controls=tuple(
+            JobControl(kind=kind, scale=scale, image=_input(session.maps.get(kind))) for kind, scale in form.controls
+        )
+        if uses["control"]
+        else (),
+        background=form.background if weighs and session.dots else 1.0,
+        preserve_mass=form.preserve_mass and weighs,
+        variety=form.variety if weighs else 0.0,
+        downsample=form.downsample if weighs else 1,
+        aspect=None if form.aspect in (AUTO, MATCH) else form.aspect,
+        match_input_size=form.aspect == MATCH,
+        steps=form.steps,
+        guidance=form.guidance,
+        seeds=tuple(range(form.seed, form.seed + form.count)),
+        batch_size=form.batch_size,
+        attention_map=form.attention_map and bool(references),
+    )
     job = check(job)
     check_weighting(job.weighting)
     return job

@@ -20,8 +20,11 @@ MODES = [
     ("controlnet: keep depth or lines", "controlnet"),
     ("controlnet and inpaint", "controlnet-inpaint"),
 ]
-ASPECTS = [("auto", AUTO), ("as the reference", MATCH),
-           *dict.fromkeys([*ASPECT_RATIOS, "9:16", "4:3", "3:4", "3:2", "2:3"])]  # fmt: skip
+ASPECTS = [
+    ("auto", AUTO),
+    ("as the reference", MATCH),
+    *dict.fromkeys([*ASPECT_RATIOS, "9:16", "4:3", "3:4", "3:2", "2:3"]),
+]
 SAID_OF_DOTS = (
     "<b>Click the picture to put a dot</b>: weight 2 makes the tokens around it count double, 0 leaves them out. "
     "Dots select tokens, and tokens have seen the whole image: it is not a crop."
@@ -68,9 +71,13 @@ gr.Slider.preprocess = _within
 def launch_options() -> dict[str, Any]:
     """How the page looks: no font and no script from elsewhere."""
     theme = gr.themes.Default(
-        primary_hue="orange", neutral_hue="slate", spacing_size="sm", radius_size="sm",
-        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],
-    )  # fmt: skip
+        primary_hue="orange",
+        neutral_hue="slate",
+        spacing_size="sm",
+        radius_size="sm",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
     return {"theme": theme, "css": CSS, "footer_links": []}
 
 
@@ -124,15 +131,25 @@ def reference() -> dict[str, Any]:
                 False, label="Preserve mass", info="rescale the weights to the mean 1", elem_id="mass"
             )
         with gr.Row():
-            for name, label in (("remove", "Remove dot"), ("undo", "Undo"), ("clear", "Clear dots"),
-                                ("drop_reference", "Remove picture")):  # fmt: skip
+            for name, label in (
+                ("remove", "Remove dot"),
+                ("undo", "Undo"),
+                ("clear", "Clear dots"),
+                ("drop_reference", "Remove picture"),
+            ):
                 c[name] = gr.Button(label, size="sm", min_width=80, elem_id=name)
         with gr.Accordion("Dots as numbers, and more about the reference", open=False):
             c["table"] = gr.Dataframe(
-                headers=["x", "y", "radius", "weight"], datatype="number", type="array", value=[], interactive=True,
-                label="Dots (0 to 1 from the left and the top; radius of the shorter side)", max_height=180, buttons=[],
+                headers=["x", "y", "radius", "weight"],
+                datatype="number",
+                type="array",
+                value=[],
+                interactive=True,
+                label="Dots (0 to 1 from the left and the top; radius of the shorter side)",
+                max_height=180,
+                buttons=[],
                 elem_id="table",
-            )  # fmt: skip
+            )
             with gr.Row():
                 c["reference_strength"] = gr.Number(
                     1, label="Strength", info="beside a prompt; 1 is as trained", min_width=120
@@ -141,9 +158,14 @@ def reference() -> dict[str, Any]:
                     1, label="Downsample", info="average K × K tokens", precision=0, min_width=120, elem_id="downsample"
                 )
             c["variety"] = gr.Slider(
-                0, 0.9, 0, step=0.05, label="Variety", info="share of the tokens left out, others for each seed",
+                0,
+                0.9,
+                0,
+                step=0.05,
+                label="Variety",
+                info="share of the tokens left out, others for each seed",
                 elem_id="variety",
-            )  # fmt: skip
+            )
     return c
 
 
@@ -151,9 +173,14 @@ def start(points: bool) -> dict[str, Any]:
     """The start image with its mask. points: SAM 2 is there."""
     c: dict[str, Any] = {"start_file": drop("start", "Start image (none: the reference)")}
     c["strength"] = gr.Slider(
-        0.05, 1, 0.8, step=0.05, label="Strength", elem_id="strength",
+        0.05,
+        1,
+        0.8,
+        step=0.05,
+        label="Strength",
+        elem_id="strength",
         info="share of the steps that is done anew; 1 begins at noise",
-    )  # fmt: skip
+    )
     ways = [("click discs", "discs"), ("a file", "file"), ("click on the thing (SAM 2)", "points")][
         : 3 if points else 2
     ]
@@ -174,9 +201,13 @@ def more(work: Work) -> dict[str, Any]:
     settings, can = work.pipeline.settings, work.runtime.kernels == "on"
     with gr.Row():
         c["aspect"] = gr.Dropdown(
-            ASPECTS, value=AUTO, label="Shape, width:height", info="auto: as the start image, else square", scale=2,
+            ASPECTS,
+            value=AUTO,
+            label="Shape, width:height",
+            info="auto: as the start image, else square",
+            scale=2,
             elem_id="aspect",
-        )  # fmt: skip
+        )
         c["guidance"] = gr.Number(
             settings.guidance, label="Guidance", info=f"trained: {settings.guidance:g}", min_width=80
         )
@@ -184,9 +215,12 @@ def more(work: Work) -> dict[str, Any]:
     encoders = list(settings.text_encoders)
     c["text_encoder"] = gr.Dropdown(encoders, value=encoders[0], label="Prompt read by", visible=len(encoders) > 1)
     c["attention_map"] = gr.Checkbox(
-        False, label="Attention map", interactive=can, elem_id="attention",
+        False,
+        label="Attention map",
+        interactive=can,
+        elem_id="attention",
         info="also show where each picture looked; slower" if can else "not with --kernels off",
-    )  # fmt: skip
+    )
     return c
 
 
@@ -194,8 +228,11 @@ def control_rows(work: Work) -> tuple[list[tuple[str, Any, Any]], dict[str, Any]
     """([(kind, its tick, its scale)], {kind: upload of a ready map}) of each kind that the loaded ControlNets read."""
     nets = work.runtime.controlnet
     if not nets:
-        gr.HTML("No ControlNet is loaded: start the panel with <code>--controlnet DIR</code> (and "
-                "<code>--depth-model DIR</code> for depth maps).", elem_classes="hint")  # fmt: skip
+        gr.HTML(
+            "No ControlNet is loaded: start the panel with <code>--controlnet DIR</code> (and "
+            "<code>--depth-model DIR</code> for depth maps).",
+            elem_classes="hint",
+        )
     rows, files = [], {}
     for kind in DETECTED if "" in nets else nets:
         made = kind in DETECTED and (kind != "depth" or work.runtime.depth_model)
@@ -224,16 +261,35 @@ def results() -> dict[str, Any]:
     c["status"] = gr.HTML(
         said("Drop a picture, or choose mode text and write a prompt; then Generate."), elem_id="status"
     )
-    c["gallery"] = gr.Gallery(show_label=False, columns=2, height=478, object_fit="contain", interactive=False,
-                              buttons=["download", "fullscreen"], allow_preview=False, elem_id="gallery")  # fmt: skip
+    c["gallery"] = gr.Gallery(
+        show_label=False,
+        columns=2,
+        height=478,
+        object_fit="contain",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        allow_preview=False,
+        elem_id="gallery",
+    )
     c["chosen_line"] = gr.HTML(elem_id="chosen", elem_classes="hint")
     with gr.Row():
         c["use"] = gr.Button("Use as reference", size="sm", interactive=False, elem_id="use")
         c["settings"] = gr.DownloadButton("Download settings", size="sm", interactive=False, elem_id="settings")
-    c["attention_hint"] = gr.HTML("<b>Where each picture looked</b>, and the share of its attention that the reference got",
-                                  elem_classes="hint", visible=False)  # fmt: skip
-    c["attention"] = gr.Gallery(show_label=False, columns=4, height=180, object_fit="contain", interactive=False,
-                                visible=False, buttons=[], elem_id="attention-maps")  # fmt: skip
+    c["attention_hint"] = gr.HTML(
+        "<b>Where each picture looked</b>, and the share of its attention that the reference got",
+        elem_classes="hint",
+        visible=False,
+    )
+    c["attention"] = gr.Gallery(
+        show_label=False,
+        columns=4,
+        height=180,
+        object_fit="contain",
+        interactive=False,
+        visible=False,
+        buttons=[],
+        elem_id="attention-maps",
+    )
     return c
 
 

@@ -57,9 +57,16 @@ def connect(h: Handlers) -> None:
     def on(event: Callable, handler: Callable[..., dict], *first: Any, **options: Any) -> None:
         # One at a time: an act reads the session that the one before it wrote. show_progress_on: Gradio's own errors
         # break the page where they are shown on a gr.Column among the outputs.
-        event(guarded(h, handler), [*first, c["session"], *options.pop("dot", []), *values], outputs,
-              concurrency_id="acts", show_progress="hidden", show_progress_on=c["status"], api_visibility="private",
-              **options)  # fmt: skip
+        event(
+            guarded(h, handler),
+            [*first, c["session"], *options.pop("dot", []), *values],
+            outputs,
+            concurrency_id="acts",
+            show_progress="hidden",
+            show_progress_on=c["status"],
+            api_visibility="private",
+            **options,
+        )
 
     dot = {"dot": [c["radius"], c["weight"]]}
     on(c["reference_file"].upload, h.give_reference, c["reference_file"])
@@ -92,10 +99,14 @@ def connect(h: Handlers) -> None:
     chosen = [c[name] for name in ("chosen", "chosen_line", "use", "settings")]
     c["gallery"].select(guarded(h, h.choose), c["made"], [*chosen, c["status"]], **now)
     c["generate"].click(guarded(h, h.arm), None, c["status"], **now).then(
-        guarded(h, h.generate), [c["session"], *values],
-        [c["made"], c["gallery"], c["attention"], c["attention_hint"], c["status"], *chosen], concurrency_id="model", concurrency_limit=1,
-        show_progress_on=c["gallery"], api_visibility="private",
-    )  # fmt: skip
+        guarded(h, h.generate),
+        [c["session"], *values],
+        [c["made"], c["gallery"], c["attention"], c["attention_hint"], c["status"], *chosen],
+        concurrency_id="model",
+        concurrency_limit=1,
+        show_progress_on=c["gallery"],
+        api_visibility="private",
+    )
 
 
 def guarded(h: Handlers, handler: Callable[..., dict]) -> Callable[..., dict]:

@@ -72,8 +72,12 @@ class Work:
 
     def weights(self, session: Session, form: Form) -> np.ndarray:
         """(H, W): the weights that the first picture's tokens will have. UserError where nothing would be left."""
-        weighting = Weighting(_number(form.background, 1.0), form.preserve_mass, _number(form.variety, 0.0),
-                              int(_number(form.downsample, 1)))  # fmt: skip
+        weighting = Weighting(
+            _number(form.background, 1.0),
+            form.preserve_mass,
+            _number(form.variety, 0.0),
+            int(_number(form.downsample, 1)),
+        )
         check_weighting(weighting)
         rows, columns = (-(-side // weighting.downsample) for side in self.grid(session, form))
         of_dots = griddot.token_weights(
@@ -116,8 +120,10 @@ class Work:
         mask = disc_mask(session.discs, picture.size) if session.discs else None
         if session.mask is not None:
             if session.mask.size != session.begin.size:
-                raise UserError(f"mask {session.mask.name}: {_by(session.mask.size)} px, the start image has "
-                                f"{_by(session.begin.size)}; give a mask of the same size")  # fmt: skip
+                raise UserError(
+                    f"mask {session.mask.name}: {_by(session.mask.size)} px, the start image has "
+                    f"{_by(session.begin.size)}; give a mask of the same size"
+                )
             mask = shrunk(session.mask.file, session.mask.sha256).convert("L").resize(picture.size)
             mask = mask.point(lambda value: 255 if value >= 128 else 0)
         if mask is not None:
@@ -139,8 +145,12 @@ class Work:
         return replace(session, mask=mask), replace(form, mask_by="file")
 
     def generate(
-        self, session: Session, form: Form, stop: Event, on_progress: Callable[[int, int], Any] = lambda done, total: None
-    ) -> Made:  # fmt: skip
+        self,
+        session: Session,
+        form: Form,
+        stop: Event,
+        on_progress: Callable[[int, int], Any] = lambda done, total: None,
+    ) -> Made:
         """Make and save the page's pictures. on_progress(steps done, steps in all). UserError; Stopped: nothing is saved."""
         started = time.perf_counter()
         if shown(form.mode)["control"] and self.pipeline.controlnet is None:
@@ -161,15 +171,21 @@ class Work:
         written = infer.write(result, self.runtime, self.pipeline, opened.data, self.out, {})
         files, maps = sorted_files(written, stem_of(result.job))
         if result.output.attention:
-            shares = {seed: float(sum(m.sum() for m in result.output.attention[i]))
-                      for i, seed in enumerate(result.job.seeds)}  # fmt: skip
+            shares = {
+                seed: float(sum(m.sum() for m in result.output.attention[i])) for i, seed in enumerate(result.job.seeds)
+            }
             maps = {seed: (file, f"seed {seed}: {shares[seed]:.1%}") for seed, file in maps.items()}
         seconds = time.perf_counter() - started
         job = result.job
         many = f"{len(files)} pictures" if len(files) > 1 else "1 picture"
         line = f"{many} of {job.width} × {job.height} px in {seconds:.1f} s, saved in {short(self.out)}"
-        return Made(tuple(map(str, files.values())), tuple(files), tuple(maps.values()), line,
-                    tuple(dict.fromkeys(result.notes)))  # fmt: skip
+        return Made(
+            tuple(map(str, files.values())),
+            tuple(files),
+            tuple(maps.values()),
+            line,
+            tuple(dict.fromkeys(result.notes)),
+        )
 
 
 def sorted_files(written: Sequence[Path], stem: str) -> tuple[dict[int, Path], dict[int, str]]:

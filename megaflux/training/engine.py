@@ -38,8 +38,16 @@ class Carried:
 class StageEngine:
     """The engine of one stage: `forward`, `backward` and `step` are DeepSpeed's, the freezing hooks come with it."""
 
-    def __init__(self, module: nn.Module, config: Config, ds_config: dict[str, Any], stage: int, world_size: int,
-                 carried: Carried | None = None, judge: Judge | None = None):  # fmt: skip
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Config,
+        ds_config: dict[str, Any],
+        stage: int,
+        world_size: int,
+        carried: Carried | None = None,
+        judge: Judge | None = None,
+    ):
         import deepspeed
 
         self.module, self.stage, self.config = module, stage, config
@@ -222,8 +230,11 @@ class StageEngine:
             if name in carried.tensors:
                 for key in ("master", *MOMENTS):
                     self._set_state(parameter, carried.tensors[name][key], None if key == "master" else key)
-        log.info("carried Adam's moments of %d parameters into stage %s", len(carried.tensors),
-                 self.config.stages[self.stage].name)  # fmt: skip
+        log.info(
+            "carried Adam's moments of %d parameters into stage %s",
+            len(carried.tensors),
+            self.config.stages[self.stage].name,
+        )
 
     def _set_state(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         """Put this rank's part of a whole tensor into the optimizer's state; key None: the fp32 master."""

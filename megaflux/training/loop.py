@@ -50,9 +50,12 @@ log = logging.getLogger("megaflux")
 
 
 def train(
-    config: Config, ds_config: dict[str, Any], watch: Watch, load: Callable[..., Models] = load_models,
+    config: Config,
+    ds_config: dict[str, Any],
+    watch: Watch,
+    load: Callable[..., Models] = load_models,
     assumed: Assumed | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Train through all stages, or go on where the run folder's newest whole checkpoint stands.
 
     load: makes the models: (config, device, dtype) -> Models, the same weights each time. assumed: what a person says of the
@@ -70,8 +73,14 @@ def train(
     choose_micro_batch = config.train.micro_batch_size == "auto"
     config = elastic.fit(config, resumed, world.size)
     began = psutil.Process().create_time()
-    events.record("start", time=began, update=resumed.update if resumed else 0, world_size=world.size, pid=os.getpid(),
-                  host=socket.gethostname())  # fmt: skip
+    events.record(
+        "start",
+        time=began,
+        update=resumed.update if resumed else 0,
+        world_size=world.size,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+    )
     watch.on_hang = lambda why: events.record("fault", what="hang", update=-1, detail=why)
     for line in resumed.refused if resumed else ():
         events.record("fault", what="checkpoint_refused", update=resumed.update, detail=line)
@@ -94,13 +103,18 @@ def train(
                 back = (
                     f"going back to update {resumed.update} did not help" if resumed else "there is no checkpoint yet"
                 )
-                raise UserError(f"{config.train.bad_updates} updates in a row were dropped, the last because {outcome.why}; "
-                                f"{back}; lower optim.lr, or look at the samples in {config.run.dir}/events.jsonl",
-                                agreed=True)  # fmt: skip
+                raise UserError(
+                    f"{config.train.bad_updates} updates in a row were dropped, the last because {outcome.why}; "
+                    f"{back}; lower optim.lr, or look at the samples in {config.run.dir}/events.jsonl",
+                    agreed=True,
+                )
             went_back_to.add(resumed.update)
             if world.is_main:
-                log.warning("%d updates in a row were dropped; back to update %d, leaving their data out",
-                            config.train.bad_updates, resumed.update)  # fmt: skip
+                log.warning(
+                    "%d updates in a row were dropped; back to update %d, leaving their data out",
+                    config.train.bad_updates,
+                    resumed.update,
+                )
             events.record("fault", what="rollback", update=resumed.update, detail=outcome.why)
     except UserError as error:
         if isinstance(error, space.NoRoom):
@@ -128,9 +142,16 @@ class Diverged:
 
 
 def _run(
-    config: Config, ds_config: dict[str, Any], world: World, watch: Watch, events: Events, plan: Plan,
-    resumed: Checkpoint | None, behind: Diverged | None, load: Callable[..., Models],
-) -> int | Diverged:  # fmt: skip
+    config: Config,
+    ds_config: dict[str, Any],
+    world: World,
+    watch: Watch,
+    events: Events,
+    plan: Plan,
+    resumed: Checkpoint | None,
+    behind: Diverged | None,
+    load: Callable[..., Models],
+) -> int | Diverged:
     """From a checkpoint, or the start, to the end, a signal, or divergence. behind: what sent the run back to it; its data
     are left out."""
     distributed.seed_everything(config.run.seed + world.rank)
@@ -140,11 +161,17 @@ def _run(
     dataset = cached_dataset(config, models, world)
     frozen.send_away(config, models)
     loader = build_loader(
-        dataset, remote=config.data.remote, cache_limit=config.data.cache_limit,
-        micro_batch_size=config.train.drawn_per_rank, seed=config.run.seed,
-        num_workers=config.data.num_workers, verify=behind is None, run_folder=config.run.dir,
-        damaged="replace" if resumed else "refuse", computed_from=config.data.path if config.data.cache else None,
-    )  # fmt: skip
+        dataset,
+        remote=config.data.remote,
+        cache_limit=config.data.cache_limit,
+        micro_batch_size=config.train.drawn_per_rank,
+        seed=config.run.seed,
+        num_workers=config.data.num_workers,
+        verify=behind is None,
+        run_folder=config.run.dir,
+        damaged="replace" if resumed else "refuse",
+        computed_from=config.data.path if config.data.cache else None,
+    )
     for name in loader.stale:
         events.record("fault", what="stale_shared_memory", update=resumed.update if resumed else 0, detail=name)
     guard = Guard(config.optim.spike_sigma, config.optim.spike_window, config.train.bad_updates)
@@ -178,8 +205,13 @@ def _run(
                 space.check(config, engine, count, world, checkpoint.most_at_once(config, done))
             plan.choose(models, engine)
             batches, accumulation = pieces(drawn, plan.micro_batch_size), engine.accumulation_steps
-            log.info("stage %s: %d parameters train; %s; %s", config.stages[stage].name, engine.num_trainable,
-                     models.trainable.describe(), plan.describe())  # fmt: skip
+            log.info(
+                "stage %s: %d parameters train; %s; %s",
+                config.stages[stage].name,
+                engine.num_trainable,
+                models.trainable.describe(),
+                plan.describe(),
+            )
             monitor.scalars(plan.scalars(), done)
             stage_end = config.stage_ends()[stage]
             if done == 0 or owes_loss:
@@ -188,8 +220,14 @@ def _run(
                 _panel(engine, config, models, references, monitor, world, done, watch)
             owes_loss = owes_panel = False
         watch.ready()
-        events.record("ready", update=done, plan=memory.counted(plan.policies), micro_batch_size=plan.micro_batch_size,
-                      why=plan.why, limit=plan.limit)  # fmt: skip
+        events.record(
+            "ready",
+            update=done,
+            plan=memory.counted(plan.policies),
+            micro_batch_size=plan.micro_batch_size,
+            why=plan.why,
+            limit=plan.limit,
+        )
 
         while done < min(stage_end, last):
             learning_rate, seen, keys = engine.set_learning_rate(done), Counter(), []
@@ -236,8 +274,20 @@ def _run(
                     or leaving
                     or (_due(done, config.train.checkpoint_every) and not guard.in_a_row)
                 ):
-                    saved = _save(engine, config, done, loader, models, guard, plan, resumed, monitor, world, events,
-                                  must=at_end or done == last or leaving)  # fmt: skip
+                    saved = _save(
+                        engine,
+                        config,
+                        done,
+                        loader,
+                        models,
+                        guard,
+                        plan,
+                        resumed,
+                        monitor,
+                        world,
+                        events,
+                        must=at_end or done == last or leaving,
+                    )
                 loss_due, panel_due = validation.due(config, done)
                 if not leaving and loss_due:
                     _validate(engine, config, models, references, monitor, world, done, watch)
@@ -276,15 +326,34 @@ def _run(
 
 
 def _save(
-    engine: StageEngine, config: Config, update: int, loader: BucketLoader, models: Models, guard: Guard, plan: Plan,
-    resumed: Checkpoint | None, monitor: Monitor, world: World, events: Events, must: bool,
-) -> bool:  # fmt: skip
+    engine: StageEngine,
+    config: Config,
+    update: int,
+    loader: BucketLoader,
+    models: Models,
+    guard: Guard,
+    plan: Plan,
+    resumed: Checkpoint | None,
+    monitor: Monitor,
+    world: World,
+    events: Events,
+    must: bool,
+) -> bool:
     """Whether there is a checkpoint now. A disk that refuses one ends the run only where there must be one. Collective."""
     try:
         space.check(config, engine, trained.count_trained(config, engine.module, engine.stage), world, None)
         with monitor.timed("save", update):
-            checkpoint.save(config, engine, update, loader.state_dict(), models.base, world, guard.state_dict(),
-                            resumed.update if resumed else None, plan.state_dict())  # fmt: skip
+            checkpoint.save(
+                config,
+                engine,
+                update,
+                loader.state_dict(),
+                models.base,
+                world,
+                guard.state_dict(),
+                resumed.update if resumed else None,
+                plan.state_dict(),
+            )
     except space.NoRoom as error:
         if must:
             raise
@@ -317,9 +386,15 @@ def _condition(config: Config, models: Models, batch: Batch, update: int, turn: 
 
 
 def _validate(
-    engine: StageEngine, config: Config, models: Models, references: References, monitor: Monitor, world: World,
-    update: int, watch: Watch,
-) -> None:  # fmt: skip
+    engine: StageEngine,
+    config: Config,
+    models: Models,
+    references: References,
+    monitor: Monitor,
+    world: World,
+    update: int,
+    watch: Watch,
+) -> None:
     """Seeded validation loss, to TensorBoard, the bar and RUN/validation.jsonl. Collective."""
     with monitor.timed("validation", update):
         values = validation.validation_loss(engine.module, config, models, references, world, watch.moved)
@@ -329,9 +404,15 @@ def _validate(
 
 
 def _panel(
-    engine: StageEngine, config: Config, models: Models, references: References, monitor: Monitor, world: World,
-    update: int, watch: Watch,
-) -> None:  # fmt: skip
+    engine: StageEngine,
+    config: Config,
+    models: Models,
+    references: References,
+    monitor: Monitor,
+    world: World,
+    update: int,
+    watch: Watch,
+) -> None:
     """Rows [reference | variations of fixed seeds]; under ZeRO-3 all ranks must run the model together. Given up where a
     signal asks to leave: minutes of pictures must not cost the save."""
     alone = engine.zero_stage < 3

@@ -46,9 +46,13 @@ class Monitor:
         if self.writer and start_update == 0:
             self.writer.add_text("config", f"```yaml\n{config.to_yaml()}```")
         self.bar = tqdm(
-            total=config.train.updates, initial=start_update, unit="upd", disable=not world.is_main,
-            mininterval=0.5 if sys.stderr.isatty() else 15, dynamic_ncols=True,
-        )  # fmt: skip
+            total=config.train.updates,
+            initial=start_update,
+            unit="upd",
+            disable=not world.is_main,
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+            dynamic_ncols=True,
+        )
         self.peak = _peak_flops(config, world)
         self.shown: dict[str, str] = {}
         self._reset()

@@ -272,8 +272,10 @@ def _speeds(report: Report, batch: int | None) -> dict[str, float] | None:
 
 def _print(run: str, report: Report, batch: int | None) -> None:
     attempts = report.attempts
-    print(f"{run}: {_when(attempts[0].begin)} to {_when(attempts[-1].end)}, {_duration(report.wall)}; "
-          f"{len(attempts)} attempt{'s' * (len(attempts) > 1)}, the last: {attempts[-1].ended}")  # fmt: skip
+    print(
+        f"{run}: {_when(attempts[0].begin)} to {_when(attempts[-1].end)}, {_duration(report.wall)}; "
+        f"{len(attempts)} attempt{'s' * (len(attempts) > 1)}, the last: {attempts[-1].ended}"
+    )
     print(f"\n{'where the wall time went':<40}{'share':>8}{'time':>16}")
     for name, text in SHARES.items():
         print(f"  {text:<38}{report.share(name):>8.2%}{_duration(report.seconds[name]):>16}")
@@ -282,8 +284,10 @@ def _print(run: str, report: Report, batch: int | None) -> None:
         f"\ngoodput {report.share('productive'):.2%}; {report.kept:.0f} updates, {report.done - report.kept:.0f} more done again"
     )
     if speeds := _speeds(report, batch):
-        print(f"{speeds['wall']:.3g} images/s over the wall time, {speeds['updating']:.3g} while updating "
-              f"({batch} images an update)")  # fmt: skip
+        print(
+            f"{speeds['wall']:.3g} images/s over the wall time, {speeds['updating']:.3g} while updating "
+            f"({batch} images an update)"
+        )
 
     print(f"\n{'attempt':>7}  {'started':<21}{'lasted':>14}{'from':>10}{'to':>10}{'ranks':>7}  ended")
     if len(attempts) > ATTEMPTS_SHOWN:
@@ -295,8 +299,10 @@ def _print(run: str, report: Report, batch: int | None) -> None:
     print("\nfaults: " + (", ".join(f"{what} {n}" for what, n in report.counts().items()) or "none"))
     for fault in report.faults[-FAULTS_SHOWN:]:
         words = str(fault.get("detail", ""))
-        print(f"  {_when(fault['time'])}  update {fault.get('update', '?')}: {fault.get('what', '?')}"
-              + (f": {' '.join(words.split())[:200]}" if words else ""))  # fmt: skip
+        print(
+            f"  {_when(fault['time'])}  update {fault.get('update', '?')}: {fault.get('what', '?')}"
+            + (f": {' '.join(words.split())[:200]}" if words else "")
+        )
 
 
 def _as_json(run: str, report: Report, batch: int | None, passed_over: int) -> dict[str, Any]:

@@ -71,9 +71,13 @@ def load_references(config: Config, models: Models) -> References:
 
 @torch.no_grad()
 def validation_loss(
-    model, config: Config, models: Models, references: References, world: World,
+    model,
+    config: Config,
+    models: Models,
+    references: References,
+    world: World,
     on_batch: Callable[[], object] = lambda: None,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """{"loss", "shuffled", "gap", "loss_t0".."loss_t7", "shuffled_t0"..}. Collective: each rank takes its share of the pictures.
 
     on_batch: called after each batch."""
@@ -121,17 +125,26 @@ def denoising_loss(
     if models.trainable.transformer.config.guidance_embeds:
         guidance = torch.full((B,), config.flow.guidance, device=x.device)
     velocity = model(
-        condition, flow.interpolate(x, n, t).to(dtype), t, latent_ops.image_ids(bucket.height, bucket.width, x.device),
-        models.pooled_projections.expand(B, -1), guidance,
-    )  # fmt: skip
+        condition,
+        flow.interpolate(x, n, t).to(dtype),
+        t,
+        latent_ops.image_ids(bucket.height, bucket.width, x.device),
+        models.pooled_projections.expand(B, -1),
+        guidance,
+    )
     return flow.velocity_loss(velocity, flow.velocity_target(x, n))
 
 
 @torch.no_grad()
 def variations(
-    config: Config, models: Models, references: References, index: list[int], per_reference: int, seed: int = 0,
+    config: Config,
+    models: Models,
+    references: References,
+    index: list[int],
+    per_reference: int,
+    seed: int = 0,
     on_step: Callable[[], None] = lambda: None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Variations with seeds seed, seed + 1, ...: uint8 (len(index), per_reference, 3, H, W). on_step: called after each
     step of each batch; what it raises ends them."""
     with vae_at_hand(models):
@@ -139,9 +152,14 @@ def variations(
 
 
 def _variations(
-    config: Config, models: Models, references: References, index: list[int], per_reference: int, seed: int,
+    config: Config,
+    models: Models,
+    references: References,
+    index: list[int],
+    per_reference: int,
+    seed: int,
     on_step: Callable[[], None],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     pipeline = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
     bucket, pictures = references.bucket, []
     chunk = max(1, config.train.micro_batch_size // per_reference)
@@ -149,8 +167,18 @@ def _variations(
         part = index[start : start + chunk]
         condition = references.condition(models, part).repeated(per_reference)
         seeds = [seed + k for _ in part for k in range(per_reference)]
-        images = generate(pipeline, models.trainable, condition, models.pooled_projections, seeds, bucket.height,
-                          bucket.width, config.validation.steps, config.flow.guidance, on_step)  # fmt: skip
+        images = generate(
+            pipeline,
+            models.trainable,
+            condition,
+            models.pooled_projections,
+            seeds,
+            bucket.height,
+            bucket.width,
+            config.validation.steps,
+            config.flow.guidance,
+            on_step,
+        )
         pictures.append(images.unflatten(0, (len(part), per_reference)))
     return torch.cat(pictures)
 
@@ -175,8 +203,10 @@ def retrieval_top1(references: References, pictures: Tensor, size: int = 64) -> 
 
     pictures: (N, 3, H, W) uint8, one per reference. Chance is 1 / N.
     """
-    small = [torch.nn.functional.interpolate(x.float(), (size, size), mode="area").flatten(1)
-             for x in (pictures, references.pixel_values)]  # fmt: skip
+    small = [
+        torch.nn.functional.interpolate(x.float(), (size, size), mode="area").flatten(1)
+        for x in (pictures, references.pixel_values)
+    ]
     nearest = torch.cdist(*small).argmin(1)
     return (nearest == torch.arange(len(nearest))).float().mean().item()
 

@@ -9,8 +9,22 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--double", "1", "--single", "2", "--heads", "2", "--head-dim", "32", "--joint-dim", "16", "--text", "5",
-         "--grids", "3x4,2x3"]  # fmt: skip
+SMALL = [
+    "--double",
+    "1",
+    "--single",
+    "2",
+    "--heads",
+    "2",
+    "--head-dim",
+    "32",
+    "--joint-dim",
+    "16",
+    "--text",
+    "5",
+    "--grids",
+    "3x4,2x3",
+]
 TRAFFIC = ["--image", "40", "--text", "7", "--heads", "4", "--head-dim", "32"]
 QUICK = ["--samples", "2", "--warmup", "1"]
 KEYS = ["device", "versions", "attention_backend", "commit", "rows"]
@@ -44,9 +58,7 @@ def start(*argv: str, timeout: float = 240) -> subprocess.CompletedProcess:
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
     env.pop("TRITON_INTERPRET", None)
-    return subprocess.run(
-        [sys.executable, *argv], env=env, capture_output=True, text=True, timeout=timeout, cwd=ROOT
-    )  # fmt: skip
+    return subprocess.run([sys.executable, *argv], env=env, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
 
 def read(path: Path) -> dict:

@@ -95,9 +95,11 @@ def test_an_error_costs_its_own_fact_and_one_of_the_gpu_its_process(tmp_path):
         raise ValueError("a line\nand another")
     with pytest.raises(GpuLost), recorder.measuring("three"):
         raise RuntimeError("CUDA error: unspecified launch failure")
-    assert values(recorder.facts, "a") == {"one": "ValueError: a line and another",
-                                           "two": "ValueError: a line and another",
-                                           "three": "RuntimeError: CUDA error: unspecified launch failure"}  # fmt: skip
+    assert values(recorder.facts, "a") == {
+        "one": "ValueError: a line and another",
+        "two": "ValueError: a line and another",
+        "three": "RuntimeError: CUDA error: unspecified launch failure",
+    }
     assert not recorder.current.exists()
 
 
@@ -129,8 +131,12 @@ def test_predictions_are_for_the_full_sizes_alone(tmp_path):
 def test_whatever_happens_to_a_step_the_others_go_on(tmp_path):
     facts, log = Facts(tmp_path / "facts.jsonl"), tmp_path / "log.txt"
     kinds = ["fails", "dies", "breaks", "useless"]
-    todo = [fake("hangs", tmp_path, limit=8), *(fake(kind, tmp_path, group="all") for kind in kinds),
-            fake("right", tmp_path), fake("elsewhere", tmp_path, needs=("no_such_module",))]  # fmt: skip
+    todo = [
+        fake("hangs", tmp_path, limit=8),
+        *(fake(kind, tmp_path, group="all") for kind in kinds),
+        fake("right", tmp_path),
+        fake("elsewhere", tmp_path, needs=("no_such_module",)),
+    ]
     outcome = Outcome()
     runner.run(todo, facts, log, 120, outcome)
     rest = {"one": 1.5, "three": 1.5}
@@ -158,8 +164,12 @@ def test_whatever_happens_to_a_step_the_others_go_on(tmp_path):
     assert all(runner.is_finished(facts, step.name) for step in todo[:-1])
     new = facts.rows()[before:]
     assert {(row.step, row.fact) for row in new if row.fact != FINISHED} == {
-        ("hangs", "two"), ("hangs", "three"), ("fails", "two"), ("dies", "two"), ("breaks", "two")
-    }  # fmt: skip
+        ("hangs", "two"),
+        ("hangs", "three"),
+        ("fails", "two"),
+        ("dies", "two"),
+        ("breaks", "two"),
+    }
     assert not any(row.error for row in new)
 
 
@@ -178,9 +188,15 @@ def start(out: Path, work: Path, **options) -> subprocess.Popen:
     (out.parent / "site").mkdir(exist_ok=True)
     (out.parent / "site" / "sitecustomize.py").write_text(BLOCKED)
     environment = os.environ | {"PYTHONPATH": str(out.parent / "site")}
-    return subprocess.Popen(["make", "gpu-first", "SMALL=1", f"OUT={out}", f"WORK={work}", f"GPU_PYTHON={sys.executable}"],
-                            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            **options)  # fmt: skip
+    return subprocess.Popen(
+        ["make", "gpu-first", "SMALL=1", f"OUT={out}", f"WORK={work}", f"GPU_PYTHON={sys.executable}"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
 
 
 def of_this_run(folder: Path) -> list[psutil.Process]:
@@ -198,8 +214,12 @@ def test_the_whole_at_a_small_size_killed_and_given_again(tmp_path):
     while not any("megaflux.bench.first.training" in " ".join(other.cmdline()) for other in of_this_run(tmp_path)):
         time.sleep(0.1)
         assert process.poll() is None, process.stdout.read()
-    refused = subprocess.run([sys.executable, "-m", "megaflux.bench.first", "--small", "--out", str(out), "--work", str(work)],
-                             cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    refused = subprocess.run(
+        [sys.executable, "-m", "megaflux.bench.first", "--small", "--out", str(out), "--work", str(work)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert refused.returncode == 2 and "another invocation is at work there" in refused.stderr
     os.killpg(
         process.pid, signal.SIGKILL
@@ -280,8 +300,18 @@ def test_a_step_asked_for_by_name_must_run(tmp_path, monkeypatch, capsys):
 
 
 def test_a_terminated_run_shows_what_it_knows(tmp_path):
-    command = [sys.executable, "-m", "megaflux.bench.first", "--small", "--out", str(tmp_path / "out"), "--work",
-               str(tmp_path / "work"), "--steps", "machine,attention"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "megaflux.bench.first",
+        "--small",
+        "--out",
+        str(tmp_path / "out"),
+        "--work",
+        str(tmp_path / "work"),
+        "--steps",
+        "machine,attention",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not any(row.step == "machine" for row in Facts(tmp_path / "out" / "facts.jsonl").rows()):
         time.sleep(0.05)

@@ -123,18 +123,27 @@ def test_the_section_takes_its_own_place_and_no_other(tmp_path):
     facts = Facts(tmp_path / "facts.jsonl")
     facts.add(Fact("session", "commit", "fedcba9876"))
     facts.add(Fact("blocks", "ours-none", error="out of memory"))  # found later, by another commit
-    session = {"sizes": "FLUX.1-dev", "device": "GPU A", "libraries": "torch 2.11.0", "commit": "0123456789",
-               "date": "2026-11-27"}  # fmt: skip
+    session = {
+        "sizes": "FLUX.1-dev",
+        "device": "GPU A",
+        "libraries": "torch 2.11.0",
+        "commit": "0123456789",
+        "date": "2026-11-27",
+    }
     for name, value in session.items():
         facts.add(Fact("session", name, value))
-    for fact in (Fact("machine", "torch", "2.11.0"),
-                 Fact("machine", "copy, read and written", 4050.0, "GB/s", 3000.0),
-                 Fact("gate-modulate", "1x2x3: error / allowed", 0.5), Fact("gate-modulate", "1x9x3: error / allowed", 0.75),
-                 Fact("blocks", "ours-full", error="out of memory"),
-                 Fact("attention", "cudnn at S = 4580, backward", 416.9, "TFLOP/s", 499.0),  # a prediction of its day
+    for fact in (
+        Fact("machine", "torch", "2.11.0"),
+        Fact("machine", "copy, read and written", 4050.0, "GB/s", 3000.0),
+        Fact("gate-modulate", "1x2x3: error / allowed", 0.5),
+        Fact("gate-modulate", "1x9x3: error / allowed", 0.75),
+        Fact("blocks", "ours-full", error="out of memory"),
+        Fact("attention", "cudnn at S = 4580, backward", 416.9, "TFLOP/s", 499.0),  # a prediction of its day
         Fact("attention", "cudnn at S = 4580, backward", 416.9, "TFLOP/s", 499.0),  # by the prediction of its day
-                 Fact("memory", "batch 1, none: allocated", 15.91, "GB", 15.92), Fact("memory", "batch 1, none: retries", 0),
-                 Fact("blocks", FINISHED, 3.0, "s")):  # fmt: skip
+        Fact("memory", "batch 1, none: allocated", 15.91, "GB", 15.92),
+        Fact("memory", "batch 1, none: retries", 0),
+        Fact("blocks", FINISHED, 3.0, "s"),
+    ):
         facts.add(fact)
     document = tmp_path / "doc.md"
     document.write_text("# Results\n\nby hand\n")

@@ -42,9 +42,12 @@ def test_all_pieces_run_and_name_their_files(tmp_path):
     done, commands = check(tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(commands) == 4 and (tmp_path / "bench").is_dir()
-    for what, file in (("tests/kernels", "--junitxml {}/junit-kernels.xml"), ("tests/training", "--junitxml {}/junit-training.xml"),
-                       ("megaflux_kernels.bench", "--json {}/check-kernels.json"),
-                       ("megaflux.bench step", "--json {}/check-step.json")):  # fmt: skip
+    for what, file in (
+        ("tests/kernels", "--junitxml {}/junit-kernels.xml"),
+        ("tests/training", "--junitxml {}/junit-training.xml"),
+        ("megaflux_kernels.bench", "--json {}/check-kernels.json"),
+        ("megaflux.bench step", "--json {}/check-step.json"),
+    ):
         assert file.format(tmp_path / "bench") in of(commands, what)
     assert "-n 8 --timeout 180" in of(commands, "tests/kernels") and " -x" not in of(commands, "tests/kernels")
     assert "--text 484 --grids 64x64 " in of(commands, "megaflux.bench step")

@@ -84,8 +84,11 @@ def again(tmp_path, monkeypatch, sharding):
     report = Report(tmp_path / "r.json", facts(device, attention_backend(device, torch.bfloat16)))
     report.add(Row("train", "ours", f"64 px micro 1 x 4 {sharding}", "images_per_s", 12.25, "1/s", 6))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(2**50, 0, 0))
-    monkeypatch.setattr(sys, "argv", ["gpu_train.py", "--small", "--run", str(tmp_path / "run"), "--json",
-                                      str(tmp_path / "r.json"), "--resume"])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["gpu_train.py", "--small", "--run", str(tmp_path / "run"), "--json", str(tmp_path / "r.json"), "--resume"],
+    )
     return gpu_train.main()
 
 

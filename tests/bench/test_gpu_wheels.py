@@ -90,12 +90,19 @@ def test_a_package_that_is_not_installed_here_is_named():
 
 @pytest.mark.parametrize(
     ("file", "fits"),
-    [("a_b-1.0-py3-none-any.whl", True), ("a_b-1.0-cp312-cp312-manylinux_2_14_x86_64.whl", True),
-     ("a_b-1.0-cp39-abi3-manylinux_2_28_x86_64.whl", True), ("a_b-1.0+local-py3-none-any.whl", True),
-     ("a_b-1.0-cp311-cp311-manylinux_2_14_x86_64.whl", False), ("a_b-1.0-cp312-cp312-win_amd64.whl", False),
-     ("a_b-1.0-cp312-cp312-manylinux_2_28_aarch64.whl", False), ("a_b-1.1-py3-none-any.whl", False),
-     ("a_c-1.0-py3-none-any.whl", False), ("a_b-1.0-cp313-abi3-manylinux_2_28_x86_64.whl", False)],
-)  # fmt: skip
+    [
+        ("a_b-1.0-py3-none-any.whl", True),
+        ("a_b-1.0-cp312-cp312-manylinux_2_14_x86_64.whl", True),
+        ("a_b-1.0-cp39-abi3-manylinux_2_28_x86_64.whl", True),
+        ("a_b-1.0+local-py3-none-any.whl", True),
+        ("a_b-1.0-cp311-cp311-manylinux_2_14_x86_64.whl", False),
+        ("a_b-1.0-cp312-cp312-win_amd64.whl", False),
+        ("a_b-1.0-cp312-cp312-manylinux_2_28_aarch64.whl", False),
+        ("a_b-1.1-py3-none-any.whl", False),
+        ("a_c-1.0-py3-none-any.whl", False),
+        ("a_b-1.0-cp313-abi3-manylinux_2_28_x86_64.whl", False),
+    ],
+)
 def test_which_wheel_is_there_already(tmp_path, file, fits):
     (tmp_path / file).touch()
     assert (gpu_wheels.found(tmp_path, "a-b", "1.0", "3.12") is not None) == fits

@@ -23,8 +23,14 @@ def test_every_op_has_rows(tmp_path):
         assert {"ours", "eager"} <= {arm for arm, _ in found}
         rate = "tflop_per_s" if op in ("rmsnorm_linear", "biased_attention") else "gb_per_s"
         for values in found.values():
-            assert set(values) == {"forward_ms", "forward_backward_ms", rate, f"forward_{rate}", "fraction_of_limit",
-                                   "forward_fraction_of_limit"}  # fmt: skip
+            assert set(values) == {
+                "forward_ms",
+                "forward_backward_ms",
+                rate,
+                f"forward_{rate}",
+                "fraction_of_limit",
+                "forward_fraction_of_limit",
+            }
     assert "sdpa-mask" in {arm for arm, _ in metrics(content, "biased_attention")}
 
 
@@ -70,8 +76,10 @@ def test_an_op_that_stops_in_its_gate_is_refused_and_the_others_go_on(tmp_path, 
     file = tmp_path / "ops.json"
     assert ops.main([*QUICK, "--no-compile", "--json", str(file)]) == 1
     said = capsys.readouterr().err.splitlines()
-    assert said == ["error: modulate 1x96x512 float32: stopped at the gate: a kernel failed; not timed",
-                    "error: gelu_concat float32: none left; not timed"]  # fmt: skip
+    assert said == [
+        "error: modulate 1x96x512 float32: stopped at the gate: a kernel failed; not timed",
+        "error: gelu_concat float32: none left; not timed",
+    ]
     assert {row["bench"] for row in read(file)["rows"]} == {"gate_residual"}
 
 

@@ -50,15 +50,24 @@ class Operands(TorchDispatchMode):
 
 
 def test_no_two_products_in_a_row_read_the_same_memory():
-    counted = Counter({Product("forward", 5, 8, 16): 7, Product("dx", 5, 8, 16): 4, Product("dw", 5, 8, 16): 1,
-                       Product("forward", 5, 8, 24): 3})  # fmt: skip
+    counted = Counter(
+        {
+            Product("forward", 5, 8, 16): 7,
+            Product("dx", 5, 8, 16): 4,
+            Product("dw", 5, 8, 16): 1,
+            Product("forward", 5, 8, 24): 3,
+        }
+    )
     run = limits.run_products(counted, torch.float32, CPU)
     with Operands() as operands:
         run()
         run()  # the next sample goes on where this one ended
     assert {shape: len(found) for shape, found in operands.found.items()} == {
-        (5, 8): 2 * (7 + 1 + 3), (8, 16): 2 * (7 + 4), (5, 16): 2 * (4 + 1), (8, 24): 2 * 3
-    }  # fmt: skip
+        (5, 8): 2 * (7 + 1 + 3),
+        (8, 16): 2 * (7 + 4),
+        (5, 16): 2 * (4 + 1),
+        (8, 24): 2 * 3,
+    }
     for shape, found in operands.found.items():
         assert all(a != b for a, b in zip(found, found[1:])), shape
         assert len(set(found)) >= 3

@@ -6,8 +6,23 @@ from tests.bench.runs import bench, metrics, read
 
 def test_loader_measures_each_number_of_workers(tmp_path):
     file = tmp_path / "r.json"
-    done = bench("loader", "--images", "18", "--side", "64", "--workers", "0,1", "--micro-batch", "2", "--samples", "3",
-                 "--busy-ms", "1", "--json", str(file))  # fmt: skip
+    done = bench(
+        "loader",
+        "--images",
+        "18",
+        "--side",
+        "64",
+        "--workers",
+        "0,1",
+        "--micro-batch",
+        "2",
+        "--samples",
+        "3",
+        "--busy-ms",
+        "1",
+        "--json",
+        str(file),
+    )
     assert done.returncode == 0, done.stderr
     found = metrics(read(file), "loader")
     assert [arm for arm, _ in found] == ["workers-0", "workers-1"]
@@ -25,8 +40,21 @@ def test_infer_measures_three_arms_of_a_run(tmp_path, run_folder, capsys):
 
 def test_infer_measures_by_mode(tmp_path):
     file = tmp_path / "r.json"
-    command = ["infer", "--steps", "1", "--samples", "1", "--side", "32", "--arms", "diffusers,ours", "--modes",
-               "img2img,controlnet-inpaint", "--json", str(file)]  # fmt: skip
+    command = [
+        "infer",
+        "--steps",
+        "1",
+        "--samples",
+        "1",
+        "--side",
+        "32",
+        "--arms",
+        "diffusers,ours",
+        "--modes",
+        "img2img,controlnet-inpaint",
+        "--json",
+        str(file),
+    ]
     assert main(command) == 0
     found = metrics(read(file), "infer")
     assert {(arm, shape.split()[0]) for arm, shape in found} == {

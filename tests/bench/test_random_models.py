@@ -95,8 +95,17 @@ def test_rope_stays_float32_where_weights_are_bfloat16():
 
 
 def test_the_vae_makes_latents_of_the_order_of_one():
-    vae = random_vae({"latent_channels": 8, "block_out_channels": [32, 64], "down_block_types": ["DownEncoderBlock2D"] * 2,
-                      "up_block_types": ["UpDecoderBlock2D"] * 2, "_class_name": "AutoencoderKL"}, torch.float32, CPU)  # fmt: skip
+    vae = random_vae(
+        {
+            "latent_channels": 8,
+            "block_out_channels": [32, 64],
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+            "_class_name": "AutoencoderKL",
+        },
+        torch.float32,
+        CPU,
+    )
     picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         posterior = vae.encode(picture).latent_dist

@@ -21,8 +21,9 @@ def test_rows_survive_and_are_replaced_by_name(tmp_path):
     content = json.loads(file.read_text())
     assert {k: content[k] for k in FACTS} == FACTS
     assert [(row["arm"], row["value"], row["samples"]) for row in content["rows"]] == [
-        ("ours-mlp", 3.0, 1), ("ours-none", 1.0, 9)
-    ]  # fmt: skip
+        ("ours-mlp", 3.0, 1),
+        ("ours-none", 1.0, 9),
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
@@ -45,8 +46,11 @@ def test_what_is_no_report_is_left_alone(tmp_path, content):
 
 
 def test_a_table_has_a_line_per_arm_and_a_column_per_metric():
-    rows = [Row("step", "a", "s", "step_ms", 12.345, "ms"), Row("step", "a", "s", "peak_bytes", 3e9, "bytes"),
-            Row("step", "b", "s", "step_ms", 0.01234, "ms")]  # fmt: skip
+    rows = [
+        Row("step", "a", "s", "step_ms", 12.345, "ms"),
+        Row("step", "a", "s", "peak_bytes", 3e9, "bytes"),
+        Row("step", "b", "s", "step_ms", 0.01234, "ms"),
+    ]
     head, first, second = table(rows).splitlines()
     assert head.split() == ["bench", "shape", "arm", "step_ms", "peak_bytes"]
     assert first.split() == ["step", "s", "a", "12.35", "3.000", "GB"] and second.split()[3:] == ["0.0123"]

@@ -118,8 +118,21 @@ def test_a_failing_arm_costs_its_rows_and_resuming_measures_only_those(tmp_path,
                 raise RuntimeError("a kernel failed")
         return plain(self, given)
 
-    command = ["step", *SMALL[:-1], "2x3", "--samples", "4", "--warmup", "1", *FP32, "--json", str(file), "--resume",
-               "--arms", "diffusers-eager,ours-mlp,diffusers-eager-full"]  # fmt: skip
+    command = [
+        "step",
+        *SMALL[:-1],
+        "2x3",
+        "--samples",
+        "4",
+        "--warmup",
+        "1",
+        *FP32,
+        "--json",
+        str(file),
+        "--resume",
+        "--arms",
+        "diffusers-eager,ours-mlp,diffusers-eager-full",
+    ]
     monkeypatch.setattr(Arms, "step", breaks)
     monkeypatch.setattr(step, "past_gate", lambda *args: (list(args[-1]), False))
     assert main(command) == 1
@@ -148,8 +161,20 @@ def test_rows_are_written_when_an_arm_has_all_its_samples(tmp_path, monkeypatch)
         plain(self, arm)
 
     monkeypatch.setattr(Arms, "set", killed)
-    command = ["step", *SMALL[:-1], "2x3", "--samples", "4", "--warmup", "1", *FP32, "--json", str(file),
-               "--arms", "diffusers-eager,diffusers-eager-full"]  # fmt: skip
+    command = [
+        "step",
+        *SMALL[:-1],
+        "2x3",
+        "--samples",
+        "4",
+        "--warmup",
+        "1",
+        *FP32,
+        "--json",
+        str(file),
+        "--arms",
+        "diffusers-eager,diffusers-eager-full",
+    ]
     with pytest.raises(KeyboardInterrupt):
         main(command)
     assert {arm for arm, _ in metrics(read(file), "step")} == {"limit", "diffusers-eager-full"}

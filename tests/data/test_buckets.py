@@ -20,9 +20,7 @@ def test_the_five_ratios(longest_side, sizes):
 
 
 def test_folders_are_names_without_colons():
-    assert [bucket.folder for bucket in make_buckets(ASPECT_RATIOS, 1024)] == [
-        "16x9", "2x1", "2.35x1", "1x1", "1x2",
-    ]  # fmt: skip
+    assert [bucket.folder for bucket in make_buckets(ASPECT_RATIOS, 1024)] == ["16x9", "2x1", "2.35x1", "1x1", "1x2"]
 
 
 def test_two_ratios_of_one_size_are_refused_by_name():
@@ -49,13 +47,7 @@ def test_each_canvas_is_nearest_to_itself():
 
 @pytest.mark.parametrize(
     ("size", "name"),
-    [
-        ((4000, 3000), "1:1"),
-        ((3000, 4000), "1:1"),
-        ((6000, 3376), "16:9"),
-        ((1080, 1920), "1:2"),
-        ((3, 1), "2.35:1"),
-    ],
+    [((4000, 3000), "1:1"), ((3000, 4000), "1:1"), ((6000, 3376), "16:9"), ((1080, 1920), "1:2"), ((3, 1), "2.35:1")],
 )
 def test_nearest_by_log_aspect(size, name):
     assert nearest_bucket(*size, make_buckets(ASPECT_RATIOS, 1024)).name == name

@@ -131,9 +131,13 @@ def test_every_fault_is_named_at_once(dataset, tmp_path):
     flip(flipped), truncate(short), empty.write_bytes(b""), missing.unlink(), flip(other)
     problems = verify_shards(root, "train")
     assert names_all(
-        problems, f"{flipped}: damaged, its xxh64", f"{short}: {short.stat().st_size} bytes, the index",
-        f"{empty}: 0 bytes, the index", f"{missing}: missing", f"{other}: damaged",
-    ), problems  # fmt: skip
+        problems,
+        f"{flipped}: damaged, its xxh64",
+        f"{short}: {short.stat().st_size} bytes, the index",
+        f"{empty}: 0 bytes, the index",
+        f"{missing}: missing",
+        f"{other}: damaged",
+    ), problems
     assert verify_shards(root, "train") == problems  # only sound files are taken on trust
     (root / "train" / "2x1" / "index.json").unlink()
     assert any("2x1/index.json: missing" in problem for problem in verify_shards(root, "train"))
@@ -224,9 +228,11 @@ def test_a_loader_that_verifies(tmp_path, opened):
     assert caught.value.agreed
     *found, last = str(caught.value).split("; ")
     assert names_all(
-        [*found, last], f"{stored(root)[0]}: damaged", f"{stored(root, 1)[0]}: missing",
+        [*found, last],
+        f"{stored(root)[0]}: damaged",
+        f"{stored(root, 1)[0]}: missing",
         f"{stored(root, 1, 'held_out')[0]}: damaged",
-    )  # fmt: skip
+    )
     assert "\n" not in str(caught.value)
 
 

@@ -87,10 +87,14 @@ def test_exif_orientation_is_applied():
     upright = picture(4, (60, 40))
     turned = {1: upright}
     for orientation, undo in {
-        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_270,
-    }.items():  # fmt: skip
+    }.items():
         turned[orientation] = upright.transpose(undo)
     for orientation, stored in turned.items():
         exif = Image.Exif()

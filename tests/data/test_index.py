@@ -74,13 +74,15 @@ CASES = {
     "size_limit is not a size": lambda i: i["shards"][0].update(size_limit="a lot"),
     "encoding 'ndarray:object:2'": lambda i: i["shards"][0]["column_encodings"].__setitem__(1, "ndarray:object:2"),
     "column 'two\\nlines' has": lambda i: (
-        i["shards"][0]["column_names"].__setitem__(1, "two\nlines"), i["shards"][0]["column_encodings"].__setitem__(1, "pkl")),
+        i["shards"][0]["column_names"].__setitem__(1, "two\nlines"),
+        i["shards"][0]["column_encodings"].__setitem__(1, "pkl"),
+    ),
     "not a positive count": lambda i: i["shards"][0].update(samples=2**32),
     "not a positive size": lambda i: i["shards"][0]["raw_data"].update(bytes=10**4000),
     "zip_data has no hashes": lambda i: i["shards"][0]["zip_data"].update(hashes={"sha1": None}),
     "[[[": lambda i: i["shards"][0].update(samples=deep(400)),
     "chunk-00000: not a file": lambda i: i["shards"][0]["zip_data"].update(basename="chunk-00000"),
-}  # fmt: skip
+}
 
 
 def deep(levels):

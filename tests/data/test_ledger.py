@@ -51,10 +51,17 @@ def segment(dataset: Path, out: Path, ranks: int, seed: int, batches: int, beyon
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     command = [sys.executable, str(WORKER), str(dataset), str(out), str(TOGETHER), str(seed), str(batches), str(beyond)]
-    env = os.environ | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
-    processes = [subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True)
-                 for r in range(ranks)]  # fmt: skip
+    env = os.environ | {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
+    processes = [
+        subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True)
+        for r in range(ranks)
+    ]
     said = [process.communicate()[1] for process in processes]
     assert {process.returncode for process in processes} <= {0, 9}, said
     parts = [np.load(out / f"part-rank{rank}.npy") for rank in range(ranks)]

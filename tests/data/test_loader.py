@@ -285,10 +285,14 @@ def test_cached_latents_and_hidden_states(build, tmp_path):
     counts = {}
     for bucket in buckets:
         samples = (
-            {"key": f"{bucket.name} {n}", "caption": "", "latents": latents[bucket.name][n],
-             "hidden_states": states[bucket.name][n]}
+            {
+                "key": f"{bucket.name} {n}",
+                "caption": "",
+                "latents": latents[bucket.name][n],
+                "hidden_states": states[bucket.name][n],
+            }
             for n in range(6)
-        )  # fmt: skip
+        )
         counts[bucket.name], columns = write_bucket(tmp_path, "train", bucket, samples)
     write_dataset(tmp_path, DatasetInfo(64, buckets, {"train": counts}, columns))
     for batch in take(build(tmp_path, micro_batch_size=3, num_workers=2), 4):

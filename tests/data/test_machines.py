@@ -41,9 +41,21 @@ def verified_by(paths, out, ranks=1):
     port, launches = free_port(), []
     for node in range(len(paths)):
         (out / f"tmp{node}").mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "torch.distributed.run", "--master_addr", "127.0.0.1", "--master_port", str(port),
-                   f"--nnodes={len(paths)}", f"--node_rank={node}", f"--nproc_per_node={ranks}",
-                   str(out / "machine.py"), json.dumps([str(path) for path in paths]), str(out)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            str(port),
+            f"--nnodes={len(paths)}",
+            f"--node_rank={node}",
+            f"--nproc_per_node={ranks}",
+            str(out / "machine.py"),
+            json.dumps([str(path) for path in paths]),
+            str(out),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(out / f"tmp{node}")}
         launches.append(subprocess.Popen(command, env=environment))
     assert [launch.wait(timeout=90) for launch in launches] == [0] * len(paths)

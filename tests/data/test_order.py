@@ -94,8 +94,16 @@ def test_a_position_of_an_earlier_version_goes_on_in_its_own_order(small_dataset
     """They named a cache by its bytes, and drew by its shards; the next save frees the run of that cache."""
     buckets = read_dataset_info(small_dataset).buckets
     as_before, _ = keys(cache, 2 * BATCHES)  # a dataset of its own: what earlier versions took a cache for
-    old = {"dataset": fingerprint({b.name: read_index(cache / "train" / b.folder) for b in buckets}), "split": "train",
-           "seed": 3, "shuffle": True, "micro_batch_size": 4, "world_size": 1, "epoch": 0, "batches": 6}  # fmt: skip
+    old = {
+        "dataset": fingerprint({b.name: read_index(cache / "train" / b.folder) for b in buckets}),
+        "split": "train",
+        "seed": 3,
+        "shuffle": True,
+        "micro_batch_size": 4,
+        "world_size": 1,
+        "epoch": 0,
+        "batches": 6,
+    }
     found, state = keys(cache, 4, old, computed_from=small_dataset)
     assert found == as_before[6:10]
     rebuilt = computed(small_dataset, tmp_path / "rebuilt", 1 << 14, value=1e-3)

@@ -89,8 +89,11 @@ def test_contents(whole, capsys):
 def test_skipped_images_are_listed(whole):
     lines = [json.loads(line) for line in (whole / "bad_images.jsonl").read_text().splitlines()]
     assert {line["key"]: line["reason"] for line in lines} == {
-        "bad_cut.png": "damaged", "bad_empty.png": "empty", "bad_html.jpg": "not_an_image", "bad_small.png": "too_small",
-    }  # fmt: skip
+        "bad_cut.png": "damaged",
+        "bad_empty.png": "empty",
+        "bad_html.jpg": "not_an_image",
+        "bad_small.png": "too_small",
+    }
 
 
 def test_one_merged_index(whole):
@@ -135,16 +138,7 @@ def test_killed_and_continued_gives_the_whole(source, whole, tmp_path):
         "chunks.make_sample = lambda *given: (time.sleep(0.02), original(*given))[1]\n"
         "sys.exit(prepare.main(sys.argv[1:]))\n"
     )
-    arguments = [
-        "--longest-side",
-        "64",
-        "--aspect-ratios",
-        ",".join(RATIOS),
-        "--format",
-        "png",
-        "--chunk",
-        "16",
-    ]
+    arguments = ["--longest-side", "64", "--aspect-ratios", ",".join(RATIOS), "--format", "png", "--chunk", "16"]
     run = subprocess.Popen(
         [sys.executable, "-c", slow, str(source), str(out), *arguments, "--held-out", "0.1", "--workers", "2"]
     )
@@ -174,22 +168,12 @@ def test_killed_between_shards_and_report(source, whole, tmp_path):
 def test_another_process_at_work_is_refused(source, tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "LOCK_SECONDS", 0.1)
     (tmp_path / "out").mkdir()
-    with (
-        chunks.exclusive(tmp_path / "out", "1-of-1"),
-        pytest.raises(UserError, match="another process"),
-    ):
+    with chunks.exclusive(tmp_path / "out", "1-of-1"), pytest.raises(UserError, match="another process"):
         prepare(str(source), tmp_path / "out", OPTIONS, workers=1, progress=False)
 
 
 def test_too_many_bad_images(source, whole, tmp_path, capsys):
-    arguments = [
-        str(source),
-        str(tmp_path / "out"),
-        "--longest-side",
-        "64",
-        "--aspect-ratios",
-        ",".join(RATIOS),
-    ]
+    arguments = [str(source), str(tmp_path / "out"), "--longest-side", "64", "--aspect-ratios", ",".join(RATIOS)]
     arguments += ["--format", "png", "--chunk", "16", "--held-out", "0.1", "--workers", "1"]
     assert command.main([*arguments, "--max-bad", "3"]) == 3
     error = capsys.readouterr().err
@@ -280,12 +264,7 @@ def test_keys_that_repeat_are_counted(tmp_path):
     (tmp_path / "in").mkdir()
     parquet.write_table(table, tmp_path / "in" / "t.parquet")
     info = prepare(
-        str(tmp_path / "in"),
-        tmp_path / "out",
-        Options(**SMALL, held_out=0),
-        max_bad=1,
-        workers=1,
-        progress=False,
+        str(tmp_path / "in"), tmp_path / "out", Options(**SMALL, held_out=0), max_bad=1, workers=1, progress=False
     )
     assert (info.samples("train"), info.bad) == (2, {"duplicate_key": 1})
 
@@ -322,9 +301,18 @@ def test_held_out_is_a_stable_fraction():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--part", "0/2"], ["--part", "3/2"], ["--part", "x"], ["--max-bad", "1.5"], ["--max-bad", "nan"],
-     ["--max-bad", "-1"], ["--part", "1/2", "--merge"], ["--format", "tiff"], ["--no-such-flag"]],
-)  # fmt: skip
+    [
+        ["--part", "0/2"],
+        ["--part", "3/2"],
+        ["--part", "x"],
+        ["--max-bad", "1.5"],
+        ["--max-bad", "nan"],
+        ["--max-bad", "-1"],
+        ["--part", "1/2", "--merge"],
+        ["--format", "tiff"],
+        ["--no-such-flag"],
+    ],
+)
 def test_command_line_mistakes(arguments):
     with pytest.raises(UserError):  # one line, exit code 2
         parse_arguments(["in", "out", *arguments])
@@ -332,9 +320,16 @@ def test_command_line_mistakes(arguments):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"held_out": 1.0}, {"held_out": -0.1}, {"quality": 0}, {"chunk": 0}, {"shard_size": 10}, {"longest_side": 100},
-     {"aspect_ratios": ("16:9", "2:1")}],
-)  # fmt: skip
+    [
+        {"held_out": 1.0},
+        {"held_out": -0.1},
+        {"quality": 0},
+        {"chunk": 0},
+        {"shard_size": 10},
+        {"longest_side": 100},
+        {"aspect_ratios": ("16:9", "2:1")},
+    ],
+)
 def test_settings_that_make_no_sense(changed):
     with pytest.raises(UserError):
         Options(**{**SMALL, **changed}).check()
@@ -382,9 +377,15 @@ def refusing(monkeypatch):
 
 @pytest.mark.parametrize(
     ("call", "number", "folders"),
-    [("fsync", errno.EINVAL, True), ("fsync", errno.ENOTSUP, True), ("fsync", errno.EINVAL, False),
-     ("flock", errno.ENOSYS, False), ("flock", errno.ENOTSUP, False), ("flock", errno.ENOLCK, False)],
-)  # fmt: skip
+    [
+        ("fsync", errno.EINVAL, True),
+        ("fsync", errno.ENOTSUP, True),
+        ("fsync", errno.EINVAL, False),
+        ("flock", errno.ENOSYS, False),
+        ("flock", errno.ENOTSUP, False),
+        ("flock", errno.ENOLCK, False),
+    ],
+)
 def test_what_a_file_system_refuses_is_one_warning(source, whole, tmp_path, refusing, caplog, call, number, folders):
     refusing(call, number, folders)
     prepare(str(source), tmp_path / "out", OPTIONS, workers=1, progress=False)
@@ -398,7 +399,7 @@ def test_what_a_file_system_refuses_is_one_warning(source, whole, tmp_path, refu
 @pytest.mark.parametrize(
     ("call", "number", "folders"),
     [("fsync", errno.EIO, True), ("fsync", errno.ENOSPC, False), ("flock", errno.EIO, False)],
-)  # fmt: skip
+)
 def test_a_real_fault_stays_one(source, tmp_path, refusing, call, number, folders):
     refusing(call, number, folders)
     with pytest.raises(UserError, match=os.strerror(number)):

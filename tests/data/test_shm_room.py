@@ -71,17 +71,27 @@ def test_what_grows_the_need(monkeypatch):
     def need(free, **changes):
         monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free, f_frsize=1))
         values = {
-            "micro_batch_size": 8, "num_workers": 8, "prefetch_factor": 2, "local_ranks": 8, "samples_per_epoch": 10,
+            "micro_batch_size": 8,
+            "num_workers": 8,
+            "prefetch_factor": 2,
+            "local_ranks": 8,
+            "samples_per_epoch": 10,
             "gpus": False,
-        }  # fmt: skip
+        }
         return shm_room.problem({b: entries(b) for b in (SQUARE, WIDE)}, **values | changes)
 
     batch = 8 * 3 * 64 * 64 + 4 * 4096
     exact = 8 * 17 * batch + (1 << 20) + 8 * 10 + 9 * 2
     assert need(exact) is None
     assert need(exact - 1)
-    for changes in ({"num_workers": 9}, {"prefetch_factor": 3}, {"local_ranks": 9}, {"micro_batch_size": 9},
-                    {"samples_per_epoch": 11}, {"gpus": True}):  # fmt: skip
+    for changes in (
+        {"num_workers": 9},
+        {"prefetch_factor": 3},
+        {"local_ranks": 9},
+        {"micro_batch_size": 9},
+        {"samples_per_epoch": 11},
+        {"gpus": True},
+    ):
         assert need(exact, **changes), changes
     assert need((1 << 20) + 98, num_workers=0) is None
     alone = need(1 << 20, num_workers=0)

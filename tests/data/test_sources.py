@@ -107,13 +107,15 @@ def test_tars(tmp_path):
     write_tar(
         tmp_path / "00000.tar",
         [
-            ("a.jpg", b"A"), ("a.txt", b"first"),
+            ("a.jpg", b"A"),
+            ("a.txt", b"first"),
             ("b.txt", b"no image"),
             ("c.png", b"C"),
             ("a.jpg", b"again"),
-            ("d.seg.png", b"D"), ("d.cls", b"3"),
+            ("d.seg.png", b"D"),
+            ("d.cls", b"3"),
         ],
-    )  # fmt: skip
+    )
     source = open_source(str(tmp_path), BUCKETS)
     assert read_all(source) == [
         ("00000.tar:a", "first", b"A"),
@@ -132,8 +134,11 @@ def test_a_tar_that_was_cut_short(tmp_path):
     path.write_bytes(path.read_bytes()[:14_000])  # the third member loses its end
     rows = read_all(open_source(str(path), BUCKETS))
     assert [row[:2] for row in rows] == [
-        ("x.tar:0", ""), ("x.tar:1", ""), ("x.tar:2", "damaged"), ("x.tar:(rest of the archive)", "damaged"),
-    ]  # fmt: skip
+        ("x.tar:0", ""),
+        ("x.tar:1", ""),
+        ("x.tar:2", "damaged"),
+        ("x.tar:(rest of the archive)", "damaged"),
+    ]
     path.write_bytes(b"")
     assert [row[1] for row in read_all(open_source(str(path), BUCKETS))] == ["damaged"]
     path.write_bytes(b"no archive at all" * 100)

@@ -70,10 +70,11 @@ def two_at_once(roots, out):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TWO, json.dumps([str(root) for root in roots]), str(out), str(me)],
-            stdout=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for me in (0, 1)
-    ]  # fmt: skip
+    ]
     return [process.communicate(timeout=80)[0].splitlines() for process in processes]
 
 
@@ -130,8 +131,9 @@ def test_jpeg_and_webp_have_nothing_to_unpack(tmp_path, opened, encoding):  # no
     os.truncate(lost[1], lost[1].stat().st_size - 1)
     texts = [text for batch in take(again, loader.batches_per_epoch) for text in batch.replaced]
     assert {text.partition("the shard is bad: ")[2].partition(";")[0].split()[0] for text in texts} == {
-        "missing", str(lost[1].stat().st_size),
-    }  # fmt: skip
+        "missing",
+        str(lost[1].stat().st_size),
+    }
     with pytest.raises(UserError, match=f"{lost[0]}: missing"):
         opened(tmp_path / "data", verify=True)
 

@@ -58,21 +58,30 @@ def write_depth(folder: Path) -> None:
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor
 
     backbone = Dinov2Config(
-        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14,
-        out_indices=[1, 2, 3, 4], reshape_hidden_states=False, apply_layernorm=True,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        out_indices=[1, 2, 3, 4],
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+    )
     config = DepthAnythingConfig(
-        backbone_config=backbone, reassemble_hidden_size=16, neck_hidden_sizes=[4, 4, 8, 8], fusion_hidden_size=8,
+        backbone_config=backbone,
+        reassemble_hidden_size=16,
+        neck_hidden_sizes=[4, 4, 8, 8],
+        fusion_hidden_size=8,
         head_hidden_size=4,
-    )  # fmt: skip
+    )
     model = randomize(DepthAnythingForDepthEstimation(config), 0.2, 0)
     with torch.no_grad():
         model.head.conv3.weight.abs_()  # the ReLU after it would leave nothing of a negative depth
         model.head.conv3.bias.fill_(1.0)
     model.save_pretrained(folder)
-    DPTImageProcessor(
-        size={"height": 56, "width": 56}, keep_aspect_ratio=True, ensure_multiple_of=14
-    ).save_pretrained(folder)  # fmt: skip
+    DPTImageProcessor(size={"height": 56, "width": 56}, keep_aspect_ratio=True, ensure_multiple_of=14).save_pretrained(
+        folder
+    )
 
 
 def write_sam(folder: Path) -> None:
@@ -85,15 +94,22 @@ def write_sam(folder: Path) -> None:
     )
 
     hiera = Sam2HieraDetConfig(
-        hidden_size=8, num_attention_heads=1, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1],
-        embed_dim_per_stage=[8, 16, 32, 64], num_attention_heads_per_stage=[1, 1, 2, 4],
-        window_size_per_stage=[8, 4, 4, 2], global_attention_blocks=[3],
+        hidden_size=8,
+        num_attention_heads=1,
+        image_size=[64, 64],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 2, 4],
+        window_size_per_stage=[8, 4, 4, 2],
+        global_attention_blocks=[3],
         window_positional_embedding_background_size=[4, 4],
-    )  # fmt: skip
+    )
     vision = Sam2VisionConfig(
-        backbone_config=hiera, backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=32,
+        backbone_config=hiera,
+        backbone_channel_list=[64, 32, 16, 8],
+        fpn_hidden_size=32,
         backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
-    )  # fmt: skip
+    )
     config = Sam2Config(
         vision_config=vision,
         prompt_encoder_config=Sam2PromptEncoderConfig(hidden_size=32, image_size=64, mask_input_channels=4),
@@ -525,11 +541,22 @@ def half(mode: str = "L", white=255) -> Image.Image:
 @pytest.mark.parametrize(
     "image",
     [
-        half(), half("1"), half("RGB"), half("RGBA"), half("LA"), half("P"), half("CMYK"), half(white=128),
-        half("I;16", 65535), half("I", 65535), half("I", 255), half("F", 1), half("F", 255),
+        half(),
+        half("1"),
+        half("RGB"),
+        half("RGBA"),
+        half("LA"),
+        half("P"),
+        half("CMYK"),
+        half(white=128),
+        half("I;16", 65535),
+        half("I", 65535),
+        half("I", 255),
+        half("F", 1),
+        half("F", 255),
     ],
     ids=lambda image: image.mode,
-)  # fmt: skip
+)
 def test_any_picture_is_a_mask(image):
     mask = read_mask(image, (8, 6))
     assert mask.mode == "L" and mask.size == (8, 6)

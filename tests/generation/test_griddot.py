@@ -38,8 +38,12 @@ def by_hand(dots, grid, background=1.0):
     return weights
 
 
-DOTS = (Dot(x=0.3, y=0.4, radius=0.5, weight=3), Dot(x=0.8, y=0.7, radius=0.4, weight=0),
-        Dot(x=0.35, y=0.5, radius=0.3, weight=2), Dot(x=1, y=1, radius=2, weight=0.5))  # fmt: skip
+DOTS = (
+    Dot(x=0.3, y=0.4, radius=0.5, weight=3),
+    Dot(x=0.8, y=0.7, radius=0.4, weight=0),
+    Dot(x=0.35, y=0.5, radius=0.3, weight=2),
+    Dot(x=1, y=1, radius=2, weight=0.5),
+)
 
 
 @pytest.mark.parametrize("grid", [(4, 7), (7, 4), (1, 9), (5, 5)])
@@ -97,11 +101,16 @@ def velocity(pipeline, embeds: PromptEmbeds) -> torch.Tensor:
         kwargs["attention_mask"] = bias
     with torch.no_grad():
         return model.transformer(
-            hidden_states=x, encoder_hidden_states=embeds.prompt_embeds, timestep=torch.tensor([0.6]).double(),
-            pooled_projections=pipeline.models.pooled_projections, guidance=torch.tensor([3.5]).double(),
-            img_ids=image_ids(48, 64), txt_ids=text_ids(embeds.prompt_embeds.shape[1]),
-            joint_attention_kwargs=kwargs or None, return_dict=False,
-        )[0]  # fmt: skip
+            hidden_states=x,
+            encoder_hidden_states=embeds.prompt_embeds,
+            timestep=torch.tensor([0.6]).double(),
+            pooled_projections=pipeline.models.pooled_projections,
+            guidance=torch.tensor([3.5]).double(),
+            img_ids=image_ids(48, 64),
+            txt_ids=text_ids(embeds.prompt_embeds.shape[1]),
+            joint_attention_kwargs=kwargs or None,
+            return_dict=False,
+        )[0]
 
 
 @pytest.fixture(params=["ours", "diffusers"])
@@ -124,8 +133,9 @@ def test_weight_1_changes_nothing(pipeline):
     assert plain.bias is None
     neutral = pipeline.encode_all([Reference(picture(84, 56), 1.0, (Dot(x=0.2, y=0.3, radius=0.5, weight=1),))])
     assert prompt_embeds(neutral, Weighting(), 0).bias is None
-    zero = PromptEmbeds(plain.prompt_embeds, torch.zeros(plain.prompt_embeds.shape[:2]).double(), plain.embedded,
-                        plain.num_own_tokens)  # fmt: skip
+    zero = PromptEmbeds(
+        plain.prompt_embeds, torch.zeros(plain.prompt_embeds.shape[:2]).double(), plain.embedded, plain.num_own_tokens
+    )
     assert (velocity(pipeline, zero) - velocity(pipeline, plain)).abs().max() < 1e-12
 
 
@@ -135,8 +145,9 @@ def test_integer_weights_are_repeated_tokens_and_0_is_deletion(pipeline):
     weights = torch.randint(0, 4, (count,), generator=torch.Generator().manual_seed(5)).double()
     weights[:2] = torch.tensor([2.0, 0.0])
     _, weighted = embeds_of(pipeline, weights)
-    repeated = PromptEmbeds(plain.prompt_embeds.repeat_interleave(weights.long(), 1), None, plain.embedded,
-                            int(weights.sum()))  # fmt: skip
+    repeated = PromptEmbeds(
+        plain.prompt_embeds.repeat_interleave(weights.long(), 1), None, plain.embedded, int(weights.sum())
+    )
     assert weighted.prompt_embeds.shape[1] == (weights > 0).sum()
     ours, theirs = velocity(pipeline, weighted), velocity(pipeline, repeated)
     assert (ours - theirs).abs().max() < 1e-12 * max(1, theirs.abs().max())
@@ -181,28 +192,48 @@ def test_downsampling_averages_tokens(pipeline):
     assert torch.allclose(small.hidden_states, whole.hidden_states.mean(1, keepdim=True), atol=1e-12)
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("0.5,0.5,0,1", "radius: 0.0; must be above 0"), ("0.5,0.5,-1,1", "radius: -1.0; must be above 0"),
-    ("1.5,0.5,0.1,1", "x: 1.5; must be inside"), ("0.5,-0.1,0.1,1", "y: -0.1; must be inside"),
-    ("0.5,0.5,0.1,-1", "weight: -1.0; must be at least 0"), ("nan,0.5,0.1,1", "x: nan"), ("0.5,0.5,nan,1", "radius: nan"),
-    ("0.5,0.5,inf,1", "radius: inf"), ("0.5,0.5,0.1,inf", "weight: inf"), ("0.5,0.5,0.1", "use X,Y,RADIUS,WEIGHT"),
-    ("a,b,c,d", "use X,Y"), ("0:0.5,0.5,0.1,1", "use X,Y"), ("", "use X,Y"), ("x:0.5,0.5,0.1,1", "use X,Y"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0.5,0.5,0,1", "radius: 0.0; must be above 0"),
+        ("0.5,0.5,-1,1", "radius: -1.0; must be above 0"),
+        ("1.5,0.5,0.1,1", "x: 1.5; must be inside"),
+        ("0.5,-0.1,0.1,1", "y: -0.1; must be inside"),
+        ("0.5,0.5,0.1,-1", "weight: -1.0; must be at least 0"),
+        ("nan,0.5,0.1,1", "x: nan"),
+        ("0.5,0.5,nan,1", "radius: nan"),
+        ("0.5,0.5,inf,1", "radius: inf"),
+        ("0.5,0.5,0.1,inf", "weight: inf"),
+        ("0.5,0.5,0.1", "use X,Y,RADIUS,WEIGHT"),
+        ("a,b,c,d", "use X,Y"),
+        ("0:0.5,0.5,0.1,1", "use X,Y"),
+        ("", "use X,Y"),
+        ("x:0.5,0.5,0.1,1", "use X,Y"),
+    ],
+)
 def test_bad_dots_are_one_line(text, said):
     with pytest.raises(UserError, match=said) as caught:
         dotting.parse_dot(text)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    ("nonsense", "Expecting value"), ("3", "must be a list"), ('{"dots": 3}', "must be a list"),
-    ('{"dots": [], "colour": 1}', "must be a list"), ("[3]", "dot 1: must be an object"),
-    ('[{"x": 0.5}]', "dot 1: y: missing"), ('[{"x": 0.5, "y": 0.5, "radius": 0, "weight": 1}]', "dot 1: radius: 0; must be"),
-    ('[{"x": 0.5, "y": 0.5, "radius": 1, "weight": 1, "size": 2}]', "dot 1: size"),
-    ('[{"x": "a", "y": 0.5, "radius": 1, "weight": 1}]', "dot 1: x: a"),
-    ('[{"x": 0.5, "y": 0.5, "radius": 1, "weight": 1, "reference": 0}]', "reference: 0"),
-    ('{"dots": [], "background": "x"}', "background must be"), (None, "No such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("nonsense", "Expecting value"),
+        ("3", "must be a list"),
+        ('{"dots": 3}', "must be a list"),
+        ('{"dots": [], "colour": 1}', "must be a list"),
+        ("[3]", "dot 1: must be an object"),
+        ('[{"x": 0.5}]', "dot 1: y: missing"),
+        ('[{"x": 0.5, "y": 0.5, "radius": 0, "weight": 1}]', "dot 1: radius: 0; must be"),
+        ('[{"x": 0.5, "y": 0.5, "radius": 1, "weight": 1, "size": 2}]', "dot 1: size"),
+        ('[{"x": "a", "y": 0.5, "radius": 1, "weight": 1}]', "dot 1: x: a"),
+        ('[{"x": 0.5, "y": 0.5, "radius": 1, "weight": 1, "reference": 0}]', "reference: 0"),
+        ('{"dots": [], "background": "x"}', "background must be"),
+        (None, "No such file"),
+    ],
+)
 def test_bad_dot_files_are_one_line(tmp_path, content, said):
     file = tmp_path / "dots.json"
     if content is not None:
@@ -226,8 +257,13 @@ def test_dots_that_leave_nothing_are_refused(double):
     everything = (Dot(x=0.5, y=0.5, radius=100, weight=0),)
     with pytest.raises(UserError, match="leave no token"):
         double.encode_all([Reference(picture(64, 64), 1.0, everything)], weighting=Weighting(background=0))
-    for bad, said in (({"background": -1}, "background"), ({"variety": 1.0}, "variety"), ({"downsample": 0}, "downsample"),
-                      ({"background": math.nan}, "background"), ({"variety": math.nan}, "variety")):  # fmt: skip
+    for bad, said in (
+        ({"background": -1}, "background"),
+        ({"variety": 1.0}, "variety"),
+        ({"downsample": 0}, "downsample"),
+        ({"background": math.nan}, "background"),
+        ({"variety": math.nan}, "variety"),
+    ):
         with pytest.raises(UserError, match=said):
             dotting.check_weighting(Weighting(**bad))
     for strength in (0.0, -1.0, math.inf, math.nan):

@@ -77,9 +77,12 @@ def given(mode: str) -> dict:
     if "inpaint" in mode:
         values["mask_image"] = hole()
     if "controlnet" in mode:
-        values |= {"control_image": [picture(WIDTH, HEIGHT, seed=3), picture(WIDTH, HEIGHT, seed=4)],
-                   "control_mode": ["depth", "line"], "controlnet_conditioning_scale": [0.4, 0.9],
-                   "control_guidance_end": 0.8}  # fmt: skip
+        values |= {
+            "control_image": [picture(WIDTH, HEIGHT, seed=3), picture(WIDTH, HEIGHT, seed=4)],
+            "control_mode": ["depth", "line"],
+            "controlnet_conditioning_scale": [0.4, 0.9],
+            "control_guidance_end": 0.8,
+        }
     return values
 
 
@@ -90,12 +93,24 @@ def theirs(pipeline, mode: str, seed: int, output_type: str = "pil", embeds=None
     if embeds is None:
         references = [Reference(values["reference"])] if values["reference"] is not None else []
         embeds = prompt_embeds(pipeline.encode_all(references, values.get("prompt", "")), Weighting(), seed)
-    parts = {"scheduler": FlowMatchEulerDiscreteScheduler.from_config(models.scheduler.config), "vae": models.vae,
-             "text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None,
-             "transformer": models.trainable.transformer}  # fmt: skip
-    kinds = {"text": FluxPipeline, "variation": FluxPipeline, "img2img": FluxImg2ImgPipeline, "inpaint": FluxInpaintPipeline,
-             "controlnet": FluxControlNetPipeline, "controlnet-img2img": FluxControlNetImg2ImgPipeline,
-             "controlnet-inpaint": FluxControlNetInpaintPipeline}  # fmt: skip
+    parts = {
+        "scheduler": FlowMatchEulerDiscreteScheduler.from_config(models.scheduler.config),
+        "vae": models.vae,
+        "text_encoder": None,
+        "tokenizer": None,
+        "text_encoder_2": None,
+        "tokenizer_2": None,
+        "transformer": models.trainable.transformer,
+    }
+    kinds = {
+        "text": FluxPipeline,
+        "variation": FluxPipeline,
+        "img2img": FluxImg2ImgPipeline,
+        "inpaint": FluxInpaintPipeline,
+        "controlnet": FluxControlNetPipeline,
+        "controlnet-img2img": FluxControlNetImg2ImgPipeline,
+        "controlnet-inpaint": FluxControlNetInpaintPipeline,
+    }
     more = {}
     if "image" in values:
         more |= {"image": values["image"], "strength": 0.7}
@@ -103,16 +118,26 @@ def theirs(pipeline, mode: str, seed: int, output_type: str = "pil", embeds=None
         more["mask_image"] = values["mask_image"]
     if "controlnet" in mode:
         parts["controlnet"] = FluxMultiControlNetModel([pipeline.controlnet.nets[""]])
-        more |= {"control_image": values["control_image"], "control_mode": [2, 0],
-                 "controlnet_conditioning_scale": [0.4, 0.9], "control_guidance_end": 0.8}  # fmt: skip
+        more |= {
+            "control_image": values["control_image"],
+            "control_mode": [2, 0],
+            "controlnet_conditioning_scale": [0.4, 0.9],
+            "control_guidance_end": 0.8,
+        }
     plain = kinds[mode](**parts)
     plain.set_progress_bar_config(disable=True)
     with torch.no_grad():
         return plain(
-            prompt_embeds=embeds.prompt_embeds, pooled_prompt_embeds=models.pooled_projections, height=HEIGHT, width=WIDTH,
-            num_inference_steps=STEPS, guidance_scale=3.5, generator=[torch.Generator().manual_seed(seed)],
-            output_type=output_type, **more,
-        ).images  # fmt: skip
+            prompt_embeds=embeds.prompt_embeds,
+            pooled_prompt_embeds=models.pooled_projections,
+            height=HEIGHT,
+            width=WIDTH,
+            num_inference_steps=STEPS,
+            guidance_scale=3.5,
+            generator=[torch.Generator().manual_seed(seed)],
+            output_type=output_type,
+            **more,
+        ).images
 
 
 def values_of(image: Image.Image) -> np.ndarray:
@@ -179,10 +204,15 @@ def test_variation_is_eulers_method_in_float64(run_folder, kernels, shift, dynam
     with torch.no_grad():
         for sigma, after in zip(sigmas, sigmas[1:]):
             velocity = models.trainable.transformer(
-                hidden_states=x, encoder_hidden_states=embeds, timestep=torch.tensor([sigma]).double(),
-                pooled_projections=models.pooled_projections, guidance=torch.tensor([3.5]).double(),
-                img_ids=image_ids(height, width), txt_ids=text_ids(embeds.shape[1]), return_dict=False,
-            )[0]  # fmt: skip
+                hidden_states=x,
+                encoder_hidden_states=embeds,
+                timestep=torch.tensor([sigma]).double(),
+                pooled_projections=models.pooled_projections,
+                guidance=torch.tensor([3.5]).double(),
+                img_ids=image_ids(height, width),
+                txt_ids=text_ids(embeds.shape[1]),
+                return_dict=False,
+            )[0]
             x = x + (after - sigma) * velocity
     assert ours.dtype == torch.float64
     assert (ours - x).abs().max() < 1e-9 * max(1, x.abs().max())
@@ -317,34 +347,60 @@ def test_diffusers_conventions(pipeline, tmp_path):
 
 
 def test_saving_keeps_the_credit_and_leaves_the_nets_out(pipeline, tmp_path):
-    credited = Qwen2VLFluxPipeline(pipeline.models, pipeline.settings, {"run": "x", "controlnet": {"": "y"}},
-                                   attribution="by them")  # fmt: skip
+    credited = Qwen2VLFluxPipeline(
+        pipeline.models, pipeline.settings, {"run": "x", "controlnet": {"": "y"}}, attribution="by them"
+    )
     credited.save_pretrained(tmp_path / "saved")
     again = Qwen2VLFluxPipeline.from_pretrained(tmp_path / "saved", device="cpu")
     assert again.attribution == "by them" and "controlnet" not in again.source
     assert len(again.source["weights_sha256"]) == 64  # of weights that named no hash
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"strength": 0.0, "image": picture(64, 48)}, "strength: 0.0"), ({"strength": 1.5, "image": picture(64, 48)}, "strength"),
-    ({"mask_image": hole()}, "mask: without a picture"), ({"shift": 0.0}, "shift: 0.0"), ({"batch_size": 0}, "batch size"),
-    ({"image": picture(64, 48), "mask_image": Image.new("L", (32, 32), 255)}, "mask: 32x32"),
-    ({"image": picture(64, 48), "mask_image": Image.new("L", (64, 48), 0)}, "mask.*nothing"),
-    ({"output_type": "jpeg"}, "output type"), ({"seed": -1}, "seed: -1"), ({"seed": 2**64}, "seed"),
-    ({"num_images_per_prompt": 0}, "num_images_per_prompt"), ({"reference": None}, "neither a reference nor a prompt"),
-    ({"text_encoder": "t5", "prompt": "x"}, "these weights have no T5"), ({"text_encoder": "bert"}, "use qwen or t5"),
-    ({"reference": "cat.png"}, "reference: a str; use a PIL picture"), ({"prompt": ["a", "b"]}, "prompt: a list"),
-    ({"image": np.zeros((8, 8, 3))}, "image: a ndarray"), ({"seed": 1.5}, "seed: 1.5"), ({"seed": []}, "seed: an empty"),
-    ({"generator": [torch.Generator(), torch.Generator()], "num_images_per_prompt": 3}, "generator: 2 for 3"),
-    ({"height": 0}, "height: 0"), ({"weighting": Weighting(background=0.5)}, "background: 0.5 without a dot"),
-    ({"reference_tokens": 2}, "reference tokens: 2"), ({"control_image": picture(64, 48)}, "control: kind None"),
-    ({"control_image": picture(64, 48), "control_mode": "smell"}, "unknown kind 'smell'"),
-    ({"control_image": [picture(64, 48)], "control_mode": ["line", "depth"]}, "1 maps, 2 modes"),
-    ({"control_image": picture(64, 48), "control_mode": "line", "control_guidance_start": 0.9,
-      "control_guidance_end": 0.1}, "is not before"),
-    ({"control_image": picture(64, 48), "control_mode": "line", "controlnet_conditioning_scale": -1.0}, "control scale"),
-    ({"control_image": picture(64, 48), "control_mode": 12}, "kind 12 is not one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"strength": 0.0, "image": picture(64, 48)}, "strength: 0.0"),
+        ({"strength": 1.5, "image": picture(64, 48)}, "strength"),
+        ({"mask_image": hole()}, "mask: without a picture"),
+        ({"shift": 0.0}, "shift: 0.0"),
+        ({"batch_size": 0}, "batch size"),
+        ({"image": picture(64, 48), "mask_image": Image.new("L", (32, 32), 255)}, "mask: 32x32"),
+        ({"image": picture(64, 48), "mask_image": Image.new("L", (64, 48), 0)}, "mask.*nothing"),
+        ({"output_type": "jpeg"}, "output type"),
+        ({"seed": -1}, "seed: -1"),
+        ({"seed": 2**64}, "seed"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"reference": None}, "neither a reference nor a prompt"),
+        ({"text_encoder": "t5", "prompt": "x"}, "these weights have no T5"),
+        ({"text_encoder": "bert"}, "use qwen or t5"),
+        ({"reference": "cat.png"}, "reference: a str; use a PIL picture"),
+        ({"prompt": ["a", "b"]}, "prompt: a list"),
+        ({"image": np.zeros((8, 8, 3))}, "image: a ndarray"),
+        ({"seed": 1.5}, "seed: 1.5"),
+        ({"seed": []}, "seed: an empty"),
+        ({"generator": [torch.Generator(), torch.Generator()], "num_images_per_prompt": 3}, "generator: 2 for 3"),
+        ({"height": 0}, "height: 0"),
+        ({"weighting": Weighting(background=0.5)}, "background: 0.5 without a dot"),
+        ({"reference_tokens": 2}, "reference tokens: 2"),
+        ({"control_image": picture(64, 48)}, "control: kind None"),
+        ({"control_image": picture(64, 48), "control_mode": "smell"}, "unknown kind 'smell'"),
+        ({"control_image": [picture(64, 48)], "control_mode": ["line", "depth"]}, "1 maps, 2 modes"),
+        (
+            {
+                "control_image": picture(64, 48),
+                "control_mode": "line",
+                "control_guidance_start": 0.9,
+                "control_guidance_end": 0.1,
+            },
+            "is not before",
+        ),
+        (
+            {"control_image": picture(64, 48), "control_mode": "line", "controlnet_conditioning_scale": -1.0},
+            "control scale",
+        ),
+        ({"control_image": picture(64, 48), "control_mode": 12}, "kind 12 is not one"),
+    ],
+)
 def test_what_cannot_be_is_refused(pipeline, change, said):
     with pytest.raises(UserError, match=said) as caught:
         pipeline(**given("variation") | change)
@@ -372,25 +428,45 @@ def test_a_net_for_one_kind_is_diffusers_own(pipeline, small_config, tmp_path, m
             for parameter in net.parameters():
                 parameter.copy_(0.3 * torch.randn_like(parameter))
     net.save_pretrained(tmp_path / "net")
-    values = given(mode) | {"control_image": picture(WIDTH, HEIGHT, seed=3), "control_mode": "depth",
-                            "controlnet_conditioning_scale": 0.4}  # fmt: skip
+    values = given(mode) | {
+        "control_image": picture(WIDTH, HEIGHT, seed=3),
+        "control_mode": "depth",
+        "controlnet_conditioning_scale": 0.4,
+    }
     ours = Qwen2VLFluxPipeline(pipeline.models, pipeline.settings).load_controlnet(str(tmp_path / "net"))
     made = values_of(ours(**values, seed=7).images[0])
-    kind = {"controlnet": FluxControlNetPipeline, "controlnet-img2img": FluxControlNetImg2ImgPipeline,
-            "controlnet-inpaint": FluxControlNetInpaintPipeline}[mode]  # fmt: skip
+    kind = {
+        "controlnet": FluxControlNetPipeline,
+        "controlnet-img2img": FluxControlNetImg2ImgPipeline,
+        "controlnet-inpaint": FluxControlNetInpaintPipeline,
+    }[mode]
     pipeline.models.trainable.configure(False)
     embeds = prompt_embeds(pipeline.encode_all([Reference(values["reference"])]), Weighting(), 7)
     plain = kind(
-        FlowMatchEulerDiscreteScheduler.from_config(pipeline.models.scheduler.config), pipeline.models.vae, None, None,
-        None, None, pipeline.models.trainable.transformer, ours.controlnet.nets[""],
-    )  # fmt: skip
+        FlowMatchEulerDiscreteScheduler.from_config(pipeline.models.scheduler.config),
+        pipeline.models.vae,
+        None,
+        None,
+        None,
+        None,
+        pipeline.models.trainable.transformer,
+        ours.controlnet.nets[""],
+    )
     plain.set_progress_bar_config(disable=True)
     more = {key: values[key] for key in ("image", "strength", "mask_image") if key in values}
     want = plain(
-        prompt_embeds=embeds.prompt_embeds, pooled_prompt_embeds=pipeline.models.pooled_projections, height=HEIGHT,
-        width=WIDTH, num_inference_steps=STEPS, guidance_scale=3.5, generator=[torch.Generator().manual_seed(7)],
-        control_image=values["control_image"], controlnet_conditioning_scale=0.4, control_guidance_end=0.8, **more,
-    ).images[0]  # fmt: skip
+        prompt_embeds=embeds.prompt_embeds,
+        pooled_prompt_embeds=pipeline.models.pooled_projections,
+        height=HEIGHT,
+        width=WIDTH,
+        num_inference_steps=STEPS,
+        guidance_scale=3.5,
+        generator=[torch.Generator().manual_seed(7)],
+        control_image=values["control_image"],
+        controlnet_conditioning_scale=0.4,
+        control_guidance_end=0.8,
+        **more,
+    ).images[0]
     assert np.abs(made - values_of(want)).max() <= 1
     without = ours(**values | {"controlnet_conditioning_scale": 0.0}, seed=7).images[0]
     assert np.abs(made - values_of(without)).max() > 8
@@ -410,8 +486,19 @@ def test_nets_for_one_kind_each(pipeline, small_config, tmp_path):
         folders[kind] = str(tmp_path / kind)
     two = Qwen2VLFluxPipeline(pipeline.models, pipeline.settings)
     both = two.load_controlnet(folders)(**values, seed=1).images[0].tobytes()
-    one = two(**values | {"control_image": values["control_image"][:1], "control_mode": ["depth"],
-                          "controlnet_conditioning_scale": [0.4]}, seed=1).images[0].tobytes()  # fmt: skip
+    one = (
+        two(
+            **values
+            | {
+                "control_image": values["control_image"][:1],
+                "control_mode": ["depth"],
+                "controlnet_conditioning_scale": [0.4],
+            },
+            seed=1,
+        )
+        .images[0]
+        .tobytes()
+    )
     assert both != one
     with pytest.raises(UserError, match="control tile: no ControlNet for it; loaded are depth, line"):
         two(**values | {"control_mode": ["depth", "tile"]})

@@ -125,12 +125,19 @@ def test_notes_say_what_was_done_to_the_prompt(pipeline):
     assert encoded.text.shape[1] == 256 and encoded.references[0].hidden_states.shape[1] == 4  # none taken away
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"prompt": "a\0b"}, "character 2 is NUL"), ({"prompt": "ab\ud800"}, "character 3 .*surrogate"),
-    ({"height": 40}, "height: 40"), ({"width": -16}, "width: -16"), ({"num_inference_steps": 0}, "steps: 0"),
-    ({"guidance_scale": float("nan")}, "guidance"), ({"guidance_scale": -1.0}, "guidance"),
-    ({"reference": picture(100, 10)}, "100x10"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt": "a\0b"}, "character 2 is NUL"),
+        ({"prompt": "ab\ud800"}, "character 3 .*surrogate"),
+        ({"height": 40}, "height: 40"),
+        ({"width": -16}, "width: -16"),
+        ({"num_inference_steps": 0}, "steps: 0"),
+        ({"guidance_scale": float("nan")}, "guidance"),
+        ({"guidance_scale": -1.0}, "guidance"),
+        ({"reference": picture(100, 10)}, "100x10"),
+    ],
+)
 def test_what_cannot_be_is_refused(pipeline, change, said):
     with pytest.raises(UserError, match=said):
         pipeline(**({"reference": picture(64, 64)} | change))
@@ -167,10 +174,16 @@ def test_an_export_makes_its_runs_pictures(run_folder, export_folder, dtype):
 
 
 FILES = [
-    "transformer/diffusion_pytorch_model.safetensors", "transformer/config.json", "vae/config.json",
-    "scheduler/scheduler_config.json", "text_encoder/model.safetensors", "text_encoder/tokenizer.json",
-    "connector/model.safetensors", "pooled_prompt_embeds.safetensors", "megaflux.json",
-]  # fmt: skip
+    "transformer/diffusion_pytorch_model.safetensors",
+    "transformer/config.json",
+    "vae/config.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/model.safetensors",
+    "text_encoder/tokenizer.json",
+    "connector/model.safetensors",
+    "pooled_prompt_embeds.safetensors",
+    "megaflux.json",
+]
 
 
 @pytest.mark.parametrize("gone", FILES)

@@ -38,13 +38,23 @@ def test_fp8_takes_the_blocks_linears_and_little_else(run_folder):
     before = {name: p.detach().clone() for name, p in transformer.named_parameters()}
     plain = pipeline(picture(64, 64), num_inference_steps=3).images[0]
     taken = runtime.quantize_fp8(transformer)
-    quantized = {name for name, m in transformer.named_modules()
-                 if isinstance(m, torch.nn.Linear) and type(m.weight.data) is not torch.Tensor}  # fmt: skip
+    quantized = {
+        name
+        for name, m in transformer.named_modules()
+        if isinstance(m, torch.nn.Linear) and type(m.weight.data) is not torch.Tensor
+    }
     assert (
         len(quantized) == taken == 12 + 5
     )  # a double block: q, k, v, out twice and two MLPs; a single one: q, k, v, MLP, out
-    for kept in ("x_embedder", "context_embedder", "proj_out", "norm_out.linear", "transformer_blocks.0.norm1.linear",
-                 "single_transformer_blocks.0.norm.linear", "time_text_embed.text_embedder.linear_1"):  # fmt: skip
+    for kept in (
+        "x_embedder",
+        "context_embedder",
+        "proj_out",
+        "norm_out.linear",
+        "transformer_blocks.0.norm1.linear",
+        "single_transformer_blocks.0.norm.linear",
+        "time_text_embed.text_embedder.linear_1",
+    ):
         assert kept not in quantized and torch.equal(transformer.get_submodule(kept).weight, before[f"{kept}.weight"])
     weight = transformer.transformer_blocks[0].attn.to_q.weight
     assert weight.qdata.dtype == torch.float8_e4m3fn

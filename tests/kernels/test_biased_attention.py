@@ -12,8 +12,14 @@ from tests.kernels.accuracy import assert_within_twice, randn
 from tests.kernels.conftest import DEVICE, DTYPES
 
 INF = float("inf")
-SHAPES = [(3, 2, 37, 70, 32), (2, 3, 130, 68, 64), (1, 2, 129, 200, 128), (1, 1, 64, 128, 64), (2, 1, 5, 4, 128),
-          (1, 2, 1, 131, 32)]  # fmt: skip
+SHAPES = [
+    (3, 2, 37, 70, 32),
+    (2, 3, 130, 68, 64),
+    (1, 2, 129, 200, 128),
+    (1, 1, 64, 128, 64),
+    (2, 1, 5, 4, 128),
+    (1, 2, 1, 131, 32),
+]
 
 
 def inputs(shape, dtype, needs=(True, True, True)):
@@ -249,10 +255,14 @@ def test_opcheck(triton_path):
     torch.library.opcheck(torch.ops.megaflux.biased_attention_backward.default, arguments)
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda op: torch.compile(op, fullgraph=True, backend="aot_eager"),
-    lambda op: lambda *inputs: checkpoint(op, *inputs, use_reentrant=False),
-], ids=["compile", "checkpoint"])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda op: torch.compile(op, fullgraph=True, backend="aot_eager"),
+        lambda op: lambda *inputs: checkpoint(op, *inputs, use_reentrant=False),
+    ],
+    ids=["compile", "checkpoint"],
+)
 def test_compiled_or_recomputed_it_is_the_same(path, wrap):
     values, (dout,) = inputs((2, 2, 9, 17, 32), torch.float32)
     bias = log_weights(2, 17)
@@ -263,19 +273,26 @@ def test_compiled_or_recomputed_it_is_the_same(path, wrap):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-@pytest.mark.parametrize("bad, match", [
-    ({"q": torch.zeros(2, 1, 3, 32, dtype=torch.int32)}, "use bfloat16"),
-    ({"q": torch.zeros(2, 3, 32)}, "4 dimensions"),
-    ({"k": torch.zeros(2, 1, 4, 32, dtype=torch.float16)}, "cast them"),
-    ({"k": torch.zeros(2, 1, 5, 32)}, "want q"),
-    ({"q": torch.zeros(2, 2, 3, 32)}, "want q"),
-    ({"bias": torch.zeros(4)}, r"\(2, 4\)"),
-    ({"bias": torch.zeros(2, 4, dtype=torch.bool)}, "float bias"),
-    ({"bias": torch.zeros(2, 4, requires_grad=True)}, "carries no gradient"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, match",
+    [
+        ({"q": torch.zeros(2, 1, 3, 32, dtype=torch.int32)}, "use bfloat16"),
+        ({"q": torch.zeros(2, 3, 32)}, "4 dimensions"),
+        ({"k": torch.zeros(2, 1, 4, 32, dtype=torch.float16)}, "cast them"),
+        ({"k": torch.zeros(2, 1, 5, 32)}, "want q"),
+        ({"q": torch.zeros(2, 2, 3, 32)}, "want q"),
+        ({"bias": torch.zeros(4)}, r"\(2, 4\)"),
+        ({"bias": torch.zeros(2, 4, dtype=torch.bool)}, "float bias"),
+        ({"bias": torch.zeros(2, 4, requires_grad=True)}, "carries no gradient"),
+    ],
+)
 def test_unsupported_input_is_refused(bad, match):
-    good = {"q": torch.zeros(2, 1, 3, 32), "k": torch.zeros(2, 1, 4, 32), "v": torch.zeros(2, 1, 4, 32),
-            "bias": torch.zeros(2, 4)}  # fmt: skip
+    good = {
+        "q": torch.zeros(2, 1, 3, 32),
+        "k": torch.zeros(2, 1, 4, 32),
+        "v": torch.zeros(2, 1, 4, 32),
+        "bias": torch.zeros(2, 4),
+    }
     with pytest.raises(ValueError, match=match):
         biased_attention(**(good | bad))
 

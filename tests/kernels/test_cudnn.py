@@ -12,9 +12,15 @@ from megaflux_kernels.bench import machine
 
 @pytest.mark.parametrize(
     "version, tokens, name",
-    [(91500, 4580, "9.15.0"), (91002, 4580, "9.10.2"), (8902, 100, "8.9.2"), (91501, 4580, None), (92000, 1, None),
-     (91002, 4608, None)],
-)  # fmt: skip
+    [
+        (91500, 4580, "9.15.0"),
+        (91002, 4580, "9.10.2"),
+        (8902, 100, "8.9.2"),
+        (91501, 4580, None),
+        (92000, 1, None),
+        (91002, 4608, None),
+    ],
+)
 def test_cudnn_before_9_15_1_is_wrong_where_128_does_not_divide(version, tokens, name):
     problem = cudnn.problem(tokens, version)
     if name is None:

@@ -70,8 +70,13 @@ def _listed(out):
 def test_either_output_alone_has_gradients(path):
     values, douts = inputs((2, 19, 32), torch.float32, True)
     for i in range(2):
-        assert_within_twice(lambda *v, i=i: gate_residual(*v)[i], lambda *v, i=i: reference.definition(*v)[i],
-                            values, [douts[i]], torch.float32)  # fmt: skip
+        assert_within_twice(
+            lambda *v, i=i: gate_residual(*v)[i],
+            lambda *v, i=i: reference.definition(*v)[i],
+            values,
+            [douts[i]],
+            torch.float32,
+        )
 
 
 def test_slices_are_read_where_they_lie(path):
@@ -141,8 +146,15 @@ def test_every_element_is_written(triton_path, poisoned):
         values, (dhidden, dout) = inputs(shape, torch.float32, True)
         residual, x, gate, scale, shift = detached(values)
         hidden, out, mean, rstd = forward_modulate(residual, x, gate, scale, shift)
-        results = [hidden, out, mean, rstd, forward(residual, x, gate), *backward(dhidden, gate, x),
-                   *backward_modulate(dhidden, dout, hidden, mean, rstd, scale, gate, x)]  # fmt: skip
+        results = [
+            hidden,
+            out,
+            mean,
+            rstd,
+            forward(residual, x, gate),
+            *backward(dhidden, gate, x),
+            *backward_modulate(dhidden, dout, hidden, mean, rstd, scale, gate, x),
+        ]
         assert all(torch.isfinite(result).all() for result in results)
 
 
@@ -185,15 +197,18 @@ def test_compiles_and_checkpoints(triton_path):
         assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out, values, dout), eager))
 
 
-@pytest.mark.parametrize("bad, match", [
-    ({"residual": torch.zeros(2, 3, 4, dtype=torch.int32)}, "use bfloat16"),
-    ({"residual": torch.zeros(3, 4)}, "3 dimensions"),
-    ({"x": torch.zeros(2, 3, 4, dtype=torch.float16)}, "cast them"),
-    ({"x": torch.zeros(2, 1, 4)}, "one shape"),
-    ({"gate": torch.zeros(2, 5)}, r"shape \(2, 4\)"),
-    ({"shift": torch.zeros(1, 4)}, r"shape \(2, 4\)"),
-    ({"shift": None}, "both or neither"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, match",
+    [
+        ({"residual": torch.zeros(2, 3, 4, dtype=torch.int32)}, "use bfloat16"),
+        ({"residual": torch.zeros(3, 4)}, "3 dimensions"),
+        ({"x": torch.zeros(2, 3, 4, dtype=torch.float16)}, "cast them"),
+        ({"x": torch.zeros(2, 1, 4)}, "one shape"),
+        ({"gate": torch.zeros(2, 5)}, r"shape \(2, 4\)"),
+        ({"shift": torch.zeros(1, 4)}, r"shape \(2, 4\)"),
+        ({"shift": None}, "both or neither"),
+    ],
+)
 def test_unsupported_input_is_refused(bad, match):
     good = {name: torch.zeros(2, 3, 4) if name in ("residual", "x") else torch.zeros(2, 4) for name in NAMES}
     with pytest.raises(ValueError, match=f"gate_residual.*{match}"):

@@ -17,8 +17,9 @@ def inputs(B, S, W, M, dtype, needs=(True, True)):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 37, 96, 384), (8, 3, 100, 70), (1, 5, 1100, 2060),
-                                   (3, 5, None, 33)])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 37, 96, 384), (8, 3, 100, 70), (1, 5, 1100, 2060), (3, 5, None, 33)]
+)
 def test_is_gelu_beside_the_attention_output(path, shape, dtype):
     values, douts = inputs(*shape, dtype)
     assert_within_twice(gelu_concat, reference.definition, values, douts, dtype)
@@ -45,8 +46,10 @@ def test_slices_are_read_where_they_lie(path):
     def sliced(op):
         return lambda attn, joint: (op(attn[:, 11:], joint[..., 72:]), op(None, joint[:, 3:, 72:]))
 
-    douts = [randn(2, 30, 130, seed=3, dtype=torch.float32, device=DEVICE)[..., 10:],
-             randn(2, 30, 96, seed=4, dtype=torch.float32, device=DEVICE)[:, 3:]]  # fmt: skip
+    douts = [
+        randn(2, 30, 130, seed=3, dtype=torch.float32, device=DEVICE)[..., 10:],
+        randn(2, 30, 96, seed=4, dtype=torch.float32, device=DEVICE)[:, 3:],
+    ]
     assert_within_twice(sliced(gelu_concat), sliced(reference.definition), [attn, joint], douts, torch.float32)
 
 
@@ -139,12 +142,15 @@ def test_compiles_and_checkpoints(triton_path):
         assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out, values, dout), eager))
 
 
-@pytest.mark.parametrize("bad, match", [
-    ({"hidden_states": torch.zeros(2, 3, 4, dtype=torch.int32)}, "use bfloat16"),
-    ({"hidden_states": torch.zeros(3, 4)}, "3 dimensions"),
-    ({"attn_output": torch.zeros(2, 3, 4, dtype=torch.float16)}, "cast them"),
-    ({"attn_output": torch.zeros(2, 4, 4)}, r"want attn_output \(2, 3, any width\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, match",
+    [
+        ({"hidden_states": torch.zeros(2, 3, 4, dtype=torch.int32)}, "use bfloat16"),
+        ({"hidden_states": torch.zeros(3, 4)}, "3 dimensions"),
+        ({"attn_output": torch.zeros(2, 3, 4, dtype=torch.float16)}, "cast them"),
+        ({"attn_output": torch.zeros(2, 4, 4)}, r"want attn_output \(2, 3, any width\)"),
+    ],
+)
 def test_unsupported_input_is_refused(bad, match):
     good = {"attn_output": torch.zeros(2, 3, 5), "hidden_states": torch.zeros(2, 3, 4)}
     with pytest.raises(ValueError, match=f"gelu_concat.*{match}"):

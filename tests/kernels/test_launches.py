@@ -53,8 +53,10 @@ def backward_passes(B, S, W, dtype, trained):
     x, dout, dhidden, gate, scale, shift = inputs(B, S, W, dtype)
     read = x if trained else None
     _, mean, rstd = modulate.forward(x, scale, shift)
-    found = {f"modulate {residual is not None}": modulate.backward(dout, x, mean, rstd, scale, residual, trained)[:1]
-             for residual in (None, dhidden)}  # fmt: skip
+    found = {
+        f"modulate {residual is not None}": modulate.backward(dout, x, mean, rstd, scale, residual, trained)[:1]
+        for residual in (None, dhidden)
+    }
     found["gate_residual"] = gate_residual.backward(dhidden, gate, read)[:1]
     hidden, _, mean, rstd = gate_residual.forward_modulate(dhidden, x, gate, scale, shift)
     for add in (None, dhidden):
@@ -85,8 +87,11 @@ def test_frozen_blocks_have_a_program_for_each_token(launches):
 def test_what_frozen_blocks_launch_is_compiled_ahead_of_time(launches):
     """All but gate_residual_modulate without a gradient of hidden, which no block of FLUX has."""
     backward_passes(1, 5, 96, torch.float32, False)
-    known = [(kernel, constants, warps) for m in (modulate_kernels, gate_residual_kernels)
-             for kernel, constants, warps in m.AOT]  # fmt: skip
+    known = [
+        (kernel, constants, warps)
+        for m in (modulate_kernels, gate_residual_kernels)
+        for kernel, constants, warps in m.AOT
+    ]
     for kernel, _, launched in launches:
         if launched.get("HIDDEN", True):
             asked = {n: v for n, v in launched.items() if n.isupper() and n != "BLOCK"}

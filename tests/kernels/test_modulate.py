@@ -10,8 +10,11 @@ from tests.kernels.conftest import DEVICE, DTYPES
 
 def inputs(shape, dtype, needs=(True, True, True)):
     B, _, W = shape
-    values = [randn(*shape, seed=1, dtype=dtype, device=DEVICE) * 3 + 1,
-              randn(B, W, seed=2, dtype=dtype, device=DEVICE), randn(B, W, seed=3, dtype=dtype, device=DEVICE)]  # fmt: skip
+    values = [
+        randn(*shape, seed=1, dtype=dtype, device=DEVICE) * 3 + 1,
+        randn(B, W, seed=2, dtype=dtype, device=DEVICE),
+        randn(B, W, seed=3, dtype=dtype, device=DEVICE),
+    ]
     return [v.requires_grad_(n) for v, n in zip(values, needs)], [randn(*shape, seed=4, dtype=dtype, device=DEVICE)]
 
 
@@ -90,11 +93,14 @@ def test_opcheck(triton_path):
         )
 
 
-@pytest.mark.parametrize("bad, match", [
-    ({"x": torch.zeros(2, 3, 4, dtype=torch.int32)}, "use bfloat16"),
-    ({"x": torch.zeros(3, 4)}, "3 dimensions"),
-    ({"scale": torch.zeros(2, 4, dtype=torch.float16)}, "cast them"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, match",
+    [
+        ({"x": torch.zeros(2, 3, 4, dtype=torch.int32)}, "use bfloat16"),
+        ({"x": torch.zeros(3, 4)}, "3 dimensions"),
+        ({"scale": torch.zeros(2, 4, dtype=torch.float16)}, "cast them"),
+    ],
+)
 def test_unsupported_input_is_refused(bad, match):
     good = {"x": torch.zeros(2, 3, 4), "scale": torch.zeros(2, 4), "shift": torch.zeros(2, 4)}
     with pytest.raises(ValueError, match=match):

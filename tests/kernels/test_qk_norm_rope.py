@@ -22,8 +22,10 @@ def inputs(shape, dtype, needs=(True,) * 6):
     """([qkv, txt_qkv or None, norm_q, norm_k, txt_norm_q, txt_norm_k], gradients of q, k, v)."""
     B, L, T, H, D = shape
     device = DEVICE
-    values = [randn(B, L, 3 * H * D, seed=1, dtype=dtype, device=device) * 2,
-              randn(B, T, 3 * H * D, seed=2, dtype=dtype, device=device) if T else None]  # fmt: skip
+    values = [
+        randn(B, L, 3 * H * D, seed=1, dtype=dtype, device=device) * 2,
+        randn(B, T, 3 * H * D, seed=2, dtype=dtype, device=device) if T else None,
+    ]
     for seed in range(3, 7):
         weight = 1 + 0.2 * randn(D, seed=seed, dtype=dtype, device=device).clamp(-2, 2)
         values.append(weight if seed < 5 or T else None)
@@ -84,10 +86,14 @@ def test_float64_is_exact():
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("needs", [
-    (True, False, False, False, False, False), (False, True, False, False, False, False),
-    (False, False, True, False, False, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "needs",
+    [
+        (True, False, False, False, False, False),
+        (False, True, False, False, False, False),
+        (False, False, True, False, False, True),
+    ],
+)
 def test_only_what_is_needed_has_a_gradient(path, needs):
     values, douts = inputs(SHAPES[0], torch.float32, needs)
     if any(needs[:2]):
@@ -217,8 +223,21 @@ def test_every_element_is_written(triton_path, poisoned, keep_input):
     cos, sin = table(10, 32)
     q, k, v, rstd = forward(qkv, norm_q, norm_k, cos, sin, 3, txt_qkv, txt_norm_q, txt_norm_k)
     kept = (qkv, txt_qkv) if keep_input else (None, None)
-    grads = backward(*(d.transpose(1, 2) for d in douts), q, k, rstd, norm_q, norm_k, cos, sin, 3, txt_norm_q,
-                     txt_norm_k, True, *kept)  # fmt: skip
+    grads = backward(
+        *(d.transpose(1, 2) for d in douts),
+        q,
+        k,
+        rstd,
+        norm_q,
+        norm_k,
+        cos,
+        sin,
+        3,
+        txt_norm_q,
+        txt_norm_k,
+        True,
+        *kept,
+    )
     assert all(torch.isfinite(t).all() for t in (q, k, v, rstd, *grads))
 
 
@@ -260,17 +279,34 @@ def test_opcheck(triton_path, text):
     )
     grads = [d.transpose(1, 2) for d in douts]
     for need, kept in ((False, (None, None)), (True, (qkv, txt_qkv))):
-        torch.library.opcheck(torch.ops.megaflux.qk_norm_rope_backward.default, (
-            *grads, q, k, rstd, norm_q, norm_k, cos, sin, shape[2], txt_norm_q, txt_norm_k, need, *kept
-        ))  # fmt: skip
-        torch.library.opcheck(torch.ops.megaflux.qk_norm_rope_backward_out.default, (
-            *grads, q, k, rstd, norm_q, norm_k, cos, sin, shape[2], txt_norm_q, txt_norm_k, need, *kept,
-            torch.zeros(1, 3, 3 * 64 + 8)[..., 4:-4],
-        ))  # fmt: skip
+        torch.library.opcheck(
+            torch.ops.megaflux.qk_norm_rope_backward.default,
+            (*grads, q, k, rstd, norm_q, norm_k, cos, sin, shape[2], txt_norm_q, txt_norm_k, need, *kept),
+        )
+        torch.library.opcheck(
+            torch.ops.megaflux.qk_norm_rope_backward_out.default,
+            (
+                *grads,
+                q,
+                k,
+                rstd,
+                norm_q,
+                norm_k,
+                cos,
+                sin,
+                shape[2],
+                txt_norm_q,
+                txt_norm_k,
+                need,
+                *kept,
+                torch.zeros(1, 3, 3 * 64 + 8)[..., 4:-4],
+            ),
+        )
     if not text:  # weights of a stream without tokens
-        torch.library.opcheck(torch.ops.megaflux.qk_norm_rope_backward.default, (
-            *grads, q, k, rstd, norm_q, norm_k, cos, sin, 0, norm_q, norm_k, True, None, None
-        ))  # fmt: skip
+        torch.library.opcheck(
+            torch.ops.megaflux.qk_norm_rope_backward.default,
+            (*grads, q, k, rstd, norm_q, norm_k, cos, sin, 0, norm_q, norm_k, True, None, None),
+        )
 
 
 def test_compiles_and_checkpoints(triton_path):
@@ -284,21 +320,32 @@ def test_compiles_and_checkpoints(triton_path):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("bad, match", [
-    ({"heads": 5}, "for 5 heads"),
-    ({"heads": 0}, "for 0 heads"),
-    ({"cos": torch.ones(5, 8, device="meta")}, "move them"),
-    ({"norm_q": torch.ones(8, dtype=torch.float16)}, "cast them"),
-    ({"norm_k": torch.ones(4)}, "norm weights of shape"),
-    ({"cos": torch.ones(4, 8)}, "cos and sin of shape"),
-    ({"sin": torch.ones(5, 8, requires_grad=True)}, "detach"),
-    ({"txt_norm_q": None}, "give both"),
-    ({"txt_qkv": torch.ones(1, 2, 24)}, "beside qkv"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, match",
+    [
+        ({"heads": 5}, "for 5 heads"),
+        ({"heads": 0}, "for 0 heads"),
+        ({"cos": torch.ones(5, 8, device="meta")}, "move them"),
+        ({"norm_q": torch.ones(8, dtype=torch.float16)}, "cast them"),
+        ({"norm_k": torch.ones(4)}, "norm weights of shape"),
+        ({"cos": torch.ones(4, 8)}, "cos and sin of shape"),
+        ({"sin": torch.ones(5, 8, requires_grad=True)}, "detach"),
+        ({"txt_norm_q": None}, "give both"),
+        ({"txt_qkv": torch.ones(1, 2, 24)}, "beside qkv"),
+    ],
+)
 def test_unsupported_input_is_refused(bad, match):
-    good = {"qkv": torch.ones(1, 3, 48), "norm_q": torch.ones(8), "norm_k": torch.ones(8), "cos": torch.ones(5, 8),
-            "sin": torch.ones(5, 8), "heads": 2, "txt_qkv": torch.ones(1, 2, 48), "txt_norm_q": torch.ones(8),
-            "txt_norm_k": torch.ones(8)}  # fmt: skip
+    good = {
+        "qkv": torch.ones(1, 3, 48),
+        "norm_q": torch.ones(8),
+        "norm_k": torch.ones(8),
+        "cos": torch.ones(5, 8),
+        "sin": torch.ones(5, 8),
+        "heads": 2,
+        "txt_qkv": torch.ones(1, 2, 48),
+        "txt_norm_q": torch.ones(8),
+        "txt_norm_k": torch.ones(8),
+    }
     qk_norm_rope(**good)
     with pytest.raises(ValueError, match=match):
         qk_norm_rope(**(good | bad))

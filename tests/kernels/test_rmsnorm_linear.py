@@ -14,8 +14,12 @@ SHAPES = [((1,), 5, 3), ((2, 37), 100, 70), ((3, 43), 72, 131), ((130,), 64, 64)
 
 def inputs(shape, dtype, needs=(True,) * 4):
     leading, K, N = shape
-    values = [randn(*leading, K, seed=1, dtype=dtype, device=DEVICE) * 2, 1 + randn(K, seed=2, dtype=dtype, device=DEVICE) / 4,
-              randn(N, K, seed=3, dtype=dtype, device=DEVICE) / K**0.5, randn(N, seed=4, dtype=dtype, device=DEVICE)]  # fmt: skip
+    values = [
+        randn(*leading, K, seed=1, dtype=dtype, device=DEVICE) * 2,
+        1 + randn(K, seed=2, dtype=dtype, device=DEVICE) / 4,
+        randn(N, K, seed=3, dtype=dtype, device=DEVICE) / K**0.5,
+        randn(N, seed=4, dtype=dtype, device=DEVICE),
+    ]
     return [v.requires_grad_(n) for v, n in zip(values, needs)], [
         randn(*leading, N, seed=5, dtype=dtype, device=DEVICE)
     ]
@@ -69,8 +73,9 @@ def test_large_values_stay_in_float16s_range(path):
     with torch.no_grad():
         x[1, 3], norm_weight[3] = 30000.0, 6.0
         assert torch.isfinite(rmsnorm_linear(x, norm_weight, weight, bias)).all()
-    assert_within_twice(rmsnorm_linear, reference.definition, [v.detach() for v in (x, norm_weight, weight, bias)], None,
-                        torch.float16)  # fmt: skip
+    assert_within_twice(
+        rmsnorm_linear, reference.definition, [v.detach() for v in (x, norm_weight, weight, bias)], None, torch.float16
+    )
 
 
 def test_slices_are_read_where_they_lie(path):
@@ -150,14 +155,17 @@ def test_compiles_and_checkpoints(triton_path):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("bad, match", [
-    ({"x": torch.zeros(3, 5)}, "want x"),
-    ({"norm_weight": torch.zeros(4, dtype=torch.bfloat16)}, "cast them"),
-    ({"bias": torch.zeros(7)}, "want x"),
-    ({"weight": torch.zeros(4)}, "want x"),
-    ({"weight": torch.zeros(0, 4), "bias": None}, "want x"),
-    ({"x": torch.zeros(3, 4, dtype=torch.int64)}, "use bfloat16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, match",
+    [
+        ({"x": torch.zeros(3, 5)}, "want x"),
+        ({"norm_weight": torch.zeros(4, dtype=torch.bfloat16)}, "cast them"),
+        ({"bias": torch.zeros(7)}, "want x"),
+        ({"weight": torch.zeros(4)}, "want x"),
+        ({"weight": torch.zeros(0, 4), "bias": None}, "want x"),
+        ({"x": torch.zeros(3, 4, dtype=torch.int64)}, "use bfloat16"),
+    ],
+)
 def test_unsupported_input_is_refused(bad, match):
     good = {"x": torch.zeros(3, 4), "norm_weight": torch.zeros(4), "weight": torch.zeros(6, 4), "bias": torch.zeros(6)}
     rmsnorm_linear(**good)

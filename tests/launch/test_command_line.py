@@ -72,10 +72,26 @@ def test_dry_run_from_another_folder_without_deepspeed(tmp_path):
         "finally: print('deepspeed' in sys.modules)"
     )
     done = run(
-        sys.executable, "-c", code, TRAIN, "--local_rank=0", "--preset", "dev", "--config", "my_run.yaml", "--dry-run",
-        "--optim.lr", "2e-5", "--world-size", "8", "--json", "out.json", "--data.remote", "s3://bucket/data",
+        sys.executable,
+        "-c",
+        code,
+        TRAIN,
+        "--local_rank=0",
+        "--preset",
+        "dev",
+        "--config",
+        "my_run.yaml",
+        "--dry-run",
+        "--optim.lr",
+        "2e-5",
+        "--world-size",
+        "8",
+        "--json",
+        "out.json",
+        "--data.remote",
+        "s3://bucket/data",
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert [stage["blocks"] for stage in report["stages"]] == [[3, 30]]
@@ -91,23 +107,30 @@ def test_through_the_deepspeed_launcher(tmp_path):
     argv = [TRAIN, "--deepspeed", str(ROOT / "ds_configs" / "zero2.json"), "--train.updates", "0"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
-        [sys.executable, str(launcher), "--master_port", "29617", *argv], env=environment, cwd=tmp_path,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, str(launcher), "--master_port", "29617", *argv],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
     assert "train.updates: must be at least 1, got 0" in done.stderr
 
 
-@pytest.mark.parametrize("program, at, argv", [
-    ("launch/train.py", "pydantic", ["--dry-run"]),  # its first imports
-    ("launch/train.py", "megaflux.training.planning.dry_run", ["--dry-run"]),
-    ("megaflux.infer.make", "pydantic", ["--prompt", "a"]),
-    ("megaflux.data.prepare", "tqdm", ["a", "b"]),
-    ("megaflux.training.report", "argparse", ["none"]),
-    ("megaflux.export", "torch", [str(ROOT / "tests/old_runs/a9a4819/small"), "out"]),
-    ("megaflux.panel.app", "socket", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "program, at, argv",
+    [
+        ("launch/train.py", "pydantic", ["--dry-run"]),  # its first imports
+        ("launch/train.py", "megaflux.training.planning.dry_run", ["--dry-run"]),
+        ("megaflux.infer.make", "pydantic", ["--prompt", "a"]),
+        ("megaflux.data.prepare", "tqdm", ["a", "b"]),
+        ("megaflux.training.report", "argparse", ["none"]),
+        ("megaflux.export", "torch", [str(ROOT / "tests/old_runs/a9a4819/small"), "out"]),
+        ("megaflux.panel.app", "socket", []),
+    ],
+)
 def test_ctrl_c_is_one_word_and_130(tmp_path, program, at, argv):
     """In each program's imports and beyond, by a sitecustomize that sends it where a module is first imported."""
     (tmp_path / "site").mkdir()

@@ -20,8 +20,13 @@ sleep 60 & while :; do wait $!; done"""
 def start(*command: object, **environment: str) -> subprocess.Popen:
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "RUN_DIR")}
     # nohup, under which tests may run, has SIGHUP ignored, and a shell cannot trap what was ignored before it.
-    return subprocess.Popen(["env", "--default-signal=HUP", SUPERVISE, *map(str, command)], env=kept | QUICK | environment,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    return subprocess.Popen(
+        ["env", "--default-signal=HUP", SUPERVISE, *map(str, command)],
+        env=kept | QUICK | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def run(*command: object, **environment: str) -> tuple[int, list[str]]:
@@ -93,8 +98,14 @@ def test_the_command_gets_its_words_as_they_are(tmp_path):
 
 def test_waits_double_up_to_the_most_and_begin_anew_after_a_long_attempt(tmp_path):
     parts = ["exit 1"] * 4 + ["sleep 2.2; exit 1", "exit 1", "exit 2"]
-    code, said = run(*in_turn(tmp_path, *parts), FIRST_WAIT="1", MAX_WAIT="2", LONG_SECONDS="1", MAX_FAST_FAILURES="0",
-                     PATH=f"{no_sleep(tmp_path)}:{os.environ['PATH']}")  # fmt: skip
+    code, said = run(
+        *in_turn(tmp_path, *parts),
+        FIRST_WAIT="1",
+        MAX_WAIT="2",
+        LONG_SECONDS="1",
+        MAX_FAST_FAILURES="0",
+        PATH=f"{no_sleep(tmp_path)}:{os.environ['PATH']}",
+    )
     assert code == 2
     assert [int(line.split()[-2]) for line in said[:-1]] == [1, 2, 2, 2, 1, 2]
 
@@ -272,10 +283,20 @@ def slurm(folder: Path, srun: str, **environment: str) -> subprocess.Popen:
         path.chmod(0o755)
     (folder / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
     (folder / ".venv" / "bin" / "activate").touch()
-    env = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[7-9]",
-           "SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS": "32"}  # fmt: skip
-    return subprocess.Popen(["bash", str(ROOT / "launch" / "slurm.sbatch")], cwd=folder, env=env | environment,
-                            stdout=subprocess.PIPE, text=True)  # fmt: skip
+    env = {
+        "PATH": f"{folder}/bin:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "node[7-9]",
+        "SLURM_JOB_NUM_NODES": "4",
+        "SLURM_NTASKS": "32",
+    }
+    return subprocess.Popen(
+        ["bash", str(ROOT / "launch" / "slurm.sbatch")],
+        cwd=folder,
+        env=env | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("saved", [0, 10])
@@ -307,12 +328,20 @@ done"""
 @pytest.mark.parametrize(("nodes", "drawn"), [(1, 8), (4, 4), (8, 2)])
 def test_slurm_script_as_shipped_is_right_for_any_of_these_nodes(tmp_path, monkeypatch, nodes, drawn):
     ranks = 8 * nodes
-    job = slurm(tmp_path, SRUN, SLURM_JOB_NUM_NODES=str(nodes), SLURM_NTASKS=str(ranks), SLURM_NTASKS_PER_NODE="8",
-                SLURM_CPUS_PER_TASK="8")  # fmt: skip
+    job = slurm(
+        tmp_path,
+        SRUN,
+        SLURM_JOB_NUM_NODES=str(nodes),
+        SLURM_NTASKS=str(ranks),
+        SLURM_NTASKS_PER_NODE="8",
+        SLURM_CPUS_PER_TASK="8",
+    )
     said, _ = job.communicate(timeout=60)
     assert job.returncode == 0, said
-    tasks = [dict(pair.split("=", 1) for pair in (tmp_path / f"task{i}").read_text().split("\0") if "=" in pair)
-             for i in range(ranks)]  # fmt: skip
+    tasks = [
+        dict(pair.split("=", 1) for pair in (tmp_path / f"task{i}").read_text().split("\0") if "=" in pair)
+        for i in range(ranks)
+    ]
     assert len(list(tmp_path.glob("task*"))) == ranks
     assert {task["CPUS"] for task in tasks} == {"8"} and {task["MASTER_ADDR"] for task in tasks} == {"node7"}
     assert {task["MASTER_PORT"] for task in tasks} == {"20077"}

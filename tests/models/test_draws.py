@@ -56,11 +56,15 @@ def on_other_instructions(way: str) -> dict[str, str]:
     sets = {"default": poor, "avx2": {}} | ({"avx512": {}} if "avx512f" in FLAGS else {})
     return {
         name: subprocess.run(
-            [sys.executable, "-c", CODE, way], capture_output=True, text=True, check=True, timeout=300,
+            [sys.executable, "-c", CODE, way],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
             env=os.environ | {"ATEN_CPU_CAPABILITY": name, "OMP_NUM_THREADS": "1"} | extra,
         ).stdout
         for name, extra in sets.items()
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.skipif("avx2" not in FLAGS, reason="a CPU with one instruction set only")
@@ -126,8 +130,13 @@ def test_the_global_random_state_stays_and_other_draws_are_refused():
         part[:, ::2].uniform_(1.0, 2.0)
         assert torch.empty(3, device="meta").normal_().is_meta
         assert nn.init.trunc_normal_(torch.empty(99), std=2.0, a=-1.0, b=1.0).abs().max() <= 1
-        for draw in (lambda: torch.randn(3), lambda: torch.rand(3), lambda: torch.randperm(3),
-                     lambda: nn.init.orthogonal_(torch.empty(3, 3)), lambda: torch.empty(3).exponential_()):  # fmt: skip
+        for draw in (
+            lambda: torch.randn(3),
+            lambda: torch.rand(3),
+            lambda: torch.randperm(3),
+            lambda: nn.init.orthogonal_(torch.empty(3, 3)),
+            lambda: torch.empty(3).exponential_(),
+        ):
             with pytest.raises(RuntimeError, match="depends on the CPU"):
                 draw()
     assert torch.equal(before, torch.get_rng_state())

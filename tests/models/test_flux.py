@@ -19,10 +19,17 @@ from diffusers import FluxTransformer2DModel  # isort: skip  (after megaflux, wh
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {
-    "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 32,
-    "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 12, "guidance_embeds": True,
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 12,
+    "guidance_embeds": True,
     "axes_dims_rope": [8, 12, 12],
-}  # fmt: skip
+}
 # name -> (blocks, component set): all of FLUX, the released code's list, whole blocks; both kinds of block in each
 STAGES = {"model": ((0, 1, 2, 3, 4), "model"), "attention": ((0, 3), "attention"), "block": ((1, 2, 4), "block")}
 IMAGE, TEXT = 21, 9
@@ -212,8 +219,11 @@ def test_controlnet_residuals_are_added_as_diffusers_does(repeat):
     flux = build(num_layers=3, num_single_layers=4).requires_grad_(False)
     arguments = given(flux)
     samples = torch.randn(5, 2, IMAGE, 64, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    arguments |= {"controlnet_block_samples": list(samples[:2]), "controlnet_single_block_samples": list(samples[2:]),
-                  "controlnet_blocks_repeat": repeat}  # fmt: skip
+    arguments |= {
+        "controlnet_block_samples": list(samples[:2]),
+        "controlnet_single_block_samples": list(samples[2:]),
+        "controlnet_blocks_repeat": repeat,
+    }
     with torch.no_grad():
         plain = flux(**arguments, return_dict=False)[0]
         fuse(flux)

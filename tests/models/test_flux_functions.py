@@ -244,6 +244,11 @@ def test_columns_are_one_tensor_only_where_they_are_neighbours():
     whole = torch.arange(24.0).view(2, 3, 4)
     assert columns([whole[..., :1], whole[..., 1:]]).data_ptr() == whole.data_ptr()
     assert torch.equal(columns([whole[..., 1:2], whole[..., 2:]]), whole[..., 1:])
-    for parts in ([whole[..., 1:], whole[..., :1]], [whole[..., :1], whole[..., 2:]], [whole[..., :1], None],
-                  [whole[..., :1], whole[..., 1:].clone()], [whole[..., :1], whole[:1, ..., 1:]]):  # fmt: skip
+    for parts in (
+        [whole[..., 1:], whole[..., :1]],
+        [whole[..., :1], whole[..., 2:]],
+        [whole[..., :1], None],
+        [whole[..., :1], whole[..., 1:].clone()],
+        [whole[..., :1], whole[:1, ..., 1:]],
+    ):
         assert columns(parts) is None

@@ -65,11 +65,16 @@ def test_velocity_is_the_libraries_own(models, whole_vlm):
         ours = models.trainable(models.trunk.encode(images), x, t, ops.image_ids(HEIGHT, WIDTH), pooled, guidance)
         prompt_embeds = plain_prompt_embeds(models, whole_vlm, images)
         theirs = models.trainable.transformer(  # as FluxPipeline calls it, with its 1000 steps of time
-            hidden_states=x, timestep=(t * 1000) / 1000, guidance=guidance, pooled_projections=pooled,
-            encoder_hidden_states=prompt_embeds, txt_ids=torch.zeros(prompt_embeds.shape[1], 3),
+            hidden_states=x,
+            timestep=(t * 1000) / 1000,
+            guidance=guidance,
+            pooled_projections=pooled,
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=torch.zeros(prompt_embeds.shape[1], 3),
             img_ids=FluxPipeline._prepare_latent_image_ids(2, HEIGHT // 16, WIDTH // 16, "cpu", x.dtype),
-            joint_attention_kwargs={}, return_dict=False,
-        )[0]  # fmt: skip
+            joint_attention_kwargs={},
+            return_dict=False,
+        )[0]
     torch.testing.assert_close(ours, theirs, **CLOSE)
     assert ours.std() > 0.05  # a model that answers 0 would agree too
 
@@ -113,17 +118,7 @@ def test_generate_refuses_padded_conditions(models):
     condition = models.trunk.encode(pixels(2), ["a", "a longer caption"], "image_text")
     pipeline = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
     with pytest.raises(ValueError, match="unequal length"):
-        generate(
-            pipeline,
-            models.trainable,
-            condition,
-            models.pooled_projections,
-            [1, 2],
-            HEIGHT,
-            WIDTH,
-            1,
-            GUIDANCE,
-        )
+        generate(pipeline, models.trainable, condition, models.pooled_projections, [1, 2], HEIGHT, WIDTH, 1, GUIDANCE)
 
 
 @pytest.mark.parametrize("mode", ["image_text", "text"])
@@ -145,9 +140,9 @@ def test_masked_padding_is_the_shorter_batch(models, mode):
 
 
 @pytest.mark.parametrize("captions", [None, ["a", "a longer caption"]])
-@pytest.mark.parametrize("kernels, policies", [
-    (False, "full"), (True, "none"), (True, "mlp"), (True, "full"), (True, ["full", "mlp"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kernels, policies", [(False, "full"), (True, "none"), (True, "mlp"), (True, "full"), (True, ["full", "mlp"])]
+)
 def test_neither_kernels_nor_computing_again_changes_a_gradient(models, captions, kernels, policies):
     mode = "image_text" if captions else "image"
     condition = models.trunk.encode(pixels(2), captions, mode)
@@ -157,9 +152,13 @@ def test_neither_kernels_nor_computing_again_changes_a_gradient(models, captions
         model = copy.deepcopy(models.trainable).train().requires_grad_(True)
         model.configure(*settings)
         velocity = model(
-            condition, x, torch.tensor([0.2, 0.7]), ops.image_ids(HEIGHT, WIDTH),
-            models.pooled_projections.expand(2, -1), torch.full((2,), GUIDANCE),
-        )  # fmt: skip
+            condition,
+            x,
+            torch.tensor([0.2, 0.7]),
+            ops.image_ids(HEIGHT, WIDTH),
+            models.pooled_projections.expand(2, -1),
+            torch.full((2,), GUIDANCE),
+        )
         velocity.square().mean().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     # The last double block's text stream still feeds the single blocks: every parameter has its gradient.

@@ -61,13 +61,20 @@ def write_large(root: Path, small: dict[str, Path], width: int, layers: int) -> 
         (flux / part).symlink_to(small["flux"] / part)
     values = values_for({"flux": flux, "qwen": qwen})
     model = values["model"]
-    model["flux_config"] |= {"attention_head_dim": 128, "num_attention_heads": width // 128, "num_single_layers": layers,
-                             "axes_dims_rope": [16, 56, 56]}  # fmt: skip
+    model["flux_config"] |= {
+        "attention_head_dim": 128,
+        "num_attention_heads": width // 128,
+        "num_single_layers": layers,
+        "axes_dims_rope": [16, 56, 56],
+    }
     model["vlm_config"]["text_config"] |= {
-        "hidden_size": width, "intermediate_size": 6 * width, "num_attention_heads": width // 128,
-        "num_key_value_heads": width // 128, "num_hidden_layers": layers + 1,
+        "hidden_size": width,
+        "intermediate_size": 6 * width,
+        "num_attention_heads": width // 128,
+        "num_key_value_heads": width // 128,
+        "num_hidden_layers": layers + 1,
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    }  # fmt: skip
+    }
     model["vlm_config"]["vision_config"] |= {"hidden_size": width}
     processor = scratch.tiny_processor()
     processor.save_pretrained(qwen)
@@ -163,9 +170,11 @@ def test_weights_and_buffers_are_those_of_the_libraries(published, dtype):
     transformer, vlm, vae = by_the_libraries(config)
     trunk, tail = pretrained.split_vlm(vlm)
     for ours, theirs in (
-        (models.trainable.transformer, transformer), (models.trainable.vlm, tail), (models.trunk.vlm, trunk),
+        (models.trainable.transformer, transformer),
+        (models.trainable.vlm, tail),
+        (models.trunk.vlm, trunk),
         (models.vae, vae),
-    ):  # fmt: skip
+    ):
         assert [name for name, _ in ours.named_modules()] == [name for name, _ in theirs.named_modules()]
         assert (
             ours.training == theirs.training
@@ -330,8 +339,12 @@ def test_two_gigabytes_in_a_process_of_their_own(published, tmp_path):
     for device, dtype in (("cpu", "bfloat16"), ("cpu", "float32"), ("meta", "bfloat16")):
         done = subprocess.run(
             [sys.executable, "-c", MEASURE, tmp_path / "values.json", device, dtype],
-            capture_output=True, text=True, env=os.environ, cwd=Path(__file__).parents[2], timeout=600,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            env=os.environ,
+            cwd=Path(__file__).parents[2],
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout.splitlines()[-1])
         print(device, dtype, {name: f"{value / 1e9:.2f} GB" for name, value in found.items()})

@@ -222,8 +222,14 @@ def test_the_hub_is_meant_even_beside_a_folder_of_that_name(here, flux, publishe
     assert hubs == done.stdout.split()[0] != folders
 
 
-@pytest.mark.parametrize(("option", "given"), [("--depth-model", {"depth_model": "x"}), ("--sam-model", {"sam_model": "x"}),
-                                               ("--line-model", {"line_model": "x"})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "given"),
+    [
+        ("--depth-model", {"depth_model": "x"}),
+        ("--sam-model", {"sam_model": "x"}),
+        ("--line-model", {"line_model": "x"}),
+    ],
+)
 def test_a_detectors_folder_is_looked_at_before_anything_is_loaded(here, option, given):
     (here / "x").mkdir()
     with pytest.raises(UserError, match=f"^{option} x"):

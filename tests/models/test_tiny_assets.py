@@ -28,10 +28,21 @@ from transformers import (  # isort: skip
 
 TINY = Path(megaflux.__file__).parent / "assets" / "tiny"
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
-    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
-    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 IMAGE, QUESTION = {"type": "image"}, {"type": "text", "text": "Describe this image."}
 
 
@@ -154,9 +165,11 @@ def test_chat_template_with_system_message_turns_and_numbered_pictures(tokenizer
 
 def test_processor_repeats_the_image_token(tokenizer):
     processor = Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessorFast(), tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(), chat_template=tokenizer.chat_template,
-    )  # fmt: skip
+        image_processor=Qwen2VLImageProcessorFast(),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=tokenizer.chat_template,
+    )
     turns = [{"role": "user", "content": [IMAGE, QUESTION]}]
     text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     picture = torch.zeros(3, 112, 112, dtype=torch.uint8)

@@ -9,15 +9,7 @@ import torch
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.models.scratch import build_vlm
 from megaflux.models.tokens import count_tokens
-from megaflux.models.vlm import (
-    QUESTION,
-    Trunk,
-    causal_mask,
-    join_vlm,
-    mrope_position_ids,
-    patch_positions,
-    split_vlm,
-)
+from megaflux.models.vlm import QUESTION, Trunk, causal_mask, join_vlm, mrope_position_ids, patch_positions, split_vlm
 from tests.conftest import picture
 
 CAPTIONS = [
@@ -81,8 +73,11 @@ def pixels(batch: int, height: int = SIZE[0], width: int = SIZE[1]) -> torch.Ten
 def whole_turn(processor, trunk: Trunk, mode: str, caption: str = "", image=None) -> dict:
     """transformers' own tokens of the whole turn, generation prompt and all."""
     words = {"type": "text", "text": caption}
-    content = {"image": [{"type": "image"}, {"type": "text", "text": QUESTION}], "text": [words],
-               "image_text": [words, {"type": "image"}]}[mode]  # fmt: skip
+    content = {
+        "image": [{"type": "image"}, {"type": "text", "text": QUESTION}],
+        "text": [words],
+        "image_text": [words, {"type": "image"}],
+    }[mode]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     images = {} if mode == "text" else {"images": [image], **trunk.limits}
     return processor(text=[text], return_tensors="pt", **images)
@@ -92,9 +87,11 @@ def whole_turn(processor, trunk: Trunk, mode: str, caption: str = "", image=None
 def tokens_of(tail, condition) -> torch.Tensor:
     """(B, T, D): what the connector is given."""
     hidden = tail(
-        inputs_embeds=condition.hidden_states, position_ids=condition.position_ids,
-        attention_mask=condition.attention_mask, use_cache=False,
-    ).last_hidden_state  # fmt: skip
+        inputs_embeds=condition.hidden_states,
+        position_ids=condition.position_ids,
+        attention_mask=condition.attention_mask,
+        use_cache=False,
+    ).last_hidden_state
     return hidden.gather(1, condition.select[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
@@ -178,9 +175,12 @@ def test_encode_is_transformers_own_forward_bit_for_bit(parts, mode, attention):
     try:
         with torch.no_grad():
             expected = trunk.vlm(
-                input_ids=input_ids, position_ids=layout["position_ids"], attention_mask=layout["attention_mask"],
-                use_cache=False, **given,
-            ).last_hidden_state  # fmt: skip
+                input_ids=input_ids,
+                position_ids=layout["position_ids"],
+                attention_mask=layout["attention_mask"],
+                use_cache=False,
+                **given,
+            ).last_hidden_state
             condition = trunk.encode(images, captions, mode)
             seen = [
                 tail(inputs_embeds=expected, position_ids=layout["position_ids"], attention_mask=mask, use_cache=False)

@@ -29,13 +29,23 @@ from PIL import Image
 
 VLM = {
     "text_config": {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
     },
     "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2},
-}  # fmt: skip
-FLUX = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
-        "axes_dims_rope": [4, 6, 6], "joint_attention_dim": 24}  # fmt: skip
+}
+FLUX = {
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "axes_dims_rope": [4, 6, 6],
+    "joint_attention_dim": 24,
+}
 COMMON = {
     "validation": {"every": 0, "panel_every": 0, "samples": 3, "panel_samples": 2, "steps": 2},
     "monitor": {"every": 1, "grad_norms_every": 0, "peak_tflops": 0.1},
@@ -87,8 +97,14 @@ def small(data: Path) -> dict:
     return COMMON | {
         "preset": "dev",
         "model": {
-            "flux": None, "vlm": None, "vae": "tiny", "flux_config": model["flux_config"] | FLUX, "vlm_config": vlm,
-            "clip_config": model["clip_config"], "latent_channels": model["latent_channels"], "vlm_max_tokens": 16,
+            "flux": None,
+            "vlm": None,
+            "vae": "tiny",
+            "flux_config": model["flux_config"] | FLUX,
+            "vlm_config": vlm,
+            "clip_config": model["clip_config"],
+            "latent_channels": model["latent_channels"],
+            "vlm_max_tokens": 16,
         },
         "data": {"path": str(data), "longest_side": 64, "aspect_ratios": ["1:1", "2:1"], "num_workers": 0},
         "stages": [
@@ -97,7 +113,7 @@ def small(data: Path) -> dict:
         ],
         "train": {"updates": 4, "global_batch_size": 8, "micro_batch_size": 2, "checkpoint_every": 2},
         "optim": {"lr": 1e-3},
-    }  # fmt: skip
+    }
 
 
 def make_data(folder: Path) -> None:
@@ -119,8 +135,17 @@ def train(config: Path, ranks: int, *options: object) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     root = Path(__file__).parents[2]
-    command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(port), str(root / "launch/train.py"),
-               "--config", str(config), *map(str, options)]  # fmt: skip
+    command = [
+        "deepspeed",
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(port),
+        str(root / "launch/train.py"),
+        "--config",
+        str(config),
+        *map(str, options),
+    ]
     subprocess.run(command, check=True, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 

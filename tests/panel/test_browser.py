@@ -24,8 +24,15 @@ if CHROMIUM is None:
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +57,9 @@ def served(run_folder, tmp_path_factory):
     # a proxy must not see the page: gradio asks its own address whether it is up
     environment = os.environ | {"http_proxy": "http://127.0.0.1:9", "GRADIO_TEMP_DIR": str(out / "gradio")}
     with log.open("w") as stream:
-        process = subprocess.Popen(list(map(str, command)), stdout=stream, stderr=subprocess.STDOUT, env=environment,
-                                   restore_signals=True)  # fmt: skip
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=stream, stderr=subprocess.STDOUT, env=environment, restore_signals=True
+        )
     address = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 90
@@ -74,9 +82,12 @@ def served(run_folder, tmp_path_factory):
 def browser(tmp_path_factory):
     with sync_api.sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
-            str(tmp_path_factory.mktemp("profile")), executable_path=CHROMIUM, headless=True, args=FLAGS,
+            str(tmp_path_factory.mktemp("profile")),
+            executable_path=CHROMIUM,
+            headless=True,
+            args=FLAGS,
             viewport={"width": 1280, "height": 800},
-        )  # fmt: skip
+        )
         context.set_default_timeout(20_000)
         yield context
         context.close()

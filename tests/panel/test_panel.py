@@ -79,8 +79,12 @@ def test_the_table_of_dots():
         session, [[0.5, "0.5", 0.2, 3], ["", "", "", ""], ["0.1", None, "", float("nan")]], 0.3, 2.0
     )
     assert [tuple(d.model_dump().values()) for d in session.dots] == [(0.5, 0.5, 0.2, 3.0), (0.1, 0.5, 0.3, 2.0)]
-    for row, said in (([2, 0, 1, 1], "dot 1: x: 2.0; must be inside"), (["a", 0, 1, 1], "dot 1: x: a; give a number"),
-                      ([0, 0, 0, 1], "radius: 0.0; must be above 0"), ([0, 0, 1, -1], "must be at least 0")):  # fmt: skip
+    for row, said in (
+        ([2, 0, 1, 1], "dot 1: x: 2.0; must be inside"),
+        (["a", 0, 1, 1], "dot 1: x: a; give a number"),
+        ([0, 0, 0, 1], "radius: 0.0; must be above 0"),
+        ([0, 0, 1, -1], "must be at least 0"),
+    ):
         with pytest.raises(UserError, match=said):
             panel_state.edited(session, [row], 0.3, 2.0)
 
@@ -92,8 +96,13 @@ def test_another_reference_has_no_dots_and_no_mask_of_the_one_before():
 
 
 def test_a_job_holds_what_its_mode_uses_and_no_more():
-    full = Session(reference=stored(), start=stored((64, 64)), mask=stored((64, 64)), maps={"depth": stored()},
-                   dots=dotted((0.5, 0.5)).dots)  # fmt: skip
+    full = Session(
+        reference=stored(),
+        start=stored((64, 64)),
+        mask=stored((64, 64)),
+        maps={"depth": stored()},
+        dots=dotted((0.5, 0.5)).dots,
+    )
     for mode in MODES:
         job = job_of(full, Form(mode=mode, prompt="a fox", controls=(("depth", 0.4),), seed=7, count=3, variety=0.1))
         assert job == Job.model_validate(job.model_dump()) and job.mode == mode and job.seeds == (7, 8, 9)
@@ -106,18 +115,25 @@ def test_a_job_holds_what_its_mode_uses_and_no_more():
     assert job_of(full, Form(aspect=panel_state.MATCH)).match_input_size
 
 
-@pytest.mark.parametrize(("session", "form", "said"), [
-    (Session(), {}, "mode variation needs a reference; drop a picture"),
-    (Session(), {"mode": "text"}, "mode text needs words"),
-    (Session(), {"mode": "img2img"}, "mode img2img needs a picture to begin with"),
-    (dotted(), {"mode": "inpaint"}, "mode inpaint needs a mask"),
-    (dotted(), {"mode": "controlnet"}, "mode controlnet needs a control"),
-    (dotted(), {"mode": "controlnet", "controls": (("canny", None),)}, "canny: scale None; use"),
-    (dotted(), {"steps": None}, "steps: empty"), (dotted(), {"steps": 0}, "--steps 0: use at least 1"),
-    (dotted(), {"count": 65}, "pictures: 65; use 1 to 64"), (dotted(), {"seed": -1}, "seed: -1"),
-    (dotted(), {"reference_strength": 0.0}, "reference strength: 0"), (dotted(), {"variety": 1.0}, "variety: 1.0"),
-    (dotted(), {"guidance": -1.0}, "--guidance -1.0"), (dotted(), {"background": -1.0}, "background: -1.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("session", "form", "said"),
+    [
+        (Session(), {}, "mode variation needs a reference; drop a picture"),
+        (Session(), {"mode": "text"}, "mode text needs words"),
+        (Session(), {"mode": "img2img"}, "mode img2img needs a picture to begin with"),
+        (dotted(), {"mode": "inpaint"}, "mode inpaint needs a mask"),
+        (dotted(), {"mode": "controlnet"}, "mode controlnet needs a control"),
+        (dotted(), {"mode": "controlnet", "controls": (("canny", None),)}, "canny: scale None; use"),
+        (dotted(), {"steps": None}, "steps: empty"),
+        (dotted(), {"steps": 0}, "--steps 0: use at least 1"),
+        (dotted(), {"count": 65}, "pictures: 65; use 1 to 64"),
+        (dotted(), {"seed": -1}, "seed: -1"),
+        (dotted(), {"reference_strength": 0.0}, "reference strength: 0"),
+        (dotted(), {"variety": 1.0}, "variety: 1.0"),
+        (dotted(), {"guidance": -1.0}, "--guidance -1.0"),
+        (dotted(), {"background": -1.0}, "background: -1.0"),
+    ],
+)
 def test_what_cannot_be_is_said_in_one_line(session, form, said):
     with pytest.raises(UserError, match=said) as caught:
         job_of(session, Form(**form))

@@ -48,11 +48,17 @@ def gradient(name: str, p: torch.Tensor, update: int) -> torch.Tensor:
 
 
 def toy_config(**optim) -> Config:
-    values = small_config(None, None, run__dir="unused", data__path="unused", stages=[
-        {"name": "one", "share": 1, "blocks": [0, 1]},
-        {"name": "two", "share": 1, "blocks": [1, 2]},
-        {"name": "three", "share": 1, "blocks": [0, 2]},
-    ])  # fmt: skip
+    values = small_config(
+        None,
+        None,
+        run__dir="unused",
+        data__path="unused",
+        stages=[
+            {"name": "one", "share": 1, "blocks": [0, 1]},
+            {"name": "two", "share": 1, "blocks": [1, 2]},
+            {"name": "three", "share": 1, "blocks": [0, 2]},
+        ],
+    )
     values["train"] |= {"updates": 12, "global_batch_size": 2, "micro_batch_size": None}
     values["optim"] = {"lr": 0.01, "max_grad_norm": 0, **optim}
     return build_config(merge(tiny(), values))

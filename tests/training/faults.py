@@ -46,11 +46,19 @@ class Reference:
 
 def start(*arguments: object, ranks: int = 2, fault: str | None = None, mark: Path | None = None) -> subprocess.Popen:
     """The deepspeed launcher in a session of its own; fault, mark: see faulty_train.py."""
-    command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()),
-               FAULTY if fault else LAUNCH, *map(str, arguments)]  # fmt: skip
+    command = [
+        "deepspeed",
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        FAULTY if fault else LAUNCH,
+        *map(str, arguments),
+    ]
     env = environment() | ({"FAULT": fault, "MARK": str(mark)} if fault else {})
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-                            start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True
+    )
 
 
 class Terminal:
@@ -66,10 +74,15 @@ class Terminal:
         # command is not among its own words, in which `left_behind` looks.
         shell = ["bash", "-c", 'trap : INT; eval "$TYPED"; echo "left with $?"; cat >/dev/null']
         self.process = subprocess.Popen(
-            shell, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            shell,
+            cwd=ROOT,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
             env=environment() | {"FAULT": fault, "MARK": str(mark), "TYPED": typed},
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )  # fmt: skip
+        )
         os.close(theirs)
         self.pid, self._own, self._said = self.process.pid, own, []
         self._closing = threading.Event()
@@ -258,8 +271,16 @@ def kill_once(reference: Reference, run: Path, seed: int, within: float = 1.0) -
         end(process)
     reached = max((event["update"] for event in events(run, "progress")[-1:]), default=0)
     phase = "updates" if len(events(run, "ready")) > begun else "start-up"
-    return Kill(seed, chosen, phase, round(time.monotonic() - killed, 2), reached, at,
-                any((run / "checkpoints").glob(".update-*.partial")), bool(shared_memory_of(reference.data)))  # fmt: skip
+    return Kill(
+        seed,
+        chosen,
+        phase,
+        round(time.monotonic() - killed, 2),
+        reached,
+        at,
+        any((run / "checkpoints").glob(".update-*.partial")),
+        bool(shared_memory_of(reference.data)),
+    )
 
 
 def kill_chain(reference: Reference, run: Path, seeds: Sequence[int], within: float = 1.0) -> list[Kill]:

@@ -83,8 +83,15 @@ def update(world: distributed.World, out: str, ds_config: dict[str, Any]) -> dic
     weights = {name: p.detach().clone() for name, p in models.trainable.named_parameters()}
     # In the optimizer each group is filled up to whole partitions.
     trained = sum(flat.numel() for _, flat in engine._flat_groups()) * world.size
-    result = {"gradients": gradients, "weights": weights, "norm": engine.grad_norm(), "size": world.size,
-              "sent": dict(sent.bytes), "calls": dict(sent.calls), "trained": trained}  # fmt: skip
+    result = {
+        "gradients": gradients,
+        "weights": weights,
+        "norm": engine.grad_norm(),
+        "size": world.size,
+        "sent": dict(sent.bytes),
+        "calls": dict(sent.calls),
+        "trained": trained,
+    }
     engine.close()
     return result
 

@@ -41,20 +41,29 @@ def small_config(data: Path, run: Path, **changes) -> dict:
         "run": {"dir": str(run)},
         "model": {
             "flux_config": {
-                "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
-                "axes_dims_rope": [4, 6, 6], "joint_attention_dim": 48,
-            },
+                "num_layers": 1,
+                "num_single_layers": 2,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "axes_dims_rope": [4, 6, 6],
+                "joint_attention_dim": 48,
+            }
         },
         "data": {"path": str(data), "source": None, "longest_side": 64, "aspect_ratios": ["1:1", "2:1"], "cache": []},
         "stages": [
             {"name": "base", "share": 1.0, "blocks": "all", "components": "model"},
             {"name": "one", "share": 1.0, "blocks": [0, 2]},
         ],
-        "train": {"updates": 6, "global_batch_size": 4, "micro_batch_size": 2, "checkpoint_every": 2,
-                  "keep_checkpoints": 9},
+        "train": {
+            "updates": 6,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "checkpoint_every": 2,
+            "keep_checkpoints": 9,
+        },
         "validation": {"every": 0, "panel_every": 0, "samples": 3, "panel_samples": 2, "steps": 2},
         "monitor": {"every": 1, "grad_norms_every": 2, "peak_tflops": 0.1},
-    }  # fmt: skip
+    }
     for path, value in changes.items():
         at = values
         *parents, last = path.split("__")

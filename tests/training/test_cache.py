@@ -28,15 +28,7 @@ from megaflux.models.pretrained import load_models
 from megaflux.training import cache
 from megaflux.training.distributed import World
 from tests.training.faults import newest
-from tests.training.runs import (
-    ds_config,
-    environment,
-    free_port,
-    launch,
-    make_dataset,
-    small_config,
-    write_config,
-)
+from tests.training.runs import ds_config, environment, free_port, launch, make_dataset, small_config, write_config
 
 WORKER = Path(__file__).with_name("cache_worker.py")
 ALONE = World(0, 1, torch.device("cpu"))
@@ -76,15 +68,24 @@ def start(data, ranks=1, fault="", limit=600, kinds=("latents",), **changes):
     """The worker on each rank."""
     values = small_config(data, data.parent / "run", data__cache=list(kinds), **changes)
     config = write_config(values, data.parent / "cache.yaml")
-    env = environment() | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                           "MASTER_PORT": str(free_port()), "FAULT": fault, "LIMIT": str(limit)}  # fmt: skip
+    env = environment() | {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "FAULT": fault,
+        "LIMIT": str(limit),
+    }
     return [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(config)], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, str(WORKER), str(config)],
+            env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for r in range(ranks)
-    ]  # fmt: skip
+    ]
 
 
 def ended(processes):
@@ -246,14 +247,23 @@ def test_a_picture_that_cannot_be_decoded_is_one_line(tmp_path, models):
 def test_leftovers_go_and_what_is_being_written_stays(tmp_path):
     machine, dead = parts_module._machine(), subprocess.Popen(["true"])
     dead.wait()
-    folders = {name: tmp_path / ".unfinished" / name for name in (f"{machine}-{dead.pid}-aa", f"{machine}-{os.getpid()}-aa",
-                                                                   "0123456789ab-1-aa", "0123456789ab-2-aa")}  # fmt: skip
+    folders = {
+        name: tmp_path / ".unfinished" / name
+        for name in (
+            f"{machine}-{dead.pid}-aa",
+            f"{machine}-{os.getpid()}-aa",
+            "0123456789ab-1-aa",
+            "0123456789ab-2-aa",
+        )
+    }
     for folder in folders.values():
         (folder / "1x1-part-00000").mkdir(parents=True)
     os.utime(folders["0123456789ab-2-aa"], (time.time() - 7200,) * 2)
     parts_module.remove_leftovers(tmp_path)
     assert {name for name, folder in folders.items() if folder.exists()} == {
-        f"{machine}-{os.getpid()}-aa", "0123456789ab-1-aa"}  # fmt: skip
+        f"{machine}-{os.getpid()}-aa",
+        "0123456789ab-1-aa",
+    }
 
 
 def test_a_run_goes_on_without_its_cache_and_with_one_made_anew(data, tmp_path):

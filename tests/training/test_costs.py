@@ -97,8 +97,9 @@ def test_all_means_every_block(small_models):
 # --- FLOPs ---
 
 
-@pytest.mark.parametrize("text, linear, attention, dw, plain, full", [(512, 59.5, 14.9, 15.7, 187, 261),
-                                                                      (256, 56.2, 13.3, 14.8, 174, 243)])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, linear, attention, dw, plain, full", [(512, 59.5, 14.9, 15.7, 187, 261), (256, 56.2, 13.3, 14.8, 174, 243)]
+)
 def test_flux_at_1024_meets_the_calculated_anchors(dev_models, text, linear, attention, dw, plain, full):
     """The anchors count FLUX alone; ours has the Qwen layer and the connector on top (0.25 forward)."""
     stage, tokens = dev("block").stages[0], Tokens(4096, text, text + 15, 4 * text)
@@ -126,15 +127,23 @@ def test_frozen_networks_meet_the_anchors(dev_models):
     assert costs.vae_encode_flops(json.dumps(FLUX_VAE), 1024, 1024) / TERA == pytest.approx(4.9, rel=0.01)
 
 
-@pytest.mark.parametrize("stage, policy, kernels", [
-    (0, "none", True), (1, "full", True), (3, "mlp", True), (1, "mlp", True), (1, "full", False), (3, "none", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stage, policy, kernels",
+    [(0, "none", True), (1, "full", True), (3, "mlp", True), (1, "mlp", True), (1, "full", False), (3, "none", False)],
+)
 def test_torch_counts_the_same_flops(stage, policy, kernels):
     """Forward and backward of one image under torch's FlopCounterMode; attention as plain products, so that
     no flash kernel recomputes. The rotary tables (outer products) are all the difference there may be."""
-    config = small(model=PRESETS["tiny"]()["model"] | {
-        "vlm": "none/vlm", "flux": "none/flux", "vae": None, "activation_checkpointing": policy,
-        "vlm_config": small().model.vlm_config})  # fmt: skip
+    config = small(
+        model=PRESETS["tiny"]()["model"]
+        | {
+            "vlm": "none/vlm",
+            "flux": "none/flux",
+            "vae": None,
+            "activation_checkpointing": policy,
+            "vlm_config": small().model.vlm_config,
+        }
+    )
     module = meta_models(config)[0].to_empty(device="cpu")
     tokens = Tokens(image=48, condition=20, turn=35, patches=80)
     names = set(stages.trainable_names(module, config.stages[stage]))
@@ -161,9 +170,12 @@ def test_torch_counts_the_same_trunk():
     ids[:, 10:34] = trunk.config.image_token_id = 49
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         trunk(
-            input_ids=ids, position_ids=torch.zeros(3, 1, 35).long(), pixel_values=torch.zeros(96, 3 * 2 * 14 * 14),
-            image_grid_thw=torch.tensor([[1, 8, 12]]), use_cache=False,
-        )  # fmt: skip
+            input_ids=ids,
+            position_ids=torch.zeros(3, 1, 35).long(),
+            pixel_values=torch.zeros(96, 3 * 2 * 14 * 14),
+            image_grid_thw=torch.tensor([[1, 8, 12]]),
+            use_cache=False,
+        )
     assert counter.get_total_flops() == pytest.approx(costs.trunk_flops(trunk, Tokens(0, 24, 35, 96)), rel=2e-3)
 
 
@@ -256,8 +268,12 @@ def test_statistics_of_norms_and_attention_are_in_the_formula(stage, policy, dou
     spec, found = config.stages[stage], []
     for depth in ((2, 4), (double, single)):
         sizes = config.model.flux_config | {
-            "attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": [4, 6, 6],
-            "num_layers": depth[0], "num_single_layers": depth[1]}  # fmt: skip
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "axes_dims_rope": [4, 6, 6],
+            "num_layers": depth[0],
+            "num_single_layers": depth[1],
+        }
         with torch.device("meta"):
             module = torch.nn.Module()
             module.transformer = activations.build(sizes, torch.float32)
@@ -289,10 +305,20 @@ def test_sharding_and_offloading_move_bytes(small_models):
 # --- speed ---
 
 
-@pytest.mark.parametrize("name, peak", [
-    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
-    ("NVIDIA A10G", 70), ("NVIDIA A10", 125), ("NVIDIA L40S", 362), ("NVIDIA RTX A4000", None), ("Tesla V100", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA RTX A4000", None),
+        ("Tesla V100", None),
+    ],
+)
 def test_peak_by_name(name, peak):
     assert peak_tflops_for(name) == peak
 

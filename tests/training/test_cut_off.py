@@ -50,14 +50,16 @@ CUT_OFF = {  # updates -> starts: fault, more, updates that are validated after 
 def test_what_a_kill_cut_off_after_a_save_is_shown_by_the_next_start(data, tmp_path, updates):
     """Stages of two updates, killed between a save and what follows it; plain python, one rank."""
     stages = [{"name": name, "share": 1, "blocks": [0]} for name in "abc"[: updates // 2]]
-    values = small_config(data, tmp_path / "run", stages=stages, train__updates=updates, train__checkpoint_every=1,
-                          validation__every=1)  # fmt: skip
+    values = small_config(
+        data, tmp_path / "run", stages=stages, train__updates=updates, train__checkpoint_every=1, validation__every=1
+    )
     config, ds, run = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "fp32"), tmp_path / "run"
 
     def go(fault: str, *more: object) -> str:
         command = [sys.executable, FAULTY, "--deepspeed", ds, "--config", config, *more]
-        done = subprocess.run([*map(str, command)], env=environment() | {"FAULT": fault}, capture_output=True, text=True,
-                              timeout=120)  # fmt: skip
+        done = subprocess.run(
+            [*map(str, command)], env=environment() | {"FAULT": fault}, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == (-signal.SIGKILL if fault.startswith("die") else 0), done.stderr[-2000:]
         return done.stdout + done.stderr
 

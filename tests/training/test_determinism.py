@@ -33,11 +33,21 @@ def start(switch: str, ranks: int = 1, **variables: str) -> list[tuple[int, str,
     """(exit code, last line of stdout, stderr) of each rank of a process group that is started so."""
     port, processes = str(free_port()), []
     for rank in range(ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": os.pathsep.join(sys.path)}  # fmt: skip
+        place = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
         env = {k: v for k, v in environment().items() if k != "CUBLAS_WORKSPACE_CONFIG"} | place | variables
-        processes.append(subprocess.Popen([sys.executable, "-c", CODE, switch], env=env, text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE))  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", CODE, switch], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        )
     done = [process.communicate(timeout=120) for process in processes]
     # DeepSpeed writes to stdout as well, before
     last = [(out.strip().rpartition("\n")[2], err) for out, err in done]

@@ -51,7 +51,10 @@ def test_dev_without_a_problem(data, tmp_path, capsys):
     report = json.loads(path.read_text())
     assert report["problems"] == []
     assert [(s["name"], s["updates"], len(s["blocks"])) for s in report["stages"]] == [
-        ("stage1", 33333, 15), ("stage2", 33334, 16), ("stage3", 33333, 16)]  # fmt: skip
+        ("stage1", 33333, 15),
+        ("stage2", 33334, 16),
+        ("stage3", 33333, 16),
+    ]
     assert report["stages"][0]["trainable"] == {"flux": 1334221824, "connector": 14684160, "vlm": 233057792}
     assert 80e12 < report["flops_per_image"] < 182e12  # between the narrowest bucket's and the square's
     assert 55 < report["memory_gb_per_gpu"] < 80
@@ -65,8 +68,20 @@ def test_dev_without_a_problem(data, tmp_path, capsys):
     at_45 = report["images_per_second"] * 0.45 / report["mfu"]
     assert config.train.checkpoint_every * config.train.global_batch_size / at_45 < 1800
     rows = report["micro_batches"]
-    assert set(rows[0]) == {"gpu", "scope", "stage", "cache", "micro", "memory_gb", "policies", "tflop_per_image",
-                            "images_per_s", "days", "fits", "chosen"}  # fmt: skip
+    assert set(rows[0]) == {
+        "gpu",
+        "scope",
+        "stage",
+        "cache",
+        "micro",
+        "memory_gb",
+        "policies",
+        "tflop_per_image",
+        "images_per_s",
+        "days",
+        "fits",
+        "chosen",
+    }
     assert {row["gpu"] for row in rows} == {"A100 80 GB", "H100 80 GB", "H200 141 GB"}
     assert len(rows) == 3 * 3 * 2 * 4 * 2  # GPUs, stages, cached or not, micro-batches, scopes
     chosen = [row for row in rows if row["chosen"]]
@@ -88,9 +103,19 @@ def test_dev_without_a_problem(data, tmp_path, capsys):
     )  # gpu-audit's 190 where nothing is computed again
     assert len(report["assumptions"]) == 7
     out = capsys.readouterr().out
-    for words in ("micro_batch_size: auto", "micro-batch 2: of 57 blocks: 40 none, 17 mlp", "Predicted, not\nmeasured",
-                  "assumed: A100 80 GB: no A100 was measured", "longest_side: 1024", "1,334,221,824", "optimizer shard", "in /dev/shm", "images/s",
-                  "one every 125 updates", "0 problems found"):  # fmt: skip
+    for words in (
+        "micro_batch_size: auto",
+        "micro-batch 2: of 57 blocks: 40 none, 17 mlp",
+        "Predicted, not\nmeasured",
+        "assumed: A100 80 GB: no A100 was measured",
+        "longest_side: 1024",
+        "1,334,221,824",
+        "optimizer shard",
+        "in /dev/shm",
+        "images/s",
+        "one every 125 updates",
+        "0 problems found",
+    ):
         assert words in out
     assert not (tmp_path / "run").exists()
 
@@ -136,9 +161,11 @@ def test_nothing_is_allocated(data, monkeypatch):
 def test_every_problem_is_reported_at_once(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     config = configure(
-        data__path=str(tmp_path / "none"), run__dir=str(tmp_path / "file"), train__micro_batch_size=16,
+        data__path=str(tmp_path / "none"),
+        run__dir=str(tmp_path / "file"),
+        train__micro_batch_size=16,
         model__activation_checkpointing=False,
-    )  # fmt: skip
+    )
     assert dry_run(config, DS_CONFIG, 3, json_path=str(tmp_path / "r.json")) == 2
     problems = json.loads((tmp_path / "r.json").read_text())["problems"]
     fields = [problem.partition(":")[0] for problem in problems]
@@ -207,10 +234,7 @@ def test_data(data, tmp_path):
     assert "data.longest_side" in only_problem(configure(data__path=str(data), data__longest_side=64))
     assert "multiple of 16" in only_problem(configure(data__path=str(data), data__longest_side=1000))
     remote = configure(data__path=missing, data__remote="s3://b/d", data__cache=["latents"], data__cache_limit="much")
-    assert [p.partition(":")[0] for p in find_problems(remote, DS_CONFIG, 8)] == [
-        "data.cache",
-        "data.cache_limit",
-    ]
+    assert [p.partition(":")[0] for p in find_problems(remote, DS_CONFIG, 8)] == ["data.cache", "data.cache_limit"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -271,8 +295,9 @@ def test_all_that_is_wrong_with_weights_is_said_at_once_and_before_a_run(
     (tmp_path / "weights/vae").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     stages = [{"name": "a", "share": 1.0, "blocks": [0, 1]}]
-    config = configure(data__path=str(data), model__flux=str(flux), model__vlm=str(qwen), model__vae="weights/vaee",
-                       stages=stages)  # fmt: skip
+    config = configure(
+        data__path=str(data), model__flux=str(flux), model__vlm=str(qwen), model__vae="weights/vaee", stages=stages
+    )
     assert dry_run(config, DS_CONFIG, 8) == 2
     problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
     assert problems == [

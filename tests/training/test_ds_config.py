@@ -50,10 +50,7 @@ def test_shipped_files_resolve_for_the_published_recipe(path):
         ({"gradient_clipping": 1}, "optim.max_grad_norm): remove it"),
         ({"optimizer": {"type": "Adam"}}, "optimizer comes from"),
         ({"scheduler": {}}, "scheduler comes from"),
-        (
-            {"zero_optimization": {"reduce_bucket_size": "auto"}},
-            'zero_optimization.reduce_bucket_size is "auto"',
-        ),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, 'zero_optimization.reduce_bucket_size is "auto"'),
         ({"fp16": {"enabled": True}}, "fp16 is not supported"),
         ({"bf16": True}, "bf16 must be an object"),
         ({"zero_optimization": {"stage": 4}}, "must be 2 or 3"),

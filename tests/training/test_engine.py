@@ -28,8 +28,15 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 @pytest.mark.parametrize(("precision", "ranks"), [("fp32", 1), ("fp32", 2), ("bf16", 2)])
 def test_survivors_of_a_stage_change_go_on_as_if_nothing_had_happened(tmp_path, precision, ranks):
-    command = ["torchrun", "--nproc_per_node", str(ranks), "--master_port", str(free_port()), CARRY,
-               str(ds_config(tmp_path, precision))]  # fmt: skip
+    command = [
+        "torchrun",
+        "--nproc_per_node",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        CARRY,
+        str(ds_config(tmp_path, precision)),
+    ]
     env = environment() | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -101,8 +108,10 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
         moments = [moment for flat in flats for moment in zero.optimizer.state[flat].values()]
         low = zero.bit16_groups_flat if engine.zero_stage < 3 else zero.lp_param_buffer
         low = low if isinstance(low, list) else [low]
-        refs = {f"{type(x).__name__} {i}": weakref.ref(x) for i, x in enumerate(
-            [engine.deepspeed, zero, zero.optimizer, *flats, *moments, *low])}  # fmt: skip
+        refs = {
+            f"{type(x).__name__} {i}": weakref.ref(x)
+            for i, x in enumerate([engine.deepspeed, zero, zero.optimizer, *flats, *moments, *low])
+        }
         storages = {storage.data_ptr() for storage in (flat.untyped_storage() for flat in low)}
         del zero, flats, moments, low
         if stage == 0:
@@ -126,7 +135,10 @@ def test_adams_state_lies_with_its_tensor():
     for step in (None, torch.tensor(7.0)):
         state = adam_state(flat, step)
         assert {name: (x.device.type, x.shape) for name, x in state.items()} == {
-            "step": ("meta", ()), "exp_avg": ("meta", (6,)), "exp_avg_sq": ("meta", (6,))}  # fmt: skip
+            "step": ("meta", ()),
+            "exp_avg": ("meta", (6,)),
+            "exp_avg_sq": ("meta", (6,)),
+        }
     step = torch.tensor(7.0)
     taken = adam_state(torch.empty(6), step)["step"]
     assert taken == 7 and taken.data_ptr() != step.data_ptr()  # Adam counts on in place

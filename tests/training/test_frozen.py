@@ -89,9 +89,11 @@ def test_a_released_trunk_holds_no_memory_and_still_lays_out_tokens(data):
     )  # a grid not asked before
     assert torch.equal(after.position_ids, before.position_ids) and torch.equal(after.select, before.select)
     for needs_weights in (
-        lambda: trunk.encode(pictures), lambda: trunk.encode(None, ["a", "b"], "text"), lambda: models.to("cpu", None),
+        lambda: trunk.encode(pictures),
+        lambda: trunk.encode(None, ["a", "b"], "text"),
+        lambda: models.to("cpu", None),
         lambda: weights_fingerprint(trunk.vlm),
-    ):  # fmt: skip
+    ):
         with pytest.raises(RuntimeError, match="was released, because its output is cached"):
             needs_weights()
 
@@ -125,15 +127,21 @@ class Moved:
 
 
 def on_an_accelerator(vae, visits: bool = True):
-    return SimpleNamespace(vae=vae, vae_visits=visits, pooled_projections=torch.empty(1, device="meta"), trainable=
-                           SimpleNamespace(transformer=None), scheduler=None)  # fmt: skip
+    return SimpleNamespace(
+        vae=vae,
+        vae_visits=visits,
+        pooled_projections=torch.empty(1, device="meta"),
+        trainable=SimpleNamespace(transformer=None),
+        scheduler=None,
+    )
 
 
 def test_the_vae_comes_for_a_panel_and_leaves_whatever_happens(data, monkeypatch):
     config, vae, seen = configured(data, "latents"), Moved(), []
     monkeypatch.setattr(validation, "flux_pipeline", lambda *_: seen.append(list(vae.places)))
-    references = SimpleNamespace(bucket=SimpleNamespace(height=64, width=64),
-                                 condition=lambda *_: SimpleNamespace(repeated=lambda _: None))  # fmt: skip
+    references = SimpleNamespace(
+        bucket=SimpleNamespace(height=64, width=64), condition=lambda *_: SimpleNamespace(repeated=lambda _: None)
+    )
     monkeypatch.setattr(validation, "generate", lambda *_: torch.zeros(2, 3, 64, 64))
     validation.variations(config, on_an_accelerator(vae), references, [0], 2)
     assert (seen, vae.places) == ([["meta"]], ["meta", "cpu"])
@@ -172,9 +180,14 @@ def test_losses_and_pictures_are_those_of_before_and_a_try_out_takes_what_the_ru
         name: torch.stack([row[name] for row in rows]) for name in ("latents", "hidden_states") if name in rows[0]
     }
     pictures = [cache.to_tensor(row["image"]) for row in rows if "image" in row]
-    batch = SimpleNamespace(keys=[row["key"] for row in rows], captions=["", ""], bucket=bucket,
-                            pixel_values=torch.stack(pictures) if pictures else None,
-                            latents=stored.get("latents"), hidden_states=stored.get("hidden_states"))  # fmt: skip
+    batch = SimpleNamespace(
+        keys=[row["key"] for row in rows],
+        captions=["", ""],
+        bucket=bucket,
+        pixel_values=torch.stack(pictures) if pictures else None,
+        latents=stored.get("latents"),
+        hidden_states=stored.get("hidden_states"),
+    )
     t = torch.tensor([0.3, 0.8])
 
     def given():
@@ -193,8 +206,14 @@ def test_losses_and_pictures_are_those_of_before_and_a_try_out_takes_what_the_ru
     assert torch.equal(before[0], after[0]) and before[1] == after[1] and torch.equal(before[2], after[2])
 
     tried, (latents, condition) = [], given()
-    monkeypatch.setattr(validation, "denoising_loss", lambda *given: tried.append(given) or models.trainable.connector(
-        torch.zeros(1, models.trainable.connector.in_features)).mean())  # fmt: skip
+    monkeypatch.setattr(
+        validation,
+        "denoising_loss",
+        lambda *given: (
+            tried.append(given)
+            or models.trainable.connector(torch.zeros(1, models.trainable.connector.in_features)).mean()
+        ),
+    )
     if "latents" in kinds:
         monkeypatch.setattr(latent_ops, "encode", no_encoding)
     out_of_memory.forward_and_backward(config, models, bucket)
@@ -321,8 +340,11 @@ def test_a_disk_without_room_for_what_is_missing_is_refused_before_anything_is_c
     config, models, found, size = parts_of(data, "latents")
     need, real = size.of_parts(found), os.statvfs
     free = [0]
-    monkeypatch.setattr(cache_size.os, "statvfs", lambda path: SimpleNamespace(f_bavail=free[0], f_frsize=1)
-                        if str(path).startswith(str(data)) else real(path))  # fmt: skip
+    monkeypatch.setattr(
+        cache_size.os,
+        "statvfs",
+        lambda path: SimpleNamespace(f_bavail=free[0], f_frsize=1) if str(path).startswith(str(data)) else real(path),
+    )
     with monkeypatch.context() as patch:
         patch.setattr(latent_ops, "encode", no_encoding)
         free[0] = need

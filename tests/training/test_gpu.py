@@ -149,11 +149,12 @@ def test_two_continuations_are_bit_equal_where_that_is_asked_for(tmp_path):
 def continuations(folder, side: int) -> None:
     """Fails where what an update leaves depends on more than the checkpoint before it."""
     data = make_dataset(folder / "data", images=12, square=True, side=side)
-    values = small_config(data, folder / "whole", data__longest_side=side,
-                          train__updates=4, train__deterministic=True)  # fmt: skip
+    values = small_config(data, folder / "whole", data__longest_side=side, train__updates=4, train__deterministic=True)
     values["model"]["flux_config"] |= {
-        "attention_head_dim": 64, "num_attention_heads": 4, "axes_dims_rope": [16, 24, 24],
-    }  # fmt: skip
+        "attention_head_dim": 64,
+        "num_attention_heads": 4,
+        "axes_dims_rope": [16, 24, 24],
+    }
     config, ds = write_config(values, folder / "config.yaml"), ds_config(folder)
     runs = [folder / "whole"]
     for name in ("whole", "first", "second"):

@@ -101,8 +101,22 @@ def test_settings_say_which_path_made_a_picture(tmp_path, run_folder):
     Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)).save(tmp_path / "black.png")
     for kernels in ("on", "off"):
         out = tmp_path / kernels
-        infer.main(["--checkpoint", str(run_folder), "--reference", str(tmp_path / "black.png"), "--count", "1",
-                    "--steps", "2", "--out", str(out), "--kernels", kernels])  # fmt: skip
+        infer.main(
+            [
+                "--checkpoint",
+                str(run_folder),
+                "--reference",
+                str(tmp_path / "black.png"),
+                "--count",
+                "1",
+                "--steps",
+                "2",
+                "--out",
+                str(out),
+                "--kernels",
+                kernels,
+            ]
+        )
         (picture,) = out.glob("*-seed0.png")
         assert json.loads(Image.open(picture).text["megaflux"])["runtime"]["kernels"] == kernels
 

@@ -21,8 +21,18 @@ from megaflux.common import files
 from megaflux.common.errors import UserError
 from megaflux.training.checkpoint import manifest
 
-CONTENT = {"format": manifest.FORMAT, "update": 0, "stage": 0, "stage_name": "one", "world_size": 2, "data": {"epoch": 1}, "base": "b",
-           "identity": {}, "deepspeed": {"zero_stage": 2}, "guard": {}}  # fmt: skip
+CONTENT = {
+    "format": manifest.FORMAT,
+    "update": 0,
+    "stage": 0,
+    "stage_name": "one",
+    "world_size": 2,
+    "data": {"epoch": 1},
+    "base": "b",
+    "identity": {},
+    "deepspeed": {"zero_stage": 2},
+    "guard": {},
+}
 
 
 def write_files(folder: Path, seed: int) -> None:
@@ -46,8 +56,12 @@ def save(run: Path, update: int, keep: int = 2) -> None:
     write_files(partial, update)
     for file in manifest.files_in(partial):
         manifest.sync(file)
-    manifest.publish(partial, manifest.folder(run) / manifest.name_of(update), CONTENT | {"update": update},
-                     manifest.inventory(partial))  # fmt: skip
+    manifest.publish(
+        partial,
+        manifest.folder(run) / manifest.name_of(update),
+        CONTENT | {"update": update},
+        manifest.inventory(partial),
+    )
     manifest.prune(run, keep, milestones=(), protect=())
 
 
@@ -249,8 +263,12 @@ def test_what_is_deleted_and_what_never_is(tmp_path):
         partial = manifest.partial_of(tmp_path, update)
         partial.mkdir(parents=True)
         write_files(partial, update)
-        manifest.publish(partial, manifest.folder(tmp_path) / manifest.name_of(update), CONTENT | {"update": update},
-                         manifest.inventory(partial))  # fmt: skip
+        manifest.publish(
+            partial,
+            manifest.folder(tmp_path) / manifest.name_of(update),
+            CONTENT | {"update": update},
+            manifest.inventory(partial),
+        )
     (manifest.folder(tmp_path) / "update-0000004.bad").mkdir()
     manifest.prune(tmp_path, 2, milestones={3}, protect={1})
     assert list(manifest.listed(tmp_path)) == [1, 3, 5, 6]
@@ -261,18 +279,24 @@ def test_what_is_deleted_and_what_never_is(tmp_path):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8,
-)  # fmt: skip
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.one_of(
-    st.binary(max_size=200), json_values.map(lambda v: json.dumps(v).encode()),
-    st.tuples(st.sampled_from(sorted(manifest.KEYS)), json_values).map(
-        lambda change: json.dumps(manifest.sealed(CONTENT | {"files": {}} | {change[0]: change[1]})).encode()),
-    st.tuples(st.text(max_size=12), json_values).map(
-        lambda entry: json.dumps(manifest.sealed(CONTENT | {"files": {entry[0]: entry[1]}})).encode()),
-))  # fmt: skip
+@given(
+    st.one_of(
+        st.binary(max_size=200),
+        json_values.map(lambda v: json.dumps(v).encode()),
+        st.tuples(st.sampled_from(sorted(manifest.KEYS)), json_values).map(
+            lambda change: json.dumps(manifest.sealed(CONTENT | {"files": {}} | {change[0]: change[1]})).encode()
+        ),
+        st.tuples(st.text(max_size=12), json_values).map(
+            lambda entry: json.dumps(manifest.sealed(CONTENT | {"files": {entry[0]: entry[1]}})).encode()
+        ),
+    )
+)
 def test_no_manifest_whatsoever_raises_anything_but_one_line(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("m")
     (folder / "manifest.json").write_bytes(data)
@@ -292,8 +316,9 @@ def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
 
 def test_the_tool_lists_verifies_and_prunes(tmp_path):
     def tool(*arguments):
-        return subprocess.run([sys.executable, "-m", "megaflux.training.checkpoint", *map(str, arguments)],
-                              capture_output=True, text=True)  # fmt: skip
+        return subprocess.run(
+            [sys.executable, "-m", "megaflux.training.checkpoint", *map(str, arguments)], capture_output=True, text=True
+        )
 
     nothing = tool("ls", tmp_path)
     assert nothing.returncode == 2 and "holds no checkpoint" in nothing.stderr

@@ -35,8 +35,14 @@ TOY = replace(GPUS["a100"], name="toy", peak_tflops=0.2, reduced_gb_s=0.5)
 
 
 def small(run: Path, drawn: int = 8, micro: int | str = "auto", **changes):
-    values = small_config(run, run, train__global_batch_size=drawn, train__drawn_per_rank=drawn,
-                          train__micro_batch_size=micro, **{"model__activation_checkpointing": "auto"} | changes)  # fmt: skip
+    values = small_config(
+        run,
+        run,
+        train__global_batch_size=drawn,
+        train__drawn_per_rank=drawn,
+        train__micro_batch_size=micro,
+        **{"model__activation_checkpointing": "auto"} | changes,
+    )
     return build_config(merge(tiny(), values))
 
 
@@ -169,12 +175,24 @@ def test_an_engine_cut_into_other_micro_batches_trains_as_one_built_for_them(tmp
 # --- GPUs ---
 
 
-@pytest.mark.parametrize(("name", "found"), [
-    ("a100", ("A100 80 GB", 80)), ("H100", ("H100 80 GB", 80)), ("NVIDIA H100 80GB HBM3", ("H100 80 GB", 80)),
-    ("NVIDIA A100-SXM4-40GB", ("A100 40 GB", 40)), ("NVIDIA H200", ("H200 141 GB", 141)), ("NVIDIA H100 PCIe", None),
-    ("NVIDIA A100 80GB PCIe", None), ("NVIDIA H200 NVL", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-    ("NVIDIA H100 NVL", None), ("NVIDIA GH200 480GB", None), ("NVIDIA L40S", None), ("cpu", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("a100", ("A100 80 GB", 80)),
+        ("H100", ("H100 80 GB", 80)),
+        ("NVIDIA H100 80GB HBM3", ("H100 80 GB", 80)),
+        ("NVIDIA A100-SXM4-40GB", ("A100 40 GB", 40)),
+        ("NVIDIA H200", ("H200 141 GB", 141)),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA A100 80GB PCIe", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA L40S", None),
+        ("cpu", None),
+    ],
+)
 def test_gpus_whose_speed_is_predicted(name, found):
     gpu = find_gpu(name)
     assert (gpu and (gpu.name, gpu.memory_gb)) == found

@@ -233,8 +233,13 @@ def test_the_allocators_of_all_ranks_are_seen(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(monitor, "sum_over_ranks", lambda tensor, world: told.append(tensor) or sum(told))
     for rank in (0, 1):  # each in its own place of the one tensor that all sum
-        shown = Monitor(config_of(tmp_path), World(rank, 2, torch.device("cpu")), torch.nn.Linear(1, 1), 0,
-                        Events(tmp_path, enabled=False))  # fmt: skip
+        shown = Monitor(
+            config_of(tmp_path),
+            World(rank, 2, torch.device("cpu")),
+            torch.nn.Linear(1, 1),
+            0,
+            Events(tmp_path, enabled=False),
+        )
         monkeypatch.setattr(monitor, "allocator_state", lambda world: [gpu, other][world.rank])
         shown.replacements = [(0, "a")] * rank
         _, replaced, states = shown._sum_over_ranks()

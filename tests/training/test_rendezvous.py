@@ -42,8 +42,14 @@ def test_a_port_in_use_is_one_line(taken, tmp_path, launcher):
         "srun": ([sys.executable], {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", **numbered}),
     }
     command, env = how[launcher]
-    done = subprocess.run([*command, LAUNCH, "--run.dir", str(tmp_path / "run")], env=environment() | env, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [*command, LAUNCH, "--run.dir", str(tmp_path / "run")],
+        env=environment() | env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 2, done.stderr[-2000:]
     ours = [line for line in done.stderr.splitlines() if not line.startswith("[2")]  # DeepSpeed dates its own
     assert len(ours) == 1, done.stderr
@@ -67,12 +73,15 @@ def test_a_free_port_stays_free_and_the_others_wait_for_it(monkeypatch):
         rendezvous.check()
 
 
-@pytest.mark.parametrize(("address", "port", "said"), [
-    ("no-such-host.invalid", 29500, "MASTER_ADDR no-such-host.invalid: "),
-    ("192.0.2.1", None, "MASTER_ADDR 192.0.2.1: rank 0 does not reach its own port"),  # TEST-NET-1
-    ("127.0.0.1", "29500x", "MASTER_PORT 29500x: must be 1 to 65535"),
-    ("127.0.0.1", 70000, "MASTER_PORT 70000: must be 1 to 65535"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("address", "port", "said"),
+    [
+        ("no-such-host.invalid", 29500, "MASTER_ADDR no-such-host.invalid: "),
+        ("192.0.2.1", None, "MASTER_ADDR 192.0.2.1: rank 0 does not reach its own port"),  # TEST-NET-1
+        ("127.0.0.1", "29500x", "MASTER_PORT 29500x: must be 1 to 65535"),
+        ("127.0.0.1", 70000, "MASTER_PORT 70000: must be 1 to 65535"),
+    ],
+)
 def test_an_address_that_is_wrong_is_one_line(monkeypatch, address, port, said):
     monkeypatch.setattr(rendezvous, "RESOLVING", 0.0)
     monkeypatch.setattr(rendezvous, "OWN", 1.0)
@@ -83,10 +92,13 @@ def test_an_address_that_is_wrong_is_one_line(monkeypatch, address, port, said):
     assert "--master_port" in str(found.value) or "--master_addr" in str(found.value)
 
 
-@pytest.mark.parametrize(("address", "said"), [
-    ("127.0.0.1", "rank 1 found nobody at port .*Connection refused.*firewall"),
-    ("no-such-host.invalid", "MASTER_ADDR no-such-host.invalid: "),  # its machine has not come up yet
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1", "rank 1 found nobody at port .*Connection refused.*firewall"),
+        ("no-such-host.invalid", "MASTER_ADDR no-such-host.invalid: "),  # its machine has not come up yet
+    ],
+)
 def test_a_first_rank_that_never_comes_is_one_line_and_no_bad_input(monkeypatch, caplog, address, said):
     """A supervisor on this machine must go on trying: the other one may be on its way up."""
     monkeypatch.setattr(rendezvous, "RESOLVING", 0.1)
@@ -105,12 +117,15 @@ exit_on_user_error(main)
 """
 
 
-@pytest.mark.parametrize(("rank", "local", "own", "said"), [
-    (0, 0, False, "error: nobody there\n"),
-    (8, 0, True, "error: rank 8: nobody there\n"),  # another machine's first: rank 0 may never learn of it
-    (9, 1, True, ""),
-    (8, 0, False, ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rank", "local", "own", "said"),
+    [
+        (0, 0, False, "error: nobody there\n"),
+        (8, 0, True, "error: rank 8: nobody there\n"),  # another machine's first: rank 0 may never learn of it
+        (9, 1, True, ""),
+        (8, 0, False, ""),
+    ],
+)
 def test_each_machines_first_rank_speaks_of_what_others_may_not_see(rank, local, own, said):
     env = environment() | {"RANK": str(rank), "LOCAL_RANK": str(local)}
     done = subprocess.run([sys.executable, "-c", FAILS.format(own=own)], env=env, capture_output=True, text=True)

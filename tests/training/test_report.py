@@ -29,12 +29,20 @@ KINDS = ("start", "ready", "progress", "save", "validation", "fault", "stop", "o
 EVENTS = st.lists(
     st.fixed_dictionaries(
         {"kind": st.sampled_from(KINDS), "time": st.one_of(st.integers(0, 100), st.floats(0, 9e10))},
-        optional={"update": UPDATES, "seconds": DURATIONS, "data_wait": DURATIONS, "world_size": ANYTHING,
-                  "pid": ANYTHING, "host": ANYTHING, "why": ANYTHING, "detail": ANYTHING,
-                  "what": st.one_of(st.sampled_from(FAULTS), ANYTHING)},
+        optional={
+            "update": UPDATES,
+            "seconds": DURATIONS,
+            "data_wait": DURATIONS,
+            "world_size": ANYTHING,
+            "pid": ANYTHING,
+            "host": ANYTHING,
+            "why": ANYTHING,
+            "detail": ANYTHING,
+            "what": st.one_of(st.sampled_from(FAULTS), ANYTHING),
+        },
     ),
     max_size=30,
-)  # fmt: skip
+)
 
 
 def say(*events: tuple) -> list[dict]:
@@ -155,8 +163,12 @@ def test_a_second_counts_where_its_update_was_not_done_again(lengths, every, sav
 
 
 def test_a_clock_put_back_is_no_time_and_is_told(tmp_path, capsys):
-    events = say((5000, "start", start(0)), (5010, "ready"), (2000, "progress", {"update": 1, "seconds": 9}),
-                 (2030, "progress", {"update": 2, "seconds": 30}))  # fmt: skip
+    events = say(
+        (5000, "start", start(0)),
+        (5010, "ready"),
+        (2000, "progress", {"update": 1, "seconds": 9}),
+        (2030, "progress", {"update": 2, "seconds": 30}),
+    )
     report = account(events)
     assert (report.wall, report.backwards) == (40, 3010)
     assert report.seconds["productive"] == 30
@@ -210,8 +222,18 @@ def test_no_bytes_stop_the_reading(content):
 
 
 def test_foreign_lines_are_passed_over_and_counted():
-    foreign = (b"[1]", b'{"kind": "ready"}', b'{"time": NaN, "kind": "ready"}', b'{"time": true, "kind": "ready"}', b"\0\0",
-               b'{"time": 1, "kind": 3}', b'{"time": 1e300, "kind": "ready"}', b"[" * 9999, b"\xff", b'{"time": 1, "ki')  # fmt: skip
+    foreign = (
+        b"[1]",
+        b'{"kind": "ready"}',
+        b'{"time": NaN, "kind": "ready"}',
+        b'{"time": true, "kind": "ready"}',
+        b"\0\0",
+        b'{"time": 1, "kind": 3}',
+        b'{"time": 1e300, "kind": "ready"}',
+        b"[" * 9999,
+        b"\xff",
+        b'{"time": 1, "ki',
+    )
     assert parse(b"\n".join(foreign)) == ([], len(foreign))
 
 
@@ -294,8 +316,13 @@ def test_bad_input_names_the_folder_and_the_mend(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder" / "events.jsonl").mkdir(parents=True)
     write(tmp_path / "blank", [])
-    for name, words in {"none": "no such folder", "file": "not a folder", "empty": "holds no events.jsonl",
-                        "blank": "holds no event;", "folder": "Is a directory"}.items():  # fmt: skip
+    for name, words in {
+        "none": "no such folder",
+        "file": "not a folder",
+        "empty": "holds no events.jsonl",
+        "blank": "holds no event;",
+        "folder": "Is a directory",
+    }.items():
         with pytest.raises(UserError, match=words) as caught:
             table(tmp_path / name, capsys)
         assert str(tmp_path / name) in str(caught.value) and "; " in str(caught.value)
@@ -305,12 +332,18 @@ def test_bad_input_names_the_folder_and_the_mend(tmp_path, capsys):
 
 
 def test_the_command_is_quick_and_ends_as_the_others(tmp_path):
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "megaflux.training.report", str(tmp_path)],
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "megaflux.training.report", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2 and done.stdout == ""
     imports, other = [], []
     for line in done.stderr.splitlines():
         (imports if line.startswith("import time:") else other).append(line)
-    assert other == [f"error: {tmp_path}: holds no events.jsonl; give the folder of a run (its run.dir) that has started "
-                     "at least once"]  # fmt: skip
+    assert other == [
+        f"error: {tmp_path}: holds no events.jsonl; give the folder of a run (its run.dir) that has started "
+        "at least once"
+    ]
     assert not any(line.split()[-1] in ("torch", "deepspeed", "numpy") for line in imports)

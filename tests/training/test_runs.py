@@ -52,8 +52,9 @@ def test_resumed_run_is_bit_equal_to_the_uninterrupted_one(tmp_path, data, preci
     position = [json.loads((run / newest / "manifest.json").read_text())["data"] for run in (tmp_path / "whole", half)]
     assert position[0] == position[1]
     for rank in range(ranks):
-        states = [torch.load(run / newest / f"rng-rank{rank:04d}.pt", weights_only=True)
-                  for run in (tmp_path / "whole", half)]  # fmt: skip
+        states = [
+            torch.load(run / newest / f"rng-rank{rank:04d}.pt", weights_only=True) for run in (tmp_path / "whole", half)
+        ]
         assert_same(*states)
 
 
@@ -86,8 +87,9 @@ def test_two_ranks_train_as_one_does(tmp_path, data):
     # The loader, the noise of each sample, the gradient: all of it the same global batches, whatever the ranks.
     weights = []
     for ranks in (1, 2):
-        values = small_config(data, tmp_path / str(ranks), train__micro_batch_size=4 // ranks, train__updates=4,
-                              optim__lr=1e-3)  # fmt: skip
+        values = small_config(
+            data, tmp_path / str(ranks), train__micro_batch_size=4 // ranks, train__updates=4, optim__lr=1e-3
+        )
         config = write_config(values, tmp_path / f"{ranks}.yaml")
         run_ok("--deepspeed", ds_config(tmp_path, "fp32"), "--config", config, ranks=ranks)
         rows = (tmp_path / str(ranks) / "validation.jsonl").read_text().splitlines()
@@ -108,8 +110,14 @@ def test_a_run_reads_a_remote_dataset_into_its_cache(tmp_path, data):
 
 def test_published_block_lists_run_on_57_blocks(tmp_path, data):
     stages = [{"name": name, "share": 1, "blocks": blocks} for name, blocks in PUBLISHED_STAGES.items()]
-    sizes = {"num_layers": 19, "num_single_layers": 38, "attention_head_dim": 16, "num_attention_heads": 1,
-             "axes_dims_rope": [4, 6, 6], "joint_attention_dim": 24}  # fmt: skip
+    sizes = {
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 16,
+        "num_attention_heads": 1,
+        "axes_dims_rope": [4, 6, 6],
+        "joint_attention_dim": 24,
+    }
     values = small_config(data, tmp_path / "run", stages=stages, model__flux_config=sizes, train__updates=3)
     run_ok(
         "--deepspeed", ds_config(tmp_path), "--config", write_config(values, tmp_path / "config.yaml"), with_="python"
@@ -150,11 +158,18 @@ def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_p
     """The ranks choose how the two that each draws are cut: one by one in the first stage, for rank 1 has little memory; both
     at once in the second, which trains less."""
     values = small_config(
-        data, tmp_path / "run", data__condition={"image": 0.3, "image_text": 0.4, "text": 0.3}, data__num_workers=1,
-        model__activation_checkpointing=True, train__drawn_per_rank=2, train__micro_batch_size="auto",
-        stages=[{"name": "base", "share": 1.0, "blocks": "all", "components": "model"},
-                {"name": "one", "share": 1.0, "blocks": [2]}],
-    )  # fmt: skip
+        data,
+        tmp_path / "run",
+        data__condition={"image": 0.3, "image_text": 0.4, "text": 0.3},
+        data__num_workers=1,
+        model__activation_checkpointing=True,
+        train__drawn_per_rank=2,
+        train__micro_batch_size="auto",
+        stages=[
+            {"name": "base", "share": 1.0, "blocks": "all", "components": "model"},
+            {"name": "one", "share": 1.0, "blocks": [2]},
+        ],
+    )
     config = write_config(values, tmp_path / "config.yaml")
     resolved = build_config(merge(tiny(), values))
     monkeypatch.setattr(memory, "coding_peak", lambda *_: (0, 0))
@@ -165,8 +180,18 @@ def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_p
     little = f"less_memory:{limit}:1"
 
     def train(run, *more) -> tuple[list[dict], str]:
-        process = start("--deepspeed", ds_config(tmp_path), "--config", config, "--gpu-memory", 1000, "--run.dir", run,
-                        *more, fault=little)  # fmt: skip
+        process = start(
+            "--deepspeed",
+            ds_config(tmp_path),
+            "--config",
+            config,
+            "--gpu-memory",
+            1000,
+            "--run.dir",
+            run,
+            *more,
+            fault=little,
+        )
         said = process.communicate(timeout=300)[0]
         assert process.returncode == 0, said[-3000:]
         return events(run, "ready")[-2:], said
@@ -205,8 +230,15 @@ def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_p
 
 
 def test_a_run_starts_from_folders_in_the_published_layouts(tmp_path, data, published):
-    values = small_config(data, tmp_path / "run", train__updates=2, model__flux=str(published["flux"]), model__vae=None,
-                          model__vlm=str(published["qwen"]), stages=[{"name": "one", "share": 1, "blocks": [1]}])  # fmt: skip
+    values = small_config(
+        data,
+        tmp_path / "run",
+        train__updates=2,
+        model__flux=str(published["flux"]),
+        model__vae=None,
+        model__vlm=str(published["qwen"]),
+        stages=[{"name": "one", "share": 1, "blocks": [1]}],
+    )
     config = write_config(values, tmp_path / "config.yaml")
     run_ok("--deepspeed", ds_config(tmp_path), "--config", config, with_="python")
     source = load_file(published["flux"] / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -226,9 +258,23 @@ def test_run_shows_itself_in_tensorboard(tmp_path, data):
     )
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     scalars = set(events.Tags()["scalars"])
-    wanted = {"train/loss", "train/learning_rate", "train/grad_norm", "train/skipped_steps", "speed/images_per_second",
-              "speed/data_wait_fraction", "speed/mfu", "memory/peak_gb", "validation/loss", "validation/shuffled",
-              "validation/gap", "grad_norm/flux", "grad_norm/connector", "grad_norm/vlm", "grad_norm/block00"}  # fmt: skip
+    wanted = {
+        "train/loss",
+        "train/learning_rate",
+        "train/grad_norm",
+        "train/skipped_steps",
+        "speed/images_per_second",
+        "speed/data_wait_fraction",
+        "speed/mfu",
+        "memory/peak_gb",
+        "validation/loss",
+        "validation/shuffled",
+        "validation/gap",
+        "grad_norm/flux",
+        "grad_norm/connector",
+        "grad_norm/vlm",
+        "grad_norm/block00",
+    }
     assert wanted <= scalars
     assert any(tag.startswith("train/loss_t") for tag in scalars)
     assert events.Tags()["images"] == ["variations"]

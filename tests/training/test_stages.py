@@ -33,12 +33,7 @@ def velocity(models) -> torch.Tensor:
     condition = models.trunk.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     x = torch.randn(1, 4, models.vae.config.latent_channels * 4)
     return models.trainable(
-        condition,
-        x,
-        torch.tensor([0.5]),
-        ops.image_ids(32, 32),
-        models.pooled_projections,
-        torch.tensor([3.5]),
+        condition, x, torch.tensor([0.5]), ops.image_ids(32, 32), models.pooled_projections, torch.tensor([3.5])
     )
 
 
@@ -88,10 +83,13 @@ def test_published_lists_are_as_published():
     assert doubles == [5, 6, 6] and singles == [10, 10, 10]
 
 
-@pytest.mark.parametrize(("components", "counts"), [
-    ("attention", (1_334_221_824, 1_485_265_920, 1_485_265_920)),
-    ("block", (3_127_660_544, 3_467_491_840, 3_467_491_840)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("components", "counts"),
+    [
+        ("attention", (1_334_221_824, 1_485_265_920, 1_485_265_920)),
+        ("block", (3_127_660_544, 3_467_491_840, 3_467_491_840)),
+    ],
+)
 def test_published_stages_train_the_published_counts(dev_meta, components, counts):
     module, _ = dev_meta
     for stage, count in zip(PUBLISHED, counts, strict=True):
@@ -105,8 +103,11 @@ def test_published_stages_train_the_published_counts(dev_meta, components, count
 def test_attention_is_the_released_codes_list(dev_meta):
     module, _ = dev_meta
     names = stages.trainable_names(module, PUBLISHED[0])
-    components = {(p.part, re.sub(r"\.(weight|bias)$", "", p.component))
-                  for p in (stages.locate(name, 19) for name in names) if p.block is not None}  # fmt: skip
+    components = {
+        (p.part, re.sub(r"\.(weight|bias)$", "", p.component))
+        for p in (stages.locate(name, 19) for name in names)
+        if p.block is not None
+    }
     assert components == {
         ("double", "attn.to_q"),
         ("double", "attn.to_k"),

@@ -33,15 +33,7 @@ from tests.training.faults import (
     start,
     wait_for,
 )
-from tests.training.runs import (
-    copy_until,
-    ds_config,
-    environment,
-    launch,
-    make_dataset,
-    small_config,
-    write_config,
-)
+from tests.training.runs import copy_until, ds_config, environment, launch, make_dataset, small_config, write_config
 
 SLOW = pytest.mark.slow
 NO_REPEATS = 38  # pictures of which 28 train, a multiple of the 4 drawn at a time
@@ -247,8 +239,10 @@ def test_a_bad_update_changes_nothing_and_names_its_samples(data, tmp_path):
     for name in weights:
         assert (before / name).read_bytes() == (after / name).read_bytes()
     for file in sorted((before / "deepspeed").glob("*optim_states.pt")):
-        states = [torch.load(folder / "deepspeed" / file.name, weights_only=False)["optimizer_state_dict"]
-                  for folder in (before, after)]  # fmt: skip
+        states = [
+            torch.load(folder / "deepspeed" / file.name, weights_only=False)["optimizer_state_dict"]
+            for folder in (before, after)
+        ]
         assert_same(states[0]["base_optimizer_state"]["state"], states[1]["base_optimizer_state"]["state"])
         assert_same(states[0]["single_partition_of_fp32_groups"], states[1]["single_partition_of_fp32_groups"])
     (fault,) = events(tmp_path / "run", "fault")
@@ -256,8 +250,10 @@ def test_a_bad_update_changes_nothing_and_names_its_samples(data, tmp_path):
     assert all(key in said for key in fault["keys"])
     # Each parameter is written once, and no rank writes much more than another.
     assert torch.load(after / "deepspeed" / "mp_rank_00_model_states.pt", weights_only=False)["module"] == {}
-    written = [sum(file.stat().st_size for file in manifest.files_in(after) if checkpoint.writer_of(file.name) == rank)
-               for rank in (0, 1)]  # fmt: skip
+    written = [
+        sum(file.stat().st_size for file in manifest.files_in(after) if checkpoint.writer_of(file.name) == rank)
+        for rank in (0, 1)
+    ]
     assert written[1] / 1.5 < written[0] < 1.5 * written[1]
     for name in weights:  # and it went on training
         assert (newest(tmp_path / "run") / name).read_bytes() != (after / name).read_bytes()
@@ -271,15 +267,24 @@ def test_a_bad_update_changes_nothing_and_names_its_samples(data, tmp_path):
     "kills", [[2], pytest.param([1, 3, 4, 5], marks=SLOW)]
 )  # 2: the first update of the second stage
 def test_not_a_byte_of_what_is_frozen_changes_in_three_stages_with_kills_between(data, tmp_path, kills):
-    stages = [{"name": "a", "share": 1, "blocks": [0]}, {"name": "b", "share": 1, "blocks": [1]},
-              {"name": "c", "share": 1, "blocks": [0], "components": "block"}]  # fmt: skip
-    values = small_config(data, tmp_path / "run", stages=stages, train__checkpoint_every=1, optim__weight_decay=0.5,
-                          optim__lr=1e-2)  # fmt: skip
+    stages = [
+        {"name": "a", "share": 1, "blocks": [0]},
+        {"name": "b", "share": 1, "blocks": [1]},
+        {"name": "c", "share": 1, "blocks": [0], "components": "block"},
+    ]
+    values = small_config(
+        data, tmp_path / "run", stages=stages, train__checkpoint_every=1, optim__weight_decay=0.5, optim__lr=1e-2
+    )
     config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "bf16")  # two updates a stage
     for at in (*kills, None):
         env = environment() | {"FAULT": f"die:{at}" if at else "none:-1", "DIGESTS": str(tmp_path / "digests.jsonl")}
-        done = subprocess.run([sys.executable, FAULTY, "--deepspeed", str(ds), "--config", str(config)], env=env,
-                              capture_output=True, text=True, timeout=120)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, FAULTY, "--deepspeed", str(ds), "--config", str(config)],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == (-signal.SIGKILL if at else 0), done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "digests.jsonl").read_text().splitlines()]
     assert [(line["when"], line["stage"]) for line in lines][-2:] == [("begin", 2), ("end", 2)]
@@ -337,8 +342,10 @@ def test_other_ranks_go_on_with_the_same_batches(tmp_path):
     difference = max((want[name] - got[name]).abs().max() for name in want)
     print(f"2 -> 1 -> 2 ranks: weights differ by at most {difference:.1e}")
     assert difference < 1e-5
-    ends = [json.loads((folder / "checkpoints/update-0000008/manifest.json").read_text())["data"]
-            for folder in (tmp_path / "whole", run)]  # fmt: skip
+    ends = [
+        json.loads((folder / "checkpoints/update-0000008/manifest.json").read_text())["data"]
+        for folder in (tmp_path / "whole", run)
+    ]
     assert ends[0] == ends[1]
     assert "0 repeats" in two.stderr + two.stdout
 

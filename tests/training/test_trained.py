@@ -71,8 +71,15 @@ def test_more_ranks_than_parameters_is_no_problem(tmp_path):
     assert trained.any_float32(content, tmp_path)
 
 
-@pytest.mark.parametrize("files", [[], ["weights-00000-of-00002.safetensors"], ["weights-00001-of-00002.safetensors"],
-                                   ["weights.safetensors", "weights-00000-of-00001.safetensors"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "files",
+    [
+        [],
+        ["weights-00000-of-00002.safetensors"],
+        ["weights-00001-of-00002.safetensors"],
+        ["weights.safetensors", "weights-00000-of-00001.safetensors"],
+    ],
+)
 def test_a_manifest_that_does_not_name_all_weights_is_refused(files, tmp_path):
     with pytest.raises(UserError, match="not complete"):
         trained.files_of({"files": dict.fromkeys(files, {})}, tmp_path)
@@ -100,6 +107,12 @@ def test_a_file_that_another_rank_is_writing_is_nobody_s(tmp_path):
 
 
 def test_each_rank_syncs_and_hashes_what_it_wrote():
-    written = {"weights-00003-of-00008.safetensors": 3, "rng-rank0003.pt": 3, "bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt": 3,
-               "zero_pp_rank_11_mp_rank_00_model_states.pt": 11, "weights.safetensors": 0, "mp_rank_00_model_states.pt": 0}  # fmt: skip
+    written = {
+        "weights-00003-of-00008.safetensors": 3,
+        "rng-rank0003.pt": 3,
+        "bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt": 3,
+        "zero_pp_rank_11_mp_rank_00_model_states.pt": 11,
+        "weights.safetensors": 0,
+        "mp_rank_00_model_states.pt": 0,
+    }
     assert {name: checkpoint.writer_of(name) for name in written} == written

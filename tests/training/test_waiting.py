@@ -30,8 +30,11 @@ def test_others_wait_for_a_rank_that_works_past_every_time_limit(ends, said, cod
     port, ranks = str(free_port()), []
     for rank in (0, 1):
         env = environment() | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks.append(subprocess.Popen([sys.executable, WORKER, ends], env=env, stdout=subprocess.PIPE,
-                                      stderr=subprocess.PIPE, text=True))  # fmt: skip
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, WORKER, ends], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
     found = [process.communicate(timeout=60) for process in ranks]
     assert [out.strip() for out, _ in found] == said, found
     assert [min(1, abs(process.returncode)) for process in ranks] == codes, found

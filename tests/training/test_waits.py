@@ -150,19 +150,36 @@ def test_the_stand_in_counts_what_waits():
         assert x.device == GPU and x.is_cuda and (x + 1).device == GPU and host.device.type == "cpu"
         assert gpu.waits == []
         for wait in (
-            x.sum().item, x.tolist, x.cpu, x.nonzero, lambda: float(x[0]), lambda: bool(x.any()), lambda: x[x > 1],
-            lambda: x[host], lambda: x.to("cpu"), lambda: host.to("cuda"), lambda: host.pin_memory().to("cuda"),
-            lambda: host.to(x.device, non_blocking=True), lambda: torch.tensor(1.0, device=x.device),
-            lambda: x.masked_select(x > 1), lambda: host.float().copy_(x[:2]), lambda: torch.equal(x, x),
-        ):  # fmt: skip
+            x.sum().item,
+            x.tolist,
+            x.cpu,
+            x.nonzero,
+            lambda: float(x[0]),
+            lambda: bool(x.any()),
+            lambda: x[x > 1],
+            lambda: x[host],
+            lambda: x.to("cpu"),
+            lambda: host.to("cuda"),
+            lambda: host.pin_memory().to("cuda"),
+            lambda: host.to(x.device, non_blocking=True),
+            lambda: torch.tensor(1.0, device=x.device),
+            lambda: x.masked_select(x > 1),
+            lambda: host.float().copy_(x[:2]),
+            lambda: torch.equal(x, x),
+        ):
             wait()
             assert len(gpu.waits) == 1, gpu.waits
             gpu.waits.clear()
         for silent in (
-            lambda: host.pin_memory().to("cuda", non_blocking=True), lambda: torch.full((), 1.0, device="cuda"),
-            lambda: torch.where(x > 1, x, 0), lambda: x[1:], lambda: torch.as_tensor(x, device="cuda"), x.bfloat16,
-            lambda: x[x.long()], lambda: torch.zeros(2, pin_memory=True).to("cuda", non_blocking=True),
-        ):  # fmt: skip
+            lambda: host.pin_memory().to("cuda", non_blocking=True),
+            lambda: torch.full((), 1.0, device="cuda"),
+            lambda: torch.where(x > 1, x, 0),
+            lambda: x[1:],
+            lambda: torch.as_tensor(x, device="cuda"),
+            x.bfloat16,
+            lambda: x[x.long()],
+            lambda: torch.zeros(2, pin_memory=True).to("cuda", non_blocking=True),
+        ):
             silent()
         assert gpu.waits == [] and gpu.mixed == []
         torch.add(x[:2], host)

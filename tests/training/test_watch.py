@@ -52,8 +52,15 @@ def blocked(
         "-c",
         BLOCKED.format(ready=ready, hang=hang),
     ]
-    process = subprocess.Popen(command, env=env | more, cwd=ROOT, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        env=env | more,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == "up\n"
     return process
 
@@ -274,12 +281,15 @@ def test_a_run_folder_is_held_by_one_run(tmp_path, monkeypatch):
     setup.lock_run_folder(config, ALONE)
 
 
-@pytest.mark.parametrize(("free", "inodes", "said"), [
-    (10**9, 10**6, None),
-    (10**6, 10**6, "0.0 GB free, and 4 checkpoints of this stage need"),
-    (10**9, 3, "3 inodes left, and 4 checkpoints need"),
-    (10**9, 0, None),  # a file system that counts none
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("free", "inodes", "said"),
+    [
+        (10**9, 10**6, None),
+        (10**6, 10**6, "0.0 GB free, and 4 checkpoints of this stage need"),
+        (10**9, 3, "3 inodes left, and 4 checkpoints need"),
+        (10**9, 0, None),  # a file system that counts none
+    ],
+)
 def test_what_cannot_fit_is_refused(tmp_path, monkeypatch, free, inodes, said):
     config = config_for(tmp_path)
     config = config.model_copy(update={"train": config.train.model_copy(update={"keep_checkpoints": 2})})

@@ -29,13 +29,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_gpu = device.type == "cuda"
     parser = Parser(prog="python -m megaflux_kernels.bench", description=__doc__)
     parser.add_argument("--op", choices=OPS, help="one op (default: all)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32",
-                        help="default bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16" if on_gpu else "float32",
+        help="default bfloat16 on a GPU, float32 on a CPU",
+    )
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="default 1")
     parser.add_argument("--image", type=positive, metavar="N", help="image tokens (default 4096, on a CPU 256)")
     parser.add_argument("--samples", type=positive, default=20, metavar="N", help="timed calls (default 20)")
-    parser.add_argument("--threads", type=positive, default=None if on_gpu else 1, metavar="N",
-                        help="of torch on the CPU (default 1 on a CPU)")  # fmt: skip
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=None if on_gpu else 1,
+        metavar="N",
+        help="of torch on the CPU (default 1 on a CPU)",
+    )
     parser.add_argument("--no-compile", action="store_true", help="without the compiled reference")
     add_report_arguments(parser)
     args = parser.parse_args(argv)
@@ -48,8 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend = attention_backend(device, dtype, sizes.heads, sizes.head_dim, sizes.tokens)
     report = open_report(parser, args, facts(device, backend))
     copy, product = timing.copy_gb_per_s(device), timing.matmul_tflop_per_s(device, dtype)
-    print(f"{report.facts['device']}, kernels {describe(device)}, {args.dtype}: a large copy moves {copy:.0f} GB/s, "
-          f"a large product {product:.2f} TFLOP/s")  # fmt: skip
+    print(
+        f"{report.facts['device']}, kernels {describe(device)}, {args.dtype}: a large copy moves {copy:.0f} GB/s, "
+        f"a large product {product:.2f} TFLOP/s"
+    )
     failed = False
     for op in [args.op] if args.op else OPS:
         try:
@@ -64,9 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bench(
-    case: cases.Case, report: Report, dtype: torch.dtype, device: torch.device, args: argparse.Namespace,
-    copy: float, product: float,
-) -> bool:  # fmt: skip
+    case: cases.Case,
+    report: Report,
+    dtype: torch.dtype,
+    device: torch.device,
+    args: argparse.Namespace,
+    copy: float,
+    product: float,
+) -> bool:
     """Measure the arms of a case that the report lacks. False where the gate refuses or our own arm cannot run."""
     shape = f"{case.shape} {args.dtype}"
     arms = {"ours": case.ours, "eager": case.reference} | case.others
@@ -90,16 +106,20 @@ def bench(
             print(f"{case.op} {shape}: {name}: {first_line(error)}; no row", flush=True)
             ran &= name != "ours"
             continue
-        found = [Row(case.op, name, shape, "forward_ms", forward, "ms", args.samples),
-                 Row(case.op, name, shape, "forward_backward_ms", both, "ms", args.samples)]  # fmt: skip
+        found = [
+            Row(case.op, name, shape, "forward_ms", forward, "ms", args.samples),
+            Row(case.op, name, shape, "forward_backward_ms", both, "ms", args.samples),
+        ]
         amounts, metric, unit, limit = (
             (case.bytes, "gb_per_s", "GB/s", copy) if case.bytes else (case.flops, "tflop_per_s", "TFLOP/s", product)
         )
         scale = 1e6 if case.bytes else 1e9
         for part, amount, ms in zip(("forward_", ""), amounts, (forward, both), strict=True):
             rate = amount / ms / scale
-            found += [Row(case.op, name, shape, f"{part}{metric}", rate, unit, args.samples),
-                      Row(case.op, name, shape, f"{part}fraction_of_limit", rate / limit, "1", args.samples)]  # fmt: skip
+            found += [
+                Row(case.op, name, shape, f"{part}{metric}", rate, unit, args.samples),
+                Row(case.op, name, shape, f"{part}fraction_of_limit", rate / limit, "1", args.samples),
+            ]
         report.add(*found)
         print(f"{case.op} {shape}: {name}: {forward:.4f} ms, with backward {both:.4f} ms", flush=True)
     torch.compiler.reset()

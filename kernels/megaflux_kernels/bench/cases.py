@@ -77,8 +77,9 @@ def _modulate(ours: Callable, reference: Callable, s: Sizes, randn: Callable, it
     inputs = [randn(s.batch, s.tokens, s.width), randn(s.batch, s.width), randn(s.batch, s.width)]
     part = s.batch * s.tokens * s.width * item
     # forward: x -> out; backward: dout, x -> dx
-    return Case("modulate", f"{s.batch}x{s.tokens}x{s.width}", ours, reference, inputs, (0, 1, 2), (0,),
-                (2 * part, 5 * part))  # fmt: skip
+    return Case(
+        "modulate", f"{s.batch}x{s.tokens}x{s.width}", ours, reference, inputs, (0, 1, 2), (0,), (2 * part, 5 * part)
+    )
 
 
 def _gate_residual(ours: Callable, reference: Callable, s: Sizes, randn: Callable, item: int) -> list[Case]:
@@ -90,17 +91,33 @@ def _gate_residual(ours: Callable, reference: Callable, s: Sizes, randn: Callabl
         # residual, x -> hidden; dhidden -> dx (the residual's gradient is dhidden itself)
         Case("gate_residual", name, ours, reference, inputs, (0, 1, 2), (0, 1), (3 * part, 5 * part)),
         # residual, x -> hidden, out; dhidden, dout, hidden -> dresidual, dx
-        Case("gate_residual", f"{name}+modulate", ours, reference, with_modulation, (0, 1, 2, 3, 4), (0, 1),
-             (4 * part, 9 * part)),
-    ]  # fmt: skip
+        Case(
+            "gate_residual",
+            f"{name}+modulate",
+            ours,
+            reference,
+            with_modulation,
+            (0, 1, 2, 3, 4),
+            (0, 1),
+            (4 * part, 9 * part),
+        ),
+    ]
 
 
 def _gelu_concat(ours: Callable, reference: Callable, s: Sizes, randn: Callable, item: int) -> Case:
     inputs = [randn(s.batch, s.tokens, s.width), randn(s.batch, s.tokens, 4 * s.width)]
     part = s.batch * s.tokens * s.width * item
     # 1 + 4 -> 5; dout's 4 of GELU and the 4 before it -> 4; attention's part of the gradient is a view
-    return Case("gelu_concat", f"{s.batch}x{s.tokens}x({s.width}+{4 * s.width})", ours, reference, inputs, (0, 1),
-                (0, 1), (10 * part, 22 * part))  # fmt: skip
+    return Case(
+        "gelu_concat",
+        f"{s.batch}x{s.tokens}x({s.width}+{4 * s.width})",
+        ours,
+        reference,
+        inputs,
+        (0, 1),
+        (0, 1),
+        (10 * part, 22 * part),
+    )
 
 
 def _qk_norm_rope(ours: Callable, reference: Callable, s: Sizes, randn: Callable, item: int) -> list[Case]:
@@ -112,11 +129,27 @@ def _qk_norm_rope(ours: Callable, reference: Callable, s: Sizes, randn: Callable
     image, text = randn(s.batch, s.image, 3 * s.width), randn(s.batch, s.text, 3 * s.width)
     joint = torch.cat([text, image], dim=1)
     return [
-        Case("qk_norm_rope", f"{s.batch}x({s.text}+{s.image})x{s.heads}x{s.head_dim}", ours, reference,
-             [image, *weights[:2], *rope, s.heads, text, *weights[2:]], (0, 1, 2, 6, 7, 8), (0, 6), moved),
-        Case("qk_norm_rope", f"{s.batch}x{s.tokens}x{s.heads}x{s.head_dim}", ours, reference,
-             [joint, *weights[:2], *rope, s.heads], (0, 1, 2), (0,), moved),
-    ]  # fmt: skip
+        Case(
+            "qk_norm_rope",
+            f"{s.batch}x({s.text}+{s.image})x{s.heads}x{s.head_dim}",
+            ours,
+            reference,
+            [image, *weights[:2], *rope, s.heads, text, *weights[2:]],
+            (0, 1, 2, 6, 7, 8),
+            (0, 6),
+            moved,
+        ),
+        Case(
+            "qk_norm_rope",
+            f"{s.batch}x{s.tokens}x{s.heads}x{s.head_dim}",
+            ours,
+            reference,
+            [joint, *weights[:2], *rope, s.heads],
+            (0, 1, 2),
+            (0,),
+            moved,
+        ),
+    ]
 
 
 def _rmsnorm_linear(ours: Callable, reference: Callable, s: Sizes, randn: Callable, item: int) -> Case:
@@ -124,8 +157,16 @@ def _rmsnorm_linear(ours: Callable, reference: Callable, s: Sizes, randn: Callab
     weight, bias = randn(s.joint_dim, s.qwen_width) * s.qwen_width**-0.5, 0.1 * randn(s.joint_dim)
     product = 2 * s.batch * s.text * s.qwen_width * s.joint_dim
     # the connector trains: dX and dW
-    return Case("rmsnorm_linear", f"{s.batch}x{s.text}x{s.qwen_width}->{s.joint_dim}", ours, reference,
-                [x, norm, weight, bias], (0, 1, 2, 3), (0, 2, 3), flops=(product, 3 * product))  # fmt: skip
+    return Case(
+        "rmsnorm_linear",
+        f"{s.batch}x{s.text}x{s.qwen_width}->{s.joint_dim}",
+        ours,
+        reference,
+        [x, norm, weight, bias],
+        (0, 1, 2, 3),
+        (0, 2, 3),
+        flops=(product, 3 * product),
+    )
 
 
 def _biased_attention(ours: Callable, reference: Callable, s: Sizes, randn: Callable, item: int) -> Case:
@@ -133,9 +174,17 @@ def _biased_attention(ours: Callable, reference: Callable, s: Sizes, randn: Call
     bias = torch.rand(s.batch, s.tokens, device=q.device).log()  # weights of keys, 0 to 1
     bias[:, s.text // 2 : s.text] = float("-inf")
     product = 4 * s.batch * s.heads * s.tokens**2 * s.head_dim
-    return Case("biased_attention", f"{s.batch}x{s.heads}x{s.tokens}x{s.head_dim}", ours, reference,
-                [q, k, v, bias], (0, 1, 2), (0, 1, 2), flops=(product, 3 * product),
-                others={"sdpa-mask": sdpa_mask})  # fmt: skip
+    return Case(
+        "biased_attention",
+        f"{s.batch}x{s.heads}x{s.tokens}x{s.head_dim}",
+        ours,
+        reference,
+        [q, k, v, bias],
+        (0, 1, 2),
+        (0, 1, 2),
+        flops=(product, 3 * product),
+        others={"sdpa-mask": sdpa_mask},
+    )
 
 
 def sdpa_mask(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

@@ -132,8 +132,11 @@ class Parser(argparse.ArgumentParser):
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """--json and --resume."""
     parser.add_argument("--json", type=path, metavar="FILE", help="write one JSON object there")
-    parser.add_argument("--resume", action="store_true",
-                        help="skip what FILE holds already, if measured on the same device, versions and commit")  # fmt: skip
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="skip what FILE holds already, if measured on the same device, versions and commit",
+    )
 
 
 def path(text: str) -> str:

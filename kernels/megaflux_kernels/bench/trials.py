@@ -72,15 +72,17 @@ def results(case: Case, run: Callable, dtype: torch.dtype) -> list[Tensor]:
     inputs = leaves(inputs, case.differentiable)
     outs = outputs(run(*inputs))
     generator = torch.Generator(outs[0].device).manual_seed(1)
-    douts = [torch.randn(o.shape, generator=generator, device=o.device).to(case.inputs[0].dtype).to(o.dtype)
-             for o in outs]  # fmt: skip
+    douts = [
+        torch.randn(o.shape, generator=generator, device=o.device).to(case.inputs[0].dtype).to(o.dtype) for o in outs
+    ]
     return [*outs, *torch.autograd.grad(outs, [inputs[i] for i in case.differentiable], douts)]
 
 
 def leaves(inputs: Sequence[Any], differentiable: Sequence[int]) -> list[Any]:
     """The inputs, of which these ask for gradients."""
-    return [x.detach().requires_grad_(i in differentiable) if isinstance(x, Tensor) else x
-            for i, x in enumerate(inputs)]  # fmt: skip
+    return [
+        x.detach().requires_grad_(i in differentiable) if isinstance(x, Tensor) else x for i, x in enumerate(inputs)
+    ]
 
 
 def outputs(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:

@@ -25,10 +25,30 @@ DELTA_ROWS = 32  # queries of one delta program
 
 @triton.jit
 def biased_attention_forward(
-    q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr,
-    H, Sq, Sk, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_bias, qk_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    out_ptr,
+    lse_ptr,
+    H,
+    Sq,
+    Sk,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_bias,
+    qk_scale,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     start = tl.program_id(0).to(tl.int64) * BLOCK_Q
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -71,9 +91,22 @@ def biased_attention_forward(
 
 @triton.jit
 def biased_attention_delta(
-    dout_ptr, out_ptr, lse_ptr, delta_ptr, lse2_ptr, H, Sq, stride_db, stride_dh, stride_ds, stride_ob, stride_oh, stride_os,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
+    dout_ptr,
+    out_ptr,
+    lse_ptr,
+    delta_ptr,
+    lse2_ptr,
+    H,
+    Sq,
+    stride_db,
+    stride_dh,
+    stride_ds,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
     start = tl.program_id(0).to(tl.int64) * BLOCK_Q
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -91,11 +124,37 @@ def biased_attention_delta(
 
 @triton.jit
 def biased_attention_dkdv(
-    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
-    H, Sq, Sk, stride_db, stride_dh, stride_ds, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
-    stride_vb, stride_vh, stride_vs, stride_bias, qk_scale, scale,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    dout_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    lse2_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    H,
+    Sq,
+    Sk,
+    stride_db,
+    stride_dh,
+    stride_ds,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_bias,
+    qk_scale,
+    scale,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     start = tl.program_id(0).to(tl.int64) * BLOCK_K
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -137,11 +196,36 @@ def biased_attention_dkdv(
 
 @triton.jit
 def biased_attention_dq(
-    dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lse2_ptr, delta_ptr, dq_ptr,
-    H, Sq, Sk, stride_db, stride_dh, stride_ds, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
-    stride_vb, stride_vh, stride_vs, stride_bias, qk_scale, scale,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    dout_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    lse2_ptr,
+    delta_ptr,
+    dq_ptr,
+    H,
+    Sq,
+    Sk,
+    stride_db,
+    stride_dh,
+    stride_ds,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_bias,
+    qk_scale,
+    scale,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     start = tl.program_id(0).to(tl.int64) * BLOCK_Q
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -198,9 +282,26 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tupl
     block_q, block_k, warps, stages = tiles("forward", q.dtype == torch.float32)
     if out.numel():
         biased_attention_forward[(triton.cdiv(Sq, block_q), B * H)](
-            q, k, v, bias, out, lse, H, Sq, Sk, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], bias.stride(0),
-            scale * LOG2E.value, D=D, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            bias,
+            out,
+            lse,
+            H,
+            Sq,
+            Sk,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            bias.stride(0),
+            scale * LOG2E.value,
+            D=D,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            num_warps=warps,
+            num_stages=stages,
+        )
     return out, lse
 
 
@@ -219,22 +320,68 @@ def backward(
     out = out.transpose(1, 2)
     if dq.numel():
         biased_attention_delta[(triton.cdiv(Sq, DELTA_ROWS), B * H)](
-            dout, out, lse, delta, lse2, H, Sq, *dout.stride()[:3], *out.stride()[:3], D=D, BLOCK_Q=DELTA_ROWS, num_warps=4,
-        )  # fmt: skip
-    shared = (H, Sq, Sk, *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], bias.stride(0),
-              scale * LOG2E.value, scale)  # fmt: skip
+            dout,
+            out,
+            lse,
+            delta,
+            lse2,
+            H,
+            Sq,
+            *dout.stride()[:3],
+            *out.stride()[:3],
+            D=D,
+            BLOCK_Q=DELTA_ROWS,
+            num_warps=4,
+        )
+    shared = (
+        H,
+        Sq,
+        Sk,
+        *dout.stride()[:3],
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        bias.stride(0),
+        scale * LOG2E.value,
+        scale,
+    )
     if dk.numel():
         block_q, block_k, warps, stages = tiles("dkdv", wide)
         biased_attention_dkdv[(triton.cdiv(Sk, block_k), B * H)](
-            dout, q, k, v, bias, lse2, delta, dk, dv, *shared,
-            D=D, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+            dout,
+            q,
+            k,
+            v,
+            bias,
+            lse2,
+            delta,
+            dk,
+            dv,
+            *shared,
+            D=D,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            num_warps=warps,
+            num_stages=stages,
+        )
     if dq.numel():
         block_q, block_k, warps, stages = tiles("dq", wide)
         biased_attention_dq[(triton.cdiv(Sq, block_q), B * H)](
-            dout, q, k, v, bias, lse2, delta, dq, *shared,
-            D=D, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+            dout,
+            q,
+            k,
+            v,
+            bias,
+            lse2,
+            delta,
+            dq,
+            *shared,
+            D=D,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            num_warps=warps,
+            num_stages=stages,
+        )
     return dq, dk, dv
 
 

@@ -62,9 +62,16 @@ def _(dhidden: Tensor, gate: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("megaflux::gate_residual_modulate_backward", mutates_args=())
 def _triton_backward_modulate(
-    dhidden: Tensor | None, dout: Tensor, hidden: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, gate: Tensor,
-    x: Tensor | None, need_modulation: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dhidden: Tensor | None,
+    dout: Tensor,
+    hidden: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    gate: Tensor,
+    x: Tensor | None,
+    need_modulation: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from megaflux_kernels.gate_residual import triton_kernels
 
     return triton_kernels.backward_modulate(dhidden, dout, hidden, mean, rstd, scale, gate, x, need_modulation)
@@ -72,9 +79,16 @@ def _triton_backward_modulate(
 
 @_triton_backward_modulate.register_fake
 def _(
-    dhidden: Tensor | None, dout: Tensor, hidden: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, gate: Tensor,
-    x: Tensor | None, need_modulation: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dhidden: Tensor | None,
+    dout: Tensor,
+    hidden: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    gate: Tensor,
+    x: Tensor | None,
+    need_modulation: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dgate = gate.new_empty((0,) if x is None else gate.shape)
     modulation = scale.shape if need_modulation else (0,)
     return _like(hidden), _like(hidden), dgate, scale.new_empty(modulation), scale.new_empty(modulation)
@@ -125,9 +139,16 @@ def backward(dhidden: Tensor, gate: Tensor, x: Tensor | None = None) -> tuple[Te
 
 
 def backward_modulate(
-    dhidden: Tensor | None, dout: Tensor | None, hidden: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor,
-    gate: Tensor, x: Tensor | None = None, need_modulation: bool = True,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    dhidden: Tensor | None,
+    dout: Tensor | None,
+    hidden: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    gate: Tensor,
+    x: Tensor | None = None,
+    need_modulation: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(dresidual, dx, dgate, dscale, dshift) of `forward_modulate`, in one pass.
 
     dhidden, dout: gradients (B, S, W) of hidden and out; one may be None, which counts as zero. dgate is None without
@@ -187,9 +208,13 @@ _reference_modulate = torch_path(reference.forward_modulate, _setup_modulate, _b
 
 
 def gate_residual(
-    residual: Tensor, x: Tensor, gate: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     eps: float = EPS,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+) -> Tensor | tuple[Tensor, Tensor]:
     """residual + gate * x; with scale and shift also LayerNorm of it * (1 + scale) + shift, as (hidden, out).
 
     Differentiable in all tensors. residual, x: (B, S, W), any strides over B and S; gate, scale, shift: (B, W), slices

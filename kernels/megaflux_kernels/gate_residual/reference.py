@@ -9,9 +9,13 @@ from megaflux_kernels.modulate import reference as modulate
 
 
 def definition(
-    residual: Tensor, x: Tensor, gate: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     eps: float = 1e-6,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+) -> Tensor | tuple[Tensor, Tensor]:
     """The op as it is written in a model; what the other paths must equal."""
     hidden = residual + gate[:, None] * x
     return hidden if scale is None else (hidden, modulate.definition(hidden, scale, shift, eps))
@@ -38,9 +42,16 @@ def backward(dhidden: Tensor, gate: Tensor, x: Tensor | None) -> tuple[Tensor, T
 
 
 def backward_modulate(
-    dhidden: Tensor | None, dout: Tensor, hidden: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, gate: Tensor,
-    x: Tensor | None, need_modulation: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dhidden: Tensor | None,
+    dout: Tensor,
+    hidden: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    gate: Tensor,
+    x: Tensor | None,
+    need_modulation: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dresidual, dx, dgate, dscale, dshift); what is not needed is empty."""
     total, dscale, dshift = modulate.backward(dout, hidden, mean, rstd, scale, dhidden, need_modulation)
     return total, *backward(total, gate, x), dscale, dshift

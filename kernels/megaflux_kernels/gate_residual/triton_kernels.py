@@ -18,10 +18,19 @@ BLOCK = 1024  # columns of a tile where there is no norm: 16 bytes per thread in
 
 @triton.jit
 def gate_residual_forward(
-    residual_ptr, x_ptr, gate_ptr, hidden_ptr,
-    S, W, stride_rb, stride_rs, stride_xb, stride_xs, stride_gate,
+    residual_ptr,
+    x_ptr,
+    gate_ptr,
+    hidden_ptr,
+    S,
+    W,
+    stride_rb,
+    stride_rs,
+    stride_xb,
+    stride_xs,
+    stride_gate,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     s, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = b * S + s
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -35,10 +44,27 @@ def gate_residual_forward(
 
 @triton.jit
 def gate_residual_modulate_forward(
-    residual_ptr, x_ptr, gate_ptr, scale_ptr, shift_ptr, hidden_ptr, out_ptr, mean_ptr, rstd_ptr,
-    S, W, stride_rb, stride_rs, stride_xb, stride_xs, stride_gate, stride_scale, stride_shift, eps,
+    residual_ptr,
+    x_ptr,
+    gate_ptr,
+    scale_ptr,
+    shift_ptr,
+    hidden_ptr,
+    out_ptr,
+    mean_ptr,
+    rstd_ptr,
+    S,
+    W,
+    stride_rb,
+    stride_rs,
+    stride_xb,
+    stride_xs,
+    stride_gate,
+    stride_scale,
+    stride_shift,
+    eps,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     s, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = b * S + s
     column = tl.arange(0, BLOCK)
@@ -63,10 +89,22 @@ def gate_residual_modulate_forward(
 
 @triton.jit
 def gate_residual_backward(
-    dhidden_ptr, gate_ptr, x_ptr, dx_ptr, dgate_ptr,
-    S, W, stride_db, stride_ds, stride_gate, stride_xb, stride_xs,
-    GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    dhidden_ptr,
+    gate_ptr,
+    x_ptr,
+    dx_ptr,
+    dgate_ptr,
+    S,
+    W,
+    stride_db,
+    stride_ds,
+    stride_gate,
+    stride_xb,
+    stride_xs,
+    GATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first = part.to(tl.int64) * ROWS
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -90,11 +128,35 @@ def gate_residual_backward(
 
 @triton.jit
 def gate_residual_modulate_backward(
-    dhidden_ptr, dout_ptr, hidden_ptr, mean_ptr, rstd_ptr, scale_ptr, gate_ptr, x_ptr,
-    dresidual_ptr, dx_ptr, dgate_ptr, dscale_ptr, dshift_ptr,
-    S, W, stride_hb, stride_hs, stride_ob, stride_os, stride_scale, stride_gate, stride_xb, stride_xs,
-    HIDDEN: tl.constexpr, GATE: tl.constexpr, MODULATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    dhidden_ptr,
+    dout_ptr,
+    hidden_ptr,
+    mean_ptr,
+    rstd_ptr,
+    scale_ptr,
+    gate_ptr,
+    x_ptr,
+    dresidual_ptr,
+    dx_ptr,
+    dgate_ptr,
+    dscale_ptr,
+    dshift_ptr,
+    S,
+    W,
+    stride_hb,
+    stride_hs,
+    stride_ob,
+    stride_os,
+    stride_scale,
+    stride_gate,
+    stride_xb,
+    stride_xs,
+    HIDDEN: tl.constexpr,
+    GATE: tl.constexpr,
+    MODULATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first = part.to(tl.int64) * ROWS
     column = tl.arange(0, BLOCK)
@@ -148,9 +210,20 @@ def forward(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     block = min(BLOCK, triton.next_power_of_2(W))
     if hidden.numel():
         gate_residual_forward[(S, B, triton.cdiv(W, block))](
-            residual, x, gate, hidden, S, W, residual.stride(0), residual.stride(1), x.stride(0), x.stride(1),
-            gate.stride(0), BLOCK=block, num_warps=4,
-        )  # fmt: skip
+            residual,
+            x,
+            gate,
+            hidden,
+            S,
+            W,
+            residual.stride(0),
+            residual.stride(1),
+            x.stride(0),
+            x.stride(1),
+            gate.stride(0),
+            BLOCK=block,
+            num_warps=4,
+        )
     return hidden
 
 
@@ -164,10 +237,28 @@ def forward_modulate(
     block = triton.next_power_of_2(W)
     if out.numel():
         gate_residual_modulate_forward[(S, B)](
-            residual, x, gate, scale, shift, hidden, out, mean, rstd, S, W, residual.stride(0), residual.stride(1),
-            x.stride(0), x.stride(1), gate.stride(0), scale.stride(0), shift.stride(0), eps,
-            BLOCK=block, num_warps=num_warps(block),
-        )  # fmt: skip
+            residual,
+            x,
+            gate,
+            scale,
+            shift,
+            hidden,
+            out,
+            mean,
+            rstd,
+            S,
+            W,
+            residual.stride(0),
+            residual.stride(1),
+            x.stride(0),
+            x.stride(1),
+            gate.stride(0),
+            scale.stride(0),
+            shift.stride(0),
+            eps,
+            BLOCK=block,
+            num_warps=num_warps(block),
+        )
     return hidden, out, mean, rstd
 
 
@@ -182,17 +273,38 @@ def backward(dhidden: Tensor, gate: Tensor, x: Tensor | None) -> tuple[Tensor, T
     read = dhidden if x is None else x
     if dx.numel():
         gate_residual_backward[(parts, B, triton.cdiv(W, block))](
-            dhidden, gate, read, dx, dgate, S, W, dhidden.stride(0), dhidden.stride(1), gate.stride(0),
-            read.stride(0), read.stride(1), GATE=x is not None, ROWS=step, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+            dhidden,
+            gate,
+            read,
+            dx,
+            dgate,
+            S,
+            W,
+            dhidden.stride(0),
+            dhidden.stride(1),
+            gate.stride(0),
+            read.stride(0),
+            read.stride(1),
+            GATE=x is not None,
+            ROWS=step,
+            BLOCK=block,
+            num_warps=4,
+        )
     return dx, _sum(dgate, gate)
 
 
 @on_its_gpu
 def backward_modulate(
-    dhidden: Tensor | None, dout: Tensor, hidden: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, gate: Tensor,
-    x: Tensor | None, need_modulation: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dhidden: Tensor | None,
+    dout: Tensor,
+    hidden: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    gate: Tensor,
+    x: Tensor | None,
+    need_modulation: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, S, W = hidden.shape
     step = ROWS if x is not None or need_modulation else 1
     parts = triton.cdiv(S, step)
@@ -205,12 +317,36 @@ def backward_modulate(
     add, read = dout if dhidden is None else dhidden, dout if x is None else x
     if dx.numel():
         gate_residual_modulate_backward[(parts, B)](
-            add, dout, hidden, mean, rstd, scale, gate, read, dresidual, dx, dgate, dscale, dshift,
-            S, W, add.stride(0), add.stride(1), dout.stride(0), dout.stride(1), scale.stride(0), gate.stride(0),
-            read.stride(0), read.stride(1),
-            HIDDEN=dhidden is not None, GATE=x is not None, MODULATION=need_modulation, ROWS=step, BLOCK=block,
+            add,
+            dout,
+            hidden,
+            mean,
+            rstd,
+            scale,
+            gate,
+            read,
+            dresidual,
+            dx,
+            dgate,
+            dscale,
+            dshift,
+            S,
+            W,
+            add.stride(0),
+            add.stride(1),
+            dout.stride(0),
+            dout.stride(1),
+            scale.stride(0),
+            gate.stride(0),
+            read.stride(0),
+            read.stride(1),
+            HIDDEN=dhidden is not None,
+            GATE=x is not None,
+            MODULATION=need_modulation,
+            ROWS=step,
+            BLOCK=block,
             num_warps=16 if block > 2048 else num_warps(block),  # three sums in registers
-        )  # fmt: skip
+        )
     return dresidual, dx, _sum(dgate, gate), _sum(dscale, scale), _sum(dshift, scale)
 
 

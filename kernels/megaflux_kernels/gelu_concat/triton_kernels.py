@@ -26,10 +26,19 @@ def _sigmoid_twice(x):
 
 @triton.jit
 def gelu_concat_forward(
-    attn_ptr, hidden_ptr, out_ptr,
-    S, W, M, stride_ab, stride_as, stride_hb, stride_hs,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    attn_ptr,
+    hidden_ptr,
+    out_ptr,
+    S,
+    W,
+    M,
+    stride_ab,
+    stride_as,
+    stride_hb,
+    stride_hs,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     b = tl.program_id(2).to(tl.int64)
     s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     row = b * S + s
@@ -51,10 +60,20 @@ def gelu_concat_forward(
 
 @triton.jit
 def gelu_concat_backward(
-    dgelu_ptr, hidden_ptr, dhidden_ptr,
-    S, M, stride_db, stride_ds, stride_hb, stride_hs, stride_ob, stride_os,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    dgelu_ptr,
+    hidden_ptr,
+    dhidden_ptr,
+    S,
+    M,
+    stride_db,
+    stride_ds,
+    stride_hb,
+    stride_hs,
+    stride_ob,
+    stride_os,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     # dhidden may be dgelu: an element is read and written by one thread.
     b = tl.program_id(2).to(tl.int64)
     s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -81,9 +100,20 @@ def forward(attn_output: Tensor | None, hidden_states: Tensor) -> Tensor:
     block = min(BLOCK, triton.next_power_of_2(max(W, M)))
     if out.numel():
         gelu_concat_forward[(triton.cdiv(S, ROWS), triton.cdiv(W, block) + triton.cdiv(M, block), B)](
-            attn, hidden_states, out, S, W, M, attn.stride(0), attn.stride(1),
-            hidden_states.stride(0), hidden_states.stride(1), ROWS=ROWS, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+            attn,
+            hidden_states,
+            out,
+            S,
+            W,
+            M,
+            attn.stride(0),
+            attn.stride(1),
+            hidden_states.stride(0),
+            hidden_states.stride(1),
+            ROWS=ROWS,
+            BLOCK=block,
+            num_warps=4,
+        )
     return out
 
 
@@ -96,9 +126,21 @@ def backward(dgelu: Tensor, hidden_states: Tensor, dhidden: Tensor | None = None
     block = min(BLOCK, triton.next_power_of_2(M))
     if dhidden.numel():
         gelu_concat_backward[(triton.cdiv(S, ROWS), triton.cdiv(M, block), B)](
-            dgelu, hidden_states, dhidden, S, M, dgelu.stride(0), dgelu.stride(1), hidden_states.stride(0),
-            hidden_states.stride(1), dhidden.stride(0), dhidden.stride(1), ROWS=ROWS, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+            dgelu,
+            hidden_states,
+            dhidden,
+            S,
+            M,
+            dgelu.stride(0),
+            dgelu.stride(1),
+            hidden_states.stride(0),
+            hidden_states.stride(1),
+            dhidden.stride(0),
+            dhidden.stride(1),
+            ROWS=ROWS,
+            BLOCK=block,
+            num_warps=4,
+        )
     return dhidden
 
 

@@ -56,9 +56,14 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float = EPS) -> tuple[
 
 
 def backward(
-    dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, residual: Tensor | None = None,
+    dout: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    residual: Tensor | None = None,
     need_modulation: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dx, dscale, dshift) of `forward`. residual: a gradient (B, S, W) of x from elsewhere, added in the same pass.
     need_modulation False: no dscale and dshift (None)."""
     run = _triton_backward if use_triton(x) else reference.backward

@@ -15,10 +15,21 @@ ROWS = 16  # tokens that one backward program sums over, where scale and shift t
 
 @triton.jit
 def modulate_forward(
-    x_ptr, scale_ptr, shift_ptr, out_ptr, mean_ptr, rstd_ptr,
-    S, W, stride_xb, stride_xs, stride_scale, stride_shift, eps,
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    out_ptr,
+    mean_ptr,
+    rstd_ptr,
+    S,
+    W,
+    stride_xb,
+    stride_xs,
+    stride_scale,
+    stride_shift,
+    eps,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     s, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = b * S + s
     column = tl.arange(0, BLOCK)
@@ -46,10 +57,29 @@ def _norm_gradient(dout, x, mean, rstd, scale, mask, W):
 
 @triton.jit
 def modulate_backward(
-    dout_ptr, x_ptr, mean_ptr, rstd_ptr, scale_ptr, residual_ptr, dx_ptr, dscale_ptr, dshift_ptr,
-    S, W, stride_db, stride_ds, stride_xb, stride_xs, stride_scale, stride_rb, stride_rs,
-    RESIDUAL: tl.constexpr, MODULATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    dout_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    scale_ptr,
+    residual_ptr,
+    dx_ptr,
+    dscale_ptr,
+    dshift_ptr,
+    S,
+    W,
+    stride_db,
+    stride_ds,
+    stride_xb,
+    stride_xs,
+    stride_scale,
+    stride_rb,
+    stride_rs,
+    RESIDUAL: tl.constexpr,
+    MODULATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first = part.to(tl.int64) * ROWS
     start = b * S + first
@@ -99,9 +129,22 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor
     block = triton.next_power_of_2(W)
     if out.numel():
         modulate_forward[(S, B)](
-            x, scale, shift, out, mean, rstd, S, W, x.stride(0), x.stride(1), scale.stride(0), shift.stride(0), eps,
-            BLOCK=block, num_warps=num_warps(block),
-        )  # fmt: skip
+            x,
+            scale,
+            shift,
+            out,
+            mean,
+            rstd,
+            S,
+            W,
+            x.stride(0),
+            x.stride(1),
+            scale.stride(0),
+            shift.stride(0),
+            eps,
+            BLOCK=block,
+            num_warps=num_warps(block),
+        )
     return out, mean, rstd
 
 
@@ -118,11 +161,31 @@ def backward(
     add = dout if residual is None else residual
     if dx.numel():
         modulate_backward[(parts, B)](
-            dout, x, mean, rstd, scale, add, dx, sums[0], sums[1], S, W, dout.stride(0), dout.stride(1), x.stride(0),
-            x.stride(1), scale.stride(0), add.stride(0), add.stride(1),
-            RESIDUAL=residual is not None, MODULATION=need_modulation, ROWS=step, BLOCK=block,
-            num_warps=num_warps(block), enable_fp_fusion=False,  # or a - b * c is not 0 where the product is a
-        )  # fmt: skip
+            dout,
+            x,
+            mean,
+            rstd,
+            scale,
+            add,
+            dx,
+            sums[0],
+            sums[1],
+            S,
+            W,
+            dout.stride(0),
+            dout.stride(1),
+            x.stride(0),
+            x.stride(1),
+            scale.stride(0),
+            add.stride(0),
+            add.stride(1),
+            RESIDUAL=residual is not None,
+            MODULATION=need_modulation,
+            ROWS=step,
+            BLOCK=block,
+            num_warps=num_warps(block),
+            enable_fp_fusion=False,  # or a - b * c is not 0 where the product is a
+        )
     if not need_modulation:
         return dx, x.new_empty(0), x.new_empty(0)
     dscale, dshift = sums.sum(2).to(scale.dtype)

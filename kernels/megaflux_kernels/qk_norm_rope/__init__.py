@@ -24,9 +24,18 @@ SMALLEST_RATIO = 1 / 8  # of a norm weight to its neighbour in the pair: costs t
 
 @torch.library.custom_op("megaflux::qk_norm_rope", mutates_args=())
 def _triton_forward(
-    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None,
-    txt_norm_q: Tensor | None, txt_norm_k: Tensor | None, eps: float, keep_input: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    qkv: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    txt_qkv: Tensor | None,
+    txt_norm_q: Tensor | None,
+    txt_norm_k: Tensor | None,
+    eps: float,
+    keep_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from megaflux_kernels.qk_norm_rope import triton_kernels
 
     return triton_kernels.forward(qkv, norm_q, norm_k, cos, sin, heads, txt_qkv, txt_norm_q, txt_norm_k, eps)
@@ -34,9 +43,18 @@ def _triton_forward(
 
 @_triton_forward.register_fake
 def _(
-    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None,
-    txt_norm_q: Tensor | None, txt_norm_k: Tensor | None, eps: float, keep_input: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    qkv: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    txt_qkv: Tensor | None,
+    txt_norm_q: Tensor | None,
+    txt_norm_k: Tensor | None,
+    eps: float,
+    keep_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens = qkv.shape[1] + (0 if txt_qkv is None else txt_qkv.shape[1])
     q, k, v = (qkv.new_empty((qkv.shape[0], tokens, heads, norm_q.shape[0])) for _ in range(3))
     return q, k, v, qkv.new_empty((2, qkv.shape[0], tokens, heads), dtype=torch.float32)
@@ -44,10 +62,23 @@ def _(
 
 @torch.library.custom_op("megaflux::qk_norm_rope_backward", mutates_args=())
 def _triton_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
-    cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
-    need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    rstd: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    text_tokens: int,
+    txt_norm_q: Tensor | None,
+    txt_norm_k: Tensor | None,
+    need_norms: bool,
+    qkv: Tensor | None,
+    txt_qkv: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from megaflux_kernels.qk_norm_rope import triton_kernels
 
     return triton_kernels.backward(
@@ -57,10 +88,23 @@ def _triton_backward(
 
 @_triton_backward.register_fake
 def _(
-    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
-    cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
-    need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    rstd: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    text_tokens: int,
+    txt_norm_q: Tensor | None,
+    txt_norm_k: Tensor | None,
+    need_norms: bool,
+    qkv: Tensor | None,
+    txt_qkv: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, S, H, D = q.shape
     dqkv = q.new_empty((B, S - text_tokens, 3 * H * D))
     return dqkv, *_new_gradients(q, norm_q, text_tokens, need_norms)
@@ -68,24 +112,67 @@ def _(
 
 @torch.library.custom_op("megaflux::qk_norm_rope_backward_out", mutates_args=("out",))
 def _triton_backward_out(
-    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
-    cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
-    need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None, out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    rstd: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    text_tokens: int,
+    txt_norm_q: Tensor | None,
+    txt_norm_k: Tensor | None,
+    need_norms: bool,
+    qkv: Tensor | None,
+    txt_qkv: Tensor | None,
+    out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     from megaflux_kernels.qk_norm_rope import triton_kernels
 
     return triton_kernels.backward(
-        dq, dk, dv, q, k, rstd, norm_q, norm_k, cos, sin, text_tokens, txt_norm_q, txt_norm_k, need_norms, qkv,
-        txt_qkv, out,
-    )[1:]  # fmt: skip
+        dq,
+        dk,
+        dv,
+        q,
+        k,
+        rstd,
+        norm_q,
+        norm_k,
+        cos,
+        sin,
+        text_tokens,
+        txt_norm_q,
+        txt_norm_k,
+        need_norms,
+        qkv,
+        txt_qkv,
+        out,
+    )[1:]
 
 
 @_triton_backward_out.register_fake
 def _(
-    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
-    cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
-    need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None, out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    rstd: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    text_tokens: int,
+    txt_norm_q: Tensor | None,
+    txt_norm_k: Tensor | None,
+    need_norms: bool,
+    qkv: Tensor | None,
+    txt_qkv: Tensor | None,
+    out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     return _new_gradients(q, norm_q, text_tokens, need_norms)
 
 
@@ -93,15 +180,24 @@ def _new_gradients(q: Tensor, norm_q: Tensor, text_tokens: int, need_norms: bool
     B, _, H, D = q.shape
     norms = (2, D) if need_norms else (0,)
     return (
-        q.new_empty((B, text_tokens, 3 * H * D)), norm_q.new_empty(norms),
+        q.new_empty((B, text_tokens, 3 * H * D)),
+        norm_q.new_empty(norms),
         norm_q.new_empty(norms if text_tokens else (0,)),
-    )  # fmt: skip
+    )
 
 
 def forward(
-    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None = None,
-    txt_norm_q: Tensor | None = None, txt_norm_k: Tensor | None = None, eps: float = EPS,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    qkv: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    txt_qkv: Tensor | None = None,
+    txt_norm_q: Tensor | None = None,
+    txt_norm_k: Tensor | None = None,
+    eps: float = EPS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q, k, v, rstd), without autograd: q, k, v (B, S, H, D) contiguous; rstd (2, B, S, H), 1 / rms of q and of k,
     float32 (float64 for float64)."""
     _check(qkv, norm_q, norm_k, cos, sin, heads, txt_qkv, txt_norm_q, txt_norm_k)
@@ -111,10 +207,24 @@ def forward(
 
 
 def backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
-    cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None = None, txt_norm_k: Tensor | None = None,
-    need_norms: bool = False, qkv: Tensor | None = None, txt_qkv: Tensor | None = None, out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    rstd: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    text_tokens: int,
+    txt_norm_q: Tensor | None = None,
+    txt_norm_k: Tensor | None = None,
+    need_norms: bool = False,
+    qkv: Tensor | None = None,
+    txt_qkv: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dqkv (B, L, 3 H D), dtxt_qkv (B, T, 3 H D), dnorm_q, dnorm_k, dtxt_norm_q, dtxt_norm_k (D,)) of `forward`; the
     norms' are None unless need_norms, the text's without text.
 
@@ -124,9 +234,23 @@ def backward(
     """
     norm_q, norm_k, txt_norm_q, txt_norm_k, qkv, txt_qkv = _rows(norm_q, norm_k, txt_norm_q, txt_norm_k, qkv, txt_qkv)
     given = (
-        rows(dq), rows(dk), rows(dv), q, k, rstd, norm_q, norm_k, cos, sin, text_tokens, txt_norm_q, txt_norm_k,
-        need_norms, qkv, txt_qkv,
-    )  # fmt: skip
+        rows(dq),
+        rows(dk),
+        rows(dv),
+        q,
+        k,
+        rstd,
+        norm_q,
+        norm_k,
+        cos,
+        sin,
+        text_tokens,
+        txt_norm_q,
+        txt_norm_k,
+        need_norms,
+        qkv,
+        txt_qkv,
+    )
     if out is not None:
         _check_out(out, q, text_tokens)
     if not use_triton(q):
@@ -182,9 +306,23 @@ def _backward(ctx, dq, dk, dv, drstd):
     dq, dk, dv = (torch.zeros_like(q) if d is None else d for d in (dq, dk, dv))
     need = ctx.needs_input_grad
     dqkv, dtxt_qkv, dnorm_q, dnorm_k, dtxt_norm_q, dtxt_norm_k = backward(
-        dq, dk, dv, q, k, rstd, norm_q, norm_k, cos, sin, ctx.text_tokens, txt_norm_q, txt_norm_k,
-        need[1] or need[2] or need[7] or need[8], qkv, txt_qkv,
-    )  # fmt: skip
+        dq,
+        dk,
+        dv,
+        q,
+        k,
+        rstd,
+        norm_q,
+        norm_k,
+        cos,
+        sin,
+        ctx.text_tokens,
+        txt_norm_q,
+        txt_norm_k,
+        need[1] or need[2] or need[7] or need[8],
+        qkv,
+        txt_qkv,
+    )
     return dqkv, dnorm_q, dnorm_k, None, None, None, dtxt_qkv, dtxt_norm_q, dtxt_norm_k, None, None
 
 
@@ -195,10 +333,18 @@ _reference = torch.compiler.disable(torch_path(reference.forward, _setup, _backw
 
 
 def qk_norm_rope(
-    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None = None,
-    txt_norm_q: Tensor | None = None, txt_norm_k: Tensor | None = None, eps: float = EPS,
+    qkv: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    txt_qkv: Tensor | None = None,
+    txt_norm_q: Tensor | None = None,
+    txt_norm_k: Tensor | None = None,
+    eps: float = EPS,
     keep_input: bool | None = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as attention reads them, each (B, H, S, D), a view of (B, S, H, D) memory; text tokens first.
 
     qkv: (B, L, 3 H D), [q | k | v] of the image stream, any strides but the last, 1 (a slice of a wider product);
@@ -222,9 +368,16 @@ def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _check(
-    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None,
-    txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
-) -> None:  # fmt: skip
+    qkv: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    txt_qkv: Tensor | None,
+    txt_norm_q: Tensor | None,
+    txt_norm_k: Tensor | None,
+) -> None:
     check("qk_norm_rope", qkv, norm_q, norm_k, txt_qkv, txt_norm_q, txt_norm_k, dims=3)
     if heads < 1 or qkv.shape[-1] % (3 * heads):
         raise ValueError(f"qk_norm_rope: want qkv (B, L, 3 H D) for {heads} heads, got {tuple(qkv.shape)}")

@@ -10,9 +10,17 @@ from torch import Tensor
 
 
 def definition(
-    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None = None,
-    txt_norm_q: Tensor | None = None, txt_norm_k: Tensor | None = None, eps: float = 1e-6,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    qkv: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    txt_qkv: Tensor | None = None,
+    txt_norm_q: Tensor | None = None,
+    txt_norm_k: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The op as it is written in a model; what the other paths must equal. q, k, v: (B, H, S, D)."""
 
     def normed(packed: Tensor, weight_q: Tensor, weight_k: Tensor) -> list[Tensor]:
@@ -37,9 +45,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def forward(
-    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None,
-    txt_norm_q: Tensor | None, txt_norm_k: Tensor | None, eps: float, keep_input: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    qkv: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    txt_qkv: Tensor | None,
+    txt_norm_q: Tensor | None,
+    txt_norm_k: Tensor | None,
+    eps: float,
+    keep_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q, k, v (B, S, H, D), rstd (2, B, S, H)). keep_input is the backward pass's business."""
     B, T = qkv.shape[0], 0 if txt_qkv is None else txt_qkv.shape[1]
     S, D, wide = T + qkv.shape[1], norm_q.shape[0], torch.promote_types(qkv.dtype, torch.float32)
@@ -61,10 +78,24 @@ def forward(
 
 
 def backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
-    cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
-    need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None, dqkv: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    rstd: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    text_tokens: int,
+    txt_norm_q: Tensor | None,
+    txt_norm_k: Tensor | None,
+    need_norms: bool,
+    qkv: Tensor | None,
+    txt_qkv: Tensor | None,
+    dqkv: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dqkv, dtxt_qkv, dnorms (2, D), dtxt_norms (2, D)); what is not there is empty. dqkv: where to write the first of
     them; None: a new tensor."""
     B, S, H, D = q.shape

@@ -39,10 +39,25 @@ def _norm_turn(x, norm_ptr, cos, sin, eps, H: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def qk_norm_rope_forward(
-    qkv_ptr, norm_q_ptr, norm_k_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, rstd_ptr,
-    S, start, heads, stride_b, stride_s, statistics, eps,
-    H: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+    qkv_ptr,
+    norm_q_ptr,
+    norm_k_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    rstd_ptr,
+    S,
+    start,
+    heads,
+    stride_b,
+    stride_s,
+    statistics,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+):
     s, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     head = tl.program_id(1) * H + tl.arange(0, H)
     column = head[:, None] * D + tl.arange(0, D)[None, :]
@@ -85,11 +100,43 @@ def _back(dy, y, x, rstd, wa, wb, cos, sin, KEPT: tl.constexpr, H: tl.constexpr,
 
 @triton.jit
 def qk_norm_rope_backward(
-    dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, rstd_ptr, norm_q_ptr, norm_k_ptr, cos_ptr, sin_ptr, qkv_ptr, dqkv_ptr,
-    partial_ptr, L, S, start, heads, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
-    stride_vb, stride_vs, stride_vh, stride_b, stride_s, stride_ob, stride_os, statistics,
-    KEPT: tl.constexpr, NORMS: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    q_ptr,
+    k_ptr,
+    rstd_ptr,
+    norm_q_ptr,
+    norm_k_ptr,
+    cos_ptr,
+    sin_ptr,
+    qkv_ptr,
+    dqkv_ptr,
+    partial_ptr,
+    L,
+    S,
+    start,
+    heads,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_b,
+    stride_s,
+    stride_ob,
+    stride_os,
+    statistics,
+    KEPT: tl.constexpr,
+    NORMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+):
     part, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = group * H + tl.arange(0, H)
     d = tl.arange(0, D)[None, :]
@@ -146,9 +193,17 @@ def qk_norm_rope_backward(
 
 @on_its_gpu
 def forward(
-    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, txt_qkv: Tensor | None,
-    txt_norm_q: Tensor | None, txt_norm_k: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    qkv: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    txt_qkv: Tensor | None,
+    txt_norm_q: Tensor | None,
+    txt_norm_k: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T = qkv.shape[0], 0 if txt_qkv is None else txt_qkv.shape[1]
     S, D = T + qkv.shape[1], norm_q.shape[0]
     q, k, v = (torch.empty((B, S, heads, D), dtype=qkv.dtype, device=qkv.device) for _ in range(3))
@@ -160,18 +215,49 @@ def forward(
         if packed is None or not packed.numel():
             continue
         qk_norm_rope_forward[(packed.shape[1], triton.cdiv(heads, H), B)](
-            packed, weight_q, weight_k, cos, sin, q, k, v, rstd, S, start, heads, packed.stride(0),
-            packed.stride(1), B * S * heads, eps, H=H, D=D, num_warps=4,
-        )  # fmt: skip
+            packed,
+            weight_q,
+            weight_k,
+            cos,
+            sin,
+            q,
+            k,
+            v,
+            rstd,
+            S,
+            start,
+            heads,
+            packed.stride(0),
+            packed.stride(1),
+            B * S * heads,
+            eps,
+            H=H,
+            D=D,
+            num_warps=4,
+        )
     return q, k, v, rstd
 
 
 @on_its_gpu
 def backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, norm_q: Tensor, norm_k: Tensor,
-    cos: Tensor, sin: Tensor, text_tokens: int, txt_norm_q: Tensor | None, txt_norm_k: Tensor | None,
-    need_norms: bool, qkv: Tensor | None, txt_qkv: Tensor | None, dqkv: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    rstd: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    text_tokens: int,
+    txt_norm_q: Tensor | None,
+    txt_norm_k: Tensor | None,
+    need_norms: bool,
+    qkv: Tensor | None,
+    txt_qkv: Tensor | None,
+    dqkv: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dqkv: where to write the image stream's gradient, (B, L, 3 H D) of unit last stride; None: a new tensor."""
     B, S, heads, D = q.shape
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -189,12 +275,44 @@ def backward(
         kept = q if packed is None else packed
         if grad.numel():
             qk_norm_rope_backward[grid](
-                dq, dk, dv, q, k, rstd, weight_q, weight_k, cos, sin, kept, grad, partial, L, S, start, heads,
-                dq.stride(0), dq.stride(1), dq.stride(2), dk.stride(0), dk.stride(1), dk.stride(2),
-                dv.stride(0), dv.stride(1), dv.stride(2), kept.stride(0), kept.stride(1),
-                grad.stride(0), grad.stride(1), B * S * heads,
-                KEPT=packed is not None, NORMS=need_norms, ROWS=step, H=H, D=D, num_warps=4,
-            )  # fmt: skip
+                dq,
+                dk,
+                dv,
+                q,
+                k,
+                rstd,
+                weight_q,
+                weight_k,
+                cos,
+                sin,
+                kept,
+                grad,
+                partial,
+                L,
+                S,
+                start,
+                heads,
+                dq.stride(0),
+                dq.stride(1),
+                dq.stride(2),
+                dk.stride(0),
+                dk.stride(1),
+                dk.stride(2),
+                dv.stride(0),
+                dv.stride(1),
+                dv.stride(2),
+                kept.stride(0),
+                kept.stride(1),
+                grad.stride(0),
+                grad.stride(1),
+                B * S * heads,
+                KEPT=packed is not None,
+                NORMS=need_norms,
+                ROWS=step,
+                H=H,
+                D=D,
+                num_warps=4,
+            )
         wanted = need_norms and (T > 0 or not found)  # without text, the image's only: the first
         found.append((grad, partial.sum((0, 1)).to(norm_q.dtype) if wanted else norm_q.new_empty(0)))
     (dqkv, dnorms), (dtxt_qkv, dtxt_norms) = found

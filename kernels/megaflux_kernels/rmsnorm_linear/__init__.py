@@ -43,9 +43,13 @@ def forward(
 
 
 def backward(
-    dout: Tensor, x: Tensor, rstd: Tensor, norm_weight: Tensor, weight: Tensor,
+    dout: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
     need: tuple[bool, bool, bool, bool] = (True, True, True, True),
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dnorm_weight, dweight, dbias) of `forward`; None for what `need` leaves out."""
     flat = x.reshape(-1, x.shape[-1])
     dx, *others = reference.backward(

@@ -15,10 +15,25 @@ PROGRAMS = 128  # about the multiprocessors of a GPU: 108 on an A100, 132 on an 
 
 @triton.jit
 def rmsnorm_linear_forward(
-    x_ptr, norm_ptr, weight_ptr, bias_ptr, out_ptr, rstd_ptr, M, N, K, stride_x, stride_w, eps,
-    BIAS: tl.constexpr, SCALE_X: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    x_ptr,
+    norm_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    rstd_ptr,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    eps,
+    BIAS: tl.constexpr,
+    SCALE_X: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
     BK: tl.constexpr,
-):  # fmt: skip
+):
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     program = tl.program_id(0)
     first = program // (GROUP * tiles_n) * GROUP
@@ -80,10 +95,27 @@ def forward(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None,
     BM, BN, BK, warps, stages = tiles(x.dtype, M, N)
     if out.numel():
         rmsnorm_linear_forward[(triton.cdiv(M, BM) * triton.cdiv(N, BN),)](
-            x, norm_weight, weight, weight if bias is None else bias, out, rstd, M, N, K, x.stride(0),
-            weight.stride(0), eps, BIAS=bias is not None, SCALE_X=x.dtype != torch.float16, GROUP=GROUP,
-            BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+            x,
+            norm_weight,
+            weight,
+            weight if bias is None else bias,
+            out,
+            rstd,
+            M,
+            N,
+            K,
+            x.stride(0),
+            weight.stride(0),
+            eps,
+            BIAS=bias is not None,
+            SCALE_X=x.dtype != torch.float16,
+            GROUP=GROUP,
+            BM=BM,
+            BN=BN,
+            BK=BK,
+            num_warps=warps,
+            num_stages=stages,
+        )
     return out, rstd
 
 
@@ -91,10 +123,25 @@ def _aot(dtype: torch.dtype, name: str, M: int) -> tuple:
     """An entry for `python -m megaflux_kernels.aot`: M rows into 4096 columns."""
     BM, BN, BK, warps, stages = tiles(dtype, M, 4096)
     arguments = {
-        "x_ptr": "*D", "norm_ptr": "*D", "weight_ptr": "*D", "bias_ptr": "*D", "out_ptr": "*D", "rstd_ptr": "*fp32",
-        "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32", "stride_w": "i32", "eps": "fp32", "BIAS": True,
-        "SCALE_X": dtype != torch.float16, "GROUP": GROUP, "BM": BM, "BN": BN, "BK": BK,
-    }  # fmt: skip
+        "x_ptr": "*D",
+        "norm_ptr": "*D",
+        "weight_ptr": "*D",
+        "bias_ptr": "*D",
+        "out_ptr": "*D",
+        "rstd_ptr": "*fp32",
+        "M": "i32",
+        "N": "i32",
+        "K": "i32",
+        "stride_x": "i32",
+        "stride_w": "i32",
+        "eps": "fp32",
+        "BIAS": True,
+        "SCALE_X": dtype != torch.float16,
+        "GROUP": GROUP,
+        "BM": BM,
+        "BN": BN,
+        "BK": BK,
+    }
     return rmsnorm_linear_forward, arguments, warps, stages, (name,)
 
 

@@ -41,12 +41,25 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=path_option, required=True, metavar="DIR", help="where facts.jsonl and log.txt are, or shall be"
     )
     parser.add_argument("--small", action="store_true", help="sizes of a test, for a CPU")
-    parser.add_argument("--steps", type=partial(one_of, known=steps.TABLE, what="step"), metavar="A,B",
-                        help=f"some of {','.join(steps.TABLE)} (default: all)")  # fmt: skip
-    parser.add_argument("--work", type=path_option, metavar="DIR", default="runs/gpu-first",
-                        help="for data and runs of the training loop, about 30 GB (default runs/gpu-first)")  # fmt: skip
-    parser.add_argument("--again", type=partial(one_of, known=steps.TABLE, what="step"), metavar="A,B",
-                        help="steps whose facts are out of date, and measured again")  # fmt: skip
+    parser.add_argument(
+        "--steps",
+        type=partial(one_of, known=steps.TABLE, what="step"),
+        metavar="A,B",
+        help=f"some of {','.join(steps.TABLE)} (default: all)",
+    )
+    parser.add_argument(
+        "--work",
+        type=path_option,
+        metavar="DIR",
+        default="runs/gpu-first",
+        help="for data and runs of the training loop, about 30 GB (default runs/gpu-first)",
+    )
+    parser.add_argument(
+        "--again",
+        type=partial(one_of, known=steps.TABLE, what="step"),
+        metavar="A,B",
+        help="steps whose facts are out of date, and measured again",
+    )
     parser.add_argument("--seconds", type=positive, default=560, metavar="N", help="for all of it (default 560)")
     parser.add_argument("--commit", help="that is measured (default: git's HEAD here)")
     parser.add_argument("--step", choices=steps.TABLE, help="run one step in this process")
@@ -165,8 +178,10 @@ def libraries() -> str:
 
 def gpu_name() -> str | None:
     """The name of the GPU that torch would use; None: there is none. Asked of its driver, or of a process with torch."""
-    asks = [["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", visible_gpu()],
-            [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name(0))"]]  # fmt: skip
+    asks = [
+        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", visible_gpu()],
+        [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name(0))"],
+    ]
     for command in asks:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

@@ -15,8 +15,11 @@ from megaflux.bench.first.settings import Setting
 from megaflux_kernels import cudnn
 from megaflux_kernels.bench.timing import kernel_ms, median
 
-BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
-            "efficient": SDPBackend.EFFICIENT_ATTENTION}  # fmt: skip
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 LENGTHS = (4580, 2240)  # of 1:1 with 484 condition tokens: no multiple of 16; and one that 128 does not divide
 SMALL_LENGTHS = (89, 64)
 

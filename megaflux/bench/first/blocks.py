@@ -41,8 +41,10 @@ def measure(recorder: Recorder, setting: Setting, names: tuple[str, ...]) -> Non
     flops = limits.step_flops(sizes, tokens.image, products)
     peak = peak_tflops_for(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if recorder.step == "blocks":
-        made = (partial(limits.run_products, products, dtype, device),
-                partial(limits.run_attention, sizes, tokens.image, dtype, device))  # fmt: skip
+        made = (
+            partial(limits.run_products, products, dtype, device),
+            partial(limits.run_attention, sizes, tokens.image, dtype, device),
+        )
         for name, make in zip(LIMITS, made, strict=True):
             with recorder.measuring(fact := f"limit: {name}"):
                 if recorder.missing(fact):
@@ -79,8 +81,11 @@ def measure(recorder: Recorder, setting: Setting, names: tuple[str, ...]) -> Non
 
 def compare(recorder: Recorder, pairs: Sequence[tuple[str, str]] = RATIOS) -> None:
     """What the milliseconds say of each other. pairs: of which ratios are kept."""
-    known = {row.fact: row.value for row in recorder.facts.latest().values()
-             if row.step in ("blocks", recorder.step) and row.error is None}  # fmt: skip
+    known = {
+        row.fact: row.value
+        for row in recorder.facts.latest().values()
+        if row.step in ("blocks", recorder.step) and row.error is None
+    }
     for slow, fast in pairs:
         if slow in known and fast in known:
             recorder.add(f"{slow} over {fast}", known[slow] / known[fast])

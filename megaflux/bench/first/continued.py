@@ -23,8 +23,12 @@ LINKED = 1 << 20  # bytes; larger files of the checkpoint are linked, not copied
 
 
 def run(recorder: Recorder, setting: Setting) -> None:
-    facts = ["two continuations are bit-equal", "two continuations: masters that differ",
-             "two continuations: distance over the update", "uninterrupted and continued: distance over the update"]  # fmt: skip
+    facts = [
+        "two continuations are bit-equal",
+        "two continuations: masters that differ",
+        "two continuations: distance over the update",
+        "uninterrupted and continued: distance over the update",
+    ]
     if not recorder.missing(*facts):
         return
     work = setting.work / "loop"

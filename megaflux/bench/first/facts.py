@@ -116,8 +116,9 @@ class Recorder:
         """Those of the facts that are not known yet."""
         return [name for name in names if name not in self.done]
 
-    def add(self, fact: str, value: Value, unit: str = "", predicted: Value | None = None,
-            seconds: float | None = None) -> None:  # fmt: skip
+    def add(
+        self, fact: str, value: Value, unit: str = "", predicted: Value | None = None, seconds: float | None = None
+    ) -> None:
         """Keep a fact that is not known yet; predicted: None: as `predicted.py` has it."""
         if fact in self.done:
             return

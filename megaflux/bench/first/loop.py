@@ -25,14 +25,22 @@ UPDATES, STAGE_END, SAVED, LAST = 6, 3, 4, 5
 RATIOS = ("1:1",)
 WARM = slice(1, STAGE_END)  # updates of the first stage that compile nothing
 STAMP = "of.json"  # whose run it is
-MEMORY = ("memory before the first engine", "memory with the first engine", "memory before the first engine is closed",
-          "memory after the first engine is closed", "memory with the second engine")  # fmt: skip
+MEMORY = (
+    "memory before the first engine",
+    "memory with the first engine",
+    "memory before the first engine is closed",
+    "memory after the first engine is closed",
+    "memory with the second engine",
+)
 
 
 def run(recorder: Recorder, setting: Setting) -> None:
-    facts = ["trains", *(f"update: {step}" for step in (*STEPS, ALL)),
-             *(f"save: {part}" for part in ("files", "write", "sync", "hash")),
-             *(MEMORY if setting.device.type == "cuda" else ())]  # fmt: skip
+    facts = [
+        "trains",
+        *(f"update: {step}" for step in (*STEPS, ALL)),
+        *(f"save: {part}" for part in ("files", "write", "sync", "hash")),
+        *(MEMORY if setting.device.type == "cuda" else ()),
+    ]
     if recorder.missing(*facts):
         with recorder.measuring(*facts):
             note(recorder, setting, train(recorder, setting))
@@ -83,12 +91,25 @@ def values(work: Path, run: str, small: bool, stop_after: int) -> dict[str, Any]
     found = tiny() if small else dev()
     found["model"] |= {"flux": None, "vlm": None, "activation_checkpointing": "auto"}
     found["run"] = {"dir": str(work / run)}
-    found["data"] |= {"path": str(work / "data"), "source": None, "aspect_ratios": list(RATIOS), "cache": [],
-                      "num_workers": 0 if small else 2}  # fmt: skip
-    found["stages"] = [{"name": name, "share": 1.0, "blocks": [block], "components": "attention"}
-                       for name, block in (("double", 1), ("single", 3 if small else 56))]  # fmt: skip
-    found["train"] = {"updates": UPDATES, "stop_after": stop_after, "global_batch_size": 2, "micro_batch_size": 1,
-                      "checkpoint_every": SAVED, "keep_checkpoints": 3}  # fmt: skip
+    found["data"] |= {
+        "path": str(work / "data"),
+        "source": None,
+        "aspect_ratios": list(RATIOS),
+        "cache": [],
+        "num_workers": 0 if small else 2,
+    }
+    found["stages"] = [
+        {"name": name, "share": 1.0, "blocks": [block], "components": "attention"}
+        for name, block in (("double", 1), ("single", 3 if small else 56))
+    ]
+    found["train"] = {
+        "updates": UPDATES,
+        "stop_after": stop_after,
+        "global_batch_size": 2,
+        "micro_batch_size": 1,
+        "checkpoint_every": SAVED,
+        "keep_checkpoints": 3,
+    }
     found["validation"] = {"every": 0, "panel_every": 0, "samples": 2, "panel_samples": 1, "steps": 2}
     found["monitor"] = {"every": 1, "grad_norms_every": 0}
     return found
@@ -100,8 +121,12 @@ def make_data(folder: Path, side: int) -> None:
     from megaflux.data.prepare import Options, prepare
 
     make_pictures(folder.parent / "pictures", 20, side, RATIOS)
-    prepare(str(folder.parent / "pictures"), folder, Options(longest_side=side, aspect_ratios=RATIOS, held_out=0.2),
-            progress=False)  # fmt: skip
+    prepare(
+        str(folder.parent / "pictures"),
+        folder,
+        Options(longest_side=side, aspect_ratios=RATIOS, held_out=0.2),
+        progress=False,
+    )
 
 
 def note(recorder: Recorder, setting: Setting, seen: dict[str, Any]) -> None:

@@ -40,25 +40,45 @@ def run(recorder: Recorder, setting: Setting) -> None:
 
     def law(batch: int, policies: list[Policy]) -> float:
         stage = SimpleNamespace(blocks=sizes.train_blocks, components=sizes.components)
-        kept = (flux_bytes(transformer, stage, tokens, setting.dtype.itemsize, policies, True)
-                for _, tokens in pictures)  # fmt: skip
+        kept = (
+            flux_bytes(transformer, stage, tokens, setting.dtype.itemsize, policies, True) for _, tokens in pictures
+        )
         return batch * max(kept) / 1e9
 
     for batch, policy in POINTS:
-        _measure(recorder, f"batch {batch}, {policy}", transformer, [policy] * blocks, partial(step, batch, [0]),
-                 law(batch, [policy] * blocks), device)  # fmt: skip
+        _measure(
+            recorder,
+            f"batch {batch}, {policy}",
+            transformer,
+            [policy] * blocks,
+            partial(step, batch, [0]),
+            law(batch, [policy] * blocks),
+            device,
+        )
     policies = ["none"] * (2 * blocks // 3) + ["mlp"] * (blocks - 2 * blocks // 3)
     order = [
         index for seed in range(ROUNDS) for index in random.Random(seed).sample(range(len(pictures)), len(pictures))
     ]
-    _measure(recorder, f"batch {MIXED}, two thirds none, mlp, {len(order)} steps over {len(pictures)} buckets", transformer,
-             policies, partial(step, MIXED, order), law(MIXED, policies), device)  # fmt: skip
+    _measure(
+        recorder,
+        f"batch {MIXED}, two thirds none, mlp, {len(order)} steps over {len(pictures)} buckets",
+        transformer,
+        policies,
+        partial(step, MIXED, order),
+        law(MIXED, policies),
+        device,
+    )
 
 
 def _measure(
-    recorder: Recorder, name: str, transformer: torch.nn.Module, policies: list[Policy], step: Callable[[], None],
-    formula: float, device: torch.device,
-) -> None:  # fmt: skip
+    recorder: Recorder,
+    name: str,
+    transformer: torch.nn.Module,
+    policies: list[Policy],
+    step: Callable[[], None],
+    formula: float,
+    device: torch.device,
+) -> None:
     facts = [f"{name}: allocated", *([f"{name}: reserved", f"{name}: retries"] if device.type == "cuda" else ())]
     if not recorder.missing(*facts):
         return

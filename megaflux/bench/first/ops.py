@@ -60,8 +60,10 @@ def measure(recorder: Recorder, setting: Setting, name: str, case: cases.Case, r
 def compare(recorder: Recorder) -> None:
     """How fast attention with a bias is beside attention without one."""
     known = {row.fact: row.value for row in recorder.facts.latest().values() if row.step == recorder.step}
-    ours, plain = ([known.get(f"biased_attention joint{arm}: {part}") for part in ("forward", "with backward")]
-                   for arm in ("", ", attention without a bias"))  # fmt: skip
+    ours, plain = (
+        [known.get(f"biased_attention joint{arm}: {part}") for part in ("forward", "with backward")]
+        for arm in ("", ", attention without a bias")
+    )
     if all(ours) and all(plain):
         name = "biased_attention joint over attention without a bias"
         recorder.add(f"{name}: forward", plain[0] / ours[0])

@@ -9,10 +9,7 @@ the step itself puts beside its fact; that formula was corrected by what an H200
 from __future__ import annotations
 
 PREDICTED: dict[str, dict[str, float | str | bool]] = {
-    "machine": {
-        "copy, read and written": 3000.0,
-        "product 8192x8192x8192, bf16": 700.0,
-    },
+    "machine": {"copy, read and written": 3000.0, "product 8192x8192x8192, bf16": 700.0},
     "attention": {
         "chosen at S = 4580": "cudnn",
         "chosen at S = 2240": "cudnn",
@@ -54,12 +51,8 @@ PREDICTED: dict[str, dict[str, float | str | bool]] = {
         "VAE encode at 8": 88.0,
         "trunk: forced waits": 0,
     },
-    "loop": {
-        "memory before the first engine": 39.5,
-    },
-    "continued": {
-        "two continuations are bit-equal": False,
-    },
+    "loop": {"memory before the first engine": 39.5},
+    "continued": {"two continuations are bit-equal": False},
 }
 
 

@@ -82,10 +82,13 @@ def section(facts: Facts) -> str:
     session, latest = _session(facts), _as_predicted_now(facts)
     machine = {row.fact: row for row in latest.values() if row.step == "machine"}
     versions = ", ".join(f"{name} {machine[name].value}" for name in VERSIONS if name in machine)
-    lines = [f"## {session['device']}: measured beside predicted", "",
-             f"`make gpu-first`, sizes {session['sizes']}. {session['libraries']}; {versions}. {_when(facts)}",
-             "Predictions are an audit's for one H100, from before any GPU had run; for memory, the formula's as an H200 has "
-             "corrected it. [gpu.md](gpu.md) says how each number is measured."]  # fmt: skip
+    lines = [
+        f"## {session['device']}: measured beside predicted",
+        "",
+        f"`make gpu-first`, sizes {session['sizes']}. {session['libraries']}; {versions}. {_when(facts)}",
+        "Predictions are an audit's for one H100, from before any GPU had run; for memory, the formula's as an H200 has "
+        "corrected it. [gpu.md](gpu.md) says how each number is measured.",
+    ]
     for step, title in TITLES.items():
         mine = [row for row in latest.values() if _group(row.step) == step and row.fact not in ELSEWHERE]
         if mine:
@@ -93,8 +96,12 @@ def section(facts: Facts) -> str:
     failed = [row for row in latest.values() if row.error is not None]
     if failed:
         lines += ["", "### What failed", "", *(f"- {row.step}, {row.fact}: {row.error}" for row in failed)]
-    waiting = [f"{step}: {fact} ({number(value)})" for step, found in predictions.PREDICTED.items() for fact, value in found.items()
-               if (step, fact) not in latest or latest[step, fact].error is not None]  # fmt: skip
+    waiting = [
+        f"{step}: {fact} ({number(value)})"
+        for step, found in predictions.PREDICTED.items()
+        for fact, value in found.items()
+        if (step, fact) not in latest or latest[step, fact].error is not None
+    ]
     if waiting and session["sizes"] != SMALL:
         lines += ["", "### Predictions that wait for a measurement", "", *(f"- {line}" for line in waiting)]
     return "\n".join(lines) + "\n"

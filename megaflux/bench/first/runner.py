@@ -109,8 +109,14 @@ def _start(
     current_file(facts.path, step.name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         output.write(f"\n--- {step.name}: {' '.join(step.command)}\n".encode())
-    process = start(list(step.command), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                    env=environment, start_new_session=True)  # fmt: skip
+    process = start(
+        list(step.command),
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
     now = time.monotonic()
     return _Running(step, process, began or now, now, len(facts.rows()))
 

@@ -42,8 +42,18 @@ def steps(chosen: Sequence[str], out: Path, work: Path, small: bool) -> list[Ste
     found = []
     for name, (_, limit, group, needs) in TABLE.items():
         if name in chosen:
-            command = [sys.executable, "-m", "megaflux.bench.first", "--step", name, "--out", str(out),
-                       "--work", str(work), *(["--small"] if small else [])]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "megaflux.bench.first",
+                "--step",
+                name,
+                "--out",
+                str(out),
+                "--work",
+                str(work),
+                *(["--small"] if small else []),
+            ]
             found.append(Step(name, command, limit, group, needs))
     return found
 

@@ -42,9 +42,15 @@ def batches_bytes(batch: int, num_workers: int, prefetch_factor: int) -> int:
 
 
 def problem(
-    shards: Mapping[Bucket, Sequence[dict[str, Any]]], *, micro_batch_size: int, num_workers: int, prefetch_factor: int,
-    local_ranks: int, samples_per_epoch: int, gpus: bool,
-) -> str | None:  # fmt: skip
+    shards: Mapping[Bucket, Sequence[dict[str, Any]]],
+    *,
+    micro_batch_size: int,
+    num_workers: int,
+    prefetch_factor: int,
+    local_ranks: int,
+    samples_per_epoch: int,
+    gpus: bool,
+) -> str | None:
     """Why /dev/shm of this machine is too small for the run, and the mend, in one line; None: it is not.
 
     shards: the entries of each bucket's checked index. micro_batch_size: samples per rank and batch. local_ranks: of this

@@ -190,9 +190,8 @@ def open_writer(
 ) -> MDSWriter:
     """A writer of hashed shards into a new folder; the same samples give the same bytes. compression: "zstd", or None."""
     return MDSWriter(
-        out=str(folder), columns=columns, compression=compression, hashes=HASHES, size_limit=shard_size,
-        max_workers=4,
-    )  # fmt: skip
+        out=str(folder), columns=columns, compression=compression, hashes=HASHES, size_limit=shard_size, max_workers=4
+    )
 
 
 def write_shards(
@@ -226,11 +225,7 @@ def write_shards(
 
 
 def write_bucket(
-    root: str | Path,
-    split: str,
-    bucket: Bucket,
-    samples: Iterable[dict[str, Any]],
-    shard_size: int = SHARD_SIZE,
+    root: str | Path, split: str, bucket: Bucket, samples: Iterable[dict[str, Any]], shard_size: int = SHARD_SIZE
 ) -> tuple[int, dict[str, str]]:
     """Write one bucket of a derived dataset, replacing what is there: `root`/<split>/<bucket>/.
 

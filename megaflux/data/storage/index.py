@@ -25,8 +25,19 @@ INDEX = "index.json"
 # Never pkl: it runs code on reading.
 SAFE_ENCODING = re.compile(r"str|bytes|int|ndarray:(u?int(8|16|32|64)|float(16|32|64)):[1-9]\d{0,8}(,[1-9]\d{0,8})*")
 COMPRESSION = re.compile(r"(br|bz2|gz|snappy|zstd)(:\d{1,2})?")
-KEYS = {"column_encodings", "column_names", "column_sizes", "compression", "format", "hashes", "raw_data", "samples",
-        "size_limit", "version", "zip_data"}  # fmt: skip
+KEYS = {
+    "column_encodings",
+    "column_names",
+    "column_sizes",
+    "compression",
+    "format",
+    "hashes",
+    "raw_data",
+    "samples",
+    "size_limit",
+    "version",
+    "zip_data",
+}
 MAX_NAME, MAX_PART = 1000, 255  # bytes of a file's name and of each of its parts; file systems take no more
 RESTORE = "Restore the files or prepare the dataset again"
 MAX_PROBLEMS = 20  # reported by name; the rest as a number

@@ -114,9 +114,7 @@ def write_chunk(job: Job, number: int, items: Sequence[Item], progress: Callable
         sync_folder(folder)
         sync_folder(folder.parent)
     shutil.rmtree(unfinished, ignore_errors=True)
-    report = {
-        "items": len(items), "counts": counts, "bad": bad, "notes": notes, "shards": shards,
-    }  # fmt: skip
+    report = {"items": len(items), "counts": counts, "bad": bad, "notes": notes, "shards": shards}
     report_path(job.out, number).parent.mkdir(exist_ok=True)
     write_json(report_path(job.out, number), report)
     progress(since)

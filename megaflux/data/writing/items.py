@@ -12,8 +12,20 @@ from PIL import Image
 from megaflux.data.images import BadImage
 
 IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga",
-)  # fmt: skip
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".jp2",
+    ".ppm",
+    ".tga",
+)
 CAPTION_SUFFIXES = (".txt", ".json")  # the first one found wins
 CAPTION_FIELDS = ("caption", "text")  # in a .json file and in parquet; the first one found wins
 

@@ -54,9 +54,15 @@ def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> D
             if shards:
                 write_index(out / split / bucket.folder, shards)
     info = DatasetInfo(
-        longest_side=settings["longest_side"], buckets=buckets, counts=counts, columns=IMAGE_COLUMNS,
-        settings={**settings, "source": plan["source"]}, bad=bad, notes=notes, attribution=plan["attribution"],
-    )  # fmt: skip
+        longest_side=settings["longest_side"],
+        buckets=buckets,
+        counts=counts,
+        columns=IMAGE_COLUMNS,
+        settings={**settings, "source": plan["source"]},
+        bad=bad,
+        notes=notes,
+        attribution=plan["attribution"],
+    )
     write_dataset(out, info)
     if progress:
         print(describe(info))

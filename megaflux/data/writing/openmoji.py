@@ -24,13 +24,7 @@ from megaflux.data.writing.items import Item, Loaded
 ATTRIBUTION = "All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
 
 JOINERS = {"200D", "FE0F", "20E3"}  # zero width joiner, emoji presentation, keycap: shape, not content
-SKIN_TONES = {
-    "1F3FB": "light",
-    "1F3FC": "medium light",
-    "1F3FD": "medium",
-    "1F3FE": "medium dark",
-    "1F3FF": "dark",
-}
+SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
 
 
 def caption_of(code: str) -> str | None:
@@ -120,8 +114,11 @@ class OpenMoji:
             side = min(bucket.size)
             png = self._render(
                 svg_path=str(self._folder / f"{code}.svg"),
-                width=side, height=side, background="white", skip_system_fonts=True,
-            )  # fmt: skip
+                width=side,
+                height=side,
+                background="white",
+                skip_system_fonts=True,
+            )
             emoji = Image.open(io.BytesIO(png)).convert("RGB")
             free = max(bucket.size) - side
             offset = _draw(item.key, free + 1)

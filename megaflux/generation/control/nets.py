@@ -36,9 +36,14 @@ class ControlNets:
             cast(net, device, dtype)
 
     def control(
-        self, images: list[Image.Image], kinds: list[str | int | None], modes: list[int | None], scales: list[float],
-        start: float, end: float,
-    ) -> Control:  # fmt: skip
+        self,
+        images: list[Image.Image],
+        kinds: list[str | int | None],
+        modes: list[int | None],
+        scales: list[float],
+        start: float,
+        end: float,
+    ) -> Control:
         """The maps with the nets that read them. UserError for a kind without a net and a map without a kind."""
         if "" in self.nets:
             nets = [self.nets[""]]

@@ -75,8 +75,12 @@ def parse_dot(text: str) -> tuple[int, Dot]:
 
 def make_dot(values: object, where: str) -> Dot:
     """A Dot from plain data. UserError naming the place and the field."""
-    meaning = {"x": "inside the picture, 0 to 1", "y": "inside the picture, 0 to 1", "radius": "above 0",
-               "weight": "at least 0"}  # fmt: skip
+    meaning = {
+        "x": "inside the picture, 0 to 1",
+        "y": "inside the picture, 0 to 1",
+        "radius": "above 0",
+        "weight": "at least 0",
+    }
     try:
         return Dot.model_validate(values)
     except ValidationError as error:

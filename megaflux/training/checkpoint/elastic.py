@@ -34,6 +34,10 @@ def fit(config: Config, resumed: Checkpoint | None, world_size: int) -> Config:
     most = wanted or config.train.drawn_per_rank or share  # fewer ranks draw more each, but hold no more at a time
     micro = max(m for m in divisors(share) if m <= most)
     if wanted not in (None, micro):
-        log.warning("train.micro_batch_size: %d, since %d ranks share the %d pictures that this run draws at a time",
-                    micro, world_size, together)  # fmt: skip
+        log.warning(
+            "train.micro_batch_size: %d, since %d ranks share the %d pictures that this run draws at a time",
+            micro,
+            world_size,
+            together,
+        )
     return config.with_batches(share, micro)

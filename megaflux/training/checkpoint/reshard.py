@@ -26,8 +26,9 @@ class ByName(Mapping[str, dict[str, Tensor]]):
 
     def __init__(self, shards: list[dict[str, Any]], shapes: Mapping[str, tuple[int, ...]]):
         self._shards, self._shapes = shards, shapes
-        self._group = {name: i for shard in shards for i, group in enumerate(shard["param_slice_mappings"])
-                       for name in group}  # fmt: skip
+        self._group = {
+            name: i for shard in shards for i, group in enumerate(shard["param_slice_mappings"]) for name in group
+        }
 
     def __getitem__(self, name: str) -> dict[str, Tensor]:
         group, found = self._group[name], {}
@@ -55,14 +56,19 @@ def read(folder: Path, world_size: int, shapes: Mapping[str, tuple[int, ...]]) -
     shards = optimizer_shards(folder, world_size)
     tensors = ByName(shards, shapes)
     for name, shape in shapes.items():
-        have = sum(shard["param_slice_mappings"][tensors._group[name]][name].numel
-                   for shard in shards if name in tensors
-                   and name in shard["param_slice_mappings"][tensors._group[name]])  # fmt: skip
+        have = sum(
+            shard["param_slice_mappings"][tensors._group[name]][name].numel
+            for shard in shards
+            if name in tensors and name in shard["param_slice_mappings"][tensors._group[name]]
+        )
         if have != torch.Size(shape).numel():
             raise UserError(f"{folder}: {name} has {have} of {torch.Size(shape).numel()} values; do not use it")
     inner = shards[0]["base_optimizer_state"]
-    steps = {group["first_stage"]: inner["state"][i]["step"].clone()
-             for i, group in enumerate(inner["param_groups"]) if i in inner["state"]}  # fmt: skip
+    steps = {
+        group["first_stage"]: inner["state"][i]["step"].clone()
+        for i, group in enumerate(inner["param_groups"])
+        if i in inner["state"]
+    }
     return Carried(tensors if steps else {}, steps)
 
 

@@ -44,12 +44,16 @@ def check(config: Config, engine: StageEngine, weights: int, world: World, at_on
         disk = os.statvfs(config.run.dir)
         free = disk.f_bavail * disk.f_frsize
         if free < need:
-            problem = (f"run.dir: {config.run.dir} has {free / 1e9:.1f} GB free, and {wanted} checkpoint"
-                       f"{'s' * (wanted > 1)} of this stage need {need / 1e9:.1f} GB; make room, lower "
-                       "train.keep_checkpoints, or give another --run.dir")  # fmt: skip
+            problem = (
+                f"run.dir: {config.run.dir} has {free / 1e9:.1f} GB free, and {wanted} checkpoint"
+                f"{'s' * (wanted > 1)} of this stage need {need / 1e9:.1f} GB; make room, lower "
+                "train.keep_checkpoints, or give another --run.dir"
+            )
         elif disk.f_files and disk.f_favail < files:
-            problem = (f"run.dir: {config.run.dir} has {disk.f_favail} inodes left, and {wanted} checkpoints need {files}; "
-                       "delete files there, or give another --run.dir")  # fmt: skip
+            problem = (
+                f"run.dir: {config.run.dir} has {disk.f_favail} inodes left, and {wanted} checkpoints need {files}; "
+                "delete files there, or give another --run.dir"
+            )
     problem = distributed.from_main(problem, world)
     if problem:
         raise NoRoom(problem, agreed=True)

@@ -77,9 +77,16 @@ class Checkpoint:
 
 
 def save(
-    config: Config, engine: StageEngine, update: int, data: dict[str, Any], base: str, world: World,
-    guard: dict[str, Any] | None = None, resumed_from: int | None = None, plan: dict[str, Any] | None = None,
-) -> Path:  # fmt: skip
+    config: Config,
+    engine: StageEngine,
+    update: int,
+    data: dict[str, Any],
+    base: str,
+    world: World,
+    guard: dict[str, Any] | None = None,
+    resumed_from: int | None = None,
+    plan: dict[str, Any] | None = None,
+) -> Path:
     """Write a checkpoint after `update` updates; returns its folder. Collective.
 
     base: fingerprint of the weights that the run started from (`Models.base`). guard: state of the spike rule.
@@ -108,18 +115,34 @@ def save(
     files = {name: entry for of_rank in distributed.gathered(files, world) for name, entry in of_rank.items()}
     with _written(partial, final, world):
         if world.is_main:
-            there = min(sum(name.startswith(start) and name.endswith(end) for name in files) for start, end in
-                        (("rng-", ".pt"), ("deepspeed/", "optim_states.pt"), ("weights", ".safetensors")))  # fmt: skip
+            there = min(
+                sum(name.startswith(start) and name.endswith(end) for name in files)
+                for start, end in (("rng-", ".pt"), ("deepspeed/", "optim_states.pt"), ("weights", ".safetensors"))
+            )
             if there != world.size:
-                raise UserError(f"{partial}: {there} of {world.size} ranks' shards are here; run.dir must be on storage "
-                                "that all machines share")  # fmt: skip
-            manifest.publish(partial, final, {
-                "format": FORMAT, "update": update, "stage": engine.stage,
-                "stage_name": config.stages[engine.stage].name, "world_size": world.size, "data": data,
-                "identity": identity(config), "base": base, "deepspeed": engine.sharding, "guard": guard or {},
-                "plan": plan or {},
-                "started_with": saved.snapshot(config.run.dir),
-            }, files)  # fmt: skip
+                raise UserError(
+                    f"{partial}: {there} of {world.size} ranks' shards are here; run.dir must be on storage "
+                    "that all machines share"
+                )
+            manifest.publish(
+                partial,
+                final,
+                {
+                    "format": FORMAT,
+                    "update": update,
+                    "stage": engine.stage,
+                    "stage_name": config.stages[engine.stage].name,
+                    "world_size": world.size,
+                    "data": data,
+                    "identity": identity(config),
+                    "base": base,
+                    "deepspeed": engine.sharding,
+                    "guard": guard or {},
+                    "plan": plan or {},
+                    "started_with": saved.snapshot(config.run.dir),
+                },
+                files,
+            )
             # In a row of dropped updates the run may go back, to one that must still be there.
             if not (guard or {}).get("in_a_row"):
                 _prune(config, () if resumed_from is None else (resumed_from,))
@@ -181,8 +204,10 @@ def _resolve(config: Config, ds_config: dict[str, Any], world_size: int, sound: 
     if not found:
         aside = sorted(path.name for path in root.glob("update-*")) if root.is_dir() else []
         if aside:
-            raise UserError(f"{root}: holds no checkpoint under its own name, only {', '.join(aside[:3])}. "
-                            + WAYS_OUT.format(root=root))  # fmt: skip
+            raise UserError(
+                f"{root}: holds no checkpoint under its own name, only {', '.join(aside[:3])}. "
+                + WAYS_OUT.format(root=root)
+            )
         if config.run.resume == "must":
             raise UserError(f"run.dir: {config.run.dir} holds no checkpoint and run.resume is must")
         return None
@@ -213,14 +238,20 @@ def _check_same_run(
 ) -> None:
     """UserError where a whole checkpoint is of another run than this one."""
     if "parameter_order" not in content["deepspeed"]:
-        raise UserError(f"{path}: an earlier megaflux began this run, and its optimizer shards have another order; "
-                        "finish the run with that version, or give another --run.dir")  # fmt: skip
+        raise UserError(
+            f"{path}: an earlier megaflux began this run, and its optimizer shards have another order; "
+            "finish the run with that version, or give another --run.dir"
+        )
     if saved.changed({"deepspeed": content["deepspeed"]}, content["format"], {"deepspeed": sharding(ds_config)}):
-        raise UserError(f"--deepspeed: {path} was saved with {content['deepspeed']}, this file says "
-                        f"{sharding(ds_config)}; give the one the run began with")  # fmt: skip
+        raise UserError(
+            f"--deepspeed: {path} was saved with {content['deepspeed']}, this file says "
+            f"{sharding(ds_config)}; give the one the run began with"
+        )
     if content["world_size"] != world_size and content["deepspeed"]["zero_stage"] != 2:
-        raise UserError(f"{path}: saved by {content['world_size']} ranks, this run has {world_size}, and ZeRO-3's shards "
-                        f"are not cut anew; start it with {content['world_size']}")  # fmt: skip
+        raise UserError(
+            f"{path}: saved by {content['world_size']} ranks, this run has {world_size}, and ZeRO-3's shards "
+            f"are not cut anew; start it with {content['world_size']}"
+        )
     changed = saved.changed(content["identity"], content["format"], identity(config))
     if changed:
         raise UserError(
@@ -233,8 +264,12 @@ def load_training_state(checkpoint: Checkpoint, engine: StageEngine, world: Worl
     """Optimizer and random state into an engine of the same stage. Collective."""
     if checkpoint.world_size != world.size:  # cut anew, by name; the global random state of other ranks says nothing
         engine.take_over(repartition.read(checkpoint.path / "deepspeed", checkpoint.world_size, engine.shapes()))
-        log.info("%s was saved by %d ranks; its optimizer state is cut anew for %d", checkpoint.path.name,
-                 checkpoint.world_size, world.size)  # fmt: skip
+        log.info(
+            "%s was saved by %d ranks; its optimizer state is cut anew for %d",
+            checkpoint.path.name,
+            checkpoint.world_size,
+            world.size,
+        )
         return
     path, _ = engine.deepspeed.load_checkpoint(
         str(checkpoint.path), tag="deepspeed", load_module_strict=False, load_lr_scheduler_states=False

@@ -41,9 +41,14 @@ MLP_RATIO = 4  # r: FluxSingleTransformerBlock's mlp_ratio and FeedForward's mul
 
 
 def activation_bytes(
-    module: nn.Module, stage: Stage, tokens: Tokens, width: int, policies: Sequence[Policy], fused: bool = True,
+    module: nn.Module,
+    stage: Stage,
+    tokens: Tokens,
+    width: int,
+    policies: Sequence[Policy],
+    fused: bool = True,
     uneven: Sequence[bool] | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Bytes alive at the peak of the backward pass for one image of a micro-batch: what autograd keeps of FLUX's blocks,
     the Qwen layer and the connector, and what the block at work adds. module: Qwen2VLFlux, the meta device will do; width:
     bytes per number; policies: one per block; fused: with kernels."""
@@ -55,9 +60,14 @@ def activation_bytes(
 
 
 def flux_bytes(
-    transformer: nn.Module, stage: Stage, tokens: Tokens, width: int, policies: Sequence[Policy], fused: bool = True,
+    transformer: nn.Module,
+    stage: Stage,
+    tokens: Tokens,
+    width: int,
+    policies: Sequence[Policy],
+    fused: bool = True,
     uneven: Sequence[bool] | None = None,
-) -> float:  # fmt: skip
+) -> float:
     """The part of FLUX's blocks in `activation_bytes`."""
     units = block_units(transformer, stage, tokens, fused, uneven)
     statistics = 4 * (3 * transformer.config.num_attention_heads + 4) / (width * transformer.inner_dim)

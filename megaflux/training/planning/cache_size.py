@@ -86,9 +86,11 @@ class CacheSize:
     def as_json(self) -> dict[str, Any]:
         """The dry run's report of it; the buckets count alike, and the pictures' own files are left out."""
         return {
-            "kinds": list(self.kinds), "dtype": self.precision, "mb_per_image": self.mean() / 1e6,
+            "kinds": list(self.kinds),
+            "dtype": self.precision,
+            "mb_per_image": self.mean() / 1e6,
             "gb_for_3m_images": self.mean() * LARGE / 1e9,
-        }  # fmt: skip
+        }
 
 
 def shapes(kinds: Sequence[str], bucket: Bucket, channels: int, turn: int, width: int) -> Shapes:

@@ -23,14 +23,7 @@ from megaflux.training.checkpoint.weights import count_trained
 from megaflux.training.ds_config import compute_dtype, uses_bf16, uses_kernels, zero_stage
 from megaflux.training.planning.cache_size import size_of_config
 from megaflux.training.planning.checks import find_notes, find_problems
-from megaflux.training.planning.costs import (
-    Flops,
-    StageCosts,
-    frozen_flops,
-    stage_table,
-    token_counts,
-    training_flops,
-)
+from megaflux.training.planning.costs import Flops, StageCosts, frozen_flops, stage_table, token_counts, training_flops
 from megaflux.training.planning.dry_run_table import assumptions, gpus_of, micro_batch_lines, print_table
 from megaflux.training.planning.gpus import Assumed
 from megaflux.training.planning.memory import Memory, counted, stage_memory
@@ -99,11 +92,22 @@ def _costs(
     updates = [row.updates for row in table]
     flops_per_image = sum(m * u for m, u in zip(means, updates, strict=True)) / sum(updates)
     needs = [
-        (choice, stage_memory(config.with_batches(config.train.drawn_per_rank, choice.micro_batch_size), ds_config,
-                              world_size, module, trunk, stage, bucket, choice.policies))
+        (
+            choice,
+            stage_memory(
+                config.with_batches(config.train.drawn_per_rank, choice.micro_batch_size),
+                ds_config,
+                world_size,
+                module,
+                trunk,
+                stage,
+                bucket,
+                choice.policies,
+            ),
+        )
         for stage, choice in zip(config.stages, chosen, strict=True)
         for bucket in buckets
-    ]  # fmt: skip
+    ]
     largest, memory = max(needs, key=lambda need: need[1].total)
     item = compute_dtype(ds_config).itemsize
     seconds = sum(row.updates * choice.mean_seconds for row, choice in zip(table, chosen, strict=True))
@@ -176,9 +180,13 @@ def _handed_over(config: Config, buckets: Sequence[Bucket]) -> int:
 
 
 def _flops_by_bucket(
-    config: Config, module: nn.Module, trunk: nn.Module, stage: Stage, buckets: Sequence[Bucket],
+    config: Config,
+    module: nn.Module,
+    trunk: nn.Module,
+    stage: Stage,
+    buckets: Sequence[Bucket],
     policies: Sequence[str],
-) -> dict[Bucket, Flops]:  # fmt: skip
+) -> dict[Bucket, Flops]:
     return {
         bucket: training_flops(
             module, stage, token_counts(config, bucket), frozen_flops(config, trunk, bucket), policies
@@ -206,8 +214,15 @@ def _print_flops(config: Config, buckets: Sequence[Bucket], flops: list[dict[Buc
     for stage, row in zip(config.stages, flops, strict=True):
         for bucket in buckets:
             f, tokens = row[bucket], token_counts(config, bucket)
-            values = (f.forward_linear + f.forward_attention, f.backward_inputs, f.backward_weights,
-                      f.backward_attention, f.frozen, f.model, f.hardware)  # fmt: skip
+            values = (
+                f.forward_linear + f.forward_attention,
+                f.backward_inputs,
+                f.backward_weights,
+                f.backward_attention,
+                f.frozen,
+                f.model,
+                f.hardware,
+            )
             lengths = f"{tokens.image}+{tokens.condition}"
             print(f"{stage.name:<10}{bucket!s:<20}{lengths:>12}" + "".join(f"{_si(v):>10}" for v in values))
 
@@ -235,8 +250,10 @@ def _print_memory(micro_batch_size: int, ds_config: dict[str, Any], world_size: 
 
 def _print_policies(config: Config, ds_config: dict[str, Any], chosen: Sequence[Choice]) -> None:
     kernels = "megaflux_kernels" if uses_kernels(config, ds_config) else "diffusers' own path"
-    print(f"\nFLUX runs on {kernels}; what its blocks compute again (model.activation_checkpointing "
-          f"{config.model.activation_checkpointing}):")  # fmt: skip
+    print(
+        f"\nFLUX runs on {kernels}; what its blocks compute again (model.activation_checkpointing "
+        f"{config.model.activation_checkpointing}):"
+    )
     for stage, choice in zip(config.stages, chosen, strict=True):
         print(f"  {stage.name:<10}micro-batch {choice.micro_batch_size}: {counted(choice.policies)}")
 

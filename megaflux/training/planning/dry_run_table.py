@@ -37,11 +37,19 @@ class Line:
         seconds = choice.seconds[largest] if scope == "largest" else choice.mean_seconds
         flops = choice.flops[largest] if scope == "largest" else sum(choice.flops.values()) / len(choice.flops)
         return {
-            "gpu": self.gpu.name, "scope": scope, "stage": self.stage.name, "cache": list(self.cache),
-            "micro": choice.micro_batch_size, "memory_gb": choice.bytes / GIGA, "policies": choice.counts,
-            "tflop_per_image": flops / TERA, "images_per_s": images / seconds, "days": self.updates * seconds / DAY,
-            "fits": choice.fits, "chosen": self.chosen,
-        }  # fmt: skip
+            "gpu": self.gpu.name,
+            "scope": scope,
+            "stage": self.stage.name,
+            "cache": list(self.cache),
+            "micro": choice.micro_batch_size,
+            "memory_gb": choice.bytes / GIGA,
+            "policies": choice.counts,
+            "tflop_per_image": flops / TERA,
+            "images_per_s": images / seconds,
+            "days": self.updates * seconds / DAY,
+            "fits": choice.fits,
+            "chosen": self.chosen,
+        }
 
 
 def gpus_of(assumed: Assumed) -> list[Gpu]:
@@ -51,9 +59,14 @@ def gpus_of(assumed: Assumed) -> list[Gpu]:
 
 
 def micro_batch_lines(
-    config: Config, ds_config: dict[str, Any], ranks: int, module: nn.Module, trunk: nn.Module, gpus: Sequence[Gpu],
+    config: Config,
+    ds_config: dict[str, Any],
+    ranks: int,
+    module: nn.Module,
+    trunk: nn.Module,
+    gpus: Sequence[Gpu],
     choose: bool,
-) -> list[Line]:  # fmt: skip
+) -> list[Line]:
     """Every divisor of what a rank draws, for each GPU and stage: with data.cache as configured, and with latents and trunk
     cached where the configuration allows that.
 
@@ -61,11 +74,14 @@ def micro_batch_lines(
     gives them."""
     planners = {
         cache: Planner(
-            config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})}), ds_config, ranks,
-            module, trunk,
+            config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})}),
+            ds_config,
+            ranks,
+            module,
+            trunk,
         )
         for cache in _caches(config)
-    }  # fmt: skip
+    }
     sizes = divisors(config.train.drawn_per_rank)
     if not choose and config.train.micro_batch_size not in sizes:  # which is a problem of its own
         sizes = sorted([*sizes, config.train.micro_batch_size])
@@ -95,8 +111,10 @@ def print_table(found: Sequence[Line], config: Config, ranks: int, choose: bool)
         f"{ranks} GPU{'s' * (ranks > 1)}. Predicted, not\nmeasured: TFLOP an image and images/s of the largest bucket, then in "
         "the mean of all; days of the stage's updates;\n* chosen\n"
     )
-    print(f"{'GPU':<13}{'stage':<11}{'cache':<15}{'micro':>6}{'GB':>8}{'none':>6}{'mlp':>5}{'full':>5}"
-          f"{'TFLOP/image':>18}{'images/s':>16}{'days':>8}")  # fmt: skip
+    print(
+        f"{'GPU':<13}{'stage':<11}{'cache':<15}{'micro':>6}{'GB':>8}{'none':>6}{'mlp':>5}{'full':>5}"
+        f"{'TFLOP/image':>18}{'images/s':>16}{'days':>8}"
+    )
     own = config.data.cache
     for line in found:
         if not line.chosen and (line.cache != own or not (choose or again)):

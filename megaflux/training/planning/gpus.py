@@ -8,11 +8,30 @@ from dataclasses import dataclass, replace
 
 # Dense bf16 peak, TFLOP/s, by what the GPU's name holds; from the makers' data sheets, without sparsity.
 PEAK_TFLOPS = {
-    "A10": 125, "A10G": 70, "A30": 165, "A40": 150, "A100": 312, "A800": 312, "H20": 148, "H100": 989,
-    "H100 PCIe": 756, "H100 NVL": 835, "H800": 989, "H200": 989, "GH200": 989, "B200": 2250, "GB200": 2500,
-    "L4": 121, "L40": 181, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165, "RTX A6000": 155, "MI250X": 383,
+    "A10": 125,
+    "A10G": 70,
+    "A30": 165,
+    "A40": 150,
+    "A100": 312,
+    "A800": 312,
+    "H20": 148,
+    "H100": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H800": 989,
+    "H200": 989,
+    "GH200": 989,
+    "B200": 2250,
+    "GB200": 2500,
+    "L4": 121,
+    "L40": 181,
+    "L40S": 362,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+    "RTX A6000": 155,
+    "MI250X": 383,
     "MI300X": 1307,
-}  # fmt: skip
+}
 
 
 def peak_tflops_for(device_name: str) -> float | None:
@@ -59,18 +78,39 @@ class Gpu:
 # of 8; a copy 2.9 TB/s. One H200: 322 ms and 4.05 TB/s. Nothing of an A100, and no reduction on any: an audit's estimates.
 GPUS = {
     "a100": Gpu(
-        "A100 80 GB", 80, 312, 0.60, 0.50, 0.25, 138, 1700,
+        "A100 80 GB",
+        80,
+        312,
+        0.60,
+        0.50,
+        0.25,
+        138,
+        1700,
         "no A100 was measured: FLUX at 60% of 312 TFLOP/s (recomputation included), trunk 50%, VAE 25%",
     ),
     "h100": Gpu(
-        "H100 80 GB", 80, 989, 0.52, 0.38, 0.13, 245, 2900,
+        "H100 80 GB",
+        80,
+        989,
+        0.52,
+        0.38,
+        0.13,
+        245,
+        2900,
         "measured on one H100: FLUX at 52% of 989 TFLOP/s (recomputation included), trunk 38%, VAE 13%",
     ),
     "h200": Gpu(
-        "H200 141 GB", 141, 989, 0.55, 0.38, 0.16, 245, 4050,
+        "H200 141 GB",
+        141,
+        989,
+        0.55,
+        0.38,
+        0.16,
+        245,
+        4050,
         "measured on one H200: FLUX at 55% of 989 TFLOP/s (recomputation included); assumed: trunk 38%, VAE 16%",
     ),
-}  # fmt: skip
+}
 
 
 def find_gpu(name: str) -> Gpu | None:

@@ -79,9 +79,13 @@ class Memory:
 
 
 def memory_per_gpu(
-    config: Config, ds_config: dict[str, Any], world_size: int, module: nn.Module, trunk: nn.Module,
+    config: Config,
+    ds_config: dict[str, Any],
+    world_size: int,
+    module: nn.Module,
+    trunk: nn.Module,
     buckets: Sequence[Bucket],
-) -> Memory:  # fmt: skip
+) -> Memory:
     """Memory at the stage and bucket that need most. module, trunk: as `meta_models` gives them. Activation policy
     auto counts as the one that keeps least; `policies_for` says what it becomes."""
     return max(
@@ -95,9 +99,16 @@ def memory_per_gpu(
 
 
 def policies_for(
-    config: Config, ds_config: dict[str, Any], world_size: int, module: nn.Module, trunk: nn.Module,
-    buckets: Sequence[Bucket], stage: Stage, gpu_bytes: int, uneven: Sequence[bool] | None = None,
-) -> list[Policy]:  # fmt: skip
+    config: Config,
+    ds_config: dict[str, Any],
+    world_size: int,
+    module: nn.Module,
+    trunk: nn.Module,
+    buckets: Sequence[Bucket],
+    stage: Stage,
+    gpu_bytes: int,
+    uneven: Sequence[bool] | None = None,
+) -> list[Policy]:
     """The activation policy of each FLUX block in a stage, double blocks first, as model.activation_checkpointing
     has it; auto: the least recomputation that fits in gpu_bytes at every bucket.
 
@@ -207,9 +218,16 @@ def _after(steps: Sequence[tuple[int, Policy]], blocks: int) -> list[Policy]:
 
 
 def stage_memory(
-    config: Config, ds_config: dict[str, Any], world_size: int, module: nn.Module, trunk: nn.Module, stage: Stage,
-    bucket: Bucket, policies: Sequence[Policy] | None = None, uneven: Sequence[bool] | None = None,
-) -> Memory:  # fmt: skip
+    config: Config,
+    ds_config: dict[str, Any],
+    world_size: int,
+    module: nn.Module,
+    trunk: nn.Module,
+    stage: Stage,
+    bucket: Bucket,
+    policies: Sequence[Policy] | None = None,
+    uneven: Sequence[bool] | None = None,
+) -> Memory:
     """Memory of one stage at one bucket. policies: of each block; None: as configured, auto as full."""
     vae = _vae(json.dumps(vae_config(config)))
     if policies is None:
@@ -247,11 +265,7 @@ def stage_memory(
 def _weights(
     ds_config: dict[str, Any], world_size: int, module: nn.Module, trunk: nn.Module | None, width: int
 ) -> dict[str, int]:
-    parts = {
-        "flux": _numel(module.transformer),
-        "vlm": _numel(module.vlm),
-        "connector": _numel(module.connector),
-    }
+    parts = {"flux": _numel(module.transformer), "vlm": _numel(module.vlm), "connector": _numel(module.connector)}
     sharded = zero_stage(ds_config) == 3
     weights = {name: width * n // (world_size if sharded else 1) for name, n in parts.items()}
     weights["vlm"] += 0 if trunk is None else width * _numel(trunk)

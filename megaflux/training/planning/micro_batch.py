@@ -61,9 +61,14 @@ class Planner:
     """What micro-batches of a run need and how fast they are, from sizes alone."""
 
     def __init__(
-        self, config: Config, ds_config: dict[str, Any], ranks: int, module: nn.Module, trunk: nn.Module,
+        self,
+        config: Config,
+        ds_config: dict[str, Any],
+        ranks: int,
+        module: nn.Module,
+        trunk: nn.Module,
         uneven: Sequence[bool] | None = None,
-    ):  # fmt: skip
+    ):
         """config: with what each rank draws filled in. module, trunk: as `meta_models` gives them. uneven: blocks that keep
         their q, k, v product (`flux.uneven_norms`)."""
         self.config, self.ds_config, self.ranks = config, ds_config, ranks
@@ -71,9 +76,7 @@ class Planner:
         self.buckets = make_buckets(config.data.aspect_ratios, config.data.longest_side)
         self._known: dict[tuple, tuple[Work, costs.Recomputation]] = {}
 
-    def choices(
-        self, stage: Stage, sizes: Sequence[int], limit: int, cluster: Cluster | None = None
-    ) -> list[Choice]:  # fmt: skip
+    def choices(self, stage: Stage, sizes: Sequence[int], limit: int, cluster: Cluster | None = None) -> list[Choice]:
         """Of each micro-batch the plan that is fastest within `limit` bytes; cluster None: without times."""
         return [self._choice(stage, size, limit, cluster) for size in sizes]
 
@@ -86,15 +89,25 @@ class Planner:
         """A plan as it is, its bytes held against `limit`."""
         config = self._cut_into(size)
         need = max(
-            memory.stage_memory(config, self.ds_config, self.ranks, self.module, self.trunk, stage, bucket, policies,
-                                self.uneven).total
+            memory.stage_memory(
+                config, self.ds_config, self.ranks, self.module, self.trunk, stage, bucket, policies, self.uneven
+            ).total
             for bucket in self.buckets
-        )  # fmt: skip
+        )
         return Choice(size, tuple(policies), need, need <= limit)
 
     def _choice(self, stage: Stage, size: int, limit: int, cluster: Cluster | None) -> Choice:
-        policies = memory.policies_for(self._cut_into(size), self.ds_config, self.ranks, self.module, self.trunk,
-                                       self.buckets, stage, limit, self.uneven)  # fmt: skip
+        policies = memory.policies_for(
+            self._cut_into(size),
+            self.ds_config,
+            self.ranks,
+            self.module,
+            self.trunk,
+            self.buckets,
+            stage,
+            limit,
+            self.uneven,
+        )
         choice = self.with_needs(stage, size, policies, limit)
         if cluster is None:
             return choice
@@ -147,9 +160,10 @@ def reason(chosen: Choice, others: Sequence[Choice], images: int) -> str:
         return f"{images / choice.mean_seconds:.3g} images/s"
 
     rest = [
-        f"{rate(choice)} with {choice.micro_batch_size} ({memory.counted(choice.policies)})" if choice.fits
+        f"{rate(choice)} with {choice.micro_batch_size} ({memory.counted(choice.policies)})"
+        if choice.fits
         else f"{choice.micro_batch_size} does not fit"
         for choice in others
         if choice.micro_batch_size != chosen.micro_batch_size
-    ]  # fmt: skip
+    ]
     return f"predicted {rate(chosen)} over all GPUs" + (f"; {', '.join(rest)}" if rest else "")

@@ -53,9 +53,13 @@ class Plan:
     """Micro-batch and activation policies of the stage at hand, alike on all ranks."""
 
     def __init__(
-        self, config: Config, ds_config: dict[str, Any], world: World, choose_micro_batch: bool = False,
+        self,
+        config: Config,
+        ds_config: dict[str, Any],
+        world: World,
+        choose_micro_batch: bool = False,
         assumed: Assumed | None = None,
-    ):  # fmt: skip
+    ):
         """Reads RUN/memory.json, on rank 0 for all; UserError where it cannot be read. Collective.
 
         config: with the micro-batch in numbers. choose_micro_batch: whether another one may be taken (train.micro_batch_size
@@ -112,9 +116,16 @@ class Plan:
 
     def state_dict(self) -> dict[str, Any]:
         """Of the stage at hand, for a checkpoint's manifest."""
-        return {"stage": self.stage.name, "micro_batch_size": self.micro_batch_size, "policies": self.policies,
-                "gpu": self.gpu, "ranks": self.world.size, "free": self.free, "limit": self.limit,
-                "activation_checkpointing": self.config.model.activation_checkpointing}  # fmt: skip
+        return {
+            "stage": self.stage.name,
+            "micro_batch_size": self.micro_batch_size,
+            "policies": self.policies,
+            "gpu": self.gpu,
+            "ranks": self.world.size,
+            "free": self.free,
+            "limit": self.limit,
+            "activation_checkpointing": self.config.model.activation_checkpointing,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What the checkpoint's stage was planned with: taken again on as many ranks of the same GPU, so that a resumed run
@@ -133,8 +144,9 @@ class Plan:
         kernels, stage = uses_kernels(self.config, self.ds_config), self.stage
         uneven = uneven_norms(models.trainable.transformer) if kernels else None
         if uneven and any(uneven):
-            log.info("%d of %d FLUX blocks keep their q, k, v product: norm weights near zero",
-                     sum(uneven), len(uneven))  # fmt: skip
+            log.info(
+                "%d of %d FLUX blocks keep their q, k, v product: norm weights near zero", sum(uneven), len(uneven)
+            )
         # Sizes: ZeRO-3 leaves the real parameters empty.
         self.planner = Planner(self.config, self.ds_config, self.world.size, *meta_models(self.config), uneven)
         budget = memory.budget(self.world, models, engine.deepspeed.optimizer.optimizer)
@@ -146,8 +158,12 @@ class Plan:
         if limit is not None and self._needs(choice) > limit:
             choice = self._within(limit)
             if self.world.is_main:
-                log.warning("stage %s: planned within %.1f GB, for a GPU ran out of memory with more; delete %s to plan anew",
-                            stage.name, limit / 1e9, self.file)  # fmt: skip
+                log.warning(
+                    "stage %s: planned within %.1f GB, for a GPU ran out of memory with more; delete %s to plan anew",
+                    stage.name,
+                    limit / 1e9,
+                    self.file,
+                )
         if tries_out(self.world, engine):
             choice = self._tried(choice, lambda plan: self._fits(models, engine, plan))
             if self.world.device.type == "cuda":  # what the tries needed is no news of the run
@@ -157,9 +173,15 @@ class Plan:
             there = Choice(self._saved["micro_batch_size"], tuple(self._saved["policies"]))
             here, then = (self.gpu, self.world.size), (self._saved["gpu"], self._saved["ranks"])
             if (choice, here) != (there, then):
-                log.warning("stage %s: planned anew: %s, on %d ranks (%s); in the checkpoint %s, on %d ranks (%s); rounding may "
-                            "differ from that of a run that was never stopped",
-                            stage.name, _shown(choice), *reversed(here), _shown(there), *reversed(then))  # fmt: skip
+                log.warning(
+                    "stage %s: planned anew: %s, on %d ranks (%s); in the checkpoint %s, on %d ranks (%s); rounding may "
+                    "differ from that of a run that was never stopped",
+                    stage.name,
+                    _shown(choice),
+                    *reversed(here),
+                    _shown(there),
+                    *reversed(then),
+                )
         self._saved = {}  # of this stage; the next is planned when it comes
         if self.free:
             images = self.config.train.global_batch_size
@@ -296,8 +318,12 @@ class Plan:
         for _ in range(steps):  # those of another rank, the same everywhere
             plan, _ = self.lower(plan)
         if steps and self.world.is_main:
-            log.warning("stage %s: the plan did not fit the memory of every GPU; lowered %d times, to %s",
-                        self.stage.name, steps, _shown(plan))  # fmt: skip
+            log.warning(
+                "stage %s: the plan did not fit the memory of every GPU; lowered %d times, to %s",
+                self.stage.name,
+                steps,
+                _shown(plan),
+            )
         return plan
 
     def _fits(self, models: Models, engine: StageEngine, plan: Choice) -> bool:
@@ -330,8 +356,9 @@ class Plan:
 
     def _in_flight(self) -> int:
         """Bytes of gradients that are being reduced while a backward pass runs."""
-        return memory.zero_bytes(self.ds_config, self.world.size, self.planner.module, self.stage,
-                                 weight_bytes(self.ds_config))[0]  # fmt: skip
+        return memory.zero_bytes(
+            self.ds_config, self.world.size, self.planner.module, self.stage, weight_bytes(self.ds_config)
+        )[0]
 
 
 def _shown(choice: Choice) -> str:

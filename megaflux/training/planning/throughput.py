@@ -93,8 +93,11 @@ class Cluster:
     ) -> float:
         """Of one update whose images all are of one size."""
         gpu, sent = self.gpu, 1e9 * self.sent_gb_s
-        parts = ((work.flux, launches.flux, gpu.flux), (work.trunk, launches.trunk, gpu.trunk),
-                 (work.vae, launches.vae, gpu.vae))  # fmt: skip
+        parts = (
+            (work.flux, launches.flux, gpu.flux),
+            (work.trunk, launches.trunk, gpu.trunk),
+            (work.vae, launches.vae, gpu.vae),
+        )
         seconds = sum(
             max(micro_batch * flops / (share * gpu.peak_tflops * 1e12), LAUNCH_SECONDS * count)
             for flops, count, share in parts
@@ -109,6 +112,8 @@ class Cluster:
         where = "between machines" if self.ranks > self.per_machine else "within a machine"
         lines = [f"{self.gpu.name}: {self.gpu.told}"]
         if self.ranks > 1:
-            lines.append(f"{self.gpu.name}: gradients are sent at {self.sent_gb_s:g} GB/s a GPU {where} (assumed), not "
-                         "while the backward pass runs")  # fmt: skip
+            lines.append(
+                f"{self.gpu.name}: gradients are sent at {self.sent_gb_s:g} GB/s a GPU {where} (assumed), not "
+                "while the backward pass runs"
+            )
         return lines

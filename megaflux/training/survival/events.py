@@ -24,8 +24,17 @@ from typing import Any
 log = logging.getLogger("megaflux")
 NAME = "events.jsonl"
 LATEST = 1e11  # s since 1970: the year 5138
-FAULTS = ("skipped_update", "spike", "rollback", "checkpoint_refused", "replaced_sample", "stale_shared_memory",
-          "hang", "disk", "out_of_memory")  # fmt: skip
+FAULTS = (
+    "skipped_update",
+    "spike",
+    "rollback",
+    "checkpoint_refused",
+    "replaced_sample",
+    "stale_shared_memory",
+    "hang",
+    "disk",
+    "out_of_memory",
+)
 
 
 class Events:

@@ -38,7 +38,14 @@ def survive_terminal() -> None:
         except (AttributeError, OSError, ValueError):  # None, a test's, or closed
             continue
         raw = _Unbreakable(number, "w", closefd=False)
-        setattr(sys, name, io.TextIOWrapper(
-            io.BufferedWriter(raw) if buffered else raw, encoding=stream.encoding, errors=stream.errors,
-            line_buffering=stream.line_buffering, write_through=stream.write_through,
-        ))  # fmt: skip
+        setattr(
+            sys,
+            name,
+            io.TextIOWrapper(
+                io.BufferedWriter(raw) if buffered else raw,
+                encoding=stream.encoding,
+                errors=stream.errors,
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            ),
+        )

@@ -36,20 +36,29 @@ def check() -> None:
     Rank 0 takes the port for a moment. Others return when somebody listens there."""
     missing = [name for name in DESCRIBED if not os.environ.get(name)]
     if missing:
-        raise UserError(f"{', '.join(missing)}: not in the environment, where RANK says that a launcher started this process; "
-                        "set it, or start with deepspeed or torchrun, or unset RANK to train alone", own=True)  # fmt: skip
+        raise UserError(
+            f"{', '.join(missing)}: not in the environment, where RANK says that a launcher started this process; "
+            "set it, or start with deepspeed or torchrun, or unset RANK to train alone",
+            own=True,
+        )
     address, port = os.environ["MASTER_ADDR"], _port()
     _resolve(address, port)
     if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         with _listening(port) as server:
             problem = _reach_oneself(server, address, port)
         if problem:
-            raise UserError(f"MASTER_ADDR {address}: rank 0 does not reach its own port {port} there ({problem}); "
-                            f"{ANOTHER_ADDRESS}", own=True)  # fmt: skip
+            raise UserError(
+                f"MASTER_ADDR {address}: rank 0 does not reach its own port {port} there ({problem}); "
+                f"{ANOTHER_ADDRESS}",
+                own=True,
+            )
     elif problem := _connect(address, port):
-        raise UserError(f"MASTER_ADDR {address}: rank {os.environ['RANK']} found nobody at port {port} in {ARRIVING:.0f} s "
-                        f"({problem}); {ANOTHER_ADDRESS}, and see that no firewall is between",
-                        own=True, code=STUCK)  # fmt: skip
+        raise UserError(
+            f"MASTER_ADDR {address}: rank {os.environ['RANK']} found nobody at port {port} in {ARRIVING:.0f} s "
+            f"({problem}); {ANOTHER_ADDRESS}, and see that no firewall is between",
+            own=True,
+            code=STUCK,
+        )
 
 
 def in_words(error: Exception) -> UserError:
@@ -58,8 +67,11 @@ def in_words(error: Exception) -> UserError:
     line = str(error).partition("\n")[0]
     if "EADDRINUSE" in str(error) or "in use" in line:
         return _taken(int(port))
-    return UserError(f"MASTER_ADDR {address}, MASTER_PORT {port}: the ranks did not meet there ({line[:200]}); "
-                     f"{ANOTHER_ADDRESS}", own=True, code=STUCK)  # fmt: skip
+    return UserError(
+        f"MASTER_ADDR {address}, MASTER_PORT {port}: the ranks did not meet there ({line[:200]}); {ANOTHER_ADDRESS}",
+        own=True,
+        code=STUCK,
+    )
 
 
 def _taken(port: int) -> UserError:
@@ -99,8 +111,13 @@ class _Waiting:
         seconds = time.monotonic() - self.began
         if limit >= seconds > RESOLVING and not self.said and os.environ.get("LOCAL_RANK") == "0":
             self.said = True
-            log.warning("rank %s: waiting for rank 0 at %s (MASTER_ADDR, MASTER_PORT), up to %.0f s: %s",
-                        os.environ["RANK"], self.where, limit, why)  # fmt: skip
+            log.warning(
+                "rank %s: waiting for rank 0 at %s (MASTER_ADDR, MASTER_PORT), up to %.0f s: %s",
+                os.environ["RANK"],
+                self.where,
+                limit,
+                why,
+            )
         return seconds > limit
 
 
