@@ -59,6 +59,7 @@ soak: install
 lint: install
 	ruff check .
 	ruff format --check .
+	mypy
 
 gpu:
 	@$(GPU) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)' 2>/dev/null || \
