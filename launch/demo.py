@@ -71,7 +71,7 @@ def evaluate(run: Path) -> dict:
     import torch
 
     from megaflux import runs
-    from megaflux.training import validation
+    from megaflux.training import pictures, validation
     from megaflux.training.distributed import World
 
     found = runs.find(run)
@@ -80,12 +80,12 @@ def evaluate(run: Path) -> dict:
     rows = {row["update"]: row for row in map(json.loads, (run / "validation.jsonl").read_text().splitlines())}
     references = validation.load_references(config, models)
     index = list(range(len(references.keys)))
-    one_each = validation.variations(config, models, references, index, per_reference=1, seed=7)[:, 0]
+    one_each = pictures.variations(config, models, references, index, per_reference=1, seed=7)[:, 0]
     shown = index[:8]
-    pictures = validation.variations(config, models, references, shown, per_reference=5, seed=7)
-    sheet = validation.panel(references, shown, pictures)
-    validation.save_picture(sheet, run / "samples" / "contact_sheet.png")
-    validation.save_picture(references.pixel_values[0], run / "samples" / "reference.png")
+    pictures = pictures.variations(config, models, references, shown, per_reference=5, seed=7)
+    sheet = pictures.contact_sheet(references, shown, pictures)
+    pictures.save_picture(sheet, run / "samples" / "contact_sheet.png")
+    pictures.save_picture(references.pixel_values[0], run / "samples" / "reference.png")
     again = validation.validation_loss(models.trainable, config, models, references, World(0, 1, torch.device("cpu")))
     last = rows[max(rows)]
     if abs(again["loss"] - last["loss"]) > 0.02 * last["loss"]:
@@ -96,7 +96,7 @@ def evaluate(run: Path) -> dict:
         "validation_loss_first": round(rows[0]["loss"], 4),
         "validation_loss_last": round(last["loss"], 4),
         "conditioning_gap": round(last["gap"], 4),
-        "retrieval_top1": round(validation.retrieval_top1(references, one_each), 4),
+        "retrieval_top1": round(pictures.retrieval_top1(references, one_each), 4),
         "contact_sheet": str(run / "samples" / "contact_sheet.png"),
         "tensorboard": str(run / "tensorboard"),
     }

@@ -161,7 +161,7 @@ def choose_blocks(
     has room, what an earlier run left counted as free. UserError, naming the least that is needed, where there is none."""
     from megaflux.config.parse import build_config
     from megaflux.models.pretrained import meta_models
-    from megaflux.training.checkpoint import state as checkpoint
+    from megaflux.training.checkpoint.retention import most_at_once
     from megaflux.training.planning.costs import stage_table
 
     had = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
@@ -171,7 +171,7 @@ def choose_blocks(
             return blocks
         config = build_config(values | {"stages": [values["stages"][0] | {"blocks": blocks}]})
         trained = sum(stage_table(config, meta_models(config)[0])[0].trainable.values())
-        count = checkpoint.most_at_once(config, 0)
+        count = most_at_once(config, 0)
         need = count * checkpoint_bytes(trained)
         if need <= free:
             return blocks

@@ -69,7 +69,7 @@ def main(
     watch = Watch(
         config.train.hang_timeout, config.train.leave_within
     )  # before the imports, which take seconds: a signal may come meanwhile
-    from megaflux.training.loop import train
+    from megaflux.training.session import train
 
     return train(config, ds_config, watch, assumed=assumed, **({} if load is None else {"load": load}))
 

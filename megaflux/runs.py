@@ -15,10 +15,11 @@ from megaflux.config.parse import Config
 from megaflux.generation.layout import MANIFEST, Settings
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline, device_and_dtype
 from megaflux.models.pretrained import Models, cast, load_models
+from megaflux.training.checkpoint import manifest as manifests
 from megaflux.training.checkpoint import saved
-from megaflux.training.checkpoint import state as checkpoint
 from megaflux.training.checkpoint import weights as trained
 from megaflux.training.checkpoint.manifest import read as read_manifest
+from megaflux.training.checkpoint.resume import identity
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
     if not (root / "config.yaml").is_file():
         raise UserError(f"{root}: neither a run (no config.yaml) nor an export (no {MANIFEST})")
     config = saved.load(root)
-    folder = checkpoint.folder(root)
-    found = checkpoint.listed(root)
+    folder = manifests.folder(root)
+    found = manifests.listed(root)
     if not found:
         raise UserError(f"{folder}: holds no complete checkpoint; train until the first one is written")
     number = max(found) if update is None else update
@@ -65,8 +66,8 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
         raise UserError(f"{folder}/update-{number:07d}: no such checkpoint; the run has {known}")
     chosen = found[number]
     weights = trained.files_of(read_manifest(chosen), chosen)
-    manifest = checkpoint.verify(chosen, only=weights)  # the optimizer's shards are not read here
-    changed = saved.changed(manifest["identity"], manifest["format"], checkpoint.identity(config))
+    manifest = manifests.verify(chosen, only=weights)  # the optimizer's shards are not read here
+    changed = saved.changed(manifest["identity"], manifest["format"], identity(config))
     if changed:
         raise UserError(
             f"{root}/config.yaml: {', '.join(changed)} is not what {chosen.name} was trained with; restore it"

@@ -58,7 +58,7 @@ def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype
     from megaflux.config.parse import build_config
     from megaflux.models.pretrained import load_models
     from megaflux.training.checkpoint import manifest
-    from megaflux.training.checkpoint import state as checkpoint
+    from megaflux.training.checkpoint import resume as checkpoint
     from megaflux.training.checkpoint import weights as trained
 
     config = build_config(values | {"run": {"dir": str(root), "seed": 3}})
@@ -74,11 +74,11 @@ def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype
             for name, p in models.trainable.named_parameters()
             if name in names
         }
-        folder = checkpoint.folder(root) / f"update-{update:07d}"
+        folder = manifest.folder(root) / f"update-{update:07d}"
         folder.mkdir(parents=True)
         save_file(weights, folder / trained.file_name(0, 1))
         content = {
-            "format": checkpoint.FORMAT,
+            "format": manifest.FORMAT,
             "update": update,
             "stage": stage,
             "stage_name": config.stages[stage].name,

@@ -37,7 +37,7 @@ from megaflux.panel import app as panel
 from megaflux.panel import state as panel_state
 from megaflux.panel import work as panel_work
 from megaflux.training.checkpoint import manifest
-from megaflux.training.checkpoint import state as checkpoint
+from megaflux.training.checkpoint import resume as checkpoint
 from megaflux.training.distributed import World
 from megaflux.training.ds_config import sharding
 from tests.conftest import picture, small_values
@@ -143,11 +143,11 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_says_so_or_stops(tmp
     with caplog.at_level(logging.WARNING, "megaflux"):
         assert resolve(tmp_path) == 4
     (line,) = [record.getMessage() for record in caplog.records]
-    assert "going on from update-0000004, the newest that is whole" in line and "update-0000008" in line
+    assert "resuming from update-0000004, the newest complete checkpoint" in line and "update-0000008" in line
     act(older)
     line = refusal(tmp_path)
     assert re.search(said, line), line
-    assert "no other of the 2 checkpoints is whole" in line and "Three ways out" in line
+    assert "none of the 2 checkpoints is complete" in line and "Three ways out" in line
 
 
 def test_a_run_that_diverges_goes_back_to_one_from_before_and_deletes_none(tmp_path):

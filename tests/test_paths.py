@@ -23,8 +23,8 @@ from megaflux.config.presets import PRESETS
 from megaflux.config.schema import PATHS
 from megaflux.infer import options as infer_options
 from megaflux.infer.make import line_options
+from megaflux.training.checkpoint import resume as checkpoint
 from megaflux.training.checkpoint import saved
-from megaflux.training.checkpoint import state as checkpoint
 from megaflux.training.ds_config import load_ds_config
 from megaflux_kernels.bench.report import path as kernels_path
 from tests.conftest import picture, small_values, write_run

@@ -30,8 +30,8 @@ from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.models.vlm import Condition
 from megaflux.training import optim, stages
 from megaflux.training.ds_config import accumulation_steps
+from megaflux.training.objective import Denoising, denoising_loss
 from megaflux.training.planning.costs import token_counts
-from megaflux.training.validation import denoising_loss
 from megaflux_kernels.dispatch import as_on_a_gpu
 
 
@@ -69,16 +69,9 @@ def update_peak(
         with LiveMemory() as memory:
             shape = batch, channels, bucket.height // latents.VAE_SCALE, bucket.width // latents.VAE_SCALE
             condition = _condition(config, module, bucket, batch, dtype)
-            losses = denoising_loss(
-                module,
-                config,
-                models,
-                bucket,
-                torch.empty(shape, dtype=dtype),
-                torch.empty(shape, dtype=dtype),
-                condition,
-                torch.empty(batch),
-            )
+            x, noise = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+            given = Denoising(bucket, x, condition, torch.empty(batch), noise)
+            losses = denoising_loss(module, config, models, given)
             losses.mean().backward()
             return memory.peak
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from megaflux.config.parse import Config
 from megaflux.training import optim, stages
 from megaflux.training.ds_config import resolve_ds_config, sharding
+from megaflux.training.survival.guard import NOT_FINITE, Drop
 
 log = logging.getLogger("megaflux")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Judge = Callable[[float], str | None]
-"""Global gradient norm before clipping (nan: not finite) -> None to take the step, or why it is dropped."""
+Judge = Callable[[float], Drop | None]
+"""Global gradient norm before clipping (nan: not finite) -> None to take the step, or why to drop it."""
 
 
 @dataclass
@@ -64,7 +65,7 @@ class StageEngine:
         self.zero_stage = self.sharding["zero_stage"]
         self.judge = judge
         self._norm = float("nan")
-        self.dropped: str | None = None
+        self.dropped: Drop | None = None
         """Why the last step was dropped, on all ranks alike; None: it was taken."""
         self._put_judge_before_step()
         if carried is not None and carried.tensors:
@@ -100,7 +101,7 @@ class StageEngine:
             self.dropped, before = None, self.deepspeed.skipped_steps
             self.deepspeed.step()
             if self.deepspeed.skipped_steps > before and self.dropped is None:  # found before a norm was taken
-                self.dropped = self.judge(float("nan")) if self.judge else "its gradient is not finite"
+                self.dropped = self.judge(float("nan")) if self.judge else NOT_FINITE
         else:
             self.deepspeed.step()
 

@@ -22,12 +22,13 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megaflux.config.parse import Config
-from megaflux.data.batches import Batch
 from megaflux.training.distributed import World, gathered, sum_over_ranks
+from megaflux.training.pictures import picture_file, save_picture
 from megaflux.training.planning import costs
 from megaflux.training.planning.gpus import peak_tflops_for
 from megaflux.training.survival.events import Events
-from megaflux.training.validation import picture_file, save_picture
+from megaflux.training.survival.guard import Drop, DropReason
+from megaflux.training.update_result import MicroBatch, UpdateResult
 
 T_BUCKETS = 8
 log = logging.getLogger("megaflux")
@@ -63,26 +64,26 @@ class Monitor:
         self.data_wait = 0.0
         self.since = time.perf_counter()
 
-    def micro_batch(self, loss: Tensor, t: Tensor, batch: Batch, stage: int, update: int) -> None:
-        """Count one micro-batch of this rank: losses (B,), times (B,)."""
-        which = (t * T_BUCKETS).long().clamp(max=T_BUCKETS - 1)
-        finite = loss.detach().isfinite()  # of an update that the guard drops: the interval's other updates still count
-        self.loss[:, 0].index_add_(0, which, torch.where(finite, loss.detach(), 0).double())
+    def _count(self, micro: MicroBatch, stage: int, update: int) -> None:
+        """Add one micro-batch of this rank to the interval."""
+        which = (micro.t * T_BUCKETS).long().clamp(max=T_BUCKETS - 1)
+        finite = micro.losses.isfinite()  # a dropped update does not spoil the interval's other updates
+        self.loss[:, 0].index_add_(0, which, torch.where(finite, micro.losses, 0).double())
         self.loss[:, 1].index_add_(0, which, finite.double())
-        self.images += len(loss)
-        self.flops += len(loss) * costs.train_flops_per_image(self.config, self.module, stage, batch.bucket)
-        for line in batch.replaced:
-            log.warning("update %d: %s", update + 1, line)
-            self.replacements.append((update + 1, line))
+        self.images += len(micro.keys)
+        self.flops += len(micro.keys) * costs.train_flops_per_image(self.config, self.module, stage, micro.bucket)
+        for line in micro.replaced:
+            log.warning("update %d: %s", update, line)
+            self.replacements.append((update, line))
 
-    def dropped(self, update: int, why: str, keys: list[list[str]]) -> None:
-        """An update that changed nothing, and the samples of each rank that were in it."""
+    def dropped(self, update: int, drop: Drop, keys: list[list[str]]) -> None:
+        """Report an update that changed nothing. keys: the samples of each rank that were in it."""
         names = [key for of_rank in keys for key in of_rank]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         if self.world.is_main:
-            log.warning("update %d was dropped: %s; its samples: %s", update, why, shown)
-        what = "spike" if "spike" in why else "skipped_update"
-        self.events.record("fault", what=what, update=update, detail=why, keys=names)
+            log.warning("update %d was dropped: %s; its samples: %s", update, drop.text, shown)
+        what = "spike" if drop.reason is DropReason.SPIKE else "skipped_update"
+        self.events.record("fault", what=what, update=update, detail=drop.text, keys=names)
 
     @contextmanager
     def timed(self, kind: str, update: int) -> Iterator[None]:
@@ -91,12 +92,20 @@ class Monitor:
         yield
         self.events.record(kind, update=update, seconds=time.perf_counter() - started)
 
-    def excluded(self, seconds: float) -> None:
-        """Leave time spent on validation, panels or checkpoints out of images/s."""
-        self.since += seconds
+    @contextmanager
+    def not_counted(self) -> Iterator[None]:
+        """Time spent inside (validation, panels, checkpoints, a new stage) is left out of images/s."""
+        started = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - started
 
-    def update(self, update: int, learning_rate: float, grad_norm: float, skipped_steps: int) -> None:
-        """After each update; `update` counts those done. Writes a point every `monitor.every`."""
+    def update(self, result: UpdateResult, stage: int, update: int, skipped_steps: int) -> None:
+        """Call after each update. update: how many are done. Writes a point of every curve each `monitor.every` updates.
+        Collective where it does."""
+        for micro in result.micro_batches:
+            self._count(micro, stage, update)
+        self.data_wait += result.data_wait
+        self.scalars({f"grad_norm/{name}": norm for name, norm in result.grad_norms.items()}, update)
         self.bar.update()
         self.done = update
         if update % self.config.monitor.every:
@@ -109,8 +118,8 @@ class Monitor:
         mean = (sums[:, 0].sum() / sums[:, 1].sum()).item()
         scalars = {
             "train/loss": mean,
-            "train/learning_rate": learning_rate,
-            "train/grad_norm": grad_norm,
+            "train/learning_rate": result.learning_rate,
+            "train/grad_norm": result.grad_norm,
             "train/skipped_steps": skipped_steps,
             "data/replaced_samples": self.replaced,
             "speed/images_per_second": images / seconds,
@@ -121,7 +130,7 @@ class Monitor:
         scalars |= allocator_scalars(allocators)
         scalars |= {f"train/loss_t{j}": (s / n).item() for j, (s, n) in enumerate(sums) if n > 0}
         self.scalars(scalars, update)
-        self.show(loss=f"{mean:.3f}", lr=f"{learning_rate:.1e}", img_s=f"{images / seconds:.1f}")
+        self.show(loss=f"{mean:.3f}", lr=f"{result.learning_rate:.1e}", img_s=f"{images / seconds:.1f}")
         self._record_progress(seconds)
         self._reset()
 

@@ -21,7 +21,7 @@ from megaflux.infer import make as infer
 from megaflux.infer import options as infer_options
 from megaflux.models import pretrained
 from megaflux.models.sources import FLUX, VLM, folder_problems, hub_name, model_problems, opened, problem, read_header
-from megaflux.training.checkpoint import state as checkpoint
+from megaflux.training.checkpoint import resume as checkpoint
 from tests.conftest import small_values
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 23\n"

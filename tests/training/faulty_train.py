@@ -31,9 +31,9 @@ kind, update, *rank = os.environ["FAULT"].split(":")
 rank = int(rank[0]) if rank else None
 mine = rank is None or int(os.environ.get("RANK", "0")) == rank
 
-from megaflux.training import noise  # noqa: E402
+from megaflux.training import objective  # noqa: E402
 
-real, calls, cured, now = noise.draw_time_and_noise, set(), [], [-1]
+real, calls, cured, now = objective.draw_time_and_noise, set(), [], [-1]
 
 
 def draw(config, seed, at, keys, seen, latents):
@@ -61,7 +61,7 @@ def draw(config, seed, at, keys, seen, latents):
     return t, n
 
 
-noise.draw_time_and_noise = draw
+objective.draw_time_and_noise = draw
 
 
 def other_view() -> None:
@@ -110,11 +110,13 @@ if kind == "slow_data":
 
 def die_where_it_shows() -> None:
     """Between the last save and what a person was to see after it."""
-    from megaflux.training import loop, monitor
+    from megaflux.training import monitor, upkeep
 
     part, late = kind.removeprefix("die_"), rank is not None
-    begins = {"validation": "_validate", "panel": "_panel"}[part]
-    owner, name = (loop, begins) if not late else (monitor.Monitor, "write_line" if part == "validation" else "picture")
+    begins = {"validation": "validate", "panel": "show_panel"}[part]
+    owner, name = (
+        (upkeep, begins) if not late else (monitor.Monitor, "write_line" if part == "validation" else "picture")
+    )
     real = getattr(owner, name)
 
     def die(*args, **kwargs):

@@ -17,10 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
+from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import load_models
-from megaflux.training import distributed, validation
+from megaflux.training import distributed
 from megaflux.training.ds_config import compute_dtype, load_ds_config
 from megaflux.training.engine import StageEngine
+from megaflux.training.objective import Denoising, denoising_loss
 from tests.training.runs import small_config
 
 GLOBAL, MICROS = 4, 2  # samples per global micro-batch, accumulation
@@ -59,7 +61,7 @@ def update(world: distributed.World, out: str, ds_config: dict[str, Any]) -> dic
     engine = StageEngine(models.trainable, config, ds_config, 0, world.size)
     from deepspeed.utils import safe_get_full_grad
 
-    bucket = validation.Bucket("1:1", 64, 64)
+    bucket = Bucket("1:1", 64, 64)
     sent = Sent()
     for micro in range(MICROS):
         pixel_values = torch.randint(0, 256, (GLOBAL, 3, 64, 64), generator=generator, dtype=torch.uint8)
@@ -68,9 +70,8 @@ def update(world: distributed.World, out: str, ds_config: dict[str, Any]) -> dic
         mine = slice(world.rank * GLOBAL // world.size, (world.rank + 1) * GLOBAL // world.size)
         condition = models.trunk.encode(pixel_values[mine])
         with sent:
-            losses = validation.denoising_loss(
-                engine, config, models, bucket, latents[mine], noise[mine], condition, t[mine]
-            )
+            given = Denoising(bucket, latents[mine], condition, t[mine], noise[mine])
+            losses = denoising_loss(engine, config, models, given)
             engine.backward(losses.mean())
             if micro < MICROS - 1:
                 engine.step()

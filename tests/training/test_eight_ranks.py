@@ -12,7 +12,7 @@ import pytest
 
 from megaflux.config.presets import tiny
 from megaflux.training.checkpoint import manifest
-from megaflux.training.checkpoint import state as checkpoint
+from megaflux.training.checkpoint.write import writer_of
 from tests.training.faults import end, final_weights, left_behind, newest, ranks_of, start, wait_for
 from tests.training.runs import ds_config, make_dataset, write_config
 
@@ -77,13 +77,13 @@ def test_eight_ranks_train_all_stages_and_eight_four_and_two_go_on(tmp_path):
     for path in manifest.listed(whole).values():
         written = [0] * 8
         for file in manifest.files_in(path):
-            written[checkpoint.writer_of(file.name)] += file.stat().st_size
+            written[writer_of(file.name)] += file.stat().st_size
         assert max(written) <= 1.5 * sorted(written)[4]  # no rank writes much more than the others
 
     run(other, 8, "--train.stop_after", 2)
     run(other, 8, "--train.stop_after", 4)
-    assert "cut anew for 4" in run(other, 4, "--train.stop_after", 6)
-    assert "cut anew for 2" in run(other, 2)
+    assert "resharded for 4" in run(other, 4, "--train.stop_after", 6)
+    assert "resharded for 2" in run(other, 2)
     want, got = final_weights(whole), final_weights(other)
     difference = max((want[name] - got[name]).abs().max().item() for name in want)
     print(f"8 -> 8 -> 4 -> 2 ranks: weights differ by at most {difference:.1e}")

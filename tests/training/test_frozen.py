@@ -25,7 +25,7 @@ from megaflux.data.storage.dataset import read_dataset_info, read_split, verify_
 from megaflux.data.storage.index import read_index, stored_file
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import load_models, meta_models, weights_fingerprint
-from megaflux.training import cache, frozen, loop, validation
+from megaflux.training import cache, frozen, objective, pictures, validation
 from megaflux.training.distributed import World
 from megaflux.training.planning import cache_size, memory, out_of_memory
 from megaflux.training.planning.dry_run import dry_run
@@ -138,12 +138,12 @@ def on_an_accelerator(vae, visits: bool = True):
 
 def test_the_vae_comes_for_a_panel_and_leaves_whatever_happens(data, monkeypatch):
     config, vae, seen = configured(data, "latents"), Moved(), []
-    monkeypatch.setattr(validation, "flux_pipeline", lambda *_: seen.append(list(vae.places)))
+    monkeypatch.setattr(pictures, "flux_pipeline", lambda *_: seen.append(list(vae.places)))
     references = SimpleNamespace(
         bucket=SimpleNamespace(height=64, width=64), condition=lambda *_: SimpleNamespace(repeated=lambda _: None)
     )
-    monkeypatch.setattr(validation, "generate", lambda *_: torch.zeros(2, 3, 64, 64))
-    validation.variations(config, on_an_accelerator(vae), references, [0], 2)
+    monkeypatch.setattr(pictures, "generate", lambda *_: torch.zeros(2, 3, 64, 64))
+    pictures.variations(config, on_an_accelerator(vae), references, [0], 2)
     assert (seen, vae.places) == ([["meta"]], ["meta", "cpu"])
     for why in (torch.OutOfMemoryError, InterruptedError):
         vae.places.clear()
@@ -151,9 +151,9 @@ def test_the_vae_comes_for_a_panel_and_leaves_whatever_happens(data, monkeypatch
         def fails(*_, why=why):
             raise why
 
-        monkeypatch.setattr(validation, "generate", fails)
+        monkeypatch.setattr(pictures, "generate", fails)
         with pytest.raises(why):
-            validation.variations(config, on_an_accelerator(vae), references, [0], 2)
+            pictures.variations(config, on_an_accelerator(vae), references, [0], 2)
         assert vae.places == ["meta", "cpu"]
     full, stays = Moved(full=True), Moved()
     with pytest.raises(torch.OutOfMemoryError), frozen.vae_at_hand(on_an_accelerator(full)):
@@ -191,14 +191,17 @@ def test_losses_and_pictures_are_those_of_before_and_a_try_out_takes_what_the_ru
     t = torch.tensor([0.3, 0.8])
 
     def given():
-        return loop._latents(config, models, batch, 0), loop._condition(config, models, batch, 0, 0)
+        return objective.encode_latents(config, models, batch, 0), objective.encode_condition(
+            config, models, batch, 0, 0
+        )
 
     def results():
         latents, condition = given()
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-        losses = validation.denoising_loss(models.trainable, config, models, bucket, latents, noise, condition, t)
+        denoising = objective.Denoising(bucket, latents, condition, t, noise)
+        losses = objective.denoising_loss(models.trainable, config, models, denoising)
         shown = validation.validation_loss(models.trainable, config, models, references, ALONE)
-        return losses.detach(), shown, validation.variations(config, models, references, [0], 2)
+        return losses.detach(), shown, pictures.variations(config, models, references, [0], 2)
 
     before = results()
     frozen.send_away(config, models)
@@ -207,7 +210,7 @@ def test_losses_and_pictures_are_those_of_before_and_a_try_out_takes_what_the_ru
 
     tried, (latents, condition) = [], given()
     monkeypatch.setattr(
-        validation,
+        objective,
         "denoising_loss",
         lambda *given: (
             tried.append(given)
@@ -217,7 +220,7 @@ def test_losses_and_pictures_are_those_of_before_and_a_try_out_takes_what_the_ru
     if "latents" in kinds:
         monkeypatch.setattr(latent_ops, "encode", no_encoding)
     out_of_memory.forward_and_backward(config, models, bucket)
-    _, _, _, _, blank, _, blank_condition, _ = tried[0]
+    blank, blank_condition = tried[0][3].latents, tried[0][3].condition
     assert (blank.shape, blank.dtype) == (latents.shape, latents.dtype)
     assert blank_condition.hidden_states.shape == condition.hidden_states.shape
     assert blank_condition.hidden_states.dtype == condition.hidden_states.dtype

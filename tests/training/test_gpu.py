@@ -13,11 +13,11 @@ from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import load_models
 from megaflux.training.distributed import World
 from megaflux.training.engine import MOMENTS, Carried, StageEngine, release_memory
+from megaflux.training.objective import Denoising, denoising_loss
 from megaflux.training.planning import memory
 from megaflux.training.planning.out_of_memory import Plan
 from megaflux.training.planning.trial import forward_and_backward
 from megaflux.training.stages import trainable_names
-from megaflux.training.validation import denoising_loss
 from tests.models.test_reading import SLACK, rise, write_large
 from tests.training.faults import assert_same, final_state, final_weights
 from tests.training.runs import copy_until, ds_config, launch, make_dataset, small_config, write_config
@@ -64,7 +64,7 @@ def update(engine, config, models, micro: int = 2) -> None:
     latents, noise = torch.randn(2, micro, 8, 8, 8, device="cuda")
     t = torch.linspace(0.2, 0.8, micro, device="cuda")
     engine.set_learning_rate(0)
-    engine.backward(denoising_loss(engine, config, models, BUCKET, latents, noise, condition, t).mean())
+    engine.backward(denoising_loss(engine, config, models, Denoising(BUCKET, latents, condition, t, noise)).mean())
     engine.step()
     assert engine.dropped is None and engine.grad_norm() > 0
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megaflux.training.engine import StageEngine
-from megaflux.training.survival.guard import FEWEST, Guard
+from megaflux.training.survival.guard import FEWEST, NOT_FINITE, Drop, DropReason, Guard
 from tests.training.carry_worker import Toy, toy_config
 from tests.training.runs import ds_config
 
@@ -25,9 +25,8 @@ def test_six_deviations_over_the_last_128_norms():
     assert all(guard.judge(norm) is None for norm in taken)
     window = taken[-128:]
     limit = statistics.fmean(window) + 6 * statistics.pstdev(window)
-    assert guard.judge(limit * 1.001) == (
-        f"its gradient norm {limit * 1.001:.3g} is a spike: the last 128 allow {limit:.3g}"
-    )
+    spike = f"its gradient norm {limit * 1.001:.3g} is a spike: the last 128 allow {limit:.3g}"
+    assert guard.judge(limit * 1.001) == Drop(DropReason.SPIKE, spike)
     assert list(guard.norms) == [*window[1:], pytest.approx(limit)]  # remembered as no more than that
     assert guard.judge(limit) is None
 
@@ -63,13 +62,13 @@ def test_norms_all_but_equal_allow_more_than_half_again():
     for _ in range(64):
         guard.judge(1.0)
     assert guard.judge(1.59) is None
-    assert "spike" in guard.judge(1.8)
+    assert guard.judge(1.8).reason is DropReason.SPIKE
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0])
 def test_what_is_not_finite_is_dropped_from_the_first_update_on(norm):
     guard = Guard(0, 128, 3)
-    assert guard.judge(norm) == "its gradient is not finite"
+    assert guard.judge(norm) == Drop(DropReason.NOT_FINITE, "its gradient is not finite")
     assert (guard.dropped, guard.in_a_row, guard.exhausted) == (1, 1, False)
     assert guard.judge(norm) and guard.judge(1.0) is None
     assert (guard.dropped, guard.in_a_row) == (2, 0)
@@ -91,9 +90,9 @@ def test_its_state_survives_a_checkpoint():
 def test_a_refused_step_changes_not_a_byte(tmp_path, base):
     heard: list[float] = []
 
-    def judge(norm: float) -> str | None:
+    def judge(norm: float) -> Drop | None:
         heard.append(norm)
-        return "the test says so" if len(heard) == 2 else None
+        return NOT_FINITE if len(heard) == 2 else None
 
     import deepspeed
 
@@ -115,7 +114,7 @@ def test_a_refused_step_changes_not_a_byte(tmp_path, base):
         engine.backward(engine(update))
         engine.step()
         seen.append(state())
-        assert engine.dropped == ("the test says so" if update == 1 else None)
+        assert engine.dropped == (NOT_FINITE if update == 1 else None)
         shown = float("nan") if update == 1 else heard[update]  # no point in the curve
         assert engine.grad_norm() == pytest.approx(shown, rel=1e-3, nan_ok=True)
     assert engine.skipped_steps == 1 and len(seen[0]) > 20

@@ -124,7 +124,7 @@ def test_settings_say_which_path_made_a_picture(tmp_path, run_folder):
 def test_shards_in_the_old_order_are_refused_with_the_reason(run_folder):
     from megaflux.common.errors import UserError
     from megaflux.config.parse import load_yaml
-    from megaflux.training.checkpoint import state as checkpoint
+    from megaflux.training.checkpoint import resume as checkpoint
 
     config = build_config(load_yaml(str(run_folder / "config.yaml")))
     with pytest.raises(UserError, match="optimizer shards have another order; finish the run with that version"):

@@ -15,8 +15,8 @@ from megaflux.common.errors import UserError, is_out_of_memory
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
 from megaflux.models.pretrained import load_models, meta_models
-from megaflux.training import distributed, loop, monitor
-from megaflux.training.checkpoint import state as checkpoint
+from megaflux.training import distributed, monitor, pictures, upkeep
+from megaflux.training.checkpoint import write as checkpoint
 from megaflux.training.checkpoint.space import NoRoom
 from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine
@@ -257,13 +257,20 @@ def test_pictures_that_do_not_fit_cost_no_run(tmp_path, monkeypatch):
     def variations(*_, **__):
         raise torch.OutOfMemoryError(RAN_OUT)
 
-    monkeypatch.setattr(loop.validation, "variations", variations)
-    engine = SimpleNamespace(zero_stage=2)
-    config, events = config_of(tmp_path), Events(tmp_path, enabled=True)
-    shown = SimpleNamespace(timed=lambda *_: nullcontext(), events=events, picture=lambda *_: pytest.fail("a picture"))
-    references = SimpleNamespace(keys=["a", "b"])
-    loop._panel(engine, config, None, references, shown, ALONE, 7, None)
+    monkeypatch.setattr(pictures, "variations", variations)
+    run = SimpleNamespace(config=config_of(tmp_path), events=Events(tmp_path, enabled=True), world=ALONE, watch=None)
+    shown = SimpleNamespace(timed=lambda *_: nullcontext(), picture=lambda *_: pytest.fail("a picture"))
+    trainer = SimpleNamespace(
+        run=run,
+        monitor=shown,
+        update=7,
+        models=None,
+        engine=SimpleNamespace(zero_stage=2),
+        references=SimpleNamespace(keys=["a", "b"]),
+    )
+    upkeep.show_panel(trainer)
     (told,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert (told["what"], told["update"]) == ("out_of_memory", 7) and "the panel is left out" in told["detail"]
     with pytest.raises(torch.OutOfMemoryError):  # all ranks make it together there, and the others would wait
-        loop._panel(SimpleNamespace(zero_stage=3), config, None, references, shown, ALONE, 7, None)
+        trainer.engine.zero_stage = 3
+        upkeep.show_panel(trainer)

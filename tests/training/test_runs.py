@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megaflux.config.parse import ConditionModes, build_config, merge
 from megaflux.config.presets import PUBLISHED_STAGES, tiny
 from megaflux.models.pretrained import load_models, meta_models
-from megaflux.training.noise import draw_mode
+from megaflux.training.objective import draw_mode
 from megaflux.training.planning import memory
 from megaflux.training.planning.micro_batch import Planner
 from megaflux.training.stages import trainable_names
@@ -314,12 +314,12 @@ def test_a_damaged_or_foreign_checkpoint_stops_the_run_in_one_line(tmp_path, dat
     weights = checkpoint / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     back = launch("--deepspeed", ds, "--config", config, with_="python")
-    assert back.returncode == 0 and "going on from update-0000001, the newest that is whole" in back.stderr
+    assert back.returncode == 0 and "resuming from update-0000001, the newest complete checkpoint" in back.stderr
     for path in checkpoint.parent.iterdir():
         shutil.rmtree(path)
     shutil.copytree(pristine, checkpoint)
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     said = refusal()
     assert (
-        "weights.safetensors" in said and "no other of the 1 checkpoints is whole" in said and "Three ways out" in said
+        "weights.safetensors" in said and "none of the 1 checkpoints is complete" in said and "Three ways out" in said
     )

@@ -15,8 +15,8 @@ import torch
 
 from megaflux.common.errors import UserError
 from megaflux.training.checkpoint import elastic, manifest
-from megaflux.training.checkpoint import state as checkpoint
 from megaflux.training.checkpoint.state import Checkpoint
+from megaflux.training.checkpoint.write import writer_of
 from tests.training.faults import (
     FAULTY,
     Reference,
@@ -251,8 +251,7 @@ def test_a_bad_update_changes_nothing_and_names_its_samples(data, tmp_path):
     # Each parameter is written once, and no rank writes much more than another.
     assert torch.load(after / "deepspeed" / "mp_rank_00_model_states.pt", weights_only=False)["module"] == {}
     written = [
-        sum(file.stat().st_size for file in manifest.files_in(after) if checkpoint.writer_of(file.name) == rank)
-        for rank in (0, 1)
+        sum(file.stat().st_size for file in manifest.files_in(after) if writer_of(file.name) == rank) for rank in (0, 1)
     ]
     assert written[1] / 1.5 < written[0] < 1.5 * written[1]
     for name in weights:  # and it went on training
@@ -335,9 +334,9 @@ def test_other_ranks_go_on_with_the_same_batches(tmp_path):
     assert launch("--deepspeed", ds, "--config", config, ranks=2).returncode == 0
     run = copy_until(tmp_path / "whole", tmp_path / "run", 2)
     one = launch("--deepspeed", ds, "--config", config, "--run.dir", run, "--train.stop_after", "5", ranks=1)
-    assert one.returncode == 0 and "cut anew for 1" in one.stderr + one.stdout, one.stderr[-2000:]
+    assert one.returncode == 0 and "resharded for 1" in one.stderr + one.stdout, one.stderr[-2000:]
     two = launch("--deepspeed", ds, "--config", config, "--run.dir", run, ranks=2)
-    assert two.returncode == 0 and "cut anew for 2" in two.stderr + two.stdout, two.stderr[-2000:]
+    assert two.returncode == 0 and "resharded for 2" in two.stderr + two.stdout, two.stderr[-2000:]
     want, got = final_weights(tmp_path / "whole"), final_weights(run)
     difference = max((want[name] - got[name]).abs().max() for name in want)
     print(f"2 -> 1 -> 2 ranks: weights differ by at most {difference:.1e}")
@@ -352,7 +351,9 @@ def test_other_ranks_go_on_with_the_same_batches(tmp_path):
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 2), (2, 2), (4, 2), (8, 1)])
 def test_ranks_share_what_the_run_draws(small_config, tmp_path, ranks, micro):
-    resumed = Checkpoint(tmp_path, {"data": {"micro_batch_size": 2, "world_size": 4}})  # 8 together
+    resumed = Checkpoint(
+        tmp_path, {"update": 1, "stage": 0, "data": {"micro_batch_size": 2, "world_size": 4}}
+    )  # 8 together
     for sizes in (
         {"micro_batch_size": 2},
         {"micro_batch_size": None, "drawn_per_rank": 2},

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from megaflux import export, runs
 from megaflux.common.errors import UserError
 from megaflux.training.checkpoint import manifest
-from megaflux.training.checkpoint import state as checkpoint
 from megaflux.training.checkpoint import weights as trained
+from megaflux.training.checkpoint.write import writer_of
 from megaflux.training.distributed import World
 
 
 def divide(run: Path, ranks: int) -> None:
     """Write the weights of a run's newest checkpoint again, as this number of ranks saves them."""
-    folder = list(checkpoint.listed(run).values())[-1]
+    folder = list(manifest.listed(run).values())[-1]
     weights = load_file(folder / trained.file_name(0, 1))
     (folder / trained.file_name(0, 1)).unlink()
     sizes = {name: tensor.numel() for name, tensor in weights.items()}
@@ -87,7 +87,7 @@ def test_a_manifest_that_does_not_name_all_weights_is_refused(files, tmp_path):
 
 def test_a_damaged_part_of_the_weights_is_named(run_folder, tmp_path):
     run = copied(run_folder, tmp_path, 2)
-    part = list(checkpoint.listed(run).values())[-1] / trained.file_name(1, 2)
+    part = list(manifest.listed(run).values())[-1] / trained.file_name(1, 2)
     kept = load_file(part)
     part.write_bytes(part.read_bytes()[:-1] + b"\x77")
     with pytest.raises(UserError, match="weights-00001-of-00002.safetensors: damaged"):
@@ -115,4 +115,4 @@ def test_each_rank_syncs_and_hashes_what_it_wrote():
         "weights.safetensors": 0,
         "mp_rank_00_model_states.pt": 0,
     }
-    assert {name: checkpoint.writer_of(name) for name in written} == written
+    assert {name: writer_of(name) for name in written} == written

@@ -11,7 +11,7 @@ import torch
 
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
-from megaflux.training import setup
+from megaflux.training import prepare_data
 from megaflux.training.distributed import World
 from tests.training.runs import environment, free_port
 
@@ -56,7 +56,7 @@ def test_data_are_prepared_and_fetched_while_the_others_wait_and_not_before_a_ba
         work and work()
         raise Stop
 
-    monkeypatch.setattr(setup, "work_while_others_wait", wait)
+    monkeypatch.setattr(prepare_data, "work_while_others_wait", wait)
     monkeypatch.setattr(preparing, "prepare", lambda *_: done.append("prepared"))
     monkeypatch.setattr(remote, "fetch_split", lambda *_: done.append("fetched"))
     for data, works, what in (({"source": "pictures"}, 0, "prepared"), ({"remote": "s3://x"}, 1, "fetched")):
@@ -64,7 +64,7 @@ def test_data_are_prepared_and_fetched_while_the_others_wait_and_not_before_a_ba
         for rank in (0, 1):
             monkeypatch.setenv("LOCAL_RANK", str(0 if rank == works else 1))
             with pytest.raises(Stop):
-                setup.prepare_data(config, World(rank, 2, torch.device("cpu")))
+                prepare_data.prepare_data(config, World(rank, 2, torch.device("cpu")))
         assert done == [what]
         done.clear()
     assert waited == [0, 1, 0, 1]

@@ -17,12 +17,14 @@ from megaflux.config.parse import Config, Flow, build_config
 from megaflux.data.batches import Batch
 from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import Models, load_models
-from megaflux.training import distributed, loop, monitor, noise, validation
+from megaflux.training import distributed, monitor, objective
 from megaflux.training.distributed import World, generator_for
 from megaflux.training.engine import StageEngine
 from megaflux.training.monitor import Monitor
+from megaflux.training.objective import Denoising
 from megaflux.training.survival.events import Events
 from megaflux.training.survival.guard import Guard
+from megaflux.training.update_result import MicroBatch, UpdateResult
 from tests.conftest import small_values
 from tests.stand_in_gpu import GPU, StandInGpu
 from tests.training.runs import ds_config
@@ -58,23 +60,27 @@ def a_batch() -> Batch:
 
 
 def micro_batch(model, config: Config, models: Models, batch: Batch, device: torch.device):
-    """Steps 1 to 5 of loop.train: losses (B,) and times (B,)."""
+    """Steps 1 to 5 of loop.update: losses (B,) and times (B,)."""
     batch = batch.to(device)
-    latents = loop._latents(config, models, batch, 0)
-    condition = loop._condition(config, models, batch, 0, 0)
-    t, n = noise.draw_time_and_noise(config.flow, config.run.seed, 0, batch.keys, Counter(), latents)
-    return validation.denoising_loss(model, config, models, batch.bucket, latents, n, condition, t), t
+    latents = objective.encode_latents(config, models, batch, 0)
+    condition = objective.encode_condition(config, models, batch, 0, 0)
+    t, n = objective.draw_time_and_noise(config.flow, config.run.seed, 0, batch.keys, Counter(), latents)
+    return objective.denoising_loss(model, config, models, Denoising(batch.bucket, latents, condition, t, n)), t
 
 
 def monitored(config: Config, models: Models, device: torch.device, size: int = 1) -> Monitor:
     return Monitor(config, World(0, size, device), models.trainable, 0, Events(config.run.dir, enabled=False))
 
 
+def result_of(micro_batches=(), grad_norm: float = 1.0, grad_norms=None) -> UpdateResult:
+    return UpdateResult(0.1, grad_norm, None, list(micro_batches), 0.0, grad_norms or {})
+
+
 def trained(config: Config, models: Models, device: torch.device, shown: Monitor, batch: Batch):
     """Steps 1 to 7 but for DeepSpeed: losses and gradients by name."""
     losses, t = micro_batch(models.trainable, config, models, batch, device)
     losses.mean().backward()
-    shown.micro_batch(losses, t, batch, 0, 0)
+    shown._count(MicroBatch(batch.keys, batch.bucket, batch.replaced, losses.detach(), t), 0, 0)
     gradients = {name: p.grad for name, p in models.trainable.named_parameters() if p.grad is not None}
     models.trainable.zero_grad(set_to_none=True)
     return losses.detach(), gradients
@@ -207,8 +213,8 @@ def test_an_update_waits_four_times_at_most(tmp_path):
             norms = engine.grad_norms()
             engine.step()
             gpu.everything = False
-            shown.micro_batch(gpu.on_gpu(losses), gpu.on_gpu(t), a_batch(), 0, update)
-            shown.update(update + 1, 0.1, engine.grad_norm(), guard.dropped)
+            micro = MicroBatch(["first", "second"], BUCKET, [], gpu.on_gpu(losses.detach()), gpu.on_gpu(t))
+            shown.update(result_of([micro], engine.grad_norm(), norms), 0, update + 1, guard.dropped)
             distributed.any_over_ranks(False, shown.world)
     assert guard.dropped == 0 and len(guard.norms) == 2
     parts = [norms[name] for name in ("flux", "connector", "vlm")]
@@ -231,17 +237,17 @@ def test_replaced_samples_are_gathered_only_where_there_are_any(tmp_path, monkey
     config, told = configured(tmp_path), []
     monkeypatch.setattr(monitor, "gathered", lambda value, world: told.append(value) or [value])
     shown = Monitor(config, World(0, 1, torch.device("cpu")), torch.nn.Linear(1, 1), 0, Events(tmp_path, enabled=False))
-    shown.update(1, 0.1, 1.0, 0)
+    shown.update(result_of(), 0, 1, 0)
     assert told == [] and shown.replaced == 0
     shown.replacements = [(2, "one"), (2, "another")]
-    shown.update(2, 0.1, 1.0, 0)
+    shown.update(result_of(), 0, 2, 0)
     assert told == [[(2, "one"), (2, "another")]] and shown.replaced == 2 and shown.replacements == []
 
 
 def test_noise_is_what_it_was_and_a_function_of_the_sample():
     """Each sample's t, then its noise, from one generator; bit for bit, so that runs resume."""
     config, latents, seen = Flow(), torch.empty(3, 8, 4, 6), Counter()
-    t, n = noise.draw_time_and_noise(config, 5, 7, ["a", "b", "a"], seen, latents)
+    t, n = objective.draw_time_and_noise(config, 5, 7, ["a", "b", "a"], seen, latents)
     z = []
     for i, (key, time) in enumerate([("a", 0), ("b", 0), ("a", 1)]):
         generator = generator_for(5, "noise", 7, key, time)

@@ -16,9 +16,9 @@ import torch
 from megaflux.common.errors import UserError
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
-from megaflux.training import setup
+from megaflux.training import run_folder
 from megaflux.training.checkpoint import space
-from megaflux.training.checkpoint import state as checkpoint
+from megaflux.training.checkpoint.retention import most_at_once
 from megaflux.training.distributed import World
 from megaflux.training.survival.watch import ASKING, HEARD, Watch
 from tests.training.runs import ROOT, small_config
@@ -267,18 +267,18 @@ def config_for(run):
 def test_a_run_folder_is_held_by_one_run(tmp_path, monkeypatch):
     config = config_for(tmp_path)
     code = (
-        "import sys, time; from types import SimpleNamespace as N; from megaflux.training import setup; "
+        "import sys, time; from types import SimpleNamespace as N; from megaflux.training import run_folder; "
         "from megaflux.training.distributed import World; "
-        "setup.lock_run_folder(N(run=N(dir=sys.argv[1])), World(0, 1, None)); print('held', flush=True); time.sleep(1000)"
+        "run_folder.lock_run_folder(N(run=N(dir=sys.argv[1])), World(0, 1, None)); print('held', flush=True); time.sleep(1000)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, config.run.dir], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
-    monkeypatch.setattr(setup, "LOCK_PATIENCE", 0.5)
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE", 0.5)
     with pytest.raises(UserError, match=rf"is in use by process {other.pid} on .*; stop that run"):
-        setup.lock_run_folder(config, ALONE)
+        run_folder.lock_run_folder(config, ALONE)
     other.kill()  # -9: the lock goes with it
     other.communicate()
-    setup.lock_run_folder(config, ALONE)
+    run_folder.lock_run_folder(config, ALONE)
 
 
 @pytest.mark.parametrize(
@@ -315,10 +315,10 @@ def test_no_room_is_asked_for_checkpoints_that_never_come(tmp_path):
     values = merge(tiny(), values)
     config = build_config(values)
     # Due are 8, 16 and 20, and a signal may ask for one more; kept are two, the one being written, and the last for good.
-    assert [checkpoint.most_at_once(config, update) for update in (0, 8, 15, 16, 20)] == [4, 3, 3, 2, 1]
+    assert [most_at_once(config, update) for update in (0, 8, 15, 16, 20)] == [4, 3, 3, 2, 1]
     values["train"]["keep_checkpoints"] = 9
-    assert checkpoint.most_at_once(build_config(values), 0) == 4
+    assert most_at_once(build_config(values), 0) == 4
     values["train"]["stop_after"] = 5
-    assert checkpoint.most_at_once(build_config(values), 0) == 5
+    assert most_at_once(build_config(values), 0) == 5
     values["train"] |= {"updates": 2000, "keep_checkpoints": 2, "stop_after": 0}
-    assert checkpoint.most_at_once(build_config(values), 0) == 4  # a long run: as it has always been
+    assert most_at_once(build_config(values), 0) == 4  # a long run: as it has always been

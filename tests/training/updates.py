@@ -9,7 +9,7 @@ from megaflux.config.parse import Config
 from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import Models
 from megaflux.training.engine import StageEngine
-from megaflux.training.validation import denoising_loss
+from megaflux.training.objective import Denoising, denoising_loss
 
 
 def wake(models: Models, generator: torch.Generator) -> None:
@@ -24,4 +24,5 @@ def drawn_losses(engine: StageEngine, config: Config, models: Models, generator:
     condition = models.trunk.encode(torch.randint(0, 256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8))
     latents, noise = torch.randn(2, 2, 8, 8, 8, generator=generator)
     t = torch.tensor([0.3, 0.8])
-    return denoising_loss(engine, config, models, Bucket("1:1", 64, 64), latents, noise, condition, t)
+    given = Denoising(Bucket("1:1", 64, 64), latents, condition, t, noise)
+    return denoising_loss(engine, config, models, given)

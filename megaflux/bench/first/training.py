@@ -25,9 +25,8 @@ from megaflux.bench.random_models import random_models
 from megaflux.common.paths import path_option
 from megaflux.config.parse import build_config, load_yaml
 from megaflux.data.batches import Batch
-from megaflux.training import loop, noise, validation
+from megaflux.training import loop, objective, session, upkeep
 from megaflux.training.checkpoint import manifest
-from megaflux.training.checkpoint import state as checkpoint
 from megaflux.training.ds_config import load_ds_config, with_defaults
 from megaflux.training.engine import StageEngine
 from megaflux.training.monitor import Monitor
@@ -73,21 +72,20 @@ def watched(seen: Seen) -> Iterator[None]:
         timed = functools.partial(_timed, seen._update)
         wrap(loop, "pieces", lambda pieces: lambda *given: _timed_iterator(pieces(*given), seen))
         wrap(Batch, "to", timed("1 batch"))
-        wrap(loop, "_latents", timed("2 latents"))
-        wrap(loop, "_condition", timed("3 condition"))
-        wrap(noise, "draw_time_and_noise", timed("4 time and noise"))
+        wrap(objective, "encode_latents", timed("2 latents"))
+        wrap(objective, "encode_condition", timed("3 condition"))
+        wrap(objective, "draw_time_and_noise", timed("4 time and noise"))
         # validation calls it as well, with a module instead of an engine
-        wrap(validation, "denoising_loss", timed("5 forward", only=lambda given: isinstance(given[0], StageEngine)))
+        wrap(objective, "denoising_loss", timed("5 forward", only=lambda given: isinstance(given[0], StageEngine)))
         wrap(StageEngine, "backward", timed("6 backward"))
         wrap(StageEngine, "step", timed("7 optimizer"))
-        wrap(Monitor, "micro_batch", timed("8 monitor"))
         wrap(Monitor, "update", lambda update: _then(timed("8 monitor")(update), lambda _: _close_update(seen)))
 
         wrap(manifest, "sync", _timed(seen._save, "sync"))
         wrap(manifest, "inventory", _timed(seen._save, "hash"))
         wrap(
-            checkpoint,
-            "save",
+            upkeep,
+            "write_checkpoint",
             lambda save: _then(_timed(seen._save, "save")(save), lambda path: _close_save(seen, path)),
         )
 
@@ -199,10 +197,10 @@ def main() -> int:
     ds_config = with_defaults(load_ds_config(DS_CONFIG), None)
     watch = Watch(config.train.hang_timeout, config.train.leave_within)
     if args.seen is None:
-        return loop.train(config, ds_config, watch, load=random_models)
+        return session.train(config, ds_config, watch, load=random_models)
     seen = Seen()
     with watched(seen):
-        code = loop.train(config, ds_config, watch, load=random_models)
+        code = session.train(config, ds_config, watch, load=random_models)
     Path(args.seen).write_text(json.dumps(seen.as_json()))
     return code
 

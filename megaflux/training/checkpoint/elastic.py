@@ -23,7 +23,7 @@ def fit(config: Config, resumed: Checkpoint | None, world_size: int) -> Config:
 
     UserError: ranks that cannot share evenly what the run draws at a time. The same on all ranks."""
     train = config.for_world(world_size).train
-    together = global_micro_batch(resumed.data) if resumed else train.drawn_per_rank * world_size
+    together = global_micro_batch(resumed.progress.data) if resumed else train.drawn_per_rank * world_size
     if together % world_size:
         raise UserError(
             f"run.dir: this run draws {together} pictures at a time, which {world_size} ranks cannot share evenly; "

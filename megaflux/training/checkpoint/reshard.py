@@ -4,7 +4,7 @@ Each rank's file holds, per parameter group, a slice of the flattened fp32 maste
 which parameters lie where in it (`param_slice_mappings`). A parameter cut by a boundary is in two files. Files are
 mapped, not read: a rank touches each parameter once, and the machine's page cache serves all its ranks.
 
-Loaded without `weights_only`, as DeepSpeed writes its own classes into them; `checkpoint.resolve` has held every file
+Loaded without `weights_only`, as DeepSpeed writes its own classes into them; `resume.resolve` has held every file
 against the manifest's SHA-256 before.
 """
 

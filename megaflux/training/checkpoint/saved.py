@@ -166,7 +166,7 @@ def describe(run_dir: str, kept: dict[str, Any]) -> str:
 
 
 def changed(identity: dict[str, Any], format: int, now: dict[str, Any]) -> list[str]:
-    """The keys of a run's identity (`checkpoint.identity`) in which the manifest of another format differs from `now`."""
+    """The keys of a run's identity (`resume.identity`) in which the manifest of another format differs from `now`."""
     nested = literal(filled(_nested(identity), format), PATHS)
     return [key for key, value in now.items() if _at(nested, key) != value]
 

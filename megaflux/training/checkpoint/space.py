@@ -30,7 +30,7 @@ def checkpoint_bytes(training: int, weights: int, item: int) -> int:
 def check(config: Config, engine: StageEngine, weights: int, world: World, at_once: int | None) -> None:
     """UserError, alike on all ranks, where the disk of run.dir has no room or no inodes for the checkpoints to come.
 
-    at_once: how many will ever be there at the same time, if they stay this stage's size (`checkpoint.most_at_once`); those
+    at_once: how many will ever be there at the same time, if they stay this stage's size (`retention.most_at_once`); those
     that are there count. None: one more than are there. Collective."""
     problem = None
     if world.is_main:

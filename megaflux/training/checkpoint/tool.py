@@ -75,7 +75,7 @@ def verify(found: dict[int, Path]) -> int:
 def prune(run: str, keep: int | None, sure: bool) -> int:
     """Delete what the run's own configuration would; never the newest that is whole."""
     from megaflux.training.checkpoint import saved
-    from megaflux.training.checkpoint.state import milestones
+    from megaflux.training.checkpoint.retention import milestones
 
     config = saved.load(run)
     keep = config.train.keep_checkpoints if keep is None else keep

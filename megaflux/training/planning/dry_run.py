@@ -18,7 +18,7 @@ from megaflux.data.buckets import Bucket
 from megaflux.data.reading import shm_room
 from megaflux.models.pretrained import meta_models
 from megaflux.training.checkpoint import space
-from megaflux.training.checkpoint import state as checkpoint
+from megaflux.training.checkpoint.retention import most_at_once
 from megaflux.training.checkpoint.weights import count_trained
 from megaflux.training.ds_config import compute_dtype, uses_bf16, uses_kernels, zero_stage
 from megaflux.training.planning.cache_size import size_of_config
@@ -259,7 +259,7 @@ def _print_policies(config: Config, ds_config: dict[str, Any], chosen: Sequence[
 
 
 def _print_checkpoints(config: Config, sizes: Sequence[int], speed: float) -> None:
-    every, most = config.train.checkpoint_every, checkpoint.most_at_once(config, 0)
+    every, most = config.train.checkpoint_every, most_at_once(config, 0)
     between = _duration(every * config.train.global_batch_size / speed)
     shown = ", ".join(f"{size / GIGA:.3g} GB in {stage.name}" for stage, size in zip(config.stages, sizes, strict=True))
     print(

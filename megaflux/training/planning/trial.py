@@ -12,9 +12,10 @@ from megaflux.data.buckets import Bucket
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models
 from megaflux.models.vlm import Condition
-from megaflux.training import validation
+from megaflux.training import objective
 from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine
+from megaflux.training.objective import Denoising
 from megaflux.training.planning import memory
 from megaflux.training.planning.cache_size import cached_shapes
 
@@ -49,9 +50,8 @@ def forward_and_backward(config: Config, models: Models, bucket: Bucket) -> None
     batch, device = config.train.micro_batch_size, models.trunk.device
     latents, condition = _blank(config, models, bucket, batch, device)
     t = torch.linspace(0.1, 0.9, batch, device=device)
-    losses = validation.denoising_loss(
-        models.trainable.forward, config, models, bucket, latents, torch.zeros_like(latents), condition, t
-    )
+    given = Denoising(bucket, latents, condition, t, torch.zeros_like(latents))
+    losses = objective.denoising_loss(models.trainable.forward, config, models, given)
     trained = [parameter for parameter in models.trainable.parameters() if parameter.requires_grad]
     torch.autograd.grad(losses.mean(), trained, allow_unused=True)
 

@@ -1,4 +1,4 @@
-"""Before the first update: the run's folder and the data it trains on."""
+"""The run's folder: held by one run at a time, with the configuration that it began with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO, Any
 from megaflux.common.errors import UserError
 from megaflux.config.parse import Config
 from megaflux.training.checkpoint.manifest import write_durably
-from megaflux.training.distributed import World, from_main, work_while_others_wait
+from megaflux.training.distributed import World, from_main
 
 log = logging.getLogger("megaflux")
 LOCK_PATIENCE = 20.0  # s for a run that is about to leave
@@ -62,7 +62,7 @@ def _lock(file: Path) -> str | None:
     return None
 
 
-def prepare_run_folder(config: Config, ds_config: dict[str, Any], world: World) -> None:
+def write_configuration(config: Config, ds_config: dict[str, Any], world: World) -> None:
     """Save the resolved configuration in the run's folder. UserError, alike on all ranks, where it cannot be written."""
     root, problem = Path(config.run.dir), None
     if world.is_main:
@@ -75,40 +75,3 @@ def prepare_run_folder(config: Config, ds_config: dict[str, Any], world: World) 
     problem = from_main(problem, world)
     if problem:
         raise UserError(problem, agreed=True)
-
-
-def prepare_data(config: Config, world: World) -> None:
-    """Have `data.path` ready on every rank: made from `data.source` if it is not there yet, or, with `data.remote`,
-    its description and the held-out pictures fetched. UserError, alike on all ranks, if that fails or does not fit.
-    Collective."""
-    from megaflux.data.prepare import OPENMOJI_DEFAULTS, Options, prepare
-    from megaflux.data.storage import remote
-    from megaflux.data.storage.dataset import read_dataset_info
-    from megaflux.data.writing.merge import TooManyBad
-
-    data = config.data
-
-    def fetch() -> None:
-        remote.fetch_split(data.remote, Path(data.path), "held_out")
-
-    def make() -> None:
-        log.info("preparing %s from %s", data.path, data.source)
-        defaults = OPENMOJI_DEFAULTS if data.source == "openmoji" else {}
-        sizes = {"longest_side": data.longest_side, "aspect_ratios": data.aspect_ratios}
-        try:
-            prepare(data.source, data.path, Options(**(defaults | sizes)))
-        except TooManyBad as error:
-            raise UserError(f"data.source: {error}") from None
-
-    work = None
-    if data.remote:
-        work = fetch if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
-    elif data.source and world.is_main and not (Path(data.path) / "dataset.json").exists():
-        work = make
-    work_while_others_wait(work, world)
-    info = read_dataset_info(data.path)
-    if info.longest_side != data.longest_side:
-        raise UserError(
-            f"data.longest_side: {data.longest_side}, but {data.path} was prepared with {info.longest_side}; "
-            "use that or prepare the data again"
-        )

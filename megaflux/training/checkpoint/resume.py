@@ -1,0 +1,145 @@
+"""Resuming: which checkpoint a run continues from, whether it belongs to this run, and loading it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaflux.common.errors import UserError
+from megaflux.config.parse import Config
+from megaflux.models.loading_errors import named
+from megaflux.models.sources import HUB
+from megaflux.training import distributed
+from megaflux.training.checkpoint import manifest, reshard, saved
+from megaflux.training.checkpoint.state import Checkpoint
+from megaflux.training.distributed import World
+from megaflux.training.ds_config import sharding
+from megaflux.training.engine import StageEngine
+
+log = logging.getLogger("megaflux")
+WAYS_OUT = (
+    "Three ways out: restore the named file from a copy and start again; or start a new run with another --run.dir; "
+    "or move {root} away, which discards what it holds, and start a new run here"
+)
+
+
+def resolve(config: Config, ds_config: dict[str, Any], world: World, sound: bool = False) -> Checkpoint | None:
+    """The newest complete checkpoint of the run's folder; None if there is no trace of any. Collective: rank 0 looks, and
+    all ranks return or raise the same.
+
+    Damaged newer ones are skipped with a warning. UserError if there are checkpoints and none can be used, or if they are
+    another run's: a run never starts over silently.
+
+    sound: also skip those saved between dropped updates, since returning to one of them would change nothing.
+    """
+    found: Checkpoint | str | None = None
+    if world.is_main:
+        try:
+            found = _resolve(config, ds_config, world.size, sound)
+        except UserError as error:
+            found = str(error)
+        except OSError as error:
+            found = (
+                f"{error.filename or config.run.dir}: {error.strerror}; run.dir must be a folder that can be written"
+            )
+    found = distributed.from_main(found, world)
+    if isinstance(found, str):
+        raise UserError(found, agreed=True)
+    return found
+
+
+def _resolve(config: Config, ds_config: dict[str, Any], world_size: int, sound: bool = False) -> Checkpoint | None:
+    root = manifest.folder(config.run.dir)
+    if config.run.resume == "never" and manifest.listed(config.run.dir):
+        raise UserError(f"run.dir: {config.run.dir} holds checkpoints and run.resume is never; give another --run.dir")
+    manifest.recover(config.run.dir, log.warning)
+    found = list(manifest.listed(config.run.dir).values())
+    if not found:
+        aside = sorted(path.name for path in root.glob("update-*")) if root.is_dir() else []
+        if aside:
+            raise UserError(
+                f"{root}: holds no checkpoint under its own name, only {', '.join(aside[:3])}. "
+                + WAYS_OUT.format(root=root)
+            )
+        if config.run.resume == "must":
+            raise UserError(f"run.dir: {config.run.dir} holds no checkpoint and run.resume is must")
+        return None
+    refused: list[str] = []
+    for path in reversed(found):
+        try:
+            content = manifest.verify(path)
+        except manifest.NewerFormat:
+            raise
+        except UserError as error:
+            refused.append(str(error))
+            continue
+        if sound and content.get("guard", {}).get("in_a_row"):
+            continue
+        _check_same_run(path, content, config, ds_config, world_size)
+        for line in refused:
+            log.warning("%s; resuming from %s, the newest complete checkpoint", line, path.name)
+        return Checkpoint(path, content, refused)
+    if sound and not refused:
+        return None
+    raise UserError(
+        f"{refused[0]}; and none of the {len(found)} checkpoints is complete. " + WAYS_OUT.format(root=root)
+    )
+
+
+def _check_same_run(
+    path: Path, content: dict[str, Any], config: Config, ds_config: dict[str, Any], world_size: int
+) -> None:
+    """UserError if a complete checkpoint belongs to another run."""
+    if "parameter_order" not in content["deepspeed"]:
+        raise UserError(
+            f"{path}: an earlier megaflux began this run, and its optimizer shards have another order; "
+            "finish the run with that version, or give another --run.dir"
+        )
+    if saved.changed({"deepspeed": content["deepspeed"]}, content["format"], {"deepspeed": sharding(ds_config)}):
+        raise UserError(
+            f"--deepspeed: {path} was saved with {content['deepspeed']}, this file says "
+            f"{sharding(ds_config)}; give the one the run began with"
+        )
+    if content["world_size"] != world_size and content["deepspeed"]["zero_stage"] != 2:
+        raise UserError(
+            f"{path}: saved by {content['world_size']} ranks, this run has {world_size}, and ZeRO-3's shards "
+            f"cannot be resharded; start it with {content['world_size']}"
+        )
+    changed = saved.changed(content["identity"], content["format"], identity(config))
+    if changed:
+        raise UserError(
+            f"run.dir: {config.run.dir} holds a run with other {', '.join(changed)}; restore the old values "
+            f"(they are in {config.run.dir}/config.yaml) or give another --run.dir"
+        )
+
+
+def load_training_state(checkpoint: Checkpoint, engine: StageEngine, world: World) -> None:
+    """Load optimizer and random state into an engine of the same stage. Collective."""
+    saved_by, name = checkpoint.world_size, checkpoint.path.name
+    if saved_by != world.size:  # resharded by name; the random state of other ranks is of no use here
+        engine.take_over(reshard.read(checkpoint.path / "deepspeed", saved_by, engine.shapes()))
+        log.info("%s was saved by %d ranks; its optimizer state is resharded for %d", name, saved_by, world.size)
+        return
+    path, _ = engine.deepspeed.load_checkpoint(
+        str(checkpoint.path), tag="deepspeed", load_module_strict=False, load_lr_scheduler_states=False
+    )
+    if path is None:  # DeepSpeed found nothing to load
+        raise UserError(f"{checkpoint.path}/deepspeed: cannot be loaded; move {name} away")
+    file = checkpoint.path / f"rng-rank{world.rank:04d}.pt"
+    with named(str(file)):
+        distributed.set_rng_state(torch.load(file, weights_only=True))
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Settings that must be equal to resume a run from a checkpoint, as plain data."""
+    values = config.model_dump(mode="json")
+    same_result = ("activation_checkpointing", "kernels")  # change only the rounding, so they may change
+    kept = {f"model.{key}": value for key, value in values["model"].items() if key not in same_result}
+    for name in ("model.flux", "model.vlm", "model.vae"):  # `hub:` says where the weights are, not what they are
+        kept[name] = kept[name] and kept[name].removeprefix(HUB)
+    kept |= {f"data.{key}": values["data"][key] for key in ("longest_side", "aspect_ratios", "condition")}
+    kept |= {f"train.{key}": values["train"][key] for key in ("updates", "global_batch_size")}
+    return kept | {"stages": values["stages"], "run.seed": values["run"]["seed"], "flow": values["flow"]}

@@ -1,0 +1,111 @@
+"""The objective: flow matching on latents, conditioned by Qwen2-VL, and all that an update draws at random for it.
+
+    x_t = (1 - t) latents + t noise     the model's input; t = 0 is data, t = 1 is noise
+    loss = mean((velocity(x_t, t, condition) - (noise - latents))^2)     per sample
+
+What is drawn (t, noise, the kind of condition) is a function of the run's seed, the update and the sample's key.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megaflux import flow
+from megaflux.common.transfer import pins, to_device
+from megaflux.config.parse import ConditionModes, Config, Flow
+from megaflux.data.batches import Batch
+from megaflux.data.buckets import Bucket
+from megaflux.models import latents as latent_ops
+from megaflux.models.latents import PACK
+from megaflux.models.pretrained import Models
+from megaflux.models.vlm import Condition, Mode
+from megaflux.training.distributed import generator_for
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """What the model has to denoise: B samples of one bucket, each with a time, noise and a condition."""
+
+    bucket: Bucket
+    latents: Tensor
+    """(B, C, h, w), unit variance."""
+    condition: Condition
+    t: Tensor
+    """(B,) in [0, 1]; 0 is data."""
+    noise: Tensor
+    """(B, C, h, w)."""
+
+
+def denoising_loss(model: Callable[..., Tensor], config: Config, models: Models, given: Denoising) -> Tensor:
+    """Mean squared velocity error per sample (B,), float32. model: Qwen2VLFlux, or the engine around it."""
+    # Rounded once, as the model's input.
+    x, n = latent_ops.pack(given.latents.float()), latent_ops.pack(given.noise.float())
+    B, dtype = x.shape[0], models.trainable.connector.weight.dtype
+    guidance = None
+    if models.trainable.transformer.config.guidance_embeds:
+        guidance = torch.full((B,), config.flow.guidance, device=x.device)
+    velocity = model(
+        given.condition,
+        flow.interpolate(x, n, given.t).to(dtype),
+        given.t,
+        latent_ops.image_ids(given.bucket.height, given.bucket.width, x.device),
+        models.pooled_projections.expand(B, -1),
+        guidance,
+    )
+    return flow.velocity_loss(velocity, flow.velocity_target(x, n))
+
+
+def encode_latents(config: Config, models: Models, batch: Batch, update: int) -> Tensor:
+    """Latents (B, C, h, w) of a batch: from the cache, or of its pixel values by the VAE."""
+    if batch.latents is not None:
+        return batch.latents
+    generators = None
+    if config.data.sample_posterior:
+        generators = [generator_for(config.run.seed, "posterior", update, key) for key in batch.keys]
+    return latent_ops.encode(models.vae, batch.pixel_values, generators)
+
+
+def encode_condition(config: Config, models: Models, batch: Batch, update: int, drawn: int) -> Condition:
+    """The frozen trunk's hidden states of a batch: from the cache, or of its pictures and captions by Qwen2-VL.
+
+    drawn: index, within the update, of the drawn batch that this micro-batch was cut from. The kind of condition (image,
+    image and text, text) is drawn once for each, alike on all ranks and however it is cut."""
+    if batch.hidden_states is not None:
+        return models.trunk.from_cache(batch.hidden_states, batch.bucket.height, batch.bucket.width)
+    mode = draw_mode(config.data.condition, config.run.seed, update, drawn)
+    return models.trunk.encode(batch.pixel_values, batch.captions, mode)
+
+
+def draw_time_and_noise(
+    config: Flow, seed: int, update: int, keys: list[str], seen: Counter[str], latents: Tensor
+) -> tuple[Tensor, Tensor]:
+    """t (B,) and noise like latents (B, C, h, w), float32 on latents' device, one generator per sample.
+
+    keys: the samples' names. seen: how often this rank has met each key in this update, counted on here, so that a
+    repeated one (a bucket smaller than a batch) gets other draws. The resolution shift goes by the image tokens, h w / 4.
+    Only the shape of latents is read, so the host draws while a GPU still computes them.
+    """
+    z = torch.empty(len(keys))
+    noise = torch.empty(len(keys), *latents.shape[1:], pin_memory=pins(latents.device))
+    for i, key in enumerate(keys):
+        generator = generator_for(seed, "noise", update, key, seen[key])
+        seen[key] += 1
+        z[i].normal_(generator=generator)
+        noise[i].normal_(generator=generator)
+    t = flow.time_from_normal(z, config.density, config.logit_mean, config.logit_std)
+    num_tokens = latents[0, 0].numel() // PACK**2
+    t = flow.shift_time(t, flow.shift_factor(config.shift, num_tokens))
+    return to_device(t, latents.device), noise.to(latents.device, non_blocking=True)
+
+
+def draw_mode(modes: ConditionModes, seed: int, update: int, drawn: int) -> Mode:
+    """The kind of condition of one global batch as it was drawn, alike on all ranks, so that no rank skips a parameter."""
+    u = torch.rand((), generator=generator_for(seed, "mode", update, drawn)).item()
+    if u < modes.image:
+        return "image"
+    return "image_text" if u < modes.image + modes.image_text else "text"

@@ -1,0 +1,50 @@
+"""The data that a run trains on: prepared from its source or fetched, if they are not there yet."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from megaflux.common.errors import UserError
+from megaflux.config.parse import Config
+from megaflux.training.distributed import World, work_while_others_wait
+
+log = logging.getLogger("megaflux")
+
+
+def prepare_data(config: Config, world: World) -> None:
+    """Have `data.path` ready on every rank: made from `data.source` if it is not there yet, or, with `data.remote`,
+    its description and the held-out pictures fetched. UserError, alike on all ranks, if that fails or does not fit.
+    Collective."""
+    from megaflux.data.prepare import OPENMOJI_DEFAULTS, Options, prepare
+    from megaflux.data.storage import remote
+    from megaflux.data.storage.dataset import read_dataset_info
+    from megaflux.data.writing.merge import TooManyBad
+
+    data = config.data
+
+    def fetch() -> None:
+        remote.fetch_split(data.remote, Path(data.path), "held_out")
+
+    def make() -> None:
+        log.info("preparing %s from %s", data.path, data.source)
+        defaults = OPENMOJI_DEFAULTS if data.source == "openmoji" else {}
+        sizes = {"longest_side": data.longest_side, "aspect_ratios": data.aspect_ratios}
+        try:
+            prepare(data.source, data.path, Options(**(defaults | sizes)))
+        except TooManyBad as error:
+            raise UserError(f"data.source: {error}") from None
+
+    work = None
+    if data.remote:
+        work = fetch if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
+    elif data.source and world.is_main and not (Path(data.path) / "dataset.json").exists():
+        work = make
+    work_while_others_wait(work, world)
+    info = read_dataset_info(data.path)
+    if info.longest_side != data.longest_side:
+        raise UserError(
+            f"data.longest_side: {data.longest_side}, but {data.path} was prepared with {info.longest_side}; "
+            "use that or prepare the data again"
+        )
