@@ -179,12 +179,12 @@ def test_losses_and_pictures_are_those_of_before_and_a_try_out_takes_what_the_ru
     stored = {
         name: torch.stack([row[name] for row in rows]) for name in ("latents", "hidden_states") if name in rows[0]
     }
-    pictures = [cache.to_tensor(row["image"]) for row in rows if "image" in row]
+    images = [cache.to_tensor(row["image"]) for row in rows if "image" in row]
     batch = SimpleNamespace(
         keys=[row["key"] for row in rows],
         captions=["", ""],
         bucket=bucket,
-        pixel_values=torch.stack(pictures) if pictures else None,
+        pixel_values=torch.stack(images) if images else None,
         latents=stored.get("latents"),
         hidden_states=stored.get("hidden_states"),
     )
