@@ -57,13 +57,3 @@ def time_from_normal(z: Tensor, density: Literal["logit_normal", "uniform"], mea
     if density == "logit_normal":
         return torch.sigmoid(mean + std * z)
     return 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-
-
-def euler_step(x: Tensor, velocity: Tensor, t: float, t_next: float) -> Tensor:
-    """One step of dx/dt = velocity from t to t_next (t_next < t when sampling)."""
-    return x + (t_next - t) * velocity
-
-
-def sampling_times(steps: int, factor: float = 1.0) -> Tensor:
-    """steps + 1 times from 1 down to 0, shifted: float64."""
-    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), factor)
