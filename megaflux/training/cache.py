@@ -1,8 +1,8 @@
-"""`--cache latents,trunk`: what the frozen networks say of each picture, computed once and trained from.
+"""`--cache latents,trunk`: precompute the frozen networks' outputs for each picture.
 
-Writes a derived dataset (same layout, other columns) beside the images, under a name that is a fingerprint of all it
-depends on: the images, the VAE's and the trunk's weights, sizes and dtype. A finished one is used as it is. One that is
-not: the ranks share the parts that are missing (megaflux.data.storage.parts).
+Writes a derived dataset (same layout, other columns) beside the images. Its name is a fingerprint of everything it depends
+on: the images, the VAE's and the trunk's weights, sizes and dtype. A complete cache is used as it is; of an incomplete one
+the ranks compute the missing parts (data/storage/parts.py).
 """
 
 from __future__ import annotations
@@ -39,20 +39,19 @@ from megaflux.training.survival.watch import leave
 
 log = logging.getLogger("megaflux")
 BATCH = 32
-SAY_EVERY = 60.0  # s between two lines of a log file
+SAY_EVERY = 60.0  # s between progress lines in a log file
 
 
 def cached_dataset(config: Config, models: Models, world: World) -> str:
-    """The folder to train from: `data.path` itself, or its cache, made now if need be. Collective.
+    """The folder to train from: `data.path` itself, or its cache, which is computed first if it is not complete.
+    Collective.
 
-    The ranks share the work, shard by shard of the images, and exchange a sign of life while it lasts. What is whole
-    stays when they are killed, and the next call computes the rest; other runs may compute the same cache at once.
-    Training from it draws the same samples in the same order as from `data.path` (build_loader's computed_from). Only
-    local shards can be cached.
+    The ranks share the work, shard by shard of the images, and exchange signs of life meanwhile. Complete parts survive a
+    kill, and the next call computes the rest; other runs may compute the same cache at the same time. Training from it
+    draws the same samples in the same order as from `data.path` (build_loader's computed_from). Only local shards can be
+    cached. The cache's size is logged, and room on the disk checked, before anything is computed.
 
-    What it will take is said, and the disk asked for room, before anything is computed.
-
-    Raises UserError, alike on all ranks: no room, an image shard or picture that is damaged, or a disk that refuses. A
+    Raises UserError, the same on all ranks: no room, a damaged image shard or picture, or a disk that cannot be written. A
     rank that computes nothing for `train.hang_timeout` seconds leaves with its stacks and exit code 11.
     """
     kinds = config.data.cache
@@ -87,7 +86,7 @@ def to_tensor(image: bytes) -> torch.Tensor:
 
 
 def _planned(root: Path, original: Path, info: DatasetInfo, size: CacheSize) -> tuple[list[Part], list[Part]] | None:
-    """(all parts of the cache, those that are missing, for which there is room); None: it is complete."""
+    """(all parts of the cache, the missing ones); None: it is complete. UserError if there is no room for the missing."""
     remove_leftovers(root)
     if (root / "dataset.json").exists():
         return None
@@ -99,10 +98,10 @@ def _planned(root: Path, original: Path, info: DatasetInfo, size: CacheSize) -> 
 
 
 def _compute(share: _Share, total: int, what: str, world: World) -> None:
-    """Every rank's share, to the last. Collective. Waiting takes as long as the slowest rank needs, which no barrier's
-    time limit allows for: the ranks exchange how far they are instead. The first UserError of one ends all."""
+    """Compute this rank's share and wait for the others'. Collective. The slowest rank may take longer than a barrier's time
+    limit, so the ranks exchange their progress instead. The first UserError of a rank is raised on all."""
     pool = ThreadPoolExecutor(1)
-    # A log file is spared the bar.
+    # No bar in a log file.
     quiet = not world.is_main or not sys.stderr.isatty()
     with tqdm(total=total, desc=what, unit="img", disable=quiet) as bar:
         work = pool.submit(share.compute)
@@ -122,12 +121,12 @@ def _wait(work: Future[None], share: _Share, what: str, bar: tqdm, world: World)
     while True:
         if share.done != last or work.done():
             last, moved = share.done, time.monotonic()
-        elif time.monotonic() - moved > patience:  # the ranks' signs of life come from this thread, not from what hangs
+        elif time.monotonic() - moved > patience:  # the thread that hangs cannot say so itself
             leave(f"{what}: no image in {patience:.0f} s (train.hang_timeout)", STUCK, stacks=True)
         finished, problem = work.done(), None
         if finished:
             try:
-                work.result()  # what else is raised here is a bug or no memory, and this rank's end ends the others' wait
+                work.result()  # other errors (a bug, out of memory) end this rank, and with it the others' wait
             except UserError as error:
                 problem = f"rank {world.rank}: {error}" if world.rank else str(error)
         done, ready, problems = zip(*gathered((share.done, finished, problem), world), strict=True)
@@ -144,7 +143,7 @@ def _wait(work: Future[None], share: _Share, what: str, bar: tqdm, world: World)
 
 
 class _Share:
-    """The parts that a rank computes. done: images so far; stop: set it to have the thread that computes leave soon."""
+    """The parts that a rank computes. done: images computed so far. stop: set it to end the computing thread soon."""
 
     def __init__(self, config: Config, models: Models, root: Path, parts: list[Part], device: torch.device):
         self.config, self.models, self.root, self.parts, self.device = config, models, root, parts, device
@@ -152,9 +151,9 @@ class _Share:
 
     @torch.no_grad()
     def compute(self) -> None:
-        """All of them, but for those that another process has made meanwhile. UserError as cached_dataset's."""
+        """Compute all parts except those that another process has completed meanwhile. UserError as in cached_dataset."""
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # a thread begins with the first
+            torch.cuda.set_device(self.device)  # a new thread starts with device 0
         if not self.parts:
             return
         try:
@@ -171,7 +170,7 @@ class _Share:
         samples = part.samples(Path(self.config.data.path))
         while rows := list(itertools.islice(samples, BATCH)):
             if self.stop.is_set():
-                raise UserError("another rank has failed")  # nobody reads it
+                raise UserError("another rank has failed")  # ends this thread; the other rank's error is shown
             yield from self._computed(part, rows)
             self.done += len(rows)
             writing.touch()
@@ -186,7 +185,7 @@ class _Share:
             columns["hidden_states"] = models.trunk.encode(pixel_values).hidden_states
         for i, row in enumerate(rows):
             kept = {"key": row["key"], "caption": row["caption"]}
-            if len(columns) < 2:  # one of the two is still computed live, from the picture
+            if len(columns) < 2:  # the other of the two is computed from the picture during training
                 kept["image"] = row["image"]
             yield kept | {name: values[i] for name, values in columns.items()}
 
@@ -196,7 +195,7 @@ class _Share:
             return decode_image(row, part.bucket)
         except MemoryError:
             raise
-        except Exception as error:  # Pillow's decoders raise what they meet
+        except Exception as error:  # Pillow's decoders raise exceptions of all kinds
             file = Path(self.config.data.path) / "train" / part.bucket.folder / stored_file(part.shard)["basename"]
             raise UserError(
                 f"{file}: the picture {row['key']!r} cannot be decoded ({' '.join(str(error).split())[:200]}), so there is "
@@ -208,7 +207,7 @@ T = TypeVar("T")
 
 
 def _on_main(do: Callable[[], T], root: Path, world: World) -> T:
-    """What rank 0 makes of it, on every rank: its value, or its UserError. Collective."""
+    """Call `do` on rank 0; all ranks return its value or raise its UserError. Collective."""
     value, problem = None, None
     if world.is_main:
         try:
@@ -226,7 +225,7 @@ def _on_main(do: Callable[[], T], root: Path, world: World) -> T:
 def _refused(root: Path, error: OSError) -> str:
     return (
         f"{error.filename or root}: cannot be written ({error.strerror or error}), so the cache is not complete; make room "
-        f"in {root}, or let it be written, and the same command goes on; or train with --data.cache none"
+        f"in {root}, or make it writable, and the same command resumes; or train with --data.cache none"
     )
 
 

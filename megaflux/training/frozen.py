@@ -1,7 +1,7 @@
-"""Where the frozen networks are while a run trains from a cache of their output (data.cache).
+"""Where the frozen networks are while a run trains from a cache of their outputs (data.cache).
 
-trunk: once the references and the cache are made nothing of it is needed but how tokens lie, so its weights (15.0 GB in
-`dev`) are given up. latents: the VAE waits in the host's memory (0.17 GB) and comes to the device for a panel.
+trunk: once references and cache are computed only its token layout is needed, so its weights (15.0 GB in `dev`) are
+discarded. latents: the VAE stays in the host's memory (0.17 GB) and moves to the device for panels.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ HOST = torch.device("cpu")
 
 
 def send_away(config: Config, models: Models) -> None:
-    """Take off the device what is cached. Call it when the cache is made and `validation.load_references` is done."""
+    """Free the device of networks whose outputs are cached. Call it after the cache is computed and
+    `validation.load_references` is done."""
     if "trunk" in config.data.cache:
         models.trunk.release()
-        log.info("data.cache holds trunk: the trunk's weights are given up")
+        log.info("data.cache holds trunk: the trunk's weights are discarded")
     if "latents" in config.data.cache:
         models.vae_visits = True
         models.vae.to(HOST)
@@ -35,8 +36,8 @@ def send_away(config: Config, models: Models) -> None:
 
 @contextmanager
 def vae_at_hand(models: Models) -> Iterator[None]:
-    """The VAE on the models' device inside, and back in the host's memory behind it where that is its place, whatever
-    is raised inside."""
+    """Have the VAE on the models' device inside; afterwards, also after an exception, it returns to the host's memory if
+    latents are cached."""
     try:
         if models.vae_visits:
             models.vae.to(models.pooled_projections.device)  # may run out of memory half way

@@ -1,7 +1,7 @@
-"""What a person sees of a run: TensorBoard and one progress bar. Rank 0 writes, all ranks are counted in.
+"""TensorBoard curves and the progress bar of a run. Rank 0 writes; the numbers are of all ranks.
 
-MFU = model FLOPs per second / peak. Model FLOPs: forward, backward through all of FLUX, weight gradients of what
-trains only, attention's backward twice its forward; recomputation is not counted (costs.py).
+MFU = model FLOPs per second / peak. Model FLOPs: forward, backward through all of FLUX, weight gradients of trainable
+parameters only, attention's backward twice its forward; recomputation is not counted (planning/costs.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Monitor:
         self.replaced, self.replacements, self.done = 0, [], start_update
         self.folder, self.warned = Path(config.run.dir), False
         folder = self.folder / "tensorboard"
-        # Points after the checkpoint that a run resumes from are made again: hide the old ones.
+        # Points after the checkpoint that the run resumes from will be written again: hide the old ones.
         self.writer = SummaryWriter(folder, purge_step=start_update + 1) if world.is_main else None
         if self.writer and start_update == 0:
             self.writer.add_text("config", f"```yaml\n{config.to_yaml()}```")
@@ -113,7 +113,7 @@ class Monitor:
         seconds = time.perf_counter() - self.since
         sums, replaced, allocators = self._sum_over_ranks()
         if replaced:
-            self._tell_replacements()
+            self._record_replacements()
         images = self.images * self.world.size
         mean = (sums[:, 0].sum() / sums[:, 1].sum()).item()
         scalars = {
@@ -137,7 +137,7 @@ class Monitor:
     def _sum_over_ranks(self) -> tuple[Tensor, int, list[dict[str, int]]]:
         """Over all ranks: losses by t (sum, count), how many samples were replaced, and every rank's `allocator_state`.
 
-        One tensor that is waited for: gathering objects waits a few times for each rank. Collective."""
+        All in one tensor, so that the GPU is waited for once; gathering objects waits several times per rank. Collective."""
         size, state = self.world.size, allocator_state(self.world)
         news = torch.zeros(1 + 2 * size, dtype=self.loss.dtype, device=self.loss.device)
         news[0].fill_(len(self.replacements))
@@ -150,8 +150,8 @@ class Monitor:
         ]
         return losses.view(self.loss.shape), int(replaced), states
 
-    def _tell_replacements(self) -> None:
-        """Every rank's, in the events and counted on all. Collective."""
+    def _record_replacements(self) -> None:
+        """Record the replaced samples of every rank as events, and count them on all ranks. Collective."""
         new = [one for of_rank in gathered(self.replacements, self.world) for one in of_rank]
         for update, line in new:
             self.events.record("fault", what="replaced_sample", update=update, detail=line)
@@ -181,7 +181,7 @@ class Monitor:
 
     @contextmanager
     def _never_fatal(self) -> Iterator[None]:
-        """A full disk costs curves and pictures, with one warning, and not the run."""
+        """A full disk loses curves and pictures, with one warning, but never stops training."""
         try:
             yield
         except OSError as error:
@@ -195,9 +195,9 @@ class Monitor:
         self.bar.set_postfix(self.shown, refresh=False)
 
     def close(self) -> None:
-        """Of a run that ends as agreed on. Collective."""
+        """Call where all ranks end the run together. Collective."""
         if self.images:  # of updates since the last point
-            self._tell_replacements()
+            self._record_replacements()
             self._record_progress(time.perf_counter() - self.since)
         self.bar.close()
         with self._never_fatal():
@@ -206,15 +206,15 @@ class Monitor:
 
 
 def peak_memory_gb(world: World) -> float:
-    """Most memory so far, GB: allocated on the GPU, or resident in this process on a CPU."""
+    """Peak memory so far, GB: allocated on the GPU, or on a CPU resident in this process."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def allocator_state(world: World) -> dict[str, int]:
-    """Of this rank's GPU: most bytes reserved so far, and how often torch had to give its cache back to find room (each
-    time all work on the GPU waits); empty on a CPU."""
+    """This rank's GPU: peak of reserved bytes, and how often torch had to empty its cache to find room (the GPU's work waits
+    each time); {} on a CPU."""
     if world.device.type != "cuda":
         return {}
     state = torch.cuda.memory_stats(world.device)
@@ -222,7 +222,7 @@ def allocator_state(world: World) -> dict[str, int]:
 
 
 def allocator_scalars(states: list[dict[str, int]]) -> dict[str, float]:
-    """Curves of all ranks' `allocator_state`: the highest peak in GB, and the retries of all together."""
+    """Curves of all ranks' `allocator_state`: the highest peak in GB, and the sum of retries."""
     if not all(states):
         return {}
     return {

@@ -1,4 +1,4 @@
-"""The data that a run trains on: prepared from its source or fetched, if they are not there yet."""
+"""The data that a run trains on: prepared from its source, or fetched, if not there yet."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ log = logging.getLogger("megaflux")
 
 
 def prepare_data(config: Config, world: World) -> None:
-    """Have `data.path` ready on every rank: made from `data.source` if it is not there yet, or, with `data.remote`,
-    its description and the held-out pictures fetched. UserError, alike on all ranks, if that fails or does not fit.
-    Collective."""
+    """Make `data.path` ready on every rank: prepare it from `data.source` if it does not exist, or, with `data.remote`, fetch
+    its description and the held-out pictures. UserError, the same on all ranks, if that fails or the data have another
+    size than configured. Collective."""
     from megaflux.data.prepare import OPENMOJI_DEFAULTS, Options, prepare
     from megaflux.data.storage import remote
     from megaflux.data.storage.dataset import read_dataset_info

@@ -1,4 +1,4 @@
-"""The run's folder: held by one run at a time, with the configuration that it began with."""
+"""The run's folder: locked by one run at a time, and holding its configuration."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from megaflux.training.checkpoint.manifest import write_durably
 from megaflux.training.distributed import World, from_main
 
 log = logging.getLogger("megaflux")
-LOCK_PATIENCE = 20.0  # s for a run that is about to leave
+LOCK_PATIENCE = 20.0  # s to wait for a run that is about to leave
 _held: list[IO[str]] = []
 
 
 def lock_run_folder(config: Config, world: World) -> None:
-    """Make the run's folder and hold it for this process and its life. UserError, alike on all ranks, where it cannot be
-    made, or another run has it: two would delete each other's half-written checkpoints."""
+    """Create the run's folder and lock it for the life of this process. UserError, the same on all ranks, if it cannot be
+    created or another run holds it: two runs would delete each other's unfinished checkpoints. Collective."""
     root, problem = Path(config.run.dir), None
     if world.is_main:
         try:
@@ -38,9 +38,9 @@ def lock_run_folder(config: Config, world: World) -> None:
 
 
 def _lock(file: Path) -> str | None:
-    """None: held from now on, by a lock that ends with the process; or who has it."""
+    """Take a lock that ends with this process. Returns None, or the problem: who holds it."""
     stream = file.open("a+")
-    _held.append(stream)  # closing it would give the lock up
+    _held.append(stream)  # closing it would release the lock
     until = time.monotonic() + LOCK_PATIENCE
     while True:
         try:
@@ -49,13 +49,13 @@ def _lock(file: Path) -> str | None:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 log.warning(
-                    "%s: no locks on this storage (%s); see to it that only one run writes there", file, error.strerror
+                    "%s: this storage has no locks (%s); make sure that only one run writes there", file, error.strerror
                 )
                 return None
         if time.monotonic() > until:
             stream.seek(0)
             return f"run.dir: {file.parent} is in use by {stream.read().strip() or 'another process'}; stop that run, or give another --run.dir"
-        time.sleep(0.2)  # it may be about to leave
+        time.sleep(0.2)
     stream.truncate(0)
     stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     stream.flush()
@@ -63,7 +63,8 @@ def _lock(file: Path) -> str | None:
 
 
 def write_configuration(config: Config, ds_config: dict[str, Any], world: World) -> None:
-    """Save the resolved configuration in the run's folder. UserError, alike on all ranks, where it cannot be written."""
+    """Save the resolved configuration in the run's folder. UserError, the same on all ranks, if it cannot be written.
+    Collective."""
     root, problem = Path(config.run.dir), None
     if world.is_main:
         try:
