@@ -278,7 +278,7 @@ def test_a_run_goes_on_without_its_cache_and_with_one_made_anew(data, tmp_path):
             r"caching latents and trunk: bfloat16, 0\.0\d+ MB a picture, \d+ pictures, .* 3,000,000 pictures would take"
         )
         assert len(re.findall(told, done.stderr)) == (stop != 4)
-        for gone in ("the trunk's weights are given up", "the VAE is on the device for panels only"):
+        for gone in ("the trunk's weights are discarded", "the VAE is on the device for panels only"):
             assert (gone in done.stderr) == (stop != 4)
         manifest = json.loads((newest(tmp_path / "run") / "manifest.json").read_text())
         assert (manifest["update"], manifest["data"]["batches"]) == (stop, 2 * stop)
