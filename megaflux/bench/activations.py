@@ -25,7 +25,15 @@ from megaflux.common import compat  # noqa: F401  (before diffusers)
 # isort: split
 from diffusers import FluxTransformer2DModel
 
-from megaflux.models.flux import all_blocks, even_attention_gradients, fuse, is_fused, pack_projections, unfuse
+from megaflux.models.flux import (
+    all_blocks,
+    contiguous_attention_gradients,
+    fuse,
+    fused_state,
+    is_fused,
+    pack_projections,
+    unfuse,
+)
 
 ARMS: dict[str, tuple[str | None, bool]] = {
     "diffusers-eager": (None, False),
@@ -72,13 +80,20 @@ def in_dtype(dtype: torch.dtype, make: Callable[[], Any]) -> Any:
 def set_arm(transformer: FluxTransformer2DModel, arm: str) -> None:
     """Give a transformer the path of an arm."""
     policy, checkpointing = ARMS[arm]
-    even_attention_gradients(transformer)  # without it no arm's backward pass is right on a Hopper GPU
+    contiguous_attention_gradients(transformer)  # without it no arm's backward pass is right on a Hopper GPU
     if policy is None:
         unfuse(transformer)
     else:
         fuse(transformer, policy)
     (transformer.enable_gradient_checkpointing if checkpointing else transformer.disable_gradient_checkpointing)()
     transformer.train()
+
+
+def assume_even_norms(transformer: nn.Module) -> None:
+    """Count a fused transformer's norm weights as far from 0, the usual case: fake ones have no values to check."""
+    if is_fused(transformer):
+        state = fused_state(transformer)
+        state.keep_input, state.forwards = [False] * len(state.policies), 1
 
 
 def freeze(transformer: FluxTransformer2DModel, trainable: set[str]) -> None:
@@ -163,8 +178,7 @@ def count(
         transformer = build(flux_config, dtype)
         freeze(transformer, trainable)
         set_arm(transformer, arm)
-        if ARMS[arm][0] is not None:  # fake norm weights have no values to look at: they count as the usual, far from 0
-            transformer.fused.keep_input, transformer.fused.forwards = [False] * len(transformer.fused.policies), 1
+        assume_even_norms(transformer)
         given = inputs(transformer.config, batch, image_tokens, text_tokens, dtype)
         with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) if backward else nullcontext() as counter:
             saved, output = saved_bytes(

@@ -146,7 +146,7 @@ def attention_inputs(
     """q, k, v and the output's gradient, (B, H, S, D) of normal numbers, laid out as in the fused blocks of FLUX.
 
     All four are views of (B, S, H, D) memory: q, k and v since qk_norm_rope writes them so, on its Triton path each
-    into memory of its own; the gradient since `even_gradient` makes it contiguous as (B, S, W).
+    into memory of its own; the gradient since `contiguous_gradient` makes it contiguous as (B, S, W).
     """
     shape = (sizes.batch, image_tokens + sizes.text, sizes.heads, sizes.head_dim)
     q, k, v, dout = (torch.randn(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(4))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megaflux.bench.activations import in_dtype, rms_norm_of_gpus
+from megaflux.bench.activations import assume_even_norms, in_dtype, rms_norm_of_gpus
 from megaflux.bench.live_memory import LiveMemory
 from megaflux.config.parse import Config, Stage
 from megaflux.data.buckets import Bucket
@@ -59,8 +59,7 @@ def update_peak(
         _fill(module, stage, dtype)
         module.train()
         module.configure(fused, policies if fused else policies[0])
-        if fused:  # fake norm weights have no values to look at: they count as the usual, far from 0
-            module.transformer.fused.keep_input, module.transformer.fused.forwards = [False] * len(policies), 1
+        assume_even_norms(module.transformer)
         channels = module.transformer.config.in_channels // 4
         pooled = torch.empty(1, module.transformer.config.pooled_projection_dim, dtype=dtype)
         models = SimpleNamespace(trainable=module, pooled_projections=pooled)

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from megaflux.common.errors import UserError, is_out_of_memory
-from megaflux.models.sources import is_pointer
+from megaflux.models.safetensors_files import is_pointer
 
 
 class named:

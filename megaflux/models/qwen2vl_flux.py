@@ -16,7 +16,7 @@ from megaflux.common import compat  # noqa: F401  (before diffusers)
 from diffusers import FluxTransformer2DModel
 
 from megaflux.models.connector import folded
-from megaflux.models.flux import Policy, even_attention_gradients, fuse, is_fused, unfuse
+from megaflux.models.flux import Policy, contiguous_attention_gradients, fuse, is_fused, unfuse
 from megaflux.models.latents import text_ids
 from megaflux.models.vlm import Condition, causal_mask, defer_norm
 from megaflux_kernels.dispatch import describe
@@ -36,7 +36,7 @@ class Qwen2VLFlux(nn.Module):
         self.connector = connector
         self.transformer = transformer
         if isinstance(transformer, FluxTransformer2DModel):
-            even_attention_gradients(transformer)
+            contiguous_attention_gradients(transformer)
 
     @property
     def fused(self) -> bool:

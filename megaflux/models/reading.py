@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from megaflux.common.errors import UserError
-from megaflux.models.sources import read_index
+from megaflux.models.safetensors_files import read_index
 
 WINDOW = 32 * 2**20
 """Bytes read before a file is opened anew: pages of a mapped file count as resident memory until it is closed."""

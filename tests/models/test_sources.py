@@ -20,7 +20,8 @@ from megaflux.generation.job import Runtime
 from megaflux.infer import make as infer
 from megaflux.infer import options as infer_options
 from megaflux.models import pretrained
-from megaflux.models.sources import FLUX, VLM, folder_problems, hub_name, model_problems, opened, problem, read_header
+from megaflux.models.safetensors_files import read_header
+from megaflux.models.sources import FLUX, VLM, folder_problems, hub_name, model_problems, opened, problem
 from megaflux.training.checkpoint import state as checkpoint
 from tests.conftest import small_values
 
