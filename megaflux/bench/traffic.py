@@ -116,10 +116,10 @@ def totals(states: Counter[Move]) -> dict[str, float]:
 
 
 def block_states(kind: str, trains: str, arm: str, given: moved_bytes.Sizes) -> Counter[Move]:
-    """Hidden states that each operation of one block moves, forward and backward, inside a stack of its like.
+    """Hidden states that each operation of one block moves, forward and backward, inside a stack of equal blocks.
 
-    kind: of KINDS; trains: of TRAINS, of all blocks of the stack; arm: of ARMS. ValueError for sizes whose shapes tell
-    nothing (`Sizes.check`).
+    kind: of KINDS; trains: of TRAINS, of all blocks of the stack; arm: of ARMS. ValueError for sizes at which shapes are
+    ambiguous (`Sizes.check`).
     """
     more, less = (_moved(blocks, kind, trains, arm, given) for blocks in (STACK + 1, STACK))
     unit = given.state * DTYPE.itemsize
@@ -149,7 +149,7 @@ def _moved(blocks: int, kind: str, trains: str, arm: str, given: moved_bytes.Siz
 
 
 def _lay_together(transformer: nn.Module, names: set[str]) -> None:
-    """What trains into one buffer in ZeRO's order, as training has it: q, k and v are one product there."""
+    """Move trainable parameters into one buffer in ZeRO's order, as training does: q, k and v are one product there."""
     parameters = dict(transformer.named_parameters())
     ordered = products_together([name for name in parameters if name in names])
     flat, start = torch.empty(sum(parameters[name].numel() for name in ordered), dtype=DTYPE), 0

@@ -226,8 +226,8 @@ class _NormAndRotate(torch.autograd.Function):
         out = ctx.handover.take_qkv_gradient()
         if all(dout is None for dout in douts):
             return (None,) * 9
-        *kept, qkv = ctx.saved_tensors
-        saved = Saved(*kept, qkv=qkv)
+        q, k, rstd, norm_q, norm_k, cos, sin, qkv = ctx.saved_tensors
+        saved = Saved(q, k, rstd, norm_q, norm_k, cos, sin, qkv=qkv)
         dq, dk, dv = (torch.zeros_like(saved.q) if dout is None else dout.transpose(1, 2) for dout in douts)
         need_norms = any(ctx.needs_input_grad[1:3])
         dqkv, _, dnorm_q, dnorm_k, *_ = qk_norm_rope.backward((dq, dk, dv), saved, need_norms, out)

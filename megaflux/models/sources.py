@@ -149,7 +149,7 @@ class _Faults:
             yield f"lacks {_listed(self.missing)}; give a complete folder"
         if self.pointers:
             yield (
-                f"holds git-lfs pointers in place of {_listed(self.pointers)}; fetch the files with `git lfs pull`"
+                f"holds git-lfs pointers in the place of {_listed(self.pointers)}; fetch the files with `git lfs pull`"
             )
         if self.damaged:
             yield f"holds damaged files: {_listed(self.damaged, '; ')}; fetch them again"

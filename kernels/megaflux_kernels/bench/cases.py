@@ -57,7 +57,8 @@ class Case:
     """Inputs whose gradients the backward computes while it is timed."""
     bytes: tuple[int, int] | None = None
     """Moved by forward, and by forward and backward; None: limited by matrix products."""
-    flops: tuple[int, int] | None = None
+    flops: tuple[int, int] = (0, 0)
+    """Of forward, and of forward and backward, where bytes are None."""
     others: dict[str, Callable] = field(default_factory=dict)
     """Further arms, by name."""
 

@@ -13,6 +13,9 @@ loses digits; with `keep_input` the packed q, k and v are kept instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -200,7 +203,7 @@ def forward(
     """(q, k, v, rstd), without autograd: q, k, v (B, S, H, D) contiguous; rstd (2, B, S, H), 1 / rms of q and of k,
     float32 (float64 for float64). Arguments and errors as in `qk_norm_rope`."""
     _check(image, rope, heads, text)
-    run = _triton_forward if use_triton(image.qkv) else _torch_forward
+    run: Callable = _triton_forward if use_triton(image.qkv) else _torch_forward
     return run(*_flat(image, rope, heads, text), eps, False)
 
 
@@ -266,7 +269,8 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, dq, dk, dv, drstd):
     if dq is None and dk is None and dv is None:
         return (None,) * 11
-    saved = Saved(*ctx.saved_tensors, text_tokens=ctx.text_tokens)
+    q, k, rstd, norm_q, norm_k, cos, sin, txt_norm_q, txt_norm_k, qkv, txt_qkv = ctx.saved_tensors
+    saved = Saved(q, k, rstd, norm_q, norm_k, cos, sin, txt_norm_q, txt_norm_k, qkv, txt_qkv, ctx.text_tokens)
     dq, dk, dv = (torch.zeros_like(saved.q) if d is None else d for d in (dq, dk, dv))
     need = ctx.needs_input_grad
     dqkv, dtxt_qkv, dnorm_q, dnorm_k, dtxt_norm_q, dtxt_norm_k = backward(
@@ -305,9 +309,9 @@ def qk_norm_rope(
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _flat(image: Stream, rope: tuple[Tensor, Tensor], heads: int, text: Stream | None) -> tuple:
+def _flat(image: Stream, rope: tuple[Tensor, Tensor], heads: int, text: Stream | None) -> list[Any]:
     """The first nine arguments of the operator."""
-    return (*image.rows(), *rope, heads, *((None, None, None) if text is None else text.rows()))
+    return [*image.rows(), *rope, heads, *((None, None, None) if text is None else text.rows())]
 
 
 def _check(image: Stream, rope: tuple[Tensor, Tensor], heads: int, text: Stream | None) -> None:

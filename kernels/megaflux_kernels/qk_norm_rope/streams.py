@@ -47,6 +47,15 @@ class Saved(NamedTuple):
 
     def rows(self) -> Saved:
         """The same with unit stride in the last dimension of what came from the caller."""
-        strided = ("norm_q", "norm_k", "txt_norm_q", "txt_norm_k", "qkv", "txt_qkv")
-        tensors = {name: getattr(self, name) for name in strided}
-        return self._replace(**{name: None if x is None else rows(x) for name, x in tensors.items()})
+
+        def optional(x: Tensor | None) -> Tensor | None:
+            return None if x is None else rows(x)
+
+        return self._replace(
+            norm_q=rows(self.norm_q),
+            norm_k=rows(self.norm_k),
+            txt_norm_q=optional(self.txt_norm_q),
+            txt_norm_k=optional(self.txt_norm_k),
+            qkv=optional(self.qkv),
+            txt_qkv=optional(self.txt_qkv),
+        )
