@@ -145,12 +145,13 @@ def to_release(source: Path, out: Path, flux: Path | None = None) -> None:
     import torch
 
     from megaflux.models import pretrained
+    from megaflux.models.strict import load_linear
 
     read_manifest(source)
     if flux is not None and not flux.is_dir():
         raise UserError(f"--flux {flux}: no such folder; files are copied from it, so a hub name will not do")
-    connector = pretrained.load_connector(source / CONNECTOR)
-    t5_embedder = pretrained.load_linear(source / T5_EMBEDDER) if (source / T5_EMBEDDER).is_file() else None
+    connector = load_linear(source / CONNECTOR)
+    t5_embedder = load_linear(source / T5_EMBEDDER) if (source / T5_EMBEDDER).is_file() else None
     copies = {source / ours: f"flux/{name}" for name, ours in FLUX_PARTS.items()}
     for parts, needed in ((CLIP_PARTS, True), (T5_PARTS, False)):
         for name, ours in parts.items():

@@ -30,7 +30,7 @@ DTYPES = (*TRITON_DTYPES, torch.float64)
 
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
-_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton, too, looks when it is imported
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"  # which Triton reads at import too
 
 
 def triton_installed() -> bool:
@@ -43,7 +43,7 @@ def interpreting() -> bool:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether an op on x runs its Triton kernel. ValueError where it is forced and cannot."""
+    """Whether an op on x runs its Triton kernel. ValueError where MEGAFLUX_KERNELS=triton and it cannot."""
     if CHOICE == "torch":
         return False
     if CHOICE == "auto":
@@ -62,8 +62,8 @@ def use_triton(x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Inside, ops take the Triton path wherever their tensors are: for fake ones, whose kernels never run, so that what
-    is counted are a GPU's allocations and not those of the torch path."""
+    """Inside, ops take the Triton path on any device. For fake tensors, whose kernels never run: what is counted are
+    then a GPU's allocations, not those of the torch path."""
     global CHOICE, _INSTALLED, _INTERPRETING
     before = CHOICE, _INSTALLED, _INTERPRETING
     CHOICE, _INSTALLED, _INTERPRETING = "triton", True, True
@@ -74,14 +74,14 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def describe(device: torch.device | str) -> str:
-    """The path that ops on this device take, in a word for people: triton or torch."""
+    """The path that ops on this device take: "triton" or "torch"."""
     on_gpu = torch.device(device).type == "cuda" and triton_installed()
     return "triton" if CHOICE == "triton" or (CHOICE == "auto" and on_gpu) else "torch"
 
 
 def check(op: str, x: Tensor, *others: Tensor | None, dims: int | None = None) -> None:
-    """ValueError, saying what is supported, unless x is of a supported dtype, rank and layout, and the others are
-    of the same dtype and on the same device."""
+    """ValueError, saying what is supported, unless x has a supported dtype and `dims` dimensions (None: any), and the
+    others have its dtype and device."""
     if x.dtype not in DTYPES:
         supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise ValueError(f"{op}: {x.dtype} is not supported; use {supported} (float64 on the torch path only)")
@@ -94,27 +94,27 @@ def check(op: str, x: Tensor, *others: Tensor | None, dims: int | None = None) -
             )
 
 
-def torch_path(forward: Callable, setup: Callable, backward: Callable) -> Callable:
-    """The differentiable torch path of an op: forward(*inputs), with the setup_context and the backward that its Triton
-    path has. (autograd.Function's own setup_context costs 20 us a call on a CPU, more than a small op.)"""
+def torch_path(compute: Callable, setup: Callable, gradients: Callable) -> Callable:
+    """The differentiable torch path of an op: compute(*inputs), with the setup_context and the backward of its Triton
+    path. (autograd.Function's own setup_context costs 20 us a call on a CPU, more than a small op.)"""
 
     class TorchPath(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            output = forward(*inputs)
+            output = compute(*inputs)
             setup(ctx, inputs, output)
             return output
 
-    TorchPath.backward = staticmethod(backward)
+        backward = staticmethod(gradients)
 
     def run(*inputs):
-        return TorchPath.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)
+        return TorchPath.apply(*inputs) if torch.is_grad_enabled() else compute(*inputs)
 
     return run
 
 
 def on_its_gpu(launch: Callable) -> Callable:
-    """Run a function that launches kernels on the GPU of its first tensor: Triton launches on the current one."""
+    """Make a function that launches kernels run on the GPU of its first tensor: Triton launches on the current GPU."""
 
     @functools.wraps(launch)
     def run(*args, **kwargs):
@@ -126,5 +126,5 @@ def on_its_gpu(launch: Callable) -> Callable:
 
 
 def rows(x: Tensor) -> Tensor:
-    """x as a kernel can read it: unit stride in the last dimension; copied only where it has another."""
+    """x with unit stride in its last dimension, as kernels read it; copied only where it has another."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -1,7 +1,7 @@
 """What autograd keeps of one forward pass of FLUX, by arm: bytes counted, not measured, so that no GPU is needed.
 
-Under FakeTensorMode nothing is allocated, so FLUX.1-dev's 57 blocks at 1024 px are counted on a laptop. Counted are
-unique storages that saved-tensor hooks see, and inputs of checkpointed blocks, weights left out. In policy `full` the
+Under FakeTensorMode nothing is allocated, so FLUX.1-dev's 57 blocks at 1024 px are counted on a laptop. Counted are the
+unique storages that saved-tensor hooks see and the inputs of checkpointed blocks, without weights. In policy `full` the
 block being recomputed comes on top while it runs; that is not counted here.
 """
 
@@ -23,18 +23,26 @@ from torch.utils.flop_counter import FlopCounterMode
 from megaflux.common import compat  # noqa: F401  (before diffusers)
 
 # isort: split
-from diffusers import FluxTransformer2DModel
+from diffusers.models import FluxTransformer2DModel
 
-from megaflux.models.flux import all_blocks, even_attention_gradients, fuse, is_fused, pack_projections, unfuse
+from megaflux.models.flux import (
+    all_blocks,
+    contiguous_attention_gradients,
+    fuse,
+    fused_state,
+    is_fused,
+    pack_projections,
+    unfuse,
+)
 
-ARMS: dict[str, tuple[str | None, bool]] = {
+ARMS: dict[str, tuple[Policy | None, bool]] = {
     "diffusers-eager": (None, False),
     "diffusers-eager-full": (None, True),
     "ours-none": ("none", False),
     "ours-mlp": ("mlp", False),
     "ours-full": ("full", False),
 }
-"""Arm -> (policy of fused FLUX, None for diffusers' own path; whether diffusers checkpoints)."""
+"""Arm -> (policy of fused FLUX, None: diffusers' own path; whether diffusers checkpoints)."""
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
@@ -60,7 +68,7 @@ def build(flux_config: dict[str, Any], dtype: torch.dtype) -> FluxTransformer2DM
 
 
 def in_dtype(dtype: torch.dtype, make: Callable[[], Any]) -> Any:
-    """What `make` makes while dtype is torch's default."""
+    """What `make` returns while dtype is torch's default."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -70,28 +78,38 @@ def in_dtype(dtype: torch.dtype, make: Callable[[], Any]) -> Any:
 
 
 def set_arm(transformer: FluxTransformer2DModel, arm: str) -> None:
-    """Give a transformer the path of an arm."""
+    """Give a transformer an arm's path."""
     policy, checkpointing = ARMS[arm]
-    even_attention_gradients(transformer)  # without it no arm's backward pass is right on a Hopper GPU
+    contiguous_attention_gradients(transformer)  # without it no arm's backward pass is right on a Hopper GPU
     if policy is None:
         unfuse(transformer)
     else:
         fuse(transformer, policy)
-    (transformer.enable_gradient_checkpointing if checkpointing else transformer.disable_gradient_checkpointing)()
+    if checkpointing:
+        transformer.enable_gradient_checkpointing()
+    else:
+        transformer.disable_gradient_checkpointing()
     transformer.train()
 
 
+def assume_even_norms(transformer: nn.Module) -> None:
+    """Count a fused transformer's norm weights as far from 0, the usual case: fake ones have no values to check."""
+    if is_fused(transformer):
+        state = fused_state(transformer)
+        state.keep_input, state.forwards = [False] * len(state.policies), 1
+
+
 def freeze(transformer: FluxTransformer2DModel, trainable: set[str]) -> None:
-    """Let only the parameters named train."""
+    """Make only the parameters named trainable."""
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_(name in trainable)
 
 
 def inputs(
     config: Any, batch: int, image_tokens: int, text_tokens: int, dtype: torch.dtype, device: str = "cpu"
-) -> dict[str, Tensor]:
-    """Arguments of FluxTransformer2DModel.forward, normal numbers; encoder_hidden_states asks for its gradient, as
-    the connector upstream of it trains."""
+) -> dict[str, Any]:
+    """Arguments of FluxTransformer2DModel.forward, normal numbers; encoder_hidden_states requires its gradient, since the
+    connector upstream is trained."""
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
@@ -101,27 +119,29 @@ def inputs(
         "encoder_hidden_states": randn(batch, text_tokens, config.joint_attention_dim).requires_grad_(),
         "pooled_projections": randn(batch, config.pooled_projection_dim),
         "timestep": torch.full((batch,), 0.5, dtype=dtype, device=device),
-        # 1, which bfloat16 still has a thousandfold: of 3.5 FLUX would embed 3504 in bfloat16 and 3500 in float32
+        # 1, whose thousandfold bfloat16 represents: for 3.5 FLUX would embed 3504 in bfloat16 and 3500 in float32
         "guidance": torch.ones(batch, dtype=dtype, device=device) if config.guidance_embeds else None,
         "img_ids": torch.zeros(image_tokens, 3, device=device),
         "txt_ids": torch.zeros(text_tokens, 3, device=device),
     }
 
 
-def saved_bytes(transformer: nn.Module, run: Callable[[], Any], checkpointed: bool = False) -> tuple[int, Any]:
-    """(bytes of the unique storages that autograd saves while `run` runs, what it returned), the module's parameters
-    left out. checkpointed: blocks hold their inputs for recomputation, which no saved-tensor hook sees."""
+def saved_bytes(
+    transformer: FluxTransformer2DModel, run: Callable[[], Any], checkpointed: bool = False
+) -> tuple[int, Any]:
+    """(bytes of the unique storages that autograd saves while `run` runs, what it returned), without the module's
+    parameters. checkpointed: blocks keep their inputs for recomputation, which no saved-tensor hook sees."""
     if is_fused(transformer):
-        pack_projections(transformer)  # now, so that no weight moves while its storage is looked for
+        pack_projections(transformer)  # now, so that no weight moves while storages are compared
     weights = {p.untyped_storage()._cdata for p in transformer.parameters()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        # Without its history. The graph holds this function, so a tensor that holds the graph would close a circle
-        # through C++, which Python's collector does not see: the forward pass's memory would never come back.
+        # Detached: the graph holds this function, so a tensor that holds the graph would close a reference cycle through
+        # C++, which Python's collector does not see: the forward pass's memory would never be freed.
         tensor = tensor.detach()
         if tensor.untyped_storage()._cdata not in weights:
-            kept[tensor.untyped_storage()._cdata] = tensor  # held, so that its address is not given to another
+            kept[tensor.untyped_storage()._cdata] = tensor  # held, so that its address is not reused
         return tensor
 
     def keep_inputs(block: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -163,10 +183,10 @@ def count(
         transformer = build(flux_config, dtype)
         freeze(transformer, trainable)
         set_arm(transformer, arm)
-        if ARMS[arm][0] is not None:  # fake norm weights have no values to look at: they count as the usual, far from 0
-            transformer.fused.keep_input, transformer.fused.forwards = [False] * len(transformer.fused.policies), 1
+        assume_even_norms(transformer)
         given = inputs(transformer.config, batch, image_tokens, text_tokens, dtype)
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) if backward else nullcontext() as counter:
+        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
+        with counter if backward else nullcontext():
             saved, output = saved_bytes(
                 transformer, lambda: transformer(**given, return_dict=False)[0], checkpointed=arm.endswith("-full")
             )
@@ -177,7 +197,7 @@ def count(
 
 @torch.library.custom_op("megaflux_bench::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError("of fake tensors only")
+    raise NotImplementedError("for fake tensors only")
 
 
 @_rms_norm.register_fake
@@ -187,7 +207,7 @@ def _(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("megaflux_bench::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(dout: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError("of fake tensors only")
+    raise NotImplementedError("for fake tensors only")
 
 
 @_rms_norm_backward.register_fake
@@ -196,7 +216,7 @@ def _(dout: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Te
 
 
 class _RmsNorm(torch.autograd.Function):
-    """One operation each way, which keeps what torch's fused RMSNorm keeps on a GPU; of fake tensors, so no values."""
+    """One operation each way, which keeps what torch's fused RMSNorm keeps on a GPU. For fake tensors: no values."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -211,12 +231,13 @@ class _RmsNorm(torch.autograd.Function):
 
 @contextmanager
 def rms_norm_of_gpus() -> Iterator[None]:
+    """Inside, F.rms_norm of fake tensors keeps what it keeps on a GPU."""
     plain = F.rms_norm
-    F.rms_norm = lambda x, shape, weight=None, eps=None: _RmsNorm.apply(x, weight)
+    vars(F)["rms_norm"] = lambda x, shape, weight=None, eps=None: _RmsNorm.apply(x, weight)
     try:
         yield
     finally:
-        F.rms_norm = plain
+        vars(F)["rms_norm"] = plain
 
 
 def trainable_flux(flux_config: dict[str, Any], blocks: Sequence[int], components: str) -> set[str]:
@@ -227,6 +248,6 @@ def trainable_flux(flux_config: dict[str, Any], blocks: Sequence[int], component
 
     with torch.device("meta"):
         module = nn.Module()
-        module.transformer = FluxTransformer2DModel(**flux_config)
-    stage = SimpleNamespace(name="bench", blocks=tuple(blocks), components=components)
+        module.add_module("transformer", FluxTransformer2DModel(**flux_config))
+    stage: Any = SimpleNamespace(name="bench", blocks=tuple(blocks), components=components)
     return {name.removeprefix("transformer.") for name in trainable_names(module, stage)}

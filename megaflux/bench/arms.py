@@ -1,4 +1,4 @@
-"""The arms of the step bench: one FLUX with random weights, and the paths that it takes in turn.
+"""The arms of the step bench: one FLUX with random weights, and the paths that it takes in turns.
 
 diffusers-eager[-full]    diffusers as it is [checkpointing every block]
 diffusers-compile[-full]  the same, each block under torch.compile
@@ -10,7 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+
+from megaflux.common import compat  # noqa: F401  (before diffusers)
+
+# isort: split
+from diffusers.models import FluxTransformer2DModel
 
 from megaflux.bench import activations
 from megaflux.models.flux import all_blocks
@@ -31,8 +35,10 @@ def is_compiled(arm: str) -> bool:
     return "-compile" in arm
 
 
-def random_flux(flux_config: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
-    """A FLUX whose every weight is random, gates and modulations too, made in place: no second copy exists."""
+def random_flux(
+    flux_config: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> FluxTransformer2DModel:
+    """A FLUX with all weights random, gates and modulations too, drawn in place: no second copy exists."""
     with torch.device(device):
         transformer = activations.build(flux_config, dtype)
     generator = torch.Generator(device).manual_seed(seed)
@@ -46,8 +52,13 @@ def random_flux(flux_config: dict[str, Any], dtype: torch.dtype, device: torch.d
 
 
 def random_inputs(
-    transformer: nn.Module, batch: int, grid: tuple[int, int], text: int, device: torch.device, seed: int = 1
-) -> dict[str, Tensor]:
+    transformer: FluxTransformer2DModel,
+    batch: int,
+    grid: tuple[int, int],
+    text: int,
+    device: torch.device,
+    seed: int = 1,
+) -> dict[str, Any]:
     """Arguments of the transformer's forward: normal numbers and the real positions of a grid (rows, columns)."""
     rows, columns = grid
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -59,17 +70,17 @@ def random_inputs(
 
 
 class Arms:
-    """A transformer that changes its arm; its weights exist once."""
+    """A transformer that takes one arm after another; its weights exist once."""
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: FluxTransformer2DModel):
         self.transformer = transformer
         self.compiled: list[Any] | None = None
 
     def set(self, arm: str) -> None:
-        """Take the path of an arm. Compiled blocks are kept for the next time that theirs comes."""
+        """Take the path of an arm. Compiled blocks are kept for the next turn of theirs."""
         blocks = all_blocks(self.transformer)
         for block in blocks:
-            block._compiled_call_impl = None  # torch's own switch: what nn.Module.compile sets
+            block._compiled_call_impl = None  # the switch that nn.Module.compile sets
         activations.set_arm(self.transformer, arm.replace("-compile", "-eager"))
         if is_compiled(arm):
             if self.compiled is None:
@@ -80,30 +91,26 @@ class Arms:
 
     def _compile(self) -> None:
         torch._dynamo.config.recompile_limit = VARIANTS
-        if hasattr(self.transformer, "compile_repeated_blocks"):
-            self.transformer.compile_repeated_blocks(dynamic=False)
-        else:
-            for block in all_blocks(self.transformer):
-                block.compile(dynamic=False)
+        self.transformer.compile_repeated_blocks(dynamic=False)
 
     def forget_compiled(self) -> None:
-        """Before another shape: what was compiled for this one is of no use to it."""
+        """Drop what was compiled, before another shape, which cannot use it."""
         if self.compiled is not None:
             self.compiled = None
             torch._dynamo.reset()
 
-    def clear(self, given: dict[str, Tensor]) -> None:
+    def clear(self, given: dict[str, Any]) -> None:
         """Drop all gradients."""
         given["encoder_hidden_states"].grad = None
         for parameter in self.transformer.parameters():
             parameter.grad = None
 
-    def step(self, given: dict[str, Tensor]) -> None:
+    def step(self, given: dict[str, Any]) -> None:
         """Forward and backward of one step; the loss is the mean square of the velocity."""
         velocity = self.transformer(**given, return_dict=False)[0]
         velocity.float().square().mean().backward()
 
-    def saved_bytes(self, arm: str, given: dict[str, Tensor]) -> int:
+    def saved_bytes(self, arm: str, given: dict[str, Any]) -> int:
         """Bytes that autograd keeps of a forward pass, on real tensors."""
         run = lambda: self.transformer(**given, return_dict=False)[0]  # noqa: E731
         return activations.saved_bytes(self.transformer, run, checkpointed=arm.endswith("-full"))[0]

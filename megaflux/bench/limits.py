@@ -1,14 +1,14 @@
-"""What a step cannot be faster than on this machine: its matrix products and its attention, alone, in the same run.
+"""The lower limit of a step's time on this machine: its matrix products and its attention, alone, in the same run.
 
-For each linear: the forward; dX where something that trains lies upstream; dW where its weight trains. q, k and v of
-a stream are one product. For each block: attention's forward and backward. Nothing is computed again. The
-same list gives the FLOPs of MFU: 2 per multiply-add, attention's backward twice its forward.
+For each linear: the forward; dX where something trainable lies upstream; dW where its weight is trainable. q, k and v of
+a stream are one product. For each block: attention's forward and backward. Nothing is computed again. The same list gives
+the FLOPs of MFU: 2 per multiply-add, attention's backward twice its forward.
 
-A step reads its weights from the GPU's memory, not from its L2 cache: there are 24 GB of them. For activations that is
-assumed: one just written, 28 MB at FLUX.1-dev's width and 1024 px, may still lie in the 50 MB of an H100's L2. So nothing
-here is given to two calls in a row: each shape has three tensors that take turns, and three sets of what the smallest
-product of a block's tokens reads are about 66 MB. None of this was measured on a cache. Attention gets q, k, v and its
-output's gradient with the strides that a fused FLUX block hands over.
+A step reads its weights, 24 GB, from the GPU's memory, not from its L2 cache. The same is assumed of activations, though
+one just written, 28 MB at FLUX.1-dev's width and 1024 px, may still be in the 50 MB of an H100's L2. So no tensor here is
+read by two calls in a row: each shape has three tensors that take turns, and three sets of what the smallest product of a
+block's tokens reads are about 66 MB. Cache effects were not measured. Attention gets q, k, v and its output's gradient
+with the strides of a fused FLUX block.
 """
 
 from __future__ import annotations
@@ -94,19 +94,19 @@ def step_flops(sizes: Sizes, image_tokens: int, counted: Counter[Product]) -> in
 
 
 class Turns:
-    """Normal numbers by shape. Each shape has TURNS tensors, and whoever asks gets the next one."""
+    """Normal numbers by shape: TURNS tensors each, which are given out in turn."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
         self.tensors: dict[tuple[int, ...], list[Tensor]] = {}
 
     def make(self, *shape: int) -> None:
-        """Make the tensors of a shape, so that no later call has to."""
+        """Allocate the tensors of a shape, ahead of the calls that are timed."""
         if shape not in self.tensors:
             self.tensors[shape] = [torch.randn(shape, dtype=self.dtype, device=self.device) for _ in range(TURNS)]
 
     def next(self, *shape: int) -> Tensor:
-        """A tensor of a shape that was made, not the one given out last."""
+        """The next tensor of a shape that `make` allocated, never the one given out last."""
         tensors = self.tensors[shape]
         tensors.append(tensors.pop(0))
         return tensors[-1]
@@ -146,7 +146,7 @@ def attention_inputs(
     """q, k, v and the output's gradient, (B, H, S, D) of normal numbers, laid out as in the fused blocks of FLUX.
 
     All four are views of (B, S, H, D) memory: q, k and v since qk_norm_rope writes them so, on its Triton path each
-    into memory of its own; the gradient since `even_gradient` makes it contiguous as (B, S, W).
+    into memory of its own; the gradient since `contiguous_gradient` makes it contiguous as (B, S, W).
     """
     shape = (sizes.batch, image_tokens + sizes.text, sizes.heads, sizes.head_dim)
     q, k, v, dout = (torch.randn(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(4))
@@ -160,8 +160,8 @@ def run_attention(sizes: Sizes, image_tokens: int, dtype: torch.dtype, device: t
     def run() -> None:
         for _ in range(sizes.double + sizes.single):
             turns.append(turns.pop(0))
-            *leaves, dout = turns[-1]
-            torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, dout)
+            q, k, v, dout = turns[-1]
+            torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), [q, k, v], dout)
 
     return run
 
@@ -178,7 +178,7 @@ def linears(sizes: Sizes, image_tokens: int, trainable: set[str]) -> list[Produc
 
 
 def time_product(product: Product, dtype: torch.dtype, device: torch.device, samples: int) -> float:
-    """TFLOP/s of a product alone, from the median of `samples` calls that find the L2 cache cold."""
+    """TFLOP/s of a product alone, from the median of `samples` calls with a cold L2 cache."""
     call = product_call(product, Turns(dtype, device))
     with torch.no_grad():
         return _tflop_per_s(product, call, device, samples)
@@ -186,10 +186,10 @@ def time_product(product: Product, dtype: torch.dtype, device: torch.device, sam
 
 def time_product_fp8(product: Product, device: torch.device, samples: int) -> float:
     """TFLOP/s of a forward or dx product alone with operands in float8_e4m3fn, one scale per row and per column, and a
-    bfloat16 result. What quantising the operands costs is not in it.
+    bfloat16 result, without the cost of quantizing the operands.
 
-    RuntimeError where the GPU has no fp8 (below compute capability 8.9) and where there is none; ValueError for dw,
-    whose operands both lie the wrong way round for it.
+    RuntimeError without a GPU that has fp8 (compute capability 8.9 or later); ValueError for dw, both of whose operands
+    have the wrong memory order for it.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_SINCE:
         this = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the device {device}"
@@ -201,8 +201,8 @@ def fp8_call(product: Product, device: torch.device) -> Callable[[], Tensor]:
     """A function that runs a forward or dx product in fp8: (rows, rounded up to 16; outputs, or inputs for dx).
 
     torch._scaled_mm wants the second operand column-major, and its sides and the first one's columns in multiples of
-    16 (aten/src/ATen/native/cuda/ScaledBlas.cpp). It asks nothing of the rows, yet rows that 16 does not divide, as
-    4580, are padded here, and the FLOPs stay those of the real rows.
+    16 (aten/src/ATen/native/cuda/ScaledBlas.cpp). It has no condition on the rows, yet rows that 16 does not divide, such as
+    4580, are padded here; the FLOPs stay those of the real rows.
     """
     if product.kind == "dw":
         raise ValueError("fp8 products are forward or dx, got dw")
@@ -215,7 +215,7 @@ def fp8_call(product: Product, device: torch.device) -> Callable[[], Tensor]:
         return torch.randn((count, inner), dtype=torch.bfloat16, device=device).to(FP8)
 
     def scales(count: int) -> Tensor:
-        # Longer than they must be: the kernel for rows that no tile divides can read past their end (pytorch #133334).
+        # Longer than needed: the kernel for rows that no tile divides can read past their end (pytorch #133334).
         return torch.rand(-(-count // 256) * 256, device=device)[:count]
 
     turns: list[tuple[Any, ...]] = [
@@ -224,7 +224,8 @@ def fp8_call(product: Product, device: torch.device) -> Callable[[], Tensor]:
 
     def call() -> Tensor:
         turns.append(turns.pop(0))
-        return torch._scaled_mm(*turns[-1], out_dtype=torch.bfloat16, use_fast_accum=True)
+        a, b, scale_a, scale_b = turns[-1]
+        return torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=True)
 
     return call
 

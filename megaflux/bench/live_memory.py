@@ -1,8 +1,8 @@
-"""Bytes alive while code runs on fake tensors: what a GPU would have to hold at the worst moment, without one.
+"""Bytes alive while code runs on fake tensors: what a GPU would have to hold at the peak, without a GPU.
 
-Tracked are the storages that operations make, from their making to their end, as torch's allocator would see them; what
-is inside an operation (cuDNN's workspace, cuBLAS's) is not seen. Attention's backward is the exception: flash kernels add
-up dQ in float32, as large as two hidden states in 16 bits, so that is counted in.
+Tracked are the storages that operations create, for as long as they live, as torch's allocator would see them; memory
+inside an operation (cuDNN's workspace, cuBLAS's) is not seen. Attention's backward is the exception: flash kernels sum dQ
+in float32, as large as two hidden states in 16 bits, which is counted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-GRANULE = 512  # bytes: the caching allocator gives no less, and multiples of it
+GRANULE = 512  # bytes: the caching allocator rounds up to multiples of it
 FLASH_BACKWARD = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
     torch.ops.aten._scaled_dot_product_flash_attention_backward.default,
@@ -23,9 +23,9 @@ FLASH_BACKWARD = (
 
 
 class LiveMemory(TorchDispatchMode):
-    """`with LiveMemory() as memory:` counts what is made inside: `memory.live` and `memory.peak`, in bytes.
+    """`with LiveMemory() as memory:` counts what is created inside: `memory.live` and `memory.peak`, in bytes.
 
-    What was made before (weights) is not counted, however it is used.
+    What existed before (weights) is not counted.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,11 @@ class LiveMemory(TorchDispatchMode):
             return
         size = -(-storage.nbytes() // GRANULE) * GRANULE
         self.live += size
-        self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._gone(key, size))
+
+        def gone(_: object) -> None:
+            self._gone(key, size)
+
+        self._known[key] = weakref.ref(storage, gone)
 
     def _gone(self, key: int, size: int) -> None:
         self.live -= size

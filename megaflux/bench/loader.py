@@ -1,7 +1,8 @@
 """python -m megaflux.bench loader: samples per second of the data loader, by number of worker processes.
 
 --data is a dataset of megaflux.data.prepare; without it a small one is made in a temporary folder. Per number of
-workers: how fast batches come to one who does nothing else, and how long one waits for each who is busy between them.
+workers: how fast batches come to a consumer that does nothing else, and how long one that is busy between batches waits
+for each.
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ def make_pictures(folder: Path, count: int, side: int, ratios: tuple[str, ...], 
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         width, height = map(float, ratios[index % len(ratios)].split(":"))
-        size = tuple(math.ceil(side * edge / max(width, height)) for edge in (width, height))
+        longest = max(width, height)
+        size = math.ceil(side * width / longest), math.ceil(side * height / longest)
         coarse = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"{index:04d}.jpg", quality=95)
         (folder / f"{index:04d}.txt").write_text(f"picture number {index}")

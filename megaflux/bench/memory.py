@@ -101,8 +101,8 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
         from megaflux.training import distributed
 
         distributed.start()
-        for name, (counted, formula) in small_zero(ds_config).items():
-            add(name, "tiny, 1 rank, bfloat16", counted, formula)
+        for name, (found, formula) in small_zero(ds_config).items():
+            add(name, "tiny, 1 rank, bfloat16", found, formula)
         distributed.stop()
     print(table(row for row in report.rows if row.bench == BENCH))
     return 0

@@ -1,8 +1,8 @@
-"""Models of random weights made where they are used: no file, no copy on the host, for measuring only.
+"""Models with random weights, allocated where they are used: no file, no copy on the host; for measuring only.
 
-Every parameter is drawn by one seeded generator of the device, so on the same kind of device the same bits come each time;
-two kinds, a CPU and a GPU or two GPUs with other numbers of multiprocessors, draw other ones. Scales are such that activations
-stay of the order of 1: the models train in bfloat16 without NaN, and learn nothing of use.
+Every parameter is drawn by one seeded generator of the device: the same bits each time on the same kind of device, others
+on another kind (a CPU and a GPU, or two GPUs with different numbers of multiprocessors). Scales are such that activations
+stay of the order of 1: the models train in bfloat16 without NaN, and learn nothing useful.
 
 `random_vae` and `random_vlm` need torch, diffusers and transformers; `random_models` also what training needs.
 """
@@ -10,7 +10,7 @@ stay of the order of 1: the models train in bfloat16 without NaN, and learn noth
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,18 +18,21 @@ from torch import nn
 from megaflux.common import compat  # noqa: F401  (before diffusers and transformers)
 
 # isort: split
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models import AutoencoderKL
 from transformers import Qwen2VLModel, Qwen2VLProcessor
 
 from megaflux.bench.activations import in_dtype
 from megaflux.bench.arms import random_flux
 from megaflux.common.errors import UserError
 from megaflux.models.loading_errors import named
-from megaflux.models.scratch import tiny_processor, vlm_configuration
+from megaflux.models.scratch import tiny_processor, tokenizer_of, vlm_configuration
 
 if TYPE_CHECKING:
     from megaflux.config.parse import Config
     from megaflux.models.pretrained import Models
+
+M = TypeVar("M", bound=nn.Module)
 
 # config.json of black-forest-labs/FLUX.1-dev, vae/ and scheduler/
 VAE_SCALES = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "force_upcast": True}
@@ -46,11 +49,11 @@ SCHEDULER = {
 def random_vae(
     vae_config: dict[str, Any], dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> AutoencoderKL:
-    """A VAE with random weights in `dtype` on `device`, in evaluation mode, nothing of it trains.
+    """A frozen VAE with random weights in `dtype` on `device`, in evaluation mode.
 
-    vae_config: arguments of AutoencoderKL, for instance of FLUX.1's vae/config.json; keys beginning with "_" are left out.
+    vae_config: arguments of AutoencoderKL, for instance of FLUX.1's vae/config.json; keys beginning with "_" are ignored.
     Its encoder makes latents of (B, latent_channels, height / 8, width / 8) for FLUX's four levels, standard deviation
-    of the order of 1. UserError naming vae_config where it does not describe a VAE.
+    of the order of 1. UserError naming vae_config where it is not one of a VAE.
     """
     values = {key: value for key, value in vae_config.items() if not key.startswith("_")}
     with named("vae_config"):
@@ -73,12 +76,12 @@ def random_vlm(
     """Qwen2-VL of the given sizes with random weights in `dtype` on `device`, in evaluation mode, and its processor with
     the shipped tokenizer; RoPE's frequencies are float32.
 
-    vlm_config: as `model.vlm_config`: `text_config` and `vision_config` in transformers' words. Weights are normal with the
-    text model's initializer_range (transformers: 0.02), norms are 1. UserError naming vlm_config where it describes no Qwen2-VL.
+    vlm_config: as `model.vlm_config`: `text_config` and `vision_config` with transformers' keys. Weights are normal with the
+    text model's initializer_range (transformers: 0.02), norms are 1. UserError naming vlm_config where it is not one of a Qwen2-VL.
     """
     processor = tiny_processor()
     with named("vlm_config"):
-        config = vlm_configuration(vlm_config, processor.tokenizer)
+        config = vlm_configuration(vlm_config, tokenizer_of(processor))
         vlm = _built(lambda: Qwen2VLModel(config), dtype, device)
     generator = torch.Generator(device).manual_seed(seed)
     std = config.text_config.initializer_range
@@ -92,15 +95,15 @@ def random_vlm(
 
 
 def random_models(config: Config, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Models:
-    """The models of a configuration, random, on a device: what `megaflux.models.pretrained.load_models` gives, for
-    machines without the published weights. For measuring only.
+    """The models of a configuration with random weights on a device: what `megaflux.models.pretrained.load_models`
+    returns, for machines without the published weights. For measuring only.
 
     Sizes are `model.flux_config`, `model.vlm_config` and the config.json of the folder `model.vae` (FLUX.1's VAE where it has
-    none); weights come from `run.seed`. dtype: of every parameter; None: bfloat16. CLIP is not made: its pooled vector
+    none); weights come from `run.seed`. dtype: of every parameter; None: bfloat16. CLIP is not built: its pooled vector
     (1, pooled_projection_dim) is random too. UserError where the configuration names weights, or the sizes don't fit each other.
     """
     from megaflux.models.connector import build_connector
-    from megaflux.models.pretrained import assemble, weights_fingerprint
+    from megaflux.models.pretrained import Parts, assemble, weights_fingerprint
     from megaflux.training.planning.costs import vae_config
 
     model, seed = config.model, config.run.seed
@@ -117,25 +120,17 @@ def random_models(config: Config, device: torch.device | str = "cpu", dtype: tor
     vlm.set_attn_implementation(model.attention)
     vae = random_vae(VAE_SCALES | vae_config(config), dtype, device, seed + 2)
     flux = transformer.config
-    connector = build_connector(vlm.config.text_config.hidden_size, flux.joint_attention_dim, seed)
+    connector = build_connector(vlm.config.text_config.hidden_size, flux["joint_attention_dim"], seed)
     generator = torch.Generator(device).manual_seed(seed + 3)
-    pooled = torch.randn(1, flux.pooled_projection_dim, generator=generator, device=device)
-    models = assemble(
-        transformer,
-        connector.to(device, dtype),
-        vlm,
-        processor,
-        vae,
-        FlowMatchEulerDiscreteScheduler(**SCHEDULER),
-        pooled,
-        model.vlm_max_tokens,
-        model.caption_max_tokens,
-    )
+    pooled = torch.randn(1, flux["pooled_projection_dim"], generator=generator, device=device)
+    scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
+    parts = Parts(transformer, connector.to(device, dtype), vlm, processor, vae, scheduler, pooled)
+    models = assemble(parts, model.vlm_max_tokens, model.caption_max_tokens)
     models.base = weights_fingerprint(models.trainable, models.trunk.vlm, models.vae)
     return models.to(device, dtype)
 
 
-def _built(make: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """What `make` makes, its parameters in dtype on the device from the start."""
+def _built(make: Callable[[], M], dtype: torch.dtype, device: torch.device | str) -> M:
+    """What `make` returns, its parameters in dtype on the device from the start."""
     with torch.device(device):
         return in_dtype(dtype, make)

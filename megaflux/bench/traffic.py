@@ -116,10 +116,10 @@ def totals(states: Counter[Move]) -> dict[str, float]:
 
 
 def block_states(kind: str, trains: str, arm: str, given: moved_bytes.Sizes) -> Counter[Move]:
-    """Hidden states that each operation of one block moves, forward and backward, inside a stack of its like.
+    """Hidden states that each operation of one block moves, forward and backward, inside a stack of equal blocks.
 
-    kind: of KINDS; trains: of TRAINS, of all blocks of the stack; arm: of ARMS. ValueError for sizes whose shapes tell
-    nothing (`Sizes.check`).
+    kind: of KINDS; trains: of TRAINS, of all blocks of the stack; arm: of ARMS. ValueError for sizes at which shapes are
+    ambiguous (`Sizes.check`).
     """
     more, less = (_moved(blocks, kind, trains, arm, given) for blocks in (STACK + 1, STACK))
     unit = given.state * DTYPE.itemsize
@@ -132,15 +132,14 @@ def _moved(blocks: int, kind: str, trains: str, arm: str, given: moved_bytes.Siz
     with ExitStack() as contexts:
         contexts.enter_context(FakeTensorMode())
         contexts.enter_context(sdpa_kernel(SDPBackend.FLASH_ATTENTION))
-        for as_gpus_have_it in (as_on_a_gpu, _even_gradients, activations.rms_norm_of_gpus):
+        for as_gpus_have_it in (as_on_a_gpu, _contiguous_gradients, activations.rms_norm_of_gpus):
             contexts.enter_context(as_gpus_have_it())
         transformer = activations.build(config, DTYPE)
         names = set() if trains == "frozen" else activations.trainable_flux(config, range(blocks), trains)
         activations.freeze(transformer, names)
         _lay_together(transformer, names)
         activations.set_arm(transformer, ARMS[arm])
-        if arm != "diffusers":  # fake norm weights have no values to look at: they count as the usual, far from 0
-            transformer.fused.keep_input, transformer.fused.forwards = [False] * blocks, 1
+        activations.assume_even_norms(transformer)
         arguments = activations.inputs(transformer.config, given.batch, given.image, given.text, DTYPE)
         with MovedBytes(given) as moved:
             output = transformer(**arguments, return_dict=False)[0]
@@ -150,7 +149,7 @@ def _moved(blocks: int, kind: str, trains: str, arm: str, given: moved_bytes.Siz
 
 
 def _lay_together(transformer: nn.Module, names: set[str]) -> None:
-    """What trains into one buffer in ZeRO's order, as training has it: q, k and v are one product there."""
+    """Move trainable parameters into one buffer in ZeRO's order, as training does: q, k and v are one product there."""
     parameters = dict(transformer.named_parameters())
     ordered = products_together([name for name in parameters if name in names])
     flat, start = torch.empty(sum(parameters[name].numel() for name in ordered), dtype=DTYPE), 0
@@ -161,8 +160,8 @@ def _lay_together(transformer: nn.Module, names: set[str]) -> None:
 
 
 @contextmanager
-def _even_gradients() -> Iterator[None]:
-    """Inside, `flux_functions.even_gradient` does what it does on a GPU."""
+def _contiguous_gradients() -> Iterator[None]:
+    """Inside, `flux_functions.contiguous_gradient` does what it does on a GPU."""
     plain = flux_functions.copies_gradients
     flux_functions.copies_gradients = lambda x: True
     try:

@@ -1,8 +1,8 @@
-"""What training holds at its worst moment, counted: an update, DeepSpeed's ZeRO, the VAE.
+"""Peak memory of training, counted: an update, DeepSpeed's ZeRO, the VAE.
 
 The update is Qwen2-VL's last layer, connector and FLUX, forward and backward, by the real objective on fake tensors, so
-that FLUX.1-dev is counted on a laptop. A gradient leaves as soon as it is whole, as DeepSpeed takes it into its bucket.
-The ops are counted as their Triton kernels (what these take inside is small: partial sums), attention as a flash kernel.
+that FLUX.1-dev is counted on a laptop. A gradient is dropped as soon as it is complete, as DeepSpeed moves it into its
+bucket. The ops are counted as their Triton kernels (which allocate only partial sums inside), attention as a flash kernel.
 ZeRO is counted on the real tensors of a small engine.
 """
 
@@ -19,13 +19,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megaflux.bench.activations import in_dtype, rms_norm_of_gpus
+from megaflux.common import compat  # noqa: F401  (before diffusers)
+
+# isort: split
+from diffusers.models import AutoencoderKL
+
+from megaflux.bench.activations import assume_even_norms, in_dtype, rms_norm_of_gpus
 from megaflux.bench.live_memory import LiveMemory
 from megaflux.config.parse import Config, Stage
 from megaflux.data.buckets import Bucket
 from megaflux.models import latents
 from megaflux.models.flux import Policy, pack_projections
-from megaflux.models.pretrained import AutoencoderKL
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.models.vlm import Condition
 from megaflux.training import optim, stages
@@ -45,9 +49,9 @@ def update_peak(
     fused: bool = True,
     dtype: torch.dtype = torch.bfloat16,
 ) -> int:
-    """Bytes alive at the peak of one forward and backward pass of `batch` pictures, weights left out.
+    """Bytes alive at the peak of one forward and backward pass of `batch` pictures, without weights.
 
-    module: as `meta_models` gives it, left as it is; policies: one per FLUX block; fused: with kernels.
+    module: as `meta_models` returns it, not changed; policies: one per FLUX block; fused: with kernels.
     """
     module = copy.deepcopy(module)
     with ExitStack() as stack:
@@ -59,11 +63,11 @@ def update_peak(
         _fill(module, stage, dtype)
         module.train()
         module.configure(fused, policies if fused else policies[0])
-        if fused:  # fake norm weights have no values to look at: they count as the usual, far from 0
-            module.transformer.fused.keep_input, module.transformer.fused.forwards = [False] * len(policies), 1
-        channels = module.transformer.config.in_channels // 4
-        pooled = torch.empty(1, module.transformer.config.pooled_projection_dim, dtype=dtype)
-        models = SimpleNamespace(trainable=module, pooled_projections=pooled)
+        assume_even_norms(module.transformer)
+        flux = module.transformer.config
+        channels = flux["in_channels"] // 4
+        pooled = torch.empty(1, flux["pooled_projection_dim"], dtype=dtype)
+        models: Any = SimpleNamespace(trainable=module, pooled_projections=pooled)
         if fused:
             pack_projections(module.transformer)  # now, so that no weight moves while what lives is counted
         with LiveMemory() as memory:
@@ -77,7 +81,7 @@ def update_peak(
 
 
 def _fill(module: Qwen2VLFlux, stage: Stage, dtype: torch.dtype) -> None:
-    """Fake weights for a module of the meta device; what trains lies in one buffer, in ZeRO's order."""
+    """Give a module of the meta device fake weights; the trainable ones lie in one buffer, in ZeRO's order."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             part.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False))
@@ -108,14 +112,14 @@ def _condition(config: Config, module: Qwen2VLFlux, bucket: Bucket, batch: int, 
 
 
 def zero_peak(config: Config, module: Qwen2VLFlux, stage: int, ds_config: dict[str, Any]) -> tuple[int, int]:
-    """(bytes in flight, bytes kept) of a real engine's ZeRO in the backward pass of its second update, when all there is
-    lives: beside weights and activations, on GPU and host together. The module is real and small; its forward is replaced
-    by one that keeps nothing. In a process of one rank, whose group exists (`distributed.start`)."""
+    """(bytes in flight, bytes kept) of a real engine's ZeRO in the backward pass of its second update, when everything is
+    allocated: beside weights and activations, on GPU and host together. The module is real and small; its forward is
+    replaced by one that keeps nothing. Needs a process of one rank with its group (`distributed.start`)."""
     from megaflux.training.engine import StageEngine
 
     trained = [dict(module.named_parameters())[name] for name in stages.trainable_names(module, config.stages[stage])]
     weights = sum(parameter.nbytes for parameter in trained)
-    module.forward = lambda: sum((parameter * 1.5).sum() for parameter in trained)
+    vars(module)["forward"] = lambda: sum((parameter * 1.5).sum() for parameter in trained)
     with LiveMemory() as memory:
         engine = StageEngine(module, config, ds_config, stage, 1)
         for update in range(2):
@@ -126,13 +130,13 @@ def zero_peak(config: Config, module: Qwen2VLFlux, stage: int, ds_config: dict[s
                 in_flight, kept = memory.peak - memory.live, memory.live - weights
                 engine.step()
         engine.close()
-    del module.forward
+    del vars(module)["forward"]
     return in_flight, kept
 
 
 def vae_peaks(vae_config: dict[str, Any], pictures: int, bucket: Bucket, dtype: torch.dtype) -> tuple[int, int]:
-    """(encode, decode): bytes alive at the peak of `latents.encode` and `decode` of pictures, the VAE's weights and what
-    is inside a convolution left out."""
+    """(encode, decode): bytes alive at the peak of `latents.encode` and `decode` of pictures, without the VAE's weights and
+    the workspace of convolutions."""
     size = bucket.height, bucket.width
     with FakeTensorMode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # no scores, as on a GPU: of 16k tokens, 0.5 GB
         values = vae_config | {"shift_factor": 0.0, "scaling_factor": 1.0}

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ValidationError
 
 from megaflux.common.errors import UserError
 from megaflux.config.parse import Config, Section
-from megaflux.models.sources import is_pointer
+from megaflux.models.safetensors_files import is_pointer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -173,7 +173,7 @@ def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
     from torch import nn
     from transformers import Qwen2VLForConditionalGeneration
 
-    from megaflux.models.vlm import join_vlm, split_vlm
+    from megaflux.models.vlm_parts import join_vlm, split_vlm
 
     # transformers' save_pretrained imports DeepSpeed, which would look for accelerators and say so.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

@@ -65,6 +65,8 @@ from megaflux.generation.prompt import check_prompt
 from megaflux.generation.sampling import Control, Start, flux_pipeline, sample, scheduler_like
 from megaflux.models import pretrained
 from megaflux.models.pretrained import Models
+from megaflux.models.reading import Target
+from megaflux.models.strict import load_linear, read_tensors
 from megaflux.models.vlm import Condition
 
 __all__ = [
@@ -142,20 +144,19 @@ class Qwen2VLFluxPipeline:
         root, device, dtype = Path(path), *device_and_dtype(device, dtype or torch_dtype)
         manifest = read_manifest(root)
         settings = manifest.settings
-        target = pretrained.Target(device, dtype)
+        target = Target(device, dtype)
         transformer = pretrained.load_transformer(str(root), dtype, target)
         vlm, processor = pretrained.load_vlm(str(root / "text_encoder"), settings.attention, dtype, target)
-        models = pretrained.assemble(
+        parts = pretrained.Parts(
             transformer,
-            pretrained.load_connector(root / CONNECTOR),
+            load_linear(root / CONNECTOR),
             vlm,
             processor,
             pretrained.load_vae(None, str(root)),
             pretrained.load_scheduler(str(root)),
-            pretrained.read_tensors(root / POOLED, {"pooled_prompt_embeds"})["pooled_prompt_embeds"],
-            settings.vlm_max_tokens,
-            settings.caption_max_tokens,
+            read_tensors(root / POOLED, {"pooled_prompt_embeds"})["pooled_prompt_embeds"],
         )
+        models = pretrained.assemble(parts, settings.vlm_max_tokens, settings.caption_max_tokens)
         models.trunk.min_image_tokens = settings.vlm_min_tokens
         if "t5" in settings.text_encoders:
             models.t5 = pretrained.load_t5(root, dtype)

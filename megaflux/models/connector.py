@@ -1,4 +1,4 @@
-"""The connector: one Linear(3584 -> 4096, bias) that puts Qwen2-VL's tokens where T5's went."""
+"""The connector: one Linear(3584 -> 4096, bias) that puts Qwen2-VL's tokens in the place of T5's."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from megaflux.models.draws import Way, seeded
 def build_connector(vlm_hidden_size: int, joint_attention_dim: int, seed: int, way: Way = "portable") -> nn.Linear:
     """A fresh connector with seeded weights: (B, T, vlm_hidden_size) -> (B, T, joint_attention_dim).
 
-    Weights are normal with variance 1 / vlm_hidden_size and no bias at first, so that unit-RMS tokens (they come out
-    of an RMSNorm) stay of unit RMS. way: of drawing (draws.py).
+    Weights are normal with variance 1 / vlm_hidden_size and the bias is 0, so that tokens of unit RMS, as an RMSNorm
+    returns them, keep it. way: how numbers are drawn (draws.py).
     """
-    with torch.random.fork_rng(devices=[]):  # nn.Linear draws weights of its own first
+    with torch.random.fork_rng(devices=[]):  # nn.Linear first draws weights of its own
         connector = nn.Linear(vlm_hidden_size, joint_attention_dim, bias=True)
     if connector.weight.device.type != "meta":
         with torch.no_grad():

@@ -1,13 +1,14 @@
 """Random weights that are the same on every CPU, for whatever the libraries' modules draw while they are built.
 
 torch's own normal_ and uniform_ differ in their last bits between instruction sets (ATEN_CPU_CAPABILITY), and so did runs
-that were begun on one kind of machine and went on on another. Here a number is made of 32 random bits by additions,
-multiplications, divisions and square roots of float64, one numpy call each: IEEE 754 gives each of them one right result,
-and between two calls nothing can be contracted. No logarithm or cosine of a library takes part, because those differ as
-well, by 1e-16 or so: rounded to float32 that changes a number in 10^8, some in any model of a billion. Scales are rounded
-to 24 bits first, as they may come from a library's pow.
+that started on one kind of machine and resumed on another. Here a number is computed from 32 random bits by additions,
+multiplications, divisions and square roots in float64, one numpy call each: IEEE 754 defines the result of each, and
+nothing can be contracted between two calls. No library's logarithm or cosine is used, since those differ as well, by about
+1e-16: rounded to float32 that changes one number in 10^8, some in any model of a billion. Scales are rounded to 24 bits
+first, as they may come from a library's pow.
 
-The bits are those of numpy's PCG64, whose stream numpy keeps (NEP 19); what numpy's Generator makes of them may change.
+The bits are those of numpy's PCG64, a stream that numpy guarantees (NEP 19); numpy's Generator, which derives numbers from
+them, may change.
 """
 
 from __future__ import annotations
@@ -73,14 +74,14 @@ _LN2 = 0.6931471805599453
 
 
 class Draws:
-    """A stream of numbers that depends on a seed and a name and on nothing else."""
+    """A stream of numbers that depends only on a seed and a name."""
 
     def __init__(self, seed: int, name: str):
-        """name: of what is drawn for, so that two parts of one seed share no numbers."""
+        """name: of the part that is drawn, so that two parts of one seed share no numbers."""
         self._bits = np.random.PCG64(np.random.SeedSequence([seed, int.from_bytes(name.encode(), "little")]))
 
     def uniform(self, count: int, low: float = 0.0, high: float = 1.0) -> np.ndarray:
-        """float32 (count,), evenly distributed over low (included) to high (left out)."""
+        """float32 (count,), uniformly distributed from low (included) to high (excluded)."""
         low, high = _scale(low), _scale(high)
         below = np.nextafter(np.float32(high), np.float32(low))
         out = np.empty(count, np.float32)
@@ -92,7 +93,7 @@ class Draws:
         return np.minimum(out, below, out=out) if high > low else out
 
     def normal(self, count: int, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
-        """float32 (count,), normally distributed; none is further than 6.4 std from the mean."""
+        """float32 (count,), normally distributed, all within 6.4 std of the mean."""
         mean, std = _scale(mean), _scale(std)
         out = np.empty(count, np.float32)
         for chunk in self._chunks(out):
@@ -161,8 +162,8 @@ def _scale(value: float) -> float:
 
 
 class _Portable(TorchDispatchMode):
-    """Inside, `normal_` and `uniform_` of any tensor are filled from Draws. RuntimeError for any other way of drawing, for
-    its numbers would be tied to the CPU."""
+    """Inside, `normal_` and `uniform_` of any tensor draw from Draws. RuntimeError for any other random operation, whose
+    numbers would depend on the CPU."""
 
     def __init__(self, seed: int, name: str):
         super().__init__()
@@ -186,9 +187,9 @@ _FILLS = {
     torch.ops.aten.normal_: ({"mean": 0.0, "std": 1.0}, Draws.normal),
     torch.ops.aten.uniform_: ({"from": 0.0, "to": 1.0}, Draws.uniform),
 }
-"""In-place draws: their arguments' names and defaults, and what takes their place."""
+"""In-place draws: their arguments' names and defaults, and their replacement."""
 _TIED = {torch.ops.aten.erfinv_, torch.ops.aten.log_, torch.ops.aten.linalg_qr}
-"""What trunc_normal_ (of other versions, or far from the mean) and orthogonal_ make of a draw."""
+"""What trunc_normal_ (of other versions, or far from the mean) and orthogonal_ apply to a draw."""
 
 
 def _filled(tensor: Tensor, fill: Any, draws: Draws, first: float, second: float) -> Tensor:
@@ -199,7 +200,7 @@ def _filled(tensor: Tensor, fill: Any, draws: Draws, first: float, second: float
 
 
 class _Torch:
-    """Inside, torch's own draws from a seed; the global random state is left as it was."""
+    """Inside, torch draws from a seed; afterwards the global random state is as it was."""
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -213,8 +214,8 @@ class _Torch:
 
 
 def seeded(seed: int, name: str, way: Way = "portable") -> AbstractContextManager:
-    """A context in which modules are built with weights of a seed. name: of the module, for its own stream.
+    """A context in which modules are built with weights drawn from a seed. name: of the module, which has its own stream.
 
-    way: portable, the same on every CPU; torch, as runs begun before there was a choice drew (`model.seeded`). Neither
-    touches the global random state."""
+    way: portable, the same on every CPU; torch, as in runs older than this choice (`model.seeded`). Neither changes the
+    global random state."""
     return _Portable(seed, name) if way == "portable" else _Torch(seed)

@@ -1,12 +1,23 @@
-"""diffusers' FluxTransformer2DModel with fused paths: the same class, parameters and state dict, another forward.
+"""diffusers' FluxTransformer2DModel with a faster forward: the same class, parameters, state dict and arguments.
 
-`fuse` gives a transformer and its blocks the forwards below; `unfuse` takes them off again. What changes: one product
-for q, k and v; norm, RoPE and the joint layout in one pass (megaflux_kernels); the two streams joined once and not in
-every single block; positions computed once per shape; and a policy per block of what the backward pass keeps:
+A FLUX forward takes packed noisy latents (hidden_states) and the condition's tokens (encoder_hidden_states) and returns
+the velocity of each latent. Double blocks keep text and image as two streams, which meet in attention; single blocks run
+on both joined, text first. All AdaLN modulations come from temb, the embedding of time, guidance and pooled vector.
+`fuse` replaces the forward of a transformer and of its blocks by those here and in flux_blocks; `unfuse` restores
+diffusers' own. The results are the same but for rounding. What differs, and why:
 
-    none  every matrix product's result that a gradient needs
-    mlp   the same without the MLP's pre-activation, which is computed again: a tenth of a step's FLOPs
-    full  the block's input; all of the block is computed again
+    one product for q, k and v             fewer launches; in single blocks their gradients join the MLP's in one product
+    qk_norm_rope                           norm, RoPE and the joint layout in one pass over q, k and v
+    gate_residual makes the next norm      the residual stream is read once, not again by the next block's norm
+    streams joined once                    diffusers joins and splits them in every single block
+    RoPE tables cached per shape           diffusers computes them in every forward pass
+    inputs of linears rebuilt              the backward pass keeps less (flux_functions)
+
+A policy per block chooses what the backward pass computes again instead of keeping:
+
+    none  nothing: every matrix product's result that a gradient needs is kept
+    mlp   the MLP's pre-activation, a tenth of a step's FLOPs (`gelu_linear`, by way of `Call.recompute_mlp`)
+    full  the whole block, of which only the input is kept (`_run_block`, torch's checkpoint)
 
 All policies give the same gradients, bit for bit where attention and matrix products are deterministic.
 
@@ -15,10 +26,10 @@ Shapes: B batch, T text tokens (the condition), L image tokens, S = T + L, W wid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +37,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megaflux.common import compat  # noqa: F401  (before diffusers)
-from diffusers import FluxTransformer2DModel
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from megaflux.models.flux_blocks import double_block, qkv_layers, single_block, text_qkv_layers
-from megaflux.models.flux_functions import even_gradient
+# isort: split
+from diffusers.models import FluxTransformer2DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+
+from megaflux.models.flux_blocks import (
+    Block,
+    Call,
+    Modulation,
+    TwoNorms,
+    double_block,
+    qkv_layers,
+    single_block,
+    text_qkv_layers,
+)
+from megaflux.models.flux_functions import contiguous_gradient
 from megaflux.models.rope import Rope
 from megaflux_kernels.modulate import modulate
 from megaflux_kernels.qk_norm_rope import in_proportion
@@ -42,89 +65,120 @@ NORMS_CHECKED_EVERY = 16  # forward passes: a norm weight moves by about the lea
 
 @dataclass
 class Fused:
-    """What `fuse` leaves on a transformer as its attribute `fused`."""
+    """What `fuse` stores on a transformer as its attribute `fused`."""
 
     policies: list[Policy]
     """One per block, double blocks first."""
     rope: Rope
     keep_input: list[bool] = field(default_factory=list)
-    """Per block: q and k cannot be told from their rotated values, since a norm weight is near zero."""
+    """Per block: keep q, k and v before their norms, since a norm weight is near zero (`uneven_norms`)."""
     forwards: int = 0
+    """Forward passes with gradients since `fuse`."""
     norms: list[tuple[Tensor, int]] = field(default_factory=list)
-    """The q and k norm weights of the last forward pass, and their versions where they do not train."""
+    """The q and k norm weights of the last forward pass, with the versions of frozen ones (-1: trainable)."""
+
+
+# --- which forward a transformer runs -------------------------------------------------------------------------------
 
 
 def fuse(transformer: FluxTransformer2DModel, policies: Policy | Sequence[Policy] = "none") -> None:
     """Give a transformer the fused forward. policies: one for all blocks, or one per block, double blocks first.
 
-    On a fused transformer it only sets the policies. ValueError for an unknown policy, a wrong number of them, and
-    for blocks whose linears are not plain ones (LoRA, quantized): those need diffusers' own path.
+    On a transformer that is fused already, only the policies change. ValueError for an unknown policy, a wrong number of
+    them, and for blocks whose linears are not plain ones (LoRA, quantized): those need diffusers' own path.
     """
     blocks = all_blocks(transformer)
-    chosen = [policies] * len(blocks) if isinstance(policies, str) else list(policies)
+    chosen: list[Policy] = [policies] * len(blocks) if isinstance(policies, str) else list(policies)
     unknown = next((p for p in chosen if p not in POLICIES), None)
     if unknown is not None:
         raise ValueError(f"activation policy {unknown!r}: use one of {', '.join(POLICIES)}")
     if len(chosen) != len(blocks):
         raise ValueError(f"{len(chosen)} activation policies for {len(blocks)} blocks; give one each")
-    for name, module in transformer.named_modules():
-        if isinstance(module, nn.Linear) and type(module) is not nn.Linear and "blocks." in name:
-            raise ValueError(f"{name} is a {type(module).__name__}: fused FLUX needs plain linears; turn kernels off")
-        if isinstance(module, nn.Linear) and hasattr(
-            module.weight, "__tensor_flatten__"
-        ):  # a wrapper, as torchao's are
-            raise ValueError(f"{name}'s weight is quantized: fused FLUX needs plain linears; turn kernels off")
+    _check_linears(transformer)
     if is_fused(transformer):
-        transformer.fused.policies, transformer.fused.forwards = chosen, 0
+        state = fused_state(transformer)
+        state.policies, state.forwards = chosen, 0
     else:
-        transformer.fused = Fused(chosen, Rope(transformer.pos_embed))
-        transformer.forward = MethodType(_forward, transformer)
-        for block in transformer.transformer_blocks:
-            block.forward = MethodType(double_block, block)
-        for block in transformer.single_transformer_blocks:
-            block.forward = MethodType(single_block, block)
-    with torch.no_grad():  # generation may be all that comes
+        vars(transformer)["fused"] = Fused(chosen, Rope(transformer.pos_embed))
+        _replace_forward(transformer, _forward)
+        for block in double_blocks(transformer):
+            _replace_forward(block, double_block)
+        for single in single_blocks(transformer):
+            _replace_forward(single, single_block)
+    with torch.no_grad():  # generation may be the only use
         pack_projections(transformer)
 
 
-def pack_projections(transformer: FluxTransformer2DModel) -> None:
-    """Lay the frozen q, k and v projections of each block side by side, so that one product needs no copy; with
-    gradients on a single block's proj_mlp too. The forward does so too, for weights move: to a device, out of an
-    optimizer's buffer."""
-    for block in all_blocks(transformer):
-        qkv_layers(block)
-    for block in transformer.transformer_blocks:
-        text_qkv_layers(block)
+def _check_linears(transformer: FluxTransformer2DModel) -> None:
+    for name, module in transformer.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if type(module) is not nn.Linear and "blocks." in name:
+            raise ValueError(f"{name} is a {type(module).__name__}: fused FLUX needs plain linears; turn kernels off")
+        if hasattr(module.weight, "__tensor_flatten__"):  # a wrapper, such as torchao's
+            raise ValueError(f"{name}'s weight is quantized: fused FLUX needs plain linears; turn kernels off")
+
+
+def _replace_forward(module: nn.Module, forward: Callable) -> None:
+    vars(module)["forward"] = MethodType(forward, module)
 
 
 def unfuse(transformer: FluxTransformer2DModel) -> None:
-    """Give a transformer diffusers' own forward back; nothing happens to one that has it."""
+    """Give a transformer diffusers' own forward back, if it is fused."""
     if is_fused(transformer):
-        del transformer.fused
+        del vars(transformer)["fused"]
         for module in (transformer, *all_blocks(transformer)):
-            del module.forward
+            del vars(module)["forward"]
 
 
 def is_fused(transformer: nn.Module) -> bool:
     return "fused" in vars(transformer)
 
 
-def even_attention_gradients(transformer: FluxTransformer2DModel) -> None:
-    """Give diffusers' own attention gradients of one layout on a GPU, as the fused blocks have them (see
-    `flux_functions.even_gradient`). Once or often: it is the same."""
-    for block in all_blocks(transformer):
-        if _even_outputs not in block.attn._forward_hooks.values():
-            block.attn.register_forward_hook(_even_outputs)
+def fused_state(transformer: nn.Module) -> Fused:
+    """What `fuse` stored on a transformer. KeyError where it is not fused."""
+    return vars(transformer)["fused"]
 
 
-def _even_outputs(attn: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-    # A single block's output only: a double block's has passed linears already, whose gradients are joined.
-    return even_gradient(output) if isinstance(output, Tensor) else output
+def double_blocks(transformer: FluxTransformer2DModel) -> list[FluxTransformerBlock]:
+    return cast("list[FluxTransformerBlock]", list(transformer.transformer_blocks))
 
 
-def all_blocks(transformer: FluxTransformer2DModel) -> list[nn.Module]:
+def single_blocks(transformer: FluxTransformer2DModel) -> list[FluxSingleTransformerBlock]:
+    return cast("list[FluxSingleTransformerBlock]", list(transformer.single_transformer_blocks))
+
+
+def all_blocks(transformer: FluxTransformer2DModel) -> list[Block]:
     """Double blocks, then single ones: the order in which megaflux numbers them."""
-    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    return [*double_blocks(transformer), *single_blocks(transformer)]
+
+
+def pack_projections(transformer: FluxTransformer2DModel) -> None:
+    """Lay the frozen q, k and v projections of each block side by side, so that one product needs no copy; with
+    gradients enabled, a single block's proj_mlp as well. Each forward pass does so again, since weights move: to a
+    device, out of an optimizer's buffer."""
+    for block in all_blocks(transformer):
+        qkv_layers(block)
+    for double in double_blocks(transformer):
+        text_qkv_layers(double)
+
+
+def contiguous_attention_gradients(transformer: FluxTransformer2DModel) -> None:
+    """Make the gradients of diffusers' own attention contiguous on a GPU, as those of fused blocks are (see
+    `flux_functions.contiguous_gradient`). Idempotent."""
+    for block in all_blocks(transformer):
+        if _contiguous_outputs not in block.attn._forward_hooks.values():
+            block.attn.register_forward_hook(_contiguous_outputs)
+
+
+def _contiguous_outputs(
+    attn: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]
+) -> Tensor | tuple[Tensor, ...]:
+    # Single blocks only: the outputs of a double block's attention have passed linears, whose gradients are joined.
+    return contiguous_gradient(output) if isinstance(output, Tensor) else output
+
+
+# --- the forward pass -----------------------------------------------------------------------------------------------
 
 
 def _forward(
@@ -146,7 +200,7 @@ def _forward(
 
     encoder_hidden_states: (B, T, joint_attention_dim). joint_attention_kwargs: `attention_mask`, a log-bias per key
     (B, 1, 1, S) or a mask of bool; `context_embedded`, True where encoder_hidden_states passed context_embedder
-    already and are (B, T, W). ValueError for others: diffusers' own path knows more of them.
+    already and are (B, T, W). ValueError for other keys, which diffusers' own path may support.
     """
     bias, embedded = _attention_options(joint_attention_kwargs)
     dtype = hidden_states.dtype
@@ -156,62 +210,39 @@ def _forward(
     image = self.x_embedder(hidden_states)
     text = encoder_hidden_states if embedded else self.context_embedder(encoder_hidden_states)
     txt_ids, img_ids = (ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids))
-    rope = self.fused.rope(txt_ids, img_ids)
+    image_rotary_emb = fused_state(self).rope(txt_ids, img_ids)
     _check_norms(self)
-    T, double = text.shape[1], len(self.transformer_blocks)
-    modulations = [_modulation(block, temb) for block in all_blocks(self)]
-    added = controlnet_block_samples is not None, controlnet_single_block_samples is not None
-    scale, shift = self.norm_out.linear(temb).chunk(2, dim=1)
-    following = _following(self, [*modulations, ((shift, scale),)], dtype, added)
 
-    normed: Any = (None, None)  # a block's first norms, where the one before has made them
+    modulations = [_modulation(block, temb) for block in all_blocks(self)]
+    scale, shift = self.norm_out.linear(temb).chunk(2, dim=1)
+    added = controlnet_block_samples is not None, controlnet_single_block_samples is not None
+    following = _following(self, [*modulations, ((shift, scale),)], dtype, added)
+    calls = [
+        Call(modulation, next_, image_rotary_emb, bias, policy == "mlp", keep_input)
+        for modulation, next_, policy, keep_input in zip(
+            modulations, following, fused_state(self).policies, fused_state(self).keep_input, strict=True
+        )
+    ]
+
+    T, double = text.shape[1], len(self.transformer_blocks)
+    normed: TwoNorms = (None, None)  # a block's first norms, where the one before has made them
     for i, block in enumerate(self.transformer_blocks):
-        text, image, normed = _run(self, i, block, text, image, normed, modulations[i], following[i], rope, bias)
+        text, image, normed = _run_block(self, i, block, image, text, normed, calls[i])
         if controlnet_block_samples is not None:
             samples = controlnet_block_samples
             image = image + samples[i % len(samples) if controlnet_blocks_repeat else i // -(-double // len(samples))]
-    hidden_states, normed = torch.cat([text, image], dim=1), None  # (B, S, W), joined once
+    hidden_states = torch.cat([text, image], dim=1)  # (B, S, W), joined once
+    n: Tensor | None = None
     for i, block in enumerate(self.single_transformer_blocks, double):
-        hidden_states, normed = _run(self, i, block, hidden_states, normed, modulations[i], following[i], rope, bias)
+        hidden_states, n = _run_block(self, i, block, hidden_states, n, calls[i])
         if controlnet_single_block_samples is not None:
             samples = controlnet_single_block_samples
             sample = samples[(i - double) // -(-len(self.single_transformer_blocks) // len(samples))]
             hidden_states = hidden_states + F.pad(sample, (0, 0, T, 0))
 
-    image = modulate(hidden_states[:, T:], scale, shift) if normed is None else normed[:, T:]
+    image = modulate(hidden_states[:, T:], scale, shift) if n is None else n[:, T:]
     output = self.proj_out(image)
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
-
-
-def _modulation(block: nn.Module, temb: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-    """A block's AdaLN from temb (B, W), past its SiLU: of text and image, or of the joined stream, what diffusers'
-    AdaLayerNormZero makes, (B, W) each: shift, scale, gate; in double blocks also the MLP's shift, scale, gate."""
-    if hasattr(block, "norm1_context"):
-        return block.norm1_context.linear(temb).chunk(6, dim=1), block.norm1.linear(temb).chunk(6, dim=1)
-    return (block.norm.linear(temb).chunk(3, dim=1),)
-
-
-def _following(
-    transformer: FluxTransformer2DModel, modulations: Sequence[tuple], dtype: torch.dtype, added: tuple[bool, bool]
-) -> list[tuple | None]:
-    """Per block the next one's modulation, FLUX's last norm's after the last block, where the block makes the next norm
-    in one pass with its own last residual. None: at the last double block; where a ControlNet's samples are added in
-    between (added: to double blocks, to single ones); in float16, which is clipped in between; before a block that is
-    computed again in full, whose checkpoint would keep two tensors. modulations: of all blocks, and of the last norm."""
-    double, following = len(transformer.transformer_blocks), list(modulations[1:])
-    for i, policy in enumerate([*transformer.fused.policies[1:], None]):
-        full = policy == "full" and torch.is_grad_enabled()
-        if full or i == double - 1 or added[i >= double] or dtype == torch.float16:
-            following[i] = None
-    return following
-
-
-def _run(transformer: FluxTransformer2DModel, index: int, block: nn.Module, *inputs: Any) -> Any:
-    fused = transformer.fused
-    policy, keep_input = fused.policies[index], fused.keep_input[index]
-    if policy == "full" and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, False, keep_input, use_reentrant=False, preserve_rng_state=False)
-    return block(*inputs, policy == "mlp", keep_input)
 
 
 def _attention_options(options: dict[str, Any] | None) -> tuple[Tensor | None, bool]:
@@ -219,7 +250,9 @@ def _attention_options(options: dict[str, Any] | None) -> tuple[Tensor | None, b
     options = dict(options or {})
     mask, embedded = options.pop("attention_mask", None), bool(options.pop("context_embedded", False))
     if options:
-        raise ValueError(f"joint_attention_kwargs: fused FLUX knows no {', '.join(sorted(options))}; turn kernels off")
+        raise ValueError(
+            f"joint_attention_kwargs: fused FLUX does not support {', '.join(sorted(options))}; turn kernels off"
+        )
     if mask is None:
         return None, embedded
     if mask.ndim != 4 or mask.shape[1:3] != (1, 1):
@@ -229,10 +262,46 @@ def _attention_options(options: dict[str, Any] | None) -> tuple[Tensor | None, b
     return mask[:, 0, 0], embedded
 
 
+def _modulation(block: Block, temb: Tensor) -> Modulation:
+    """A block's AdaLN of temb (B, W), which has passed its SiLU, as diffusers' AdaLayerNormZero makes it."""
+    if isinstance(block, FluxTransformerBlock):
+        return block.norm1_context.linear(temb).chunk(6, dim=1), block.norm1.linear(temb).chunk(6, dim=1)
+    return (block.norm.linear(temb).chunk(3, dim=1),)
+
+
+def _following(
+    transformer: FluxTransformer2DModel, modulations: Sequence[tuple], dtype: torch.dtype, added: tuple[bool, bool]
+) -> list[tuple | None]:
+    """Per block, the next one's modulation (after the last block, the last norm's), if the block makes the next norm in
+    the same pass as its own last residual.
+
+    None: at the last double block; where a ControlNet's samples are added in between (added: to double blocks, to single
+    ones); in float16, which is clipped in between; before a block in policy `full`, whose checkpoint would keep two
+    tensors. modulations: of all blocks, then of the last norm.
+    """
+    double = len(transformer.transformer_blocks)
+    following: list[tuple | None] = list(modulations[1:])
+    for i, policy in enumerate([*fused_state(transformer).policies[1:], None]):
+        full = policy == "full" and torch.is_grad_enabled()
+        if full or i == double - 1 or added[i >= double] or dtype == torch.float16:
+            following[i] = None
+    return following
+
+
+def _run_block(transformer: FluxTransformer2DModel, index: int, block: nn.Module, *inputs: Any) -> Any:
+    """A block's forward; in policy `full` it keeps only its inputs, and the backward pass runs it again."""
+    if fused_state(transformer).policies[index] == "full" and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
+
+
+# --- q and k norms --------------------------------------------------------------------------------------------------
+
+
 def _check_norms(transformer: FluxTransformer2DModel) -> None:
-    """Whether each block's q and k can be told from their rotated values; waits for the GPU in the first forward pass
-    after `fuse`, then only where a norm weight is another one, or every 16 passes where one trains."""
-    fused = transformer.fused
+    """Update `Fused.keep_input`. Waits for the GPU in the first forward pass after `fuse`; later only where a norm weight
+    was replaced or changed, or, where one is trainable, every 16 passes."""
+    fused = fused_state(transformer)
     if not torch.is_grad_enabled():
         fused.keep_input = fused.keep_input or [False] * len(fused.policies)  # nothing is kept
         return
@@ -240,24 +309,24 @@ def _check_norms(transformer: FluxTransformer2DModel) -> None:
     norms = [(w, -1 if w.requires_grad or w.is_inference() else w._version) for w in weights]
     trains = any(weight.requires_grad for weight in weights)
     due = fused.forwards % NORMS_CHECKED_EVERY == 0 if trains else fused.forwards == 0
-    others = bool(fused.norms) and any(a is not b or m != n for (a, m), (b, n) in zip(norms, fused.norms, strict=True))
-    if due or others:
+    changed = bool(fused.norms) and any(a is not b or m != n for (a, m), (b, n) in zip(norms, fused.norms, strict=True))
+    if due or changed:
         fused.keep_input = uneven_norms(transformer)
     fused.norms = norms
     fused.forwards += 1
 
 
 def uneven_norms(transformer: FluxTransformer2DModel) -> list[bool]:
-    """Of each block, double ones first: whether a q or k norm weight is so near zero, beside its neighbour, that the
-    block must keep its q, k, v product for the backward pass. Waits for the GPU, once."""
+    """Per block, double ones first: whether a q or k norm weight is so near zero, relative to its neighbour, that the
+    block must keep its packed q, k and v for the backward pass. Waits for the GPU, once."""
     blocks = all_blocks(transformer)
     flags = [torch.stack([in_proportion(weight) for weight in _norm_weights(block)]).all() for block in blocks]
     return [not flag for flag in torch.stack(flags).tolist()]
 
 
-def _norm_weights(block: nn.Module) -> list[Tensor]:
+def _norm_weights(block: Block) -> list[Tensor]:
     attn = block.attn
     norms = [attn.norm_q, attn.norm_k]
-    if hasattr(block, "norm1_context"):
+    if isinstance(block, FluxTransformerBlock):
         norms += [attn.norm_added_q, attn.norm_added_k]
     return [norm.weight for norm in norms]

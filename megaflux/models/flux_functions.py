@@ -1,8 +1,8 @@
 """The parts of a FLUX block around attention, as autograd functions that keep as little as the gradients need.
 
 A frozen linear keeps no input. A trainable one has its input rebuilt in the backward pass, from the residual stream
-(AdaLN) or from the MLP's pre-activation (GELU): a pass over memory instead of a copy kept. With `recompute` the MLP's
-pre-activation is not kept either, but computed again, at the price of one matrix product.
+(AdaLN) or from the MLP's pre-activation (GELU): one pass over memory instead of a copy kept. With `recompute` the MLP's
+pre-activation is not kept either but computed again, at the price of one matrix product.
 
 Shapes: B batch, S tokens of a stream, W width, M the MLP's width (4 W), N output features. Modulations are (B, W).
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,86 +29,100 @@ from megaflux.models.products import (
     weight_gradient,
 )
 from megaflux_kernels import gate_residual, gelu_concat, modulate, qk_norm_rope
+from megaflux_kernels.qk_norm_rope.streams import Saved, Stream
 
 
-def even_gradient(attn_output: Tensor) -> Tensor:
+def contiguous_gradient(attn_output: Tensor) -> Tensor:
     """The tensor itself, (B, S, W); on a GPU its gradient is contiguous.
 
-    torch's cuDNN attention remembers a plan for its backward pass by the layout of q, k and v, not by that of the gradient
+    torch's cuDNN attention caches its backward plan by the layout of q, k and v, not by that of the gradient
     (aten/src/ATen/native/cudnn/MHA.cpp, the key of run_cudnn_SDP_bprop). A single block's gradient is a slice of a wider
-    tensor, a double block's is not: the second to come is read by the first one's strides, out of bounds. Seen on an H200
-    with torch 2.11 and cuDNN 9.19; diffusers' own blocks do the same.
+    tensor, a double block's is not: whichever comes second is read with the first one's strides, out of bounds. Seen on
+    an H200 with torch 2.11 and cuDNN 9.19; diffusers' own blocks have the same fault.
     """
     if torch.is_grad_enabled() and attn_output.requires_grad and copies_gradients(attn_output):
-        return _EvenGradient.apply(attn_output)
+        return _ContiguousGradient.apply(attn_output)
     return attn_output
 
 
 def copies_gradients(x: Tensor) -> bool:
-    """Whether `even_gradient` does anything: CPUs have no such attention."""
+    """Whether `contiguous_gradient` does anything: CPUs have no cuDNN attention."""
     return x.is_cuda
 
 
-def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """(LayerNorm(x) * (1 + scale) + shift, x). The residual passes through, so that its gradient is added in the
-    norm's own backward pass and not in one more."""
-    return _Modulated.apply(x, scale, shift)
+class AdaLN(NamedTuple):
+    """A residual stream and the modulation of its norm: enough to rebuild n = LayerNorm(x) * (1 + scale) + shift."""
+
+    x: Tensor
+    """(B, S, W)."""
+    scale: Tensor
+    shift: Tensor
+
+
+def modulated(adaln: AdaLN) -> tuple[Tensor, Tensor]:
+    """(n, x). The residual stream passes through, so that its gradient is added in the norm's own backward pass and not
+    in an extra one."""
+    return _Modulated.apply(*adaln)
 
 
 @dataclass
 class Handover:
-    """What the backward passes of one call of a block leave for each other; each is made anew in every backward pass,
-    and none is needed for a right gradient."""
+    """What the backward passes of one call of a block leave for each other. Each entry is made anew in every backward
+    pass, and gradients are right without it."""
 
     qkv_gradient: Tensor | None = None
-    """Where the gradient of q, k and v (B, S, 3 W) is written: columns of one tensor with the MLP's, so that both are
-    one product with the weights."""
+    """Where the gradient of q, k and v (B, S, 3 W) is written: columns of one tensor with the MLP's, so that one product
+    with the weights serves both."""
     rebuilds: bool = False
     """Whether `modulated_linears` needs n again."""
     n: Tensor | None = None
     """n, rebuilt."""
 
+    def take_qkv_gradient(self) -> Tensor | None:
+        tensor, self.qkv_gradient = self.qkv_gradient, None
+        return tensor
+
+    def take_n(self) -> Tensor | None:
+        tensor, self.n = self.n, None
+        return tensor
+
 
 def modulated_linears(
-    n: Tensor, x: Tensor, scale: Tensor, shift: Tensor, *groups: Sequence[nn.Linear], handover: Handover | None = None
+    n: Tensor, adaln: AdaLN, *groups: Sequence[nn.Linear], handover: Handover | None = None
 ) -> tuple[Tensor, ...]:
-    """Of each group of layers one product of n (B, S, W) with their weights: (B, S, N), their outputs side by side.
+    """One product of n (B, S, W) per group of layers: (B, S, N), the layers' outputs side by side.
 
-    n is what `modulated` made of x, scale and shift, from which it is rebuilt where a weight trains. The gradient of n
-    is one product where those of all outputs are columns of one tensor and all weights lie side by side.
+    n is what `modulated` made of adaln, from which it is rebuilt where a weight is trainable. The gradient of n is one
+    product where the gradients of all outputs are columns of one tensor and all weights lie side by side.
     """
     parameters = linears(*(layer for group in groups for layer in group))
     trains = any(parameter.requires_grad for parameter in parameters)
     handover = None if torch.compiler.is_compiling() else handover
     if torch.is_grad_enabled() and (trains or len(groups) > 1):
         sizes = tuple(len(group) for group in groups)
-        return _ModulatedLinears.apply(n, x, scale, shift, sizes, handover, *parameters)
+        return _ModulatedLinears.apply(n, *adaln, sizes, handover, *parameters)
     weights, biases = ([packed(part) for part in grouped(half, groups)] for half in halves(parameters))
     return tuple(F.linear(n, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
 
-def normed_and_turned(
-    qkv: Tensor,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    rope: tuple[Tensor, Tensor],
+def norm_and_rotate(
+    stream: Stream,
+    image_rotary_emb: tuple[Tensor, Tensor],
     heads: int,
     eps: float,
     keep_input: bool,
     handover: Handover,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`qk_norm_rope` of one stream, its gradient written where the handover says."""
+    """`qk_norm_rope` of one stream; its gradient is written where the handover says."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return qk_norm_rope.qk_norm_rope(qkv, norm_q, norm_k, *rope, heads, eps=eps, keep_input=keep_input)
-    return _NormedAndTurned.apply(qkv, norm_q, norm_k, *rope, heads, eps, keep_input, handover)
+        return qk_norm_rope.qk_norm_rope(stream, image_rotary_emb, heads, eps=eps, keep_input=keep_input)
+    return _NormAndRotate.apply(*stream, *image_rotary_emb, heads, eps, keep_input, handover)
 
 
 def gelu_linear(
     pre: Tensor,
     attn_output: Tensor | None,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    adaln: AdaLN,
     proj_in: nn.Linear,
     proj_out: nn.Linear,
     recompute: bool,
@@ -115,18 +130,16 @@ def gelu_linear(
 ) -> Tensor:
     """proj_out([attn_output |] gelu(pre)): (B, S, W).
 
-    pre: (B, S, M), proj_in's output of what `modulated` made of x, scale and shift. attn_output: (B, S, W) in single
-    blocks, None in double ones. recompute: make pre again in the backward pass instead of keeping it.
+    pre: (B, S, M), proj_in of the n that `modulated` made of adaln. attn_output: (B, S, W) in single blocks, None in
+    double ones. recompute: compute pre again in the backward pass instead of keeping it.
     """
     handover = None if torch.compiler.is_compiling() else handover
-    return _GeluLinear.apply(
-        pre, attn_output, x, scale, shift, recompute, handover, *linears(proj_in), *linears(proj_out)
-    )
+    return _GeluLinear.apply(pre, attn_output, *adaln, recompute, handover, *linears(proj_in), *linears(proj_out))
 
 
 def last_norm(residual: Tensor, x: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """LayerNorm(residual + gate * x) * (1 + scale) + shift: (B, S, W). Where the gate trains, x is kept for it and
-    residual by the block's own norm: then their sum is made again and not kept."""
+    """LayerNorm(residual + gate * x) * (1 + scale) + shift: (B, S, W). Where the gate is trainable, x is kept for it,
+    and residual by the block's own norm: then their sum is computed again instead of kept."""
     return _LastNorm.apply(residual, x, gate, scale, shift)
 
 
@@ -134,12 +147,12 @@ def stream_linears(
     attn_output: Tensor, text_tokens: int, to_out: nn.Linear, to_add_out: nn.Linear
 ) -> tuple[Tensor, Tensor]:
     """(to_out of the image rows (B, L, W), to_add_out of the text rows (B, T, W)) of attn_output (B, T + L, W), text
-    first; text_tokens is T. Its gradient is written by two products into one contiguous tensor: the gradients of slices
-    would each be filled with zeros first, and added."""
+    first; text_tokens is T. Two products write its gradient into one contiguous tensor; the gradients of two slices
+    would each be filled with zeros first and then added."""
     return _StreamLinears.apply(attn_output, text_tokens, *linears(to_out), *linears(to_add_out))
 
 
-class _EvenGradient(torch.autograd.Function):
+class _ContiguousGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attn_output):
         return attn_output.view_as(attn_output)
@@ -161,8 +174,9 @@ class _Modulated(torch.autograd.Function):
     def backward(ctx, dout, residual):
         if dout is None:
             return residual, None, None
+        x, mean, rstd, scale = ctx.saved_tensors
         need_modulation = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        return modulate.backward(dout, *ctx.saved_tensors, residual, need_modulation)
+        return modulate.backward(dout, x, mean, rstd, scale, residual, need_modulation)
 
 
 class _ModulatedLinears(torch.autograd.Function):
@@ -181,27 +195,27 @@ class _ModulatedLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *douts):
         saved = ctx.saved_tensors  # once: checkpointing gives them out once
-        sources, (weights, _) = saved[: 3 * ctx.rebuilds], halves(saved[3 * ctx.rebuilds :])
+        adaln, (weights, _) = saved[: 3 * ctx.rebuilds], halves(saved[3 * ctx.rebuilds :])
         groups = list(grouped(weights, ctx.sizes))
         dn = input_gradient(douts, groups) if ctx.needs_input_grad[0] else None
-        n = _take(ctx.handover, "n")
+        n = None if ctx.handover is None else ctx.handover.take_n()
         if ctx.rebuilds and n is None:
-            n = modulate.forward(*sources)[0]
+            n = modulate.forward(*adaln)[0]
         dweights, dbiases = [], []
         need_weights, need_biases = (grouped(half, ctx.sizes) for half in halves(ctx.needs_input_grad[6:]))
         for dout, group, weight_needs, bias_needs in zip(douts, groups, need_weights, need_biases, strict=True):
             rows = [weight.shape[0] for weight in group]
-            dweight = None if dout is None or not any(weight_needs) else weight_gradient(dout, n)
+            dweight = None if dout is None or n is None or not any(weight_needs) else weight_gradient(dout, n)
             dbias = None if dout is None or not any(bias_needs) else dout.sum((0, 1))
             dweights += split(dweight, rows, weight_needs)
             dbiases += split(dbias, rows, bias_needs)
         return dn, None, None, None, None, None, *dweights, *dbiases
 
 
-class _NormedAndTurned(torch.autograd.Function):
+class _NormAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, norm_q, norm_k, cos, sin, heads, eps, keep_input, handover):
-        q, k, v, rstd = qk_norm_rope.forward(qkv, norm_q, norm_k, cos, sin, heads, eps=eps)
+        q, k, v, rstd = qk_norm_rope.forward(Stream(qkv, norm_q, norm_k), (cos, sin), heads, eps=eps)
         ctx.handover = handover
         ctx.save_for_backward(q, k, rstd, norm_q, norm_k, cos, sin, qkv if keep_input else None)
         ctx.set_materialize_grads(False)
@@ -209,14 +223,14 @@ class _NormedAndTurned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *douts):
-        out = _take(ctx.handover, "qkv_gradient")
+        out = ctx.handover.take_qkv_gradient()
         if all(dout is None for dout in douts):
             return (None,) * 9
         q, k, rstd, norm_q, norm_k, cos, sin, qkv = ctx.saved_tensors
-        douts = [torch.zeros_like(q) if dout is None else dout.transpose(1, 2) for dout in douts]
-        dqkv, _, dnorm_q, dnorm_k, *_ = qk_norm_rope.backward(
-            *douts, q, k, rstd, norm_q, norm_k, cos, sin, 0, need_norms=any(ctx.needs_input_grad[1:3]), qkv=qkv, out=out
-        )
+        saved = Saved(q, k, rstd, norm_q, norm_k, cos, sin, qkv=qkv)
+        dq, dk, dv = (torch.zeros_like(saved.q) if dout is None else dout.transpose(1, 2) for dout in douts)
+        need_norms = any(ctx.needs_input_grad[1:3])
+        dqkv, _, dnorm_q, dnorm_k, *_ = qk_norm_rope.backward((dq, dk, dv), saved, need_norms, out)
         return dqkv, dnorm_q, dnorm_k, None, None, None, None, None, None
 
 
@@ -224,17 +238,17 @@ class _LastNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, residual, x, gate, scale, shift):
         hidden, n, mean, rstd = gate_residual.forward_modulate(residual, x, gate, scale, shift)
-        kept = (residual, x) if ctx.needs_input_grad[2] else (hidden,)
+        kept = (residual, x) if ctx.needs_input_grad[2] else (hidden, None)
         ctx.save_for_backward(gate, scale, mean, rstd, *kept)
         return n
 
     @staticmethod
     def backward(ctx, dn):
-        gate, scale, mean, rstd, hidden, *x = ctx.saved_tensors
-        if x:
-            hidden = gate_residual.forward(hidden, *x, gate)
+        gate, scale, mean, rstd, hidden, x = ctx.saved_tensors
+        if x is not None:
+            hidden = gate_residual.forward(hidden, x, gate)
         needs = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        return gate_residual.backward_modulate(None, dn, hidden, mean, rstd, scale, gate, *x, need_modulation=needs)
+        return gate_residual.backward_modulate(None, dn, hidden, mean, rstd, scale, gate, x, need_modulation=needs)
 
 
 class _StreamLinears(torch.autograd.Function):
@@ -242,7 +256,7 @@ class _StreamLinears(torch.autograd.Function):
     def forward(ctx, attn_output, text_tokens, w_image, b_image, w_text, b_text):
         ctx.text_tokens, ctx.shape = text_tokens, attn_output.shape
         trains = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
-        ctx.save_for_backward(w_image, w_text, attn_output if trains else None)  # which attention keeps, too
+        ctx.save_for_backward(w_image, w_text, attn_output if trains else None)  # attention keeps it anyway
         ctx.set_materialize_grads(False)
         image, text = attn_output[:, text_tokens:], attn_output[:, :text_tokens]
         return linear(image, w_image, b_image), linear(text, w_text, b_text)
@@ -261,7 +275,7 @@ class _StreamLinears(torch.autograd.Function):
         elif needs[0]:
             dattn = w_image.new_empty(ctx.shape)
         for rows, dout, weight, need_weight, need_bias in streams:
-            if needs[0] and not torch.compiler.is_compiling():
+            if dattn is not None and not torch.compiler.is_compiling():
                 product_into(dout, weight, dattn[:, rows])
             given = dout is not None
             gradients.append(weight_gradient(dout, attn_output[:, rows]) if need_weight and given else None)
@@ -282,9 +296,9 @@ class _GeluLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        w_out, attn_output, *sources = ctx.saved_tensors
+        w_out, attn_output, *kept = ctx.saved_tensors
         need_pre, need_attention, *_, need_w_out, need_b_out = ctx.needs_input_grad
-        pre = _again(ctx.handover, *sources) if ctx.recompute else sources.pop()
+        pre = _recomputed_pre(ctx.handover, *kept) if ctx.recompute else kept.pop()
         dw_out = weight_gradient(dout, gelu_concat.forward(attn_output, pre)) if need_w_out else None
         db_out = dout.sum((0, 1)) if need_b_out else None
         dattention = dout @ w_out[:, : ctx.split] if need_attention else None
@@ -292,8 +306,10 @@ class _GeluLinear(torch.autograd.Function):
         return dpre, dattention, None, None, None, None, None, None, None, dw_out, db_out
 
 
-def _again(handover: Handover | None, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """pre (B, S, M), computed again."""
+def _recomputed_pre(
+    handover: Handover | None, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """pre (B, S, M), computed again; n is left in the handover if `modulated_linears` needs it."""
     n = modulate.forward(x, scale, shift)[0]
     if handover is not None and handover.rebuilds:
         handover.n = n
@@ -301,8 +317,8 @@ def _again(handover: Handover | None, x: Tensor, scale: Tensor, shift: Tensor, w
 
 
 def _dpre(dout: Tensor, weight: Tensor, pre: Tensor, before: int, handover: Handover | None) -> Tensor:
-    """Gradient of pre from that of gelu(pre) @ weight.t(); with a handover the last columns of a tensor whose `before`
-    first ones wait for the gradient of q, k and v."""
+    """Gradient of pre from that of gelu(pre) @ weight.t(). With a handover, it is the last columns of a tensor whose
+    first `before` columns are left for the gradient of q, k and v."""
     if torch.compiler.is_compiling():
         return gelu_concat.backward(dout @ weight, pre)
     joined = dout.new_empty((*dout.shape[:-1], before + pre.shape[-1]))
@@ -311,11 +327,3 @@ def _dpre(dout: Tensor, weight: Tensor, pre: Tensor, before: int, handover: Hand
     if handover is not None and before:
         handover.qkv_gradient = joined[..., :before]
     return gelu_concat.backward_(dpre, pre)
-
-
-def _take(handover: Handover | None, name: str) -> Tensor | None:
-    if handover is None:
-        return None
-    tensor = getattr(handover, name)
-    setattr(handover, name, None)
-    return tensor

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from megaflux.common.transfer import to_device
 VAE_SCALE = 8  # pixels per latent, each way
 PACK = 2  # latents per token, each way
 TOKEN_PIXELS = VAE_SCALE * PACK
-CHUNK_PIXELS = 2 * 1024 * 1024  # that the VAE takes at once
+CHUNK_PIXELS = 2 * 1024 * 1024  # pixels that the VAE takes at once
 
 
 def to_unit_range(pixel_values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -30,21 +31,21 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(vae, pixel_values: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+def encode(vae: Any, pixel_values: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
     """uint8 pictures (B, 3, H, W) -> latents (B, C, h, w) of about unit variance, in the VAE's dtype.
 
-    The posterior's mean, or a draw from it where a generator, or one for each picture, is given. H and W are multiples
-    of 16. The encoder sees `chunk_size` pictures at a time.
+    The posterior's mean, or a draw from it where a generator, or one per picture, is given. H and W are multiples of 16.
+    The encoder takes `chunk_size` pictures at a time.
     """
     step = chunk_size(*pixel_values.shape[-2:])
-    pictures = pixel_values.split(step)
-    each = isinstance(generator, list)
-    generators = [generator[i * step : (i + 1) * step] if each else generator for i in range(len(pictures))]
-    parts = [_encode(vae, part, drawn) for part, drawn in zip(pictures, generators, strict=True)]
+    parts = []
+    for i, pictures in enumerate(pixel_values.split(step)):
+        of_these = generator[i * step : (i + 1) * step] if isinstance(generator, list) else generator
+        parts.append(_encode(vae, pictures, of_these))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _encode(vae, pixel_values: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+def _encode(vae: Any, pixel_values: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
     posterior = vae.encode(to_unit_range(pixel_values, vae.dtype).to(vae.device)).latent_dist
     if isinstance(generator, list):
         latents = posterior.mean + posterior.std * _drawn(posterior.mean, generator)
@@ -54,20 +55,20 @@ def _encode(vae, pixel_values: Tensor, generator: torch.Generator | list[torch.G
 
 
 def _drawn(like: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """Normal numbers as diffusers' DiagonalGaussianDistribution.sample draws them, but copied without a wait."""
+    """Normal numbers as diffusers' DiagonalGaussianDistribution.sample draws them, copied without waiting for the GPU."""
     noise = [torch.randn((1, *like.shape[1:]), generator=g, device=g.device, dtype=like.dtype) for g in generators]
     return to_device(torch.cat(noise), like.device)
 
 
 @torch.no_grad()
-def decode(vae, latents: Tensor) -> Tensor:
+def decode(vae: Any, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) as `encode` gives them -> uint8 pictures (B, 3, H, W), `chunk_size` at a time."""
     step = chunk_size(*(VAE_SCALE * side for side in latents.shape[-2:]))
     parts = [_decode(vae, part) for part in latents.split(step)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _decode(vae, latents: Tensor) -> Tensor:
+def _decode(vae: Any, latents: Tensor) -> Tensor:
     latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
     return to_uint8(vae.decode(latents).sample)
 
@@ -75,8 +76,8 @@ def _decode(vae, latents: Tensor) -> Tensor:
 def chunk_size(height: int, width: int) -> int:
     """Pictures of height x width px that the VAE takes at once: two of 1024 x 1024 px, or as many smaller ones.
 
-    These need 3.8 GB in bfloat16 to be encoded and 5.4 to be decoded (`coding_peak`). A number of pixels, so that small
-    pictures still go through in whole batches: a convolution may round by the size of its batch.
+    Encoding them needs 3.8 GB in bfloat16, decoding 5.4 (`coding_peak`). The limit counts pixels, so that small pictures
+    still go through in whole batches: a convolution may round by the size of its batch.
     """
     return max(1, CHUNK_PIXELS // (height * width))
 
@@ -84,11 +85,11 @@ def chunk_size(height: int, width: int) -> int:
 def coding_peak(
     channels: Sequence[int], pictures: int, height: int, width: int, itemsize: int, workspace: bool = True
 ) -> tuple[int, int]:
-    """(encode, decode): bytes of an AutoencoderKL alive at the worst moment, beside its weights and without gradients.
+    """(encode, decode): peak bytes of an AutoencoderKL beside its weights, without gradients.
 
-    channels: its block_out_channels; itemsize: bytes of a number. The outermost blocks decide: maps of the first width
+    channels: its block_out_channels; itemsize: bytes per number. The outermost blocks decide: maps of the first width
     and, in the decoder, of the second, at the pictures' full size (the bench `memory` counts the tensors). workspace:
-    with the largest convolution's input and output once more, for cuDNN may lay its maps out anew: 3.77 and 5.37 GB for two
+    count the largest convolution's input and output twice, since cuDNN may convert their layout: 3.77 and 5.37 GB for two
     pictures of 1024 px in bfloat16, where an H200 took 3.23 and 4.30.
     """
     first, second = channels[0], channels[min(1, len(channels) - 1)]
@@ -116,9 +117,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """FLUX's img_ids for a picture of height x width px: (L, 3) float32 rows of (0, row, column).
 
-    The same tensor for the same arguments, so that FLUX's position table is made once; read only.
+    The same tensor for the same arguments, so that FLUX's position table is computed once; do not write to it.
     """
-    with torch.inference_mode(False):  # kept for training, whoever asks first
+    with torch.inference_mode(False):  # training may use what generation cached
         rows = torch.arange(height // TOKEN_PIXELS, device=device, dtype=torch.float32)
         columns = torch.arange(width // TOKEN_PIXELS, device=device, dtype=torch.float32)
         row, column = torch.meshgrid(rows, columns, indexing="ij")
@@ -127,6 +128,7 @@ def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Te
 
 @lru_cache(maxsize=64)
 def text_ids(tokens: int, device: torch.device | str = "cpu") -> Tensor:
-    """FLUX's txt_ids: (T, 3) float32 zeros, for FLUX sees the condition as a set. Kept as `image_ids` are; read only."""
+    """FLUX's txt_ids: (T, 3) float32 zeros, as FLUX sees the condition as a set. Cached as `image_ids` are; do not write
+    to it."""
     with torch.inference_mode(False):
         return torch.zeros(tokens, 3, device=device)

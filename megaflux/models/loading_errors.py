@@ -1,19 +1,20 @@
-"""A library's loading errors in one line that names the file."""
+"""A library's loading errors as one line that names the file."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from megaflux.common.errors import UserError, is_out_of_memory
-from megaflux.models.sources import is_pointer
+from megaflux.models.safetensors_files import is_pointer
 
 
 class named:
     """Turn a library's loading error into a UserError of one line that names the source.
 
-    A GPU without memory (`is_out_of_memory`) is no fault of the source, and passes as it is: training has its own mend."""
+    Running out of GPU memory (`is_out_of_memory`) is not the source's fault and passes unchanged: training handles it."""
 
     def __init__(self, where: str):
         self.where = where
@@ -21,11 +22,11 @@ class named:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind, error, traceback) -> bool:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
-            return False
+            return
         if is_out_of_memory(error):
-            return False
+            return
         line = " ".join(str(error).split())
         file = _unreadable(self.where)
         if file is not None and is_pointer(file):
@@ -34,7 +35,7 @@ class named:
 
 
 def _unreadable(where: str) -> Path | None:
-    """The first safetensors file of a local folder that cannot be opened: the libraries don't say which."""
+    """The first safetensors file of a local folder that cannot be opened, which the libraries' errors do not name."""
     for file in sorted(Path(where).glob("*.safetensors")):
         try:
             with safe_open(file, "pt"):

@@ -1,4 +1,4 @@
-"""Tensors that lie side by side in memory, so that the layers or gradients of one product need no copy."""
+"""Tensors side by side in memory, so that one product of several layers or gradients needs no copy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def linears(*layers: nn.Linear) -> list[Tensor]:
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors along their first dimension as one: a view where they lie side by side in memory (`pack`), else a
+    """The tensors joined along their first dimension: a view where they lie side by side in memory (`pack`), else a
     copy."""
     if not side_by_side(tensors):
         return torch.cat(list(tensors))
@@ -24,7 +24,7 @@ def packed(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> bool:
-    """Whether the tensors fill one stretch of one storage, in order. Never under torch.compile, which sees no storage."""
+    """Whether the tensors fill one stretch of one storage, in order. False under torch.compile, which sees no storage."""
     if torch.compiler.is_compiling():
         return False
     first, offset = tensors[0], tensors[0].storage_offset()
@@ -37,11 +37,11 @@ def side_by_side(tensors: Sequence[Tensor]) -> bool:
     return True
 
 
-@torch.inference_mode(False)  # memory made inside it would make the parameters useless for training
+@torch.inference_mode(False)  # parameters with memory made in inference mode could not be trained
 @torch.no_grad()
 def pack(*layers: nn.Linear) -> None:
-    """Lay frozen weights, and biases, of the layers side by side, so that one product needs no copy. Names, values
-    and parameters stay; a layer that trains is left to its optimizer."""
+    """Lay the layers' frozen weights side by side, and their frozen biases. Names, values and parameters stay; a
+    trainable layer is left to its optimizer."""
     for parameters in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
         if any(p.requires_grad for p in parameters) or side_by_side(parameters):
             continue
@@ -54,19 +54,19 @@ def pack(*layers: nn.Linear) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def unpack(layer: nn.Linear) -> None:
-    """Give frozen parameters of a layer memory of their own, where their neighbours train and have moved to an
-    optimizer's buffer: what `pack` made would else be kept whole for one part."""
+    """Give a layer's frozen parameters memory of their own, once their neighbours are trainable and have moved to an
+    optimizer's buffer: otherwise all of what `pack` made would be kept for one part."""
     for parameter in (layer.weight, layer.bias):
         if not parameter.requires_grad and parameter.untyped_storage().nbytes() > parameter.nbytes:
             parameter.data = parameter.data.clone()
 
 
 def columns(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The tensors (..., N) as one, a view, where they are neighbouring columns of one tensor in this order; else None."""
+    """The tensors (..., N) as one view, where they are neighbouring columns of one tensor in this order; else None."""
     first = parts[0]
     if len(parts) == 1 or first is None or torch.compiler.is_compiling():
         return first if len(parts) == 1 else None
-    offset, storage = first.storage_offset(), first.untyped_storage()._cdata
+    offset, storage, width = first.storage_offset(), first.untyped_storage()._cdata, 0
     for part in parts:
         if part is None or part.untyped_storage()._cdata != storage or part.dtype != first.dtype:
             return None
@@ -74,5 +74,5 @@ def columns(parts: Sequence[Tensor | None]) -> Tensor | None:
         if where != (offset, first.stride(), first.shape[:-1]):
             return None
         offset += part.shape[-1]
-    size = (*first.shape[:-1], sum(part.shape[-1] for part in parts))
-    return first.as_strided(size, first.stride(), first.storage_offset())
+        width += part.shape[-1]
+    return first.as_strided((*first.shape[:-1], width), first.stride(), first.storage_offset())

@@ -1,33 +1,30 @@
-"""Modules of a run: loaded from published layouts, strictly, or built from nothing (scratch.py).
+"""A run's models: loaded from published layouts, strictly, or built from nothing (scratch.py).
 
-Loading reads safetensors only. A missing or unexpected key, a wrong shape, a truncated or a pickle file is a
-UserError that names it; no weight is ever left random in silence. FLUX and Qwen2-VL, 39 of dev's 40 GB, are read tensor by
-tensor to where they are used (reading.py); CLIP, VAE and the rest of generation by the libraries' own from_pretrained.
+Loading reads safetensors only. A missing or unexpected key, a wrong shape, a truncated or a pickle file is a UserError
+that names it; no weight is ever silently left random. FLUX and Qwen2-VL, 39 of dev's 40 GB, are read tensor by tensor to
+where they are used (reading.py); CLIP, VAE and the rest of generation by the libraries' own from_pretrained (strict.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megaflux.common import compat  # noqa: F401  (before diffusers and transformers)
-import diffusers
-import transformers
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+
+# isort: split
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models import AutoencoderKL, FluxTransformer2DModel
 from transformers import (
     AutoTokenizer,
     CLIPTextModel,
     CLIPTokenizer,
-    PreTrainedModel,
     Qwen2TokenizerFast,
     Qwen2VLConfig,
     Qwen2VLModel,
@@ -35,16 +32,18 @@ from transformers import (
     T5EncoderModel,
 )
 
-from megaflux.config.parse import Config
 from megaflux.common.errors import UserError
+from megaflux.config.parse import Config
 from megaflux.models.connector import build_connector
 from megaflux.models.loading_errors import named
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
-from megaflux.models.reading import Target, fill, refuse, sampled, shapes, some, tensors, weight_files, without_weights
+from megaflux.models.reading import Target, fill, sampled, shapes, tensors, weight_files, without_weights
 from megaflux.models.scratch import TINY, build_clip, build_transformer, build_vlm, vlm_configuration
 from megaflux.models.sources import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, model_problems, opened
+from megaflux.models.strict import FOLDER_FILES, load_linear, load_strict, silent_libraries
 from megaflux.models.t5 import T5Path
-from megaflux.models.vlm import Trunk, split_vlm
+from megaflux.models.vlm import Trunk
+from megaflux.models.vlm_parts import split_vlm
 
 
 @dataclass
@@ -60,18 +59,20 @@ class Models:
     base: str = ""
     """Fingerprint of all weights as they were loaded or built, before any training."""
     t5: T5Path | None = None
-    """The released weights' text path; a run has none."""
+    """The released weights' text path; None in training."""
     vae_visits: bool = False
-    """Whether the VAE is on the device only while it is at work (training/frozen.py)."""
+    """Whether the VAE is on the device only while it works (training/frozen.py)."""
 
     def resident(self) -> tuple[nn.Module, ...]:
         """The modules whose weights stay on the device all the time."""
-        trunk = () if self.trunk.released else (self.trunk.vlm,)
+        trunk: tuple[nn.Module, ...] = () if self.trunk.released else (self.trunk.vlm,)
         return (self.trainable, *trunk, *(() if self.vae_visits else (self.vae,)))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None) -> Models:
-        """Move and cast, or only move; RoPE's frequencies stay float32."""
-        for module in (self.trainable, self.trunk.vlm, self.vae):
+        """Move all models to a device and cast their parameters (dtype None: only move); RoPE's frequencies stay
+        float32."""
+        modules: tuple[nn.Module, ...] = (self.trainable, self.trunk.vlm, self.vae)
+        for module in modules:
             cast(module, device, dtype)
         self.pooled_projections = self.pooled_projections.to(device, dtype)
         if self.t5 is not None:
@@ -80,15 +81,16 @@ class Models:
 
 
 def cast(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None) -> None:
-    """Move a module, casting its parameters but not its buffers: RoPE's inv_freq loses its angles in bf16. dtype None: move.
+    """Move a module to a device and cast its parameters (dtype None: only move). Buffers keep their dtype: RoPE's inv_freq
+    loses its angles in bf16.
 
-    On a CPU the parameters end at multiples of 64 bytes, which those mapped from a file need not be: matrix products
-    round by the alignment, and the same weights from two files would give different last bits.
+    On a CPU every parameter starts at a multiple of 64 bytes afterwards, which one mapped from a file need not: matrix
+    products round by the alignment, and the same weights from two files would give different last bits.
     """
     module.to(device)
     for parameter in module.parameters():
         if hasattr(parameter, "__tensor_flatten__"):
-            continue  # quantized: its dtype is not to be changed
+            continue  # quantized: its dtype must not change
         data = parameter.data.to(dtype)
         aligned = data.device.type != "cpu" or data.data_ptr() % 64 == 0
         parameter.data = data if aligned else data.clone()
@@ -99,8 +101,8 @@ def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch
 
     dtype: of every parameter; None: each part's own, bfloat16 for published weights. Published weights are read straight
     to the device: beside what the models keep there, the host holds no more than the largest tensor and 1 GB. On a CPU
-    without a dtype they stay mapped from their files. UserError naming all of a source that is not there or not whole
-    (sources.py), before any weight is read.
+    without a dtype they stay mapped from their files. UserError naming every missing or incomplete source (sources.py),
+    before any weight is read.
     """
     if found := list(model_problems(config.model)):
         raise UserError("; ".join(found))
@@ -120,18 +122,11 @@ def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch
         vlm, processor = load_vlm(model.vlm, model.attention, target=target)
     else:
         vlm, processor = build_vlm(model.vlm_config, seed, way)
-    connector = build_connector(vlm.config.text_config.hidden_size, transformer.config.joint_attention_dim, seed, way)
-    models = assemble(
-        transformer,
-        connector.to(own),
-        vlm,
-        processor,
-        vae,
-        scheduler,
-        pooled,
-        model.vlm_max_tokens,
-        model.caption_max_tokens,
+    connector = build_connector(
+        vlm.config.text_config.hidden_size, transformer.config["joint_attention_dim"], seed, way
     )
+    parts = Parts(transformer, connector.to(own), vlm, processor, vae, scheduler, pooled)
+    models = assemble(parts, model.vlm_max_tokens, model.caption_max_tokens)
     models.base = weights_fingerprint(models.trainable, models.trunk.vlm, models.vae, samples=target.samples)
     return models if target.mapped else models.to(device, dtype)
 
@@ -139,10 +134,10 @@ def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch
 def weights_fingerprint(
     *modules: nn.Module, dtype: torch.dtype = torch.float32, samples: Mapping[nn.Parameter, Tensor] | None = None
 ) -> str:
-    """Hash of every parameter's name, shape and evenly spaced values: cheap at 12 B, and no two trainings share it.
+    """Hash of every parameter's name, shape and evenly spaced values: cheap at 12 B, and different for any two trainings.
 
-    dtype: what values are rounded to first; bfloat16 gives one hash to weights loaded in any dtype. samples: those values
-    of parameters that have been cast since."""
+    dtype: what values are rounded to first; bfloat16 gives one hash to weights loaded in any dtype. samples: `sampled`
+    values of parameters that were cast since they were read."""
     digest, samples = hashlib.sha256(), samples or {}
     for module in modules:
         for name, parameter in module.named_parameters():
@@ -152,39 +147,47 @@ def weights_fingerprint(
     return digest.hexdigest()
 
 
-def assemble(
-    transformer: FluxTransformer2DModel,
-    connector: nn.Linear,
-    vlm: Qwen2VLModel,
-    processor: Qwen2VLProcessor,
-    vae: AutoencoderKL,
-    scheduler: FlowMatchEulerDiscreteScheduler,
-    pooled: Tensor,
-    max_image_tokens: int,
-    max_caption_tokens: int,
-) -> Models:
-    """Cut the VLM, put the connector between, check that the parts fit each other. UserError where they don't."""
-    flux = transformer.config
-    if vae.config.latent_channels * 4 != flux.in_channels:
+@dataclass(frozen=True)
+class Parts:
+    """The modules and values that `assemble` makes a run's models of."""
+
+    transformer: FluxTransformer2DModel
+    connector: nn.Linear
+    vlm: Qwen2VLModel
+    """Whole; `assemble` cuts it into trunk and tail."""
+    processor: Qwen2VLProcessor
+    vae: AutoencoderKL
+    scheduler: FlowMatchEulerDiscreteScheduler
+    pooled_projections: Tensor
+    """(1, P): CLIP's pooled vector of the empty prompt."""
+
+
+def assemble(parts: Parts, max_image_tokens: int, max_caption_tokens: int) -> Models:
+    """The models made of these parts. UserError where the parts do not fit each other.
+
+    max_image_tokens, max_caption_tokens: of a condition (`Trunk`)."""
+    flux, vae, connector, pooled = parts.transformer.config, parts.vae, parts.connector, parts.pooled_projections
+    packed = vae.config["latent_channels"] * 4
+    if packed != flux["in_channels"]:
         raise UserError(
-            f"model.vae: {vae.config.latent_channels} latent channels pack to {vae.config.latent_channels * 4}, "
-            f"but the transformer reads {flux.in_channels}; use the VAE that belongs to it"
+            f"model.vae: {vae.config['latent_channels']} latent channels pack to {packed}, "
+            f"but the transformer reads {flux['in_channels']}; use the VAE that belongs to it"
         )
-    if pooled.shape[-1] != flux.pooled_projection_dim:
+    if pooled.shape[-1] != flux["pooled_projection_dim"]:
         raise UserError(
             f"model: CLIP's pooled vector has {pooled.shape[-1]} channels, the transformer reads "
-            f"{flux.pooled_projection_dim}"
+            f"{flux['pooled_projection_dim']}"
         )
-    ends = (vlm.config.text_config.hidden_size, flux.joint_attention_dim)
+    ends = (parts.vlm.config.text_config.hidden_size, flux["joint_attention_dim"])
     if (connector.in_features, connector.out_features) != ends:
         raise UserError(
             f"connector: {connector.in_features} -> {connector.out_features} channels, but Qwen2-VL gives "
             f"{ends[0]} and the transformer reads {ends[1]}"
         )
-    trunk_model, tail = split_vlm(vlm)
-    trunk = Trunk(trunk_model, processor, max_image_tokens, max_caption_tokens)
+    trunk_model, tail = split_vlm(parts.vlm)
+    trunk = Trunk(trunk_model, parts.processor, max_image_tokens, max_caption_tokens)
     vae.requires_grad_(False).eval()
-    return Models(Qwen2VLFlux(tail, connector, transformer), trunk, vae, scheduler, pooled.detach())
+    return Models(Qwen2VLFlux(tail, connector, parts.transformer), trunk, vae, parts.scheduler, pooled.detach())
 
 
 # --- published layouts ----------------------------------------------------------------------------------------------
@@ -194,7 +197,7 @@ def load_transformer(source: str, dtype: torch.dtype, target: Target | None = No
     """`transformer/` of a FLUX.1 folder or hub name in diffusers' layout, loaded in `dtype` to where `target` says."""
     where = f"{source}/transformer"
     place = opened(source, ("transformer/*",))
-    with named(where), _silent():
+    with named(where), silent_libraries():
         config = FluxTransformer2DModel.load_config(place, subfolder="transformer")
         _refuse_quantized(where, config.get("quantization_config"))
         with without_weights():
@@ -217,9 +220,11 @@ def load_vae(source: str | None, flux: str | None) -> AutoencoderKL:
 
 
 def load_scheduler(source: str) -> FlowMatchEulerDiscreteScheduler:
+    """`scheduler/` of a FLUX.1 folder or hub name."""
     place = opened(source, ("scheduler/*",))
     with named(f"{source}/scheduler"):
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(place, subfolder="scheduler")
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(place, subfolder="scheduler")
+    return scheduler
 
 
 def load_clip(source: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
@@ -234,16 +239,17 @@ def load_clip(source: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
     )
     place = opened(source, ("tokenizer/*",))
     with named(f"{source}/tokenizer"):
-        return clip, CLIPTokenizer.from_pretrained(place, subfolder="tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(place, subfolder="tokenizer")
+    return clip, tokenizer
 
 
 def load_vlm(
     source: str, attention: str = "sdpa", dtype: torch.dtype = torch.bfloat16, target: Target | None = None
 ) -> tuple[Qwen2VLModel, Qwen2VLProcessor]:
-    """Model and processor of a Qwen2-VL folder or hub name, loaded in `dtype` to where `target` says. lm_head is not read:
-    nothing uses it."""
-    place = opened(source, READ)
-    with named(source), _silent():
+    """Model and processor of a Qwen2-VL folder or hub name, loaded in `dtype` to where `target` says. lm_head, which
+    nothing uses, is not read."""
+    place = opened(source, FOLDER_FILES)
+    with named(source), silent_libraries():
         config = Qwen2VLConfig.from_pretrained(place, attn_implementation=attention)
         _refuse_quantized(source, getattr(config, "quantization_config", None))
         config.name_or_path = source
@@ -256,13 +262,9 @@ def load_vlm(
     return vlm.eval(), processor
 
 
-READ = ("*.json", "*.txt", "*.jinja", "*.safetensors")
-"""Files of a hub's folder that are fetched where the libraries cannot be given its name."""
-
-
 def _vlm_name(key: str) -> str | None:
-    """Qwen2VLModel's name of a stored key: published (model.*, visual.*), as newer libraries save it (model.language_model.*,
-    model.visual.*), or its own. None: lm_head."""
+    """Qwen2VLModel's name of a stored key. Keys are as published (model.*, visual.*), as newer libraries save them
+    (model.language_model.*, model.visual.*), or the model's own. None: lm_head."""
     if key == "lm_head.weight":
         return None
     if key.startswith(("model.language_model.", "model.visual.")):
@@ -277,25 +279,7 @@ def _refuse_quantized(where: str, quantization: object) -> None:
         )
 
 
-def load_connector(file: Path) -> nn.Linear:
-    """The connector of an export: a safetensors file of `weight` (joint, D) and `bias` (joint,)."""
-    return load_linear(file)
-
-
-def load_linear(file: Path) -> nn.Linear:
-    """A Linear of a safetensors file of exactly `weight` (out, in) and `bias` (out,)."""
-    tensors = read_tensors(file, {"weight", "bias"})
-    if tensors["weight"].ndim != 2 or tensors["bias"].shape != tensors["weight"].shape[:1]:
-        raise UserError(
-            f"{file}: wrong shape: weight {tuple(tensors['weight'].shape)}, bias {tuple(tensors['bias'].shape)}"
-        )
-    with torch.device("meta"):
-        linear = nn.Linear(*reversed(tensors["weight"].shape))
-    linear.load_state_dict(tensors, assign=True)
-    return linear
-
-
-def load_t5_encoder(root: Path, dtype: torch.dtype = torch.bfloat16):
+def load_t5_encoder(root: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[T5EncoderModel, Any]:
     """(T5EncoderModel, tokenizer) of text_encoder_2/ and tokenizer_2/ of a FLUX.1 folder or an export."""
     encoder = load_strict(
         T5EncoderModel,
@@ -306,7 +290,8 @@ def load_t5_encoder(root: Path, dtype: torch.dtype = torch.bfloat16):
         allow_unexpected=lambda key: key == "encoder.embed_tokens.weight",
     )
     with named(f"{root}/tokenizer_2"):
-        return encoder, AutoTokenizer.from_pretrained(root / "tokenizer_2")
+        tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer_2")
+    return encoder, tokenizer
 
 
 def load_t5(root: Path, dtype: torch.dtype = torch.bfloat16) -> T5Path:
@@ -315,21 +300,9 @@ def load_t5(root: Path, dtype: torch.dtype = torch.bfloat16) -> T5Path:
     return T5Path(tokenizer, encoder, load_linear(root / "t5_embedder/model.safetensors"))
 
 
-def read_tensors(file: Path, keys: set[str]) -> dict[str, Tensor]:
-    """A safetensors file of exactly these keys. UserError naming the file, and the key, otherwise."""
-    if not file.is_file():
-        raise UserError(f"{file}: missing")
-    with named(str(file)):
-        tensors = load_file(file)
-    for what, found in (("missing key", keys - set(tensors)), ("unexpected key", set(tensors) - keys)):
-        if found:
-            raise UserError(f"{file}: {what} {some(sorted(found))}")
-    return tensors
-
-
 def read_lm_head(source: str) -> Tensor | None:
-    """lm_head.weight of a Qwen2-VL folder or hub name, or None where it holds none (it is tied, or was left out)."""
-    place = opened(source, READ)
+    """lm_head.weight of a Qwen2-VL folder or hub name; None where it holds none (it is tied, or was left out)."""
+    place = opened(source, FOLDER_FILES)
     with named(source):
         for file in weight_files(place, "", TRANSFORMERS_WEIGHTS):
             if "lm_head.weight" in shapes(file):
@@ -337,58 +310,22 @@ def read_lm_head(source: str) -> Tensor | None:
     return None
 
 
-def load_strict(
-    cls: type,
-    source: str,
-    allow_missing: Callable[[str], bool] = lambda key: False,
-    allow_unexpected: Callable[[str], bool] = lambda key: False,
-    **kwargs: Any,
-):
-    where = "/".join(filter(None, (source, kwargs.get("subfolder"))))
-    if issubclass(cls, PreTrainedModel):
-        kwargs["ignore_mismatched_sizes"] = True  # listed in info and refused below; the error itself has no name
-    place = opened(source, (f"{kwargs['subfolder']}/*",) if "subfolder" in kwargs else READ)
-    with named(where), _silent():
-        model, info = cls.from_pretrained(place, use_safetensors=True, output_loading_info=True, **kwargs)
-    problems = {
-        "missing key": [key for key in info["missing_keys"] if not allow_missing(key)],
-        "unexpected key": [key for key in info["unexpected_keys"] if not allow_unexpected(key)],
-        "wrong shape": [str(item[0] if isinstance(item, tuple | list) else item) for item in info["mismatched_keys"]],
-        "error": list(info.get("error_msgs") or ()),
-    }
-    refuse(where, cls, problems)
-    return model
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """No hints of the libraries while they load: what they would warn of is refused here, or meant."""
-    levels = [(library, library.logging.get_verbosity()) for library in (diffusers, transformers)]
-    for library, _ in levels:
-        library.logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for library, level in levels:
-            library.logging.set_verbosity(level)
-
-
 @torch.no_grad()
 def empty_prompt_pooled(clip: CLIPTextModel, tokenizer: CLIPTokenizer) -> Tensor:
-    """CLIP's pooled vector of the empty prompt, as FLUX is fed when T5's place is taken: (1, P)."""
+    """CLIP's pooled vector of the empty prompt, (1, P): FLUX's pooled_projections, as Qwen2-VL replaces the prompt."""
     tokens = tokenizer("", padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     return clip(input_ids=tokens["input_ids"]).pooler_output
 
 
 def meta_models(config: Config) -> tuple[Qwen2VLFlux, Qwen2VLModel]:
-    """(trainable module, frozen trunk) on the meta device: names and shapes, no memory. Sizes are those of local
-    folders where the configuration names them, else its own tables."""
+    """(trainable module, frozen trunk) on the meta device: names and shapes, without memory. Sizes are those of the local
+    folders that the configuration names, else those of its own tables."""
     model = config.model
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(**_local_config(model.flux, "transformer", model.flux_config))
         vlm = Qwen2VLModel(_local_vlm_config(model.vlm, model.vlm_config))
         width = vlm.config.text_config.hidden_size
-        connector = build_connector(width, transformer.config.joint_attention_dim, config.run.seed)
+        connector = build_connector(width, transformer.config["joint_attention_dim"], config.run.seed)
     trunk, tail = split_vlm(vlm)
     return Qwen2VLFlux(tail, connector, transformer), trunk
 

@@ -1,4 +1,4 @@
-"""Matrix products of FLUX's fused blocks and their gradients, without copies where memory allows it.
+"""Matrix products of FLUX's fused blocks and their gradients, without copies where the tensors' layout allows it.
 
 Shapes: B batch, S tokens, W width, N output features.
 """
@@ -15,10 +15,10 @@ from megaflux.models.packing import columns, packed, side_by_side
 
 
 def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """x (B, S, W) times all the weights: (B, S, N), side by side."""
+    """x (B, S, W) times all the weights, plus biases: (B, S, N), the outputs side by side."""
     if torch.compiler.is_compiling() or (side_by_side(weights) and side_by_side(biases)):
         return F.linear(x, packed(weights), packed(biases))
-    # Apart in memory: a product each into one result costs less than joining the weights first.
+    # Not side by side: one product per weight into one result costs less than joining the weights first.
     out = x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
     parts = out.flatten(0, 1).split([weight.shape[0] for weight in weights], dim=1)
     for part, weight, bias in zip(parts, weights, biases, strict=True):
@@ -27,7 +27,8 @@ def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
 
 
 def input_gradient(douts: Sequence[Tensor | None], groups: Sequence[Sequence[Tensor]]) -> Tensor | None:
-    """Gradient of the input of products with groups of weights, from the gradients of the results."""
+    """Gradient (B, S, W) of the input of products with groups of weights, from the gradients of the outputs; None where
+    all of those are None."""
     weights = [weight for group in groups for weight in group]
     dout = columns(douts)
     if dout is not None and (torch.compiler.is_compiling() or side_by_side(weights)):
@@ -50,7 +51,7 @@ def input_gradient(douts: Sequence[Tensor | None], groups: Sequence[Sequence[Ten
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear of rows x (B, L, W) of a longer tensor, without a copy of them: a product for each sample."""
+    """F.linear of rows x (B, L, W) of a longer tensor, without copying them: one product per sample."""
     if len(x) == 1 or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     out = x.new_empty((*x.shape[:-1], len(weight)))
@@ -60,7 +61,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def product_into(dout: Tensor | None, weight: Tensor, out: Tensor) -> None:
-    """out = dout @ weight, written into rows (B, L, W) of a longer tensor; zeros where there is no gradient."""
+    """out = dout @ weight, written into rows (B, L, W) of a longer tensor; zeros where dout is None."""
     if dout is None:
         out.zero_()
         return
@@ -74,7 +75,7 @@ def weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
 
 
 def grouped(items: Sequence, groups: Sequence) -> Iterator[Sequence]:
-    """The items in as many parts as groups, each as long as its group (or as the number says)."""
+    """The items in consecutive parts, one per group, each as long as its group (or as its number)."""
     start = 0
     for group in groups:
         end = start + (group if isinstance(group, int) else len(group))
@@ -83,11 +84,12 @@ def grouped(items: Sequence, groups: Sequence) -> Iterator[Sequence]:
 
 
 def halves(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """of `linears`: weights and biases."""
+    """(weights, biases) of what `packing.linears` returned."""
     return parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
 
 
 def split(gradient: Tensor | None, rows: Sequence[int], needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of parameters of so many rows each, from their joint gradient; None where not needed."""
     if gradient is None:
         return [None] * len(rows)
     return [part if need else None for part, need in zip(gradient.split(list(rows)), needs, strict=True)]

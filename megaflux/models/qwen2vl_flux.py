@@ -1,4 +1,4 @@
-"""Qwen2VLFlux: what trains, in one module: Qwen2-VL's last layer -> connector -> FLUX.
+"""Qwen2VLFlux: all that is trained, in one module: Qwen2-VL's last layer -> connector -> FLUX.
 
 Shapes: B batch, S chat tokens, T condition tokens, L image tokens, C packed latent channels, D Qwen's width.
 """
@@ -10,33 +10,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from megaflux.common import compat  # noqa: F401  (before diffusers)
+from megaflux.common import compat  # noqa: F401  (before diffusers and transformers)
 
 # isort: split
-from diffusers import FluxTransformer2DModel
+from diffusers.models import FluxTransformer2DModel
+from transformers import Qwen2VLTextModel
 
 from megaflux.models.connector import folded
-from megaflux.models.flux import Policy, even_attention_gradients, fuse, is_fused, unfuse
+from megaflux.models.flux import Policy, contiguous_attention_gradients, fuse, is_fused, unfuse
 from megaflux.models.latents import text_ids
-from megaflux.models.vlm import Condition, causal_mask, defer_norm
+from megaflux.models.positions import causal_mask
+from megaflux.models.vlm import Condition
+from megaflux.models.vlm_parts import defer_norm
 from megaflux_kernels.dispatch import describe
 from megaflux_kernels.rmsnorm_linear import rmsnorm_linear
 
 
 class Qwen2VLFlux(nn.Module):
-    """Conditions and noisy latents -> velocity.
+    """Conditions and noisy latents -> velocity. Each part is called once per forward, as ZeRO needs it (DeepSpeed #8224)."""
 
-    vlm: Qwen2VLTextModel of one layer and the final norm (`split_vlm`); connector: Linear; transformer: diffusers'
-    FluxTransformer2DModel. Each is called once per forward, as ZeRO needs it (DeepSpeed #8224).
-    """
+    vlm: Qwen2VLTextModel
+    """Qwen2-VL's last layer and its final norm (`split_vlm`)."""
+    connector: nn.Linear
+    transformer: FluxTransformer2DModel
 
-    def __init__(self, vlm: nn.Module, connector: nn.Linear, transformer: nn.Module):
+    def __init__(self, vlm: Qwen2VLTextModel, connector: nn.Linear, transformer: FluxTransformer2DModel):
         super().__init__()
         self.vlm = vlm
         self.connector = connector
         self.transformer = transformer
-        if isinstance(transformer, FluxTransformer2DModel):
-            even_attention_gradients(transformer)
+        contiguous_attention_gradients(transformer)
 
     @property
     def fused(self) -> bool:
@@ -44,12 +47,13 @@ class Qwen2VLFlux(nn.Module):
         return is_fused(self.transformer)
 
     def configure(self, kernels: bool, policies: Policy | Sequence[Policy] = "none") -> None:
-        """Choose the paths: megaflux_kernels or diffusers' own, and what each FLUX block computes again in the backward
-        pass (see models.flux; one for all, or one per block). Without kernels: "none" or "full" for all blocks.
+        """Choose the path, megaflux_kernels or diffusers' own, and the policy of each FLUX block: what its backward pass
+        computes again (see models.flux; one for all blocks, or one per block).
 
-        The Qwen layer is computed again where any block is in full. ValueError for what cannot be.
+        The Qwen layer is computed again where any block's policy is full. ValueError for invalid policies; without
+        kernels that is all but "none" or "full" for all blocks.
         """
-        chosen = {policies} if isinstance(policies, str) else set(policies)
+        chosen: set[str] = {policies} if isinstance(policies, str) else set(policies)
         if kernels:
             fuse(self.transformer, policies)
             self.transformer.disable_gradient_checkpointing()  # diffusers' own
@@ -57,8 +61,10 @@ class Qwen2VLFlux(nn.Module):
             if chosen not in ({"none"}, {"full"}):
                 raise ValueError(f"activation policies {sorted(chosen)} need kernels; use none or full for all blocks")
             unfuse(self.transformer)
-            switch = "enable" if chosen == {"full"} else "disable"
-            getattr(self.transformer, f"{switch}_gradient_checkpointing")()
+            if chosen == {"full"}:
+                self.transformer.enable_gradient_checkpointing()
+            else:
+                self.transformer.disable_gradient_checkpointing()
         defer_norm(self.vlm, kernels)
         if "full" in chosen:
             # Reentrant checkpointing gives no gradients where no input needs one, and the trunk's output needs none.
@@ -67,7 +73,7 @@ class Qwen2VLFlux(nn.Module):
             self.vlm.gradient_checkpointing_disable()
 
     def describe(self) -> str:
-        """The path that FLUX and the connector take, for people."""
+        """The path that FLUX and the connector take, human-readable."""
         if not self.fused:
             return "kernels off (diffusers' own path)"
         return f"kernels: {describe(self.connector.weight.device)}"
@@ -75,8 +81,8 @@ class Qwen2VLFlux(nn.Module):
     def encode_condition(self, condition: Condition, embedded: bool = False) -> Tensor:
         """Trunk output -> FLUX's encoder_hidden_states (B, T, joint_attention_dim).
 
-        embedded (with kernels, without gradients): past context_embedder too, (B, T, W), by one product that equals
-        connector and context_embedder; the transformer is then told `context_embedded`.
+        embedded (with kernels, without gradients): with context_embedder applied too, (B, T, W), by one product that equals
+        connector and context_embedder; pass the transformer `context_embedded` then.
         """
         hidden_states = self.vlm(
             inputs_embeds=condition.hidden_states,
@@ -89,10 +95,11 @@ class Qwen2VLFlux(nn.Module):
         hidden_states = hidden_states.gather(1, index)  # (B, S, D) -> (B, T, D)
         if not self.fused:
             return self.connector(hidden_states)
-        weights = self.connector.weight, self.connector.bias
+        weight: Tensor = self.connector.weight
+        bias: Tensor = self.connector.bias
         if embedded:
-            weights = folded(self.connector, self.transformer.context_embedder)
-        return rmsnorm_linear(hidden_states, self.vlm.norm.weight, *weights, self.vlm.config.rms_norm_eps)
+            weight, bias = folded(self.connector, self.transformer.context_embedder)
+        return rmsnorm_linear(hidden_states, self.vlm.norm.weight, weight, bias, self.vlm.config.rms_norm_eps)
 
     def forward(
         self,
@@ -124,9 +131,10 @@ class Qwen2VLFlux(nn.Module):
 
 
 def attention_kwargs(select_mask: Tensor | None, hidden_states: Tensor) -> dict[str, Tensor] | None:
-    """diffusers' joint_attention_kwargs that hide the condition's padding: a bias (B, 1, 1, T + L), -inf at padding.
+    """diffusers' joint_attention_kwargs that hide the condition's padding: a bias (B, 1, 1, T + L), -inf at padding; None
+    without padding, the common case, which keeps flash attention.
 
-    select_mask: (B, T) bool, or None where nothing is padded (the common case keeps flash attention)."""
+    select_mask: (B, T) bool, or None; hidden_states: (B, L, C), whose dtype and device the bias takes."""
     if select_mask is None:
         return None
     visible = torch.cat([select_mask, select_mask.new_ones(hidden_states.shape[:2])], dim=1)

@@ -1,8 +1,9 @@
 """Weights from safetensors files to where they are used, one tensor at a time.
 
-A module is built without memory for its parameters, and each of them is made on its device and in its dtype, filled
-from the file and registered. Beside what the module keeps, the host holds one tensor and a window of the file. Where
-nobody asks for a device or dtype, weights stay mapped from their files: the system can discard such memory and read it again.
+A module is built without memory for its parameters; each parameter is then allocated on its device and in its dtype,
+filled from the file and registered. Beside what the module keeps, the host holds one tensor and a window of the file.
+Without a given device or dtype, weights stay mapped from their files: the system can discard such memory and read it
+again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from megaflux.common.errors import UserError
-from megaflux.models.sources import read_index
+from megaflux.models.safetensors_files import read_index
 
 WINDOW = 32 * 2**20
 """Bytes read before a file is opened anew: pages of a mapped file count as resident memory until it is closed."""
@@ -27,37 +28,39 @@ SAMPLE = 1024
 
 @dataclass(frozen=True)
 class Target:
-    """Where weights go as they are read, and what is remembered of how they came. By default they stay in their files."""
+    """Where weights go as they are read, with samples of them as they were stored. By default they stay in their files."""
 
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None
-    """What they are cast to; None: the dtype they were loaded in."""
+    """What weights are cast to; None: the dtype they are loaded in."""
     samples: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     """`sampled` of each parameter before that cast."""
 
     @property
     def mapped(self) -> bool:
-        """Whether weights whose dtype is right stay mapped from their file."""
+        """Whether weights that need no cast stay mapped from their file."""
         return torch.device(self.device).type == "cpu" and self.dtype is None
 
     def place(self, tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(a host tensor as it is wanted on the device, its sample). The values are rounded to `dtype` first."""
+        """(a host tensor moved and cast to this target, its sample). The values are rounded to `dtype` first."""
         loaded = tensor.to(dtype)
         if self.mapped:
             return loaded, sampled(loaded).clone()
-        # Memory of its own, and so aligned: what is mapped from a file need not be, and matrix products round by it.
+        # A new allocation is aligned; memory mapped from a file need not be, and matrix products round by the alignment.
         placed = torch.empty(tensor.shape, dtype=self.dtype or dtype, device=self.device)
         return placed.copy_(loaded), sampled(loaded).clone()
 
 
 def sampled(tensor: Tensor) -> Tensor:
-    """Evenly spaced values of a tensor: (N,), all of them below 2,048, at least 1,024 of a larger one."""
+    """Evenly spaced values of a tensor: (N,), all values of a tensor below 2,048, at least 1,024 of a larger one."""
     flat = tensor.detach().flatten()
     return flat[:: max(1, flat.numel() // SAMPLE)]
 
 
 def tensors(file: Path, names: Iterable[str], window: float = WINDOW) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a safetensors file, mapped from it: whoever keeps one keeps its part of the file in memory."""
+    """(name, tensor) of a safetensors file, mapped from it: a tensor that is kept keeps its part of the file in memory.
+
+    window: bytes read before the file is opened anew, which releases the pages read so far."""
     waiting = list(names)[::-1]
     while waiting:
         seen = 0
@@ -77,34 +80,38 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def weight_files(source: str, subfolder: str, names: Iterable[str]) -> list[Path]:
-    """The safetensors files of a local folder or hub name (`sources.opened`). OSError or ValueError where there are none, or
-    not all.
+    """The safetensors files of a local folder or hub name (`sources.opened`). OSError or ValueError where one is missing.
 
-    names: file names to look for, the first that exists is taken: one file, or an index of several."""
-    from transformers.utils import cached_file  # here: the checkpoint tool reads tensors without transformers
+    names: file names to look for, of which the first that exists is taken: one file, or an index of several."""
+    from transformers.utils import cached_file  # here, because the checkpoint tool reads tensors without transformers
+
+    def cached(name: str) -> Path:
+        path = cached_file(source, name, subfolder=subfolder)
+        if path is None:  # it raises instead, unless told otherwise
+            raise OSError(f"{name}: missing")
+        return Path(path)
 
     missing: OSError | None = None
     for name in names:
         try:
-            found = Path(cached_file(source, name, subfolder=subfolder))
+            found = cached(name)
         except OSError as error:
             missing = missing or error
             continue
         if not name.endswith(".index.json"):
             return [found]
         weight_map = read_index(found)
-        files = [Path(cached_file(source, part, subfolder=subfolder)) for part in sorted(set(weight_map.values()))]
+        files = [cached(part) for part in sorted(set(weight_map.values()))]
         stored = {key: file.name for file in files for key in shapes(file)}
-        strayed = [key for key, part in weight_map.items() if key in stored and stored[key] != part]
-        absent = sorted(set(weight_map) - set(stored)) or strayed
-        if absent:
+        elsewhere = [key for key, part in weight_map.items() if key in stored and stored[key] != part]
+        if absent := sorted(set(weight_map) - set(stored)) or elsewhere:
             raise ValueError(f"{weight_map[absent[0]]}: missing key {absent[0]}, which {name} says it holds")
         return files
     raise missing or ValueError("no file names")
 
 
 def without_weights() -> AbstractContextManager:
-    """Modules built inside have parameters without memory; buffers (RoPE's frequencies) are computed as ever."""
+    """Modules built inside have parameters without memory; buffers (RoPE's frequencies) are computed as usual."""
     from accelerate import init_empty_weights
 
     return init_empty_weights(include_buffers=False)
@@ -120,9 +127,9 @@ def fill(
 ) -> None:
     """Fill a module built `without_weights` from safetensors files: every tensor of its state_dict, and no other.
 
-    dtype: what the weights are loaded in, before the target's. rename: a file's name -> the module's, None: not read.
-    UserError beginning with `where`, before any weight is read, where a key is missing, unexpected, there twice, or of a
-    wrong shape; where one is not floating point, when it is reached.
+    dtype: what the weights are loaded in, before the target's cast. rename: the file's name of a tensor -> the module's,
+    None: not read. UserError beginning with `where`: before any weight is read where a key is missing, unexpected,
+    duplicate or of a wrong shape; for a tensor that is not floating point when it is reached.
     """
     wanted = module.state_dict()
     sources: dict[str, tuple[Path, str]] = {}
@@ -163,7 +170,7 @@ def _register(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, 
 
 
 def refuse(where: str, cls: type, problems: dict[str, list[str]]) -> None:
-    """UserError of one line where any list of keys is not empty."""
+    """UserError of one line unless every list of keys is empty. problems: what is wrong -> the keys it concerns."""
     found = [f"{what} {some(sorted(keys))}" for what, keys in problems.items() if keys]
     if found:
         raise UserError(

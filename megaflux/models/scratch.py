@@ -1,4 +1,4 @@
-"""Modules built from nothing: published classes at a preset's sizes, with seeded weights and the shipped tokenizers."""
+"""Models built from nothing: published classes at a preset's sizes, with seeded weights and the shipped tokenizers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from megaflux.common import compat  # noqa: F401  (before diffusers and transformers)
-from diffusers import FluxTransformer2DModel
+
+# isort: split
+from diffusers.models import FluxTransformer2DModel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -20,8 +22,8 @@ from transformers import (
     Qwen2VLImageProcessorFast,
     Qwen2VLModel,
     Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
 )
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from megaflux.models.draws import Way, seeded
 from megaflux.models.loading_errors import named
@@ -30,10 +32,10 @@ TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
 
 def build_transformer(flux_config: dict[str, Any], seed: int, way: Way = "portable") -> FluxTransformer2DModel:
-    """FLUX with seeded weights for training from nothing.
+    """FLUX with seeded weights, to be trained from nothing.
 
     proj_out is zero, so that the first velocity is 0; the AdaLN modulations are zero too, so that each block starts
-    as the identity (DiT, 2212.09748, section 3.2); linears are Xavier-uniform. way: of drawing (draws.py).
+    as the identity (DiT, 2212.09748, section 3.2); linears are Xavier-uniform. way: how numbers are drawn (draws.py).
     """
     with named("model.flux_config"), seeded(seed, "transformer", way):
         transformer = FluxTransformer2DModel(**flux_config)
@@ -47,21 +49,22 @@ def build_transformer(flux_config: dict[str, Any], seed: int, way: Way = "portab
 
 
 def build_vlm(vlm_config: dict[str, Any], seed: int, way: Way = "portable") -> tuple[Qwen2VLModel, Qwen2VLProcessor]:
-    """Qwen2-VL of the given sizes with seeded random weights, with the shipped tokenizer in Qwen's format.
+    """Qwen2-VL of the given sizes with seeded random weights, and the shipped tokenizer in Qwen's format.
 
-    `qk_bias_std` in vlm_config, the one key that is not transformers': standard deviation of the query and key biases
-    of the frozen layers (transformers starts them at 0); they make attention depend on position. way: of drawing (draws.py).
+    `qk_bias_std` in vlm_config, the only key that is not transformers': standard deviation of the query and key biases
+    of the frozen layers (transformers starts them at 0); they make attention depend on position. way: how numbers are
+    drawn (draws.py).
     """
     processor = tiny_processor()
     with named("model.vlm_config"), seeded(seed, "vlm", way), torch.no_grad():
-        vlm = Qwen2VLModel(vlm_configuration(vlm_config, processor.tokenizer))
+        vlm = Qwen2VLModel(vlm_configuration(vlm_config, tokenizer_of(processor)))
         for name, parameter in vlm.language_model.layers[:-1].named_parameters():
             if name.endswith(("q_proj.bias", "k_proj.bias")):
                 parameter.normal_(std=vlm_config.get("qk_bias_std", 0.0))
-        return vlm, processor
+    return vlm, processor
 
 
-def vlm_configuration(vlm_config: dict[str, Any], tokenizer=None) -> Qwen2VLConfig:
+def vlm_configuration(vlm_config: dict[str, Any], tokenizer: Any = None) -> Qwen2VLConfig:
     """Qwen2VLConfig from the two nested dicts of `model.vlm_config`; a tokenizer sets vocabulary and special ids."""
     values = copy.deepcopy(vlm_config)
     values.pop("qk_bias_std", None)
@@ -89,10 +92,15 @@ def tiny_processor() -> Qwen2VLProcessor:
     )
 
 
+def tokenizer_of(processor: Any) -> Any:
+    """A processor's tokenizer, which transformers' types do not tell."""
+    return processor.tokenizer
+
+
 def build_clip(clip_config: dict[str, Any], seed: int, way: Way = "portable") -> tuple[CLIPTextModel, CLIPTokenizer]:
     """CLIP's text model of the given sizes with seeded random weights, and the shipped byte tokenizer.
 
-    way: of drawing (draws.py)."""
+    way: how numbers are drawn (draws.py)."""
     tokenizer = CLIPTokenizer.from_pretrained(TINY / "clip_tokenizer")
     with named("model.clip_config"), seeded(seed, "clip", way):
         config = CLIPTextConfig(
@@ -102,4 +110,5 @@ def build_clip(clip_config: dict[str, Any], seed: int, way: Way = "portable") ->
             pad_token_id=tokenizer.pad_token_id,
             **clip_config,
         )
-        return CLIPTextModel(config).eval(), tokenizer
+        clip = CLIPTextModel(config).eval()
+    return clip, tokenizer

@@ -2,8 +2,8 @@
 
     prompt -> T5, padded to 256 tokens -> t5_embedder (4096 -> 3072) -> after the context-embedded image tokens
 
-as in the released tool (`erwold/qwen2vl-flux`): padding takes part, CLIP gets the empty prompt. diffusers' FLUX applies
-context_embedder to all of encoder_hidden_states; `split_context` has it do so to the image tokens alone.
+as in the released tool (`erwold/qwen2vl-flux`): padding is attended to, CLIP gets the empty prompt. diffusers' FLUX
+applies context_embedder to all of encoder_hidden_states; `split_context` restricts it to the image tokens.
 
 Shapes: B batch, n image tokens, m T5 tokens, J joint_attention_dim (4096), W FLUX's width (3072).
 """
@@ -12,17 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-MAX_TOKENS = 256  # the released tool pads to it, and cuts there
+if TYPE_CHECKING:
+    from diffusers.models import FluxTransformer2DModel
+
+MAX_TOKENS = 256  # the released tool pads and truncates to it
 
 
 class T5Path:
-    """tokenizer: of T5; encoder: T5EncoderModel; embedder: Linear(J, W). Not a module: nothing of it trains."""
+    """tokenizer: of T5; encoder: T5EncoderModel; embedder: Linear(J, W). Not a module: nothing in it is trained."""
 
-    def __init__(self, tokenizer, encoder: nn.Module, embedder: nn.Linear):
+    def __init__(self, tokenizer: Any, encoder: nn.Module, embedder: nn.Linear):
         self.tokenizer = tokenizer
         self.encoder = encoder.requires_grad_(False).eval()
         self.embedder = embedder.requires_grad_(False)
@@ -37,17 +41,19 @@ class T5Path:
 
     @property
     def device(self) -> torch.device:
-        """Where input_ids go: the weights' device, or the one that accelerate brings them to."""
+        """Where input_ids go: the weights' device, or the one to which accelerate moves them."""
         hooks = (getattr(module, "_hf_hook", None) for module in self.encoder.modules())
-        found = next((h.execution_device for h in hooks if getattr(h, "execution_device", None) is not None), None)
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        found = next((device for device in devices if device is not None), None)
         return next(self.encoder.parameters()).device if found is None else torch.device(found)
 
     def notes(self, prompt: str) -> list[str]:
-        """What is done to a prompt, for people."""
+        """What is done to a prompt, human-readable; empty if it is used as it is."""
         count = len(self.tokenizer(prompt)["input_ids"])
         return [f"prompt: {count} T5 tokens, cut to the first {MAX_TOKENS}"] if count > MAX_TOKENS else []
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> T5Path:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None) -> T5Path:
+        """Move, and cast unless dtype is None."""
         self.encoder.to(device, dtype)
         self.embedder.to(device, dtype)
         return self
@@ -70,10 +76,11 @@ class SplitContextEmbedder(nn.Module):
 
 
 @contextmanager
-def split_context(transformer: nn.Module, t5_embedder: nn.Linear, num_image_tokens: int) -> Iterator[None]:
-    """While inside, the transformer embeds its first tokens by its own context_embedder and the others by T5's linear."""
+def split_context(transformer: FluxTransformer2DModel, t5_embedder: nn.Linear, num_image_tokens: int) -> Iterator[None]:
+    """Inside, the transformer embeds its first tokens by its own context_embedder and the others by T5's linear."""
     own = transformer.context_embedder
-    transformer.context_embedder = SplitContextEmbedder(own, t5_embedder, num_image_tokens)
+    split: Any = SplitContextEmbedder(own, t5_embedder, num_image_tokens)  # in a Linear's place
+    transformer.context_embedder = split
     try:
         yield
     finally:
@@ -82,8 +89,8 @@ def split_context(transformer: nn.Module, t5_embedder: nn.Linear, num_image_toke
 
 @contextmanager
 def image_tokens_only(controlnet: nn.Module, num_image_tokens: int) -> Iterator[None]:
-    """While inside, a FluxControlNetModel, or a FluxMultiControlNetModel, is given the first tokens alone: it was trained
-    on them, and its own context_embedder cannot read T5's."""
+    """Inside, a FluxControlNetModel or FluxMultiControlNetModel is given only the first tokens: it was trained on them,
+    and its own context_embedder cannot read T5's."""
     forward, n = controlnet.forward, num_image_tokens
 
     def sliced(*args, encoder_hidden_states: Tensor, txt_ids: Tensor, **kwargs):
@@ -91,11 +98,11 @@ def image_tokens_only(controlnet: nn.Module, num_image_tokens: int) -> Iterator[
         return forward(*args, encoder_hidden_states=encoder_hidden_states[:, :n], txt_ids=ids, **kwargs)
 
     patched = "forward" in vars(controlnet)
-    controlnet.forward = sliced
+    vars(controlnet)["forward"] = sliced
     try:
         yield
     finally:
         if patched:
-            controlnet.forward = forward
+            vars(controlnet)["forward"] = forward
         else:
-            del controlnet.forward
+            del vars(controlnet)["forward"]

@@ -1,4 +1,4 @@
-"""How long the sequences of one picture are: FLUX's image tokens, Qwen2-VL's condition tokens, chat turn and patches."""
+"""Lengths of one picture's sequences: FLUX's image tokens, Qwen2-VL's condition tokens, chat turn and patches."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ TURN_PREFIX = 15  # tokens of Qwen2-VL's chat template before the image
 
 @dataclass(frozen=True)
 class Tokens:
-    """Lengths of the sequences that one image of a bucket makes."""
+    """Lengths of the sequences of one picture of a bucket."""
 
     image: int
-    """L, of 16 x 16 px."""
+    """L, FLUX's image tokens of 16 x 16 px."""
     condition: int
     """T, image tokens of Qwen2-VL."""
     turn: int
     """S, with the chat template before them."""
     patches: int
-    """P, of the ViT."""
+    """P, patches of the ViT."""
 
 
 def count_tokens(height: int, width: int, max_tokens: int = 512, patch: int = 14, merge: int = 2) -> Tokens:
-    """Of a picture of height x width px that is also its own reference. max_tokens: most image tokens of Qwen2-VL; patch:
-    px of a side of the ViT's patches; merge: patches of a side of one image token."""
+    """Lengths for a picture of height x width px that is its own reference. max_tokens: most image tokens of Qwen2-VL;
+    patch: side of a ViT patch, px; merge: side of one image token, patches."""
     rows, columns = condition_grid(height, width, max_tokens, patch * merge)
     image = (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
     return Tokens(image, rows * columns, rows * columns + TURN_PREFIX, rows * columns * merge**2)

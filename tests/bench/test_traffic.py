@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megaflux.bench import activations, traffic
 from megaflux.bench.__main__ import main
 from megaflux.bench.moved_bytes import MovedBytes, Sizes
-from megaflux.models.flux_functions import even_gradient
+from megaflux.models.flux_functions import contiguous_gradient
 from megaflux_kernels.dispatch import as_on_a_gpu
 from megaflux_kernels.gelu_concat import gelu_concat
 from megaflux_kernels.modulate import modulate
@@ -136,9 +136,9 @@ def test_custom_ops_read_what_they_change_unless_it_is_called_out():
 
 def test_the_even_gradient_is_a_copy_as_on_a_gpu():
     def run(x, wide):
-        even_gradient(x.requires_grad_() * 1).backward(wide[..., :W])
+        contiguous_gradient(x.requires_grad_() * 1).backward(wide[..., :W])
 
-    with traffic._even_gradients():
+    with traffic._contiguous_gradients():
         found = moved(run, (1, S, W), (1, S, 5 * W))
     assert found["between"] == 2 + 2 + 2  # forward and backward of the product with 1, and the copy
 

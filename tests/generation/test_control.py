@@ -390,7 +390,7 @@ def test_a_depth_model_in_a_pickle_does_not_run(sources, tmp_path):
     torch.save({"head.conv1.weight": Payload(tmp_path / "ran")}, folder / "pytorch_model.bin")
     line = fault(lambda: use(Detectors(Sources(depth=str(folder))), "depth"))
     assert line == (
-        f"--depth-model {folder} lacks model.safetensors or model.safetensors.index.json (files of pickles are not read); "
+        f"--depth-model {folder} lacks model.safetensors or model.safetensors.index.json (pickle files are not read); "
         "give a complete folder"
     )
     assert not (tmp_path / "ran").exists()

@@ -5,6 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megaflux_kernels.qk_norm_rope import backward, forward, invertible, qk_norm_rope, reference
+from megaflux_kernels.qk_norm_rope.streams import Saved, Stream
 from tests.kernels.accuracy import assert_within_twice, randn, run
 from tests.kernels.conftest import DEVICE, DTYPES
 
@@ -37,11 +38,33 @@ def call(op, shape, **options):
     """`op` as a function of the six tensors; the tables in at least float32."""
     cos, sin = table(shape[1] + shape[2], shape[4])
 
-    def run(qkv, txt_qkv, norm_q, norm_k, txt_norm_q, txt_norm_k):
+    def run(qkv, *others):
         wide = torch.promote_types(qkv.dtype, torch.float32)
-        return op(qkv, norm_q, norm_k, cos.to(wide), sin.to(wide), shape[3], txt_qkv, txt_norm_q, txt_norm_k, **options)
+        image, text = streams(qkv, *others)
+        return op(image, (cos.to(wide), sin.to(wide)), shape[3], text, **options)
 
     return run
+
+
+def streams(qkv, txt_qkv, norm_q, norm_k, txt_norm_q, txt_norm_k):
+    """The image's Stream and the text's, or None."""
+    return Stream(qkv, norm_q, norm_k), None if txt_qkv is None else Stream(txt_qkv, txt_norm_q, txt_norm_k)
+
+
+def forward_saved(tensors, heads, keep_input=False):
+    """What `forward` of the six tensors leaves for `backward`, and its v."""
+    image, text = streams(*tensors)
+    qkv, txt_qkv, norm_q, norm_k, txt_norm_q, txt_norm_k = tensors
+    T = 0 if txt_qkv is None else txt_qkv.shape[1]
+    rope = table(qkv.shape[1] + T, norm_q.shape[0])
+    q, k, v, rstd = forward(image, rope, heads, text)
+    kept = (qkv, txt_qkv) if keep_input else (None, None)
+    return Saved(q, k, rstd, norm_q, norm_k, *rope, txt_norm_q, txt_norm_k, *kept, T), v
+
+
+def as_given(douts):
+    """Gradients (B, H, S, D) as `backward` takes them: (B, S, H, D)."""
+    return tuple(d.transpose(1, 2) for d in douts)
 
 
 def test_definition_is_diffusers_own():
@@ -51,8 +74,8 @@ def test_definition_is_diffusers_own():
     shape = (2, 7, 3, 3, 32)
     (qkv, txt_qkv, norm_q, norm_k, txt_norm_q, txt_norm_k), _ = inputs(shape, torch.float32)
     q, k, v = call(reference.definition, shape)(qkv, txt_qkv, norm_q, norm_k, txt_norm_q, txt_norm_k)
-    streams = zip((txt_qkv, qkv), (txt_norm_q, norm_q), (txt_norm_k, norm_k))
-    parts = [(x.chunk(3, -1), wq, wk) for x, wq, wk in streams]
+    pairs = zip((txt_qkv, qkv), (txt_norm_q, norm_q), (txt_norm_k, norm_k))
+    parts = [(x.chunk(3, -1), wq, wk) for x, wq, wk in pairs]
     norm = torch.nn.functional.rms_norm
     for out, i, w in ((q, 0, 1), (k, 1, 2)):
         joint = torch.cat([norm(p[0][i].unflatten(-1, (3, -1)), (32,), p[w], 1e-6) for p in parts], dim=1)
@@ -142,12 +165,10 @@ def test_raw_backward_reads_inputs_of_any_strides(path):
     shape = (1, 3, 2, 2, 32)
     values, douts = inputs(shape, torch.float32)
     tensors = [v.detach() for v in values]
-    cos, sin = table(5, 32)
     found = []
-    for qkv, txt_qkv, *norms in (tensors, [torch.stack([t, t * 9], dim=-1)[..., 0] for t in tensors]):
-        q, k, _, rstd = forward(qkv, *norms[:2], cos, sin, 2, txt_qkv, *norms[2:])
-        grads = [d.transpose(1, 2) for d in douts]
-        found.append(backward(*grads, q, k, rstd, *norms[:2], cos, sin, 2, *norms[2:], True, qkv, txt_qkv))
+    for given in (tensors, [torch.stack([t, t * 9], dim=-1)[..., 0] for t in tensors]):
+        saved, _ = forward_saved(given, 2, keep_input=True)
+        found.append(backward(as_given(douts), saved, True))
     outs = call(qk_norm_rope, shape, keep_input=True)(*values)
     qkv, txt_qkv, *norms = torch.autograd.grad(outs, values, douts)
     for result in found:
@@ -158,12 +179,10 @@ def test_raw_backward_reads_inputs_of_any_strides(path):
 
 @pytest.mark.parametrize("text", [0, 2])
 def test_raw_backward_leaves_out_what_is_not_there(path, text):
-    (qkv, txt_qkv, *norms), douts = inputs((1, 3, text, 2, 32), torch.float32)
-    cos, sin = table(3 + text, 32)
-    qkv, txt_qkv, *norms = (v if v is None else v.detach() for v in (qkv, txt_qkv, *norms))
-    q, k, _, rstd = forward(qkv, *norms[:2], cos, sin, 2, txt_qkv, *norms[2:])
+    values, douts = inputs((1, 3, text, 2, 32), torch.float32)
+    saved, _ = forward_saved([v if v is None else v.detach() for v in values], 2)
     for need in (False, True):
-        found = backward(*(d.transpose(1, 2) for d in douts), q, k, rstd, *norms[:2], cos, sin, text, *norms[2:], need)
+        found = backward(as_given(douts), saved, need)
         assert [g is not None for g in found] == [True, text > 0, need, need, need and text > 0, need and text > 0]
 
 
@@ -185,7 +204,7 @@ def test_weights_near_zero_need_the_input(path, weight):
     with torch.no_grad():
         values[2][[3, 8]] = weight
         values[5][::2] = weight
-    assert not invertible(values[2]) and invertible(values[3], None)
+    assert not invertible(values[2]) and invertible(values[3])
     for keep_input in (True, None):
         ours = call(qk_norm_rope, shape, keep_input=keep_input)
         assert_within_twice(ours, call(reference.definition, shape), values, douts, torch.float32)
@@ -219,36 +238,16 @@ def test_backward_keeps_what_attention_keeps(path, keep_input):
 def test_every_element_is_written(triton_path, poisoned, keep_input):
     shape = (2, 7, 3, 3, 32)
     values, douts = inputs(shape, torch.float32)
-    qkv, txt_qkv, norm_q, norm_k, txt_norm_q, txt_norm_k = (v.detach() for v in values)
-    cos, sin = table(10, 32)
-    q, k, v, rstd = forward(qkv, norm_q, norm_k, cos, sin, 3, txt_qkv, txt_norm_q, txt_norm_k)
-    kept = (qkv, txt_qkv) if keep_input else (None, None)
-    grads = backward(
-        *(d.transpose(1, 2) for d in douts),
-        q,
-        k,
-        rstd,
-        norm_q,
-        norm_k,
-        cos,
-        sin,
-        3,
-        txt_norm_q,
-        txt_norm_k,
-        True,
-        *kept,
-    )
-    assert all(torch.isfinite(t).all() for t in (q, k, v, rstd, *grads))
+    saved, v = forward_saved([value.detach() for value in values], 3, keep_input)
+    grads = backward(as_given(douts), saved, True)
+    assert all(torch.isfinite(t).all() for t in (*saved[:3], v, *grads))
 
 
 @pytest.mark.parametrize("keep_input", [False, True])
 def test_the_gradient_may_be_columns_of_a_wider_tensor(path, keep_input):
     values, douts = inputs((2, 7, 3, 3, 32), torch.float32)
-    qkv, txt_qkv, *norms = (v.detach() for v in values)
-    cos, sin = table(10, 32)
-    q, k, _, rstd = forward(qkv, *norms[:2], cos, sin, 3, txt_qkv, *norms[2:])
-    given = (*(d.transpose(1, 2) for d in douts), q, k, rstd, *norms[:2], cos, sin, 3, *norms[2:], True)
-    given += (qkv, txt_qkv) if keep_input else (None, None)
+    saved, _ = forward_saved([v.detach() for v in values], 3, keep_input)
+    given = as_given(douts), saved, True
     wide = torch.full((2, 7, 3 * 96 + 40), 7.0, device=DEVICE)
     want, found = backward(*given), backward(*given, out=wide[..., 8:-32])
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
@@ -279,34 +278,13 @@ def test_opcheck(triton_path, text):
     )
     grads = [d.transpose(1, 2) for d in douts]
     for need, kept in ((False, (None, None)), (True, (qkv, txt_qkv))):
-        torch.library.opcheck(
-            torch.ops.megaflux.qk_norm_rope_backward.default,
-            (*grads, q, k, rstd, norm_q, norm_k, cos, sin, shape[2], txt_norm_q, txt_norm_k, need, *kept),
-        )
-        torch.library.opcheck(
-            torch.ops.megaflux.qk_norm_rope_backward_out.default,
-            (
-                *grads,
-                q,
-                k,
-                rstd,
-                norm_q,
-                norm_k,
-                cos,
-                sin,
-                shape[2],
-                txt_norm_q,
-                txt_norm_k,
-                need,
-                *kept,
-                torch.zeros(1, 3, 3 * 64 + 8)[..., 4:-4],
-            ),
-        )
+        saved = Saved(q, k, rstd, norm_q, norm_k, cos, sin, txt_norm_q, txt_norm_k, *kept, shape[2])
+        torch.library.opcheck(torch.ops.megaflux.qk_norm_rope_backward.default, (*grads, *saved, need))
+        out = torch.zeros(1, 3, 3 * 64 + 8)[..., 4:-4]
+        torch.library.opcheck(torch.ops.megaflux.qk_norm_rope_backward_out.default, (*grads, *saved, need, out))
     if not text:  # weights of a stream without tokens
-        torch.library.opcheck(
-            torch.ops.megaflux.qk_norm_rope_backward.default,
-            (*grads, q, k, rstd, norm_q, norm_k, cos, sin, 0, norm_q, norm_k, True, None, None),
-        )
+        saved = Saved(q, k, rstd, norm_q, norm_k, cos, sin, norm_q, norm_k)
+        torch.library.opcheck(torch.ops.megaflux.qk_norm_rope_backward.default, (*grads, *saved, True))
 
 
 def test_compiles_and_checkpoints(triton_path):
@@ -330,8 +308,7 @@ def test_compiles_and_checkpoints(triton_path):
         ({"norm_k": torch.ones(4)}, "norm weights of shape"),
         ({"cos": torch.ones(4, 8)}, "cos and sin of shape"),
         ({"sin": torch.ones(5, 8, requires_grad=True)}, "detach"),
-        ({"txt_norm_q": None}, "give both"),
-        ({"txt_qkv": torch.ones(1, 2, 24)}, "beside qkv"),
+        ({"txt_qkv": torch.ones(1, 2, 24)}, "beside image.qkv"),
     ],
 )
 def test_unsupported_input_is_refused(bad, match):
@@ -346,12 +323,17 @@ def test_unsupported_input_is_refused(bad, match):
         "txt_norm_q": torch.ones(8),
         "txt_norm_k": torch.ones(8),
     }
-    qk_norm_rope(**good)
+
+    def run(qkv, norm_q, norm_k, cos, sin, heads, txt_qkv, txt_norm_q, txt_norm_k):
+        text = Stream(txt_qkv, txt_norm_q, txt_norm_k)
+        return qk_norm_rope(Stream(qkv, norm_q, norm_k), (cos, sin), heads, text)
+
+    run(**good)
     with pytest.raises(ValueError, match=match):
-        qk_norm_rope(**(good | bad))
+        run(**(good | bad))
 
 
 def test_head_sizes_of_the_triton_path_are_named(triton_path):
     with pytest.raises(ValueError, match="use 32, 64, 128"):
         ones = [torch.ones(*shape, device=DEVICE) for shape in ((1, 3, 48), (8,), (8,), (3, 8), (3, 8))]
-        qk_norm_rope(*ones, 2)
+        qk_norm_rope(Stream(*ones[:3]), tuple(ones[3:]), 2)

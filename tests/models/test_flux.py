@@ -12,7 +12,7 @@ from megaflux.bench import activations
 from megaflux.config.presets import PUBLISHED_STAGES, dev
 from megaflux.models import flux as flux_module
 from megaflux.models import flux_functions
-from megaflux.models.flux import POLICIES, even_attention_gradients, fuse, is_fused, unfuse
+from megaflux.models.flux import POLICIES, contiguous_attention_gradients, fuse, is_fused, unfuse
 from megaflux.models.packing import side_by_side
 
 from diffusers import FluxTransformer2DModel  # isort: skip  (after megaflux, whose compat it needs)
@@ -46,7 +46,7 @@ def build(dtype=torch.float32, **sizes) -> FluxTransformer2DModel:
                 parameter.copy_(
                     noise + 1 if "norm_" in name and parameter.ndim == 1 and ".linear" not in name else noise
                 )
-    even_attention_gradients(flux)
+    contiguous_attention_gradients(flux)
     return flux.to(DEVICE, dtype)
 
 

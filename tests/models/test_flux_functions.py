@@ -150,11 +150,13 @@ def test_a_missing_gradient_is_none_and_what_was_left_over_is_not_used(missing):
     scale, shift, norm = torch.zeros(2, width), torch.zeros(2, width), torch.ones(width // heads)
     rope = torch.ones(5, width // heads), torch.zeros(5, width // heads)
     handover = flux_functions.Handover()
-    n, _ = flux_functions.modulated(x, scale, shift)
-    qkv, pre = flux_functions.modulated_linears(n, x, scale, shift, layers, (proj_mlp,), handover=handover)
-    q, k, v = flux_functions.normed_and_turned(qkv, norm, norm, rope, heads, 1e-6, False, handover)
+    adaln = flux_functions.AdaLN(x, scale, shift)
+    n, _ = flux_functions.modulated(adaln)
+    qkv, pre = flux_functions.modulated_linears(n, adaln, layers, (proj_mlp,), handover=handover)
+    stream = flux_functions.Stream(qkv, norm, norm)
+    q, k, v = flux_functions.norm_and_rotate(stream, rope, heads, 1e-6, False, handover)
     attention = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    out = flux_functions.gelu_linear(pre, attention, x, scale, shift, proj_mlp, proj_out, False, handover)
+    out = flux_functions.gelu_linear(pre, attention, adaln, proj_mlp, proj_out, False, handover)
 
     whole = torch.autograd.grad(out.sum(), x, retain_graph=True)[0]
     assert handover.qkv_gradient is None and handover.n is None  # seven hidden states would live on with the graph

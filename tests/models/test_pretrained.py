@@ -13,6 +13,7 @@ from megaflux.common.errors import UserError
 from megaflux.config.parse import build_config
 from megaflux.config.presets import dev
 from megaflux.models import pretrained, scratch
+from megaflux.models.strict import load_linear
 from tests.conftest import small_values
 
 from transformers import CLIPTextModel, CLIPTokenizer, Qwen2VLForConditionalGeneration  # isort: skip
@@ -262,4 +263,4 @@ def test_a_connector_is_whole_or_refused(tmp_path, content):
     elif content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError, match="model.safetensors"):
-        pretrained.load_connector(file)
+        load_linear(file)

@@ -9,7 +9,8 @@ import torch
 from megaflux.generation.sampling import flux_pipeline, generate
 from megaflux.models import latents as ops
 from megaflux.models.pretrained import load_models
-from megaflux.models.vlm import QUESTION, join_vlm
+from megaflux.models.vlm import QUESTION
+from megaflux.models.vlm_parts import join_vlm
 from tests.conftest import picture
 
 from diffusers import FluxPipeline  # isort: skip  (after megaflux, whose compat it needs)

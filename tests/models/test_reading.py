@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from megaflux.common.errors import UserError
 from megaflux.config.parse import build_config
 from megaflux.models import pretrained, scratch
+from megaflux.models.vlm_parts import split_vlm
 from megaflux.training.checkpoint import weights as trained
 from tests.conftest import small_values
 
@@ -168,7 +169,7 @@ def test_weights_and_buffers_are_those_of_the_libraries(published, dtype):
     models = pretrained.load_models(config, "cpu", dtype)
     assert torch.equal(torch.get_rng_state(), state)
     transformer, vlm, vae = by_the_libraries(config)
-    trunk, tail = pretrained.split_vlm(vlm)
+    trunk, tail = split_vlm(vlm)
     for ours, theirs in (
         (models.trainable.transformer, transformer),
         (models.trainable.vlm, tail),
@@ -191,7 +192,7 @@ def test_weights_and_buffers_are_those_of_the_libraries(published, dtype):
 def test_the_fingerprint_is_of_the_weights_as_they_were_loaded(published, small_config):
     config = build_config(values_for(published))
     transformer, vlm, vae = by_the_libraries(config)
-    trunk, tail = pretrained.split_vlm(vlm)
+    trunk, tail = split_vlm(vlm)
     loaded = pretrained.load_models(config)
     whole = pretrained.Qwen2VLFlux(tail, loaded.trainable.connector, transformer)
     expected = pretrained.weights_fingerprint(whole, trunk, vae)

@@ -20,7 +20,8 @@ from megaflux.generation.job import Runtime
 from megaflux.infer import make as infer
 from megaflux.infer import options as infer_options
 from megaflux.models import pretrained
-from megaflux.models.sources import FLUX, VLM, folder_problems, hub_name, model_problems, opened, problem, read_header
+from megaflux.models.safetensors_files import read_header
+from megaflux.models.sources import FLUX, VLM, folder_problems, hub_name, model_problems, opened, problem
 from megaflux.training.checkpoint import resume as checkpoint
 from tests.conftest import small_values
 
@@ -68,7 +69,7 @@ def test_which_names_mean_the_hub(here):
         assert hub_name(path) is None and problem(path).startswith("does not exist; give a folder, or a hub name"), path
     assert problem("there") == "is a file; give the folder it belongs to"
     for name in ("hub:", "hub:x", "hub:/a/b", "hub:a/b/c", "hub:../b"):
-        assert problem(name) == "is no hub name; give hub:owner/name"
+        assert problem(name) == "is not a hub name; give hub:owner/name"
     with pytest.raises(UserError, match="^weights/vaee: does not exist"):
         opened("weights/vaee", ())
 
@@ -118,10 +119,10 @@ def test_each_fault_of_a_folder_is_named(flux, sharded):
     (flux / "scheduler/scheduler_config.json").write_text(POINTER)
     (flux / "vae/config.json").write_text("{")
     assert folder_problems(flux, FLUX) == [
-        f"{flux} lacks {TRANSFORMER}.index.json or diffusion_pytorch_model.safetensors (files of pickles are not read), "
+        f"{flux} lacks {TRANSFORMER}.index.json or diffusion_pytorch_model.safetensors (pickle files are not read), "
         "tokenizer/tokenizer.json or vocab.json and merges.txt; give a complete folder",
         f"{flux} holds git-lfs pointers in the place of scheduler/scheduler_config.json; fetch the files with `git lfs pull`",
-        f"{flux} holds damaged files: vae/config.json is no JSON; fetch them again",
+        f"{flux} holds damaged files: vae/config.json is not JSON; fetch them again",
     ]
 
 

@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from megaflux.models.positions import causal_mask, mrope_position_ids, patch_positions
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.models.scratch import build_vlm
 from megaflux.models.tokens import count_tokens
-from megaflux.models.vlm import QUESTION, Trunk, causal_mask, join_vlm, mrope_position_ids, patch_positions, split_vlm
+from megaflux.models.vlm import QUESTION, Condition, Trunk
+from megaflux.models.vlm_parts import join_vlm, split_vlm
 from tests.conftest import picture
+
+from diffusers import FluxTransformer2DModel  # isort: skip  (after megaflux, whose compat it needs)
 
 CAPTIONS = [
     "a cat",
@@ -258,11 +262,17 @@ def test_cached_trunk_output_makes_the_same_condition(parts):
         assert other is None if value is None else torch.equal(other, value), name
 
 
-def test_rolled_and_repeated_move_every_field(parts):
+def rolled(condition):
+    """The same conditions, each given to the next sample."""
+    dims = {"position_ids": 1}
+    return Condition(**{k: None if v is None else v.roll(1, dims.get(k, 0)) for k, v in vars(condition).items()})
+
+
+def test_every_field_moves_with_its_sample(parts):
     _, _, trunk, tail = parts
     condition = trunk.encode(pixels(3), ["a", "b b", "c c c"], "image_text")
     tokens = tokens_of(tail, condition)
-    torch.testing.assert_close(tokens_of(tail, condition.rolled()), tokens.roll(1, 0))
+    torch.testing.assert_close(tokens_of(tail, rolled(condition)), tokens.roll(1, 0))
     torch.testing.assert_close(tokens_of(tail, condition.repeated(2)), tokens.repeat_interleave(2, 0))
 
 
@@ -287,8 +297,9 @@ def test_join_undoes_split(parts):
 
 def test_split_names_what_trains(parts):
     *_, tail = parts
-    names = {name for name, _ in Qwen2VLFlux(tail, torch.nn.Linear(2, 2), torch.nn.Identity()).named_parameters()}
-    assert all(name.startswith(("vlm.layers.0.", "vlm.norm.", "connector.")) for name in names)
+    flux = FluxTransformer2DModel(num_layers=0, num_single_layers=0, num_attention_heads=1, joint_attention_dim=2)
+    names = {name for name, _ in Qwen2VLFlux(tail, torch.nn.Linear(2, 2), flux).named_parameters()}
+    assert all(name.startswith(("vlm.layers.0.", "vlm.norm.", "connector.", "transformer.")) for name in names)
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (432, 1024), (1024, 512), (64, 96)])

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaflux_kernels.qk_norm_rope.streams import Stream
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -55,7 +57,8 @@ class Case:
     """Inputs whose gradients the backward computes while it is timed."""
     bytes: tuple[int, int] | None = None
     """Moved by forward, and by forward and backward; None: limited by matrix products."""
-    flops: tuple[int, int] | None = None
+    flops: tuple[int, int] = (0, 0)
+    """Of forward, and of forward and backward, where bytes are None."""
     others: dict[str, Callable] = field(default_factory=dict)
     """Further arms, by name."""
 
@@ -120,7 +123,17 @@ def _gelu_concat(ours: Callable, reference: Callable, s: Sizes, randn: Callable,
     )
 
 
+def _of_streams(op: Callable) -> Callable:
+    """qk_norm_rope as a function of tensors alone, so that inputs have numbers."""
+
+    def run(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, *text: Tensor) -> Any:
+        return op(Stream(qkv, norm_q, norm_k), (cos, sin), heads, Stream(*text) if text else None)
+
+    return run
+
+
 def _qk_norm_rope(ours: Callable, reference: Callable, s: Sizes, randn: Callable, item: int) -> list[Case]:
+    ours, reference = _of_streams(ours), _of_streams(reference)
     weights = [1 + 0.1 * randn(s.head_dim) for _ in range(4)]
     angles = torch.rand(s.tokens, s.head_dim // 2, device=weights[0].device).mul(6.28).repeat_interleave(2, dim=1)
     rope = [angles.cos(), angles.sin()]  # (S, D) float32, in pairs

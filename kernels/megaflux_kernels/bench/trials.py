@@ -46,7 +46,8 @@ def errors(case: Case, dtype: torch.dtype) -> list[Error]:
     floor, found = FLOOR[dtype] * torch.finfo(dtype).eps, []
     for index, (mine, theirs, true) in enumerate(zip(ours, eager, exact, strict=True)):
         size = true.norm().clamp(min=1e-30)
-        found.append(Error(index, *((x.double() - true).norm().div(size).item() for x in (mine, theirs)), floor))
+        off, eagers = ((x.double() - true).norm().div(size).item() for x in (mine, theirs))
+        found.append(Error(index, off, eagers, floor))
     return found
 
 

@@ -2,7 +2,7 @@
 
     out = softmax(q k^T * scale + bias[:, None, None, :]) v
 
-A bias of log n weighs a key as if it stood there n times; -inf takes it out. FlashAttention-2 (2307.08691) with the
+A bias of log n weighs a key as if it were there n times; -inf masks it. FlashAttention-2 (2307.08691) with the
 bias added to the scores. Shapes: B batch, H heads, Sq queries, Sk keys, D head width; q (B, H, Sq, D), k and v
 (B, H, Sk, D), bias (B, Sk). The backward pass keeps the inputs, the output and one float32 per query.
 """
@@ -46,7 +46,8 @@ def _triton_backward(
 def _(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])) for x in (q, k, v))
+    return dq, dk, dv
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -67,8 +68,8 @@ def backward(
     were given to `forward`, out and lse as it returned them."""
     bias, scale = _checked(q, k, v, bias, scale)
     run = _triton_backward if use_triton(q) else reference.backward
-    grads = run(rows(dout), rows(q), rows(k), rows(v), out.transpose(1, 2), lse, bias, scale)
-    return tuple(g.transpose(1, 2) for g in grads)
+    dq, dk, dv = run(rows(dout), rows(q), rows(k), rows(v), out.transpose(1, 2), lse, bias, scale)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -99,7 +100,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
     they lie if the last stride is 1. One dtype: bfloat16, float16 or float32 (float64 on the torch path). The Triton
     path has D = 32, 64 and 128, the torch path any. scale: 1 / sqrt(D) by default.
     bias: (B, Sk), any float dtype, used in float32 (float64 where q is). Natural log of each key's weight: 0 changes
-    nothing, log 2 counts the key twice, -inf takes it out; finite or -inf. It carries no gradient.
+    nothing, log 2 counts the key twice, -inf masks it; finite or -inf. It carries no gradient.
     Returns (B, H, Sq, D), a view of (B, Sq, H, D) memory. A batch item whose keys are all -inf (or Sk = 0) gives
     output 0 and gradients 0. ValueError for other input, and for a bias that requires a gradient.
     """

@@ -1,4 +1,4 @@
-"""biased_attention in plain torch: the definition, and the path of CPUs and float64.
+"""biased_attention in plain torch: the definition, and the path on CPUs and in float64.
 
 Shapes: q (B, H, Sq, D); k, v (B, H, Sk, D); bias (B, Sk). A bias belongs to keys, so the queries of one batch item
 either all see a key or none does.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
-    """The op as it is written in a model; what the other paths must equal. 0 where no key takes part."""
+    """The op as a model writes it; the other paths must equal it. 0 where no key takes part."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bias, dead = _living(bias)
     scores = q @ k.transpose(-1, -2) * scale + bias[:, None, None, :].to(q.dtype)
@@ -41,16 +41,17 @@ def backward(
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # rows without keys: every weight exp(-inf) = 0
     out = out.transpose(1, 2)
     if _fused(q, k):
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, False, attn_mask=bias[:, None, None, :], scale=scale
         )
-        return tuple(g.transpose(1, 2) for g in grads)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
     weights = _scores(q, k, bias, scale).sub_(lse[..., None]).exp_()
     delta = (out.to(lse.dtype) * dout).sum(-1, keepdim=True)
     dscores = torch.matmul(dout, v.transpose(-1, -2)).to(lse.dtype).sub(delta).mul_(weights).mul_(scale).to(q.dtype)
     dv = torch.matmul(weights.to(dout.dtype).transpose(-1, -2), dout)
-    grads = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q), dv
-    return tuple(g.transpose(1, 2).contiguous() for g in grads)
+    dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
+    dq, dk, dv = (g.transpose(1, 2).contiguous() for g in (dq, dk, dv))
+    return dq, dk, dv
 
 
 def _living(bias: Tensor) -> tuple[Tensor, Tensor]:

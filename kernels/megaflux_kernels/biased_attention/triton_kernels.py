@@ -388,7 +388,8 @@ def backward(
 def _aot(kernel, pointers: list[str], strided: str, scales: list[str], name: str | None) -> list[tuple]:
     """The entries of a kernel for `python -m megaflux_kernels.aot`, with the tiles of each dtype, at D = 128."""
     kinds = {"bias_ptr": "*fp32", "lse_ptr": "*fp32", "lse2_ptr": "*fp32", "delta_ptr": "*fp32"}
-    arguments = {p: kinds.get(p, "*D") for p in pointers} | {"H": "i32", "Sq": "i32"}
+    arguments: dict[str, str | int] = {p: kinds.get(p, "*D") for p in pointers}
+    arguments |= {"H": "i32", "Sq": "i32"}
     if name:
         arguments["Sk"] = "i32"
     for x in strided:

@@ -10,6 +10,8 @@ there is a norm, x only where gate has a gradient, never out or residual.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -157,8 +159,8 @@ def backward_modulate(
     if dout is None:
         if dhidden is None:
             raise ValueError("gate_residual: backward_modulate got neither dhidden nor dout; give one or both")
-        zeros = [torch.zeros_like(scale) if need_modulation else None for _ in range(2)]
-        return dhidden, *backward(dhidden, gate, x), *zeros
+        dscale, dshift = (torch.zeros_like(scale) if need_modulation else None for _ in range(2))
+        return dhidden, *backward(dhidden, gate, x), dscale, dshift
     _check(hidden, x, gate, scale)
     _check(hidden, dout)
     _check(hidden, dhidden)
@@ -196,7 +198,8 @@ def _backward_modulate(ctx, dhidden, dout, dmean, drstd):
     if dhidden is None and dout is None:
         return None, None, None, None, None, None
     need = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-    return *backward_modulate(dhidden, dout, *ctx.saved_tensors, need), None
+    hidden, mean, rstd, scale, gate, x = ctx.saved_tensors
+    return *backward_modulate(dhidden, dout, hidden, mean, rstd, scale, gate, x, need), None
 
 
 _triton_forward.register_autograd(_backward, setup_context=_setup)
@@ -205,6 +208,16 @@ _triton_forward_modulate.register_autograd(_backward_modulate, setup_context=_se
 _reference = torch_path(reference.forward, _setup, _backward)
 
 _reference_modulate = torch_path(reference.forward_modulate, _setup_modulate, _backward_modulate)
+
+
+@overload
+def gate_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor: ...
+
+
+@overload
+def gate_residual(
+    residual: Tensor, x: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = EPS
+) -> tuple[Tensor, Tensor]: ...
 
 
 def gate_residual(
@@ -226,7 +239,7 @@ def gate_residual(
         raise ValueError("gate_residual: got one of scale and shift; give both or neither")
     _check(residual, x, gate, scale, shift)
     residual, x, gate = rows(residual), rows(x), rows(gate)
-    if scale is None:
+    if scale is None or shift is None:
         return (_triton_forward if use_triton(residual) else _reference)(residual, x, gate)
     run = _triton_forward_modulate if use_triton(residual) else _reference_modulate
     hidden, out, _, _ = run(residual, x, gate, rows(scale), rows(shift), eps)

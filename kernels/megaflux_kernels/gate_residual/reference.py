@@ -1,4 +1,4 @@
-"""gate_residual in plain torch: the definition, and the path of CPUs. Shapes: residual, x (B, S, W); others (B, W)."""
+"""gate_residual in plain torch: the definition, and the path on CPUs. Shapes: residual, x (B, S, W); others (B, W)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ def definition(
     shift: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The op as it is written in a model; what the other paths must equal."""
+    """The op as a model writes it; the other paths must equal it."""
     hidden = residual + gate[:, None] * x
-    return hidden if scale is None else (hidden, modulate.definition(hidden, scale, shift, eps))
+    if scale is None or shift is None:
+        return hidden
+    return hidden, modulate.definition(hidden, scale, shift, eps)
 
 
 def forward(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:

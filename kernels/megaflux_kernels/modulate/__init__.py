@@ -84,7 +84,8 @@ def _backward(ctx, dout, dmean, drstd):
     if dout is None:
         return None, None, None, None
     need = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    return *backward(dout, *ctx.saved_tensors, None, need), None
+    x, mean, rstd, scale = ctx.saved_tensors
+    return *backward(dout, x, mean, rstd, scale, None, need), None
 
 
 _triton_forward.register_autograd(_backward, setup_context=_setup)

@@ -1,6 +1,6 @@
-"""qk_norm_rope in plain torch: the definition, and the path of CPUs. Shapes as in the package's docstring.
+"""qk_norm_rope in plain torch: the definition, and the path on CPUs. Shapes as in the package's docstring.
 
-A pair of neighbours is a complex number, and RoPE a product with cos + i sin; turning back is one with its conjugate.
+A pair of neighbours is a complex number, and RoPE a product with cos + i sin; rotating back, one with its conjugate.
 """
 
 from __future__ import annotations
@@ -8,33 +8,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaflux_kernels.qk_norm_rope.streams import Saved, Stream
+
 
 def definition(
-    qkv: Tensor,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    txt_qkv: Tensor | None = None,
-    txt_norm_q: Tensor | None = None,
-    txt_norm_k: Tensor | None = None,
-    eps: float = 1e-6,
+    image: Stream, rope: tuple[Tensor, Tensor], heads: int, text: Stream | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op as it is written in a model; what the other paths must equal. q, k, v: (B, H, S, D)."""
+    """The op as a model writes it; the other paths must equal it. q, k, v: (B, H, S, D)."""
 
-    def normed(packed: Tensor, weight_q: Tensor, weight_k: Tensor) -> list[Tensor]:
-        q, k, v = packed.unflatten(-1, (3, heads, -1)).unbind(2)
-        shape = weight_q.shape
+    def normed(stream: Stream) -> list[Tensor]:
+        q, k, v = stream.qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+        shape = stream.norm_q.shape
         rms_norm = torch.nn.functional.rms_norm
-        return [rms_norm(q, shape, weight_q, eps), rms_norm(k, shape, weight_k, eps), v]
+        return [rms_norm(q, shape, stream.norm_q, eps), rms_norm(k, shape, stream.norm_k, eps), v]
 
-    parts = normed(qkv, norm_q, norm_k)
-    if txt_qkv is not None:
-        text = normed(txt_qkv, txt_norm_q, txt_norm_k)
-        parts = [torch.cat(pair, dim=1) for pair in zip(text, parts)]
+    parts = normed(image)
+    if text is not None:
+        parts = [torch.cat(pair, dim=1) for pair in zip(normed(text), parts)]
     q, k, v = (part.transpose(1, 2) for part in parts)
-    return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+    return _rotate(q, *rope), _rotate(k, *rope), v
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -45,28 +37,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def forward(
-    qkv: Tensor,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    txt_qkv: Tensor | None,
-    txt_norm_q: Tensor | None,
-    txt_norm_k: Tensor | None,
-    eps: float,
-    keep_input: bool,
+    image: Stream, cos: Tensor, sin: Tensor, heads: int, text: Stream | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(q, k, v (B, S, H, D), rstd (2, B, S, H)). keep_input is the backward pass's business."""
-    B, T = qkv.shape[0], 0 if txt_qkv is None else txt_qkv.shape[1]
-    S, D, wide = T + qkv.shape[1], norm_q.shape[0], torch.promote_types(qkv.dtype, torch.float32)
-    out = torch.empty((3, B, S, heads, D), dtype=qkv.dtype, device=qkv.device)
-    rstd = torch.empty((2, B, S, heads), dtype=wide, device=qkv.device)
+    """(q, k, v (B, S, H, D), rstd (2, B, S, H))."""
+    dtype, device = image.qkv.dtype, image.qkv.device
+    B, T = image.qkv.shape[0], 0 if text is None else text.qkv.shape[1]
+    S, D, wide = T + image.qkv.shape[1], image.norm_q.shape[0], torch.promote_types(dtype, torch.float32)
+    out = torch.empty((3, B, S, heads, D), dtype=dtype, device=device)
+    rstd = torch.empty((2, B, S, heads), dtype=wide, device=device)
     turn = _turn(cos, sin, wide)
-    streams = [(slice(T, S), qkv, norm_q, norm_k)]
-    if txt_qkv is not None:
-        streams.append((slice(0, T), txt_qkv, txt_norm_q, txt_norm_k))
-    for tokens, packed, *weights in streams:
+    streams = [(slice(T, S), image)]
+    if text is not None:
+        streams.append((slice(0, T), text))
+    for tokens, (packed, *weights) in streams:
         x = packed.unflatten(-1, (3, heads, D)).movedim(2, 0)  # (3, B, tokens, H, D)
         out[2, :, tokens] = x[2]
         x = x[:2].to(wide)
@@ -74,49 +57,36 @@ def forward(
         turned = _real(_complex(x * torch.stack(weights).to(wide)[:, None, None, None]).mul_(turn[tokens]))
         _scaled(turned, scale, out[:2, :, tokens])
         rstd[:, :, tokens] = scale[..., 0]
-    return *out.unbind(), rstd
+    q, k, v = out.unbind()
+    return q, k, v, rstd
 
 
 def backward(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    q: Tensor,
-    k: Tensor,
-    rstd: Tensor,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    text_tokens: int,
-    txt_norm_q: Tensor | None,
-    txt_norm_k: Tensor | None,
-    need_norms: bool,
-    qkv: Tensor | None,
-    txt_qkv: Tensor | None,
-    dqkv: Tensor | None = None,
+    dq: Tensor, dk: Tensor, dv: Tensor, saved: Saved, need_norms: bool, dqkv: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dqkv, dtxt_qkv, dnorms (2, D), dtxt_norms (2, D)); what is not there is empty. dqkv: where to write the first of
-    them; None: a new tensor."""
+    """(dqkv, dtxt_qkv, dnorms (2, D), dtxt_norms (2, D)); those of a missing stream or weight are empty. dqkv: where to
+    write the image's; None: a new tensor."""
+    q, k, rstd, norm_q, norm_k = saved[:5]
     B, S, H, D = q.shape
-    T, wide = text_tokens, rstd.dtype
-    turn = _turn(cos, sin, wide)
-    back, inverse = turn.conj().resolve_conj(), turn.reciprocal()  # the same but for rounding of cos and sin
+    T, wide = saved.text_tokens, rstd.dtype
+    turn = _turn(saved.cos, saved.sin, wide)
+    back, inverse = turn.conj().resolve_conj(), turn.reciprocal()  # equal but for rounding of cos and sin
+    txt_norms = saved.txt_norm_q, saved.txt_norm_k
     streams = [slice(T, S), *([slice(0, T)] if T else [])]
     dqkv = torch.empty((B, S - T, 3 * H * D), dtype=q.dtype, device=q.device) if dqkv is None else dqkv
     grads = [dqkv.unflatten(-1, (3, H, D)), torch.empty((B, T, 3, H, D), dtype=q.dtype, device=q.device)]
     norms: list[list[Tensor]] = [[], []]
-    for i, (y, dy, weight, txt_weight) in enumerate(((q, dq, norm_q, txt_norm_q), (k, dk, norm_k, txt_norm_k))):
+    for i, (y, dy, weight, txt_weight) in enumerate(zip((q, k), (dq, dk), (norm_q, norm_k), txt_norms, strict=True)):
         y, dy, scale, weight = y.to(wide), dy.to(wide), rstd[i, ..., None], weight.to(wide)
-        if T:  # a row for each token
+        if txt_weight is not None and T:  # a row for each token
             weight = torch.cat([txt_weight.to(wide).expand(T, D), weight.expand(S - T, D)])[:, None]
-        # mean of (gradient of n) n: turning and norm weights cancel in it
+        # mean of (gradient of n) n: the rotation and the norm weights cancel in it
         along = (dy * y).sum(-1, keepdim=True).div_(D)
         du = _real(_complex(dy) * back)
-        if qkv is None:
+        if saved.qkv is None:
             n = _real(_complex(y) * inverse).div_(weight.masked_fill(weight == 0, float("inf")))
         else:
-            packed = qkv if not T else torch.cat([txt_qkv, qkv], dim=1)
+            packed = saved.qkv if saved.txt_qkv is None else torch.cat([saved.txt_qkv, saved.qkv], dim=1)
             n = packed.unflatten(-1, (3, H, D))[:, :, i] * scale
         if need_norms:
             dweight = (du * n).sum((0, 2))  # (S, D)
@@ -132,7 +102,7 @@ def backward(
 
 
 def _scaled(x: Tensor, scale: Tensor, out: Tensor) -> None:
-    """out = x * scale, without a pass more where their types agree."""
+    """out = x * scale, in one pass where their dtypes agree."""
     if out.dtype == x.dtype:
         torch.mul(x, scale, out=out)
     else:

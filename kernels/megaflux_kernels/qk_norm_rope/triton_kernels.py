@@ -1,7 +1,7 @@
-"""qk_norm_rope in Triton: one launch a stream. A program holds one token's q, k and v of a few heads, which lie side by
+"""qk_norm_rope in Triton: one launch per stream. A program holds one token's q, k and v of a few heads, which lie side by
 side in memory, and splits the pairs in registers.
 
-The backward pass works in the turned frame where it can: a rotation changes no inner product.
+The backward pass works on rotated values where it can: a rotation changes no inner product.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megaflux_kernels.dispatch import on_its_gpu
+from megaflux_kernels.qk_norm_rope.streams import Saved, Stream
 
 HEADS = 8  # heads of one program
 ROWS = 16  # tokens that one backward program sums over where the norm weights train
@@ -193,27 +194,20 @@ def qk_norm_rope_backward(
 
 @on_its_gpu
 def forward(
-    qkv: Tensor,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    txt_qkv: Tensor | None,
-    txt_norm_q: Tensor | None,
-    txt_norm_k: Tensor | None,
-    eps: float,
+    image: Stream, cos: Tensor, sin: Tensor, heads: int, text: Stream | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, T = qkv.shape[0], 0 if txt_qkv is None else txt_qkv.shape[1]
-    S, D = T + qkv.shape[1], norm_q.shape[0]
+    """(q, k, v (B, S, H, D), rstd (2, B, S, H))."""
+    qkv = image.qkv
+    B, T = qkv.shape[0], 0 if text is None else text.qkv.shape[1]
+    S, D = T + qkv.shape[1], image.norm_q.shape[0]
     q, k, v = (torch.empty((B, S, heads, D), dtype=qkv.dtype, device=qkv.device) for _ in range(3))
     rstd = torch.empty((2, B, S, heads), dtype=torch.float32, device=qkv.device)
     cos, sin = cos.contiguous(), sin.contiguous()
     H = min(HEADS, triton.next_power_of_2(heads))
-    streams = [(txt_qkv, txt_norm_q, txt_norm_k, 0), (qkv, norm_q, norm_k, T)]
-    for packed, weight_q, weight_k, start in streams:
-        if packed is None or not packed.numel():
+    for stream, start in ((text, 0), (image, T)):
+        if stream is None or not stream.qkv.numel():
             continue
+        packed, weight_q, weight_k = stream
         qk_norm_rope_forward[(packed.shape[1], triton.cdiv(heads, H), B)](
             packed,
             weight_q,
@@ -240,33 +234,19 @@ def forward(
 
 @on_its_gpu
 def backward(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    q: Tensor,
-    k: Tensor,
-    rstd: Tensor,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    text_tokens: int,
-    txt_norm_q: Tensor | None,
-    txt_norm_k: Tensor | None,
-    need_norms: bool,
-    qkv: Tensor | None,
-    txt_qkv: Tensor | None,
-    dqkv: Tensor | None = None,
+    dq: Tensor, dk: Tensor, dv: Tensor, saved: Saved, need_norms: bool, dqkv: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dqkv: where to write the image stream's gradient, (B, L, 3 H D) of unit last stride; None: a new tensor."""
+    """(dqkv, dtxt_qkv, dnorms (2, D), dtxt_norms (2, D)); what is not needed is empty. dqkv: where to write the image's
+    gradient, (B, L, 3 H D) of unit last stride; None: a new tensor."""
+    q, k, rstd = saved[:3]
     B, S, heads, D = q.shape
-    cos, sin = cos.contiguous(), sin.contiguous()
-    H, T = min(HEADS, triton.next_power_of_2(heads)), text_tokens
+    cos, sin = saved.cos.contiguous(), saved.sin.contiguous()
+    H, T = min(HEADS, triton.next_power_of_2(heads)), saved.text_tokens
     step = ROWS if need_norms else 1
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     for packed, weight_q, weight_k, start, L, grad in (
-        (qkv, norm_q, norm_k, T, S - T, dqkv),
-        (txt_qkv, txt_norm_q, txt_norm_k, 0, T, None),
+        (saved.qkv, saved.norm_q, saved.norm_k, T, S - T, dqkv),
+        (saved.txt_qkv, saved.txt_norm_q, saved.txt_norm_k, 0, T, None),
     ):
         if grad is None:
             grad = torch.empty((B, L, 3 * heads * D), dtype=q.dtype, device=q.device)
@@ -314,7 +294,7 @@ def backward(
                 num_warps=4,
             )
         wanted = need_norms and (T > 0 or not found)  # without text, the image's only: the first
-        found.append((grad, partial.sum((0, 1)).to(norm_q.dtype) if wanted else norm_q.new_empty(0)))
+        found.append((grad, partial.sum((0, 1)).to(saved.norm_q.dtype) if wanted else saved.norm_q.new_empty(0)))
     (dqkv, dnorms), (dtxt_qkv, dtxt_norms) = found
     return dqkv, dtxt_qkv, dnorms, dtxt_norms
 

@@ -2,9 +2,9 @@
 
     out = (x / sqrt(mean(x^2) + eps) * norm_weight) @ weight.T + bias
 
-The sum of squares is gathered along K on the tiles that the product reads anyway, and rows are scaled at its end, so
-x is read once and the normalised x never written. Shapes: x (..., K), norm_weight (K,), weight (N, K), bias (N,). The
-backward pass keeps x and a statistic a row; its matrix products are torch's.
+The sum of squares is accumulated along K on the tiles that the product reads anyway, and rows are scaled at its end: x is
+read once, and the normalized x is never written. Shapes: x (..., K), norm_weight (K,), weight (N, K), bias (N,). The
+backward pass keeps x and a statistic per row; its matrix products are torch's.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dnorm_weight, dweight, dbias) of `forward`; None for what `need` leaves out."""
     flat = x.reshape(-1, x.shape[-1])
-    dx, *others = reference.backward(
+    dx, dnorm_weight, dweight, dbias = reference.backward(
         dout.reshape(-1, dout.shape[-1]), flat, rstd.reshape(-1), norm_weight, weight, need
     )
-    return None if dx is None else dx.view(x.shape), *others
+    return None if dx is None else dx.view(x.shape), dnorm_weight, dweight, dbias
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -70,7 +70,8 @@ def _backward(ctx, dout, drstd):
     if dout is None:
         return None, None, None, None, None
     need = (*ctx.needs_input_grad[:3], ctx.has_bias and ctx.needs_input_grad[3])
-    return *reference.backward(dout, *ctx.saved_tensors, need), None
+    x, rstd, norm_weight, weight = ctx.saved_tensors
+    return *reference.backward(dout, x, rstd, norm_weight, weight, need), None
 
 
 _triton_forward.register_autograd(_backward, setup_context=_setup)
@@ -94,7 +95,7 @@ def rmsnorm_linear(
 
 
 def _checked(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x as (rows, K). ValueError for shapes that do not fit."""
+    """x as (rows, K). ValueError for shapes that do not match."""
     check("rmsnorm_linear", x, norm_weight, weight, bias)
     K = x.shape[-1] if x.ndim else 0
     N = weight.shape[0] if weight.ndim else 0

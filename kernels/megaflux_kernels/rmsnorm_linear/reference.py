@@ -1,4 +1,4 @@
-"""rmsnorm_linear in plain torch: the definition, and the path of CPUs. Shapes: x (rows, K), weight (N, K)."""
+"""rmsnorm_linear in plain torch: the definition, and the path on CPUs. Shapes: x (rows, K), weight (N, K)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 def definition(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """The op as it is written in a model, with transformers' Qwen2RMSNorm: normalised in float32, rounded, times the
-    weight; what the other paths must equal."""
+    """The op as a model writes it, with transformers' Qwen2RMSNorm: normalized in float32, rounded, times the weight. The
+    other paths must equal it."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return F.linear(norm_weight * normalised.to(x.dtype), weight, bias)
+    normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return F.linear(norm_weight * normalized.to(x.dtype), weight, bias)
 
 
 def forward(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -32,12 +32,13 @@ def backward(
     weight: Tensor,
     need: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dnorm_weight, dweight, dbias), None for what is not needed. x may be None for dbias alone. Both
-    paths use it."""
+    """(dx, dnorm_weight, dweight, dbias), None for what is not needed. x may be None for dbias alone. The backward pass
+    of both paths."""
     need_x, need_norm, need_weight, need_bias = need
     dx = dnorm = dweight = None
-    if need_x or need_norm or need_weight:
-        n = x * rstd[:, None]  # promoted to the statistic's dtype
+    if x is None or not (need_x or need_norm or need_weight):
+        return None, None, None, dout.sum(0) if need_bias else None
+    n = x * rstd[:, None]  # promoted to the statistic's dtype
     if need_weight:
         dweight = dout.t() @ (n * norm_weight).to(weight.dtype)
     if need_x or need_norm:

@@ -16,7 +16,8 @@ from megaflux.bench.random_models import VAE_SCALES, random_vae, random_vlm
 from megaflux.config.presets import FLUX_VAE, dev, tiny
 from megaflux.models import latents
 from megaflux.models.scratch import TINY
-from megaflux.models.vlm import Trunk, split_vlm
+from megaflux.models.vlm import Trunk
+from megaflux.models.vlm_parts import split_vlm
 from megaflux_kernels.bench.timing import median, samples_ms
 
 VAE_BATCHES = (1, 2, 8)

@@ -20,7 +20,8 @@ from PIL import Image
 
 from megaflux.common.errors import UserError
 from megaflux.models.loading_errors import named
-from megaflux.models.sources import DETECTOR, folder_problems, hub_name, is_pointer, opened, problem
+from megaflux.models.safetensors_files import is_pointer
+from megaflux.models.sources import DETECTOR, folder_problems, hub_name, opened, problem
 
 if TYPE_CHECKING:  # torch is imported where a model runs: the command line's parser reads this module too
     import torch
@@ -272,7 +273,7 @@ def _local_mteed(folder: Path) -> Path | None:
 def _load_parts(name: str, source: str, device: Any) -> tuple[Any, Any]:
     import torch
 
-    from megaflux.models.pretrained import load_strict  # sees to compat before transformers
+    from megaflux.models.strict import load_strict  # imports compat before transformers
 
     model, processor = (getattr(importlib.import_module("transformers"), part) for part in PARTS[name])
     # depth: the slow processor resizes with Pillow, as the released maps were made

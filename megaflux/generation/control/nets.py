@@ -14,7 +14,8 @@ from megaflux.common.errors import UserError
 from megaflux.generation.condition import Encoded
 from megaflux.generation.dots.griddot import Weighting
 from megaflux.generation.sampling import Control
-from megaflux.models.pretrained import Models, cast, load_strict, weights_fingerprint
+from megaflux.models.pretrained import Models, cast, weights_fingerprint
+from megaflux.models.strict import load_strict
 
 
 @dataclass
