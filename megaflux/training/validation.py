@@ -21,7 +21,7 @@ from megaflux.common.errors import UserError
 from megaflux.config.parse import Config
 from megaflux.data.buckets import Bucket
 from megaflux.data.storage.dataset import read_dataset_info, read_split, squarest_bucket
-from megaflux.generation.sampling import flux_pipeline, generate
+from megaflux.generation.sampling import SamplingRequest, flux_pipeline, generate
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models
 from megaflux.models.vlm import Condition
@@ -167,18 +167,8 @@ def _variations(
         part = index[start : start + chunk]
         condition = references.condition(models, part).repeated(per_reference)
         seeds = [seed + k for _ in part for k in range(per_reference)]
-        images = generate(
-            pipeline,
-            models.trainable,
-            condition,
-            models.pooled_projections,
-            seeds,
-            bucket.height,
-            bucket.width,
-            config.validation.steps,
-            config.flow.guidance,
-            on_step,
-        )
+        request = SamplingRequest(bucket.height, bucket.width, config.validation.steps, config.flow.guidance)
+        images = generate(pipeline, models, condition, seeds, request, on_step)
         pictures.append(images.unflatten(0, (len(part), per_reference)))
     return torch.cat(pictures)
 

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from megaflux.common.errors import UserError
 from megaflux.generation.control.detectors import (
-    KINDS,
     UNION_MODES,
     Detectors,
     Sources,
@@ -28,6 +27,7 @@ from megaflux.generation.control.detectors import (
     parse_point,
     read_mask,
 )
+from megaflux.generation.request import DETECTED
 from tests.conftest import picture
 
 POINTS = [(0.5, 0.5, 1), (0.1, 0.2, 0)]
@@ -162,12 +162,12 @@ def check_map(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 
 def test_the_kinds_have_union_modes():
-    assert {kind: UNION_MODES[kind] for kind in KINDS} == {"depth": 2, "line": 0, "canny": 0}
+    assert {kind: UNION_MODES[kind] for kind in DETECTED} == {"depth": 2, "line": 0, "canny": 0}
     assert sorted(set(UNION_MODES.values())) == list(range(7))
 
 
 @pytest.mark.parametrize("size", [None, (64, 48)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DETECTED)
 def test_a_map_has_its_size_and_is_the_same_again(sources, kind, size):
     shown = picture(90, 70)
     state = torch.get_rng_state()
@@ -517,7 +517,7 @@ def test_a_bad_point_has_its_line(text, what):
 
 
 def test_bad_lists_of_points_have_their_line(sources):
-    assert fault(check_points, []).startswith("mask points: there is none")
+    assert fault(check_points, []).startswith("mask points: none given")
     assert fault(check_points, [(0, 0, 0)]).startswith("mask points: all have label 0")
     assert fault(check_points, [(0, 0, 1), (2, 0, 1)]).startswith("mask point 2,0,1: x is 2;")
     assert fault(check_points, [(0, 0)]).startswith("mask point 0,0: use three numbers")

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from megaflux.common.errors import UserError
-from megaflux.generation.condition import PromptEmbeds, Reference, prompt_embeds, token_weights
-from megaflux.generation.dots import dots as dotting
+from megaflux.generation.condition import PromptEmbeds, prompt_embeds, token_weights
 from megaflux.generation.dots import griddot
-from megaflux.generation.dots.griddot import Dot, Weighting
+from megaflux.generation.dots.dots import Dot, Weighting, check_weighting, parse_dot, read_dots
 from megaflux.generation.dots.heat_map import heat_map
+from megaflux.generation.request import Reference
 from megaflux.models.latents import image_ids, text_ids
 from megaflux.runs import load_pipeline
 from tests.conftest import picture
@@ -213,7 +213,7 @@ def test_downsampling_averages_tokens(pipeline):
 )
 def test_bad_dots_are_one_line(text, said):
     with pytest.raises(UserError, match=said) as caught:
-        dotting.parse_dot(text)
+        parse_dot(text)
     assert "\n" not in str(caught.value)
 
 
@@ -239,18 +239,15 @@ def test_bad_dot_files_are_one_line(tmp_path, content, said):
     if content is not None:
         file.write_text(content)
     with pytest.raises(UserError, match=said) as caught:
-        dotting.read_dots(str(file))
+        read_dots(str(file))
     assert "dots.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_dot_files(tmp_path):
     dot = {"x": 0.1, "y": 0.2, "radius": 0.3, "weight": 2}
     (tmp_path / "a.json").write_text(json.dumps({"dots": [dot, {**dot, "reference": 2}], "background": 0}))
-    assert dotting.read_dots(str(tmp_path / "a.json")) == ({0: [Dot(**dot)], 1: [Dot(**dot)]}, {"background": 0})
-    assert dotting.parse_dot("2:0.1,0.2,0.3,2") == (1, Dot(**dot)) and dotting.parse_dot("0.1,0.2,0.3,2") == (
-        0,
-        Dot(**dot),
-    )
+    assert read_dots(str(tmp_path / "a.json")) == ({0: [Dot(**dot)], 1: [Dot(**dot)]}, {"background": 0})
+    assert parse_dot("2:0.1,0.2,0.3,2") == (1, Dot(**dot)) and parse_dot("0.1,0.2,0.3,2") == (0, Dot(**dot))
 
 
 def test_dots_that_leave_nothing_are_refused(double):
@@ -265,7 +262,7 @@ def test_dots_that_leave_nothing_are_refused(double):
         ({"variety": math.nan}, "variety"),
     ):
         with pytest.raises(UserError, match=said):
-            dotting.check_weighting(Weighting(**bad))
+            check_weighting(Weighting(**bad))
     for strength in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(UserError, match="strength"):
             double.encode_all([Reference(picture(64, 64), strength)])

@@ -401,7 +401,7 @@ def test_saving_keeps_the_credit_and_leaves_the_nets_out(pipeline, tmp_path):
         ({"control_image": picture(64, 48), "control_mode": 12}, "kind 12 is not one"),
     ],
 )
-def test_what_cannot_be_is_refused(pipeline, change, said):
+def test_invalid_arguments_are_refused(pipeline, change, said):
     with pytest.raises(UserError, match=said) as caught:
         pipeline(**given("variation") | change)
     assert "\n" not in str(caught.value)

@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from megaflux.common.errors import UserError
 from megaflux.data.batches import collate
 from megaflux.data.buckets import Bucket, make_buckets
-from megaflux.generation.pipeline import Qwen2VLFluxPipeline, Reference, Settings, output_size, reference_tensor
+from megaflux.generation.inputs import reference_tensor
+from megaflux.generation.layout import Settings
+from megaflux.generation.pipeline import Qwen2VLFluxPipeline
+from megaflux.generation.request import Reference, output_size
 from megaflux.runs import load_pipeline
 from megaflux.training.cache import to_tensor
 from tests.conftest import picture
@@ -138,7 +141,7 @@ def test_notes_say_what_was_done_to_the_prompt(pipeline):
         ({"reference": picture(100, 10)}, "100x10"),
     ],
 )
-def test_what_cannot_be_is_refused(pipeline, change, said):
+def test_invalid_arguments_are_refused(pipeline, change, said):
     with pytest.raises(UserError, match=said):
         pipeline(**({"reference": picture(64, 64)} | change))
 

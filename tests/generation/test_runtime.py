@@ -21,7 +21,7 @@ def test_offload_changes_no_pixel(run_folder, controlnet_folder, kind):  # noqa:
     pipeline = fresh(run_folder, kernels=kind == "model").load_controlnet(str(controlnet_folder))
     calls = [given("variation") | {"prompt": "a fox"}, given("inpaint"), given("controlnet-inpaint")]
     want = [pipeline(**call, seed=3).images[0].tobytes() for call in calls]
-    runtime.offload(pipeline, kind, "cpu")
+    {"model": pipeline.enable_model_cpu_offload, "sequential": pipeline.enable_sequential_cpu_offload}[kind]("cpu")
     for _ in range(2):  # what is brought in goes back, and comes again
         assert [pipeline(**call, seed=3).images[0].tobytes() for call in calls] == want
     weight = pipeline.models.trainable.transformer.x_embedder.weight
