@@ -154,8 +154,10 @@ def _as_seeds(seed: Any, count: int) -> list[int]:
         raise UserError(f"num_images_per_prompt: {count}; use at least 1")
     first = 0 if seed is None else seed
     try:  # index() accepts numpy's integers, too
-        several = isinstance(first, list | tuple | range)
-        seeds = [index(s) for s in first] if several else [index(first) + i for i in range(count)]
+        if isinstance(first, list | tuple | range):
+            seeds = [index(s) for s in first]
+        else:
+            seeds = [index(first) + i for i in range(count)]
     except TypeError:
         raise UserError(f"seed: {seed!r}; use whole numbers from 0 to {MAX_SEED}") from None
     if not seeds:

@@ -75,7 +75,7 @@ def read_inputs(job: Job, embedded: Mapping[str, bytes] | None = None) -> tuple[
     """
     opened = Opened()
 
-    def read(item: Input, option: str) -> Input:
+    def read(item: Input, option: str, as_mask: bool = False) -> Input:
         data = _file_bytes(item, option, embedded or {})
         digest = hashlib.sha256(data).hexdigest()
         if item.sha256 and digest != item.sha256:
@@ -83,14 +83,18 @@ def read_inputs(job: Job, embedded: Mapping[str, bytes] | None = None) -> tuple[
                 f"{option} {item.file}: has changed since (SHA-256 {digest[:12]}, not {item.sha256[:12]}); "
                 "restore it, or give another file by the option"
             )
-        _keep_picture(opened, data, digest, f"{option} {item.file}", option)
+        pictures = opened.masks if as_mask else opened.pictures
+        if digest not in pictures:
+            pictures[digest], notes = _decoded(data, f"{option} {item.file}", as_mask)
+            opened.data[digest] = data
+            opened.notes.extend(f"{option.removeprefix('--')}: {note}" for note in notes)
         return item.model_copy(update={"sha256": digest})
 
     changes: dict[str, Any] = {"references": tuple(read(item, "--reference") for item in job.references)}
     if job.image is not None:
         changes["image"] = read(job.image, "--image")
     if job.mask is not None:
-        changes["mask"] = read(job.mask, "--mask")
+        changes["mask"] = read(job.mask, "--mask", as_mask=True)
     changes["controls"] = tuple(
         c if c.image is None else c.model_copy(update={"image": read(c.image, f"--control-image {c.kind}")})
         for c in job.controls
@@ -107,25 +111,18 @@ def _file_bytes(item: Input, option: str, embedded: Mapping[str, bytes]) -> byte
         raise UserError(f"{option} {item.file}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _keep_picture(opened: Opened, data: bytes, digest: str, where: str, option: str) -> None:
-    """Decode a file's bytes into `opened`, unless they are there. UserError if they are not a usable picture."""
+def _decoded(data: bytes, where: str, as_mask: bool) -> tuple[Image.Image, list[str]]:
+    """(the picture as `Opened` keeps it, notes). UserError naming `where` if it is not a usable picture."""
     from megaflux.data.images import REASONS, BadImage, decode, decode_raw, upright
 
-    is_mask = option == "--mask"
-    pictures = opened.masks if is_mask else opened.pictures
-    if digest in pictures:
-        return
-    notes: list[str] = []
     try:
-        if is_mask:
-            picture = upright(decode_raw(data))
-        else:
-            picture, notes = decode(data)
+        if as_mask:
+            return upright(decode_raw(data)), []
+        picture, notes = decode(data)
     except BadImage as error:
         detail = f" ({error.detail})" if error.detail else ""
         raise UserError(f"{where}: {REASONS[error.reason]}{detail}; give another picture") from None
-    opened.notes.extend(f"{option.removeprefix('--')}: {_NOTES[note]}" for note in notes if note in _NOTES)
-    pictures[digest], opened.data[digest] = picture, data
+    return picture, [_NOTES[note] for note in notes if note in _NOTES]
 
 
 # --- run ---

@@ -11,6 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from megaflux.common import compat  # noqa: F401  (before diffusers)
+
+# isort: split
+from diffusers.models import FluxTransformer2DModel
+
 from megaflux.common.errors import UserError
 from megaflux.models.pretrained import Models, cast
 from megaflux_kernels import cudnn
@@ -153,7 +158,7 @@ def is_quantized(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and not kept
 
 
-def compile_blocks(transformer: nn.Module) -> None:
+def compile_blocks(transformer: FluxTransformer2DModel) -> None:
     """torch.compile each block, once per kind of block: minutes less than for the whole model."""
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.compile()

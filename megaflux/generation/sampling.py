@@ -21,8 +21,7 @@ from megaflux.common import compat  # noqa: F401  (before diffusers)
 
 # isort: split
 # From their own modules: to a type checker, the names in diffusers/__init__.py are its stand-ins for missing packages.
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.models import AutoencoderKL, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux_controlnet import FluxControlNetPipeline
 from diffusers.pipelines.flux.pipeline_flux_controlnet_image_to_image import FluxControlNetImg2ImgPipeline
@@ -97,19 +96,20 @@ class EulerScheduler(FlowMatchEulerDiscreteScheduler):
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None) -> None:
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         wide = torch.as_tensor(sigmas, dtype=torch.float64)
-        if self.config.use_dynamic_shifting:
-            wide = torch.from_numpy(self.time_shift(mu, 1.0, wide.numpy()))
+        if self.config["use_dynamic_shifting"]:
+            shifted = self.time_shift(mu, 1.0, wide.numpy())  # type: ignore[arg-type]  # arithmetic alone: an array will do
+            wide = torch.as_tensor(shifted)
         else:
             wide = self.shift * wide / (1 + (self.shift - 1) * wide)
-        self.timesteps = (wide * self.config.num_train_timesteps).to(device)
+        self.timesteps = (wide * self.config["num_train_timesteps"]).to(device)
         self.sigmas = torch.cat([wide, wide.new_zeros(1)]).to(device)
 
-    def step(self, model_output, timestep, sample, return_dict=True, **_: Any):
+    def step(self, model_output: Tensor, timestep, sample: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
         if self.step_index is None:
             self._init_step_index(timestep)
-        dt = self.sigmas[self.step_index + 1] - self.sigmas[self.step_index]
-        self._step_index += 1
-        return (sample + dt * model_output,)
+        index = self.step_index
+        self._step_index = index + 1
+        return (sample + (self.sigmas[index + 1] - self.sigmas[index]) * model_output,)
 
 
 def scheduler_like(

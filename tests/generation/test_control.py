@@ -1,4 +1,4 @@
-"""Control maps and masks, by tiny random models of the detectors' own classes."""
+"""Control maps and masks, with tiny random models of the detectors' own classes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ POINTS = [(0.5, 0.5, 1), (0.1, 0.2, 0)]
 
 
 def randomize(model: torch.nn.Module, scale: float, seed: int) -> torch.nn.Module:
-    """Weights large enough that the output depends on the picture."""
+    """Random weights, large enough for the output to depend on the picture."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -44,7 +44,7 @@ def randomize(model: torch.nn.Module, scale: float, seed: int) -> torch.nn.Modul
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory) -> Sources:
-    """A folder of each detector, as save_pretrained leaves it. Read only."""
+    """A folder of each detector, as save_pretrained writes it. Tests do not change them."""
     from megaflux.common import compat  # noqa: F401
 
     root = tmp_path_factory.mktemp("detectors")
@@ -76,7 +76,7 @@ def write_depth(folder: Path) -> None:
     )
     model = randomize(DepthAnythingForDepthEstimation(config), 0.2, 0)
     with torch.no_grad():
-        model.head.conv3.weight.abs_()  # the ReLU after it would leave nothing of a negative depth
+        model.head.conv3.weight.abs_()  # or the ReLU after it would make negative depths 0
         model.head.conv3.bias.fill_(1.0)
     model.save_pretrained(folder)
     DPTImageProcessor(size={"height": 56, "width": 56}, keep_aspect_ratio=True, ensure_multiple_of=14).save_pretrained(
@@ -126,7 +126,7 @@ def write_sam(folder: Path) -> None:
 
 def write_line(folder: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of packages that controlnet_aux would like to have
+        warnings.simplefilter("ignore")  # about packages that controlnet_aux misses
         from controlnet_aux.teed.ted import TED
 
     folder.mkdir()
@@ -136,14 +136,14 @@ def write_line(folder: Path) -> None:
 
 
 def small(sources: Sources) -> Detectors:
-    """Detectors that look for lines in little time."""
+    """Detectors whose line detector is fast."""
     detectors = Detectors(sources)
     detectors.line_resolution = 128
     return detectors
 
 
 def fault(call, *args) -> str:
-    """The one line of the UserError that a call raises."""
+    """The message, of one line, of the UserError that a call raises."""
     with pytest.raises(UserError) as caught:
         call(*args)
     line = str(caught.value)
@@ -221,7 +221,7 @@ def test_line_is_anylines_own(sources, size):
     shown.paste(0, (20, 20, 24, 60))  # a dark stroke, for Anyline's second layer
     shown = shown.convert("RGB")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of skimage's renamed argument
+        warnings.simplefilter("ignore")  # about skimage's renamed argument
         own = AnylineDetector.from_pretrained(sources.line, filename="MTEED.pth")(shown, 128)
     assert own.size == shown.size and len(np.unique(own)) > 20
     own = own.resize(size, Image.Resampling.BILINEAR) if size else own
@@ -265,7 +265,7 @@ def test_canny_marks_a_squares_border_and_only_that():
     border[22:38, 32:68] = False
     assert not edges[~border].any()
     on = edges == 255
-    for line in (on[18:22, 32:68], on[38:42, 32:68]):  # each side whole
+    for line in (on[18:22, 32:68], on[38:42, 32:68]):  # all of each side
         assert line.any(0).all()
     for line in (on[22:38, 28:32], on[22:38, 68:72]):
         assert line.any(1).all()
@@ -331,7 +331,7 @@ def test_detectors_load_when_asked_and_once(sources, tmp_path):
     made["sam"] = detectors.mask(shown, POINTS)
     made["line"] = detectors.map("line", shown)
     assert detectors.loaded() == ("depth", "sam", "line") and detectors.notes == []
-    for copy in copies:  # what is kept needs no files
+    for copy in copies:  # detectors in memory need no files
         shutil.rmtree(copy)
     assert detectors.map("depth", shown) == made["depth"] and detectors.map("line", shown) == made["line"]
     assert detectors.mask(shown, POINTS) == made["sam"]
@@ -361,7 +361,7 @@ def use(detectors: Detectors, name: str) -> Image.Image:
 
 
 def test_sam_reads_the_weights_of_a_video_checkpoint(sources, tmp_path):
-    """The released SAM 2.1 holds its video part too, which no picture needs."""
+    """The released SAM 2.1 also holds its video part, which pictures do not need."""
     folder = shutil.copytree(sources.sam, tmp_path / "sam")
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"memory_attention.x": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
@@ -409,7 +409,7 @@ def test_a_pickle_in_the_line_weights_does_not_run(tmp_path):
     line = fault(lambda: use(Detectors(Sources(line=str(tmp_path))), "line"))
     assert line == f"{tmp_path / 'MTEED.pth'}: not a file of plain tensors, so it is not read; give Anyline's MTEED.pth"
     assert not (tmp_path / "ran").exists()
-    torch.load(tmp_path / "MTEED.pth", weights_only=False)  # it would have run
+    torch.load(tmp_path / "MTEED.pth", weights_only=False)  # unpickling would have run the code
     assert (tmp_path / "ran").exists()
 
 
@@ -524,7 +524,7 @@ def test_bad_lists_of_points_have_their_line(sources):
     assert fault(check_points, ["x"]).startswith("mask point x: use three numbers")
     detectors = Detectors(sources)
     fault(detectors.mask, picture(32, 32), [(0, 3, 1)])
-    assert detectors.loaded() == ()  # judged before anything is loaded
+    assert detectors.loaded() == ()  # checked before anything is loaded
 
 
 # ---- ready masks
@@ -576,7 +576,7 @@ def test_transparent_is_not_painted():
     expected = np.asarray(half()).copy()
     expected[:3] = 0
     np.testing.assert_array_equal(np.asarray(read_mask(image, (8, 6))), expected)
-    whole = Image.new("RGBA", (8, 6), (255, 255, 255, 255))  # an alpha channel that says nothing
+    whole = Image.new("RGBA", (8, 6), (255, 255, 255, 255))  # an opaque alpha channel
     assert np.asarray(read_mask(whole, (8, 6))).min() == 255
 
 

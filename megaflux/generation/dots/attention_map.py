@@ -15,7 +15,7 @@ from torch import Tensor
 from megaflux.common import compat  # noqa: F401  (before diffusers)
 
 # isort: split
-from diffusers import FluxTransformer2DModel
+from diffusers.models import FluxTransformer2DModel
 
 from megaflux.common.errors import UserError
 from megaflux.models.flux import all_blocks, is_fused
