@@ -28,7 +28,9 @@ if TYPE_CHECKING:  # torch is imported where a model runs: the command line's pa
 
 UNION_MODES = {"depth": 2, "line": 0, "canny": 0, "tile": 1, "blur": 3, "pose": 4, "gray": 5, "lq": 6}
 """control_mode of each kind of map in InstantX/FLUX.1-dev-Controlnet-Union, which reads lines as Canny edges."""
+CANNY_THRESHOLDS = (100, 200)  # of the gradient, for hysteresis
 MTEED = "MTEED.pth"  # Anyline's weights
+# By detector: its option, the message where it is needed but not given, and its classes in transformers.
 OPTIONS = {"depth": "--depth-model", "line": "--line-model", "sam": "--sam-model"}
 NEEDED = {
     "depth": "--control depth: needs a depth detector; give --depth-model DIR"
@@ -61,24 +63,19 @@ class Detectors:
         self.device = device
         self.notes: list[str] = []
         """What was not done as asked, human-readable."""
-        self._models: dict[str, Any] = {}
+        self.loaded: dict[str, Any] = {}
+        """The detectors in memory: "depth" and "sam" as (model, processor), "line" as Anyline's detector."""
 
-    def loaded(self) -> tuple[str, ...]:
-        """Which of "depth", "line" and "sam" are in memory, in the order in which they were loaded."""
-        return tuple(self._models)
+    def map(self, kind: str, picture: Image.Image) -> Image.Image:
+        """The control map of a picture: mode RGB, three equal channels in 0..255, of the picture's size.
 
-    def map(self, kind: str, picture: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
-        """The control map of a picture: mode RGB, three equal channels in 0..255.
-
-        kind: one of DETECTED. size: (width, height) of the map in px; None: the picture's. UserError for another kind, a
-        detector that is not given or broken, and a missing package.
+        kind: one of DETECTED. UserError for another kind, a detector that is not given or broken, and a missing package.
         """
         picture = picture.convert("RGB")
-        size = size or picture.size
         if kind == "depth":
-            return self._depth(picture, size)
+            return self._depth(picture)
         if kind == "line" and self.sources.line is not None:
-            return self._line(picture, size)
+            return self._line(picture)
         if kind == "line":
             note = "line: no Anyline weights given, Canny is used"
             if note not in self.notes:
@@ -88,8 +85,7 @@ class Detectors:
                 f"--control {kind}: only {', '.join(DETECTED)} are made from a picture;"
                 f" give a ready map with --control-image {kind}=FILE"
             )
-        # resize before finding edges: resized edges would be grey
-        return canny(picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS))
+        return canny(picture)
 
     def mask(self, picture: Image.Image, points: Sequence[tuple[float, float, int]]) -> Image.Image:
         """The mask of the object at the points: mode L, 255 inside and 0 outside, of the picture's size.
@@ -121,14 +117,14 @@ class Detectors:
             raise UserError("--mask-point: nothing is found at these points; move them or give a mask with --mask FILE")
         return Image.fromarray(best.astype(np.uint8) * 255)
 
-    def _depth(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    def _depth(self, picture: Image.Image) -> Image.Image:
         model, processor = self._get("depth")
         import torch
 
         inputs = processor(images=picture, return_tensors="pt").to(self.device)
         with torch.inference_mode():
             output = model(**inputs)
-        width, height = size
+        width, height = picture.size
         (result,) = processor.post_process_depth_estimation(output, target_sizes=[(height, width)])
         depth = result["predicted_depth"].float().cpu().reshape(height, width)  # sides of 1 px were squeezed away
         if not depth.isfinite().all():
@@ -139,16 +135,15 @@ class Detectors:
         depth = (depth - low) / (high - low) * 255
         return Image.fromarray(depth.numpy().astype(np.uint8)).convert("RGB")  # rounded down, as transformers does
 
-    def _line(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    def _line(self, picture: Image.Image) -> Image.Image:
         detector = self._get("line")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a median of no lines on a plain picture; skimage's renamed arguments
-            lines = detector(picture, self.line_resolution)  # resized back to the picture's size
-        return lines if lines.size == size else lines.resize(size, Image.Resampling.BILINEAR)
+            return detector(picture, self.line_resolution)  # resized back to the picture's size
 
     def _get(self, name: str) -> Any:
-        """The detector `name`, loaded if necessary: (model, processor), or for "line" Anyline's detector."""
-        if name not in self._models:
+        """The detector `name`, loaded if necessary."""
+        if name not in self.loaded:
             source = getattr(self.sources, name)
             if source is None:
                 raise UserError(NEEDED[name])
@@ -157,20 +152,15 @@ class Detectors:
             import torch
 
             with torch.random.fork_rng(devices=[]):  # a class draws random weights before the file's replace them
-                self._models[name] = (_load_line if name == "line" else _load_parts)(name, source, self.device)
-        return self._models[name]
+                self.loaded[name] = (_load_line if name == "line" else _load_parts)(name, source, self.device)
+        return self.loaded[name]
 
 
-def canny(picture: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
-    """Canny edges: mode RGB, 255 on an edge and 0 elsewhere, of the picture's size.
-
-    low, high: hysteresis thresholds of the gradient. UserError unless 0 <= low <= high, and if OpenCV is missing.
-    """
-    if not 0 <= low <= high < math.inf:
-        raise UserError(f"canny: thresholds {low:g} and {high:g}; use 0 <= low <= high")
+def canny(picture: Image.Image) -> Image.Image:
+    """Canny edges: mode RGB, 255 on an edge and 0 elsewhere, of the picture's size. UserError if OpenCV is missing."""
     with _extra("canny"):
         import cv2
-    edges = cv2.Canny(np.asarray(picture.convert("RGB")), low, high)
+    edges = cv2.Canny(np.asarray(picture.convert("RGB")), *CANNY_THRESHOLDS)
     return Image.fromarray(edges).convert("RGB")
 
 
@@ -246,9 +236,9 @@ def _brightness(picture: Image.Image) -> tuple[np.ndarray, float]:
 
 def lacking(sources: Sources) -> list[str]:
     """What is missing or broken in the sources that are local folders, one line each."""
-    named = ((name, getattr(sources, name)) for name in OPTIONS)
+    given = ((name, getattr(sources, name)) for name in OPTIONS)
     return [
-        line for name, source in named if source and not _would_be_fetched(source) for line in _lacking(name, source)
+        line for name, source in given if source and not _would_be_fetched(source) for line in _lacking(name, source)
     ]
 
 
