@@ -9,20 +9,28 @@ if sys.argv[:1] == ["-m"]:  # one of its programs is about to be imported (pytho
 
     quiet_interrupt()
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import megaflux_kernels  # noqa: F401  (first of all, so that torch's allocator is set before anything imports torch)
 
 if TYPE_CHECKING:
-    from megaflux.generation.pipeline import Dot, Qwen2VLFluxPipeline, Reference, Weighting
+    from megaflux.generation.dots.dots import Dot, Weighting
+    from megaflux.generation.pipeline import Qwen2VLFluxPipeline
+    from megaflux.generation.request import Reference
 
 __all__ = ["Dot", "Qwen2VLFluxPipeline", "Reference", "Weighting"]
 
+_DEFINED_IN = {
+    "Dot": "megaflux.generation.dots.dots",
+    "Qwen2VLFluxPipeline": "megaflux.generation.pipeline",
+    "Reference": "megaflux.generation.request",
+    "Weighting": "megaflux.generation.dots.dots",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """The names above on first use: `import megaflux` alone loads no torch."""
-    if name in __all__:
-        from megaflux.generation import pipeline
-
-        return getattr(pipeline, name)
+    """The names above on first use: `import megaflux` alone does not load torch."""
+    if name in _DEFINED_IN:
+        return getattr(import_module(_DEFINED_IN[name]), name)
     raise AttributeError(f"module 'megaflux' has no attribute {name!r}")

@@ -28,7 +28,7 @@ from megaflux.generation.layout import (
     POOLED,
     T5_EMBEDDER,
     Settings,
-    check_out,
+    check_new_folder,
     read_manifest,
     whole_folder,
     write_indexes,
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"{source}: {'not a folder' if os.path.exists(source) else 'no such folder'}; give the released weights"
         )
-    check_out(out)
+    check_new_folder(out)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if (source / MANIFEST).is_file():
         to_release(source, out, Path(args.flux) if args.flux else None)

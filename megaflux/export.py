@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from megaflux.common.errors import UserError, exit_on_user_error
 from megaflux.common.paths import path_option
 from megaflux.config.parse import Parser
-from megaflux.generation.layout import check_out, whole_folder
+from megaflux.generation.layout import check_new_folder, whole_folder
 
 if TYPE_CHECKING:
     from megaflux.runs import TrainedRun
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not os.path.isdir(args.run):
         raise UserError(f"{args.run}: no such folder; give a run")
-    check_out(Path(args.out))
+    check_new_folder(Path(args.out))
     from megaflux.runs import find
 
     # transformers' save_pretrained imports DeepSpeed, which would look for accelerators and say so.
@@ -51,7 +51,7 @@ def export(run: TrainedRun, out: Path) -> None:
     from megaflux.models.pretrained import read_lm_head
     from megaflux.runs import attribution, load
 
-    check_out(out)
+    check_new_folder(out)
     models = load(run)
     lm_head = read_lm_head(run.config.model.vlm) if run.config.model.vlm else None
     with whole_folder(out) as partial:

@@ -13,7 +13,8 @@ import torch
 from megaflux.common.errors import UserError
 from megaflux.config.parse import Config
 from megaflux.generation.layout import MANIFEST, Settings
-from megaflux.generation.pipeline import Qwen2VLFluxPipeline, device_and_dtype
+from megaflux.generation.pipeline import Qwen2VLFluxPipeline
+from megaflux.generation.runtime import device_and_dtype
 from megaflux.models.pretrained import Models, cast, load_models
 from megaflux.training.checkpoint import manifest as manifests
 from megaflux.training.checkpoint import saved

@@ -31,7 +31,8 @@ from megaflux.data.batches import decode_image
 from megaflux.data.buckets import Bucket
 from megaflux.data.prepare import Options, prepare
 from megaflux.generation import outputs
-from megaflux.generation.job import Input, Job, JobControl, JobReference, Runtime, read_inputs
+from megaflux.generation.job import Input, Job, JobControl, JobReference, Runtime
+from megaflux.generation.run import read_inputs
 from megaflux.infer import make as infer
 from megaflux.panel import app as panel
 from megaflux.panel import state as panel_state
@@ -418,8 +419,8 @@ def test_names_that_no_file_has_are_one_line(argv):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"maps": [1]}, "maps is no object of hashes"),
-        ({"maps": {"canny": 5}}, "maps is no object"),
+        ({"maps": [1]}, "maps is not an object of hashes"),
+        ({"maps": {"canny": 5}}, "maps is not an object"),
         ({"seed": [7]}, "settings: seed .* is not one of the job's"),
         ({"format": {"a": "b\n" * 99}}, "settings of format"),
         ({"job": {"prompt": "a\0b"}}, "prompt: character 2 is NUL"),

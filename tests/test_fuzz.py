@@ -34,7 +34,8 @@ from megaflux.data.storage.dataset import (
 from megaflux.data.storage.index import column_encodings, fingerprint, inspect_index, read_index
 from megaflux.data.storage.verdict import verify_shards
 from megaflux.generation import outputs
-from megaflux.generation.job import Input, Job, JobControl, JobReference, Runtime, read_inputs
+from megaflux.generation.job import Input, Job, JobControl, JobReference, Runtime
+from megaflux.generation.run import read_inputs
 from megaflux.infer.make import replayed
 from megaflux.infer.options import to_job
 from megaflux.training.planning.checks import find_notes, find_problems

@@ -378,8 +378,8 @@ BOMB = _bomb()
     ("content", "said"),
     [
         (None, "No such file"),
-        (b"", "no PNG picture"),
-        (b"<html>", "no PNG picture"),
+        (b"", "not a PNG picture"),
+        (b"<html>", "not a PNG picture"),
         ({}, "holds no settings"),
         ({"megaflux": "nonsense"}, "cannot be read"),
         ({"megaflux": "[]"}, "cannot be read"),

@@ -67,7 +67,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     try:
         pipeline = load(args.checkpoint, device)
         side = args.side or pipeline.settings.longest_side
-        from megaflux.generation.pipeline import check_sampling
+        from megaflux.generation.request import check_sampling
 
         check_sampling(side, side, args.steps, pipeline.settings.guidance)
     except UserError as error:
@@ -100,7 +100,8 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
 
 def load(checkpoint: str | None, device: torch.device) -> Qwen2VLFluxPipeline:
     """The pipeline of a folder, or of the tiny preset with random weights. UserError for a folder that is neither."""
-    from megaflux.generation.pipeline import Qwen2VLFluxPipeline, Settings
+    from megaflux.generation.layout import Settings
+    from megaflux.generation.pipeline import Qwen2VLFluxPipeline
     from megaflux.runs import load_pipeline
 
     if checkpoint:
@@ -160,9 +161,10 @@ def measure(
     """(milliseconds by arm, bytes by arm), the arms there and back."""
     from PIL import Image
 
-    from megaflux.generation.condition import Reference, prompt_embeds
+    from megaflux.generation.condition import prompt_embeds
     from megaflux.generation.dots.dots import NEUTRAL
-    from megaflux.generation.sampling import Control, Start, flux_pipeline, sample, scheduler_like
+    from megaflux.generation.request import ControlMaps, Reference
+    from megaflux.generation.sampling import SamplingRequest, Start, flux_pipeline, sample, scheduler_like
 
     models = pipeline.models
     picture = Image.linear_gradient("L").resize((side, side)).convert("RGB")
@@ -181,9 +183,8 @@ def measure(
             "control_mode": ["depth", "line"],
             "controlnet_conditioning_scale": [0.2, 0.4],
         }
-        control: Control = pipeline.controlnet.control(
-            [picture, picture], ["depth", "line"], [2, 0], [0.2, 0.4], 0.0, 1.0
-        )
+        control = pipeline.controlnet.control(ControlMaps([picture, picture], ["depth", "line"], [0.2, 0.4]))
+    request = SamplingRequest(side, side, steps, pipeline.settings.guidance, start, control)
 
     def plain() -> None:
         embeds = prompt_embeds(pipeline.encode_all([Reference(picture)]), NEUTRAL, 0)
@@ -194,19 +195,7 @@ def measure(
             start,
             control,
         )
-        sample(
-            flux,
-            models.trainable,
-            embeds,
-            models.pooled_projections,
-            [torch.Generator().manual_seed(0)],
-            side,
-            side,
-            steps,
-            pipeline.settings.guidance,
-            start,
-            control,
-        )
+        sample(flux, models, embeds, [torch.Generator().manual_seed(0)], request)
 
     def ours() -> None:
         pipeline(picture, None, side, side, steps, seed=0, **given)

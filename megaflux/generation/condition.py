@@ -1,9 +1,12 @@
-"""References and a prompt -> what FLUX is conditioned on: tokens and a log-bias for each.
+"""References and a prompt -> FLUX's condition: tokens, and an attention bias for each token.
 
-Each reference is encoded alone, so another one beside it changes none of its tokens. Its weights (dots, strength,
-variety) become a bias on attention's keys; tokens of weight 0 are taken out, which is the same.
+`encode` runs Qwen2-VL (and T5) once per request; `prompt_embeds` then applies what depends on a picture's seed. Each
+reference is encoded alone, so others beside it do not change its tokens. A token's weight (dots, strength, variety) is
+a factor on its attention: log(weight) is added to the scores of its key. Tokens of weight 0 are removed, which is
+equivalent.
 
-Shapes: B batch, T condition tokens, n = H W tokens of a reference, C the tokens' width.
+Shapes: B batch, T condition tokens, n = H W tokens of a reference, m tokens of a caption, C width of a token,
+J width of T5's tokens.
 """
 
 from __future__ import annotations
@@ -12,181 +15,168 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaflux.common.errors import UserError
 from megaflux.generation.dots import griddot
-from megaflux.generation.dots.dots import NEUTRAL, Dot, Weighting, check_weighting
+from megaflux.generation.dots.dots import Weighting
 from megaflux.generation.inputs import reference_tensor
+from megaflux.generation.request import ConditionRequest, Reference, check_condition, reference_name
 from megaflux.models.pretrained import Models
-from megaflux.models.vlm import Condition
+from megaflux.models.vlm import Condition, Trunk
 
-T5_IMAGE_TOKENS = 256  # of a reference beside a T5 prompt, in the released weights
-
-
-@dataclass(frozen=True)
-class Reference:
-    """One reference picture: any PIL picture, how much it counts beside others and the prompt, and its dots."""
-
-    image: Image.Image
-    strength: float = 1.0
-    """Factor of all its tokens' weights: above 0; 1 is as trained."""
-    dots: tuple[Dot, ...] = ()
+T5_IMAGE_TOKENS = 256  # most tokens of a reference beside a T5 prompt, in the released weights
 
 
 @dataclass(frozen=True)
 class ReferenceTokens:
-    """A reference past Qwen2-VL and the connector."""
+    """A reference as tokens."""
 
     hidden_states: Tensor
-    """(1, n, C)"""
+    """(1, n, C): output of Qwen2-VL and the connector."""
     grid: tuple[int, int]
-    """Rows and columns of tokens."""
+    """(H, W): rows and columns of tokens."""
     weights: Tensor
-    """(H, W) float64, of the dots alone."""
+    """(H, W) float64: the weights of the dots alone."""
     strength: float
+    """Factor on all weights."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Everything that the seed does not change."""
+    """The part of a condition that is the same for every seed."""
 
     references: list[ReferenceTokens]
     text: Tensor | None
-    """(1, m, C): the caption's tokens out of Qwen2-VL."""
+    """(1, m, C): the prompt's tokens, read by Qwen2-VL."""
     t5: Tensor | None
-    """(1, 256, J): T5's tokens; they pass a linear of their own, after the others."""
+    """(1, 256, J): the prompt's tokens, read by T5, before T5's own linear."""
     embedded: bool
-    """Whether the tokens are past FLUX's context_embedder."""
+    """Whether `references` and `text` are past FLUX's context_embedder."""
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> dict[str, int]:
-        """How many tokens each part has, for people."""
-        counts = {f"reference {i}": part.hidden_states.shape[1] for i, part in enumerate(self.references, start=1)}
-        return counts | {
-            name: part.shape[1] for name, part in (("prompt", self.text), ("T5", self.t5)) if part is not None
-        }
+    """What was done to the inputs, human-readable."""
 
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """What diffusers calls prompt_embeds, for a batch, and what attention must know of it."""
+    """diffusers' prompt_embeds of a batch, and what the attention needs to know about them."""
 
     prompt_embeds: Tensor
     """(B, T, C)"""
     bias: Tensor | None
-    """(B, T) float64 log-weight of each token; None: all weights are 1."""
+    """(B, T) float64: log-weight of each token. None: all weights are 1."""
     embedded: bool
+    """Whether the tokens are past FLUX's context_embedder."""
     num_own_tokens: int
-    """Tokens of Qwen2-VL; those after them are T5's."""
+    """The first tokens are Qwen2-VL's; those from this index on are T5's."""
 
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
-        """A batch of conditions of equal length."""
-        first = parts[0]
-        bias = None
+        """One batch of conditions of equal length."""
+        first, bias = parts[0], None
         if any(part.bias is not None for part in parts):
-            bias = torch.cat(
-                [
-                    part.prompt_embeds.new_zeros(part.prompt_embeds.shape[:2], dtype=torch.float64)
-                    if part.bias is None
-                    else part.bias
-                    for part in parts
-                ]
-            )
+            bias = torch.cat([part._bias_or_zeros() for part in parts])
         tokens = torch.cat([part.prompt_embeds for part in parts])
         return PromptEmbeds(tokens, bias, first.embedded, first.num_own_tokens)
 
+    def _bias_or_zeros(self) -> Tensor:
+        if self.bias is not None:
+            return self.bias
+        return self.prompt_embeds.new_zeros(self.prompt_embeds.shape[:2], dtype=torch.float64)
+
     def attention_bias(self, num_image_tokens: int, dtype: torch.dtype) -> Tensor | None:
-        """diffusers' attention_mask: (B, 1, 1, T + num_image_tokens), 0 on the picture's own keys. None: no bias."""
+        """diffusers' attention_mask (B, 1, 1, T + num_image_tokens), 0 on the generated picture's keys. None: no bias."""
         if self.bias is None:
             return None
         return F.pad(self.bias, (0, num_image_tokens))[:, None, None].to(dtype)
 
 
 @torch.no_grad()
-def encode(
-    models: Models,
-    longest_side: int,
-    references: Sequence[Reference],
-    prompt: str = "",
-    text_encoder: str = "qwen",
-    weighting: Weighting = NEUTRAL,
-    embedded: bool = False,
-    reference_tokens: int | None = None,
-) -> Encoded:
-    """Run Qwen2-VL (and T5) once. prompt: "" for none; text_encoder: qwen or t5, which reads the prompt;
-    reference_tokens: most tokens of a reference (None: as trained). UserError for what cannot be."""
-    trunk, model = models.trunk, models.trainable
-    check_weighting(weighting)
-    qwen_prompt, t5, notes = prompt, None, []
-    limits = None
-    if text_encoder == "t5" and prompt:
+def encode(models: Models, longest_side: int, request: ConditionRequest, embedded: bool = False) -> Encoded:
+    """Run Qwen2-VL on each reference and the prompt, or T5 on the prompt.
+
+    longest_side: references are scaled down to it, in px. embedded: apply FLUX's context_embedder, too (megaflux's own
+    path only). UserError for an invalid request, one without reference and prompt, and T5 where the weights have none.
+    """
+    check_condition(request)
+    trunk, weighting, notes = models.trunk, request.weighting, []
+    qwen_prompt, t5 = request.prompt, None
+    if request.text_encoder == "t5" and request.prompt:
         if models.t5 is None:
             raise UserError(
                 "text encoder t5: these weights have no T5; use qwen, or weights of python -m megaflux.convert"
             )
-        qwen_prompt, t5 = "", models.t5.encode([prompt])
-        limits = t5_limits(trunk)
-        notes += models.t5.notes(prompt)
-    if reference_tokens is not None:
-        if reference_tokens < 4:
-            raise UserError(f"reference tokens: {reference_tokens}; use at least 4")
-        limits = (min(reference_tokens, trunk.min_image_tokens), reference_tokens)
+        qwen_prompt, t5 = "", models.t5.encode([request.prompt])
+        notes += models.t5.notes(request.prompt)
     count = trunk.caption_tokens(qwen_prompt) if qwen_prompt else 0
     if count > trunk.max_caption_tokens:
         notes.append(f"prompt: {count} tokens, cut to the first {trunk.max_caption_tokens}")
 
-    if references and weighting.background != 1 and not any(reference.dots for reference in references):
-        raise UserError(f"background: {weighting.background:g} without a dot; give a reference dots, or a strength")
-
-    text, encoded = None, []
-    if not references and t5 is None:
+    text: Tensor | None = None
+    references: list[ReferenceTokens] = []
+    if not request.references and t5 is None:
         if not count:
             raise UserError("neither a reference nor a prompt; give at least one of them")
-        text = model.encode_condition(trunk.encode(None, [qwen_prompt], "text"), embedded)
-    for number, reference in enumerate(references, start=1):
-        name = "reference" if len(references) == 1 else f"reference {number}"
-        if not 0 < reference.strength < math.inf:
-            raise UserError(f"{name}: strength {reference.strength}; use a number above 0, or leave it out")
-        pixel_values, said = reference_tensor(reference.image, longest_side, name)
-        notes += said
+        text = models.trainable.encode_condition(trunk.encode(None, [qwen_prompt], "text"), embedded)
+    limits = _token_limits(trunk, request.reference_tokens, t5 is not None)
+    for number, reference in enumerate(request.references, start=1):
+        name = reference_name(number, len(request.references))
+        pixel_values, scaled = reference_tensor(reference.image, longest_side, name)
+        notes += scaled
         condition, grid = reference_condition(trunk, pixel_values, qwen_prompt if count else "", limits)
-        tokens = model.encode_condition(condition, embedded)
+        tokens = models.trainable.encode_condition(condition, embedded)
         own, caption = tokens.split([math.prod(grid), tokens.shape[1] - math.prod(grid)], dim=1)
         if caption.shape[1] and text is None:
             text = caption
-        own, grid = downsampled(own, grid, weighting.downsample)
-        weights = griddot.token_weights(reference.dots, grid, weighting.background if reference.dots else 1.0)
-        griddot.check_weights(weights, name)
-        encoded.append(ReferenceTokens(own, grid, weights, reference.strength))
-    return Encoded(encoded, text, t5, embedded, notes)
+        references.append(_weighted(own, grid, reference, weighting, name))
+    return Encoded(references, text, t5, embedded, notes)
 
 
-def t5_limits(trunk) -> tuple[int, int]:
-    """(fewest, most) tokens of a reference beside T5's."""
+def _token_limits(trunk: Trunk, reference_tokens: int | None, beside_t5: bool) -> tuple[int, int] | None:
+    """(fewest, most) image tokens of a reference. None: as trained."""
+    if reference_tokens is not None:
+        return min(reference_tokens, trunk.min_image_tokens), reference_tokens
+    return t5_limits(trunk) if beside_t5 else None
+
+
+def t5_limits(trunk: Trunk) -> tuple[int, int]:
+    """(fewest, most) image tokens of a reference beside T5's tokens."""
     return min(T5_IMAGE_TOKENS, trunk.min_image_tokens), T5_IMAGE_TOKENS
 
 
 def reference_condition(
-    trunk, pixel_values: Tensor, prompt: str = "", limits: tuple[int, int] | None = None
+    trunk: Trunk, pixel_values: Tensor, prompt: str = "", limits: tuple[int, int] | None = None
 ) -> tuple[Condition, tuple[int, int]]:
-    """(Condition of one picture (uint8 (1, 3, H, W)) and perhaps a prompt, its token grid): training's own."""
-    mode = "image_text" if prompt else "image"
+    """(the Condition that training would compute, the grid (H, W) of image tokens) of one reference.
+
+    pixel_values: uint8 (1, 3, height, width). prompt: "" for none. limits: (fewest, most) image tokens.
+    """
+    mode: Literal["image", "image_text"] = "image_text" if prompt else "image"
     condition = trunk.encode(pixel_values, [prompt] if prompt else None, mode, limits)
-    return condition, trunk.grid(*pixel_values.shape[-2:], limits)
+    height, width = pixel_values.shape[-2:]
+    return condition, trunk.grid(height, width, limits)
+
+
+def _weighted(
+    tokens: Tensor, grid: tuple[int, int], reference: Reference, weighting: Weighting, name: str
+) -> ReferenceTokens:
+    """Downsample a reference's tokens (1, n, C) and weight them by its dots. UserError if no token is left."""
+    tokens, grid = downsampled(tokens, grid, weighting.downsample)
+    weights = griddot.token_weights(reference.dots, grid, weighting.background if reference.dots else 1.0)
+    griddot.check_weights(weights, name)
+    return ReferenceTokens(tokens, grid, weights, reference.strength)
 
 
 def downsampled(tokens: Tensor, grid: tuple[int, int], factor: int) -> tuple[Tensor, tuple[int, int]]:
-    """Tokens (1, H W, C) averaged over `factor` rows and columns, and their grid; 1: as they are.
+    """(tokens (1, H W, C) averaged over `factor` x `factor` cells of their grid, the new grid).
 
-    What follows the norm is linear, so the average here is the linear's result of averaged tokens."""
+    The layers after Qwen2-VL's norm are linear, so averaging their output equals averaging their input.
+    """
     if factor == 1:
         return tokens, grid
     rows, columns = (-(-side // factor) for side in grid)
@@ -196,9 +186,13 @@ def downsampled(tokens: Tensor, grid: tuple[int, int], factor: int) -> tuple[Ten
 
 
 @torch.no_grad()
-def prompt_embeds(encoded: Encoded, weighting: Weighting, seed: int, t5_embedder=None) -> PromptEmbeds:
-    """The condition of one seed (batch 1): `variety` drops tokens by it. t5_embedder: T5's linear, applied here
-    where the other tokens are embedded already."""
+def prompt_embeds(
+    encoded: Encoded, weighting: Weighting, seed: int, t5_embedder: nn.Linear | None = None
+) -> PromptEmbeds:
+    """The condition (B = 1) of the picture of one seed, which chooses the tokens that `variety` leaves out.
+
+    t5_embedder: T5's linear, applied here if the other tokens are embedded. ValueError if it is needed and None.
+    """
     weights, tokens = [], []
     for number, reference in enumerate(encoded.references):
         w = token_weights(reference, weighting, seed, number)
@@ -210,14 +204,22 @@ def prompt_embeds(encoded: Encoded, weighting: Weighting, seed: int, t5_embedder
         weights.append(torch.ones(encoded.text.shape[1], dtype=torch.float64))
     num_own = sum(part.shape[1] for part in tokens)
     if encoded.t5 is not None:
-        tokens.append(t5_embedder(encoded.t5) if encoded.embedded else encoded.t5)
-        weights.append(torch.ones(encoded.t5.shape[1], dtype=torch.float64))
+        t5 = encoded.t5
+        if encoded.embedded:
+            if t5_embedder is None:
+                raise ValueError("T5's tokens beside embedded ones need t5_embedder")
+            t5 = t5_embedder(t5)
+        tokens.append(t5)
+        weights.append(torch.ones(t5.shape[1], dtype=torch.float64))
     bias = torch.cat(weights).log()[None].to(tokens[0].device)
     return PromptEmbeds(torch.cat(tokens, dim=1), bias if bool((bias != 0).any()) else None, encoded.embedded, num_own)
 
 
 def token_weights(reference: ReferenceTokens, weighting: Weighting, seed: int, number: int = 0) -> Tensor:
-    """(n,) float64 weights of a reference for one seed, without its strength."""
+    """(n,) float64: the weights of a reference's tokens for one seed, without its strength.
+
+    number: the reference's index, so that `variety` leaves out other tokens of each reference.
+    """
     w = reference.weights
     if weighting.variety:
         digest = hashlib.blake2b(f"variety/{seed}/{number}".encode(), digest_size=8).digest()
@@ -226,8 +228,16 @@ def token_weights(reference: ReferenceTokens, weighting: Weighting, seed: int, n
     return (griddot.preserve_mass(w) if weighting.preserve_mass else w).flatten()
 
 
-def spread(mass: Tensor, encoded: Encoded, weighting: Weighting, seed: int) -> list[np.ndarray]:
-    """Attention mass (T,) of one picture -> (H, W) per reference; tokens that were taken out have none."""
+def weight_maps(encoded: Encoded, weighting: Weighting, seed: int) -> list[np.ndarray]:
+    """Per reference, (H, W) float64: `token_weights` on the grid."""
+    return [
+        token_weights(reference, weighting, seed, number).view(reference.grid).numpy()
+        for number, reference in enumerate(encoded.references)
+    ]
+
+
+def attention_maps(mass: Tensor, encoded: Encoded, weighting: Weighting, seed: int) -> list[np.ndarray]:
+    """Per reference, (H, W) float32: the attention mass (T,) of one picture on the grid; 0 for removed tokens."""
     maps, first = [], 0
     for number, reference in enumerate(encoded.references):
         kept = token_weights(reference, weighting, seed, number) > 0

@@ -1,14 +1,16 @@
-"""The export folder: what generation knows of its weights, written by `save_pretrained` and python -m megaflux.export.
+"""The export folder: finished weights and what generation needs to know about them.
+
+Written by `save_pretrained`, python -m megaflux.export and python -m megaflux.convert; read by `from_pretrained`.
 
 transformer/ vae/ scheduler/          diffusers' layout
 text_encoder/                         Qwen2-VL with the trained last layer, and its processor's files
 connector/                            config.json, model.safetensors (weight, bias)
 pooled_prompt_embeds.safetensors      (1, P): CLIP's pooled vector of the empty prompt
-text_encoder_2/ tokenizer_2/          T5, where the weights have the T5 text path, ...
-t5_embedder/                          ... and its own linear: config.json, model.safetensors (weight, bias)
-text_encoder_clip/ tokenizer_clip/    CLIP itself, kept by python -m megaflux.convert for the way back
+text_encoder_2/ tokenizer_2/          T5, if the weights have the T5 text path
+t5_embedder/                          T5's own linear: config.json, model.safetensors (weight, bias)
+text_encoder_clip/ tokenizer_clip/    CLIP itself, kept by python -m megaflux.convert for converting back
 model_index.json                      diffusers' list of the parts
-megaflux.json                         Settings, where the weights come from, every file's size and SHA-256
+megaflux.json                         Manifest: Settings, where the weights come from, size and SHA-256 of every file
 """
 
 from __future__ import annotations
@@ -42,26 +44,26 @@ POOLED = "pooled_prompt_embeds.safetensors"
 
 
 class Settings(Section):
-    """What generation must know of the run that trained the weights."""
+    """What generation needs to know about the training of the weights."""
 
     longest_side: int
-    """Longest side of a training picture, px: the size of references and of pictures made."""
+    """Longest side of a training picture in px: references are scaled down to it, and pictures are made in this size."""
     aspect_ratios: tuple[str, ...]
-    """Width : height of the sizes trained."""
+    """WIDTH:HEIGHT of the trained sizes."""
     guidance: float
-    """Value fed to FLUX's guidance embedding in training."""
+    """Value that FLUX's guidance embedding got in training."""
     vlm_max_tokens: int
     """Most image tokens of a reference."""
     caption_max_tokens: int
     """Prompts are cut after this many tokens."""
     modes: tuple[str, ...]
-    """Kinds of condition that training drew: image, image_text, text."""
+    """Kinds of condition seen in training: image, image_text, text."""
     attention: str = "sdpa"
-    """Attention of Qwen2-VL in transformers' words."""
+    """Attention implementation of Qwen2-VL, by transformers' name."""
     vlm_min_tokens: int = 4
     """Fewest image tokens of a reference: a smaller picture is enlarged. The released weights: 512."""
     text_encoders: tuple[Literal["qwen", "t5"], ...] = ("qwen",)
-    """What can read a prompt; the first is the default."""
+    """Which models can read a prompt; the first is the default."""
     sizes: Literal["training", "release"] = "training"
     """What an aspect ratio means: the training bucket, or the released tool's table."""
 
@@ -81,6 +83,8 @@ class Settings(Section):
 
 
 class FileInfo(BaseModel):
+    """One file of the folder."""
+
     bytes: int
     sha256: str
 
@@ -91,26 +95,27 @@ class Manifest(BaseModel):
     format: int
     settings: Settings
     source: dict[str, Any]
-    """Run, update, stage and SHA-256 of the checkpoint the weights come from; of others, a hash of all weight files."""
+    """Run, update, stage and SHA-256 of the checkpoint that the weights come from, or a hash of all weight files."""
     attribution: str | None
     """The credit that the training pictures ask for."""
     versions: dict[str, str]
+    """Of megaflux and the libraries that wrote the folder."""
     files: dict[str, FileInfo]
-    """Every other file of the folder."""
+    """Every other file of the folder, by its path in it."""
 
 
 def read_manifest(root: Path) -> Manifest:
-    """megaflux.json of an export whose files are all there at their sizes. UserError naming the first that
-    isn't.
+    """megaflux.json of an export whose files are all there in their sizes. UserError naming the first bad file.
 
-    Sizes only: to hash 40 GB at each start would outlast the generation. Who doubts a file has its SHA-256.
+    Only sizes are compared: hashing 40 GB at each start would take longer than generating. The manifest holds every
+    file's SHA-256 for a check by hand.
     """
     file = root / MANIFEST
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError:
         hint = f"; {root} is a run: use megaflux.runs.load_pipeline" if (root / "config.yaml").is_file() else ""
-        raise UserError(f"{file}: missing, so this is no export of python -m megaflux.export{hint}") from None
+        raise UserError(f"{file}: missing, so this is not an export of python -m megaflux.export{hint}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({error}); export again") from None
     version = content.get("format") if isinstance(content, dict) else None
@@ -136,8 +141,8 @@ def read_manifest(root: Path) -> Manifest:
     return manifest
 
 
-def check_out(out: Path) -> None:
-    """UserError where `out` exists or cannot be made."""
+def check_new_folder(out: Path) -> None:
+    """UserError if `out` exists or cannot be created."""
     if os.path.lexists(out):
         raise UserError(f"{out}: exists; an export never overwrites, give another folder")
     parent = out.absolute().parent
@@ -149,15 +154,16 @@ def check_out(out: Path) -> None:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into under a temporary name, which becomes `out` when all went well and is gone otherwise.
+    """A temporary folder to write into, renamed to `out` on success and removed on any error.
 
-    UserError where `out` exists or the disk fails."""
-    check_out(out)
+    UserError if `out` exists or writing fails.
+    """
+    check_new_folder(out)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
         yield partial
-        check_out(out)  # rename() would replace an empty folder
+        check_new_folder(out)  # again: rename() would replace an empty folder
         partial.rename(out)
     except OSError as error:
         raise UserError(f"{out}: {error.strerror or error}; nothing was written") from None
@@ -166,8 +172,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
-    """All weights and their config.json. Trunk and last layer are joined for it and cut apart again, so whoever holds
-    one of them must take the new ones from `models`."""
+    """Write all weights and their config.json. lm_head: Qwen2-VL's; None: leave it out.
+
+    Qwen2-VL's trunk and last layer are joined for this and split again: `models` then holds new modules for both.
+    """
     import torch
     from safetensors.torch import save_file
     from torch import nn
@@ -175,7 +183,7 @@ def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
 
     from megaflux.models.vlm_parts import join_vlm, split_vlm
 
-    # transformers' save_pretrained imports DeepSpeed, which would look for accelerators and say so.
+    # transformers' save_pretrained imports DeepSpeed, which would look for accelerators and report them.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     trainable = models.trainable
     trainable.transformer.save_pretrained(folder / "transformer")
@@ -194,7 +202,7 @@ def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
     finally:
         models.trunk.vlm, trainable.vlm = split_vlm(whole)
     config = json.loads((folder / "text_encoder/config.json").read_text())
-    # transformers 4 puts Qwen2-VL's class name into text_config only; loaders look for it at the top.
+    # transformers 4 writes Qwen2-VL's class name into text_config only; loaders expect it at the top level.
     write_json(folder / "text_encoder/config.json", {"architectures": [architecture], **config})
     models.trunk.processor.save_pretrained(folder / "text_encoder")
 
@@ -207,11 +215,11 @@ def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     for file in folder.rglob("*.safetensors"):
-        file.chmod(0o666 & ~mask)  # safetensors makes its files readable by their owner only
+        file.chmod(0o666 & ~mask)  # safetensors makes its files readable by the owner only
 
 
 def write_linear(linear: nn.Linear, file: Path) -> None:
-    """A linear's weight and bias, and its config.json beside them."""
+    """Write a linear's weight and bias to `file`, and its config.json to the same folder."""
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +231,7 @@ def write_linear(linear: nn.Linear, file: Path) -> None:
 
 
 def write_indexes(folder: Path, settings: Settings, source: dict[str, Any], attribution: str | None) -> None:
-    """model_index.json and, last, megaflux.json, of a folder that holds all its parts."""
+    """Write model_index.json and, last, megaflux.json into a folder that holds all its parts."""
     import diffusers
 
     architecture = json.loads((folder / "text_encoder/config.json").read_text())["architectures"][0]
@@ -258,7 +266,7 @@ def write_indexes(folder: Path, settings: Settings, source: dict[str, Any], attr
 
 
 def inventory(folder: Path) -> dict[str, dict[str, Any]]:
-    """{"vae/config.json": {"bytes", "sha256"}, ...} of all files in a folder."""
+    """All files of a folder: {"vae/config.json": {"bytes", "sha256"}, ...}."""
     found = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         with file.open("rb") as stream:
@@ -272,7 +280,7 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What made a file: this project and the libraries its numbers depend on."""
+    """Versions of megaflux and of the libraries that its numbers depend on, to store with a file."""
     found = {"megaflux": "unknown"}
     for name in ("megaflux", "torch", "diffusers", "transformers"):
         with suppress(importlib.metadata.PackageNotFoundError):

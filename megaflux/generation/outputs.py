@@ -1,8 +1,8 @@
-"""Pictures on disk: names that are never overwritten, settings in the PNG, contact sheets.
+"""Pictures on disk: files that are never overwritten, settings stored in each PNG, contact sheets.
 
-A PNG holds, unless told otherwise, the text chunks `megaflux` (JSON: job, runtime, source, versions, seed) and
-`parameters` (what the web interfaces of Stable Diffusion read), and with `embed` the input files themselves, each in a
-private chunk `mfIn` of its SHA-256 and its bytes.
+A PNG with settings has the text chunks `megaflux` (JSON: job, runtime, source, versions, seed) and `parameters` (for
+the web interfaces of Stable Diffusion). With `embed` it also holds the input files, each in a private chunk `mfIn`: the
+SHA-256 of its bytes, then the bytes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMAT = 1  # of the chunk `megaflux`
-MAX_NAME = 60  # characters of the reference's name that go into file names
+MAX_NAME = 60  # characters of a reference's name in the names of its pictures
 CELL_GAP = 8  # px between the pictures of a contact sheet
 INPUT_CHUNK = b"mfIn"
 
 
 def check_out(path: str) -> None:
-    """UserError where no folder can be made, or written to, at `path`. Makes nothing."""
+    """UserError if the folder `path` cannot be created or written to. Creates nothing."""
     folder = Path(path).absolute()
     try:
         os.fsencode(folder)
@@ -49,12 +49,12 @@ def check_out(path: str) -> None:
 
 
 def safe_stem(path: str) -> str:
-    """A picture's name as the start of file names: letters, digits, `_`, `.`, `-` and no more."""
+    """A picture's name as the start of other file names: only letters, digits, `_`, `.` and `-`."""
     return re.sub(r"[^\w.-]+|^\.+", "_", Path(path).stem)[:MAX_NAME] or "image"
 
 
 def stem_of(job: Job) -> str:
-    """The name that a job's files start with: its image's, its first reference's, or `text`."""
+    """How the names of a job's files start: with its first reference's name, its image's, or `text`."""
     source = job.references[0] if job.references else job.image
     return safe_stem(source.file) if source is not None else "text"
 
@@ -62,7 +62,7 @@ def stem_of(job: Job) -> str:
 def png_bytes(
     picture: Image.Image, settings: dict[str, Any] | None = None, embed: Mapping[str, bytes] | None = None
 ) -> bytes:
-    """A PNG file; settings None: without any metadata. embed: input files by SHA-256."""
+    """The bytes of a PNG file. settings None: without any metadata. embed: input files by SHA-256."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -85,7 +85,7 @@ def save(
 ) -> Path:
     """Write folder/name.png, or name-2.png, name-3.png, ... if that exists; returns the file.
 
-    The name is claimed by O_EXCL, so two processes never take the same. UserError where it cannot be written.
+    The file is created with O_EXCL, so that two processes never write the same one. UserError if writing fails.
     """
     data = png_bytes(picture, settings, embed)
     for file in _names(folder, name):
@@ -102,7 +102,7 @@ def save(
             with stream:
                 stream.write(data)
         except OSError as error:
-            file.unlink(missing_ok=True)  # half a picture is worth nothing
+            file.unlink(missing_ok=True)  # half a picture is useless
             raise UserError(f"{file}: {error.strerror}") from None
         return file
     raise AssertionError("names never end")
@@ -119,8 +119,11 @@ def _names(folder: Path, name: str) -> Iterator[Path]:
 def settings_of(
     job: Job, runtime: Runtime, source: dict[str, Any], facts: dict[str, Any], seed: int | None = None
 ) -> dict[str, Any]:
-    """All that a picture depends on, as plain data. seed None: a sheet of all of the job's seeds."""
-    made = {} if seed is None else {"seed": seed}
+    """All that a picture depends on, as plain data. seed None: for a sheet of all the job's seeds.
+
+    source: where the weights come from. facts: of the run, such as versions and device.
+    """
+    own = {} if seed is None else {"seed": seed}
     return {
         "format": FORMAT,
         "command": "megaflux.infer.make",
@@ -128,13 +131,15 @@ def settings_of(
         "runtime": runtime.model_dump(mode="json"),
         "source": source,
         **facts,
-        **made,
+        **own,
     }
 
 
 def read_settings(path: str) -> tuple[Job, Runtime, dict[str, Any], dict[str, bytes]]:
-    """(job, runtime, all settings, embedded files by SHA-256) of a PNG that megaflux wrote; the job's seeds are the batch
-    that the picture was made in. UserError for any other file."""
+    """(job, runtime, all settings, embedded files by SHA-256) of a PNG that megaflux wrote.
+
+    The job is the one that made the picture, with all its seeds. UserError for any other file.
+    """
     from PIL import Image
 
     from megaflux.data.images import strict_pillow
@@ -142,11 +147,11 @@ def read_settings(path: str) -> tuple[Job, Runtime, dict[str, Any], dict[str, by
     try:
         with strict_pillow(), Image.open(path, formats=("PNG",)) as picture:
             picture.load()
-            text, chunks = dict(picture.text), list(getattr(picture, "private_chunks", []))
+            text, chunks = dict(getattr(picture, "text", {})), list(getattr(picture, "private_chunks", []))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"--from-image {path}: has too many pixels; give a PNG that megaflux wrote") from None
-    except Exception as error:  # Pillow's decoders raise what they meet
-        why = getattr(error, "strerror", None) or "no PNG picture"
+    except Exception as error:  # Pillow's decoders raise all kinds
+        why = getattr(error, "strerror", None) or "not a PNG picture"
         raise UserError(f"--from-image {path}: {why}; give a PNG that megaflux wrote") from None
     if "megaflux" not in text:
         raise UserError(f"--from-image {path}: holds no settings (made with --no-metadata, or by another program)")
@@ -157,10 +162,10 @@ def read_settings(path: str) -> tuple[Job, Runtime, dict[str, Any], dict[str, by
             raise UserError(f"--from-image {path}: settings of format {found}, this code reads {FORMAT}")
         job, runtime = Job.model_validate(settings["job"]), Runtime.model_validate(settings["runtime"])
         if not isinstance(settings["source"], dict):
-            raise TypeError("source is no object")
+            raise TypeError("source is not an object")
         maps = settings.get("maps") or {}
         if not isinstance(maps, dict) or not all(isinstance(digest, str) for digest in maps.values()):
-            raise TypeError("maps is no object of hashes")
+            raise TypeError("maps is not an object of hashes")
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))[:80]
@@ -172,14 +177,14 @@ def read_settings(path: str) -> tuple[Job, Runtime, dict[str, Any], dict[str, by
 
 
 def batch_of(job: Job, seed: int) -> tuple[int, ...]:
-    """The seeds that a picture was made together with: what a replay must make to get identical pixels."""
+    """The seeds of the batch that a picture was made in: a replay makes all of them to get identical pixels."""
     index = job.seeds.index(seed)
     first = index - index % job.batch_size
     return job.seeds[first : first + job.batch_size]
 
 
 def parameters_text(settings: dict[str, Any]) -> str:
-    """The `parameters` chunk in the form that the web user interfaces of Stable Diffusion write."""
+    """The `parameters` chunk, as the web interfaces of Stable Diffusion write it."""
     job = settings["job"]
     fields = {
         "Steps": job["steps"],
@@ -201,8 +206,8 @@ def parameters_text(settings: dict[str, Any]) -> str:
 
 
 def contact_sheet(given: Sequence[Image.Image], pictures: Sequence[Image.Image]) -> Image.Image:
-    """What was given (references, image, control maps), each in a frame, then the pictures, in rows, on white; each cell
-    is of the pictures' size."""
+    """Inputs (references, image, control maps) in frames, then the pictures, in rows on white; all cells have the
+    pictures' size."""
     from PIL import Image, ImageOps
 
     width, height = pictures[0].size

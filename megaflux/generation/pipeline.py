@@ -1,7 +1,7 @@
-"""Qwen2VLFluxPipeline: reference pictures, perhaps a prompt, and what else a mode needs -> pictures.
+"""Qwen2VLFluxPipeline: reference pictures, a prompt, and what else a mode needs -> pictures.
 
 In diffusers' conventions: keyword names, `.images`, `generator`, `callback_on_step_end`, `output_type`, `to`,
-`save_pretrained`. What is given makes the mode:
+`save_pretrained`. The arguments decide the mode, and so the pipeline of diffusers that samples (sampling.py):
 
     reference and/or prompt             variation (no reference: text)      FluxPipeline
     + image                             img2img                             FluxImg2ImgPipeline
@@ -10,103 +10,89 @@ In diffusers' conventions: keyword names, `.images`, `generator`, `callback_on_s
     + control_image, image              controlnet from that picture        FluxControlNetImg2ImgPipeline
     + control_image, image, mask_image  controlnet-inpaint                  FluxControlNetInpaintPipeline
 
+A call checks its arguments (request.py), encodes references and prompt once (condition.py), and samples batch by batch.
 The folder that `from_pretrained` reads is described in layout.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
 from megaflux.common.errors import UserError
-from megaflux.generation import runtime
-from megaflux.generation.arguments import (
-    as_references,
-    check_amount,
-    check_pictures,
-    check_shift,
-    device_and_dtype,
-    starts,
-)
 from megaflux.generation.condition import (
     Encoded,
     PromptEmbeds,
-    Reference,
+    attention_maps,
     encode,
     prompt_embeds,
     reference_condition,
-    spread,
-    token_weights,
+    weight_maps,
 )
-from megaflux.generation.control import nets as controlnets
-from megaflux.generation.control.detectors import UNION_MODES, read_mask
+from megaflux.generation.control import nets
+from megaflux.generation.control.detectors import read_mask
 from megaflux.generation.dots.attention_map import attention_mass
-from megaflux.generation.dots.dots import NEUTRAL, Dot, Weighting
-from megaflux.generation.inputs import canvas, check_sampling, matched_size, output_size, reference_tensor
+from megaflux.generation.dots.dots import NEUTRAL, Weighting
+from megaflux.generation.inputs import canvas, reference_tensor
 from megaflux.generation.layout import (
     CONNECTOR,
-    FORMAT,
-    MANIFEST,
     POOLED,
-    Manifest,
     Settings,
     read_manifest,
     whole_folder,
     write_indexes,
     write_parts,
 )
-from megaflux.generation.prompt import check_prompt
-from megaflux.generation.sampling import Control, Start, flux_pipeline, sample, scheduler_like
+from megaflux.generation.request import (
+    ConditionRequest,
+    ControlMaps,
+    Draws,
+    Reference,
+    as_control_maps,
+    as_draws,
+    as_references,
+    check_batch_size,
+    check_output_type,
+    check_pictures,
+    check_prompt,
+    check_sampling,
+    check_shift,
+    check_strength,
+    matched_size,
+    pictures_at_once,
+)
+from megaflux.generation.runtime import Offload, device_and_dtype, offload_layers
+from megaflux.generation.sampling import Control, SamplingRequest, Start, flux_pipeline, sample, scheduler_like
 from megaflux.models import pretrained
 from megaflux.models.pretrained import Models
 from megaflux.models.reading import Target
 from megaflux.models.strict import load_linear, read_tensors
 from megaflux.models.vlm import Condition
 
-__all__ = [
-    "CONNECTOR",
-    "FORMAT",
-    "MANIFEST",
-    "POOLED",
-    "Dot",
-    "Manifest",
-    "Qwen2VLFluxPipeline",
-    "Qwen2VLFluxPipelineOutput",
-    "Reference",
-    "Settings",
-    "Weighting",
-    "check_sampling",
-    "device_and_dtype",
-    "matched_size",
-    "output_size",
-    "read_manifest",
-    "reference_tensor",
-]
-
 
 @dataclass
 class Qwen2VLFluxPipelineOutput:
-    """What a call made, and what there is to say of it."""
+    """The pictures of a call and what is known about them."""
 
     images: Any
-    """In the output_type asked for: a list of PIL pictures (mode RGB), an array (N, H, W, 3), or a tensor."""
+    """By output_type: a list of PIL pictures (RGB), an array (N, H, W, 3), or a tensor (see SamplingRequest)."""
     notes: list[str] = field(default_factory=list)
-    """What was done to the input, for people."""
+    """What was done to the inputs, human-readable."""
     weights: list[list[np.ndarray]] = field(default_factory=list)
-    """Per picture and reference: the tokens' weights (H, W), strength left out."""
+    """Per picture and reference: the tokens' weights (H, W), without the strength."""
     attention: list[list[np.ndarray]] = field(default_factory=list)
-    """Per picture and reference, if asked for: attention mass (H, W) on the reference's tokens."""
+    """Per picture and reference, if asked for: the attention (H, W) that the reference's tokens got."""
 
 
 class Qwen2VLFluxPipeline:
-    """Generation with finished models. `source` says where they come from; it is stored with each picture. `kernels`:
-    FLUX and the connector run on megaflux_kernels; False: on diffusers' own path."""
+    """Generation with finished models."""
 
     def __init__(
         self,
@@ -116,13 +102,15 @@ class Qwen2VLFluxPipeline:
         kernels: bool = True,
         attribution: str | None = None,
     ):
+        """source: where the weights come from; it is stored with each picture. kernels: run FLUX and the connector on
+        megaflux_kernels; False: on diffusers' own path. attribution: the credit that the training pictures ask for; it
+        is stored in an export."""
         self.models = models
         self.settings = settings
         self.source = source or {}
         self.attribution = attribution
-        """The credit that the training pictures ask for; it goes into an export."""
-        self.controlnet: controlnets.ControlNets | None = None
-        self.offload: runtime.Offload | None = None
+        self.controlnet: nets.ControlNets | None = None
+        self.offload: Offload | None = None
         models.trainable.requires_grad_(False).eval()
         models.trainable.configure(kernels)
 
@@ -136,12 +124,12 @@ class Qwen2VLFluxPipeline:
         *,
         torch_dtype: torch.dtype | None = None,
     ) -> Qwen2VLFluxPipeline:
-        """Assemble an export folder; `megaflux.runs.load_pipeline` takes run folders as well.
+        """Load an export folder; `megaflux.runs.load_pipeline` loads run folders as well.
 
         dtype (or torch_dtype, diffusers' name) None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if
-        there is one. UserError where a file or a key is missing, left over or of a wrong shape: no weight is ever left random.
+        there is one. UserError for a missing or unexpected file or key and a wrong shape: no weight is left random.
         """
-        root, device, dtype = Path(path), *device_and_dtype(device, dtype or torch_dtype)
+        root, (device, dtype) = Path(path), device_and_dtype(device, dtype or torch_dtype)
         manifest = read_manifest(root)
         settings = manifest.settings
         target = Target(device, dtype)
@@ -163,9 +151,10 @@ class Qwen2VLFluxPipeline:
         return cls(models.to(device, dtype), settings, manifest.source, kernels, manifest.attribution)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write an export folder that `from_pretrained` reads; lm_head and CLIP, which no picture needs, are left out.
+        """Write an export folder that `from_pretrained` reads, without lm_head and CLIP, which generation does not need.
 
-        UserError where the folder exists."""
+        UserError if the folder exists.
+        """
         kernels = self.models.trainable.fused
         with whole_folder(Path(path)) as folder:
             write_parts(self.models, None, folder)
@@ -183,6 +172,7 @@ class Qwen2VLFluxPipeline:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are while nothing runs."""
         return self.models.pooled_projections.device
 
     @property
@@ -190,17 +180,31 @@ class Qwen2VLFluxPipeline:
         return self.models.pooled_projections.dtype
 
     def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> None:
-        """Keep weights in the host's memory, one part at a time on the GPU. UserError where there is none."""
-        runtime.offload(self, "model", device_and_dtype(device, None)[0])
+        """Keep the weights in the host's memory, and one part at a time on the device.
+
+        Saves most if the pipeline was loaded on the CPU. UserError if this machine has no such device.
+        """
+        self._offload("model", device)
 
     def enable_sequential_cpu_offload(self, device: torch.device | str = "cuda") -> None:
-        """The same, one layer at a time: slowest, and least memory."""
-        runtime.offload(self, "sequential", device_and_dtype(device, None)[0])
+        """Keep the weights in the host's memory, and one layer at a time on the device: slowest, and least memory.
+
+        For good, and on diffusers' own path. UserError if this machine has no such device.
+        """
+        self._offload("sequential", device)
+
+    def _offload(self, kind: Literal["model", "sequential"], device: torch.device | str) -> None:
+        used_on, _ = device_and_dtype(device, None)
+        if self.device.type != "cpu":
+            self.to("cpu")
+        if kind == "sequential":
+            offload_layers(self.models, self.controlnet.nets.values() if self.controlnet else (), used_on)
+        self.offload = Offload(kind, used_on)
 
     def load_controlnet(self, sources: str | dict[str, str]) -> Qwen2VLFluxPipeline:
-        """Load a FLUX ControlNet: a folder or hub name in diffusers' layout (a union, or a net for one kind of map), or
-        {kind: folder}. UserError where it does not fit the transformer."""
-        self.controlnet = controlnets.load(sources, self.models, self.device, self.dtype)
+        """Load FLUX ControlNets in diffusers' layout: one folder or hub name (a union, or a net for one kind of map), or
+        {kind: folder or hub name}. UserError if a net does not fit the transformer."""
+        self.controlnet = nets.load(sources, self.models, self.device, self.dtype)
         self.source = self.source | {"controlnet": self.controlnet.fingerprints()}
         return self
 
@@ -236,102 +240,56 @@ class Qwen2VLFluxPipeline:
         attention_map: bool = False,
         return_dict: bool = True,
     ) -> Qwen2VLFluxPipelineOutput | tuple[Any]:
-        """Pictures: one per seed, per generator (which then goes instead), or num_images_per_prompt of seeds 0, 1, ...
+        """Make one picture per seed, or per generator, or num_images_per_prompt pictures of seeds 0, 1, ...
 
-        reference: any PIL pictures, or References with strength and dots; their size is not the output's. prompt: read
-        by text_encoder, qwen or t5 (None: the weights' default). image: where img2img, inpaint and a ControlNet run
-        begin, strength the share of steps taken from there (1: from noise); mask_image: white is painted anew.
-        control_image: ready maps, control_mode their kinds (`control.UNION_MODES`). height, width: px, multiples of
-        16; None: the image's own size, else the longest side trained. guidance_scale None: the value of training.
-        shift: a fixed timestep shift; None: the scheduler's own. batch_size: pictures at a time; a picture is a
-        function of its own seed, but a batch of another size can change its last bits. attention_map: collect
-        `attention` (a second softmax per block). return_dict False: (images,), as diffusers has it. UserError for values that cannot be.
+        reference: PIL pictures of any size, or References with strength and dots. prompt: read by text_encoder, qwen or
+        t5 (None: the weights' default). image: the picture that img2img, inpaint and a ControlNet run start from, with
+        strength, the fraction of steps taken (1: from noise); mask_image: white is repainted. control_image: ready
+        maps, with control_mode, their kinds (`control.detectors.UNION_MODES`). height, width: px, multiples of 16;
+        None: the image's size, or else square with the longest side of training. guidance_scale None: the value of
+        training. shift: a fixed timestep shift; None: the scheduler's own. batch_size: pictures made at once; a picture
+        depends on its own seed alone, except for last bits that vary with the batch's size. attention_map: fill the
+        output's `attention`, at the cost of a second softmax per block. return_dict False: return (images,), as
+        diffusers does. UserError for invalid arguments.
         """
-        references = as_references(reference)
-        prompt, side = check_prompt(prompt), self.settings.longest_side
-        generators, seeds = starts(seed, generator, num_images_per_prompt)
+        draws = as_draws(seed, generator, num_images_per_prompt)
         check_pictures(image=image, mask_image=mask_image, control_image=control_image)
-        default = (side, side) if image is None else matched_size(image, side)
-        height, width = (own if given is None else given for given, own in zip((height, width), default))
+        condition = ConditionRequest(
+            as_references(reference),
+            check_prompt(prompt),
+            weighting,
+            text_encoder or self.settings.text_encoders[0],
+            reference_tokens,
+        )
+        maps = as_control_maps(
+            control_image, control_mode, controlnet_conditioning_scale, control_guidance_start, control_guidance_end
+        )
+        height, width = self._size(height, width, image)
         guidance = self.settings.guidance if guidance_scale is None else guidance_scale
         check_sampling(height, width, num_inference_steps, guidance)
-        check_amount("strength", strength, 0, 1, above=True)
+        check_strength(strength)
         check_shift(shift)
-        if batch_size < 1:
-            raise UserError(f"batch size: {batch_size}; use at least 1")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise UserError(f"output type: {output_type}; use pil, np, pt or latent")
+        check_batch_size(batch_size)
+        check_output_type(output_type)
         notes: list[str] = []
-        start = self._start(image, mask_image, strength, height, width, notes)
-        control = self._control(
-            control_image,
-            control_mode,
-            controlnet_conditioning_scale,
-            control_guidance_start,
-            control_guidance_end,
+        sampling = SamplingRequest(
             height,
             width,
-            notes,
+            num_inference_steps,
+            guidance,
+            _start(image, mask_image, strength, (height, width), notes),
+            self._control(maps, (height, width), notes),
+            output_type,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
         )
-        encoded = self.encode_all(references, prompt, weighting, text_encoder, reference_tokens, control is not None)
-        notes += encoded.notes
-        if control is not None:
-            if self.controlnet.union and not encoded.references and encoded.text is None:
-                raise UserError(
-                    "a union ControlNet reads Qwen2-VL's tokens, and a prompt read by T5 has none; give a "
-                    "reference, or the text encoder qwen"
-                )
-            notes += controlnets.not_honoured(encoded, weighting)
-            if start is not None and batch_size > 1:
-                batch_size = 1
-                notes.append("batch size 1: diffusers' ControlNet pipelines that begin at a picture take one at a time")
-
-        models = self.models
-        scheduler = scheduler_like(models.scheduler, shift, models.trainable.transformer.dtype)
-        flux = flux_pipeline(models.trainable.transformer, models.vae, scheduler, start, control)
-        t5_embedder = models.t5.embedder if models.t5 is not None else None
-        made, output = [], Qwen2VLFluxPipelineOutput([], notes)
-        # decode one at a time: no memory for a batch, and no picture that depends on its company
-        models.vae.enable_slicing() if batch_size > 1 else models.vae.disable_slicing()
-        with runtime.offloaded(self, flux):
-            for first in range(0, len(seeds), batch_size):
-                part = range(first, min(first + batch_size, len(seeds)))
-                each = [prompt_embeds(encoded, weighting, seeds[i], t5_embedder) for i in part]
-                embeds = PromptEmbeds.cat(each)
-                arguments = (
-                    flux,
-                    models.trainable,
-                    embeds,
-                    models.pooled_projections,
-                    [generators[i] for i in part],
-                    height,
-                    width,
-                    num_inference_steps,
-                    guidance,
-                    start,
-                    control,
-                    t5_embedder,
-                    output_type,
-                    callback_on_step_end,
-                    callback_on_step_end_tensor_inputs,
-                )
-                if attention_map:
-                    with attention_mass(models.trainable.transformer, embeds.prompt_embeds.shape[1]) as mass:
-                        made.append(sample(*arguments))
-                    output.attention += [spread(row, encoded, weighting, seeds[i]) for i, row in zip(part, mass.mean)]
-                else:
-                    made.append(sample(*arguments))
-                output.weights += [
-                    [
-                        token_weights(r, weighting, seeds[i], k).view(r.grid).numpy()
-                        for k, r in enumerate(encoded.references)
-                    ]
-                    for i in part
-                ]
-        if output_type == "pil":
-            output.images = [picture for pictures in made for picture in pictures]
-        else:
-            output.images = np.concatenate(made) if output_type == "np" else torch.cat(made)
+        encoded = self._encode(condition, for_controlnet=maps is not None)
+        notes += [*encoded.notes, *self._control_notes(encoded, weighting, sampling)]
+        at_once = pictures_at_once(batch_size, maps is not None, image is not None)
+        if at_once < batch_size:
+            notes.append("batch size 1: diffusers' ControlNet pipelines that begin at a picture take one at a time")
+        output = self._sample(sampling, shift, encoded, weighting, draws, at_once, attention_map)
+        output.notes = notes
         return output if return_dict else (output.images,)
 
     def encode_all(
@@ -343,70 +301,120 @@ class Qwen2VLFluxPipeline:
         reference_tokens: int | None = None,
         for_controlnet: bool = False,
     ) -> Encoded:
-        """References and prompt past Qwen2-VL, connector and, on our own path, context_embedder (a ControlNet has one of
-        its own, so not for it)."""
-        settings, encoder = self.settings, text_encoder or self.settings.text_encoders[0]
-        if encoder not in ("qwen", "t5"):
-            raise UserError(f"text encoder: {encoder}; use qwen or t5")
-        embedded = self.models.trainable.fused and not for_controlnet
-        with runtime.encoding(self):
-            encoded = encode(
-                self.models, settings.longest_side, references, prompt, encoder, weighting, embedded, reference_tokens
-            )
-        if encoded.text is not None:
-            needed = "image_text" if references else "text"
-            if needed not in settings.modes:
-                encoded.notes.append("prompt: these weights were trained without captions, so it may do little or harm")
-        return encoded
+        """The part of the condition that is the same for every seed. UserError as `condition.encode` raises it.
+
+        On megaflux's own path the tokens are past context_embedder, but not for a ControlNet, which has its own.
+        """
+        encoder = text_encoder or self.settings.text_encoders[0]
+        request = ConditionRequest(references, prompt, weighting, encoder, reference_tokens)
+        return self._encode(request, for_controlnet)
 
     @torch.no_grad()
     def encode(self, reference: Image.Image, prompt: str | None = None) -> tuple[Condition, list[str]]:
-        """(the Condition of one reference, notes): just what training computes for a picture it is given."""
+        """(the Condition of one reference and a prompt, exactly as training computes it; notes)."""
         pixel_values, notes = reference_tensor(reference, self.settings.longest_side)
         prompt = check_prompt(prompt)
         prompt = prompt if self.models.trunk.caption_tokens(prompt) else ""
         return reference_condition(self.models.trunk, pixel_values, prompt)[0], notes
 
-    def _start(self, image, mask_image, strength: float, height: int, width: int, notes: list[str]) -> Start | None:
-        if image is None:
-            if mask_image is not None:
-                raise UserError("mask: without a picture to paint in; give image as well")
-            return None
-        mask = None
-        if mask_image is not None:
-            mask = read_mask(mask_image, image.size)  # judged at the picture's own size
-            if mask.size != (width, height):
-                mask = canvas(mask.convert("RGB"), height, width, "mask")[0].convert("L")
-                mask = mask.point(lambda value: 255 if value >= 128 else 0)
-        image, said = canvas(image, height, width)
-        notes += said
-        return Start(image, strength, mask)
+    def _encode(self, request: ConditionRequest, for_controlnet: bool) -> Encoded:
+        embedded = self.models.trainable.fused and not for_controlnet
+        offloaded = nullcontext() if self.offload is None else self.offload.encoding(self.models, self.dtype)
+        with offloaded:
+            encoded = encode(self.models, self.settings.longest_side, request, embedded)
+        if encoded.text is not None:
+            needed = "image_text" if request.references else "text"
+            if needed not in self.settings.modes:
+                encoded.notes.append("prompt: these weights were trained without captions, so it may do little or harm")
+        return encoded
 
-    def _control(
-        self, images, modes, scales, start: float, end: float, height: int, width: int, notes: list[str]
-    ) -> Control | None:
-        if images is None:
+    def _size(self, height: int | None, width: int | None, image: Image.Image | None) -> tuple[int, int]:
+        """(height, width) in px, with what is None taken from the image or the longest side of training."""
+        side = self.settings.longest_side
+        own = (side, side) if image is None else matched_size(image, side)
+        return own[0] if height is None else height, own[1] if width is None else width
+
+    def _control(self, maps: ControlMaps | None, size: tuple[int, int], notes: list[str]) -> Control | None:
+        """The maps brought to `size` (height, width), with their nets. Adds to `notes`."""
+        if maps is None:
             return None
         if self.controlnet is None:
             raise UserError("control: no ControlNet is loaded; call load_controlnet, or give --controlnet DIR")
-        images = [images] if isinstance(images, Image.Image) else list(images)
-        modes = list(modes) if isinstance(modes, list | tuple) else [modes] * len(images)
-        scales = list(scales) if isinstance(scales, list | tuple) else [scales] * len(images)
-        if not images or not len(images) == len(modes) == len(scales):
-            raise UserError(f"control: {len(images)} maps, {len(modes)} modes, {len(scales)} scales; give one of each")
-        check_amount("control start", start, 0, 1)
-        check_amount("control end", end, 0, 1)
-        if start >= end:
-            raise UserError(f"control start {start} is not before control end {end}")
-        for scale in scales:
-            check_amount("control scale", scale, 0, float("inf"))
-        numbers = [UNION_MODES.get(mode, mode) for mode in modes]
-        unknown = next((m for m in numbers if m is not None and not isinstance(m, int)), None)
-        if unknown is not None:
-            raise UserError(f"control: unknown kind {unknown!r}; use {', '.join(UNION_MODES)}")
         fitted = []
-        for map_image in images:
-            fitted_map, said = canvas(map_image, height, width, "control map")
-            notes += said
-            fitted.append(fitted_map)
-        return self.controlnet.control(fitted, modes, numbers, scales, start, end)
+        for picture in maps.images:
+            on_canvas, changes = canvas(picture, *size, "control map")
+            notes += changes
+            fitted.append(on_canvas)
+        return self.controlnet.control(ControlMaps(fitted, maps.kinds, maps.scales, maps.start, maps.end))
+
+    def _control_notes(self, encoded: Encoded, weighting: Weighting, sampling: SamplingRequest) -> list[str]:
+        """What a ControlNet ignores. UserError for a condition that a union cannot read."""
+        if sampling.control is None or self.controlnet is None:
+            return []
+        if self.controlnet.union and not encoded.references and encoded.text is None:
+            raise UserError(
+                "a union ControlNet reads Qwen2-VL's tokens, and a prompt read by T5 has none; give a "
+                "reference, or the text encoder qwen"
+            )
+        return nets.not_honoured(encoded, weighting)
+
+    def _sample(
+        self,
+        sampling: SamplingRequest,
+        shift: float | None,
+        encoded: Encoded,
+        weighting: Weighting,
+        draws: Draws,
+        at_once: int,
+        attention_map: bool,
+    ) -> Qwen2VLFluxPipelineOutput:
+        """All pictures, `at_once` at a time."""
+        models = self.models
+        transformer, t5_embedder = models.trainable.transformer, models.t5.embedder if models.t5 is not None else None
+        scheduler = scheduler_like(models.scheduler, shift, transformer.dtype)
+        flux = flux_pipeline(transformer, models.vae, scheduler, sampling.start, sampling.control)
+        # decode one at a time: it needs no memory for a batch, and no picture depends on the others
+        models.vae.enable_slicing() if at_once > 1 else models.vae.disable_slicing()
+        made, output = [], Qwen2VLFluxPipelineOutput([])
+        offloaded = nullcontext() if self.offload is None else self.offload.sampling(flux, models, self.dtype)
+        with offloaded:
+            for batch in draws.batches(at_once):
+                embeds = PromptEmbeds.cat([prompt_embeds(encoded, weighting, s, t5_embedder) for s in batch.seeds])
+                if attention_map:
+                    with attention_mass(transformer, embeds.prompt_embeds.shape[1]) as mass:
+                        made.append(sample(flux, models, embeds, batch.generators, sampling))
+                    output.attention += [
+                        attention_maps(row, encoded, weighting, s) for s, row in zip(batch.seeds, mass.mean)
+                    ]
+                else:
+                    made.append(sample(flux, models, embeds, batch.generators, sampling))
+                output.weights += [weight_maps(encoded, weighting, s) for s in batch.seeds]
+        output.images = _joined(made, sampling.output_type)
+        return output
+
+
+def _start(
+    image: Image.Image | None, mask_image: Image.Image | None, strength: float, size: tuple[int, int], notes: list[str]
+) -> Start | None:
+    """Image and mask brought to `size` (height, width). Adds to `notes`. UserError for an unusable mask."""
+    if image is None:
+        if mask_image is not None:
+            raise UserError("mask: without a picture to paint in; give image as well")
+        return None
+    height, width = size
+    mask = None
+    if mask_image is not None:
+        mask = read_mask(mask_image, image.size)  # judged at the picture's own size
+        if mask.size != (width, height):
+            mask = canvas(mask.convert("RGB"), height, width, "mask")[0].convert("L")
+            mask = mask.point(lambda value: 255 if value >= 128 else 0)
+    image, changes = canvas(image, height, width)
+    notes += changes
+    return Start(image, strength, mask)
+
+
+def _joined(batches: list[Any], output_type: str) -> Any:
+    """The batches' pictures as one list, array or tensor."""
+    if output_type == "pil":
+        return [picture for pictures in batches for picture in pictures]
+    return np.concatenate(batches) if output_type == "np" else torch.cat(batches)

@@ -1,10 +1,16 @@
-"""Condition -> velocity -> Euler steps -> pictures, by diffusers' own Flux pipelines: which one, and what it is given."""
+"""Tokens and noise -> pictures, by Euler steps in diffusers' own Flux pipelines.
+
+`flux_pipeline` chooses the pipeline, by where the steps start and whether a ControlNet acts; `sample` runs it on one
+batch; `generate` is the same for training's validation, from a Condition to uint8 tensors.
+
+Shapes: B pictures of a batch, T condition tokens, P width of CLIP's pooled vector.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,80 +18,119 @@ from PIL import Image
 from torch import Tensor, nn
 
 from megaflux.common import compat  # noqa: F401  (before diffusers)
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    FluxControlNetImg2ImgPipeline,
-    FluxControlNetInpaintPipeline,
-    FluxControlNetPipeline,
-    FluxImg2ImgPipeline,
-    FluxInpaintPipeline,
-    FluxPipeline,
-)
+
+# isort: split
+# From their own modules: to a type checker, the names in diffusers/__init__.py are its stand-ins for missing packages.
+from diffusers.models import AutoencoderKL, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux_controlnet import FluxControlNetPipeline
+from diffusers.pipelines.flux.pipeline_flux_controlnet_image_to_image import FluxControlNetImg2ImgPipeline
+from diffusers.pipelines.flux.pipeline_flux_controlnet_inpainting import FluxControlNetInpaintPipeline
+from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
+from diffusers.pipelines.flux.pipeline_flux_inpaint import FluxInpaintPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from megaflux.generation.condition import PromptEmbeds
 from megaflux.models.latents import TOKEN_PIXELS, chunk_size
-from megaflux.models.qwen2vl_flux import Qwen2VLFlux
+from megaflux.models.pretrained import Models
 from megaflux.models.t5 import image_tokens_only, split_context
 from megaflux.models.vlm import Condition
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where the steps begin, other than at noise: a picture (RGB, at the output's size) and how far it is undone."""
+    """A picture that the steps start from instead of noise."""
 
     image: Image.Image
+    """RGB, of the output's size."""
     strength: float
-    """0 to 1: share of the steps that are taken; 1 begins at pure noise."""
+    """Fraction of the steps that are taken, above 0; 1 starts from pure noise."""
     mask: Image.Image | None = None
-    """Mode L at the output's size: 255 is painted anew, 0 stays."""
+    """Mode L, of the output's size: 255 is repainted, 0 stays. None: all is repainted."""
 
 
 @dataclass(frozen=True)
 class Control:
-    """Control maps (RGB, at the output's size) for a ControlNet."""
+    """Control maps and the ControlNet that reads them."""
 
     controlnet: nn.Module
-    """FluxMultiControlNetModel: one union net for all maps, or one net for each."""
+    """FluxMultiControlNetModel: one union net for all maps, or one net per map."""
     images: list[Image.Image]
+    """RGB, of the output's size."""
     modes: list[int]
-    """The union's number of each map's kind; 0 for nets that are none."""
+    """Per map: the union's number of its kind; 0 for a net that is not a union."""
     scales: list[float]
+    """Per map: the factor on what the net adds."""
     start: float = 0.0
     end: float = 1.0
-    """Shares of the steps between which it acts."""
+    """The net acts from `start` to `end`, as fractions of all steps."""
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """What all pictures of a request share, apart from their condition."""
+
+    height: int
+    """px, a multiple of 16."""
+    width: int
+    """px, a multiple of 16."""
+    steps: int
+    """Euler steps from noise to picture."""
+    guidance: float
+    """The value that FLUX's guidance embedding gets."""
+    start: Start | None = None
+    """None: the steps start from noise."""
+    control: Control | None = None
+    output_type: str = "pil"
+    """pil: a list of B pictures; np: float32 (B, height, width, 3) in [0, 1]; pt: (B, 3, height, width) in [0, 1];
+    latent: packed latents (B, L, C)."""
+    callback: Callable[..., dict[str, Any]] | None = None
+    """diffusers' callback_on_step_end: called as (pipeline, step, timestep, tensors), returns the tensors to replace."""
+    callback_inputs: Sequence[str] = ("latents",)
+    """Names of the tensors that the callback gets."""
 
 
 class EulerScheduler(FlowMatchEulerDiscreteScheduler):
-    """diffusers' scheduler, which rounds sigmas and steps to float32, for a model in float64: nothing is rounded."""
+    """diffusers' scheduler for a model in float64: diffusers rounds sigmas and steps to float32, this does not."""
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None) -> None:
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         wide = torch.as_tensor(sigmas, dtype=torch.float64)
-        if self.config.use_dynamic_shifting:
-            wide = torch.from_numpy(self.time_shift(mu, 1.0, wide.numpy()))
+        if self.config["use_dynamic_shifting"]:
+            shifted = self.time_shift(mu, 1.0, wide.numpy())  # type: ignore[arg-type]  # arithmetic alone: an array will do
+            wide = torch.as_tensor(shifted)
         else:
             wide = self.shift * wide / (1 + (self.shift - 1) * wide)
-        self.timesteps = (wide * self.config.num_train_timesteps).to(device)
+        self.timesteps = (wide * self.config["num_train_timesteps"]).to(device)
         self.sigmas = torch.cat([wide, wide.new_zeros(1)]).to(device)
 
-    def step(self, model_output, timestep, sample, return_dict=True, **_: Any):
+    def step(self, model_output: Tensor, timestep, sample: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
         if self.step_index is None:
             self._init_step_index(timestep)
-        dt = self.sigmas[self.step_index + 1] - self.sigmas[self.step_index]
-        self._step_index += 1
-        return (sample + dt * model_output,)
+        index = self.step_index
+        self._step_index = index + 1
+        return (sample + (self.sigmas[index + 1] - self.sigmas[index]) * model_output,)
 
 
-def scheduler_like(scheduler: FlowMatchEulerDiscreteScheduler, shift: float | None, dtype: torch.dtype):
-    """A scheduler of the same configuration; shift: a fixed one in the place of the configuration's own shifting."""
+def scheduler_like(
+    scheduler: FlowMatchEulerDiscreteScheduler, shift: float | None, dtype: torch.dtype
+) -> FlowMatchEulerDiscreteScheduler:
+    """A scheduler of the same configuration for a model of that dtype. shift: a fixed timestep shift instead of the
+    configuration's own."""
     changes = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
     kind = EulerScheduler if dtype == torch.float64 else FlowMatchEulerDiscreteScheduler
     return kind.from_config(scheduler.config, **changes)
 
 
-def flux_pipeline(transformer, vae, scheduler, start: Start | None = None, control: Control | None = None):
-    """diffusers' pipeline for what is given, without text encoders: our condition comes as prompt_embeds."""
-    parts = {
+def flux_pipeline(
+    transformer: FluxTransformer2DModel,
+    vae: AutoencoderKL,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    start: Start | None = None,
+    control: Control | None = None,
+) -> Any:
+    """diffusers' pipeline for this start and control, without text encoders: our condition comes as prompt_embeds."""
+    parts: dict[str, Any] = {
         "scheduler": scheduler,
         "vae": vae,
         "text_encoder": None,
@@ -96,7 +141,7 @@ def flux_pipeline(transformer, vae, scheduler, start: Start | None = None, contr
     }
     if control is not None:
         parts["controlnet"] = control.controlnet
-    kinds = {
+    kinds: dict[tuple[bool, bool, bool], Callable[..., Any]] = {
         (False, False, False): FluxPipeline,
         (True, False, False): FluxImg2ImgPipeline,
         (True, True, False): FluxInpaintPipeline,
@@ -111,31 +156,18 @@ def flux_pipeline(transformer, vae, scheduler, start: Start | None = None, contr
 
 @torch.no_grad()
 def sample(
-    pipeline,
-    model: Qwen2VLFlux,
-    prompt: PromptEmbeds,
-    pooled_projections: Tensor,
-    generators: Sequence[torch.Generator],
-    height: int,
-    width: int,
-    steps: int,
-    guidance: float,
-    start: Start | None = None,
-    control: Control | None = None,
-    t5_embedder: nn.Linear | None = None,
-    output_type: str = "pil",
-    callback: Callable[..., dict] | None = None,
-    callback_inputs: Sequence[str] = ("latents",),
+    flux: Any, models: Models, prompt: PromptEmbeds, generators: Sequence[torch.Generator], request: SamplingRequest
 ) -> Any:
-    """What a pipeline of `flux_pipeline` makes of a batch: its `.images`, in diffusers' output_type.
+    """The pictures of one batch, in the request's output_type.
 
-    Picture i starts from noise that generators[i] draws, and so does whatever else is drawn for it.
+    flux: of `flux_pipeline` for the same start and control. prompt: B conditions. generators: B; generators[i] draws
+    picture i's noise and whatever else is drawn for it.
     """
-    B = len(generators)
-    transformer = model.transformer
+    B, start, control = len(generators), request.start, request.control
+    transformer = models.trainable.transformer
     arguments: dict[str, Any] = {}
     if start is not None:
-        # one copy each: diffusers draws the posterior of a single picture by the first generator, for all
+        # a list: from a single picture diffusers would draw the posterior once, by the first generator, for all
         arguments |= {"image": [start.image] * B, "strength": start.strength}
         if start.mask is not None:
             arguments["mask_image"] = [start.mask] * B
@@ -148,77 +180,78 @@ def sample(
             "control_guidance_end": control.end,
         }
     options: dict[str, Any] = {"context_embedded": True} if prompt.embedded else {}
-    num_image_tokens = (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
-    # A bias of diffusers' own attention must be of the queries' dtype; our kernel takes any, and float32 is exact enough.
+    num_image_tokens = (request.height // TOKEN_PIXELS) * (request.width // TOKEN_PIXELS)
+    # diffusers' attention wants a bias of the queries' dtype; our kernel takes any, and float32 is exact enough
     wide = torch.promote_types(transformer.dtype, torch.float32)
-    bias = prompt.attention_bias(num_image_tokens, wide if model.fused else transformer.dtype)
+    bias = prompt.attention_bias(num_image_tokens, wide if models.trainable.fused else transformer.dtype)
     if bias is not None:
         options["attention_mask"] = bias
-    with ExitStack() as stack:
-        if prompt.num_own_tokens < prompt.prompt_embeds.shape[1] and not prompt.embedded:
-            stack.enter_context(split_context(transformer, t5_embedder, prompt.num_own_tokens))
-            if control is not None:
-                stack.enter_context(image_tokens_only(control.controlnet, prompt.num_own_tokens))
-        return pipeline(
+    with _t5_tokens(models, prompt, control):
+        return flux(
             prompt_embeds=prompt.prompt_embeds,
-            pooled_prompt_embeds=pooled_projections.to(prompt.prompt_embeds).expand(B, -1),
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
+            pooled_prompt_embeds=models.pooled_projections.to(prompt.prompt_embeds).expand(B, -1),
+            height=request.height,
+            width=request.width,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
             joint_attention_kwargs=options or None,
             generator=list(generators),
-            output_type=output_type,
-            callback_on_step_end=callback,
-            callback_on_step_end_tensor_inputs=list(callback_inputs),
+            output_type=request.output_type,
+            callback_on_step_end=request.callback,
+            callback_on_step_end_tensor_inputs=list(request.callback_inputs),
             **arguments,
         ).images
 
 
+@contextmanager
+def _t5_tokens(models: Models, prompt: PromptEmbeds, control: Control | None) -> Iterator[None]:
+    """Inside, diffusers' own path embeds T5's tokens with T5's linear, and a ControlNet does not see them."""
+    with ExitStack() as stack:
+        if models.t5 is not None and prompt.num_own_tokens < prompt.prompt_embeds.shape[1] and not prompt.embedded:
+            transformer = models.trainable.transformer
+            stack.enter_context(split_context(transformer, models.t5.embedder, prompt.num_own_tokens))
+            if control is not None:
+                stack.enter_context(image_tokens_only(control.controlnet, prompt.num_own_tokens))
+        yield
+
+
 @torch.no_grad()
 def generate(
-    pipeline: FluxPipeline,
-    model: Qwen2VLFlux,
+    flux: FluxPipeline,
+    models: Models,
     condition: Condition,
-    pooled_projections: Tensor,
     seeds: Sequence[int | torch.Generator],
-    height: int,
-    width: int,
-    steps: int,
-    guidance: float,
+    request: SamplingRequest,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Variations in a batch, for validation: uint8 (B, 3, height, width) on the CPU, one per condition and seed.
+    """Pictures for validation: uint8 (B, 3, height, width) on the CPU.
 
-    condition: B conditions of equal length; pooled_projections: (1, P). Picture i starts from noise drawn on the CPU
-    from seeds[i] alone; batch mates can still change it in the last bits.
+    condition: B conditions of equal length; ValueError for padded ones. seeds: B; picture i starts from noise that is
+    drawn on the CPU from seeds[i] alone, but others in the batch can change its last bits. on_step: called after each
+    step. The request's output_type and callback are not used.
     """
     if condition.select_mask is not None:
         raise ValueError("conditions of unequal length: FluxPipeline would see their padding; give one at a time")
-    tokens = model.encode_condition(condition, embedded=model.fused)
-    prompt = PromptEmbeds(tokens, None, model.fused, tokens.shape[1])
+    fused = models.trainable.fused
+    tokens = models.trainable.encode_condition(condition, embedded=fused)
+    prompt = PromptEmbeds(tokens, None, fused, tokens.shape[1])
     generators = [s if isinstance(s, torch.Generator) else torch.Generator().manual_seed(s) for s in seeds]
-    with decoding_in_chunks(pipeline.vae, len(seeds), height, width):
-        images = sample(
-            pipeline,
-            model,
-            prompt,
-            pooled_projections,
-            generators,
-            height,
-            width,
-            steps,
-            guidance,
-            output_type="pt",
-            callback=lambda *_: on_step() or {},
-        )
+
+    def after_step(*_: Any) -> dict[str, Any]:
+        on_step()
+        return {}
+
+    with decoding_in_chunks(flux.vae, len(seeds), request.height, request.width):
+        images = sample(flux, models, prompt, generators, replace(request, output_type="pt", callback=after_step))
     return (images.float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 @contextmanager
-def decoding_in_chunks(vae, pictures: int, height: int, width: int) -> Iterator[None]:
-    """Where the pictures are more than the VAE may take at once (`latents.chunk_size`), it takes them one by one inside,
-    as diffusers can. It is left as it was: training encodes with it, and bits depend on the batch."""
+def decoding_in_chunks(vae: AutoencoderKL, pictures: int, height: int, width: int) -> Iterator[None]:
+    """Inside, the VAE decodes one picture at a time if there are more than fit at once (`latents.chunk_size`).
+
+    The VAE is left as it was: training encodes with it, and bits depend on the batch's size.
+    """
     before = vae.use_slicing
     vae.use_slicing = before or pictures > chunk_size(height, width)
     try:

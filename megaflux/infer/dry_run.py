@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megaflux.common.errors import UserError
-from megaflux.generation.job import DETECTED, Job, Opened, Runtime, read_inputs, resolve_size, steps_taken
+from megaflux.generation.job import Job, Runtime
+from megaflux.generation.request import DETECTED
+from megaflux.generation.run import Opened, read_inputs, resolve_size, steps_taken
 
 GB = 1e9
 WIDTHS_ALIVE = 15  # (B, S, width) tensors alive at once inside a single block: streams, q, k, v, attention, MLP, joined

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from megaflux.common.errors import UserError
 from megaflux.common.paths import expanded
-from megaflux.generation.job import Job, Result, Runtime, read_inputs, run, steps_taken
+from megaflux.generation.job import Job, Runtime
 from megaflux.generation.outputs import batch_of, check_out, contact_sheet, read_settings, save, settings_of, stem_of
+from megaflux.generation.run import Result, read_inputs, run, steps_taken
 from megaflux.infer.dry_run import report, warn_of_memory
 from megaflux.infer.options import build_parser, check_sources, is_there, to_job, with_number
 
@@ -103,12 +104,11 @@ def load(runtime: Runtime) -> tuple[Qwen2VLFluxPipeline, Detectors, Runtime]:
 
     from megaflux.generation import runtime as fitting
     from megaflux.generation.control.detectors import Detectors, Sources
-    from megaflux.generation.pipeline import device_and_dtype
     from megaflux.runs import is_export, load_pipeline
 
     quiet_libraries()
     check_sources(runtime)
-    device, default = device_and_dtype(runtime.device, None)
+    device, default = fitting.device_and_dtype(runtime.device, None)
     if runtime.offload and device.type == "cpu":
         raise UserError("--offload: keeps weights off a GPU, and there is none here; leave it out")
     dtype = {"auto": default, "bfloat16": torch.bfloat16, "float32": torch.float32}[runtime.dtype]
@@ -119,8 +119,10 @@ def load(runtime: Runtime) -> tuple[Qwen2VLFluxPipeline, Detectors, Runtime]:
         pipeline.load_controlnet(nets[""] if set(nets) == {""} else nets)
     if runtime.quantize:
         fitting.quantize_fp8(pipeline.models.trainable.transformer)
-    if runtime.offload:
-        fitting.offload(pipeline, runtime.offload, device)
+    if runtime.offload == "model":
+        pipeline.enable_model_cpu_offload(device)
+    elif runtime.offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device)
     if runtime.compile:
         fitting.compile_blocks(pipeline.models.trainable.transformer)
     if not is_export(runtime.checkpoint):

@@ -26,9 +26,8 @@ from megaflux.generation.job import (
     check,
     check_background,
 )
-from megaflux.generation.prompt import check_prompt
+from megaflux.generation.request import MAX_SEED, check_prompt
 
-MAX_SEED = 2**63 - 1
 DESCRIPTION = """Pictures from a reference, a prompt, or both.
 
   variation   --reference cat.png                      new pictures of what is in it (the default)

@@ -18,8 +18,8 @@ from megaflux.common.errors import UserError
 from megaflux.generation.dots.dots import Dot, Weighting, check_weighting, make_dot
 from megaflux.generation.job import Input, Job, JobControl, JobReference, check
 from megaflux.generation.outputs import safe_stem
-from megaflux.generation.prompt import check_prompt
-from megaflux.infer.options import MAX_SEED, check_values
+from megaflux.generation.request import MAX_SEED, check_prompt
+from megaflux.infer.options import check_values
 
 GRAB = 0.03  # of the shorter side: a click this near a dot's centre is meant for the dot
 MAX_COUNT = 64  # pictures of one press of the button

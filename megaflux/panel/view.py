@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from megaflux.data.buckets import ASPECT_RATIOS
-from megaflux.generation.job import DETECTED
+from megaflux.generation.request import DETECTED
 from megaflux.panel.state import AUTO, MATCH, Session
 from megaflux.panel.work import Made, Work
 

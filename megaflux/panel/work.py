@@ -20,11 +20,12 @@ from megaflux.common.errors import UserError
 from megaflux.data.images import decode, strict_pillow
 from megaflux.generation.condition import ReferenceTokens, t5_limits, token_weights
 from megaflux.generation.dots import griddot
-from megaflux.generation.dots.dots import Weighting, check_weighting
+from megaflux.generation.dots.dots import Dot, Weighting, check_weighting
 from megaflux.generation.dots.heat_map import heat_map
-from megaflux.generation.job import Runtime, read_inputs, run, steps_taken
+from megaflux.generation.job import Runtime
 from megaflux.generation.outputs import stem_of
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline
+from megaflux.generation.run import read_inputs, run, steps_taken
 from megaflux.infer import make as infer
 from megaflux.panel.state import Form, Session, Stored, job_of, keep, shown
 
@@ -236,7 +237,7 @@ def disc_mask(discs: Sequence[tuple[float, float, float]], size: tuple[int, int]
     return mask
 
 
-def ring(shown: Image.Image, dot: griddot.Dot) -> None:
+def ring(shown: Image.Image, dot: Dot) -> None:
     """A white ring around the dot that the sliders move."""
     x, y = dot.x * shown.width, dot.y * shown.height
     ImageDraw.Draw(shown).ellipse([x - 11, y - 11, x + 11, y + 11], outline="white", width=3)

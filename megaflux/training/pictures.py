@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from megaflux.config.parse import Config
-from megaflux.generation.sampling import flux_pipeline, generate
+from megaflux.generation.sampling import SamplingRequest, flux_pipeline, generate
 from megaflux.models.pretrained import Models
 from megaflux.training.frozen import vae_at_hand
 from megaflux.training.validation import References
@@ -33,23 +33,13 @@ def variations(
     bucket, pictures = references.bucket, []
     chunk = max(1, config.train.micro_batch_size // per_reference)
     with vae_at_hand(models):
+        request = SamplingRequest(bucket.height, bucket.width, config.validation.steps, config.flow.guidance)
         pipeline = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
         for start in range(0, len(index), chunk):
             part = list(index[start : start + chunk])
             condition = references.condition(models, part).repeated(per_reference)
             seeds = [seed + k for _ in part for k in range(per_reference)]
-            images = generate(
-                pipeline,
-                models.trainable,
-                condition,
-                models.pooled_projections,
-                seeds,
-                bucket.height,
-                bucket.width,
-                config.validation.steps,
-                config.flow.guidance,
-                on_step,
-            )
+            images = generate(pipeline, models, condition, seeds, request, on_step)
             pictures.append(images.unflatten(0, (len(part), per_reference)))
     return torch.cat(pictures)
 

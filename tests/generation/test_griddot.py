@@ -1,4 +1,4 @@
-"""GridDot's weights by hand, and their exact properties through FLUX's whole velocity in float64."""
+"""GridDot's weights by hand, and their exact properties in FLUX's velocity in float64."""
 
 import json
 import math
@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from megaflux.common.errors import UserError
-from megaflux.generation.condition import PromptEmbeds, Reference, prompt_embeds, token_weights
-from megaflux.generation.dots import dots as dotting
+from megaflux.generation.condition import PromptEmbeds, prompt_embeds, token_weights
 from megaflux.generation.dots import griddot
-from megaflux.generation.dots.griddot import Dot, Weighting
+from megaflux.generation.dots.dots import Dot, Weighting, check_weighting, parse_dot, read_dots
 from megaflux.generation.dots.heat_map import heat_map
+from megaflux.generation.request import Reference
 from megaflux.models.latents import image_ids, text_ids
 from megaflux.runs import load_pipeline
 from tests.conftest import picture
@@ -71,10 +71,10 @@ def test_mass_and_variety():
     ones, generator = torch.ones(6, 6, dtype=torch.float64), torch.Generator().manual_seed(3)
     dropped = griddot.drop(ones, 0.7, generator)
     assert (dropped == 0).sum() == 25 and (dropped[dropped > 0] == 1).all()
-    assert (griddot.drop(ones, 0.999, generator) > 0).sum() == 1  # one always stays
+    assert (griddot.drop(ones, 0.999, generator) > 0).sum() == 1  # one token always stays
     few = torch.zeros(6, 6, dtype=torch.float64)
     few[2, 3] = few[4, 4] = 1
-    assert (griddot.drop(few, 0.5, generator) > 0).sum() == 1  # the share is of what is there
+    assert (griddot.drop(few, 0.5, generator) > 0).sum() == 1  # a fraction of the positive weights
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +84,13 @@ def double(run_folder):
     pipeline.settings = pipeline.settings.model_copy(update={"longest_side": 256})  # references of more than 4 tokens
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in pipeline.models.trainable.transformer.parameters():  # no weight near zero: everything counts
+        for parameter in pipeline.models.trainable.transformer.parameters():  # no weight near zero: every part matters
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return pipeline
 
 
 def velocity(pipeline, embeds: PromptEmbeds) -> torch.Tensor:
-    """The whole velocity of a 48 x 64 px picture for a condition, on the path that is configured."""
+    """FLUX's velocity for a 48 x 64 px picture and a condition, on the configured path."""
     model = pipeline.models.trainable
     x = torch.randn(
         1, 12, model.transformer.config.in_channels, generator=torch.Generator().manual_seed(1), dtype=torch.float64
@@ -152,7 +152,7 @@ def test_integer_weights_are_repeated_tokens_and_0_is_deletion(pipeline):
     ours, theirs = velocity(pipeline, weighted), velocity(pipeline, repeated)
     assert (ours - theirs).abs().max() < 1e-12 * max(1, theirs.abs().max())
     assert (ours - velocity(pipeline, plain)).abs().max() > 1e-6  # the weights do something
-    # a bias of -inf on all tokens, in the place of taking them out
+    # a bias of -inf instead of removing the tokens of weight 0
     masked = PromptEmbeds(plain.prompt_embeds, weights.log()[None], plain.embedded, count)
     assert (velocity(pipeline, masked) - ours).abs().max() < 1e-12 * max(1, ours.abs().max())
 
@@ -163,7 +163,7 @@ def test_strength_and_other_references(pipeline):
     doubled = PromptEmbeds(once.prompt_embeds.repeat(1, 2, 1), None, once.embedded, 2 * once.num_own_tokens)
     ours, theirs = velocity(pipeline, twice), velocity(pipeline, doubled)
     assert (ours - theirs).abs().max() < 1e-12 * max(1, theirs.abs().max())
-    # two references: each one's tokens are what they are alone, in their order
+    # two references: the tokens that each has alone, one after the other
     a, b = picture(84, 56), picture(56, 56, seed=9)
     both = prompt_embeds(pipeline.encode_all([Reference(a), Reference(b, 0.25)]), Weighting(), 0)
     alone = [prompt_embeds(pipeline.encode_all([Reference(x)]), Weighting(), 0).prompt_embeds for x in (a, b)]
@@ -177,7 +177,9 @@ def test_variety_is_a_function_of_the_seed(pipeline):
     (reference,) = encoded.references
     masks = [token_weights(reference, Weighting(variety=0.5), seed) for seed in (0, 1, 0)]
     assert torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[1])
-    assert len({int((mask > 0).sum()) for mask in masks}) == 1  # as many for each seed: they can be batched
+    assert (
+        len({int((mask > 0).sum()) for mask in masks}) == 1
+    )  # equally many for each seed, so that they can be batched
     embeds = prompt_embeds(encoded, Weighting(variety=0.5), 0)
     assert torch.equal(embeds.prompt_embeds, reference.hidden_states[:, masks[0] > 0]) and embeds.bias is None
     kept_mass = prompt_embeds(encoded, Weighting(variety=0.5, preserve_mass=True), 0)
@@ -213,7 +215,7 @@ def test_downsampling_averages_tokens(pipeline):
 )
 def test_bad_dots_are_one_line(text, said):
     with pytest.raises(UserError, match=said) as caught:
-        dotting.parse_dot(text)
+        parse_dot(text)
     assert "\n" not in str(caught.value)
 
 
@@ -239,18 +241,15 @@ def test_bad_dot_files_are_one_line(tmp_path, content, said):
     if content is not None:
         file.write_text(content)
     with pytest.raises(UserError, match=said) as caught:
-        dotting.read_dots(str(file))
+        read_dots(str(file))
     assert "dots.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_dot_files(tmp_path):
     dot = {"x": 0.1, "y": 0.2, "radius": 0.3, "weight": 2}
     (tmp_path / "a.json").write_text(json.dumps({"dots": [dot, {**dot, "reference": 2}], "background": 0}))
-    assert dotting.read_dots(str(tmp_path / "a.json")) == ({0: [Dot(**dot)], 1: [Dot(**dot)]}, {"background": 0})
-    assert dotting.parse_dot("2:0.1,0.2,0.3,2") == (1, Dot(**dot)) and dotting.parse_dot("0.1,0.2,0.3,2") == (
-        0,
-        Dot(**dot),
-    )
+    assert read_dots(str(tmp_path / "a.json")) == ({0: [Dot(**dot)], 1: [Dot(**dot)]}, {"background": 0})
+    assert parse_dot("2:0.1,0.2,0.3,2") == (1, Dot(**dot)) and parse_dot("0.1,0.2,0.3,2") == (0, Dot(**dot))
 
 
 def test_dots_that_leave_nothing_are_refused(double):
@@ -265,7 +264,7 @@ def test_dots_that_leave_nothing_are_refused(double):
         ({"variety": math.nan}, "variety"),
     ):
         with pytest.raises(UserError, match=said):
-            dotting.check_weighting(Weighting(**bad))
+            check_weighting(Weighting(**bad))
     for strength in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(UserError, match="strength"):
             double.encode_all([Reference(picture(64, 64), strength)])

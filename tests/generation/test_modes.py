@@ -33,7 +33,7 @@ MODES = ("text", "variation", "img2img", "inpaint", "controlnet", "controlnet-im
 
 @pytest.fixture(scope="module")
 def controlnet_folder(tmp_path_factory, small_config):
-    """A tiny ControlNet-Union with random weights everywhere, its zero-initialised outputs too."""
+    """A tiny ControlNet-Union with random weights, also in its zero-initialised outputs."""
     with torch.random.fork_rng():
         torch.manual_seed(11)
         net = FluxControlNetModel(**small_config.model.flux_config, num_mode=10)
@@ -68,7 +68,7 @@ def hole() -> Image.Image:
 
 
 def given(mode: str) -> dict:
-    """What a person gives for a mode, as keyword arguments of the pipeline."""
+    """Keyword arguments of the pipeline for a mode."""
     values = {"reference": picture(84, 56, seed=1), "height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS}
     if mode == "text":
         values |= {"reference": None, "prompt": "a red fox"}
@@ -87,7 +87,7 @@ def given(mode: str) -> dict:
 
 
 def theirs(pipeline, mode: str, seed: int, output_type: str = "pil", embeds=None):
-    """The same by diffusers' own pipeline, written out: transformer on its own path, our embeddings."""
+    """The pictures of diffusers' own pipeline, with the transformer on diffusers' path and our prompt_embeds."""
     models, values = pipeline.models, given(mode)
     models.trainable.configure(False)
     if embeds is None:
@@ -153,7 +153,7 @@ def test_every_mode_is_diffusers_own(pipeline, mode):
     pipeline.models.trainable.configure(True)
     on = values_of(pipeline(**given(mode), seed=7).images[0])
     assert np.abs(on - want).max() <= 1
-    assert on.std() > 5  # a picture, not a plane
+    assert on.std() > 5  # not one plain colour
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -243,7 +243,7 @@ def test_dots_count_in_every_mode(pipeline):
         assert dotted.images[0].tobytes() != plain.images[0].tobytes() == same.images[0].tobytes()
         assert (dotted.weights[0][0] == 0).any() and dotted.weights[0][0].max() > 1
         told = any("ControlNet itself" in note for note in dotted.notes)
-        assert told == ("controlnet" in mode)  # what diffusers cannot honour is said
+        assert told == ("controlnet" in mode)  # a note says what diffusers' ControlNet ignores
     pipeline.settings = pipeline.settings.model_copy(update={"longest_side": 64})
 
 
@@ -255,7 +255,7 @@ def test_inpainting_changes_only_the_hole_and_img2img_follows_its_strength(pipel
     through_vae = latent_ops.decode(vae, latent_ops.encode(vae, pixels))[0].permute(1, 2, 0).numpy().astype(int)
     changed = np.abs(made - through_vae).mean(-1)
     far = np.ones_like(mask)
-    far[8:40, 8:56] = False  # the VAE looks a little around
+    far[8:40, 8:56] = False  # the VAE sees a little around a pixel
     assert changed[mask].mean() > 4 * changed[far].mean()
     distances = []
     for strength in (0.2, 0.6, 1.0):
@@ -263,7 +263,7 @@ def test_inpainting_changes_only_the_hole_and_img2img_follows_its_strength(pipel
         distances.append(np.abs(values_of(other) - values_of(image)).mean())
     assert distances[0] < distances[1] < distances[2]
     whole = pipeline(**given("img2img") | {"strength": 1.0, "image": picture(WIDTH, HEIGHT, seed=5)}, seed=7).images[0]
-    assert whole.tobytes() == other.tobytes()  # strength 1 begins at noise: the picture does not count
+    assert whole.tobytes() == other.tobytes()  # strength 1 starts from noise: the picture does not matter
 
 
 def test_control_start_and_end_and_scale(pipeline):
@@ -278,7 +278,7 @@ def test_control_start_and_end_and_scale(pipeline):
     assert len({plain, whole, half, late}) == 4
 
 
-def test_the_attention_map_is_the_softmax_and_costs_nobody_else(pipeline):
+def test_the_attention_map_is_the_softmax_and_changes_no_picture(pipeline):
     pipeline.settings = pipeline.settings.model_copy(update={"longest_side": 256})
     reference = Reference(picture(168, 112), 1.0, (Dot(x=0.1, y=0.1, radius=0.3, weight=0),))
     arguments = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 1, "seed": 3}
@@ -289,7 +289,7 @@ def test_the_attention_map_is_the_softmax_and_costs_nobody_else(pipeline):
     weights = asked.weights[0][0]
     assert mass.shape == weights.shape and ((mass > 0) == (weights > 0)).all() and 0 < mass.sum() < 1
 
-    # the same from diffusers' own path: what attention gives back where v tells only which key it is
+    # the same from the queries and keys of diffusers' own path
     from diffusers.models.transformers import transformer_flux
 
     seen, real = [], transformer_flux.dispatch_attention_fn
@@ -331,7 +331,7 @@ def test_diffusers_conventions(pipeline, tmp_path):
     assert len(many) == 2 and many[0].tobytes() != many[1].tobytes()
     before = pipeline(**values).images[0].tobytes()
     pipeline.save_pretrained(tmp_path / "saved")
-    assert pipeline(**values).images[0].tobytes() == before  # saving leaves it whole
+    assert pipeline(**values).images[0].tobytes() == before  # saving does not change it
     again = load_pipeline(tmp_path / "saved", dtype=torch.float32, device="cpu")
     assert again(**values).images[0].tobytes() == before
     assert again.to(torch.float64).dtype == torch.float64 and again.to("cpu", torch.float32).dtype == torch.float32
@@ -343,7 +343,7 @@ def test_diffusers_conventions(pipeline, tmp_path):
     named = Qwen2VLFluxPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.float64, device="cpu")
     assert named.dtype == torch.float64
     tall = pipeline(**values | {"height": 80, "width": None}, image=picture(32, 64)).images[0]
-    assert tall.size == (32, 80)  # what is not given is the image's own
+    assert tall.size == (32, 80)  # the width is the image's own
 
 
 def test_saving_keeps_the_credit_and_leaves_the_nets_out(pipeline, tmp_path):
@@ -353,7 +353,7 @@ def test_saving_keeps_the_credit_and_leaves_the_nets_out(pipeline, tmp_path):
     credited.save_pretrained(tmp_path / "saved")
     again = Qwen2VLFluxPipeline.from_pretrained(tmp_path / "saved", device="cpu")
     assert again.attribution == "by them" and "controlnet" not in again.source
-    assert len(again.source["weights_sha256"]) == 64  # of weights that named no hash
+    assert len(again.source["weights_sha256"]) == 64  # made for a source without one
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_saving_keeps_the_credit_and_leaves_the_nets_out(pipeline, tmp_path):
         ({"control_image": picture(64, 48), "control_mode": 12}, "kind 12 is not one"),
     ],
 )
-def test_what_cannot_be_is_refused(pipeline, change, said):
+def test_invalid_arguments_are_refused(pipeline, change, said):
     with pytest.raises(UserError, match=said) as caught:
         pipeline(**given("variation") | change)
     assert "\n" not in str(caught.value)

@@ -1,5 +1,4 @@
-"""The pipeline gives training's own condition, one picture per seed in any company, and loads whole exports
-only."""
+"""The pipeline computes training's condition, a picture depends on its own seed alone, and broken exports are refused."""
 
 import io
 import json
@@ -14,7 +13,12 @@ from safetensors.torch import load_file, save_file
 from megaflux.common.errors import UserError
 from megaflux.data.batches import collate
 from megaflux.data.buckets import Bucket, make_buckets
-from megaflux.generation.pipeline import Qwen2VLFluxPipeline, Reference, Settings, output_size, reference_tensor
+from megaflux.generation.dots.dots import Weighting
+from megaflux.generation.inputs import reference_tensor
+from megaflux.generation.job import Job, JobControl, JobReference, check
+from megaflux.generation.layout import Settings
+from megaflux.generation.pipeline import Qwen2VLFluxPipeline
+from megaflux.generation.request import Reference, output_size
 from megaflux.runs import load_pipeline
 from megaflux.training.cache import to_tensor
 from tests.conftest import picture
@@ -48,7 +52,7 @@ def test_condition_is_trainings_own(pipeline, aspect, caption):
     trained = trunk.encode(batch["pixel_values"], [caption], "image_text" if caption else "image")
     given, _ = pipeline.encode(Image.open(io.BytesIO(stored)), caption)
     assert same_condition(given, trained)
-    if not caption:  # and the one from the cache of the trunk's output
+    if not caption:  # the same as from the cache of the trunk's output
         cached = trunk.encode(to_tensor(stored)[None]).hidden_states
         assert same_condition(given, trunk.from_cache(cached, bucket.height, bucket.width))
 
@@ -119,10 +123,12 @@ def test_notes_say_what_was_done_to_the_prompt(pipeline):
         assert notes == [] and same_condition(condition, pipeline.encode(reference)[0])
         assert pipeline.encode_all([Reference(reference)], nothing or "").notes == []
     notes = pipeline.encode_all([Reference(reference)], "a fox").notes
-    assert any("without captions" in note for note in notes)  # the small run draws mode image only
+    assert any("without captions" in note for note in notes)  # the small run trains mode image only
     encoded = pipeline.encode_all([Reference(reference)], "fox " * 25_000)
     assert any("cut to the first 256" in note for note in encoded.notes)
-    assert encoded.text.shape[1] == 256 and encoded.references[0].hidden_states.shape[1] == 4  # none taken away
+    assert (
+        encoded.text.shape[1] == 256 and encoded.references[0].hidden_states.shape[1] == 4
+    )  # the prompt takes no token from the reference
 
 
 @pytest.mark.parametrize(
@@ -138,9 +144,35 @@ def test_notes_say_what_was_done_to_the_prompt(pipeline):
         ({"reference": picture(100, 10)}, "100x10"),
     ],
 )
-def test_what_cannot_be_is_refused(pipeline, change, said):
+def test_invalid_arguments_are_refused(pipeline, change, said):
     with pytest.raises(UserError, match=said):
         pipeline(**({"reference": picture(64, 64)} | change))
+
+
+@pytest.mark.parametrize(
+    ("of_job", "of_call"),
+    [
+        ({"prompt": "a\0b"}, {"prompt": "a\0b"}),
+        ({"shift": 0.0}, {"shift": 0.0}),
+        ({"variety": 1.0}, {"weighting": Weighting(variety=1.0)}),
+        ({"background": -1.0}, {"weighting": Weighting(background=-1.0)}),
+        (
+            {"mode": "controlnet", "controls": (JobControl(kind="canny"),), "control_start": 0.9, "control_end": 0.1},
+            {
+                "control_image": picture(64, 64),
+                "control_mode": "canny",
+                "control_guidance_start": 0.9,
+                "control_guidance_end": 0.1,
+            },
+        ),
+    ],
+)
+def test_a_job_and_a_direct_call_are_refused_alike(pipeline, of_job, of_call):
+    with pytest.raises(UserError) as job_error:  # before any file is opened
+        check(Job(references=(JobReference(file="none.png"),), **of_job))
+    with pytest.raises(UserError) as call_error:
+        pipeline(picture(64, 64), **of_call)
+    assert str(job_error.value) == str(call_error.value)
 
 
 def test_output_sizes():

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from megaflux.generation import arguments
+from megaflux.generation import runtime
 from megaflux_kernels import cudnn
 from megaflux_kernels.bench import machine
 
@@ -61,7 +61,7 @@ def test_the_benches_and_generation_see_to_it(version, capsys, caplog, monkeypat
     torch.backends.cuda.enable_cudnn_sdp(True)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     with caplog.at_level(logging.WARNING, logger="megaflux"):
-        arguments.device_and_dtype("cuda", None)
+        runtime.device_and_dtype("cuda", None)
     assert not torch.backends.cuda.cudnn_sdp_enabled() and "cuDNN 9.10.2" in caplog.text
 
 

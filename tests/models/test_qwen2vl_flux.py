@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megaflux.generation.sampling import flux_pipeline, generate
+from megaflux.generation.sampling import SamplingRequest, flux_pipeline, generate
 from megaflux.models import latents as ops
 from megaflux.models.pretrained import load_models
 from megaflux.models.vlm import QUESTION
@@ -84,7 +84,7 @@ def test_generate_is_flux_pipeline(models, whole_vlm):
     images, seeds = pixels(2), [7, 8]
     condition = models.trunk.encode(images)
     pipeline = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
-    ours = generate(pipeline, models.trainable, condition, models.pooled_projections, seeds, HEIGHT, WIDTH, 3, GUIDANCE)
+    ours = generate(pipeline, models, condition, seeds, SamplingRequest(HEIGHT, WIDTH, 3, GUIDANCE))
 
     def theirs(prompt_embeds):
         return pipeline(
@@ -110,16 +110,17 @@ def test_generate_is_flux_pipeline(models, whole_vlm):
 def test_generate_takes_generators(models):
     condition = models.trunk.encode(pixels(1))
     pipeline = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
-    arguments = (pipeline, models.trainable, condition, models.pooled_projections)
-    by_seed = generate(*arguments, [3], HEIGHT, WIDTH, 4, GUIDANCE)
-    assert torch.equal(by_seed, generate(*arguments, [torch.Generator().manual_seed(3)], HEIGHT, WIDTH, 4, GUIDANCE))
+    request = SamplingRequest(HEIGHT, WIDTH, 4, GUIDANCE)
+    by_seed = generate(pipeline, models, condition, [3], request)
+    by_generator = generate(pipeline, models, condition, [torch.Generator().manual_seed(3)], request)
+    assert torch.equal(by_seed, by_generator)
 
 
 def test_generate_refuses_padded_conditions(models):
     condition = models.trunk.encode(pixels(2), ["a", "a longer caption"], "image_text")
     pipeline = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
     with pytest.raises(ValueError, match="unequal length"):
-        generate(pipeline, models.trainable, condition, models.pooled_projections, [1, 2], HEIGHT, WIDTH, 1, GUIDANCE)
+        generate(pipeline, models, condition, [1, 2], SamplingRequest(HEIGHT, WIDTH, 1, GUIDANCE))
 
 
 @pytest.mark.parametrize("mode", ["image_text", "text"])

@@ -291,7 +291,7 @@ def test_the_heat_map_follows_every_act_without_the_model(desk, tmp_path, monkey
 
 
 def test_the_grid_and_the_weights_are_those_of_the_run(desk, tmp_path):
-    from megaflux.generation.job import read_inputs, run
+    from megaflux.generation.run import read_inputs, run
 
     for size in ((168, 112), (40, 90), (300, 300), (3, 2)):
         desk.give(picture(*size, 1), tmp_path / f"{size[0]}.png")
@@ -303,7 +303,7 @@ def test_the_grid_and_the_weights_are_those_of_the_run(desk, tmp_path):
 
 
 def test_beside_a_prompt_t5_leaves_the_picture_fewer_tokens(with_t5, converted, tmp_path):  # noqa: F811
-    from megaflux.generation.job import read_inputs, run
+    from megaflux.generation.run import read_inputs, run
     from megaflux.panel.work import Work
 
     picture(300, 300, 1).save(tmp_path / "cat.png")

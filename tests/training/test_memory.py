@@ -130,15 +130,14 @@ def test_live_memory_knows_views_and_the_end_of_storages():
 def test_generating_takes_large_pictures_one_by_one_and_leaves_the_vae_as_it_was(monkeypatch):
     vae, seen = SimpleNamespace(use_slicing=False), []
     tokens = torch.zeros(1, 2, 4)
-    model = SimpleNamespace(encode_condition=lambda condition, embedded: tokens, fused=True)
+    models = SimpleNamespace(trainable=SimpleNamespace(encode_condition=lambda condition, embedded: tokens, fused=True))
     monkeypatch.setattr(
         sampling, "sample", lambda pipeline, *_, **__: seen.append(pipeline.vae.use_slicing) or torch.zeros(1)
     )
     for pictures, side in ((8, 1024), (2, 1024), (32, 128)):
         seeds = list(range(pictures))
-        sampling.generate(
-            SimpleNamespace(vae=vae), model, SimpleNamespace(select_mask=None), None, seeds, side, side, 2, 3.5
-        )
+        request = sampling.SamplingRequest(side, side, 2, 3.5)
+        sampling.generate(SimpleNamespace(vae=vae), models, SimpleNamespace(select_mask=None), seeds, request)
         assert not vae.use_slicing  # training encodes with it
     assert seen == [True, False, False]
 

@@ -1,1 +1,1 @@
-"""ControlNets and the detectors that draw their maps."""
+"""ControlNets, and the detectors that make their maps."""

@@ -1,6 +1,6 @@
-"""Control maps and masks from a picture: depth, lines, Canny edges; a mask painted, or pointed at.
+"""Control maps from a picture (depth, lines, Canny edges), and masks, painted or by points.
 
-Detectors are other people's models (DepthAnything, Anyline, SAM 2), loaded only when a map of theirs is asked for.
+The detectors are third-party models (DepthAnything, Anyline, SAM 2); each is loaded when a map of it is first needed.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ import numpy as np
 from PIL import Image
 
 from megaflux.common.errors import UserError
+from megaflux.generation.request import DETECTED
 from megaflux.models.loading_errors import named
 from megaflux.models.safetensors_files import is_pointer
 from megaflux.models.sources import DETECTOR, folder_problems, hub_name, opened, problem
 
-if TYPE_CHECKING:  # torch is imported where a model runs: the command line's parser reads this module too
+if TYPE_CHECKING:  # torch is imported where a model runs: the command line's parser imports this module, too
     import torch
 
-KINDS = ("depth", "line", "canny")
-"""The maps that Detectors makes."""
 UNION_MODES = {"depth": 2, "line": 0, "canny": 0, "tile": 1, "blur": 3, "pose": 4, "gray": 5, "lq": 6}
-"""The control_mode of each kind in InstantX/FLUX.1-dev-Controlnet-Union, which reads lines as Canny edges."""
-MTEED = "MTEED.pth"
+"""control_mode of each kind of map in InstantX/FLUX.1-dev-Controlnet-Union, which reads lines as Canny edges."""
+CANNY_THRESHOLDS = (100, 200)  # of the gradient, for hysteresis
+MTEED = "MTEED.pth"  # Anyline's weights
+# By detector: its option, the message where it is needed but not given, and its classes in transformers.
 OPTIONS = {"depth": "--depth-model", "line": "--line-model", "sam": "--sam-model"}
 NEEDED = {
     "depth": "--control depth: needs a depth detector; give --depth-model DIR"
@@ -53,50 +54,46 @@ class Sources:
 
 
 class Detectors:
-    """The detectors of `sources` on one device, each loaded when first asked for and then kept.
-
-    notes: what was done otherwise than asked, for people.
-    """
+    """The detectors of `sources` on one device, each loaded on first use and then kept."""
 
     line_resolution = 1280
-    """px: Anyline looks at the picture with its shorter side resized to this, both sides in multiples of 64."""
+    """px: shorter side of the picture that Anyline sees; both sides are rounded to multiples of 64."""
 
     def __init__(self, sources: Sources, device: str | torch.device = "cpu"):
         self.sources = sources
         self.device = device
         self.notes: list[str] = []
-        self._models: dict[str, Any] = {}
+        """What was not done as asked, human-readable."""
+        self.loaded: dict[str, Any] = {}
+        """The detectors in memory: "depth" and "sam" as (model, processor), "line" as Anyline's detector."""
 
-    def loaded(self) -> tuple[str, ...]:
-        """The detectors in memory, of "depth", "line" and "sam", in the order of their loading."""
-        return tuple(self._models)
+    def map(self, kind: str, picture: Image.Image) -> Image.Image:
+        """The control map of a picture: mode RGB, three equal channels in 0..255, of the picture's size.
 
-    def map(self, kind: str, picture: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
-        """The control map of a picture: mode RGB, three equal channels of 0..255, of `size` (width, height) or else
-        the picture's. kind: one of KINDS. UserError for another kind, no or a broken detector, a missing package."""
+        kind: one of DETECTED. UserError for another kind, a detector that is not given or broken, and a missing package.
+        """
         picture = picture.convert("RGB")
-        size = size or picture.size
         if kind == "depth":
-            return self._depth(picture, size)
+            return self._depth(picture)
         if kind == "line" and self.sources.line is not None:
-            return self._line(picture, size)
+            return self._line(picture)
         if kind == "line":
             note = "line: no Anyline weights given, Canny is used"
             if note not in self.notes:
                 self.notes.append(note)
         elif kind != "canny":
             raise UserError(
-                f"--control {kind}: only {', '.join(KINDS)} are made from a picture;"
+                f"--control {kind}: only {', '.join(DETECTED)} are made from a picture;"
                 f" give a ready map with --control-image {kind}=FILE"
             )
-        # edges of the resized picture, not resized edges: those would be grey
-        return canny(picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS))
+        return canny(picture)
 
     def mask(self, picture: Image.Image, points: Sequence[tuple[float, float, int]]) -> Image.Image:
-        """The mask of what the points show: mode L, 255 inside and 0 outside, of the picture's size.
+        """The mask of the object at the points: mode L, 255 inside and 0 outside, of the picture's size.
 
-        points: x, y in [0, 1] from the left and the top, and a label: 1 in, 0 out. Of SAM 2's proposals the one it
-        gives the best IoU is taken. UserError for bad points, nothing found, no or a broken detector.
+        points: (x, y, label); x and y in [0, 1] from the left and the top, label 1 in or 0 out. SAM 2's proposal of the
+        highest predicted IoU is used. UserError for invalid points, if nothing is found there, and for a detector that
+        is not given or broken.
         """
         points = check_points(points)
         model, processor = self._get("sam")
@@ -114,41 +111,40 @@ class Detectors:
                 **{name: inputs[name].to(self.device) for name in ("pixel_values", "input_points", "input_labels")},
                 multimask_output=True,
             )
-        # (proposals, H, W) bool of the one picture's one object
+        # (proposals, H, W) bool, of the only object in the only picture
         proposals = processor.post_process_masks(output.pred_masks.cpu(), inputs["original_sizes"])[0][0]
         best = proposals[int(output.iou_scores[0, 0].argmax())].numpy()
         if not best.any():
             raise UserError("--mask-point: nothing is found at these points; move them or give a mask with --mask FILE")
         return Image.fromarray(best.astype(np.uint8) * 255)
 
-    def _depth(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    def _depth(self, picture: Image.Image) -> Image.Image:
         model, processor = self._get("depth")
         import torch
 
         inputs = processor(images=picture, return_tensors="pt").to(self.device)
         with torch.inference_mode():
             output = model(**inputs)
-        width, height = size
+        width, height = picture.size
         (result,) = processor.post_process_depth_estimation(output, target_sizes=[(height, width)])
         depth = result["predicted_depth"].float().cpu().reshape(height, width)  # sides of 1 px were squeezed away
         if not depth.isfinite().all():
             raise UserError(f"--depth-model {self.sources.depth}: its depth of this picture is not finite; use another")
         low, high = depth.aminmax()
-        if high - low <= 1e-5 * max(abs(low), abs(high)):  # constant, but for what resizing rounded
+        if high - low <= 1e-5 * max(abs(low), abs(high)):  # constant, apart from rounding when it was resized
             high = low + math.inf
         depth = (depth - low) / (high - low) * 255
         return Image.fromarray(depth.numpy().astype(np.uint8)).convert("RGB")  # rounded down, as transformers does
 
-    def _line(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    def _line(self, picture: Image.Image) -> Image.Image:
         detector = self._get("line")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the median of a plain picture's no lines; skimage's renamed arguments
-            lines = detector(picture, self.line_resolution)  # and resized back
-        return lines if lines.size == size else lines.resize(size, Image.Resampling.BILINEAR)
+            warnings.simplefilter("ignore")  # a median of no lines on a plain picture; skimage's renamed arguments
+            return detector(picture, self.line_resolution)  # resized back to the picture's size
 
     def _get(self, name: str) -> Any:
-        """The detector `name`, loaded if need be: (model, processor), or Anyline's."""
-        if name not in self._models:
+        """The detector `name`, loaded if necessary."""
+        if name not in self.loaded:
             source = getattr(self.sources, name)
             if source is None:
                 raise UserError(NEEDED[name])
@@ -156,28 +152,23 @@ class Detectors:
                 raise UserError(line)
             import torch
 
-            with torch.random.fork_rng(devices=[]):  # classes draw first weights before the file's replace them
-                self._models[name] = (_load_line if name == "line" else _load_parts)(name, source, self.device)
-        return self._models[name]
+            with torch.random.fork_rng(devices=[]):  # a class draws random weights before the file's replace them
+                self.loaded[name] = (_load_line if name == "line" else _load_parts)(name, source, self.device)
+        return self.loaded[name]
 
 
-def canny(picture: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
-    """Canny's edges: mode RGB, 255 on an edge and 0 elsewhere, of the picture's size.
-
-    low, high: hysteresis thresholds of the gradient. UserError for thresholds out of order, or without OpenCV.
-    """
-    if not 0 <= low <= high < math.inf:
-        raise UserError(f"canny: thresholds {low:g} and {high:g}; use 0 <= low <= high")
+def canny(picture: Image.Image) -> Image.Image:
+    """Canny edges: mode RGB, 255 on an edge and 0 elsewhere, of the picture's size. UserError if OpenCV is missing."""
     with _extra("canny"):
         import cv2
-    edges = cv2.Canny(np.asarray(picture.convert("RGB")), low, high)
+    edges = cv2.Canny(np.asarray(picture.convert("RGB")), *CANNY_THRESHOLDS)
     return Image.fromarray(edges).convert("RGB")
 
 
 def check_points(points: Sequence[tuple[float, float, int]]) -> tuple[tuple[float, float, int], ...]:
-    """The points as (x, y, label). UserError for none, none inside, and for each value that is out of its range."""
+    """The points as (x, y, label). UserError for no points, none with label 1, and a value out of range."""
     if not points:
-        raise UserError("mask points: there is none; give at least one x,y inside what is to be repainted")
+        raise UserError("mask points: none given; give at least one x,y inside what is to be repainted")
     checked = tuple(_point(point, "mask point") for point in points)
     if not any(label for _, _, label in checked):
         raise UserError("mask points: all have label 0 (out); give at least one x,y inside what is to be repainted")
@@ -185,7 +176,7 @@ def check_points(points: Sequence[tuple[float, float, int]]) -> tuple[tuple[floa
 
 
 def parse_point(text: str) -> tuple[float, float, int]:
-    """`x,y` or `x,y,label` -> (x, y, label); without a label the point is inside (1). UserError for anything else."""
+    """`x,y` or `x,y,label` -> (x, y, label); the default label is 1 (in). UserError for anything else."""
     parts = [part.strip() for part in text.split(",")]
     try:
         values = [float(part) for part in parts]
@@ -194,7 +185,7 @@ def parse_point(text: str) -> tuple[float, float, int]:
     return _point(values + [1] * (len(values) == 2), "--mask-point", text)
 
 
-def _point(point: Sequence[float], where: str, text: str | None = None) -> tuple[float, float, int]:
+def _point(point: Any, where: str, text: str | None = None) -> tuple[float, float, int]:
     values = list(point) if isinstance(point, tuple | list) else [point]
     where = f"{where} {text if text is not None else ','.join(map(str, values))}"
     if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
@@ -208,32 +199,17 @@ def _point(point: Sequence[float], where: str, text: str | None = None) -> tuple
 
 
 def read_mask(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """A picture as a mask: mode L, 255 where it is white (from half of full brightness: repaint), else 0.
+    """A picture as a mask: mode L, 255 (repaint) where it is brighter than half of full brightness, else 0.
 
-    size: (width, height) of the picture to be painted in. Transparent pixels count as black. UserError for another
-    size, a mask that is black everywhere, and one that is one colour and has its shape in the alpha channel.
+    size: (width, height) in px of the picture to repaint, which the mask must have. Transparent pixels count as black.
+    UserError for another size, a mask without white, and one whose shape is in the alpha channel alone.
     """
     if picture.size != tuple(size):
         raise UserError(
             f"mask: {picture.width}x{picture.height} but the picture is {size[0]}x{size[1]};"
             " give a mask of the picture's size"
         )
-    full = 255.0
-    if picture.mode[0] in "IF":  # more than 8 bits; Pillow would cut them off at 255
-        values = np.asarray(picture, np.float64)
-        ranges = {"F": (1.0, 255.0), "I": (255.0,)}.get(picture.mode, ())
-        full = next((top for top in ranges if values.max() <= top), 65535.0)
-    else:
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            colours, alpha = picture.convert("RGB"), picture.getchannel("A")
-            if alpha.getextrema()[0] < 255 and all(low == high for low, high in colours.getextrema()):
-                raise UserError(
-                    "mask: one colour, its shape is in the alpha channel;"
-                    " save it as black and white without alpha, white where it is to be repainted"
-                )
-            picture = Image.composite(colours, Image.new("RGB", picture.size), alpha)
-        values = np.asarray(picture.convert("L"))
+    values, full = _brightness(picture)
     white = values > full / 2
     if not white.any():
         brightest = f"its brightest value is {values.max():g} of {full:g}"
@@ -241,11 +217,29 @@ def read_mask(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(white.astype(np.uint8) * 255)
 
 
+def _brightness(picture: Image.Image) -> tuple[np.ndarray, float]:
+    """((height, width) of brightness, the value of full brightness). UserError for a shape in the alpha channel alone."""
+    if picture.mode[0] in "IF":  # more than 8 bits, which Pillow's conversion would clip at 255
+        deep = np.asarray(picture, np.float64)
+        ranges = {"F": (1.0, 255.0), "I": (255.0,)}.get(picture.mode, ())
+        return deep, next((top for top in ranges if deep.max() <= top), 65535.0)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        colours, alpha = picture.convert("RGB"), picture.getchannel("A")
+        if np.asarray(alpha).min() < 255 and len(colours.getcolors(maxcolors=1) or ()) == 1:
+            raise UserError(
+                "mask: one colour, its shape is in the alpha channel;"
+                " save it as black and white without alpha, white where it is to be repainted"
+            )
+        picture = Image.composite(colours, Image.new("RGB", picture.size), alpha)
+    return np.asarray(picture.convert("L")), 255.0
+
+
 def lacking(sources: Sources) -> list[str]:
-    """What the named sources that are folders lack, one line each. A hub's files are not looked at."""
-    named = ((name, getattr(sources, name)) for name in OPTIONS)
+    """What is missing or broken in the sources that are local folders, one line each."""
+    given = ((name, getattr(sources, name)) for name in OPTIONS)
     return [
-        line for name, source in named if source and not _would_be_fetched(source) for line in _lacking(name, source)
+        line for name, source in given if source and not _would_be_fetched(source) for line in _lacking(name, source)
     ]
 
 
@@ -254,7 +248,7 @@ def _would_be_fetched(source: str) -> bool:
 
 
 def _lacking(name: str, source: str) -> list[str]:
-    """What a local source lacks, one line each."""
+    """What is missing or broken in a local source, one line each."""
     folder, where = Path(source), f"{OPTIONS[name]} {source}"
     if why := problem(source):
         return [f"{where}: {why}"]
@@ -281,12 +275,13 @@ def _load_parts(name: str, source: str, device: Any) -> tuple[Any, Any]:
     model = load_strict(model, source, dtype=torch.float32).eval().requires_grad_(False).to(device)
     place = opened(source, ("*.json",))
     with named(source):
-        return model, processor.from_pretrained(place, **kwargs)
+        loaded = processor.from_pretrained(place, **kwargs)
+    return model, loaded
 
 
 def _load_line(name: str, source: str, device: Any) -> Any:
-    """Anyline's detector. Its own from_pretrained unpickles anything on an older torch, so the weights are read here,
-    as plain tensors only."""
+    """Anyline's detector. The weights are read here, as plain tensors only: Anyline's own from_pretrained unpickles
+    anything on an older torch."""
     import torch
 
     with _extra(name):
@@ -294,8 +289,13 @@ def _load_line(name: str, source: str, device: Any) -> Any:
         from controlnet_aux.teed.ted import TED
         from transformers.utils import cached_file
     place = opened(source, (f"Anyline/{MTEED}",))
-    with named(source):
-        file = _local_mteed(Path(place)) or Path(cached_file(place, MTEED, subfolder="Anyline"))
+    file = _local_mteed(Path(place))
+    if file is None:
+        with named(source):
+            fetched = cached_file(place, MTEED, subfolder="Anyline")
+        if fetched is None:
+            raise UserError(f"{source}: holds no {MTEED}; give Anyline's folder")
+        file = Path(fetched)
     released = f"give Anyline's {MTEED}"
     with named(str(file)):
         try:
@@ -319,7 +319,7 @@ def _load_line(name: str, source: str, device: Any) -> Any:
 
 @contextmanager
 def _extra(kind: str) -> Iterator[None]:
-    """Imports of the optional packages: their warnings are hidden, their absence is a UserError."""
+    """Inside, optional packages are imported without their warnings; a missing one is a UserError."""
     from megaflux.common import compat  # noqa: F401  (controlnet_aux imports torchvision)
 
     try:

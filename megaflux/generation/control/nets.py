@@ -1,18 +1,22 @@
-"""FLUX ControlNets in diffusers' layout: loading, what belongs to which map, what they cannot honour."""
+"""FLUX ControlNets in diffusers' layout: loading them, choosing the net of each map, and what they ignore."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 
 from megaflux.common import compat  # noqa: F401  (before diffusers)
-from diffusers import FluxControlNetModel, FluxMultiControlNetModel
+
+# isort: split
+# From its own module: to a type checker, the names in diffusers/__init__.py are its stand-ins for missing packages.
+from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel, FluxMultiControlNetModel
 
 from megaflux.common.errors import UserError
 from megaflux.generation.condition import Encoded
-from megaflux.generation.dots.griddot import Weighting
+from megaflux.generation.control.detectors import UNION_MODES
+from megaflux.generation.dots.dots import Weighting
+from megaflux.generation.request import ControlMaps
 from megaflux.generation.sampling import Control
 from megaflux.models.pretrained import Models, cast, weights_fingerprint
 from megaflux.models.strict import load_strict
@@ -20,55 +24,70 @@ from megaflux.models.strict import load_strict
 
 @dataclass
 class ControlNets:
-    """Loaded nets: {"": union or one net for any map} or {kind: net}."""
+    """Loaded ControlNets."""
 
     nets: dict[str, FluxControlNetModel]
+    """One net per kind of map, or under the key "" a single net: a union, or a net that takes any map."""
 
     @property
     def union(self) -> bool:
+        """Whether the net is a union, which reads maps of several kinds and is told each one's."""
         return any(net.union for net in self.nets.values())
 
     def fingerprints(self) -> dict[str, str]:
-        """A hash of each net's weights, in whatever dtype they are."""
+        """A hash of each net's weights that does not depend on their current dtype."""
         return {kind: weights_fingerprint(net, dtype=torch.bfloat16) for kind, net in self.nets.items()}
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move and cast all nets."""
         for net in self.nets.values():
             cast(net, device, dtype)
 
-    def control(
-        self,
-        images: list[Image.Image],
-        kinds: list[str | int | None],
-        modes: list[int | None],
-        scales: list[float],
-        start: float,
-        end: float,
-    ) -> Control:
-        """The maps with the nets that read them. UserError for a kind without a net and a map without a kind."""
+    def control(self, maps: ControlMaps) -> Control:
+        """The maps (RGB, of the output's size) with the nets that read them. UserError for a kind that is unknown or
+        has no net, for a map without a kind, and for more maps than the net reads."""
+        numbers = [_union_number(kind) for kind in maps.kinds]
         if "" in self.nets:
             nets = [self.nets[""]]
-            if not self.union and len(images) > 1:
+            if not self.union and len(maps.images) > 1:
                 raise UserError(
-                    "control: this ControlNet is no union and reads one map; give one, or KIND=DIR for each"
+                    "control: this ControlNet is not a union and reads one map; give one, or KIND=DIR for each"
                 )
         else:
-            lacking = next((kind for kind in kinds if kind not in self.nets), None)
-            if lacking is not None:
-                raise UserError(f"control {lacking}: no ControlNet for it; loaded are {', '.join(self.nets)}")
-            nets = [self.nets[kind] for kind in kinds]
+            nets = [self._net_for(kind) for kind in maps.kinds]
         if self.union:
-            most = nets[0].config.num_mode
-            for mode in modes:
-                if mode is None or not 0 <= mode < most:
-                    raise UserError(f"control: kind {mode} is not one of this union's {most}; name the map's kind")
-        # A net for one kind reads no mode, but diffusers' pipelines count the maps by them.
-        numbers = list(modes) if self.union else [0] * len(images)
-        return Control(FluxMultiControlNetModel(nets), images, numbers, scales, start, end)
+            modes = [_checked_number(number, nets[0].config["num_mode"]) for number in numbers]
+        else:  # such a net does not read the modes, but diffusers' pipelines count the maps by them
+            modes = [0] * len(maps.images)
+        return Control(FluxMultiControlNetModel(nets), maps.images, modes, maps.scales, maps.start, maps.end)
+
+    def _net_for(self, kind: str | int | None) -> FluxControlNetModel:
+        if not isinstance(kind, str) or kind not in self.nets:
+            raise UserError(f"control {kind}: no ControlNet for it; loaded are {', '.join(self.nets)}")
+        return self.nets[kind]
+
+
+def _union_number(kind: str | int | None) -> int | None:
+    """A union's number of a kind. UserError for an unknown name."""
+    if kind is None or isinstance(kind, int):
+        return kind
+    if kind not in UNION_MODES:
+        raise UserError(f"control: unknown kind {kind!r}; use {', '.join(UNION_MODES)}")
+    return UNION_MODES[kind]
+
+
+def _checked_number(number: int | None, count: int) -> int:
+    """UserError unless the union has a kind of that number."""
+    if number is None or not 0 <= number < count:
+        raise UserError(f"control: kind {number} is not one of this union's {count}; name the map's kind")
+    return number
 
 
 def load(sources: str | dict[str, str], models: Models, device: torch.device, dtype: torch.dtype) -> ControlNets:
-    """Load nets strictly. UserError where a file is missing or foreign, or a net's sizes are not the transformer's."""
+    """Load the nets of one folder or hub name, or of one per kind of map.
+
+    UserError for a missing or unexpected key or file, and for a net whose sizes are not the transformer's.
+    """
     sources = {"": sources} if isinstance(sources, str) else sources
     flux = models.trainable.transformer.config
     nets = {}
@@ -92,7 +111,7 @@ def load(sources: str | dict[str, str], models: Models, device: torch.device, dt
 
 
 def not_honoured(encoded: Encoded, weighting: Weighting) -> list[str]:
-    """What of the weights a ControlNet does not see: diffusers gives its blocks no attention bias."""
+    """Notes about token weights that a ControlNet ignores: diffusers gives its blocks no attention bias."""
     weighted = any(((r.weights > 0) & (r.weights != 1)).any() or r.strength != 1 for r in encoded.references)
     weighted = weighted or (weighting.preserve_mass and weighting.variety > 0)
     note = "the ControlNet itself sees the tokens that are left without their weights; FLUX sees both"

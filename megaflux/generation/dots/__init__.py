@@ -1,1 +1,1 @@
-"""Weights of a reference's tokens: dots, GridDot, heat maps."""
+"""Weights of a reference's tokens: dots, GridDot, heat maps, attention maps."""

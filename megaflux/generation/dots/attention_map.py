@@ -1,7 +1,7 @@
-"""Where the picture looked: the attention mass that its tokens put on each token of the condition.
+"""Attention maps: how much attention a generated picture's tokens give to each token of the condition.
 
-Only a run that asks pays for it: each block's softmax is computed a second time, in slices, beside the attention that
-gives the picture, which is not touched.
+Inside `attention_mass`, each block's softmax is computed a second time, in slices; the attention that makes the picture
+is not changed, and calls without a map cost nothing extra.
 """
 
 from __future__ import annotations
@@ -12,6 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from megaflux.common import compat  # noqa: F401  (before diffusers)
+
+# isort: split
+from diffusers.models import FluxTransformer2DModel
+
 from megaflux.common.errors import UserError
 from megaflux.models.flux import all_blocks, is_fused
 
@@ -19,15 +24,16 @@ SLICE = 2**24  # scores computed at a time: 64 MB in float32
 
 
 class AttentionMass:
-    """Collects, over blocks and steps, the mean over heads and picture tokens of softmax(q k^T / sqrt(D) + bias)."""
+    """Sums softmax(q k^T / sqrt(D) + bias), averaged over heads and picture tokens, over blocks and steps."""
 
     def __init__(self, num_tokens: int):
         self.num_tokens = num_tokens
+        """T, tokens of the condition."""
         self.total: Tensor | None = None
         self.count = 0
 
     def __call__(self, q: Tensor, k: Tensor, bias: Tensor | None) -> None:
-        """q, k: (B, H, S, D), the condition's tokens first; bias: (B, S) or None."""
+        """Add one attention. q, k: (B, H, S, D), the condition's T tokens first; bias: (B, S) on the keys, or None."""
         T, scale = self.num_tokens, q.shape[-1] ** -0.5
         queries, (B, H, S, _) = q[:, :, T:], k.shape
         rows = max(1, SLICE // (B * H * S))
@@ -43,13 +49,17 @@ class AttentionMass:
 
     @property
     def mean(self) -> Tensor:
-        """(B, T) float32: of all that a picture token attends to, the share on each condition token."""
+        """(B, T) float32: the fraction of a picture token's attention that each condition token gets.
+
+        RuntimeError before the first attention."""
+        if self.total is None:
+            raise RuntimeError("no attention was computed yet")
         return self.total / self.count
 
 
 @contextmanager
-def attention_mass(transformer, num_tokens: int) -> Iterator[AttentionMass]:
-    """Collect while inside. UserError on diffusers' own path, which shows no q and k."""
+def attention_mass(transformer: FluxTransformer2DModel, num_tokens: int) -> Iterator[AttentionMass]:
+    """Inside, collect the attention of all blocks. UserError on diffusers' own path, which does not expose q and k."""
     if not is_fused(transformer):
         raise UserError(
             "attention map: needs megaflux's own path; leave out --kernels off, --quantize and sequential offload"
@@ -57,8 +67,8 @@ def attention_mass(transformer, num_tokens: int) -> Iterator[AttentionMass]:
     mass, blocks = AttentionMass(num_tokens), all_blocks(transformer)
     try:
         for block in blocks:
-            block.attention_probe = mass
+            vars(block)["attention_probe"] = mass  # models/flux_blocks.py calls it
         yield mass
     finally:
         for block in blocks:
-            del block.attention_probe
+            del vars(block)["attention_probe"]

@@ -1,6 +1,6 @@
-"""Dots and what else weighs a reference's tokens, as a person gives them. What they mean: griddot.py.
+"""Dots and other token weighting as a user gives them: types, parsing and checks. griddot.py defines what they mean.
 
-Imports nothing heavy, so that a command line can check before it loads anything.
+Imports nothing heavy: a command line checks them before it loads anything.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ class Dot(Section):
     """One dot on a reference."""
 
     x: float = Field(ge=0, le=1)
-    """Of its centre: 0 left, 1 right."""
+    """Its centre: 0 left, 1 right."""
     y: float = Field(ge=0, le=1)
-    """Of its centre: 0 top, 1 bottom."""
+    """Its centre: 0 top, 1 bottom."""
     radius: float = Field(gt=0, allow_inf_nan=False)
-    """Where its effect ends, as a fraction of the picture's shorter side."""
+    """Distance at which its effect ends, as a fraction of the picture's shorter side."""
     weight: float = Field(ge=0, allow_inf_nan=False)
-    """Of the token at its centre: 0 leaves out, 1 as it is, 2 as if it stood there twice."""
+    """Weight of a token at its centre: 0 leaves it out, 1 changes nothing, 2 equals giving it twice."""
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """What becomes of a reference's tokens beside its dots."""
+    """How the tokens of all references are weighted, apart from dots and strength."""
 
     background: float = 1.0
-    """Weight where no dot is: 1 boosts or suppresses, 0 is "only here"."""
+    """Weight outside of all dots: 1 changes nothing there, 0 leaves only what the dots mark."""
     preserve_mass: bool = False
-    """Rescale the weights to the mean 1, so that the reference as a whole counts as before."""
+    """Rescale a reference's weights to a mean of 1, so that as a whole it counts as before."""
     variety: float = 0.0
-    """Share of the tokens left out, drawn anew for each seed: variations that differ more."""
+    """Fraction of the tokens left out, others for each seed: variations that differ more."""
     downsample: int = 1
     """Average tokens over this many rows and columns of the grid: a vaguer reference."""
 
@@ -49,7 +49,7 @@ NEUTRAL = Weighting()
 
 
 def check_weighting(weighting: Weighting) -> Weighting:
-    """UserError for a value that cannot be."""
+    """The weighting. UserError for an invalid value."""
     if not 0 <= weighting.background < math.inf:
         raise UserError(f"background: {weighting.background}; use a weight of at least 0 (1 is neutral)")
     if not 0 <= weighting.variety < 1:
@@ -60,7 +60,7 @@ def check_weighting(weighting: Weighting) -> Weighting:
 
 
 def parse_dot(text: str) -> tuple[int, Dot]:
-    """(reference it is on, counted from 0; Dot) of `x,y,radius,weight` or `2:x,y,radius,weight`. UserError otherwise."""
+    """`x,y,radius,weight` or `2:x,y,radius,weight` -> (index of the reference from 0, Dot). UserError for other text."""
     which, colon, rest = text.rpartition(":")
     parts = rest.split(",")
     try:
@@ -74,7 +74,7 @@ def parse_dot(text: str) -> tuple[int, Dot]:
 
 
 def make_dot(values: object, where: str) -> Dot:
-    """A Dot from plain data. UserError naming the place and the field."""
+    """A Dot from a mapping of its fields. UserError naming `where` and the invalid field."""
     meaning = {
         "x": "inside the picture, 0 to 1",
         "y": "inside the picture, 0 to 1",
@@ -87,15 +87,15 @@ def make_dot(values: object, where: str) -> Dot:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "dot"
         value = first["input"] if first["type"] != "missing" else "missing"
-        mend = f"must be {meaning[name]}" if name in meaning else first["msg"]
-        raise UserError(f"{where}: {name}: {value}; {mend}") from None
+        remedy = f"must be {meaning[name]}" if name in meaning else first["msg"]
+        raise UserError(f"{where}: {name}: {value}; {remedy}") from None
 
 
 def read_dots(path: str) -> tuple[dict[int, list[Dot]], dict[str, float | bool]]:
-    """({reference: dots}, {"background", "preserve_mass"} where given) of a JSON file.
+    """Read a JSON file of dots: ({index of the reference from 0: its dots}, the background and preserve_mass given).
 
-    {"dots": [{"x", "y", "radius", "weight", "reference": 1}, ...], "background": 1, "preserve_mass": false}, or the
-    list alone. UserError naming the file and the entry.
+    The file holds {"dots": [{"x", "y", "radius", "weight", "reference": 1}, ...], "background": 1, "preserve_mass":
+    false}, or the list alone; all but the dots' four numbers is optional. UserError naming the file and the entry.
     """
     try:
         content = json.loads(Path(path).read_text())

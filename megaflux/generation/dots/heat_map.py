@@ -1,4 +1,4 @@
-"""Pictures of what is given weight: token weights, or attention mass, over a reference."""
+"""Heat maps: token weights or attention mass shown over a reference."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 from megaflux.generation.dots.dots import Dot
 
-SIDE = 768  # px: the longer side of a heat-map, so that the grid's lines can be seen
-# Colours of weights 0, 1 and the largest: left out, as it is, boosted.
+SIDE = 768  # px: longer side of a heat map, large enough for the grid's lines to be seen
+# Tokens below the neutral weight are tinted with OUT, those above it with BOOSTED.
 OUT, BOOSTED = np.array([20, 24, 60]), np.array([255, 120, 0])
 
 
 def heat_map(
     picture: Image.Image, weights: np.ndarray, dots: Sequence[Dot] = (), neutral: float = 1.0, side: int = SIDE
 ) -> Image.Image:
-    """The picture under its tokens' weights (H, W), with grid lines and the dots' circles: RGB, longer side `side` px.
+    """The picture with its tokens' weights (H, W), grid lines and the dots' circles over it: RGB, longer side `side` px.
 
-    Below `neutral` a token darkens towards 0; above it turns orange towards the largest weight. A token of the
-    neutral weight keeps its colours.
+    A token of the neutral weight keeps its colours; below it, tokens darken towards weight 0; above it, they turn orange
+    towards the largest weight.
     """
     weights = np.asarray(weights, dtype=float)
     scale = side / max(picture.size)
@@ -35,7 +35,7 @@ def heat_map(
     shaded = shaded * (1 - 0.6 * above) + BOOSTED * 0.6 * above
     image = Image.fromarray(shaded.round().clip(0, 255).astype(np.uint8))
     draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(18)
-    for fill, shift in (((255, 255, 255, 60), 0), ((0, 0, 0, 70), 1)):  # light and dark, seen on any picture
+    for fill, shift in (((255, 255, 255, 60), 0), ((0, 0, 0, 70), 1)):  # light and dark, visible on any picture
         for row in range(1, rows):
             draw.line([(0, row * height / rows + shift), (width, row * height / rows + shift)], fill=fill)
         for column in range(1, columns):
@@ -52,6 +52,6 @@ def heat_map(
 
 
 def attention_picture(picture: Image.Image, mass: np.ndarray, side: int = SIDE) -> Image.Image:
-    """The picture lit where the generated image attended: mass (H, W) of at least 0, its largest at full light."""
+    """The picture, bright where the generated picture attended. mass: (H, W), at least 0; the largest keeps its colours."""
     mass = np.asarray(mass, dtype=float)
     return heat_map(picture, mass / max(float(mass.max()), 1e-30), neutral=1.0, side=side)
