@@ -1,14 +1,14 @@
-# make demo   train the tiny preset on real images through the deepspeed launcher, generate, say where to look
-# make test   every CPU test but the slow ones and those in a browser
-# make test-browser   the panel, driven in Chromium (installed as Debian's package where that is possible)
-# make test-slow  the minutes-long ones; make soak  the hours-long proofs of survival, which go on where they were stopped
-# All make their own virtual environment (.venv) the first time; the second time they install nothing.
+# make demo   train the tiny preset on real images through the deepspeed launcher, generate, print where to look
+# make test   every CPU test except the slow ones and those in a browser
+# make test-browser   the panel, driven in Chromium (installed as Debian's package where possible)
+# make test-slow  the tests that take minutes; make soak  the fault tests that take hours, which resume where they were stopped
+# Each makes a virtual environment (.venv) the first time; after that nothing is installed.
 #
 # On a machine with an NVIDIA GPU:
-# make gpu-first OUT=DIR  everything that ten minutes on one GPU can tell, the most valuable first; needs torch, triton, diffusers,
-#                 transformers; given again it goes on with what is missing. SMALL=1: sizes for a CPU
-# make gpu-check  are the kernels right, and how fast; 10 minutes; needs torch, triton, diffusers, transformers, pytest
-# make gpu-bench  every arm and shape into runs/gpu-bench/*.json; given again, it goes on with what is missing
+# make gpu-first OUT=DIR  ten minutes of measurements on one GPU, the most valuable first; needs torch, triton, diffusers,
+#                 transformers; run again, it measures what is missing. SMALL=1: sizes for a CPU
+# make gpu-check  are the kernels correct, and how fast are they; 10 minutes; needs torch, triton, diffusers, transformers, pytest
+# make gpu-bench  every arm and shape into runs/gpu-bench/*.json; run again, it measures what is missing
 # make gpu-train  FLUX.1-dev's sizes through DeepSpeed: 20 updates, saved and resumed; needs all of `make install`
 PYTHON ?= python3
 VENV := .venv
@@ -17,17 +17,17 @@ GPU_BENCH ?= runs/gpu-bench
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 unexport PYTHONPATH
 
-# Nothing is installed for the benches: whatever GPU_PYTHON has, and this folder.
+# The benches install nothing: they use what GPU_PYTHON has, and this folder.
 GPU := PYTHONPATH=.:kernels:$(PYTHONPATH) $(GPU_PYTHON)
 MAIN_ARMS := diffusers-eager,diffusers-eager-full,ours-none,ours-mlp
-# 484 condition tokens are those of a square picture in training.
+# 484 condition tokens, as for a square picture in training.
 STEP := -m megaflux.bench step --text 484
 
 .PHONY: install demo test test-browser test-slow soak lint clean gpu gpu-first gpu-check gpu-bench gpu-train
 
 install: $(VENV)/.installed
 
-# The stamp is as new as setup.py exactly when what setup.py asks for has been installed.
+# The stamp is at least as new as setup.py only if setup.py's requirements have been installed.
 $(VENV)/.installed: setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
@@ -38,11 +38,11 @@ $(VENV)/.installed: setup.py
 demo: install
 	python launch/demo.py
 
-# Whole training runs take most of the time, so whoever is idle takes the next test.
+# Whole training runs take most of the time, so an idle worker takes the next test.
 test: install
 	python -m pytest tests -n 2 --dist worksteal -m "not slow and not gpu and not browser" -q
 
-# Debian's chromium, installed here if this is root on a Debian; elsewhere a person installs one.
+# Debian's chromium, installed here if run as root on Debian; elsewhere install it yourself.
 test-browser: install
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	  echo "installing Debian's chromium ..." && apt-get update -qq && \
@@ -65,9 +65,9 @@ gpu:
 	@$(GPU) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)' 2>/dev/null || \
 	  { echo "error: no NVIDIA GPU that the torch of $(GPU_PYTHON) can use; GPU_PYTHON=... names another python" >&2; exit 2; }
 
-# Every piece runs, whatever the ones before it found, and leaves a file in GPU_BENCH; the worst exit code is its own.
-# The kernels' tests run 8 at a time where pytest-xdist is there (Triton compiles for one after the other), and a test that
-# hangs ends after 3 minutes where pytest-timeout is. Tests of training need the GPU for themselves.
+# Every part runs, whatever the earlier ones found, and leaves a file in GPU_BENCH; the exit code is the worst of all.
+# With pytest-xdist the kernels' tests run 8 at a time (otherwise Triton compiles for one after the other); with pytest-timeout
+# a test that hangs ends after 3 minutes. Tests of training need the GPU to themselves.
 gpu-check: gpu
 	@mkdir -p $(GPU_BENCH)
 	@export PYTHONPATH=.:kernels:$(PYTHONPATH); rc=0; \
@@ -85,8 +85,8 @@ gpu-check: gpu
 	run $(GPU_PYTHON) $(STEP) --grids 64x64 --arms $(MAIN_ARMS) --json $(GPU_BENCH)/check-step.json; \
 	exit $$rc
 
-# One command a piece, each under 10 minutes, each with its own file; --resume skips what the file holds. cuDNN comes last: before
-# 9.15.1 it is wrong at 4096 + 484 tokens and refused, which ends make.
+# One command per part, each under 10 minutes, each with its own file; --resume skips what the file holds. cuDNN comes last: before
+# 9.15.1 it is wrong at 4096 + 484 tokens and is refused, which ends make.
 gpu-bench: gpu
 	@mkdir -p $(GPU_BENCH)
 	$(GPU) -m megaflux_kernels.bench --resume --json $(GPU_BENCH)/kernels.json
@@ -97,9 +97,9 @@ gpu-bench: gpu
 	$(GPU) $(STEP) --resume --grids 64x64 --arms $(MAIN_ARMS) --components block --json $(GPU_BENCH)/step-64x64-block.json
 	$(GPU) $(STEP) --resume --grids 64x64 --arms $(MAIN_ARMS) --attention cudnn --json $(GPU_BENCH)/step-64x64-cudnn.json
 
-# Needs no installation where torch, triton, transformers and diffusers are there. WORK: for runs of the training loop, 30 GB.
+# Needs no installation if torch, triton, transformers and diffusers are present. WORK: for runs of the training loop, 30 GB.
 gpu-first: $(if $(filter-out 0,$(SMALL)),,gpu)
-	@test -n "$(OUT)" || { echo "error: OUT=DIR is missing: where the facts shall be" >&2; exit 2; }
+	@test -n "$(OUT)" || { echo "error: OUT=DIR is missing: the folder for the results" >&2; exit 2; }
 	@$(GPU) -c 'import torch, transformers, diffusers' || \
 	  { echo "error: $(GPU_PYTHON) lacks one of torch, transformers, diffusers; make install, or GPU_PYTHON=..." >&2; exit 2; }
 	$(GPU) -m megaflux.bench.first --out "$(OUT)" $(if $(filter-out 0,$(SMALL)),--small) $(if $(WORK),--work "$(WORK)") \

@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Runs a training command again until it is done, for runs of weeks:
+# Restarts a training command until it is done, for runs of weeks:
 #
 #     launch/supervise.sh deepspeed launch/train.py --deepspeed ds_configs/zero2.json --preset dev --run.dir runs/dev
 #
-# exit code of the command    what happens (megaflux/errors.py)
-#   0                         done: ends with 0
-#   2                         bad input, which no restart mends: ends with 2
-#   any other                 10 saved after a signal, 11 a rank died or hung, 137 killed, ...: waits, starts it again
+# exit code of the command    what happens (megaflux/common/errors.py)
+#   0                         done: exits with 0
+#   2                         bad input, which no restart fixes: exits with 2
+#   any other                 10 saved after a signal, 11 a rank died or hung, 137 killed, ...: waits, then restarts it
 #
-# Before each start all that is left of the attempt before is stopped: two of them must never write to one run. The wait is
-# 5 s, doubled each time up to 300 s, and 5 s again after an attempt of more than 10 minutes. After MAX_FAST_FAILURES
-# attempts in a row that got nowhere (no new checkpoint and no progress in RUN/events.jsonl) it gives up and ends with the
-# last exit code. RUN, the run's folder, is read from --run.dir in the command, else from RUN_DIR in the environment; without
-# either (run.dir in a --config file) an attempt that ended within 60 s counts as one: better give it.
+# Before each start, all processes left by the previous attempt are stopped: two attempts must never write to one run. The wait
+# is 5 s, doubled each time up to 300 s, and 5 s again after an attempt of more than 10 minutes. After MAX_FAST_FAILURES
+# consecutive attempts that got nowhere (no new checkpoint and no progress in RUN/events.jsonl) it gives up and exits with the
+# last exit code. RUN, the run's folder, is read from --run.dir in the command, else from RUN_DIR in the environment. With
+# neither (run.dir in a --config file), an attempt that ended within 60 s counts as one that got nowhere; better to give RUN.
 #
-#     touch RUN/SUPERVISE_STOP    the attempt that runs is the last; remove the file before the next time
-#     kill SUPERVISOR             SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal closes): the ranks of this machine get SIGTERM,
-#                                 have 600 s to save, and it ends with 143, 130, 129. SIGUSR1: the same, ends with 10. Nothing
-#                                 is started again. Ctrl-C while it waits for the save: SIGKILL to all, ends at once.
+#     touch RUN/SUPERVISE_STOP    the current attempt is the last; remove the file before the next time
+#     kill SUPERVISOR             SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal closes): the ranks of this machine get SIGTERM
+#                                 and have 600 s to save; exits with 143, 130, 129. SIGUSR1: the same, exits with 10. Nothing
+#                                 is restarted. Ctrl-C during the wait for the save: SIGKILL to all, exits at once.
 #
-# torchrun turns every failure into exit code 1, bad input too: then the fast failures end it.
+# torchrun turns every failure into exit code 1, including bad input; then MAX_FAST_FAILURES ends it.
 # From the environment, in whole seconds: FIRST_WAIT (5), MAX_WAIT (300), FAST_SECONDS (60), LONG_SECONDS (600),
-# SAVE_SECONDS (600: an update's end, train.leave_within, and then the save); and MAX_FAST_FAILURES (5; 0: it never gives up).
-# Ranks that DeepSpeed's pdsh started on several machines are told by that launcher, which gets the SIGTERM in their place.
+# SAVE_SECONDS (600: for the end of an update, train.leave_within, and then the save); and MAX_FAST_FAILURES (5; 0: never give up).
+# Ranks that DeepSpeed's pdsh started on several machines are signalled by that launcher, which gets the SIGTERM instead of them.
 set -u
 
 log() { echo "supervise: $*" >&2; }
@@ -32,8 +32,8 @@ refuse() {
   exit 2
 }
 
-# The folder of the run that the command trains; the last --run.dir counts, as it does for the command, and a ~ that the shell
-# left in it (--run.dir=~/run) is a home folder here too.
+# The run's folder. The last --run.dir counts, as it does for the command, and a ~ that the shell left in it
+# (--run.dir=~/run) is expanded here too.
 run_folder() {
   local found=${RUN_DIR:-} before= name home
   for word; do
@@ -46,20 +46,20 @@ run_folder() {
     "~"*[!A-Za-z0-9._~-]*) ;;
     "~" | "~"[A-Za-z_]*)
       eval "home=$name"
-      case $home in /*) found=${home%/}${found#"$name"} ;; esac # else nobody's: the command refuses it
+      case $home in /*) found=${home%/}${found#"$name"} ;; esac # otherwise no such user: the command refuses it
       ;;
   esac
   echo "$found"
 }
 
-# The update of the run's newest complete checkpoint; nothing where there is none.
+# The update of the run's newest complete checkpoint; empty if there is none.
 newest_checkpoint() {
   local newest='' manifest number
   [ -n "$run" ] || return 0
   for manifest in "$run"/checkpoints/update-*/manifest.json; do
     number=${manifest%/manifest.json}
     number=${number##*/update-}
-    case $number in *[!0-9]*) continue ;; esac # nothing matched, or a folder that somebody moved aside
+    case $number in *[!0-9]*) continue ;; esac # no match, or a folder that was moved aside
     number=$((10#$number))
     if [ -z "$newest" ] || [ "$number" -gt "$newest" ]; then newest=$number; fi
   done
@@ -70,14 +70,14 @@ diary_bytes() {
   if [ -n "$run" ] && [ -f "$run/events.jsonl" ]; then wc -c <"$run/events.jsonl"; else echo 0; fi
 }
 
-# Processes of this attempt, wherever they hang: a launcher that dies leaves its ranks behind, torchrun gives each a session
-# of its own, and all inherit the environment.
+# Processes of this attempt, found by their environment, which all inherit: a launcher that dies leaves its ranks behind, and
+# torchrun gives each rank its own session.
 members() {
   local file
   grep -lszxF "MEGAFLUX_ATTEMPT=$mark" /proc/[0-9]*/environ | while IFS=/ read -r _ _ file _; do echo "$file"; done
 }
 
-# Those of the processes given that no other of them started.
+# Of the given processes, those whose parent is not among them.
 tops() {
   local pid key value parent
   for pid; do
@@ -89,7 +89,7 @@ tops() {
   done
 }
 
-# Which of the attempt's processes are ranks: launchers mark them with RANK, and their workers inherit it.
+# The attempt's processes that are ranks: launchers set RANK for them; their workers inherit it and are left out.
 ranks() {
   local pid marked=()
   for pid in $(members); do
@@ -98,8 +98,8 @@ ranks() {
   tops ${marked[@]+"${marked[@]}"}
 }
 
-# Whom to tell: the ranks, as DeepSpeed's launcher on one machine dies of SIGTERM and tells nobody; while there are none,
-# whoever is at the top.
+# The processes to signal: the ranks, because DeepSpeed's launcher on one machine dies of SIGTERM without telling them; if there
+# are none yet, the topmost processes.
 addressees() {
   local found
   found=$(ranks)
@@ -109,11 +109,11 @@ addressees() {
   echo "$found"
 }
 
-# SIGTERM to the attempt, SAVE_SECONDS for it to save, then SIGKILL to what is left.
+# Send SIGTERM to the attempt, give it SAVE_SECONDS to save, then send SIGKILL to what is left.
 stop_attempt() {
   local told=' ' pid until=$((SECONDS + SAVE_SECONDS))
   while [ -n "$(members)$(jobs -pr)" ] && [ "$SECONDS" -lt "$until" ] && [ -z "$hurry" ]; do
-    for pid in $(addressees); do # again and again: a launcher may be about to start ranks
+    for pid in $(addressees); do # repeatedly: a launcher may be about to start ranks
       case $told in *" $pid "*) continue ;; esac
       kill -TERM "$pid" 2>/dev/null
       told+="$pid "
@@ -134,7 +134,7 @@ stop_attempt() {
 
 # leave SIGNAL EXIT_CODE
 leave() {
-  trap '' TERM HUP USR1 # one is enough: the rest come from the same hand, as Slurm's
+  trap '' TERM HUP USR1 # one is enough: the others come from the same source, such as Slurm
   trap 'hurry=yes' INT
   log "SIG$1: passed on; leaving once the run is saved, in $SAVE_SECONDS s at the latest; Ctrl-C: at once, unsaved"
   stop_attempt
@@ -145,7 +145,7 @@ leave() {
   exit "$2"
 }
 
-# Whether this attempt brought the run no further.
+# True if this attempt made no progress.
 got_nowhere() {
   if [ -z "$run" ]; then
     [ "$lasted" -lt "$FAST_SECONDS" ]
@@ -155,8 +155,8 @@ got_nowhere() {
   fi
 }
 
-# DeepSpeed's launcher leaves with 0 when its child was killed by a signal. A run that is done has no rank left and, where
-# it wrote events at all, says so in the last.
+# DeepSpeed's launcher exits with 0 even if a signal killed its child. A finished run has no rank left and, if it wrote events
+# at all, ends them with "stop".
 is_done() {
   if [ "$(diary_bytes)" -gt "$diary_before" ]; then
     tail -n 1 "$run/events.jsonl" | grep -q '"kind": "stop"'
@@ -179,7 +179,7 @@ done
 
 run=$(run_folder "$@")
 attempt=0 fast=0 pause=$FIRST_WAIT mark=none hurry=
-trap : PIPE # the same Ctrl-C ends the tee of `... | tee log`: then this script's words are lost, and not the run's save
+trap : PIPE # Ctrl-C also ends the tee of `... | tee log`: then only this script's output is lost, not the run's save
 trap 'leave TERM 143' TERM
 trap 'leave INT 130' INT
 trap 'leave HUP 129' HUP
@@ -189,12 +189,12 @@ while :; do
   attempt=$((attempt + 1))
   mark=$$-$RANDOM-$attempt
   checkpoint_before=$(newest_checkpoint) diary_before=$(diary_bytes) started=$SECONDS
-  # A session of its own: Ctrl-C here is for this script, which passes on what the ranks can save after.
+  # In its own session, so that Ctrl-C reaches only this script, which sends the ranks a signal after which they can save.
   MEGAFLUX_ATTEMPT=$mark setsid "$@" </dev/null &
   wait $! 2>/dev/null
   code=$? lasted=$((SECONDS - started))
 
-  for _ in 1 2 3 4 5; do # the last to leave take a moment
+  for _ in 1 2 3 4 5; do # the last processes take a moment to exit
     if [ -z "$(members)" ]; then break; fi
     sleep 0.2
   done
