@@ -1,10 +1,9 @@
 """Trains the shipped VAE of the preset `tiny`: python launch/train_tiny_vae.py
 
-An AutoencoderKL in FLUX's form (no quant convolutions, shift and scaling factor), 8 times smaller per side, 8
-latent channels, on OpenMoji, 128 px, held-out emoji left out. Writes
-config.json and float16 weights (under 2 MB), then loads them back and prints the held-out PSNR, how the
-latents are distributed, and the time to encode. The seed is fixed, but the last bits depend on the
-number of threads.
+An AutoencoderKL in FLUX's form (no quant convolutions, shift and scaling factor), 8 times smaller per side, 8 latent
+channels, on OpenMoji at 128 px without the held-out emoji. Writes config.json and float16 weights (under 2 MB), then loads
+them back and prints the held-out PSNR, the distribution of the latents, and the time to encode. The seed is fixed, but the
+last bits depend on the number of threads.
 
 OpenMoji (openmoji.org) is CC BY-SA 4.0: see docs/tiny-assets.md for what that means for the weights.
 """
@@ -16,25 +15,28 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaflux.common import compat  # before diffusers
+import megaflux
+from megaflux.common import compat  # noqa: F401  (before diffusers)
 from megaflux.common.paths import path_option
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.prepare import OPENMOJI_DEFAULTS
 from megaflux.data.writing.chunks import is_held_out
+from megaflux.data.writing.items import BadImage
 from megaflux.data.writing.openmoji import OpenMoji
 
-from diffusers import AutoencoderKL  # isort: skip  (after compat)
+from diffusers.models import AutoencoderKL  # isort: skip  (after compat)
 
-OUT = Path(compat.__file__).parent / "assets" / "tiny" / "vae"
+OUT = Path(megaflux.__file__).parent / "assets" / "tiny" / "vae"
 
 # Few channels at full resolution, where the time goes; no attention, so that any canvas works.
-VAE_CONFIG = {
+VAE_CONFIG: dict[str, Any] = {
     "block_out_channels": (16, 32, 64, 64),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -47,12 +49,12 @@ VAE_CONFIG = {
     "force_upcast": False,
     "sample_size": 128,
 }
-EDGE_WEIGHT = 0.25  # of the L1 distance of neighbour differences: OpenMoji is outlines
-MSE_WEIGHT = 4.0  # PSNR is what a reader judges
+EDGE_WEIGHT = 0.25  # of the L1 distance of neighbour differences: OpenMoji consists of outlines
+MSE_WEIGHT = 4.0  # of the squared error, which PSNR measures
 KL_WEIGHT = 3e-4  # of the KL divergence, nats per latent element: room for the flow model's errors
 HALF_WEIGHT = 0.25  # of the loss at half resolution, every second update
 CROP = 64  # px, the largest side of a training crop before `FULL_FROM` of the run: more updates per minute
-FULL_FROM = 0.75  # then whole pictures: GroupNorm must see what it will see
+FULL_FROM = 0.75  # of the run; then whole pictures: GroupNorm must see what it will see in use
 BATCH = 8  # crops per update, half of it for whole pictures
 
 Images = dict[str, np.ndarray]  # bucket name -> (N, H, W, 3) uint8
@@ -63,11 +65,14 @@ Images = dict[str, np.ndarray]  # bucket name -> (N, H, W, 3) uint8
 
 def load_pictures() -> tuple[Images, Images]:
     """The demo's pictures by bucket: (training, held out), split as megaflux.data.prepare splits them."""
-    source = OpenMoji(make_buckets(ASPECT_RATIOS, OPENMOJI_DEFAULTS["longest_side"]))
+    defaults: dict[str, Any] = OPENMOJI_DEFAULTS
+    source = OpenMoji(make_buckets(ASPECT_RATIOS, defaults["longest_side"]))
     items = source.list_items()
     splits: tuple[dict[str, list], dict[str, list]] = ({}, {})
     for item, loaded in zip(items, source.read(items), strict=True):
-        held_out = is_held_out(item.split_key, OPENMOJI_DEFAULTS["held_out"])
+        if isinstance(loaded, BadImage):
+            raise ValueError(f"{item.split_key}: {loaded}")
+        held_out = is_held_out(item.split_key, defaults["held_out"])
         splits[held_out].setdefault(item.where[1], []).append(np.asarray(loaded.image))
     train, held = ({name: np.stack(images) for name, images in sorted(split.items())} for split in splits)
     return train, held
@@ -132,7 +137,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # without torch's closure, which nothing here uses
         for group in self.param_groups:
             for parameter in group["params"]:
                 average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))

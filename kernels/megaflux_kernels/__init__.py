@@ -1,7 +1,7 @@
 """Fused ops for FLUX conditioned by Qwen2-VL: Triton on a GPU, the same arithmetic in plain torch elsewhere.
 
-One folder per op: reference.py (definition and torch path), triton_kernels.py, and the public function here. Imports
-nothing of megaflux. See megaflux_kernels.dispatch for MEGAFLUX_KERNELS.
+One folder per op: the public function in __init__.py, reference.py (definition and torch path) and triton_kernels.py.
+Imports nothing of megaflux. See megaflux_kernels.dispatch for MEGAFLUX_KERNELS.
 """
 
 from megaflux_kernels.allocator import expand_segments

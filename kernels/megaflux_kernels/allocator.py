@@ -1,6 +1,6 @@
-"""torch's allocator on a GPU: segments that grow. Several picture sizes leave holes between fixed ones, and a run then
-ends for want of memory that is there. torch reads this as it is imported, so megaflux_kernels sets it first of all, and
-megaflux imports that first.
+"""torch's allocator on a GPU: expandable segments. With fixed ones, several picture sizes leave holes between them, and a
+run fails for lack of memory although enough is free. torch reads this setting when it is imported, so megaflux_kernels
+sets it before that, and megaflux imports megaflux_kernels first.
 """
 
 from __future__ import annotations
@@ -12,6 +12,6 @@ NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CON
 
 
 def expand_segments(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have torch's allocator grow its segments, unless the environment already says anything about the allocator."""
+    """Set expandable segments in the environment, unless it already configures the allocator."""
     if not any(name in environment for name in NAMES):
         environment[NAMES[0]] = "expandable_segments:True"

@@ -54,7 +54,7 @@ def main() -> int:
 
 def compile_op(op: str, architectures: list[int]) -> Iterator[dict[str, Any]]:
     """{"op", "kernel", "constants", "dtype", "arch"} of each kernel of an op, with its `resources` and, in bf16 or where
-    its arguments have no dtype to choose, its `code`."""
+    its arguments leave no choice of dtype, its `code`."""
     module = importlib.import_module(f"megaflux_kernels.{op}.triton_kernels")
     for kernel, arguments, warps, *more in module.AOT:
         stages, dtypes = more[:1], more[1] if len(more) > 1 else DTYPES
@@ -77,7 +77,7 @@ def compile_kernel(kernel, arguments: dict[str, Any], dtype: str, arch: int, war
     signature = {
         name: kind.replace("D", dtype) if isinstance(kind, str) else "constexpr" for name, kind in arguments.items()
     }
-    # What Triton's launcher would find out of the real arguments: pointers and FLUX's sizes are multiples of 16.
+    # What Triton's launcher would see in the real arguments: pointers and FLUX's sizes are multiples of 16.
     names = list(arguments)
     aligned = {
         (names.index(n),): [["tt.divisibility", 16]]
@@ -101,10 +101,10 @@ def resources(cubin: bytes, shared: int) -> dict[str, int]:
 def code(cubin: bytes) -> dict[str, int]:
     """What a cubin's instructions (SASS) do besides arithmetic:
 
-    calls       of subroutines, as a 64-bit integer division is one, of some 70 instructions
-    divisions   of integers by what is no constant: each takes a reciprocal of its divisor, rounded up (I2F.RP)
-    late_loads  from global memory after the first store there, in the order of the code
-    loops       jumps back; the endless one behind each kernel's end is not counted
+    calls       of subroutines, such as a 64-bit integer division, of some 70 instructions
+    divisions   of integers by a variable: each takes the reciprocal of its divisor, rounded up (I2F.RP)
+    late_loads  from global memory after the first store to it, in the order of the code
+    loops       backward jumps; the endless one after each kernel's end is not counted
     """
     # Either a label, `.L_x_0:`, or an instruction, `/*01f0*/ @!P1 BRA `(.L_x_0) ;`.
     line = re.compile(r"^(?:(\.L\w+):|\s*/\*\w+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);)", re.M)
@@ -129,7 +129,7 @@ def code(cubin: bytes) -> dict[str, int]:
 
 
 def _read(cubin: bytes, tool: str, option: str) -> str:
-    """What a tool that Triton carries prints about a cubin."""
+    """The output of one of Triton's tools for a cubin."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -26,6 +26,7 @@ from megaflux.common import compat  # noqa: F401  (before diffusers)
 from diffusers.models import FluxTransformer2DModel
 
 from megaflux.models.flux import (
+    Policy,
     all_blocks,
     contiguous_attention_gradients,
     fuse,
@@ -176,7 +177,7 @@ def count(
     backward, recomputation included (0 without backward). trainable: names of FLUX's parameters that train.
 
     Attention is counted as a fused kernel's: it keeps q, k, v, its output and the log-sum-exp. torch's RMSNorm, which
-    diffusers' path calls, is counted as the GPU's: it keeps its input and a statistic a row, while that of CPUs keeps
+    diffusers' path calls, is counted as the GPU's: it keeps its input and a statistic per row, while that of CPUs keeps
     up to two float32 copies.
     """
     with FakeTensorMode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION), rms_norm_of_gpus():

@@ -1,7 +1,7 @@
 """python -m megaflux.bench activations: what autograd keeps of one forward pass of FLUX, by arm.
 
-Counted under FakeTensorMode, so that FLUX.1-dev's 57 blocks need neither memory nor a GPU; also the FLOPs that an arm
-computes a second time, over all of its step's. The step bench gives the same bytes of real tensors.
+Counted under FakeTensorMode, so that FLUX.1-dev's 57 blocks need neither memory nor a GPU; also the share of a step's
+FLOPs that an arm computes a second time. The step bench measures the same bytes on real tensors.
 """
 
 from __future__ import annotations

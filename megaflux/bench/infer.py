@@ -1,8 +1,9 @@
 """python -m megaflux.bench infer: seconds per picture, and peak memory, of our pipeline and of diffusers', by mode.
 
-Three arms on the same weights and the same condition, turn and turn about: `ours` (kernels on), `ours-kernels-off`, and
-`diffusers`, the mode's plain pipeline fed our condition as prompt_embeds. All encode the reference anew. Weights: a run's or an export's, or random tiny ones; the ControlNet's are random. Memory: the allocator's peak on
-a GPU, `peak_bytes`; on a CPU what the process grows by while an arm runs, `rss_growth_bytes`, sampled.
+Three arms on the same weights and the same condition, in turns: `ours` (kernels on), `ours-kernels-off`, and `diffusers`,
+the mode's plain pipeline with our condition as prompt_embeds. All encode the reference anew. Weights: a run's or an
+export's, or random tiny ones; the ControlNet's are random. Memory: the allocator's peak on a GPU, `peak_bytes`; on a CPU
+how much the process grows while an arm runs, `rss_growth_bytes`, sampled.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     except UserError as error:
         parser.error(str(error))
     transformer = pipeline.models.trainable.transformer
-    heads, head_dim = transformer.config.num_attention_heads, transformer.config.attention_head_dim
+    heads, head_dim = transformer.config["num_attention_heads"], transformer.config["attention_head_dim"]
     report = open_report(
         parser, args, facts(device, attention_backend(device, transformer.dtype, heads, head_dim, 256))
     )
@@ -114,15 +115,15 @@ def load(checkpoint: str | None, device: torch.device) -> Qwen2VLFluxPipeline:
     models = load_models(config)
     with torch.no_grad():
         for parameter in models.trainable.transformer.parameters():
-            if not parameter.any():  # what starts at zero would be a picture of nothing
+            if not parameter.any():  # weights that start at zero would make a blank picture
                 parameter.normal_(0, 0.02)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return Qwen2VLFluxPipeline(models.to(device, dtype), Settings.of(config))
 
 
 def random_controlnet(pipeline: Qwen2VLFluxPipeline) -> ControlNets:
-    """A union of the transformer's width and 5 + 10 blocks, as the public one has, or as many as there are."""
-    from diffusers import FluxControlNetModel
+    """A union ControlNet of the transformer's width with 5 + 10 blocks, like the public one, or fewer if FLUX has fewer."""
+    from diffusers.models import FluxControlNetModel
 
     from megaflux.generation.control.nets import ControlNets
 
@@ -171,13 +172,14 @@ def measure(
     mask = Image.new("L", (side, side))
     mask.paste(255, (side // 4, side // 4, side // 2, side // 2))
     given: dict = {}
-    start = control = None
+    start: Start | None = None
+    control: Control | None = None
     if mode != "variation" and mode != "controlnet":
         given |= {"image": picture, "strength": 0.8}
         start = Start(picture, 0.8, mask if "inpaint" in mode else None)
     if "inpaint" in mode:
         given["mask_image"] = mask
-    if "controlnet" in mode:
+    if "controlnet" in mode and pipeline.controlnet is not None:
         given |= {
             "control_image": [picture, picture],
             "control_mode": ["depth", "line"],
@@ -221,7 +223,7 @@ def measure(
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
-    """A function that says how many bytes were taken at most: by the allocator, or by the process above its start."""
+    """Yields a function that returns the peak bytes: the allocator's, or the growth of the process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: float(torch.cuda.max_memory_allocated(device))

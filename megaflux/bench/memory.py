@@ -1,8 +1,8 @@
 """python -m megaflux.bench memory: the formulas of training/planning/memory.py beside what is counted, for the preset dev.
 
 Activations of one micro-batch, forward and backward through all 57 blocks, and the VAE's maps, on fake tensors; ZeRO's
-bytes for each parameter that trains from a small real engine of DeepSpeed (where it is installed). No GPU is needed;
-about ten seconds a row. What no count sees: convolutions' and attention's workspaces, fragmentation, the CUDA context.
+bytes per trainable parameter from a small real engine of DeepSpeed (where it is installed). No GPU is needed; about ten
+seconds per row. Not counted: workspaces of convolutions and attention, fragmentation, the CUDA context.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BENCH = "memory"
 PLANS = ("none", "mlp", "full", "auto")
 STAGES = ("stage1", "stage2", "stage3")
 ZERO_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero2.json"
-BUCKET_ELEMENTS = 200_000  # of the small engine: it holds some of its parameters, not all, as the real one does
+BUCKET_ELEMENTS = 200_000  # of the small engine: a bucket holds some of its parameters, not all, as in a real run
 
 
 def add_arguments(parser: Parser) -> None:

@@ -1,11 +1,11 @@
 """What operations read and write while code runs on fake tensors: bytes of hidden states between a GPU and its memory.
 
-An operation reads each input once and writes each output once, which is what it must move where nothing stays in a cache.
-Two sums: `products` of matrix products and attention, `between` of all other operations: elementwise passes, copies, adds,
-fills, sums. What a product adds its result onto is read for the add, so that read is `between`'s.
+An operation is taken to read each input once and write each output once, as it must without a cache. Two sums: `products`
+for matrix products and attention, `between` for all other operations: elementwise passes, copies, adds, fills, sums. The
+tensor that a product is added to is read for the add, so that read counts in `between`.
 
-Tensors are told by their shapes. One without a dimension of tokens is a weight, its gradient, a bias or a modulation, and
-is not counted. One with at most a head's numbers a token (statistics, FLUX's positions) is counted apart, in `small`.
+Tensors are classified by their shapes. One without a dimension of tokens is a weight, its gradient, a bias or a modulation,
+and is not counted. One with at most a head's numbers per token (statistics, FLUX's positions) is counted in `small`.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ FILLS = {
         "uniform_",
     )
 }
-"""These write and read nothing, though some take a tensor."""
+"""These write, and read nothing, though some take a tensor."""
 FILLED_THEN_COPIED = {"aten.slice_backward", "aten.select_backward", "aten.constant_pad_nd"}
-"""Two kernels in one operation: the whole output is filled, then the input is copied into its place there."""
+"""Two kernels in one operation: the whole output is filled, then the input is copied into its place in it."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """By which a tensor's shape tells what it is."""
+    """The sizes by which a tensor's shape is classified."""
 
     batch: int
     image: int
@@ -91,12 +91,12 @@ class Sizes:
 
     @property
     def tokens(self) -> dict[int, int]:
-        """Dimension that a tensor with tokens has -> tokens that this stands for."""
+        """Size of a dimension of tokens -> tokens in the batch that it stands for."""
         streams = self.text, self.image, self.text + self.image
         return {n: self.batch * n for n in streams} | {self.batch * n: self.batch * n for n in streams}
 
     def check(self) -> None:
-        """ValueError where a number of tokens is also a width, so that a weight would count as a hidden state."""
+        """ValueError where a number of tokens is also a width: a weight would count as a hidden state."""
         width = self.heads * self.head_dim
         small = (1, 2, 3, self.batch, self.heads, self.head_dim, self.head_dim // 2)
         widths = {*(width * n for n in range(1, 13)), *small}
@@ -123,11 +123,11 @@ class Move(NamedTuple):
 class MovedBytes(TorchDispatchMode):
     """`with MovedBytes(sizes) as moved:` counts inside: `moved.bytes[Move(phase, sum, op)]`. Set `moved.phase` on the way.
 
-    Inside FakeTensorMode, and inside `activations.rms_norm_of_gpus`, for CPUs have ten operations in RMSNorm's place.
+    Use it inside FakeTensorMode and `activations.rms_norm_of_gpus`: on CPUs RMSNorm is ten operations.
     """
 
     def __init__(self, sizes: Sizes):
-        """ValueError where shapes of these sizes tell nothing (`Sizes.check`)."""
+        """ValueError for sizes at which shapes are ambiguous (`Sizes.check`)."""
         super().__init__()
         sizes.check()
         self.sizes, self.tokens = sizes, sizes.tokens
@@ -177,7 +177,7 @@ class MovedBytes(TorchDispatchMode):
 
 
 def _nbytes(tensor: Tensor) -> int:
-    """Bytes of the elements that a tensor shows, each once: what is broadcast is one."""
+    """Bytes of a tensor's distinct elements: a broadcast dimension counts once."""
     numbers = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         numbers *= size if stride or size == 0 else 1
@@ -190,15 +190,15 @@ def _place(tensor: Tensor) -> tuple:
 
 
 def _is_view(schema: Any) -> bool:
-    """Whether an operation only gives its input another shape."""
+    """Whether an operation only returns a view of its input."""
     aliases = [value.alias_info for value in schema.returns]
     return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _arguments(schema: Any, args: tuple, kwargs: dict) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """(tensors that are read and left as they are, those that are written, those of them that are read as well).
+    """(tensors that are only read, those that are written, those of the latter that are read as well).
 
-    Of tensors written, `out`, `out_...` and the target of copy_ are overwritten; all others are taken to be read.
+    Of the written tensors, `out`, `out_...` and the target of copy_ are overwritten; all others count as read.
     """
     read, written, both = [], [], []
     for i, argument in enumerate(schema.arguments):

@@ -1,4 +1,4 @@
-"""Sizes that the benches of FLUX run at: FLUX.1-dev's on a GPU, a small width on a CPU; options for each of them."""
+"""Sizes at which the benches of FLUX run: FLUX.1-dev's on a GPU, a small width on a CPU; an option for each."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Sizes:
     """T, text tokens."""
     batch: int
     components: str
-    """What trains of the blocks that train: attention or block."""
+    """Trainable part of the trainable blocks: attention or block."""
     train_blocks: tuple[int, ...]
-    """Blocks that train, double ones first."""
+    """Trainable blocks, double ones counted first."""
 
     def flux_config(self, double: int | None = None, single: int | None = None) -> dict[str, Any]:
         """Arguments of FluxTransformer2DModel, at another depth if asked."""
@@ -49,7 +49,7 @@ class Sizes:
         }
 
     def shape(self, grid: tuple[int, int], dtype: str) -> str:
-        """All that a time depends on, in a word: "4096+512 b1 19+38x24x128 attention bfloat16"."""
+        """All that a time depends on: "64x64+512 b1 19+38x24x128 attention bfloat16"."""
         rows, columns = grid
         trains = (
             self.components
@@ -106,7 +106,7 @@ def add_size_arguments(parser: argparse.ArgumentParser, full: bool, components: 
 
 
 def sizes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Sizes:
-    """The sizes asked for; what cannot be ends the process in one line."""
+    """The chosen sizes; invalid ones end the process with one line."""
     if args.head_dim % 16:
         parser.error(f"--head-dim {args.head_dim}: use a multiple of 16")
     blocks = args.train_blocks or published(args.double, args.single)

@@ -1,12 +1,12 @@
 """python -m megaflux.bench step: forward and backward of FLUX, diffusers against ours, in one process.
 
-Random weights, normal inputs, the freezing of stage 1, the condition asking for its gradient, no optimizer. First the
-numerics gate; then the arms in turn, there and back (ABBA), each sample timed; and, at the start of each such round, there
-as well as back, the matrix products and the attention of a step alone, which are the limit: fraction_of_limit = limit / step.
+Random weights, normal inputs, the frozen parameters of stage 1, a gradient for the condition, no optimizer. First the
+numerics gate; then the arms in turns, there and back (ABBA), each sample timed. At the start of each turn come the matrix
+products and the attention of a step alone, which are the limit: fraction_of_limit = limit / step.
 
-An arm's rows are written when its last sample is there, so a killed bench, given again with --resume, measures only the
-arms that have none, or no fraction_of_limit because a part of the limit failed. An arm that fails costs its own rows: it
-gets a line that says why, and the others go on.
+An arm's rows are written after its last sample: a killed bench, run again with --resume, measures only the arms without
+rows, or without fraction_of_limit because a part of the limit failed. An arm that fails loses only its own rows: a line
+says why, and the others continue.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import argparse
 import gc
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -59,6 +61,38 @@ RATIOS = (
     ("ours-mlp", "diffusers-compile-full"),
     ("ours-full", "diffusers-eager-full"),
 )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where and how often arms are timed."""
+
+    device: torch.device
+    samples: int
+    """Timed steps of each arm."""
+    warmup: int
+    """Steps of each arm before its first sample."""
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What is left to measure at one grid."""
+
+    grid: tuple[int, int]
+    """Rows and columns of image tokens."""
+    shape: str
+    """Its name in the report (`Sizes.shape`)."""
+    arms: list[str]
+
+
+@dataclass
+class Measured:
+    """An arm's samples so far."""
+
+    times: list[float] = field(default_factory=list)
+    """Milliseconds per step."""
+    extra: dict[str, int] = field(default_factory=dict)
+    """peak_bytes and saved_bytes, where they were measured."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -109,8 +143,8 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    """0, also where memory was too small or torch.compile cannot compile here; 1 where the numerics gate refuses, before
-    any time is taken, and where an arm failed in another way, with all other rows written."""
+    """Exit code: 0, also where memory was too small or torch.compile cannot compile here; 1 where the numerics gate
+    refuses, before anything is timed, and where an arm failed in another way, with all other rows written."""
     device, dtype = default_device(), DTYPES[args.dtype]
     chosen = sizes(parser, args)
     if args.threads:
@@ -135,9 +169,9 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
             if exact is None:
                 return 1
             failed |= lost
-            todo += [(grid, shape, exact)] if exact else []
+            todo += [Todo(grid, shape, exact)] if exact else []
         if todo:
-            failed |= measure(report, chosen, todo, dtype, device, args.samples, args.warmup)
+            failed |= measure(report, chosen, todo, dtype, Timing(device, args.samples, args.warmup))
     print()
     print(table(row for row in report.rows if row.bench == BENCH))
     for line in ratios(report.rows):
@@ -146,8 +180,8 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
 
 
 def backends(parser: Parser, args: argparse.Namespace, chosen: Sizes, dtype: torch.dtype, device: torch.device) -> str:
-    """What attention really takes at the lengths asked for, as "cudnn", or "cudnn, flash" where they differ. A backend
-    asked for that does not take them, or is wrong there, ends the process in one line."""
+    """The backend that attention really uses at the given lengths, such as "cudnn", or "cudnn, flash" where they differ.
+    A chosen backend that does not support them, or is wrong there, ends the process with one line."""
     found = []
     for rows, columns in args.grids:
         tokens = rows * columns + chosen.text
@@ -165,17 +199,18 @@ def backends(parser: Parser, args: argparse.Namespace, chosen: Sizes, dtype: tor
 def past_gate(
     chosen: Sizes, grid: tuple[int, int], dtype: torch.dtype, device: torch.device, arms: Sequence[str]
 ) -> tuple[list[str] | None, bool]:
-    """The arms that may be timed, those that are not ours and ours that are exact enough; and whether one failed. One that
-    stops in the gate is left out, with a line; too little memory is no failure. (None, True), with a line, where one is not
-    exact enough: then nothing is timed."""
-    groups, found, failed = [[arm for arm in arms if arm.startswith("ours")]], {}, False
+    """(arms that may be timed, whether one failed). Those are the arms that are not ours, and ours that are exact enough.
+    One that raises in the gate is left out, with a line; too little memory is not a failure. (None, True), with a line,
+    where one is not exact enough: then nothing is timed."""
+    groups, failed = [[arm for arm in arms if arm.startswith("ours")]], False
+    found: dict[str, list[numerics.Error]] = {}
     while groups:
         if group := groups.pop(0):
             try:
                 found |= numerics.gate(chosen, grid, dtype, device, group)
             except Exception as error:
                 if len(group) > 1:
-                    groups = [[arm] for arm in group]  # whose error it was, each by itself shows
+                    groups = [[arm] for arm in group]  # each by itself, to see whose error it is
                 else:
                     problem, wrong = _why(error)
                     print(
@@ -198,53 +233,34 @@ def past_gate(
     return [arm for arm in arms if arm in found or not arm.startswith("ours")], failed
 
 
-def measure(
-    report: Report,
-    chosen: Sizes,
-    todo: Sequence[tuple[tuple[int, int], str, list[str]]],
-    dtype: torch.dtype,
-    device: torch.device,
-    samples: int,
-    warmup: int,
-) -> bool:
-    """Build one FLUX and measure every shape of todo: (grid, shape's name, arms). Whether something failed; too little
-    memory is no failure."""
-    config = chosen.flux_config()
+def measure(report: Report, chosen: Sizes, todo: Sequence[Todo], dtype: torch.dtype, timing: Timing) -> bool:
+    """Build one FLUX and measure all of todo. Returns whether something failed; too little memory is not a failure."""
+    config, device = chosen.flux_config(), timing.device
     try:
         arms = Arms(random_flux(config, dtype, device))
     except Exception as error:
-        return _none_of(dict.fromkeys(name for *_, names in todo for name in names), error)
+        return _no_rows(dict.fromkeys(name for at in todo for name in at.arms), error)
     trainable = trainable_flux(config, chosen.train_blocks, chosen.components)
     freeze(arms.transformer, trainable)
     failed = False
-    for grid, shape, names in todo:
-        failed |= measure_shape(report, chosen, arms, trainable, grid, shape, names, samples, warmup)
+    for at in todo:
+        failed |= measure_shape(report, chosen, arms, trainable, at, timing)
     if device.type == "cuda":
         total = sum(p.numel() for p in arms.transformer.parameters() if p.requires_grad)
-        arms.transformer = None
+        del arms
         _free(device)
         try:
-            row = optimizer_row(total // 8, shape, device, samples, warmup)
+            row = optimizer_row(total // 8, todo[-1].shape, timing)
         except Exception as error:
-            failed |= _none_of(["optimizer"], error)
+            failed |= _no_rows(["optimizer"], error)
         else:
             report.add(row)
     return failed
 
 
-def measure_shape(
-    report: Report,
-    chosen: Sizes,
-    arms: Arms,
-    trainable: set[str],
-    grid: tuple[int, int],
-    shape: str,
-    names: list[str],
-    samples: int,
-    warmup: int,
-) -> bool:
-    """Measure the limit and the arms named at one grid; rows are added as they come. Whether something failed."""
-    tokens, dtype, device = grid[0] * grid[1], arms.transformer.dtype, arms.transformer.device
+def measure_shape(report: Report, chosen: Sizes, arms: Arms, trainable: set[str], todo: Todo, timing: Timing) -> bool:
+    """Measure the limit and the arms at one grid; rows are added as they come. Returns whether something failed."""
+    tokens, dtype, device = todo.grid[0] * todo.grid[1], arms.transformer.dtype, arms.transformer.device
     counted = limits.products(chosen, tokens, trainable)
     flops = limits.step_flops(chosen, tokens, counted)
     parts = {
@@ -253,21 +269,25 @@ def measure_shape(
     }
     limit: dict[str, float] = {}
 
-    def done(name: str, times: list[float], extra: dict[str, int]) -> None:
+    def done(name: str, measured: Measured) -> None:
+        ms = median(measured.times)
         if name in parts:
-            limit[name] = median(times)
-            report.add(Row(BENCH, LIMIT, shape, name, limit[name], "ms", samples))
+            limit[name] = ms
+            report.add(Row(BENCH, LIMIT, todo.shape, name, ms, "ms", timing.samples))
             return
         known = sum(limit.values()) if len(limit) == len(parts) else None
-        report.add(*rows(name, shape, times, extra, known, flops, device, dtype))
-        print(f"  {name}: {median(times):.2f} ms", flush=True)
+        peak = peak_tflops_for(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        if dtype == torch.float32:  # whose peak this is not
+            peak = None
+        report.add(*rows(name, todo.shape, measured, known, flops, peak))
+        print(f"  {name}: {ms:.2f} ms", flush=True)
 
     try:
-        print(f"\n{pixels(grid)} px: {shape}. {clocks(device)}".rstrip(), flush=True)
-        given = random_inputs(arms.transformer, chosen.batch, grid, chosen.text, device)
+        print(f"\n{pixels(todo.grid)} px: {todo.shape}. {clocks(device)}".rstrip(), flush=True)
+        given = random_inputs(arms.transformer, chosen.batch, todo.grid, chosen.text, device)
     except RuntimeError as error:  # no memory, or an arm of an earlier grid has left the GPU unusable
-        return _none_of(names, error)
-    failed = take_turns(arms, names, given, parts, device, samples, warmup, done)
+        return _no_rows(todo.arms, error)
+    failed = take_turns(arms, todo.arms, given, parts, replace(timing, device=device), done)
     arms.forget_compiled()
     _free(device)
     return failed
@@ -276,66 +296,56 @@ def measure_shape(
 def take_turns(
     arms: Arms,
     names: Sequence[str],
-    given: dict[str, torch.Tensor],
-    parts: dict[str, Callable[[], Callable]],
-    device: torch.device,
-    samples: int,
-    warmup: int,
-    done: Callable[[str, list[float], dict[str, int]], None],
+    given: dict[str, Any],
+    parts: Mapping[str, Callable[[], Callable[[], Any]]],
+    timing: Timing,
+    done: Callable[[str, Measured], None],
 ) -> bool:
-    """Measure parts and arms, there and back, until all samples are taken. Whether one failed.
+    """Measure parts and arms, there and back, until all samples are taken. Returns whether one failed.
 
-    done(name, milliseconds, {"peak_bytes", "saved_bytes"}) is called for each when its last sample is there, parts
-    ahead of arms. One that fails is left out with a line that says why; too little memory, and an arm that cannot be
-    compiled here, are no failures. After an error that leaves the GPU unusable, each arm yet to come gets its own line.
+    done is called for each after its last sample, parts before arms. One that fails is left out, with a line that says
+    why; too little memory, and an arm that cannot be compiled here, are not failures. After an error that leaves the GPU
+    unusable, each arm still to come gets its own line.
     """
-    times: dict[str, list[float]] = defaultdict(list)
-    extra: dict[str, dict[str, int]] = defaultdict(dict)
-    left_out, failed = set(), False
+    measured: dict[str, Measured] = defaultdict(Measured)
+    left_out: set[str] = set()
+    failed, device, samples = False, timing.device, timing.samples
     rounds = min(ROUNDS, samples) if device.type == "cuda" else -(-samples // 2)
     for turn in range(rounds):
         share = samples * (turn + 1) // rounds - samples * turn // rounds
-        warm = warmup if turn == 0 else 1
+        now = Timing(device, share, timing.warmup if turn == 0 else 1)
         for name in (*parts, *(names if turn % 2 == 0 else names[::-1])):
             if name in left_out:
                 continue
             stopped = False
             try:
                 if name in parts:
-                    # Its tensors are made for its turn and let go: they must not count as an arm's memory.
-                    times[name] += samples_ms(parts[name](), device, share, warm)
+                    # Its tensors live for its turn only: they must not count as an arm's memory.
+                    measured[name].times += samples_ms(parts[name](), device, now.samples, now.warmup)
                 else:
-                    _sample_arm(arms, name, given, device, share, warm, times[name], extra[name])
+                    _sample_arm(arms, name, given, now, measured[name])
             except Exception as error:
-                failed |= _none_of([name], error, is_compiled(name))
+                failed |= _no_rows([name], error, is_compiled(name))
                 stopped = True
                 left_out.add(name)
             if not stopped and turn == rounds - 1:
-                done(name, times[name], extra[name])
+                done(name, measured[name])
             if stopped or name in parts:
                 _free(device)
     return failed
 
 
-def _sample_arm(
-    arms: Arms,
-    name: str,
-    given: dict[str, torch.Tensor],
-    device: torch.device,
-    samples: int,
-    warmup: int,
-    times: list[float],
-    extra: dict[str, int],
-) -> None:
+def _sample_arm(arms: Arms, name: str, given: dict[str, Any], timing: Timing, measured: Measured) -> None:
     """Add an arm's samples, its peak and what it saves."""
     clear, step = partial(arms.clear, given), partial(arms.step, given)
+    device, warmup, extra = timing.device, timing.warmup, measured.extra
     try:
         arms.set(name)
         if device.type == "cuda":
             samples_ms(step, device, 0, warmup, clear)
             torch.cuda.reset_peak_memory_stats(device)
             warmup = 0
-        times += samples_ms(step, device, samples, warmup, clear)
+        measured.times += samples_ms(step, device, timing.samples, warmup, clear)
         if device.type == "cuda":
             extra["peak_bytes"] = max(extra.get("peak_bytes", 0), torch.cuda.max_memory_allocated(device))
         clear()
@@ -345,15 +355,15 @@ def _sample_arm(
         clear()
 
 
-def _none_of(names: Iterable[str], error: Exception, compiled: bool = False) -> bool:
-    """Say why arms or parts have no row, a line each. Whether that is a failure."""
+def _no_rows(names: Iterable[str], error: Exception, compiled: bool = False) -> bool:
+    """Print why arms or parts have no row, a line each. Returns whether that is a failure."""
     problem, wrong = _why(error, compiled)
     print("\n".join(f"  {name}: {problem}; no row" for name in names), flush=True)
     return wrong
 
 
 def _why(error: Exception, compiled: bool = False) -> tuple[str, bool]:
-    """(why an arm or a part has no row, whether that is a failure). compiled: torch.compile was at work."""
+    """(why an arm or a part has no row, whether that is a failure). compiled: torch.compile was used."""
     if is_out_of_memory(error):
         return "out of memory", False
     if compiled and isinstance(error, RuntimeError) and not isinstance(error, torch.AcceleratorError):
@@ -362,16 +372,11 @@ def _why(error: Exception, compiled: bool = False) -> tuple[str, bool]:
 
 
 def rows(
-    arm: str,
-    shape: str,
-    times: Sequence[float],
-    extra: dict[str, int],
-    limit_ms: float | None,
-    flops: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    arm: str, shape: str, measured: Measured, limit_ms: float | None, flops: int, peak_tflops: float | None
 ) -> list[Row]:
-    """What is known of one arm at one shape. limit_ms: None where the limit could not be measured."""
+    """What is known of one arm at one shape. limit_ms: None where the limit could not be measured; peak_tflops: of the
+    GPU in this dtype, None if unknown."""
+    times = measured.times
     value, n = median(times), len(times)
     found = [
         Row(BENCH, arm, shape, "step_ms", value, "ms", n),
@@ -381,14 +386,15 @@ def rows(
     ]
     if limit_ms is not None:
         found.insert(3, Row(BENCH, arm, shape, "fraction_of_limit", limit_ms / value, "1", n))
-    peak = peak_tflops_for(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if peak and dtype != torch.float32:
-        found.append(Row(BENCH, arm, shape, "mfu", flops / value / 1e9 / peak, "1", n))
-    return found + [Row(BENCH, arm, shape, name, float(size), "bytes") for name, size in extra.items()]
+    if peak_tflops:
+        found.append(Row(BENCH, arm, shape, "mfu", flops / value / 1e9 / peak_tflops, "1", n))
+    return found + [Row(BENCH, arm, shape, name, float(size), "bytes") for name, size in measured.extra.items()]
 
 
-def optimizer_row(numel: int, shape: str, device: torch.device, samples: int, warmup: int) -> Row:
-    """AdamW in float32 on an eighth of what trains, as one of 8 ranks has it under ZeRO-2: simulated, no communication."""
+def optimizer_row(numel: int, shape: str, timing: Timing) -> Row:
+    """AdamW in float32 on an eighth of what is trained, the share of one of 8 ranks under ZeRO-2: simulated, without
+    communication."""
+    device, samples, warmup = timing.device, timing.samples, timing.warmup
     parameter = torch.zeros(numel, device=device, requires_grad=True)
     parameter.grad = torch.randn_like(parameter)
     optimizer = torch.optim.AdamW([parameter], lr=1e-5, weight_decay=0.1, fused=True)
@@ -397,7 +403,7 @@ def optimizer_row(numel: int, shape: str, device: torch.device, samples: int, wa
 
 
 def ratios(found: Sequence[Row]) -> list[str]:
-    """Lines for people: how many times as fast ours is, by shape."""
+    """How many times as fast ours is, by shape, in human-readable lines."""
     times = {(row.shape, row.arm): row.value for row in found if (row.bench, row.metric) == (BENCH, "step_ms")}
     lines = []
     for shape in dict.fromkeys(shape for shape, _ in times):

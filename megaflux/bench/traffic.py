@@ -1,11 +1,11 @@
 """python -m megaflux.bench traffic: bytes that one block's forward and backward move, counted; no GPU is needed.
 
 In units of one hidden state, (condition + image tokens) x width numbers in bfloat16. `between`: what operations other than
-matrix products and attention read and write; `floor`: the part of it that megaflux's fused ops move, so that `added` is
-what autograd does between them; `products`: activations that matrix products and attention read and write; `small`:
-statistics and positions. Weights and their gradients are not counted. A count, not a measurement: caches are left out.
+matrix products and attention read and write; `floor`: the part of it that megaflux's fused ops move; `added`: the rest,
+which autograd moves between them; `products`: activations that matrix products and attention read and write; `small`:
+statistics and positions. Weights and their gradients are not counted. A count, not a measurement: caches are ignored.
 
-A block's numbers are those of a stack of three less those of a stack of two.
+A block's numbers are those of a stack of three minus those of a stack of two.
 """
 
 from __future__ import annotations

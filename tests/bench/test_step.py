@@ -75,13 +75,13 @@ def test_what_is_measured_is_not_measured_again(report, tmp_path, monkeypatch, c
 def test_arms_take_turns_there_and_back(monkeypatch):
     order, found = [], {}
 
-    def sample(arms, name, given, device, samples, warmup, times, extra):
+    def sample(arms, name, given, timing, measured):
         order.append(name)
-        times += [1.0] * samples
+        measured.times += [1.0] * timing.samples
 
     monkeypatch.setattr(step, "_sample_arm", sample)
-    done = lambda name, times, extra: found.update({name: len(times)})  # noqa: E731
-    assert not step.take_turns(None, ["a", "b"], {}, {}, torch.device("cpu"), 8, 1, done)
+    done = lambda name, measured: found.update({name: len(measured.times)})  # noqa: E731
+    assert not step.take_turns(None, ["a", "b"], {}, {}, step.Timing(CPU, 8, 1), done)
     assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert found == {"a": 8, "b": 8}
 
@@ -98,11 +98,11 @@ def test_an_arm_leaves_no_memory_behind():
     with LiveMemory() as memory:
         for turn in range(2):
             for arm in ARMS if turn == 0 else ARMS[::-1]:
-                extra = {}
-                step._sample_arm(arms, arm, given, CPU, 2, 1, [], extra)
+                measured = step.Measured()
+                step._sample_arm(arms, arm, given, step.Timing(CPU, 2, 1), measured)
                 gc.collect()
                 left[arm, turn] = memory.live
-                saved.append(extra["saved_bytes"])
+                saved.append(measured.extra["saved_bytes"])
     table = 2 * 4 * 17 * 32  # bytes of the fused path's cosines and sines of 17 tokens
     assert max(left.values()) <= table + 2 * GRANULE
     assert min(saved) > 4 * table

@@ -53,8 +53,8 @@ class Failing:
 @pytest.mark.parametrize("turn", [1, 2])
 def test_an_arm_that_fails_is_left_out_and_the_others_go_on(capsys, names, error, line, code, turn):
     found = {}
-    done = lambda name, times, extra: found.update({name: (len(times), extra)})  # noqa: E731
-    assert step.take_turns(Failing(error, turn), names, {}, {}, CPU, 4, 1, done) == code
+    done = lambda name, measured: found.update({name: (len(measured.times), measured.extra)})  # noqa: E731
+    assert step.take_turns(Failing(error, turn), names, {}, {}, step.Timing(CPU, 4, 1), done) == code
     assert found == {"b": (4, {"saved_bytes": 1})}
     assert line in capsys.readouterr().out
 
@@ -62,7 +62,7 @@ def test_an_arm_that_fails_is_left_out_and_the_others_go_on(capsys, names, error
 def test_after_a_lost_gpu_each_arm_has_its_line_and_what_was_measured_stays(capsys):
     found = []
     arms = Failing(LOST, turn=2, lost=True)  # turns: a b c, then c b a
-    assert step.take_turns(arms, ["b", "a", "c"], {}, {}, CPU, 4, 1, lambda *row: found.append(row[0]))
+    assert step.take_turns(arms, ["b", "a", "c"], {}, {}, step.Timing(CPU, 4, 1), lambda *row: found.append(row[0]))
     assert found == ["c"]
     said = capsys.readouterr().out
     assert [f"  {arm}: CUDA error: an illegal memory access was encountered; no row" for arm in "ab"] == (
@@ -77,7 +77,7 @@ def test_a_part_of_the_limit_that_fails_costs_no_arm(capsys):
         raise torch.OutOfMemoryError("none left")
 
     arms, parts = Failing(None, turn=0), {"gemm_ms": broken}
-    assert not step.take_turns(arms, ["b"], {}, parts, CPU, 4, 1, lambda *row: found.append(row[0]))
+    assert not step.take_turns(arms, ["b"], {}, parts, step.Timing(CPU, 4, 1), lambda *row: found.append(row[0]))
     assert found == ["b"] and "gemm_ms: out of memory; no row" in capsys.readouterr().out
 
 
@@ -242,6 +242,6 @@ def test_an_optimizer_that_stops_counts_as_arms_do(monkeypatch, capsys, error, f
     monkeypatch.setattr(step, "random_flux", lambda config, dtype, device: random_flux(config, dtype, CPU))
     monkeypatch.setattr(step, "measure_shape", lambda *_: False)
     monkeypatch.setattr(step, "optimizer_row", stops)
-    chosen, todo = Sizes(1, 2, 2, 32, 16, 5, 1, "attention", (1,)), [((2, 3), "s", ["diffusers-eager"])]
-    assert step.measure(None, chosen, todo, torch.float32, torch.device("cuda"), 2, 1) == failed
+    chosen, todo = Sizes(1, 2, 2, 32, 16, 5, 1, "attention", (1,)), [step.Todo((2, 3), "s", ["diffusers-eager"])]
+    assert step.measure(None, chosen, todo, torch.float32, step.Timing(torch.device("cuda"), 2, 1)) == failed
     assert capsys.readouterr().out == f"  optimizer: {why}; no row\n"

@@ -1,9 +1,9 @@
 """python -m megaflux_kernels.bench [--op NAME]: each op against its eager and its compiled reference.
 
-First a gate: outputs and every gradient, against float64, off by at most twice what the eager reference is; an op that
-fails it, or stops in it, gets no row, the others go on, and the exit code is 1. Then the times of forward, and of
-forward and backward, and the fraction of the limit measured in the same run: a large copy's bytes per second, or a
-large product's FLOPs. An arm that cannot run gets a line and no row; where it is our own, the exit code is 1.
+First a gate: outputs and every gradient against float64, with at most twice the eager reference's error. An op that fails
+it, or raises in it, gets no row; the others continue, and the exit code is 1. Then the times of forward, and of forward
+and backward, and the fraction of the limit measured in the same run: a large copy's bytes per second, or a large product's
+FLOPs. An arm that cannot run gets a line and no row; if it is ours, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def bench(
     copy: float,
     product: float,
 ) -> bool:
-    """Measure the arms of a case that the report lacks. False where the gate refuses or our own arm cannot run."""
+    """Measure the arms of a case that the report lacks. False where the gate refuses the op or our arm cannot run."""
     shape = f"{case.shape} {args.dtype}"
     arms = {"ours": case.ours, "eager": case.reference} | case.others
     if not args.no_compile:
@@ -93,7 +93,7 @@ def bench(
         return True
     try:
         problem = refusal(case, dtype)
-    except Exception as error:  # of whatever kind: it must cost this op alone
+    except Exception as error:  # of any kind: only this op may be lost to it
         problem = f"stopped at the gate: {first_line(error)}"
     if problem:
         print(f"error: {case.op} {shape}: {problem}; not timed", file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
 """What the op bench runs: each op with inputs of FLUX's sizes (small ones on a CPU), beside its reference.
 
-Bytes are those that cannot be avoided: every input read and every output written once, forward; in the backward, the
-output's gradient and the inputs that it depends on read, the input's gradient written. Gradients timed are those of a
-frozen block: of what carries activations, not of weights and modulations. The gate checks all of them.
+Bytes are the minimum: forward, every input read and every output written once; backward, the output's gradient and the
+inputs that it depends on read, the input's gradient written. Timed are the gradients of a frozen block: those of
+activations, not of weights and modulations. The gate checks all of them.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _rmsnorm_linear(ours: Callable, reference: Callable, s: Sizes, randn: Callab
     x, norm = randn(s.batch, s.text, s.qwen_width), 1 + 0.1 * randn(s.qwen_width)
     weight, bias = randn(s.joint_dim, s.qwen_width) * s.qwen_width**-0.5, 0.1 * randn(s.joint_dim)
     product = 2 * s.batch * s.text * s.qwen_width * s.joint_dim
-    # the connector trains: dX and dW
+    # the connector is trainable: dX and dW
     return Case(
         "rmsnorm_linear",
         f"{s.batch}x{s.text}x{s.qwen_width}->{s.joint_dim}",

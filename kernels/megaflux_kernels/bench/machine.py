@@ -1,4 +1,4 @@
-"""What a bench ran on: device, versions, commit, the attention kernel that really ran, and what went wrong there."""
+"""What a bench ran on: device, versions, commit, the attention backend that really ran; and how errors are reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megaflux_kernels import cudnn
 
 
 def facts(device: torch.device, attention_backend: str | None) -> dict[str, Any]:
-    """What a report says of its process."""
+    """The facts of this process for a report."""
     return {
         "device": device_name(device),
         "versions": versions(),
@@ -28,9 +28,9 @@ def facts(device: torch.device, attention_backend: str | None) -> dict[str, Any]
 
 
 def default_device() -> torch.device:
-    """The GPU if there is one, whose cuDNN torch then only chooses where its attention is right."""
-    if said := cudnn.leave_out_if_wrong():
-        print(f"warning: {said}", file=sys.stderr)
+    """The GPU if there is one, else the CPU. torch chooses cuDNN's attention only if that is correct from then on."""
+    if why := cudnn.leave_out_if_wrong():
+        print(f"warning: {why}", file=sys.stderr)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -48,7 +48,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what the numbers depend on; None: not installed."""
+    """Versions of what the numbers depend on; None: not installed."""
     found: dict[str, str | None] = {}
     for name in ("torch", "triton", "diffusers", "transformers"):
         try:
@@ -59,7 +59,7 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """HEAD of the repository that holds this file, "+changes" behind it if files differ; None outside of one."""
+    """HEAD of the repository that holds this file, with "+changes" if files differ; None outside a repository."""
     here = str(Path(__file__).resolve().parent)
     try:
         head = _run("git", "-C", here, "rev-parse", "HEAD")
@@ -69,7 +69,7 @@ def commit() -> str | None:
 
 
 def clocks(device: torch.device) -> str:
-    """Clocks, power and temperature of a GPU in one line for people; empty where nvidia-smi does not say."""
+    """Clocks, power and temperature of a GPU in a human-readable line; empty without nvidia-smi."""
     if device.type != "cuda":
         return ""
     query = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
@@ -81,18 +81,18 @@ def clocks(device: torch.device) -> str:
 
 
 def visible_gpu() -> str:
-    """The number, or the name, by which nvidia-smi knows the first GPU that torch may use."""
+    """The number or name, for nvidia-smi, of the first GPU that torch may use."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
 
 
 def attention_backend(
     device: torch.device, dtype: torch.dtype, heads: int = 24, head_dim: int = 128, tokens: int = 1024
 ) -> str:
-    """The backend that scaled_dot_product_attention really takes for these sizes, with gradients: the name of the
-    operator that it calls, as flash, cudnn, efficient or math.
+    """The backend that scaled_dot_product_attention really uses for these sizes, with gradients, by the operator that it
+    calls: flash, cudnn, efficient or math.
 
-    tokens: the real number, since the choice can depend on it. q, k and v lie as in FLUX, (1, tokens, heads, head_dim)
-    in memory. RuntimeError where no backend that is allowed takes these tensors.
+    tokens: the real number, since the choice can depend on it. q, k and v are (1, tokens, heads, head_dim) in memory, as
+    in FLUX. RuntimeError where no allowed backend supports these tensors.
     """
     shape = (1, tokens, heads, head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
@@ -105,12 +105,12 @@ def attention_backend(
 
 
 def first_line(error: BaseException, limit: int = 120) -> str:
-    """What an exception says, for a line of a bench: its first line, cut at `limit` characters, or its name."""
+    """An exception in one line: the first line of its message, cut at `limit` characters, or its name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
 
 
 class _Called(TorchDispatchMode):
-    """Notes the names of the operators that run."""
+    """Records the names of the operators that run."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Rows of a bench: printed as a table and kept as one JSON object, to which a later process can add.
+"""Rows of a bench: printed as a table and stored as one JSON object, to which a later process can add.
 
 {"device", "versions", "attention_backend", "commit",
  "rows": [{"bench", "arm", "shape", "metric", "value", "unit", "samples"}]}
@@ -33,11 +33,11 @@ class Row:
 
 
 class Report:
-    """The rows of one process, and those that an earlier one left in the same file."""
+    """The rows of this process, and those that an earlier one left in the same file."""
 
     def __init__(self, path: str | Path | None, facts: dict[str, Any], resume: bool = False):
-        """path: JSON file, or None. facts: FACTS, of this process. resume: go on with the file's rows where they were
-        measured with the same facts. ValueError, in one line, for a file that is no report or cannot be written."""
+        """path: JSON file, or None. facts: FACTS, of this process. resume: keep the file's rows if they were
+        measured with the same facts. ValueError of one line for a file that is not a report or cannot be written."""
         self.path = Path(path) if path else None
         self.facts = {name: facts[name] for name in FACTS}
         self.rows: list[Row] = []
@@ -59,13 +59,13 @@ class Report:
         return any((r.bench, r.arm, r.shape) == (bench, arm, shape) and metric in (None, r.metric) for r in self.rows)
 
     def add(self, *rows: Row) -> None:
-        """Take rows in, in the place of older ones of the same name, and write the file."""
+        """Add rows, replacing older ones of the same name, and write the file."""
         names = {(r.bench, r.arm, r.shape, r.metric) for r in rows}
         self.rows = [r for r in self.rows if (r.bench, r.arm, r.shape, r.metric) not in names] + list(rows)
         self.save()
 
     def save(self) -> None:
-        """Write the file as a whole: a killed process leaves the old one or the new one."""
+        """Write the file atomically: a killed process leaves the old one or the new one."""
         if self.path is None:
             return
         content = self.facts | {"rows": [asdict(row) for row in self.rows]}
@@ -75,7 +75,7 @@ class Report:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """A report file with its rows as Row, None for an empty one. ValueError for what is no report."""
+    """A report file with its rows as Row, None for an empty one. ValueError for a file that is not a report."""
     try:
         text = path.read_text()
         if not text.strip():
@@ -140,7 +140,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def path(text: str) -> str:
-    """argparse type: a path; a `~` at its beginning, which shells leave alone in `--json=~/x`, is expanded."""
+    """argparse type: a path; a leading `~`, which shells do not expand in `--json=~/x`, is expanded."""
     home = os.path.expanduser(text)
     if text.startswith("~") and not os.path.isabs(home):
         raise argparse.ArgumentTypeError(f"{text!r}: no such home; write the whole path, or ./{text}")
@@ -165,7 +165,7 @@ def one_of(text: str, known: Iterable[str], what: str) -> list[str]:
 
 
 def open_report(parser: Parser, args: argparse.Namespace, facts: dict[str, Any]) -> Report:
-    """The report of --json and --resume; bad files end the process in one line."""
+    """The report of --json and --resume; a bad file ends the process with one line."""
     try:
         return Report(args.json, facts, args.resume)
     except ValueError as error:

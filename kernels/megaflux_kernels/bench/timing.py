@@ -1,4 +1,4 @@
-"""Samples of time, and the limits that the same machine shows in the same run."""
+"""Samples of time, and the highest rates of the same machine in the same run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 FLUSH_BYTES = 256 << 20  # more than any L2 cache
-HEAD_START_CYCLES = 2_000_000  # of the GPU, about 1 ms: Python enqueues a call meanwhile
+HEAD_START_CYCLES = 2_000_000  # GPU cycles, about 1 ms, in which Python enqueues a call
 
 
 def samples_ms(
     run: Callable[[], Any], device: torch.device, samples: int, warmup: int, before: Callable[[], Any] | None = None
 ) -> list[float]:
-    """Milliseconds of `run`, by events on a GPU and by the clock on a CPU. before: run ahead of each, not timed."""
+    """Milliseconds of each call of `run`, by events on a GPU and by the clock on a CPU. before: called ahead of each, not
+    timed."""
     for _ in range(warmup):
         if before is not None:
             before()
@@ -39,7 +40,7 @@ def samples_ms(
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """Between the samples linearly; 0.5 is the median."""
+    """The q-quantile, linear between samples; 0.5 is the median."""
     ordered = sorted(values)
     at = q * (len(ordered) - 1)
     low = int(at)
@@ -52,8 +53,8 @@ def median(values: Sequence[float]) -> float:
 
 
 def kernel_ms(run: Callable[[], Any], device: torch.device, samples: int, warmup: int = 3) -> list[float]:
-    """Milliseconds of a short call as a step sees it: caches cold, and on a GPU the launches already waiting, so that
-    Python's own time does not count."""
+    """Milliseconds of a short call as within a step: with cold caches, and on a GPU with the launches enqueued before, so
+    that Python's own time does not count."""
     if device.type != "cuda":
         return samples_ms(run, device, samples, warmup)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
@@ -74,7 +75,7 @@ def copy_gb_per_s(device: torch.device, samples: int = 20) -> float:
 
 
 def matmul_tflop_per_s(device: torch.device, dtype: torch.dtype, samples: int = 10) -> float:
-    """Of a large matrix product of normal numbers in a dtype."""
+    """TFLOP/s of a large matrix product of normal numbers in a dtype."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / median(samples_ms(lambda: a @ b, device, samples, 3)) / 1e9

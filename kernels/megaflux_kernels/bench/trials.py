@@ -1,7 +1,7 @@
-"""What a case of an op is put through: its results and every gradient against float64, and its times.
+"""Accuracy and times of a case of an op: its results and every gradient against float64.
 
-An op is right where no result is off by more than twice what the eager reference is off by and FLOOR, which is for a
-reference that is exact: a result rounded once is off by about that much.
+An op is right if no result's error exceeds twice the eager reference's plus FLOOR, the error of a result that is rounded
+once: a reference may be exact.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from megaflux_kernels.bench import timing
 from megaflux_kernels.bench.cases import Case
 
-# Units of rounding (eps) below which both are right.
+# In units of rounding (eps).
 FLOOR = {torch.bfloat16: 0.25, torch.float16: 0.25, torch.float32: 4}
 
 
 @dataclass(frozen=True)
 class Error:
-    """Of one result: an output, or the gradient of an input. Norms of the difference, over the true norm."""
+    """Errors of one result, an output or the gradient of an input: norms of the difference, relative to the true norm."""
 
     index: int
     """Outputs first, then gradients."""
@@ -66,7 +66,7 @@ def times(case: Case, run: Callable, device: torch.device, samples: int) -> tupl
 
 
 def results(case: Case, run: Callable, dtype: torch.dtype) -> list[Tensor]:
-    """Outputs, then gradients. In float64 all inputs are cast, else what is wider than dtype stays so."""
+    """Outputs, then gradients. For float64 all inputs are cast; otherwise inputs wider than dtype stay as they are."""
     inputs = case.inputs
     if dtype == torch.float64:
         inputs = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
@@ -80,12 +80,12 @@ def results(case: Case, run: Callable, dtype: torch.dtype) -> list[Tensor]:
 
 
 def leaves(inputs: Sequence[Any], differentiable: Sequence[int]) -> list[Any]:
-    """The inputs, of which these ask for gradients."""
+    """The inputs as leaves, those at these places requiring gradients."""
     return [
         x.detach().requires_grad_(i in differentiable) if isinstance(x, Tensor) else x for i, x in enumerate(inputs)
     ]
 
 
 def outputs(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    """What an op returned, as a list."""
+    """The outputs of an op as a list."""
     return [out] if isinstance(out, Tensor) else list(out)

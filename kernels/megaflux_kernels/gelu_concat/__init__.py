@@ -1,4 +1,4 @@
-"""gelu_concat: GELU written beside the attention output, where the last linear of a FLUX single block reads both.
+"""gelu_concat: attention output and GELU side by side, as the last linear of a FLUX single block reads them.
 
     out = [attn_output, gelu(hidden_states)],  gelu(h) = h / 2 * (1 + tanh(sqrt(2 / pi) * (h + 0.044715 h^3)))
 
@@ -65,7 +65,7 @@ def forward(attn_output: Tensor | None, hidden_states: Tensor) -> Tensor:
 
 def backward(dgelu: Tensor, hidden_states: Tensor) -> Tensor:
     """The gradient (B, S, M) of hidden_states. dgelu: the gradient of gelu(hidden_states), (B, S, M), any strides over
-    B and S: dout[..., W:] as it lies. The gradient of attn_output is dout[..., :W]."""
+    B and S: dout[..., W:] itself. The gradient of attn_output is dout[..., :W]."""
     _check_gradient(dgelu, hidden_states)
     run = _triton_backward if use_triton(hidden_states) else reference.backward
     return run(rows(dgelu), rows(hidden_states))

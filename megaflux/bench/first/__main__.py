@@ -1,8 +1,8 @@
-"""python -m megaflux.bench.first --out DIR: what ten minutes on one GPU can tell; `make gpu-first OUT=DIR`.
+"""python -m megaflux.bench.first --out DIR: what can be learned in ten minutes on one GPU; `make gpu-first OUT=DIR`.
 
 Steps run one after the other, each in its own process with its own time limit; each fact is a line of DIR/facts.jsonl
 as soon as it is known, what is printed goes to DIR/log.txt, and a table of all comes last. Given again with the same DIR
-it goes on with what is missing, and tries again what failed. `python -m megaflux.bench.first.results DIR` makes a section
+it measures what is missing, and tries again what failed. `python -m megaflux.bench.first.results DIR` makes a section
 of docs/gpu-results.md of it. --small: sizes that a CPU can do.
 
 Exit code: 0 all asked for is known; 1 something failed or did not fit into the time; 2 the options are wrong.
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def all_steps(parser: Parser, args: argparse.Namespace, facts: Facts) -> int:
-    """Run what is chosen and not finished, each step in its own process; the exit code."""
+    """Run what is chosen and not finished, each step in its own process. Returns the exit code."""
     out, device = Path(args.out), gpu_name() or ("CPU" if args.small else None)
     if facts.path.is_dir():
         parser.error(f"--out {out}: facts.jsonl is a folder; give another")
@@ -105,7 +105,7 @@ def all_steps(parser: Parser, args: argparse.Namespace, facts: Facts) -> int:
 
 
 def hold(parser: Parser, option: str, folder: Path) -> IO[bytes]:
-    """A lock on a folder; where there is none to be had, the end of the process."""
+    """A lock on a folder; ends the process with a message where it cannot be had."""
     try:
         file = lock(folder)
     except OSError as error:
@@ -126,13 +126,13 @@ def show(facts: Facts, file: Path, outcome: Outcome) -> None:
 
 
 def one_step(name: str, facts: Facts, work: Path, small: bool) -> int:
-    """Find the facts of a step in this process. An error outside of any fact is that of the step."""
+    """Measure a step's facts in this process. An error outside of any fact is recorded as the step's."""
     import torch
 
     from megaflux.bench.first.settings import Setting
 
     if small:
-        torch.set_num_threads(1)  # on a CPU that others use too, threads wait for each other
+        torch.set_num_threads(1)  # on a shared CPU, threads wait for each other
     recorder = Recorder(facts, name, small, int(os.environ.get(SINCE, len(facts.rows()))))
     try:
         steps.module(name).run(recorder, Setting(small, work))
@@ -146,7 +146,7 @@ def one_step(name: str, facts: Facts, work: Path, small: bool) -> int:
 
 
 def joins(facts: Facts, small: bool, device: str) -> str | None:
-    """Why facts of this device, these sizes and these libraries cannot join those that are there, or None."""
+    """Why facts of this device, these sizes and these libraries cannot be added to those in the file, or None."""
     known = {row.fact: row.value for row in facts.rows() if row.step == SESSION}
     for name, value in here(small, device).items():
         if name in known and known[name] != value:
@@ -159,7 +159,7 @@ def here(small: bool, device: str) -> dict[str, str]:
 
 
 def note_session(facts: Facts, small: bool, device: str, commit: str | None) -> None:
-    """Keep what the facts to come are of."""
+    """Record what the following facts were measured on."""
     from megaflux_kernels.bench.machine import commit as head
 
     now = {"commit": commit or head() or "unknown", "date": datetime.date.today().isoformat()}
@@ -177,7 +177,7 @@ def libraries() -> str:
 
 
 def gpu_name() -> str | None:
-    """The name of the GPU that torch would use; None: there is none. Asked of its driver, or of a process with torch."""
+    """The name of the GPU that torch would use, from its driver or a process with torch; None without a GPU."""
     asks = [
         ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", visible_gpu()],
         [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name(0))"],

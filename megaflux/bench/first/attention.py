@@ -1,4 +1,4 @@
-"""Step attention: which backend torch chooses for FLUX's attention, and what each of them reaches, on FLUX's own strides."""
+"""Step attention: which backend torch chooses for FLUX's attention, and the speed of each, on FLUX's own strides."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def run(recorder: Recorder, setting: Setting) -> None:
 
 def at_length(recorder: Recorder, setting: Setting, length: int) -> None:
     device, sizes, attend = setting.device, setting.flux(), F.scaled_dot_product_attention
-    *leaves, dout = limits.attention_inputs(replace(sizes, text=0), length, setting.dtype, device)
+    q, k, v, dout = limits.attention_inputs(replace(sizes, text=0), length, setting.dtype, device)
     with recorder.measuring(f"chosen at S = {length}", f"chosen at S = {length}, backward"):
-        out = attend(*leaves)
+        out = attend(q, k, v)
         recorder.add(f"chosen at S = {length}", _backend(out.grad_fn))
         recorder.add(f"chosen at S = {length}, backward", type(out.grad_fn).__name__.removesuffix("0"))
     flops = 4 * sizes.batch * length**2 * sizes.heads * sizes.head_dim
@@ -45,14 +45,14 @@ def at_length(recorder: Recorder, setting: Setting, length: int) -> None:
             if name == "cudnn" and (problem := cudnn.problem(length)):
                 raise RuntimeError(problem)
             with torch.no_grad():
-                forward = median(kernel_ms(lambda: attend(*leaves), device, setting.samples))
+                forward = median(kernel_ms(lambda: attend(q, k, v), device, setting.samples))
             recorder.add(facts[0], flops / forward / 1e9, "TFLOP/s")
-            out = attend(*leaves)
-            gradients = partial(torch.autograd.grad, out, leaves, dout, retain_graph=True)
+            out = attend(q, k, v)
+            gradients = partial(torch.autograd.grad, out, [q, k, v], dout, retain_graph=True)
             recorder.add(facts[1], 2 * flops / median(kernel_ms(gradients, device, setting.samples)) / 1e9, "TFLOP/s")
 
 
 def _backend(node: object) -> str:
-    """Of the operator that made a tensor: cudnn, flash, efficient or math."""
+    """The backend of a tensor's grad_fn: cudnn, flash, efficient or math."""
     name = type(node).__name__.lower()
     return next((backend for backend in ("cudnn", "flash", "efficient") if backend in name), "math")

@@ -1,7 +1,7 @@
 """Step blocks: forward and backward of all of FLUX's blocks, batch 1, ours and diffusers', and the limit of the machine.
 
-One after the other, each written as soon as it is measured; the first comes once more at the end, which shows what the
-clocks have done meanwhile.
+One after the other, each recorded as soon as it is measured; the first is measured again at the end, to show how the
+clocks have changed meanwhile.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run(recorder: Recorder, setting: Setting) -> None:
 
 
 def measure(recorder: Recorder, setting: Setting, names: tuple[str, ...]) -> None:
-    """Milliseconds of each arm's step, its MFU and its memory; in the step `blocks` also of the limit's two parts."""
+    """Record milliseconds of each arm's step, its MFU and its memory; in the step `blocks` also the limit's two parts."""
     bucket, tokens = setting.pictures()[0]
     sizes, device, dtype = setting.flux(tokens.condition), setting.device, setting.dtype
     config = sizes.flux_config()
@@ -73,19 +73,15 @@ def measure(recorder: Recorder, setting: Setting, names: tuple[str, ...]) -> Non
             if len(facts) > 1:
                 held = torch.cuda.max_memory_allocated(device) - before
                 recorder.add(facts[1], held / 1e9, "GB")
-            if len(facts) > 2:
+            if peak is not None and len(facts) > 2:
                 recorder.add(facts[2], flops / ms / 1e9 / peak)
         clear()
         _free(device)
 
 
 def compare(recorder: Recorder, pairs: Sequence[tuple[str, str]] = RATIOS) -> None:
-    """What the milliseconds say of each other. pairs: of which ratios are kept."""
-    known = {
-        row.fact: row.value
-        for row in recorder.facts.latest().values()
-        if row.step in ("blocks", recorder.step) and row.error is None
-    }
+    """Record ratios of milliseconds of these pairs (slow, fast), and the limit's share of each arm's."""
+    known = recorder.facts.numbers("blocks", recorder.step)
     for slow, fast in pairs:
         if slow in known and fast in known:
             recorder.add(f"{slow} over {fast}", known[slow] / known[fast])
@@ -98,10 +94,10 @@ def compare(recorder: Recorder, pairs: Sequence[tuple[str, str]] = RATIOS) -> No
                 recorder.add(f"share of the limit, {arm}", limit / known[arm])
 
 
-def _restart_peak(device: torch.device) -> int | None:
-    """Bytes allocated now, from which a peak is counted; None on a CPU."""
+def _restart_peak(device: torch.device) -> int:
+    """Bytes allocated now, from which a peak is counted; 0 on a CPU."""
     if device.type != "cuda":
-        return None
+        return 0
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
 

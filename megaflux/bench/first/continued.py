@@ -1,7 +1,7 @@
-"""Step continued: two processes go on from one checkpoint of the step loop; are they equal, to the bit?
+"""Step continued: two processes resume from one checkpoint of the step loop; are they equal, bit for bit?
 
 One update each, from the checkpoint after update 4, beside the process that was not interrupted. Compared are the fp32
-masters of what trains, as the shard of the optimizer holds them: bfloat16 weights hide most differences.
+masters of the trainable parameters in the optimizer's shard: bfloat16 weights hide most differences.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from megaflux.bench.first import loop
 from megaflux.bench.first.facts import Recorder
 from megaflux.bench.first.settings import Setting
-from megaflux.training.checkpoint import manifest
-from megaflux.training.checkpoint import reshard as repartition
+from megaflux.training.checkpoint import manifest, reshard
 
 RUNS = ("first", "second")
 LINKED = 1 << 20  # bytes; larger files of the checkpoint are linked, not copied
@@ -48,7 +47,7 @@ def run(recorder: Recorder, setting: Setting) -> None:
         recorder.add("two continuations: distance over the update", distance(first, second) / moved)
         recorder.add("uninterrupted and continued: distance over the update", distance(first, whole) / moved)
         del before, whole, first, second  # they are mapped from the files
-        shutil.rmtree(work)  # 27 GB at FLUX.1-dev's sizes, and all is known of them
+        shutil.rmtree(work)  # 27 GB at FLUX.1-dev's sizes, not needed any more
 
 
 def fork(run: Path, other: Path) -> None:
@@ -58,14 +57,14 @@ def fork(run: Path, other: Path) -> None:
     for update, path in manifest.listed(other).items():
         if update > loop.SAVED:
             shutil.rmtree(path)
-    # Or nothing would be left to do, and two nothings are equal.
+    # Otherwise there would be nothing to do, and the runs would be equal for no reason.
     if max(manifest.listed(other), default=0) != loop.SAVED:
         raise RuntimeError(f"{run}: holds no checkpoint after update {loop.SAVED}")
 
 
 def masters(checkpoint: Path) -> list[torch.Tensor]:
-    """The fp32 masters in a checkpoint of one rank, a flat tensor a parameter group."""
-    return repartition.optimizer_shards(checkpoint / "deepspeed", 1)[0]["single_partition_of_fp32_groups"]
+    """The fp32 masters in a checkpoint of one rank, a flat tensor per parameter group."""
+    return reshard.optimizer_shards(checkpoint / "deepspeed", 1)[0]["single_partition_of_fp32_groups"]
 
 
 def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:

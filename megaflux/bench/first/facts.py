@@ -1,7 +1,7 @@
-"""Facts, one JSON line each, and the file that keeps them while processes come and go.
+"""Facts, one JSON line each, and the file that outlives the processes that add to it.
 
-{"step", "fact", "value", "unit", "predicted", "seconds", "error"}: a fact has a value or an error. What was found later
-counts: a fact that failed and was tried again has two lines.
+{"step", "fact", "value", "unit", "predicted", "seconds", "error"}: a fact has a value or an error. The later line counts:
+a fact that failed and was tried again has two.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megaflux.bench.first import predicted as predictions
 FINISHED = "finished"
 """The last fact of a step: seconds of its process."""
 AGAIN = "measured again"
-"""What was known of a step before this line is out of date."""
+"""Facts of a step before this line are out of date."""
 FATAL = (
     "CUDA error",
     "Triton Error [CUDA]",
@@ -42,7 +42,7 @@ class Fact:
     unit: str = ""
     predicted: Value | None = None
     seconds: float | None = None
-    """That it took to learn it."""
+    """How long the measurement took."""
     error: str | None = None
 
     @property
@@ -51,7 +51,7 @@ class Fact:
 
 
 class GpuLost(Exception):
-    """An error after which this process can do nothing more on the GPU."""
+    """An error after which this process cannot use the GPU any more."""
 
 
 class Facts:
@@ -61,7 +61,7 @@ class Facts:
         self.path = Path(path)
 
     def rows(self) -> list[Fact]:
-        """All lines, oldest first. A line cut off by a death is passed over."""
+        """All lines, oldest first. A line that a dying process cut off is skipped."""
         found = []
         text = self.path.read_text(errors="replace") if self.path.is_file() else ""
         for line in text.splitlines():
@@ -72,7 +72,7 @@ class Facts:
         return found
 
     def latest(self) -> dict[tuple[str, str], Fact]:
-        """What is known now, in the order in which it was first met."""
+        """What is known now, in the order in which it was first recorded."""
         known: dict[tuple[str, str], Fact] = {}
         for row in self.rows():
             if row.fact == AGAIN:
@@ -82,7 +82,7 @@ class Facts:
         return known
 
     def add(self, fact: Fact) -> None:
-        """Append a line, on disk when this returns; none where the newest of its name has the same value."""
+        """Append a line, on disk when this returns, unless the newest of its name has the same value."""
         if isinstance(fact.value, float) and not math.isfinite(fact.value):
             fact = Fact(
                 fact.step, fact.fact, None, fact.unit, fact.predicted, fact.seconds, f"came out as {fact.value}"
@@ -94,18 +94,26 @@ class Facts:
         with open(self.path, "ab+") as file:
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # somebody died in the middle of a line
+                if file.read(1) != b"\n":  # a process died in the middle of a line
                     line = "\n" + line
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
 
+    def numbers(self, *steps: str) -> dict[str, float]:
+        """Fact -> value of what is known of these steps, where it is a number."""
+        return {
+            row.fact: row.value
+            for row in self.latest().values()
+            if row.step in steps and row.error is None and isinstance(row.value, int | float)
+        }
+
 
 class Recorder:
-    """What a step writes its facts to, and asks what is still to be measured."""
+    """Records a step's facts, and tells which are still to be measured."""
 
     def __init__(self, facts: Facts, step: str, small: bool, since: int = 0):
-        """since: rows at the start of this invocation; what failed after it is not tried again before the next."""
+        """since: rows at the start of this invocation; what failed after that is not tried again in it."""
         self.facts, self.step, self.small = facts, step, small
         tried = {row.fact for row in facts.rows()[since:] if row.step == step}
         latest = {row.fact: row for row in facts.latest().values() if row.step == step}
@@ -113,13 +121,13 @@ class Recorder:
         self.current = current_file(facts.path, step)
 
     def missing(self, *names: str) -> list[str]:
-        """Those of the facts that are not known yet."""
+        """The facts that are not known yet."""
         return [name for name in names if name not in self.done]
 
     def add(
         self, fact: str, value: Value, unit: str = "", predicted: Value | None = None, seconds: float | None = None
     ) -> None:
-        """Keep a fact that is not known yet; predicted: None: as `predicted.py` has it."""
+        """Record a fact that is not known yet. predicted: None: as in `predicted.py`."""
         if fact in self.done:
             return
         if predicted is None and not self.small:
@@ -129,11 +137,11 @@ class Recorder:
 
     @contextmanager
     def measuring(self, *names: str) -> Iterator[None]:
-        """Around what finds these facts: whatever it raises becomes the error of those that are not known by then; one that
-        is not known at its end is an error, too.
+        """Around the measurement of these facts: whatever it raises becomes the error of those not known by then; one that
+        is not known at its end is an error as well.
 
-        What is raised where all are known goes on up. So does an error that ends every later use of the GPU: the runner
-        then starts the step anew, without these facts.
+        An exception where all are known is raised on, and so is an error after which the GPU cannot be used: the runner
+        then restarts the step without these facts.
         """
         outer = self.current.read_text() if self.current.exists() else None
         self.current.write_text(json.dumps(list(names)))
@@ -151,7 +159,7 @@ class Recorder:
                 raise GpuLost(str(error)) from error
         else:
             for name in self.missing(*names):
-                self._keep(Fact(self.step, name, error="the step went by without measuring it"))
+                self._keep(Fact(self.step, name, error="the step ended without measuring it"))
         finally:
             if outer is None:
                 self.current.unlink(missing_ok=True)
@@ -165,19 +173,19 @@ class Recorder:
 
 
 def current_file(facts: Path, step: str) -> Path:
-    """Where a step notes what it is measuring, for the runner that finds it dead."""
+    """Where a step notes what it is measuring, for the runner, should the step's process die."""
     return facts.parent / f".measuring-{step}"
 
 
 def describe(fact: Fact) -> str:
-    """A line for people."""
+    """A human-readable line."""
     said = f"error: {fact.error}" if fact.error is not None else number(fact.value, fact.unit)
     expected = "" if fact.predicted is None else f" (predicted {number(fact.predicted, fact.unit)})"
     return f"{fact.step}: {fact.fact}: {said}{expected}"
 
 
 def number(value: Value | None, unit: str = "") -> str:
-    """A value in words, with four digits at most."""
+    """A value as text, with at most four digits."""
     if value is None:
         return ""
     if isinstance(value, bool):

@@ -12,7 +12,8 @@ ARMS = ("ours-none", "ours-mlp", "ours-full")
 
 
 def run(recorder: Recorder, setting: Setting) -> None:
-    """The largest errors against float32, ours and diffusers'; more than twice diffusers' and a rounding is an error."""
+    """Record the largest errors against float32, ours and diffusers'; ours above twice diffusers' plus a rounding is an
+    error."""
     pictures = setting.pictures()
     shortest = min(pictures, key=lambda picture: picture[1].image)
     for bucket, tokens in (pictures[0], shortest):
@@ -23,7 +24,7 @@ def run(recorder: Recorder, setting: Setting) -> None:
         sizes = setting.flux(tokens.condition), grid(bucket), setting.dtype, setting.device
         try:
             found = numerics.gate(*sizes, tuple(lost))
-        except Exception:  # of one arm or of all: each for itself says which
+        except Exception:  # of one arm or of all: each is tried by itself below
             traceback.print_exc()
             found = {}
         for arm, name in lost.items():

@@ -1,4 +1,4 @@
-"""Steps gate-OP: is an op right in bf16, at the token counts of training? Against float64, beside its eager reference."""
+"""Steps gate-OP: an op's errors in bf16 against float64, at training's token counts, beside its eager reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megaflux_kernels.bench import cases, trials
 
 
 def run(recorder: Recorder, setting: Setting) -> None:
-    """The largest error of each result, as a multiple of what is allowed: above 1 is an error."""
+    """Record the largest error of each case's results, as a multiple of what is allowed: above 1 is an error."""
     op = recorder.step.removeprefix("gate-")
     sizes = cases.SMALL if setting.small else cases.Sizes()
     for tokens in {tokens.condition: tokens for _, tokens in setting.pictures()}.values():

@@ -1,4 +1,4 @@
-"""Step tests: the kernels' test suite, and the tests marked gpu, in parallel processes; a failure ends none of the others."""
+"""Step tests: the kernels' test suite and the tests marked gpu; a failure does not stop the others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SUITES = {
 OUTCOMES = ("passed", "failed", "skipped")
 NAMED = 5  # failed tests whose names are kept
 PROCESSES = 8
-LIMITS = {"kernels": 90, "training": 100}  # seconds; what has passed or failed by then is kept
+LIMITS = {"kernels": 90, "training": 100}  # seconds; what has passed or failed by then is recorded
 EACH = 90  # seconds for one test
 
 
@@ -54,8 +54,8 @@ def run(recorder: Recorder, setting: Setting) -> None:
 
 
 def results(suite: str) -> tuple[dict[str, int], list[str], int]:
-    """How many tests of a suite had which outcome, as pytest's last line counts them, what the failed ones said, and
-    pytest's exit code; 2: ended at its limit. RuntimeError where it wrote no results."""
+    """(number of tests of a suite by outcome, as pytest's last line counts them; messages of the failed ones; pytest's
+    exit code, 2 where it was ended at its limit). RuntimeError where it wrote no results."""
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
         command = [
@@ -76,7 +76,7 @@ def results(suite: str) -> tuple[dict[str, int], list[str], int]:
         process, last = start(command, cwd=ROOT, stdout=subprocess.PIPE, text=True), ""
         limit = threading.Timer(LIMITS[suite], process.send_signal, [signal.SIGINT])  # pytest then writes what it has
         limit.start()
-        for line in process.stdout:
+        for line in process.stdout or ():  # which is a pipe
             print(line, end="", flush=True)
             last = line if line.strip() else last
         limit.cancel()

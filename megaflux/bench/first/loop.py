@@ -1,8 +1,8 @@
-"""Step loop: the training loop at FLUX.1-dev's sizes, random models made on the device: two stages, a save, both watched.
+"""Step loop: the training loop at FLUX.1-dev's sizes with random models: two stages and a save, timed.
 
 Five updates of two micro-batches of one square picture, three in the first stage; checkpoints after 3, 4 and 5. One
 double block trains in the first stage and one single block in the second (0.41 and 0.32 B parameters with the Qwen
-layer), so that a save fits any disk: seconds a gigabyte are what carries over to the published stages.
+layer), so that a save fits any disk: it is the seconds per gigabyte that hold for the published stages too.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from megaflux.config.presets import dev, tiny
 from megaflux_kernels.bench.timing import median
 
 UPDATES, STAGE_END, SAVED, LAST = 6, 3, 4, 5
-"""Of the configuration, of the first stage, at the checkpoint that `continued` goes on from, and of this process."""
+"""Updates of the configuration, of the first stage, at the checkpoint that `continued` resumes from, and of this run."""
 RATIOS = ("1:1",)
 WARM = slice(1, STAGE_END)  # updates of the first stage that compile nothing
-STAMP = "of.json"  # whose run it is
+STAMP = "of.json"  # which facts the run belongs to
 MEMORY = (
     "memory before the first engine",
     "memory with the first engine",
@@ -47,7 +47,7 @@ def run(recorder: Recorder, setting: Setting) -> None:
 
 
 def train(recorder: Recorder, setting: Setting) -> dict[str, Any]:
-    """Run the loop in a process of its own, from nothing; what `training.Seen` saw."""
+    """Run the loop in a process of its own, from scratch; returns what `training.Seen` recorded."""
     work, small = setting.work / "loop", setting.small
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -58,12 +58,12 @@ def train(recorder: Recorder, setting: Setting) -> dict[str, Any]:
 
 
 def stamp(recorder: Recorder) -> dict[str, str]:
-    """Of which facts a run is."""
+    """Which facts a run belongs to."""
     return {"facts": str(recorder.facts.path.resolve()), "small": str(recorder.small)}
 
 
 def is_ours(recorder: Recorder, work: Path) -> bool:
-    """Whether the run in work/loop is whole, and of these facts."""
+    """Whether the run in work/loop is complete, and belongs to these facts."""
     try:
         return json.loads((work / "loop" / STAMP).read_text()) == stamp(recorder)
     except (OSError, ValueError):
@@ -71,7 +71,7 @@ def is_ours(recorder: Recorder, work: Path) -> bool:
 
 
 def begin(config: Path, *options: str) -> None:
-    """A training process, to its end. RuntimeError where it fails."""
+    """Run a training process to its end. RuntimeError where it fails."""
     code = start([sys.executable, "-m", "megaflux.bench.first.training", str(config), *options]).wait()
     if code:
         raise RuntimeError(f"training ended with code {code}; see the log")
@@ -87,7 +87,7 @@ def write_config(work: Path, run: str, small: bool, stop_after: int) -> Path:
 
 
 def values(work: Path, run: str, small: bool, stop_after: int) -> dict[str, Any]:
-    """All values of a configuration: the preset's, and what makes it short."""
+    """All values of the configuration: the preset's, changed so that it is short."""
     found = tiny() if small else dev()
     found["model"] |= {"flux": None, "vlm": None, "activation_checkpointing": "auto"}
     found["run"] = {"dir": str(work / run)}
@@ -130,7 +130,7 @@ def make_data(folder: Path, side: int) -> None:
 
 
 def note(recorder: Recorder, setting: Setting, seen: dict[str, Any]) -> None:
-    """The facts of what was seen."""
+    """Record the facts of what `training.Seen` recorded."""
     run = setting.work / "loop" / "run"
     lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     losses = [json.loads(line)["loss"] for line in (run / "validation.jsonl").read_text().splitlines()]

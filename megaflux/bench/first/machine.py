@@ -1,4 +1,4 @@
-"""Step machine: what ran, and what this GPU can do at most: a copy, and matrix products at the shapes of FLUX's linears."""
+"""Step machine: what ran, and the GPU's highest rates: a copy, and matrix products at the shapes of FLUX's linears."""
 
 from __future__ import annotations
 

@@ -6,8 +6,14 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+
+from megaflux.common import compat  # noqa: F401  (before diffusers)
+
+# isort: split
+from diffusers.models import FluxTransformer2DModel
 
 from megaflux.bench.activations import freeze, trainable_flux
 from megaflux.bench.arms import random_flux, random_inputs
@@ -17,7 +23,7 @@ from megaflux.bench.live_memory import LiveMemory
 from megaflux.models.flux import Policy, fuse
 from megaflux.training.planning.activations import flux_bytes
 
-POINTS = ((1, "none"), (2, "mlp"), (4, "mlp"), (8, "full"))
+POINTS: tuple[tuple[int, Policy], ...] = ((1, "none"), (2, "mlp"), (4, "mlp"), (8, "full"))
 MIXED = 2  # images; two thirds of the blocks in policy none, the others in mlp
 ROUNDS = 3  # of all buckets, shuffled
 
@@ -27,7 +33,7 @@ def run(recorder: Recorder, setting: Setting) -> None:
     config = sizes.flux_config()
     transformer = random_flux(config, setting.dtype, device)
     freeze(transformer, trainable_flux(config, sizes.train_blocks, sizes.components))
-    for parameter in transformer.parameters():  # each gradient leaves as soon as it is whole, as ZeRO takes it
+    for parameter in transformer.parameters():  # each gradient is dropped once complete, as ZeRO does
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop)
     blocks = sizes.double + sizes.single
@@ -39,41 +45,29 @@ def run(recorder: Recorder, setting: Setting) -> None:
             transformer(**given, return_dict=False)[0].float().square().mean().backward()
 
     def law(batch: int, policies: list[Policy]) -> float:
-        stage = SimpleNamespace(blocks=sizes.train_blocks, components=sizes.components)
+        stage: Any = SimpleNamespace(blocks=sizes.train_blocks, components=sizes.components)
         kept = (
             flux_bytes(transformer, stage, tokens, setting.dtype.itemsize, policies, True) for _, tokens in pictures
         )
         return batch * max(kept) / 1e9
 
+    def measure(name: str, policies: list[Policy], batch: int, order: Sequence[int]) -> None:
+        _measure(recorder, name, transformer, policies, partial(step, batch, order), law(batch, policies), device)
+
     for batch, policy in POINTS:
-        _measure(
-            recorder,
-            f"batch {batch}, {policy}",
-            transformer,
-            [policy] * blocks,
-            partial(step, batch, [0]),
-            law(batch, [policy] * blocks),
-            device,
-        )
-    policies = ["none"] * (2 * blocks // 3) + ["mlp"] * (blocks - 2 * blocks // 3)
+        measure(f"batch {batch}, {policy}", [policy] * blocks, batch, [0])
+    mixed: list[Policy] = ["none" if i < 2 * blocks // 3 else "mlp" for i in range(blocks)]
     order = [
         index for seed in range(ROUNDS) for index in random.Random(seed).sample(range(len(pictures)), len(pictures))
     ]
-    _measure(
-        recorder,
-        f"batch {MIXED}, two thirds none, mlp, {len(order)} steps over {len(pictures)} buckets",
-        transformer,
-        policies,
-        partial(step, MIXED, order),
-        law(MIXED, policies),
-        device,
-    )
+    name = f"batch {MIXED}, two thirds none, mlp, {len(order)} steps over {len(pictures)} buckets"
+    measure(name, mixed, MIXED, order)
 
 
 def _measure(
     recorder: Recorder,
     name: str,
-    transformer: torch.nn.Module,
+    transformer: FluxTransformer2DModel,
     policies: list[Policy],
     step: Callable[[], None],
     formula: float,

@@ -1,4 +1,4 @@
-"""Step networks: the frozen parts before FLUX, random weights: the VAE, and Qwen2-VL without its last layer."""
+"""Step networks: the frozen networks before FLUX with random weights: the VAE, and Qwen2-VL without its last layer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,19 +36,17 @@ def vae(recorder: Recorder, setting: Setting) -> None:
     config = json.loads((TINY / "vae" / "config.json").read_text()) if setting.small else VAE_SCALES | FLUX_VAE
     model = random_vae(config, dtype, device)
     recorder.add("vae: built", sum(p.numel() for p in model.parameters()) / 1e9, "B parameters")
-    channels = model.config.block_out_channels
+    channels = model.config["block_out_channels"]
     for batch in VAE_BATCHES:
         pixels = torch.randint(0, 256, (batch, 3, bucket.height, bucket.width), dtype=torch.uint8, device=device)
         packed = latents.encode(model, pixels)
         encode, decode = latents.coding_peak(channels, batch, bucket.height, bucket.width, dtype.itemsize)
-        for name, call, formula in (
-            (f"VAE encode at {batch}", lambda pixels=pixels: latents.encode(model, pixels), encode),
-            (f"VAE decode at {batch}", lambda packed=packed: latents.decode(model, packed), decode),
-        ):
-            _measure(recorder, name, call, setting, formula / 1e9)
-    # What another layout of its maps, and a search for the fastest convolutions, would do: the VAE is a tenth of an update.
+        encoding, decoding = partial(latents.encode, model, pixels), partial(latents.decode, model, packed)
+        _measure(recorder, f"VAE encode at {batch}", encoding, setting, encode / 1e9)
+        _measure(recorder, f"VAE decode at {batch}", decoding, setting, decode / 1e9)
+    # The effect of another memory layout, and of a search for the fastest convolutions: the VAE is a tenth of an update.
     if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # diffusers' wrapper loses the signature
         _measure(recorder, "VAE encode at 2, channels last", lambda: latents.encode(model, pixels[:2]), setting)
         _measure(recorder, "VAE decode at 2, channels last", lambda: latents.decode(model, packed[:2]), setting)
         torch.backends.cudnn.benchmark = True
@@ -67,7 +66,7 @@ def trunk(recorder: Recorder, setting: Setting) -> None:
     recorder.add("trunk: built", sum(p.numel() for p in frozen.parameters()) / 1e9, "B parameters")
     for batch, name in zip(TRUNK_BATCHES, names, strict=True):
         pixels = torch.randint(0, 256, (batch, 3, bucket.height, bucket.width), dtype=torch.uint8, device=device)
-        _measure(recorder, name, lambda pixels=pixels: model.encode(pixels), setting)
+        _measure(recorder, name, partial(model.encode, pixels), setting)
     if device.type == "cuda":
         with recorder.measuring(name := "trunk: forced waits"):
             if recorder.missing(name):
@@ -77,7 +76,7 @@ def trunk(recorder: Recorder, setting: Setting) -> None:
 def _measure(
     recorder: Recorder, name: str, call: Callable[[], Any], setting: Setting, formula: float | None = None
 ) -> None:
-    """Milliseconds of a call and, on a GPU, what it holds beside what was there. formula: of that, GB."""
+    """Record milliseconds of a call and, on a GPU, its peak memory beside what was allocated; formula: predicted, GB."""
     device = setting.device
     facts = [name, *([f"{name}: memory"] if device.type == "cuda" else ())]
     if not recorder.missing(*facts):
@@ -96,7 +95,7 @@ def _measure(
 
 
 def waits(call: Callable[[], Any]) -> int:
-    """How often a call makes the host wait for the GPU, as torch's own watch counts it; where, is printed."""
+    """How often a call makes the host wait for the GPU, as torch's sync debug mode counts; prints where."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

@@ -1,4 +1,4 @@
-"""Step ops: microseconds of each op, without compile; image and text rows apart where a block runs them apart."""
+"""Step ops: microseconds of each op, not compiled; image and text rows separately where a block runs them separately."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megaflux.bench.first.settings import Setting
 from megaflux_kernels import OPS
 from megaflux_kernels.bench import cases, timing, trials
 
-STREAMS = ("modulate", "gate_residual")  # which double blocks call once a stream, single ones on both joined
+STREAMS = ("modulate", "gate_residual")  # called once per stream by double blocks, on both joined by single ones
 
 
 def run(recorder: Recorder, setting: Setting) -> None:
@@ -33,9 +33,10 @@ def run(recorder: Recorder, setting: Setting) -> None:
 
 
 def measure(recorder: Recorder, setting: Setting, name: str, case: cases.Case, rates: tuple[float, float]) -> None:
-    """Microseconds of each arm of a case; of ours, on a GPU, the share of the bytes or FLOPs that this GPU does at most.
+    """Record microseconds of each arm of a case; for ours on a GPU also the fraction of the GPU's highest rate of bytes or
+    FLOPs.
 
-    rates: bytes and FLOPs a millisecond.
+    rates: the highest rates, bytes and FLOPs per millisecond.
     """
     arms = {"ours": case.ours, "eager": case.reference, **case.others}
     if case.op == "biased_attention":
@@ -58,10 +59,10 @@ def measure(recorder: Recorder, setting: Setting, name: str, case: cases.Case, r
 
 
 def compare(recorder: Recorder) -> None:
-    """How fast attention with a bias is beside attention without one."""
-    known = {row.fact: row.value for row in recorder.facts.latest().values() if row.step == recorder.step}
+    """Record how fast attention with a bias is relative to attention without one."""
+    known = recorder.facts.numbers(recorder.step)
     ours, plain = (
-        [known.get(f"biased_attention joint{arm}: {part}") for part in ("forward", "with backward")]
+        [known.get(f"biased_attention joint{arm}: {part}", 0.0) for part in ("forward", "with backward")]
         for arm in ("", ", attention without a bias")
     )
     if all(ours) and all(plain):

@@ -1,9 +1,9 @@
-"""What was expected, to stand beside what is measured. For one H100 (SXM, 989 TFLOP/s in bf16), FLUX.1-dev at 1024 px.
+"""What was expected, to compare with what is measured. For one H100 (SXM, 989 TFLOP/s in bf16), FLUX.1-dev at 1024 px.
 
 From an audit of the code by reading and arithmetic, made before any GPU had run (2026-11, commit a9a4819; the speeds of
 cuDNN attention in it are others' measurements). Worked out here from its numbers: times of the VAE and of the trunk, and
-attention's backward (it counts 2.5 times the forward's FLOPs, we count 2). What a formula of the code predicts (memory),
-the step itself puts beside its fact; that formula was corrected by what an H200 showed.
+attention's backward (the audit counts 2.5 times the forward's FLOPs, we count 2). Memory is predicted by a formula of the
+code, and the step itself records that prediction; the formula was corrected after measurements on an H200.
 """
 
 from __future__ import annotations

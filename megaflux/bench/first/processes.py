@@ -1,4 +1,4 @@
-"""Processes that end with whoever started them, and locks that only one invocation has."""
+"""Processes that end with the one that started them, and locks that only one invocation holds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _die_with_parent() -> None:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End a process that leads its own session, and all in it: asked first, then made to."""
+    """End a process that leads its own session, and all processes in it: by SIGTERM, then by SIGKILL."""
     for sent in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sent)
@@ -38,10 +38,10 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 def lock(folder: Path) -> IO[bytes] | None:
-    """A lock on a folder, held until the file is closed or this process dies; None: another one has it. OSError where
-    the folder cannot be written."""
+    """A lock on a folder, held until the file is closed or this process dies; None: another invocation holds it.
+    OSError where the folder cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "wb")  # noqa: SIM115  (open as long as the lock is held)
+    file = open(folder / ".lock", "wb")  # noqa: SIM115  (open while the lock is held)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

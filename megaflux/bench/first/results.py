@@ -1,7 +1,7 @@
 """python -m megaflux.bench.first.results DIR: what `make gpu-first OUT=DIR` found, as a section of docs/gpu-results.md.
 
-One section a device, between two comment lines; it takes the place of an earlier one of the same device, and all other text
-of the file stays. Values are those of DIR/facts.jsonl, to four digits; predictions those that the code has today.
+One section per device, between two comment lines; it replaces an earlier one of the same device, and all other text of
+the file stays. Values are those of DIR/facts.jsonl, to four digits; predictions are today's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megaflux_kernels.bench.report import Parser
 SMALL = "small"
 DOCUMENT = Path(__file__).parents[3] / "docs" / "gpu-results.md"
 VERSIONS = ("python", "cuda", "cuDNN")
-ELSEWHERE = (FINISHED, *VERSIONS, "device", "torch", "triton", "transformers", "diffusers")  # said above the tables
+ELSEWHERE = (FINISHED, *VERSIONS, "device", "torch", "triton", "transformers", "diffusers")  # written above the tables
 TITLES = {
     "machine": "What the machine does at most; fp8 without what quantising costs",
     "attention": "Attention, on the strides that FLUX hands it; backward counted as twice the forward",
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def placed(text: str, facts: Facts) -> str:
-    """A document with the section of these facts in it, in the place of an earlier one of the same device."""
+    """A document with the section of these facts, which replaces an earlier one of the same device."""
     device = _session(facts)["device"]
     begin, end = (f"<!-- gpu-first: {device}{suffix} -->" for suffix in ("", ", end"))
     block = f"{begin}\n{section(facts)}{end}\n"
@@ -108,7 +108,7 @@ def section(facts: Facts) -> str:
 
 
 def _as_predicted_now(facts: Facts) -> dict[tuple[str, str], Fact]:
-    """What is known, with the predictions that the code has now: of a number that was corrected, the old one says nothing."""
+    """What is known, with today's predictions: one that was corrected since is out of date in the facts."""
     found = {}
     for key, row in facts.latest().items():
         expected = predictions.of(*key)
@@ -138,32 +138,32 @@ def _group(step: str) -> str:
 
 
 def _gates(rows: list[Fact]) -> list[str]:
-    """A line an op: the largest error of all token counts, and how many cases there were."""
+    """A line per op: the largest error of all token counts, and the number of cases."""
     lines = ["", "| op | largest | cases |", "|---|---|---|"]
     for op in dict.fromkeys(row.step.removeprefix("gate-") for row in rows):
         mine = [row for row in rows if row.step == f"gate-{op}"]
         failed = any(row.error for row in mine)
-        largest = "failed" if failed else number(max(row.value for row in mine))
+        largest = "failed" if failed else number(max(row.value for row in mine if isinstance(row.value, int | float)))
         lines.append(f"| `{op}` | {largest} | {len(mine)} |")
     return lines
 
 
 def _tables(step: str, rows: list[Fact]) -> list[str]:
-    """Facts with columns as one table, behind it or alone the others, a line each."""
+    """Facts with columns as one table, followed by the others, a line each."""
     between, columns = COLUMNS.get(step, ("", ()))
     cells: dict[str, dict[str, Fact]] = {}
     for row in rows:
         name, found, column = row.fact.rpartition(between) if between else ("", "", "")
         if found and column in columns:
             cells.setdefault(name, {})[column] = row
-    beside = {row for found in cells.values() if len(found) > 1 for row in found.values()}
+    beside = {row for of_name in cells.values() if len(of_name) > 1 for row in of_name.values()}
     others = [row for row in rows if row not in beside]
     lines = []
     if beside:
         lines += ["", f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-        for name, found in cells.items():
-            if len(found) > 1:
-                lines.append(f"| {name} | {' | '.join(_cell(found.get(column)) for column in columns)} |")
+        for name, of_name in cells.items():
+            if len(of_name) > 1:
+                lines.append(f"| {name} | {' | '.join(_cell(of_name.get(column)) for column in columns)} |")
     if others:
         lines += ["", "| | measured | predicted |", "|---|---|---|"]
         lines += [f"| {row.fact} | {_measured(row)} | {number(row.predicted, row.unit)} |" for row in others]

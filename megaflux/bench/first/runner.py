@@ -1,7 +1,7 @@
-"""Starts the steps one after the other, each in its own process: watches its time, and starts again what has died.
+"""Starts the steps one after the other, each in its own process; watches its time, and restarts a step that dies.
 
-A step that dies loses what it was measuring, and goes on with the rest in a new process; one that takes too long is
-ended, and leaves what it has not reached for the next invocation. Whatever happens, the next step follows.
+A step that dies loses what it was measuring and continues with the rest in a new process; one that takes too long is
+ended, and what it has not reached is left for the next invocation. In any case the next step follows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SINCE = "MEGAFLUX_FIRST_SINCE"  # rows that there were when this invocation bega
 
 @dataclass(frozen=True)
 class Step:
-    """A process that finds facts. Those of one group, when they follow each other, run at the same time."""
+    """A process that measures facts. Consecutive steps of one group run at the same time."""
 
     name: str
     command: Sequence[str]
@@ -52,15 +52,15 @@ class _Running:
 
 @dataclass
 class Outcome:
-    """Of an invocation, for people."""
+    """What an invocation did not run."""
 
     left_out: dict[str, str] = field(default_factory=dict)
     """Step -> why it was not run."""
 
 
 def run(steps: Sequence[Step], facts: Facts, log: Path, seconds: float, outcome: Outcome) -> None:
-    """Run what is not finished, for at most so many seconds. Facts go to `facts`, all that is printed to `log`, and
-    what is not run to `outcome`."""
+    """Run what is not finished, for at most so many seconds. Facts go to `facts`, all output to `log`, and what is not run
+    to `outcome`."""
     deadline = time.monotonic() + seconds
     environment = os.environ | {SINCE: str(len(facts.rows())), "PYTHONUNBUFFERED": "1"}
     shown = len(facts.rows())
@@ -88,7 +88,7 @@ def run(steps: Sequence[Step], facts: Facts, log: Path, seconds: float, outcome:
 
 
 def is_finished(facts: Facts, step: str) -> bool:
-    """Whether a step came to its end, and none of its facts is an error."""
+    """Whether a step ended, and none of its facts is an error."""
     mine = [row for row in facts.latest().values() if row.step == step]
     return any(row.fact == FINISHED and row.error is None for row in mine) and not any(row.error for row in mine)
 
@@ -124,7 +124,7 @@ def _start(
 def _watch(
     one: _Running, facts: Facts, output: IO[bytes], environment: dict[str, str], deadline: float
 ) -> _Running | None:
-    """What is running after a look at a step's process: itself, a new one in its place, or None."""
+    """What runs after a check of a step's process: the same one, a new one in its place, or None."""
     code, now, name = one.process.poll(), time.monotonic(), one.step.name
     if code is None:
         limit = min(one.began + one.step.limit, deadline)
@@ -147,16 +147,16 @@ def _watch(
     )
     _lost(one, facts, why)
     new = [row for row in facts.rows()[one.rows :] if row.step == name]
-    if any(row.fact == FINISHED for row in new):  # it said itself what stopped it
+    if any(row.fact == FINISHED for row in new):  # it recorded itself what stopped it
         return None
-    if new:  # got on, so the rest is worth another process
+    if new:  # it made progress, so the rest is worth another process
         return _start(one.step, facts, output, environment, one.began)
     _keep(facts, Fact(name, FINISHED, error=f"{why}; see the log"))
     return None
 
 
 def _lost(one: _Running, facts: Facts, why: str) -> None:
-    """What a dead process was measuring has an error now."""
+    """Record an error for each fact that a dead process was measuring."""
     current = current_file(facts.path, one.step.name)
     try:
         names = json.loads(current.read_text())
@@ -170,7 +170,7 @@ def _lost(one: _Running, facts: Facts, why: str) -> None:
 
 
 def _keep(facts: Facts, fact: Fact) -> None:
-    """A disk that is full must not end the steps to come: their facts are printed all the same."""
+    """Add a fact; a full disk must not stop the next steps, whose facts are printed all the same."""
     try:
         facts.add(fact)
     except OSError as error:

@@ -18,9 +18,10 @@ SMALL_SIDE = 128  # px, of a test's pictures: the smallest at which the five rat
 
 @dataclass(frozen=True)
 class Setting:
-    """small: what a CPU does in seconds."""
+    """What a run of gpu-first measures with."""
 
     small: bool
+    """Sizes that a CPU does in seconds."""
     work: Path
     """For data and runs of the training loop."""
 
@@ -43,14 +44,14 @@ class Setting:
     def pictures(self) -> list[tuple[Bucket, Tokens]]:
         """The buckets with their token counts, the square first."""
         buckets = make_buckets(ASPECT_RATIOS, SMALL_SIDE if self.small else 1024)
-        buckets = sorted(buckets, key=lambda bucket: -bucket.height * bucket.width)
-        return [(bucket, count_tokens(bucket.height, bucket.width)) for bucket in buckets]
+        largest_first = sorted(buckets, key=lambda bucket: -bucket.height * bucket.width)
+        return [(bucket, count_tokens(bucket.height, bucket.width)) for bucket in largest_first]
 
     def square(self) -> Tokens:
         return self.pictures()[0][1]
 
     def flux(self, text: int | None = None, batch: int = 1) -> Sizes:
-        """Stage 1 of the published recipe, at the square's condition tokens if no other number is given."""
+        """Stage 1 of the published recipe, with the square's condition tokens unless another number is given."""
         text = self.square().condition if text is None else text
         if self.small:
             return Sizes(2, 2, 2, 32, 64, text, batch, "attention", published(2, 2))

@@ -1,6 +1,7 @@
-"""The steps of gpu-first, in order, and how each is called in its own process.
+"""The steps of gpu-first, in order, and the command that runs each in its own process.
 
-A step is `run(recorder, setting)` of a module beside this one. Limits are seconds on a GPU, several times what is expected.
+A step is `run(recorder, setting)` of a module of this package. Limits are seconds on a GPU, several times the expected
+time.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from megaflux.bench.first.runner import Step
 from megaflux_kernels import OPS
 
-TRAINING = ("deepspeed", "streaming", "pydantic")  # what the second part needs beyond the first
+TRAINING = ("deepspeed", "streaming", "pydantic")  # what the second part needs in addition
 # name -> (module, limit, group, needs)
 TABLE: dict[str, tuple[str, float, str | None, tuple[str, ...]]] = {
     "machine": ("machine", 60, None, ()),
@@ -58,6 +60,6 @@ def steps(chosen: Sequence[str], out: Path, work: Path, small: bool) -> list[Ste
     return found
 
 
-def module(name: str):
+def module(name: str) -> ModuleType:
     """The module of a step."""
     return importlib.import_module(f"megaflux.bench.first.{TABLE[name][0]}")

@@ -1,4 +1,4 @@
-"""Facts as a table for people: measured beside predicted."""
+"""Facts as a human-readable table: measured beside predicted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ WIDEST = 72  # characters of a column; what is longer pushes its own line aside
 
 
 def table(facts: Facts) -> str:
-    """One line a fact, by step; errors too."""
+    """One line per fact, by step; errors too."""
     lines = [["step", "fact", "value", "predicted", "error"]]
     order = {step: at for at, step in enumerate(dict.fromkeys(row.step for row in facts.rows()))}
     for row in sorted(facts.latest().values(), key=lambda row: order[row.step]):

@@ -2,8 +2,8 @@
 
     python -m megaflux.bench.first.training CONFIG.yaml [--seen FILE.json]
 
-The loop is that of training/loop.py. For the seconds of a step, its functions are wrapped, and the GPU is waited for
-before and after each, so that what a step has asked for counts as its own; an update takes longer so.
+The loop is that of training/loop.py. To time a step, its functions are wrapped, and each waits for the GPU before and
+after, so that a step is charged for what it launched; an update takes longer for it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ALL = "all of it, by the clock"
 
 
 class Seen:
-    """What is noted while the loop runs."""
+    """What is recorded while the loop runs."""
 
     def __init__(self) -> None:
         self.updates: list[dict[str, float]] = []
@@ -67,7 +67,7 @@ class Seen:
 
 @contextmanager
 def watched(seen: Seen) -> Iterator[None]:
-    """Note in `seen` what the loop does inside."""
+    """Record in `seen` what the loop does inside."""
     with _Wrapped() as wrap:
         timed = functools.partial(_timed, seen._update)
         wrap(loop, "pieces", lambda pieces: lambda *given: _timed_iterator(pieces(*given), seen))
@@ -128,7 +128,7 @@ def _timed(seconds: dict[str, float], step: str, only: Callable[[tuple], bool] |
 def _timed_iterator(items: Iterator[Any], seen: Seen) -> Iterator[Any]:
     while True:
         started = time.perf_counter()
-        if seen.began is None:  # an update begins: what was noted since the last is validation's
+        if seen.began is None:  # an update begins: what was recorded since the last one is validation's
             seen._update.clear()
             seen.began = started
         try:
@@ -149,7 +149,8 @@ def _then(function: Callable, after: Callable[[Any], None]) -> Callable:
 
 
 def _close_update(seen: Seen) -> None:
-    seen.updates.append(dict(seen._update) | {ALL: time.perf_counter() - seen.began})
+    began = time.perf_counter() if seen.began is None else seen.began
+    seen.updates.append(dict(seen._update) | {ALL: time.perf_counter() - began})
     seen._update.clear()
     seen.began = None
 
@@ -171,7 +172,7 @@ def _wait() -> None:
 
 
 class _Wrapped:
-    """Attributes replaced while inside."""
+    """Replaces attributes; restores them at the end."""
 
     def __enter__(self) -> Callable[[Any, str, Callable], None]:
         self._before: list[tuple[Any, str, Any]] = []
