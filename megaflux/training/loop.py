@@ -266,7 +266,7 @@ def _run(
                 break
             at_end, saved, shown = done == stage_end, False, False
             leaving = distributed.any_over_ranks(watch.signal is not None, world)
-            with _not_counted(monitor), watch.unhurried():
+            with _not_counted(monitor), watch.slow_section():
                 # Between dropped updates nothing has changed since the last save.
                 if (
                     at_end
@@ -417,7 +417,7 @@ def _panel(
     signal asks to leave: minutes of pictures must not cost the save."""
     alone = engine.zero_stage < 3
     if not world.is_main and alone:
-        with watch.unhurried(waiting=True):
+        with watch.slow_section(waiting=True):
             distributed.barrier(world)
         return
 
