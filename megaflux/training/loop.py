@@ -38,7 +38,7 @@ from megaflux.training.engine import Carried, StageEngine, release_memory
 from megaflux.training.monitor import Monitor
 from megaflux.training.planning import memory
 from megaflux.training.planning.gpus import Assumed
-from megaflux.training.planning.out_of_memory import Plan
+from megaflux.training.planning.plan import Plan
 from megaflux.training.setup import lock_run_folder, prepare_data, prepare_run_folder
 from megaflux.training.stages import trainable_names
 from megaflux.training.survival.events import Events
