@@ -195,17 +195,15 @@ def choose_sharding(values: dict[str, Any], device: Any) -> Path:
     import torch
 
     from megaflux.config.parse import build_config
-    from megaflux.data.buckets import make_buckets
-    from megaflux.models.pretrained import meta_models
     from megaflux.training.ds_config import load_ds_config, with_defaults
     from megaflux.training.planning.memory import memory_per_gpu, usable
+    from megaflux.training.planning.sizes import Sizes
 
     here, offloaded = (ROOT / "ds_configs" / name for name in ("zero2.json", "zero2_offload.json"))
     if device.type != "cuda":
         return here
     config = build_config(values)
-    buckets = make_buckets(config.data.aspect_ratios, config.data.longest_side)
-    need = memory_per_gpu(config, with_defaults(load_ds_config(here)), 1, *meta_models(config), buckets).total
+    need = memory_per_gpu(Sizes.of(config, with_defaults(load_ds_config(here)), 1)).total
     free, total = torch.cuda.mem_get_info(device)
     return here if need <= free - (total - usable(total)) else offloaded
 

@@ -127,7 +127,7 @@ def test_every_program_is_walked_over():
         "megaflux.data.prepare",
         "megaflux.data.verify",
         "megaflux.training.report",
-        "megaflux.training.checkpoint.tool",
+        "megaflux.training.checkpoint.__main__",
         "megaflux.bench.__main__",
         "launch.train",
         "launch.demo",
@@ -276,11 +276,11 @@ def test_pictures_and_models_of_infer(home):
 
 def test_a_bad_home_on_any_command_line_is_one_line(capsys):
     from megaflux.data import prepare
-    from megaflux.training.checkpoint import tool as checkpoint_tool
+    from megaflux.training.checkpoint import __main__ as checkpoint_command
 
     for main, argv, name in (
         (prepare.main, ["~nobodyhere/x", "out"], "SOURCE"),
-        (checkpoint_tool.main, ["ls", "~nobodyhere/x"], "RUN"),
+        (checkpoint_command.main, ["ls", "~nobodyhere/x"], "RUN"),
     ):
         with pytest.raises(UserError, match=f"^{name}: '~nobodyhere/x': there is no user"):
             main(argv)

@@ -165,7 +165,7 @@ def measure(
     from megaflux.generation.condition import prompt_embeds
     from megaflux.generation.dots.dots import NEUTRAL
     from megaflux.generation.request import ControlMaps, Reference
-    from megaflux.generation.sampling import SamplingRequest, Start, flux_pipeline, sample, scheduler_like
+    from megaflux.generation.sampling import Control, SamplingRequest, Start, flux_pipeline, sample, scheduler_like
 
     models = pipeline.models
     picture = Image.linear_gradient("L").resize((side, side)).convert("RGB")

@@ -25,6 +25,7 @@ from megaflux.models.pretrained import Models, load_models, meta_models
 from megaflux.training.planning import memory
 from megaflux.training.planning.activations import activation_bytes
 from megaflux.training.planning.costs import token_counts, vae_config
+from megaflux.training.planning.sizes import Sizes
 from megaflux_kernels.bench.machine import default_device, facts
 from megaflux_kernels.bench.report import Parser, Row, add_report_arguments, one_of, open_report, positive, table
 
@@ -84,7 +85,8 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
                 policies = [plan] * _blocks(module)
                 if plan == "auto":
                     budget = memory.usable(args.gpu_memory * 1e9)
-                    policies = memory.policies_for(sized, ds_config, args.ranks, module, trunk, buckets, stage, budget)
+                    sizes = Sizes(sized, ds_config, args.ranks, module, trunk)
+                    policies = memory.policies_for(sizes, stage, budget)
                 for bucket in buckets if args.all_buckets else [square]:
                     arm, shape = f"{stage.name}-{plan}", f"{bucket} b{batch}: {memory.counted(policies)}"
                     if not report.has(BENCH, arm, shape):

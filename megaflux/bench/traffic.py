@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megaflux.bench import activations, moved_bytes, sizes
 from megaflux.bench.moved_bytes import OURS, SUMS, Move, MovedBytes
 from megaflux.models import flux_functions
-from megaflux.training.optim import products_together
+from megaflux.training.parameter_order import products_together
 from megaflux_kernels.bench.machine import default_device, facts
 from megaflux_kernels.bench.report import Parser, Row, add_report_arguments, one_of, open_report, positive, table
 from megaflux_kernels.dispatch import as_on_a_gpu

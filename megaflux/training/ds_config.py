@@ -1,4 +1,4 @@
-"""DeepSpeed's file: sharding, precision and communication. Sizes and rates come from the run's
+"""DeepSpeed's configuration file: sharding, precision and communication. Batch sizes and rates come from the run's own
 configuration."""
 
 from __future__ import annotations
@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megaflux.common.errors import UserError
 from megaflux.common.paths import expanded
 from megaflux.config.parse import Config
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes seconds to import, and the checks of the command line do without it
     import torch
 
 # Key of DeepSpeed's file -> the field of the run's configuration that decides it.
@@ -24,13 +24,13 @@ OWNED = {
     "optimizer": "optim",
     "scheduler": "optim.warmup_fraction and optim.plateau_fraction",
 }
-# Keys of zero_optimization that are filled in where the file does not name them: (in a new run, in one begun before they
-# were filled in, which had DeepSpeed's own).
+# Keys of zero_optimization that are filled in where the file lacks them: (value in a new run, value in a run begun before
+# they were filled in, which is DeepSpeed's own default).
 FILLED = {
-    # Gradients reduced at once, in elements. Of what dev trains the largest parameter, a product of Qwen's MLP, has 67.9 M;
-    # DeepSpeed's own would take 4 GB during every backward.
+    # Gradients reduced at once, in elements. The largest parameter that dev trains, a weight of Qwen's MLP, has 67.9 M;
+    # DeepSpeed's default would take 4 GB during every backward pass.
     "reduce_bucket_size": (70_000_000, 500_000_000),
-    # False: each gradient goes to the rank that steps it, and not to all.
+    # False: each gradient is sent only to the rank that updates its parameter.
     "use_multi_rank_bucket_allreduce": (False, True),
 }
 
@@ -38,8 +38,8 @@ FILLED = {
 def load_ds_config(path: str | Path) -> dict[str, Any]:
     """DeepSpeed's configuration as a dict.
 
-    UserError for a missing file, bad JSON, "auto" values (DeepSpeed alone cannot resolve them), fp16 (its
-    loss scale would need steps that this code does not take), and keys that the run's configuration owns.
+    Raises UserError for a missing file, invalid JSON, "auto" values (DeepSpeed alone cannot resolve them), fp16 (its loss
+    scaling is not supported here), and keys that the run's configuration sets.
     """
     where = f"--deepspeed {path}"
     try:
@@ -70,7 +70,7 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
 
 
 def _with_homes(value: Any, where: str) -> Any:
-    """The same with `~` expanded at the beginning of every text (nvme_path, output_path); DeepSpeed takes it literally."""
+    """Expand `~` at the beginning of every string (nvme_path, output_path), which DeepSpeed takes literally."""
     if isinstance(value, dict):
         return {key: _with_homes(inner, where) for key, inner in value.items()}
     if isinstance(value, list):
@@ -82,24 +82,23 @@ def _with_homes(value: Any, where: str) -> Any:
 
 
 def with_defaults(ds_config: dict[str, Any], resumed: dict[str, Any] | None = None) -> dict[str, Any]:
-    """DeepSpeed's configuration with FILLED. resumed: that of a run which is resumed, whose values then stand where the file
-    names none, so that sums over more than two ranks keep their order; None: a new run."""
+    """DeepSpeed's configuration with FILLED. resumed: the configuration of the run being resumed, whose values replace those
+    of FILLED, so that sums over more than two ranks keep their order; None: a new run."""
     zero, before = ds_config.get("zero_optimization", {}), (resumed or {}).get("zero_optimization", {})
     filled = {key: new if resumed is None else before.get(key, old) for key, (new, old) in FILLED.items()}
     return ds_config | {"zero_optimization": filled | zero}
 
 
 def resolve_ds_config(ds_config: dict[str, Any], config: Config, world_size: int) -> dict[str, Any]:
-    """The dict for deepspeed.initialize: batch sizes, accumulation and clipping filled in; where the file does not name
-    them, also the size of the buckets, and that nothing is timed.
+    """The dict for deepspeed.initialize: with batch sizes, accumulation and clipping, and defaults for buckets and timers.
 
-    UserError where the global batch does not divide; see accumulation_steps.
+    Raises UserError if the global batch cannot be divided; see accumulation_steps.
     """
     config = config.for_world(world_size)
     ds_config = with_defaults(ds_config)
-    # DeepSpeed's throughput timer waits for the GPU twice per micro-batch, and nothing reads it: the monitor measures.
+    # DeepSpeed's throughput timer waits for the GPU twice per micro-batch, and nothing reads it: the monitor has its own.
     ds_config["timers"] = {"throughput": {"enabled": False}} | ds_config.get("timers", {})
-    if uses_bf16(ds_config):  # without it a gradient that is not finite would be stepped on, unclipped
+    if uses_bf16(ds_config):  # without it a non-finite gradient would be applied, unclipped
         ds_config = ds_config | {"bf16": ds_config["bf16"] | {"check_grad_overflow": True}}
     return ds_config | {
         "train_batch_size": config.train.global_batch_size,
@@ -110,21 +109,35 @@ def resolve_ds_config(ds_config: dict[str, Any], config: Config, world_size: int
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
-    """Micro-batches per update: global / (micro x ranks). UserError, saying what would work, if that is not
-    whole."""
+    """Micro-batches per update and rank: global batch / (micro-batch x ranks). Raises UserError, naming sizes that work, if
+    that is not an integer."""
     config = config.for_world(world_size)
     problem = batch_problem(config, world_size)
     if problem:
         raise UserError(problem)
-    return config.train.global_batch_size // (config.train.micro_batch_size * world_size)
+    return config.train.global_batch_size // (batch_sizes(config).micro * world_size)
+
+
+class BatchSizes(NamedTuple):
+    """Images of a rank: drawn of one bucket at a time, and in a micro-batch."""
+
+    drawn: int
+    micro: int
+
+
+def batch_sizes(config: Config) -> BatchSizes:
+    """The batch sizes of a configuration in which `Config.for_world` has filled them in; ValueError if it has not."""
+    drawn, micro = config.train.drawn_per_rank, config.train.given_micro_batch
+    if drawn is None or micro is None:
+        raise ValueError("train.drawn_per_rank or train.micro_batch_size is not a number; call Config.for_world first")
+    return BatchSizes(drawn, micro)
 
 
 def batch_problem(config: Config, world_size: int) -> str | None:
-    """One line on a global batch that its ranks cannot share, or drawn images that cannot be cut, with the nearest sizes
-    that work; else None."""
+    """One line on batch sizes that do not divide each other, with the nearest sizes that work; None if they do: the ranks
+    draw the global batch in equal parts, and cut what they draw into equal micro-batches."""
     field = "train.drawn_per_rank" if config.train.drawn_per_rank else "train.micro_batch_size"
-    train = config.for_world(world_size).train
-    total, drawn, micro = train.global_batch_size, train.drawn_per_rank, train.micro_batch_size
+    total, (drawn, micro) = config.train.global_batch_size, batch_sizes(config.for_world(world_size))
     step = drawn * world_size
     if total % step == 0:
         if drawn % micro == 0:
@@ -149,28 +162,28 @@ def batch_problem(config: Config, world_size: int) -> str | None:
 
 
 def divisors(number: int) -> list[int]:
-    """Whole numbers that divide one, ascending."""
+    """The divisors of a positive integer, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _nearest_divisors(number: int, wanted: int) -> str:
-    """The three divisors nearest to what was asked for, as text."""
+    """The three divisors of `number` nearest to `wanted`, as text."""
     return " or ".join(map(str, sorted(sorted(divisors(number), key=lambda n: abs(n - wanted))[:3])))
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
-    """2 (optimizer and gradients sharded) or 3 (weights too); 0 where the file names none."""
+    """2 (optimizer and gradients sharded) or 3 (weights too); 0 if the file gives none."""
     return ds_config.get("zero_optimization", {}).get("stage", 0)
 
 
 def bucket_elements(ds_config: dict[str, Any]) -> int:
-    """Gradients that are reduced at once, in elements; a larger parameter is reduced alone."""
+    """Size of the bucket of gradients that are reduced at once, in elements; a larger parameter is reduced alone."""
     return int(with_defaults(ds_config)["zero_optimization"]["reduce_bucket_size"])
 
 
 def sharding(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's optimizer shards depend on: of DeepSpeed's file, and the order in which parameters lie in
-    them (2: optim.products_together; shards without a number are from before it)."""
+    """What the layout of a checkpoint's optimizer shards depends on: values of DeepSpeed's file, and the order of the
+    parameters (2: parameter_order.products_together; shards without a number are older)."""
     return {"zero_stage": zero_stage(ds_config), "bf16": uses_bf16(ds_config), "parameter_order": 2}
 
 
@@ -180,25 +193,25 @@ def uses_bf16(ds_config: dict[str, Any]) -> bool:
 
 
 def weight_bytes(ds_config: dict[str, Any]) -> int:
-    """Bytes of a number of weights and activations (`compute_dtype`, without torch)."""
+    """Bytes per value of weights and activations: the size of `compute_dtype`, without importing torch."""
     return 2 if uses_bf16(ds_config) else 4
 
 
 def sent_bytes(ds_config: dict[str, Any]) -> int:
-    """Bytes of a number of gradients on their way to another rank."""
-    wide = {"fp32": 4, "fp16": 2, "bf16": 2}
-    return wide.get(ds_config.get("communication_data_type"), weight_bytes(ds_config))
+    """Bytes per value of gradients sent to another rank."""
+    sizes = {"fp32": 4, "fp16": 2, "bf16": 2}
+    return sizes.get(str(ds_config.get("communication_data_type")), weight_bytes(ds_config))
 
 
 def uses_kernels(config: Config, ds_config: dict[str, Any]) -> bool:
-    """Whether FLUX and the connector run on megaflux_kernels: where model.kernels is on, but not under ZeRO-3, which
-    gathers a module's weights when its own forward is called, and the fused blocks call few of those."""
+    """Whether FLUX and the connector run on megaflux_kernels: if model.kernels is on, except under ZeRO-3, which gathers a
+    module's weights when its forward is called, and fused blocks do not call the forward of most of their modules."""
     return config.model.kernels == "on" and zero_stage(ds_config) != 3
 
 
 def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    """Type of weights and activations: torch.bfloat16 or torch.float32."""
-    import torch  # late, so that the checks of the command line stay fast
+    """dtype of weights and activations: torch.bfloat16 or torch.float32."""
+    import torch  # here, so that the checks of the command line stay fast
 
     return torch.bfloat16 if uses_bf16(ds_config) else torch.float32
 

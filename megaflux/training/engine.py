@@ -1,7 +1,7 @@
-"""One DeepSpeed engine per stage, and Adam's memory carried from one to the next by parameter name.
+"""One DeepSpeed engine per stage; Adam's state is carried from one to the next by parameter name.
 
-DeepSpeed collects the trainable parameters when an engine is built: unfreezing later trains nothing, and a changed
-set makes loading an optimizer fail. So a stage change builds a new engine on the same module.
+DeepSpeed collects the trainable parameters when an engine is built: unfreezing a parameter later does not train it, and a
+changed set makes loading an optimizer fail. So a stage change builds a new engine on the same module.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Judge = Callable[[float], Drop | None]
 
 @dataclass
 class Carried:
-    """What a stage hands to the next: Adam's moments and fp32 masters by name, on the host, and steps by group."""
+    """Adam's state, passed from one stage to the next: moments and fp32 masters by name, on the host, and steps by group."""
 
     tensors: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
     """parameter name -> {"master", "exp_avg", "exp_avg_sq"} -> float32, the parameter's shape."""
     steps: dict[int, Tensor] = field(default_factory=dict)
-    """first stage of a group -> Adam steps it has taken."""
+    """first stage of a parameter group -> Adam steps it has taken, 0-dim float32."""
 
 
 class StageEngine:
-    """The engine of one stage: `forward`, `backward` and `step` are DeepSpeed's, the freezing hooks come with it."""
+    """DeepSpeed's engine for one stage, with the freezing hooks."""
 
     def __init__(
         self,
@@ -49,6 +49,8 @@ class StageEngine:
         carried: Carried | None = None,
         judge: Judge | None = None,
     ):
+        """stage: index into config.stages. carried: Adam's state of the stage before; None: of none. judge: decides whether
+        each step is taken; None: every step with a finite gradient is."""
         import deepspeed
 
         self.module, self.stage, self.config = module, stage, config
@@ -56,7 +58,8 @@ class StageEngine:
         self.hooks = stages.FreezingHooks(module, self.first_stage, config.monitor.label_blocks)
         optimizer = optim.build_optimizer(optim.parameter_groups(module, self.first_stage), config.optim)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        self._found = _Found(module)
+        self._before = _Before(module)
+        self.deepspeed: Any
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=resolve_ds_config(ds_config, config, world_size)
         )
@@ -73,29 +76,30 @@ class StageEngine:
 
     @property
     def num_trainable(self) -> int:
+        """Number of values in the parameters that train."""
         return sum(whole_size(p) for p in self.module.parameters() if p.requires_grad)
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches of an update."""
+        """Micro-batches of an update, on each rank."""
         return self.deepspeed.gradient_accumulation_steps()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.deepspeed(*args, **kwargs)
 
     def cut_into(self, micro_batch_size: int) -> None:
-        """Take micro-batches of this size, on a rank, from the next update on; before the first backward of one."""
+        """Change the micro-batch size of each rank. Call it between updates."""
         self.deepspeed.set_train_micro_batch_size(micro_batch_size)
         self.deepspeed.set_train_batch_size(self.config.train.global_batch_size)
-        # ZeRO's optimizer has a number of its own.
+        # ZeRO's optimizer keeps a copy.
         self.deepspeed.optimizer.gradient_accumulation_steps = self.deepspeed.gradient_accumulation_steps()
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of loss / accumulation, summed over micro-batches and averaged over ranks."""
+        """Accumulate gradients of loss / accumulation_steps; DeepSpeed averages them over ranks. loss: 0-dim."""
         self.deepspeed.backward(loss)
 
     def step(self) -> None:
-        """Call after every backward; the optimizer moves at the last micro-batch of an update."""
+        """Call after every backward; parameters change at the last micro-batch of an update."""
         self.hooks.check()
         if self.deepspeed.is_gradient_accumulation_boundary():
             self.dropped, before = None, self.deepspeed.skipped_steps
@@ -106,29 +110,25 @@ class StageEngine:
             self.deepspeed.step()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter that trains, by name."""
+        """Name -> shape of every parameter that trains."""
         return {name: tuple(p.shape) for name, p in self.module.named_parameters() if name in self.first_stage}
 
     def set_learning_rate(self, update: int) -> float:
+        """Set the learning rate of an update, counted from 0; returns it."""
         return optim.set_learning_rate(self.deepspeed.optimizer, update, self.config)
 
     def grad_norm(self) -> float:
         """Global norm of the last step's gradient before clipping; nan if that step was dropped."""
         return float("nan") if self.dropped else self._norm
 
-    @property
-    def skipped_steps(self) -> int:
-        """Steps of this engine that were dropped."""
-        return self.deepspeed.skipped_steps
-
     def grad_norms(self) -> dict[str, float]:
-        """Norms by part and FLUX block of the gradient that the next step would take (before clipping).
+        """Norms of the accumulated gradient before clipping, by part ("flux") and FLUX block ("block07").
 
-        After the last backward of an update and before its step; every rank must call it.
+        Call it after the last backward of an update and before its step. Collective.
         """
         from deepspeed.utils import safe_get_full_grad
 
-        num_double = len(self.module.transformer.transformer_blocks)
+        num_double = stages.count_double(self.module)
         squares: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
             if name in self.first_stage:
@@ -136,52 +136,56 @@ class StageEngine:
                 square = safe_get_full_grad(parameter).float().square().sum().double()
                 for label in (place.group, f"block{place.block:02d}" if place.block is not None else None):
                     if label:
-                        squares[label] = squares.get(label, 0.0) + square
-        values = torch.stack(list(squares.values())).tolist()  # once: each wait for the GPU is for all of them
+                        squares[label] = squares[label] + square if label in squares else square
+        values = torch.stack(list(squares.values())).tolist()  # one wait for the GPU, not one for each
         return {label: square**0.5 for label, square in zip(squares, values, strict=True)}
 
     def carry(self, names: set[str]) -> Carried:
-        """Adam's memory of the parameters named, gathered on every rank's host. Collective; leaves the engine whole."""
+        """Adam's state of the named parameters, gathered on every rank's host. Collective; does not change the engine."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        carried = Carried()
+        steps: dict[int, Tensor] = {}
+        found: dict[str, dict[str, Tensor]] = {}
         inner = self.deepspeed.optimizer.optimizer
         for first_stage, flat in self._flat_groups():
             if "step" in inner.state.get(flat, {}):
-                carried.steps[first_stage] = inner.state[flat]["step"].detach().cpu().clone()
-        if not carried.steps:  # not one step taken (all were skipped): nothing to carry
-            return carried
-        if self.zero_stage < 3:  # linked by the first step, which an engine resumed at its stage's end never takes
+                steps[first_stage] = inner.state[flat]["step"].detach().cpu().clone()
+        if not steps:  # no step was taken (all were dropped): nothing to carry
+            return Carried()
+        if (
+            self.zero_stage < 3
+        ):  # done by the first step, which an engine that is resumed at its stage's end never takes
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.module.named_parameters():
             if name in names and name in self.first_stage:
                 tensors = {"master": safe_get_full_fp32_param(parameter)}
                 tensors |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-                carried.tensors[name] = {key: tensor.float().cpu() for key, tensor in tensors.items()}
-        return carried
+                found[name] = {key: tensor.float().cpu() for key, tensor in tensors.items()}
+        return Carried(found, steps)
 
     def close(self) -> None:
-        """Take the engine and all hooks off the module, which stays usable and keeps its weights (under ZeRO-3: in parts,
-        as the next engine takes them). Nothing of the engine, its optimizer and its buffers lives on, unless the caller
-        holds it."""
+        """Remove the engine and all hooks from the module, which stays usable and keeps its weights (under ZeRO-3:
+        partitioned, for the next engine). All memory of the engine, its optimizer and its buffers is freed, unless the
+        caller still refers to it."""
         zero_optimizer = self.deepspeed.optimizer
         self.deepspeed.destroy()
         self.hooks.remove()
-        self._found.restore(self.deepspeed, zero_optimizer, keep_partitions=self.zero_stage == 3)
+        self._before.restore(self.deepspeed, zero_optimizer, keep_partitions=self.zero_stage == 3)
         for parameter in self.module.parameters():
             parameter.grad = None
-            # Out of the engine's flat buffer, which a single view of it would keep alive.
+            # Copied out of the engine's flat buffer, which a single view would keep alive.
             if self.zero_stage < 3:
                 parameter.data = parameter.data.clone()
             else:
-                parameter.ds_tensor.data = parameter.ds_tensor.data.clone()
-        self.deepspeed = self._found = None
-        del zero_optimizer
+                part: Tensor = vars(parameter)["ds_tensor"]
+                part.data = part.data.clone()
+        self.deepspeed = None
+        del self._before, zero_optimizer
         release_memory()
 
     def _put_judge_before_step(self) -> None:
-        """Between DeepSpeed's gradient norm and its step: what the judge refuses is told to it as an invalid norm, which
-        it drops as it drops an overflow, before anything has changed."""
+        """Have the judge decide after DeepSpeed has computed the gradient norm and before its step: a step to drop is
+        reported to DeepSpeed as an invalid norm, which it drops as an overflow, before anything has changed."""
         zero = self.deepspeed.optimizer
         name = "scaled_global_norm" if self.zero_stage < 3 else "_get_norm_groups"
         real = getattr(zero, name)
@@ -200,19 +204,19 @@ class StageEngine:
         setattr(zero, name, judged)
 
     def _flat_groups(self) -> list[tuple[int, Tensor]]:
-        """(first stage of the group, this rank's fp32 partition) of each tensor that the inner optimizer steps."""
+        """(first stage of the group, this rank's fp32 partition) of each tensor that the inner optimizer updates."""
         zero = self.deepspeed.optimizer
         firsts = [group["first_stage"] for group in zero.optimizer.param_groups]
         if self.zero_stage < 3:
             return list(zip(firsts, zero.single_partition_of_fp32_groups, strict=True))
-        # ZeRO-3 cuts a group into sub-groups of bounded size.
+        # ZeRO-3 splits a group into sub-groups of bounded size.
         flats = zero.fp32_partitioned_groups_flat
         return [(firsts[zero.sub_group_to_group_id[i]], flat) for i, flat in enumerate(flats)]
 
     def coming(self, device: torch.device) -> list[int]:
-        """Bytes of each tensor that the updates to come keep on a device and that is not there yet: Adam's moments before
-        the first step, and the fp32 sum of the gradients, which every step gives back. That is on the GPU also where
-        ZeRO-2 has offloaded masters and moments."""
+        """Bytes of each tensor that later updates allocate on a device and that does not exist yet: Adam's moments before
+        the first step, and the fp32 sum of the gradients, which every step frees. The sum is on the GPU even if ZeRO-2
+        offloads masters and moments."""
         state = self.deepspeed.optimizer.optimizer.state
         flats = [flat for _, flat in self._flat_groups()]
         there = [flat for flat in flats if flat.device == device]
@@ -220,9 +224,9 @@ class StageEngine:
         return moments + [flat.nbytes for flat in flats]
 
     def take_over(self, carried: Carried) -> None:
-        """Put Adam's memory, whole by name, into this rank's part of the optimizer. Collective."""
+        """Load Adam's state, given as whole tensors by name, into this rank's part of the optimizer. Collective."""
         zero = self.deepspeed.optimizer
-        # torch creates Adam's state at the first step; create it now, for there is something to put in.
+        # torch creates Adam's state at the first step; create it now, to load values into it.
         for first_stage, flat in self._flat_groups():
             zero.optimizer.state[flat] = adam_state(flat, carried.steps.get(first_stage))
         if self.zero_stage < 3:
@@ -238,11 +242,11 @@ class StageEngine:
         )
 
     def _set_state(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
-        """Put this rank's part of a whole tensor into the optimizer's state; key None: the fp32 master."""
+        """Load this rank's part of a whole tensor into the optimizer's state. key: of MOMENTS; None: the fp32 master."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if self.zero_stage == 3:
-            # DeepSpeed's own setter reads past the end where the parameter is not a multiple of the ranks.
+            # DeepSpeed's own setter reads past the end if the parameter's size is not a multiple of the ranks.
             part, _ = self.deepspeed.optimizer._get_fp32_opt_state_partition(parameter, False, key)
             rank, size = torch.distributed.get_rank(), part.numel()
             mine = value.flatten()[rank * size : (rank + 1) * size]
@@ -254,38 +258,40 @@ class StageEngine:
 
 
 def whole_size(parameter: nn.Parameter) -> int:
-    """Numbers in a parameter, which ZeRO-3 empties between its uses."""
+    """Number of values in a parameter; ZeRO-3 empties the parameter itself between uses."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def adam_state(flat: Tensor, step: Tensor | None) -> dict[str, Tensor]:
-    """The state that torch's AdamW keeps of one tensor, its moments at zero, all on the tensor's device: the fused one
-    refuses a step that lies elsewhere. step: steps taken, 0-dim float32 on any device; None: none."""
+    """The state that torch's AdamW keeps for one tensor, with moments of zero, all on the tensor's device: the fused AdamW
+    rejects a step on another one. step: steps taken, 0-dim float32 on any device; None: 0."""
     taken = torch.zeros((), dtype=torch.float32) if step is None else step
     return {"step": taken.to(flat.device, copy=True), **{key: torch.zeros_like(flat) for key in MOMENTS}}
 
 
 def release_memory() -> None:
-    """Give back what nothing holds any more: DeepSpeed's engines and our models lie in reference cycles, which Python
-    finds when it likes, and torch keeps a GPU's freed memory to itself."""
+    """Free unreferenced memory now: DeepSpeed's engines and the models are in reference cycles, which Python collects at an
+    unknown time, and torch caches a GPU's freed memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-class _Found:
-    """A module as it was before DeepSpeed built an engine on it: `destroy` leaves two hooks, and attributes, that lead back
-    to the engine, and so keep its optimizer and all its buffers alive."""
+class _Before:
+    """A module as it was before DeepSpeed built an engine on it. DeepSpeed's `destroy` leaves two hooks and some attributes
+    that refer to the engine, and so keep its optimizer and buffers alive."""
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.linear = nn.functional.linear  # ZeRO-3 puts its own there, which keeps what frozen layers need not
+        self.linear = (
+            nn.functional.linear
+        )  # ZeRO-3 replaces it by one that saves more for backward than frozen layers need
         self.attributes = {parameter: set(vars(parameter)) for parameter in module.parameters()}
 
     def restore(self, engine: Any, zero_optimizer: Any, keep_partitions: bool) -> None:
-        """Take off the hooks, and of parameters and submodules the attributes that DeepSpeed gave them.
+        """Remove the hooks, and the attributes that DeepSpeed added to parameters and submodules.
 
-        keep_partitions: a parameter's weights are in its attributes (ZeRO-3); only what leads back to the engine goes."""
+        keep_partitions: under ZeRO-3 an attribute holds a parameter's weights; remove only those that refer to the engine."""
         from deepspeed.runtime.zero import parameter_offload
 
         nn.functional.linear = self.linear
@@ -297,13 +303,13 @@ class _Found:
                     delattr(parameter, name)
         if keep_partitions:
             for module in self.module.modules():
-                for name in ("pre_bwd_fn", "post_bwd_fn"):  # classes around the engine's own functions
+                for name in ("pre_bwd_fn", "post_bwd_fn"):  # they hold functions of the engine
                     vars(module).pop(name, None)
-            stack = parameter_offload.FWD_MODULE_STACK  # each engine puts its module on, and none takes it off
+            stack = parameter_offload.FWD_MODULE_STACK  # every engine pushes its module, and none pops it
             stack[:] = [module for module in stack if module is not self.module]
 
 
 def _restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
-    # DeepSpeed casts buffers to bf16 with the parameters; RoPE's inv_freq then turns tokens by the wrong angles.
+    # DeepSpeed casts buffers to bf16 with the parameters, and RoPE's inv_freq would then give wrong angles.
     for name, buffer in module.named_buffers():
         buffer.data = buffers[name].to(buffer.device)

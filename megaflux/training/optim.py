@@ -1,22 +1,21 @@
-"""AdamW's parameter groups and the trapezoid learning rate."""
+"""AdamW, its parameter groups and its learning rate."""
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:  # the bench `traffic` runs where pydantic is missing
-    from megaflux.config.parse import Config, Optim
+from megaflux.config.parse import Config, Optim
+from megaflux.training.parameter_order import products_together
 
 
 def learning_rate(update: int, updates: int, optim: Optim) -> float:
-    """Rate of the update number `update` (from 0) of a run of `updates`: a trapezoid.
+    """Learning rate of an update, counted from 0, in a run of `updates`: a trapezoid that spans all stages.
 
-    Linear from lr / n to lr over the n updates of the warm-up, flat over the plateau, then linear towards 0, which
-    the update after the last would have. One trapezoid spans all stages.
+    Linear from lr / n to lr over the n updates of the warm-up, constant over the plateau, then linear towards 0, which it
+    would reach one update after the last.
     """
     warmup = round(updates * optim.warmup_fraction)
     plateau = round(updates * optim.plateau_fraction)
@@ -26,11 +25,12 @@ def learning_rate(update: int, updates: int, optim: Optim) -> float:
     return optim.lr * min(1.0, (updates - update) / falling)
 
 
-def parameter_groups(module: nn.Module, first_stage: dict[str, int]) -> list[dict]:
+def parameter_groups(module: nn.Module, first_stage: dict[str, int]) -> list[dict[str, Any]]:
     """One group per number of Adam steps already taken, so that each has its own bias correction.
 
-    ZeRO flattens a group into one tensor, and Adam counts one `step` for it: parameters carried from an earlier stage
-    and newcomers must not share one. first_stage: parameter name -> first consecutive stage that trains it.
+    ZeRO flattens a group into one tensor, for which Adam counts one `step`, so parameters carried over from an earlier
+    stage and new ones must not share a group. first_stage: parameter name -> first of the consecutive stages that train it
+    (`stages.first_stages`).
     """
     parameters = dict(module.named_parameters())
     groups = []
@@ -40,30 +40,15 @@ def parameter_groups(module: nn.Module, first_stage: dict[str, int]) -> list[dic
     return groups
 
 
-def products_together(names: list[str]) -> list[str]:
-    """The names with a block's q, k and v weights in a row, and their biases: ZeRO lays parameters into one buffer in
-    the order of their group, and what lies side by side there is one product without a copy (models.flux_functions)."""
-    place: dict[str, int] = {}
-    keys = []
-    for i, name in enumerate(names):
-        found = re.fullmatch(r"(.+\.attn\.)(to_[qkv]|add_[qkv]_proj)\.(weight|bias)", name)
-        if found:
-            first = place.setdefault(found[1] + found[2][:2], i)
-            keys.append((first, found[3] == "bias", i))
-        else:
-            keys.append((i, False, i))
-    return [name for _, name in sorted(zip(keys, names, strict=True))]
-
-
-def build_optimizer(groups: list[dict], optim: Optim) -> torch.optim.AdamW:
-    """torch's fused AdamW, on GPU and CPU alike: no compiler needed, and the same arithmetic with offloading."""
+def build_optimizer(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.AdamW:
+    """torch's fused AdamW, on GPU and CPU: it needs no compiler, and offloading does not change its arithmetic."""
     return torch.optim.AdamW(
         groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
     )
 
 
-def set_learning_rate(optimizer, update: int, config: Config) -> float:
-    """Put the rate of `update` into every group; returns it."""
+def set_learning_rate(optimizer: Any, update: int, config: Config) -> float:
+    """Set the learning rate of `update` in every group of torch's or DeepSpeed's optimizer; returns it."""
     rate = learning_rate(update, config.train.updates, config.optim)
     for group in optimizer.param_groups:
         group["lr"] = rate

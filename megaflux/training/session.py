@@ -25,7 +25,7 @@ from megaflux.training.engine import release_memory
 from megaflux.training.loop import train_stages
 from megaflux.training.monitor import Monitor
 from megaflux.training.planning.gpus import Assumed
-from megaflux.training.planning.out_of_memory import Plan
+from megaflux.training.planning.plan import Plan
 from megaflux.training.prepare_data import prepare_data
 from megaflux.training.run_folder import lock_run_folder, write_configuration
 from megaflux.training.survival.events import Events

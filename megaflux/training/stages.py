@@ -1,8 +1,8 @@
-"""Staged training: which parameters a stage trains, and the hooks that keep all others still.
+"""Staged training: which parameters a stage trains, and the hooks that keep all others frozen.
 
-A parameter's name decides, by exactly one row of PATTERNS; a name that no row or more than one matches is an error,
-and so is a stage that matches nothing. Names are those of Qwen2VLFlux: transformer.* (diffusers' FLUX), connector.*,
-vlm.* (Qwen2-VL's last layer and final norm).
+A parameter's name decides, by exactly one row of PATTERNS. A name that matches no row or several is an error, and so is a
+stage that matches no parameter. Names are those of Qwen2VLFlux: transformer.* (diffusers' FLUX), connector.*, vlm.*
+(Qwen2-VL's last layer and final norm).
 """
 
 from __future__ import annotations
@@ -11,17 +11,28 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from megaflux.common.errors import FrozenParameterError, UserError
 
-if TYPE_CHECKING:  # the benches name stages on machines that lack what reading a configuration needs
-    from megaflux.config.parse import Stage
 
-# (part, pattern): what a parameter belongs to. Ordered for reading; the patterns exclude each other.
+class Stage(Protocol):
+    """What this file reads of `config.Stage`. Benches pass a stand-in on machines without pydantic."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def blocks(self) -> tuple[int, ...] | Literal["all"]: ...
+
+    @property
+    def components(self) -> Literal["attention", "block", "model"]: ...
+
+
+# (part, pattern): the part a parameter belongs to. Ordered for the reader; the patterns are mutually exclusive.
 PATTERNS: tuple[tuple[str, str], ...] = (
     ("vlm", r"vlm\.layers\.0\.(?P<component>.+)"),  # trains in every stage
     ("vlm_norm", r"vlm\.norm\.(?P<component>.+)"),  # never trains
@@ -41,7 +52,7 @@ ATTENTION = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter sits."""
+    """The part and block that a parameter belongs to."""
 
     part: str
     """A row of PATTERNS."""
@@ -56,16 +67,24 @@ class Place:
 
 
 def locate(name: str, num_double: int) -> Place:
-    """A parameter's place. num_double: FLUX's double blocks, numbered before the single ones. ValueError for a name
-    that does not match exactly one pattern."""
+    """A parameter's place. num_double: number of FLUX's double blocks, which are numbered before the single ones. Raises
+    ValueError for a name that does not match exactly one pattern."""
     found = [(part, match) for part, pattern in PATTERNS if (match := re.fullmatch(pattern, name))]
     if len(found) != 1:
         raise ValueError(f"parameter {name} matches {len(found)} freezing patterns; it must match exactly one")
     part, match = found[0]
-    block = match.groupdict().get("block")
-    if block is not None:
-        block = int(block) + (num_double if part == "single" else 0)
+    number = match.groupdict().get("block")
+    block = None if number is None else int(number) + (num_double if part == "single" else 0)
     return Place(part, match["component"], block)
+
+
+def count_double(module: nn.Module) -> int:
+    """Number of FLUX's double blocks in a Qwen2VLFlux."""
+    return len(_blocks(module, "transformer_blocks"))
+
+
+def _blocks(module: nn.Module, name: str) -> nn.ModuleList:
+    return cast(nn.ModuleList, module.get_submodule(f"transformer.{name}"))
 
 
 def trains(place: Place, stage: Stage) -> bool:
@@ -80,11 +99,11 @@ def trains(place: Place, stage: Stage) -> bool:
 
 
 def trainable_names(module: nn.Module, stage: Stage) -> list[str]:
-    """Names of the parameters that a stage trains, in the module's order.
+    """Names of the parameters of a Qwen2VLFlux that a stage trains, in the module's order.
 
-    Raises UserError where a listed block or the whole list matches no parameter.
+    Raises UserError if a listed block, or the whole list, matches no parameter.
     """
-    num_double = len(module.transformer.transformer_blocks)
+    num_double = count_double(module)
     places = {name: locate(name, num_double) for name, _ in module.named_parameters()}
     names = [name for name, place in places.items() if trains(place, stage)]
     matched = {places[name].block for name in names}
@@ -95,10 +114,10 @@ def trainable_names(module: nn.Module, stage: Stage) -> list[str]:
 
 
 def first_stages(module: nn.Module, stages: Iterable[Stage], upto: int) -> dict[str, int]:
-    """For each parameter that stage `upto` trains: the first of the consecutive stages, ending there, that train it.
+    """For each parameter that stage `upto` (an index) trains: the first of the consecutive stages up to it that train it.
 
-    Adam's moments are carried over exactly those stages, so parameters with the same value took the same number of
-    steps. A function of the configuration alone, so that a resumed run groups parameters as the first one did.
+    Adam's moments are carried over exactly these stages, so parameters with the same value have taken the same number of
+    steps. It depends on the configuration alone, so a resumed run groups parameters as the first one did.
     """
     sets = [set(trainable_names(module, stage)) for stage in list(stages)[: upto + 1]]
     firsts = {}
@@ -111,11 +130,11 @@ def first_stages(module: nn.Module, stages: Iterable[Stage], upto: int) -> dict[
 
 
 class FreezingHooks:
-    """Holds every parameter but the given ones still, on one module.
+    """Freezes every parameter of a module except the given ones.
 
-    Three kinds of hook: a forward pre-hook on the module that applies the mask before the first graph is built, a
-    guard on every frozen parameter that raises by name when a gradient reaches it, and, when asked, hooks that label
-    each FLUX block for torch.profiler. `remove()` leaves the module as it was found.
+    Three kinds of hook: a forward pre-hook on the module that applies the mask before the first graph is built; a hook on
+    every frozen parameter that raises an error with its name if a gradient reaches it; and, with label_blocks, hooks that
+    label each FLUX block for torch.profiler. `remove()` restores the module as it was.
     """
 
     def __init__(self, module: nn.Module, trainable: Iterable[str], label_blocks: bool = False):
@@ -125,11 +144,11 @@ class FreezingHooks:
         unknown = self.trainable - set(self.found)
         if unknown:
             raise ValueError(f"no parameter named {sorted(unknown)[0]}; freezing patterns must match parameters")
-        self.handles: list = []
+        self.handles: list[Any] = []
         self.applied = False
         for name, parameter in module.named_parameters():
             if name not in self.trainable:
-                # PyTorch takes hooks only on tensors that need a gradient: register first, freeze after.
+                # PyTorch allows hooks only on tensors that require a gradient: register first, then freeze.
                 parameter.requires_grad_(True)
                 self.handles.append(parameter.register_hook(partial(_refuse_gradient, name)))
         self.handles.append(module.register_forward_pre_hook(self._apply_once))
@@ -138,7 +157,7 @@ class FreezingHooks:
         self.apply()
 
     def apply(self) -> None:
-        """Set requires_grad of every parameter by the mask, and drop gradients that frozen ones hold."""
+        """Set requires_grad of every parameter by the mask, and delete the gradients of frozen ones."""
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(name in self.trainable)
             if name not in self.trainable:
@@ -146,27 +165,26 @@ class FreezingHooks:
         self.applied = True
 
     def check(self) -> None:
-        """Before each optimizer step: raise FrozenParameterError where a frozen parameter holds a gradient."""
+        """Call before each optimizer step: raises FrozenParameterError if a frozen parameter has a gradient."""
         for name, parameter in self.module.named_parameters():
             if name not in self.trainable and parameter.grad is not None:
                 _refuse_gradient(name, parameter.grad)
 
     def remove(self) -> None:
-        """Take all hooks off and give every parameter the requires_grad it had."""
+        """Remove all hooks and restore every parameter's requires_grad."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(self.found[name])
 
-    def _apply_once(self, module: nn.Module, args: tuple) -> None:
-        # Once per stage: a parameter unfrozen later is a bug that the guard must name, not one to hide.
+    def _apply_once(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # Once per stage: a parameter that is unfrozen later is a bug, which the hooks must report and not hide.
         if not self.applied:
             self.apply()
 
     def _label_blocks(self) -> None:
-        transformer = self.module.transformer
-        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        blocks = [*_blocks(self.module, "transformer_blocks"), *_blocks(self.module, "single_transformer_blocks")]
         for index, block in enumerate(blocks):
             running: list[torch.profiler.record_function] = []
             self.handles.append(block.register_forward_pre_hook(partial(_enter_label, f"flux.block{index}", running)))
@@ -177,10 +195,10 @@ def _refuse_gradient(name: str, gradient: Tensor) -> None:
     raise FrozenParameterError(f"a gradient reached {name}, which this stage keeps frozen; something unfroze it")
 
 
-def _enter_label(label: str, running: list, module: nn.Module, args: tuple) -> None:
+def _enter_label(label: str, running: list[Any], module: nn.Module, args: tuple[Any, ...]) -> None:
     running.append(torch.profiler.record_function(label).__enter__())
 
 
-def _leave_label(running: list, module: nn.Module, args: tuple, output: object) -> None:
+def _leave_label(running: list[Any], module: nn.Module, args: tuple[Any, ...], output: object) -> None:
     if running:
         running.pop().__exit__(None, None, None)

@@ -16,7 +16,7 @@ from megaflux.training.checkpoint.state import Checkpoint, Progress
 from megaflux.training.distributed import World
 from megaflux.training.engine import Carried, StageEngine
 from megaflux.training.monitor import Monitor
-from megaflux.training.planning.out_of_memory import Plan
+from megaflux.training.planning.plan import Plan
 from megaflux.training.survival.events import Events
 from megaflux.training.survival.guard import Drop, Guard
 from megaflux.training.survival.watch import Watch

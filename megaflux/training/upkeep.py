@@ -54,7 +54,7 @@ class Upkeep:
             return Verdict.GO_BACK
         leaving = trainer.asked_to_leave()
         must_save = leaving or update in (trainer.stage_end, trainer.last_update)
-        with trainer.monitor.not_counted(), run.watch.unhurried():
+        with trainer.monitor.not_counted(), run.watch.slow_section():
             saved = False
             # Between dropped updates nothing has changed since the last save.
             if must_save or (due(update, run.config.train.checkpoint_every) and not trainer.guard.in_a_row):
@@ -122,7 +122,7 @@ def show_panel(trainer: Trainer) -> None:
     run, monitor, update = trainer.run, trainer.monitor, trainer.update
     alone = trainer.engine.zero_stage < 3
     if not run.world.is_main and alone:
-        with run.watch.unhurried(waiting=True):
+        with run.watch.slow_section(waiting=True):
             distributed.barrier(run.world)
         return
 

@@ -156,15 +156,15 @@ if kind == "oom_step":
         run_out() or step(self, *args, **kwargs)
     )
 if kind == "small_gpu":
-    from megaflux.training.planning import out_of_memory
+    from megaflux.training.planning import trial
 
-    def too_large(config, models, bucket, real=out_of_memory.forward_and_backward):
+    def too_large(config, models, bucket, real=trial.forward_and_backward):
         real(config, models, bucket)
         if mine and set(models.trainable.transformer.fused.policies) != {"full"}:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    out_of_memory.tries_out = lambda world, engine: True
-    out_of_memory.forward_and_backward = too_large
+    trial.tries_out = lambda world, engine: True
+    trial.forward_and_backward = too_large
 
 
 if kind == "less_memory":

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megaflux.config.parse import Config, build_config
 from megaflux.config.presets import FLUX_VAE, PRESETS
-from megaflux.data.buckets import Bucket, make_buckets
+from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import meta_models
 from megaflux.models.tokens import Tokens, condition_grid
 from megaflux.models.vlm import Condition
@@ -21,6 +21,7 @@ from megaflux.training.planning import costs, memory
 from megaflux.training.planning.activations import activation_bytes, block_units, flux_bytes
 from megaflux.training.planning.costs import training_flops
 from megaflux.training.planning.gpus import peak_tflops_for
+from megaflux.training.planning.sizes import Sizes
 
 ZERO2 = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "communication_data_type": "fp32"}
 SQUARE = Bucket("1:1", 1024, 1024)
@@ -209,11 +210,10 @@ def test_condition_grid_is_qwens_own_resize():
 
 
 def test_weights_and_optimizer_shards_meet_the_anchors(dev_models):
-    buckets = make_buckets(dev().data.aspect_ratios, 1024)
     for components, want in (("block", {1: 54, 8: 6.8, 64: 0.84}), ("attention", {1: 25, 8: 3.2, 64: 0.40})):
         first = dev(components).model_copy(update={"stages": dev(components).stages[:1]})
         for ranks, shard in want.items():
-            found = memory.memory_per_gpu(first, ZERO2, ranks, *dev_models, buckets)
+            found = memory.memory_per_gpu(Sizes(first, ZERO2, ranks, *dev_models))
             assert found.optimizer / GB == pytest.approx(shard, rel=0.02)
             assert found.weights["flux"] / GB == pytest.approx(23.8, rel=0.01)
             assert found.weights["vlm"] / GB == pytest.approx(15.5, rel=0.01)
@@ -286,19 +286,19 @@ def test_statistics_of_norms_and_attention_are_in_the_formula(stage, policy, dou
 
 
 def test_sharding_and_offloading_move_bytes(small_models):
-    config, buckets = small(), [Bucket("1:1", 128, 128)]
+    config = small()
 
     def need(ranks, **zero):
         ds_config = copy.deepcopy(ZERO2)
         ds_config["zero_optimization"] |= zero
-        return memory.memory_per_gpu(config, ds_config, ranks, *small_models, buckets)
+        return memory.memory_per_gpu(Sizes(config, ds_config, ranks, *small_models))
 
     assert need(4).optimizer == pytest.approx(need(1).optimizer / 4, rel=1e-6)
     assert need(4).weights == need(1).weights
     assert need(4, stage=3).weights["flux"] == pytest.approx(need(1).weights["flux"] / 4, rel=1e-6)
     offloaded = need(2, offload_optimizer={"device": "cpu"})
     assert offloaded.host_optimizer > need(2).optimizer > 3 * offloaded.optimizer  # the sum of gradients stays
-    full = memory.memory_per_gpu(config, {"zero_optimization": {"stage": 2}}, 1, *small_models, buckets)
+    full = memory.memory_per_gpu(Sizes(config, {"zero_optimization": {"stage": 2}}, 1, *small_models))
     assert full.weights["flux"] == 2 * need(1).weights["flux"]
 
 
@@ -327,17 +327,15 @@ def test_peak_by_name(name, peak):
 
 
 def test_auto_recomputes_no_more_than_the_memory_asks_for(dev_models):
-    config, buckets = dev(), make_buckets(dev().data.aspect_ratios, 1024)
+    config = dev()
     stage = config.stages[0]
 
     def choose(gigabytes, uneven=None):
-        return memory.policies_for(config, ZERO2, 8, *dev_models, buckets, stage, gigabytes * GB, uneven)
+        return memory.policies_for(Sizes(config, ZERO2, 8, *dev_models, uneven), stage, gigabytes * GB)
 
     def need(policies, uneven=None):
-        return max(
-            memory.stage_memory(config, ZERO2, 8, *dev_models, stage, bucket, policies, uneven).total
-            for bucket in buckets
-        )
+        sizes = Sizes(config, ZERO2, 8, *dev_models, uneven)
+        return max(memory.stage_memory(sizes, stage, bucket, policies).total for bucket in sizes.buckets)
 
     assert choose(50) == ["full"] * 57  # too little for anything else, and the problem is the dry run's to tell
     assert choose(1000) == ["none"] * 57
@@ -355,8 +353,8 @@ def test_auto_recomputes_no_more_than_the_memory_asks_for(dev_models):
 
 def test_auto_without_kernels_is_all_or_nothing(dev_models):
     config = dev().model_copy(update={"model": dev().model.model_copy(update={"kernels": "off"})})
-    buckets = make_buckets(config.data.aspect_ratios, 1024)
-    found = [memory.policies_for(config, ZERO2, 8, *dev_models, buckets, config.stages[0], n * GB) for n in (90, 1000)]
+    sizes = Sizes(config, ZERO2, 8, *dev_models)
+    found = [memory.policies_for(sizes, config.stages[0], n * GB) for n in (90, 1000)]
     assert found == [["full"] * 57, ["none"] * 57]
 
 

@@ -11,7 +11,7 @@ from megaflux.common.errors import UserError
 from megaflux.config.parse import Config, build_config
 from megaflux.config.presets import PRESETS
 from megaflux.data.buckets import make_buckets
-from megaflux.training.planning import dry_run as module
+from megaflux.training.planning import sizes
 from megaflux.training.planning.checks import find_notes, find_problems
 from megaflux.training.planning.dry_run import dry_run
 from megaflux.training.planning.gpus import Assumed
@@ -152,8 +152,8 @@ def test_what_is_said_of_the_gpu_counts(data, tmp_path, capsys):
 
 def test_nothing_is_allocated(data, monkeypatch):
     made = []
-    build = module.meta_models
-    monkeypatch.setattr(module, "meta_models", lambda config: made.extend(build(config)) or tuple(made))
+    build = sizes.meta_models
+    monkeypatch.setattr(sizes, "meta_models", lambda config: made.extend(build(config)) or tuple(made))
     dry_run(configure(data__path=str(data)), DS_CONFIG, 8)
     assert {p.device.type for part in made for p in part.parameters()} == {"meta"}
 

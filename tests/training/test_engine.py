@@ -61,7 +61,7 @@ def test_frozen_parameters_keep_every_bit_over_20_updates_with_weight_decay(tmp_
         engine.set_learning_rate(update)
         engine.backward(drawn_losses(engine, config, models, generator).mean())
         engine.step()
-    assert engine.skipped_steps == 0
+    assert engine.deepspeed.skipped_steps == 0
     trainable = set(engine.first_stage)
     moved = {name for name, p in models.trainable.named_parameters() if not torch.equal(p, before[name])}
     assert 0 < len(trainable) < len(before)
@@ -102,7 +102,7 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
         engine.backward(drawn_losses(engine, config, models, generator).mean())
         engine.grad_norms()
         engine.step()
-        assert engine.skipped_steps == 0
+        assert engine.deepspeed.skipped_steps == 0
         zero = engine.deepspeed.optimizer
         flats = [flat for _, flat in engine._flat_groups()]
         moments = [moment for flat in flats for moment in zero.optimizer.state[flat].values()]
@@ -152,12 +152,12 @@ def test_an_overflow_is_counted_and_changes_nothing(tmp_path):
     engine.set_learning_rate(0)
     engine.backward(engine(0) * float("inf"))
     engine.step()
-    assert engine.skipped_steps == 1
+    assert engine.deepspeed.skipped_steps == 1
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
     engine.set_learning_rate(1)
     engine.backward(engine(1))
     engine.step()
-    assert engine.skipped_steps == 1
+    assert engine.deepspeed.skipped_steps == 1
     assert not torch.equal(module.connector.weight, before["connector.weight"])
     engine.close()
 

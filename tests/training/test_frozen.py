@@ -27,8 +27,9 @@ from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import load_models, meta_models, weights_fingerprint
 from megaflux.training import cache, frozen, objective, pictures, validation
 from megaflux.training.distributed import World
-from megaflux.training.planning import cache_size, memory, out_of_memory
+from megaflux.training.planning import cache_size, memory, trial
 from megaflux.training.planning.dry_run import dry_run
+from megaflux.training.planning.sizes import Sizes
 from tests.training.runs import ROOT, make_dataset, small_config
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -219,7 +220,7 @@ def test_losses_and_pictures_are_those_of_before_and_a_try_out_takes_what_the_ru
     )
     if "latents" in kinds:
         monkeypatch.setattr(latent_ops, "encode", no_encoding)
-    out_of_memory.forward_and_backward(config, models, bucket)
+    trial.forward_and_backward(config.for_world(1), models, bucket)
     blank, blank_condition = tried[0][3].latents, tried[0][3].condition
     assert (blank.shape, blank.dtype) == (latents.shape, latents.dtype)
     assert blank_condition.hidden_states.shape == condition.hidden_states.shape
@@ -238,7 +239,7 @@ def test_a_run_of_dev_from_its_cache_needs_15_gb_less(capsys, tmp_path):
     for kinds in [(), *KINDS]:
         config = cached_dev(*kinds)
         bucket = make_buckets(config.data.aspect_ratios, config.data.longest_side)[0]
-        found[kinds] = memory.stage_memory(config, DS_CONFIG, 8, module, trunk, config.stages[0], bucket)
+        found[kinds] = memory.stage_memory(Sizes(config, DS_CONFIG, 8, module, trunk), config.stages[0], bucket)
         dry_run(config, DS_CONFIG, 8, json_path=str(tmp_path / "r.json"))
         report = json.loads((tmp_path / "r.json").read_text())
         totals[kinds], out = report["memory_gb_per_gpu"], capsys.readouterr().out
@@ -367,7 +368,7 @@ def test_a_disk_without_room_for_what_is_missing_is_refused_before_anything_is_c
     shutil.rmtree(lost)
     (part,) = [part for part in found if part.folder(root) == lost]
     free[0] = int(0.9 * size.of_parts([part]))
-    with pytest.raises(UserError, match="what is still to be cached"):
+    with pytest.raises(UserError, match="the missing part of the cache needs"):
         cache.cached_dataset(config, models, ALONE)
     free[0] = int(1.02 * size.of_parts([part]))
     assert cache.cached_dataset(config, models, ALONE) == str(root)

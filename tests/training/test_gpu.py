@@ -15,7 +15,7 @@ from megaflux.training.distributed import World
 from megaflux.training.engine import MOMENTS, Carried, StageEngine, release_memory
 from megaflux.training.objective import Denoising, denoising_loss
 from megaflux.training.planning import memory
-from megaflux.training.planning.out_of_memory import Plan
+from megaflux.training.planning.plan import Plan
 from megaflux.training.planning.trial import forward_and_backward
 from megaflux.training.stages import trainable_names
 from tests.models.test_reading import SLACK, rise, write_large
@@ -73,7 +73,7 @@ def test_a_closed_engine_gives_its_memory_back(tmp_path, ds):
     config = configured(tmp_path, heads=16)
     models = loaded(config)
     models.trainable.configure(True, "none")
-    forward_and_backward(config, models, BUCKET)  # cuBLAS keeps its workspace from now on
+    forward_and_backward(config.for_world(1), models, BUCKET)  # cuBLAS keeps its workspace from now on
     release_memory()
     before, carried = torch.cuda.memory_allocated(), None
     for stage in (0, 1):
@@ -117,7 +117,7 @@ def test_a_plan_that_does_not_fit_is_lowered_and_leaves_nothing(tmp_path, ds):
         models.trainable.configure(True, policy)
         release_memory()
         torch.cuda.reset_peak_memory_stats()
-        forward_and_backward(config, models, BUCKET)
+        forward_and_backward(config.for_world(1), models, BUCKET)
         needs[policy] = torch.cuda.max_memory_reserved()
     release_memory()
     before = torch.cuda.memory_allocated()

@@ -328,10 +328,10 @@ def test_the_tool_lists_verifies_and_prunes(tmp_path):
     listed = tool("ls", tmp_path)
     assert listed.returncode == 0 and listed.stdout.count("update-000000") == 2 and "kB" in listed.stdout
     sound = tool("verify", tmp_path)
-    assert sound.returncode == 0 and "goes on from update-0000002" in sound.stdout
+    assert sound.returncode == 0 and "resumes from update-0000002" in sound.stdout
     (manifest.folder(tmp_path) / "update-0000002" / "weights.safetensors").write_bytes(b"")
     bad = tool("verify", tmp_path)
-    assert bad.returncode == 2 and "goes on from update-0000001" in bad.stdout and "weights.safetensors" in bad.stdout
+    assert bad.returncode == 2 and "resumes from update-0000001" in bad.stdout and "weights.safetensors" in bad.stdout
     assert "Traceback" not in bad.stderr + listed.stderr + nothing.stderr
 
 

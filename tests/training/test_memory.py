@@ -16,7 +16,7 @@ from megaflux.bench.live_memory import LiveMemory
 from megaflux.bench.update_memory import update_peak, vae_peaks
 from megaflux.config.parse import Config, build_config
 from megaflux.config.presets import FLUX_VAE, PRESETS
-from megaflux.data.buckets import Bucket, make_buckets
+from megaflux.data.buckets import Bucket
 from megaflux.generation import sampling
 from megaflux.models.latents import coding_peak
 from megaflux.models.pretrained import meta_models
@@ -25,6 +25,7 @@ from megaflux.training.distributed import World
 from megaflux.training.planning import memory
 from megaflux.training.planning.activations import activation_bytes
 from megaflux.training.planning.costs import token_counts
+from megaflux.training.planning.sizes import Sizes
 
 DS_CONFIG = json.loads(bench.ZERO_CONFIG.read_text())
 SQUARE, WIDE = Bucket("1:1", 1024, 1024), Bucket("2:1", 512, 1024)
@@ -81,10 +82,7 @@ def test_an_update_of_dev_holds_what_the_formula_says(stage, batch, plan):
     config = dev(batch)
     policies = [plan] * 57
     if plan == "auto":
-        buckets = make_buckets(config.data.aspect_ratios, 1024)
-        policies = memory.policies_for(
-            config, DS_CONFIG, 8, *meta_models(config), buckets, config.stages[stage], memory.usable(80 * GB)
-        )
+        policies = memory.policies_for(Sizes.of(config, DS_CONFIG, 8), config.stages[stage], memory.usable(80 * GB))
     for bucket in (SQUARE, WIDE):
         counted, formula = counted_and_formula(config, stage, bucket, batch, policies)
         assert formula == pytest.approx(counted, rel=0.01)
@@ -201,7 +199,7 @@ def on_a_gpu():
 
     config = dev(8)
     with FakeTensorMode():
-        weights = memory.stage_memory(config, DS_CONFIG, 8, *dev_models(), config.stages[0], SQUARE).weights
+        weights = memory.stage_memory(Sizes(config, DS_CONFIG, 8, *dev_models()), config.stages[0], SQUARE).weights
         trainable, vlm, vae = (module(weights[name]) for name in ("flux", "vlm", "vae"))
         master = torch.empty(1_581_963_776 // 8, device="cuda")
         moments = {key: torch.empty_like(master) for key in ("exp_avg", "exp_avg_sq")} | {"step": torch.zeros(())}
@@ -213,15 +211,14 @@ def on_a_gpu():
 
 def test_a_plan_is_made_for_what_is_free_and_not_for_what_a_leak_holds(on_a_gpu, monkeypatch):
     config, models, optimizer, own = on_a_gpu
-    buckets = make_buckets(config.data.aspect_ratios, config.data.longest_side)
+    sizes = Sizes(config, DS_CONFIG, 1, *dev_models())
 
     def plan(with_optimizer: bool = True, **numbers) -> int:
         Allocator(**numbers).into(monkeypatch)
         world = World(0, 1, torch.device("cuda"))
-        stage = config.stages[0]
         given = [optimizer] if with_optimizer else []
         most = memory.budget(world, models, *given)
-        policies = memory.policies_for(config, DS_CONFIG, 1, *dev_models(), buckets, stage, most)
+        policies = memory.policies_for(sizes, config.stages[0], most)
         return sum({"none": 2, "mlp": 1, "full": 0}[policy] for policy in policies)
 
     clean = plan(allocated=own, reserved=own)

@@ -13,18 +13,21 @@ import torch
 
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import dev, tiny
-from megaflux.models.pretrained import load_models, meta_models
+from megaflux.models.pretrained import load_models
 from megaflux.training import distributed
 from megaflux.training.checkpoint.elastic import fit
 from megaflux.training.distributed import World
 from megaflux.training.ds_config import divisors
 from megaflux.training.engine import StageEngine
 from megaflux.training.planning import costs, memory, throughput
+from megaflux.training.planning.candidates import Candidates
 from megaflux.training.planning.dry_run_table import gpus_of, micro_batch_lines
 from megaflux.training.planning.gpus import GPUS, Assumed, find_gpu
 from megaflux.training.planning.micro_batch import Choice, Planner, best_of
-from megaflux.training.planning.out_of_memory import Plan
+from megaflux.training.planning.plan import Plan
+from megaflux.training.planning.sizes import Sizes
 from megaflux.training.planning.throughput import Cluster, Launches, Traffic, Work
+from megaflux.training.planning.trial import highest_that_fits
 from tests.training.runs import small_config
 from tests.training.updates import drawn_losses, wake
 
@@ -63,18 +66,18 @@ def test_it_is_the_fastest_of_all_that_fit(tmp_path, little_vae, drawn, activati
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"activation_checkpointing": activation_checkpointing})}
     )
-    planner, cluster = Planner(config, ZERO2, 2, *meta_models(config)), Cluster(TOY, 2)
+    planner, cluster = Planner(Sizes.of(config, ZERO2, 2)), Cluster(TOY, 2)
     sizes, stage = divisors(config.train.drawn_per_rank), config.stages[0]
     allowed = memory.POLICIES if activation_checkpointing == "auto" else [activation_checkpointing]
     plans = []
     for size, policies in itertools.product(sizes, itertools.product(allowed, repeat=3)):
         need = planner.with_needs(stage, size, policies, 0).bytes
-        tokens = {bucket: costs.token_counts(config, bucket) for bucket in planner.buckets}
+        tokens = {bucket: costs.token_counts(config, bucket) for bucket in planner.sizes.buckets}
         seconds = []
         for bucket, counts in tokens.items():
-            trunk, vae = costs.frozen_parts(config, planner.trunk, bucket)
-            work = Work(costs.training_flops(planner.module, stage, counts, 0, policies).hardware, trunk, vae)
-            trained = sum(memory.trained_sizes(planner.module, stage))
+            trunk, vae = costs.frozen_parts(config, planner.sizes.trunk, bucket)
+            work = Work(costs.training_flops(planner.sizes.module, stage, counts, 0, policies).hardware, trunk, vae)
+            trained = sum(memory.trained_sizes(planner.sizes.module, stage))
             moved = throughput.traffic(ZERO2, 2, trained, 0)
             launches = Launches(3 * 31, (2 + 2) * 35)
             seconds.append(cluster.update_seconds(work, launches, moved, size, config.train.global_batch_size))
@@ -125,9 +128,7 @@ def test_what_is_sent_is_what_training_md_counts():
 def test_dev_on_8_h100_is_faster_than_with_all_that_are_drawn():
     config = build_config(dev())
     assert config.train.micro_batch_size == "auto"
-    lines = micro_batch_lines(
-        config.for_world(8), ZERO2, 8, *meta_models(config.for_world(8)), gpus_of(Assumed("h100")), True
-    )
+    lines = micro_batch_lines(Sizes.of(config, ZERO2, 8), gpus_of(Assumed("h100")), True)
     for stage in config.stages:
         rates = {}
         for line in lines:
@@ -222,15 +223,20 @@ def plan_of(config, assumed: Assumed | None = None, state: dict | None = None) -
     return plan
 
 
+def candidates_of(plan: Plan) -> Candidates:
+    """Those of a plan's stage, as if its engine were built."""
+    return plan._candidates(plan.stage, Sizes.of(plan.config, ZERO2, 1))
+
+
 def saved_need(plan: Plan) -> int:
     """Bytes of the plan that a checkpoint brought."""
-    return plan.planner.with_needs(plan.stage, plan._saved["micro_batch_size"], plan._saved["policies"], 0).bytes
+    return plan.candidates.planner.with_needs(plan.stage, plan._saved.micro_batch_size, plan._saved.policies, 0).bytes
 
 
 def limit_for(config, size: int) -> float:
     """--gpu-memory with which micro-batches up to `size`, with all recomputed, fit in the first stage, and no larger ones."""
     fitted = fit(config, None, 1)
-    planner = Planner(fitted, ZERO2, 1, *meta_models(fitted))
+    planner = Planner(Sizes.of(fitted, ZERO2, 1))
     needs = [planner.with_needs(config.stages[0], n, ["full"] * 3, 0).bytes for n in (size, 2 * size)]
     return sum(needs) / 2 / memory.USABLE / 1e9
 
@@ -257,7 +263,7 @@ def test_a_run_chooses_and_a_resumed_one_takes_the_same_again(tmp_path, engine_o
     tight, roomy = Assumed(memory_gb=limit_for(config, 2)), Assumed(memory_gb=1000)
     plan = plan_of(config, tight)
     chosen = plan.choose(models, engine)
-    assert chosen == plan.planner.best(
+    assert chosen == plan.candidates.planner.best(
         config.stages[0], [1, 2, 4, 8], memory.usable(tight.memory_gb * 1e9), plan.cluster
     )
     assert (chosen.micro_batch_size, engine.accumulation_steps, engine.deepspeed.train_batch_size()) == (2, 4, 8)
@@ -324,23 +330,23 @@ def test_what_a_person_changes_is_planned_anew(tmp_path, engine_of):
         assert plan.choose(models, engine) == fresh and plan.why.startswith("predicted")
     # --gpu-memory counts also where a try would find room
     plan = plan_of(config, Assumed(memory_gb=tight), saved_by(config))
-    plan.planner = Planner(plan.config, ZERO2, 1, *meta_models(plan.config))
-    assert plan._as_saved(memory.usable(1e9 * tight), tried_out=True) is None
+    plan.candidates = candidates_of(plan)
+    assert plan._take_saved(plan.candidates, memory.usable(1e9 * tight), tried_out=True) is None
     # free memory counts where nothing is tried out; a hundredth less may be chance
     plan.assumed, need = roomy, saved_need(plan)
-    assert plan._as_saved(int(0.995 * need), tried_out=False) is not None
-    assert plan._as_saved(int(0.98 * need), tried_out=False) is None
-    assert plan._as_saved(memory.usable(1e9 * tight), tried_out=True) == fresh
+    assert plan._take_saved(plan.candidates, int(0.995 * need), tried_out=False) is not None
+    assert plan._take_saved(plan.candidates, int(0.98 * need), tried_out=False) is None
+    assert plan._take_saved(plan.candidates, memory.usable(1e9 * tight), tried_out=True) == fresh
 
 
 @pytest.mark.usefixtures("little_vae")
 def test_a_plan_that_fits_here_is_lowered_as_often_as_another_ranks(tmp_path, monkeypatch):
     plan = plan_of(small(tmp_path, 2048), Assumed(memory_gb=1000))
-    plan.planner = Planner(plan.config, ZERO2, 1, *meta_models(plan.config))
-    highest = plan._within(10**15)
-    twice = plan.lower(plan.lower(highest)[0])[0]
+    plan.candidates = candidates_of(plan)
+    highest = plan.candidates.within(10**15)
+    twice = plan.candidates.lower(plan.candidates.lower(highest)[0])[0]
     monkeypatch.setattr(distributed, "min_over_ranks", lambda value, world: min(value, -2))
-    assert plan._tried(highest, lambda choice: True) == twice != highest
+    assert highest_that_fits(plan.candidates, highest, lambda choice: True, ALONE) == (twice, 2) and twice != highest
 
 
 @pytest.mark.usefixtures("process_group", "little_vae")
@@ -376,13 +382,12 @@ def test_out_of_memory_lowers_the_micro_batch_too(tmp_path):
     }  # so that activations are most of the memory
     config = build_config(values | {"run": {"dir": str(tmp_path)}})
     plan = plan_of(config, Assumed(memory_gb=1000))
-    plan.planner = Planner(plan.config, ZERO2, 1, *meta_models(plan.config))
-    choice, seen = plan._within(10**15), []
-    while (lower := plan.lower(choice)) is not None:
+    plan.candidates = candidates_of(plan)
+    choice, seen = plan.candidates.within(10**15), []
+    while (lower := plan.candidates.lower(choice)) is not None:
         assert lower[0].bytes < choice.bytes
         choice = lower[0]
         seen.append(choice.micro_batch_size)
-    assert choice == plan._within(0) and choice.micro_batch_size == 1 and set(choice.policies) == {"full"}
+    assert choice == plan.candidates.within(0) and choice.micro_batch_size == 1 and set(choice.policies) == {"full"}
     assert len(set(seen)) > 1
-    plan.choice = choice
-    assert "micro_batch_size is 1 already" in plan._mend()
+    assert "micro_batch_size is 1 already" in plan.candidates.mend(choice)

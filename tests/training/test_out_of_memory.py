@@ -21,9 +21,10 @@ from megaflux.training.checkpoint.space import NoRoom
 from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine
 from megaflux.training.monitor import Monitor, allocator_scalars, allocator_state
-from megaflux.training.planning import memory, out_of_memory
-from megaflux.training.planning.micro_batch import Planner
-from megaflux.training.planning.out_of_memory import Plan, held_by_others
+from megaflux.training.planning import memory, out_of_memory, trial
+from megaflux.training.planning.plan import Plan
+from megaflux.training.planning.sizes import Sizes
+from megaflux.training.planning.trial import held_by_others
 from megaflux.training.survival.events import Events
 from tests.training.runs import ds_config, small_config
 from tests.training.updates import drawn_losses, wake
@@ -79,7 +80,7 @@ def one_update(config, ds, tmp_path, tried_out: bool) -> dict[str, torch.Tensor]
 def test_a_plan_is_tried_out_at_every_bucket_without_a_trace(tmp_path, ds, monkeypatch):
     config = config_of(tmp_path)
     expected = one_update(config, ds, tmp_path, tried_out=False)
-    tried, made, held, real = [], [], [], out_of_memory.forward_and_backward
+    tried, made, held, real = [], [], [], trial.forward_and_backward
 
     def forward_and_backward(config, models, bucket):
         assert not [ref for ref in made if ref() is not None]  # each try begins with what the ones before gave back
@@ -91,8 +92,8 @@ def test_a_plan_is_tried_out_at_every_bucket_without_a_trace(tmp_path, ds, monke
         if "none" in models.trainable.transformer.fused.policies:
             raise torch.OutOfMemoryError(RAN_OUT)
 
-    monkeypatch.setattr(out_of_memory, "tries_out", lambda world, engine: True)
-    monkeypatch.setattr(out_of_memory, "forward_and_backward", forward_and_backward)
+    monkeypatch.setattr(trial, "tries_out", lambda world, engine: True)
+    monkeypatch.setattr(trial, "forward_and_backward", forward_and_backward)
     got = one_update(config, ds, tmp_path, tried_out=True)
     assert tried == ["1:1", "1:1", "2:1"]  # of the first plan no more than was needed
     # Beside each try: Adam's moments and the sum of the gradients, 12 bytes of all that trains, and gradients in flight.
@@ -107,8 +108,8 @@ def test_what_fits_nowhere_is_refused_with_the_mend(tmp_path, ds, monkeypatch):
     def never(*_):
         raise torch.OutOfMemoryError(RAN_OUT)
 
-    monkeypatch.setattr(out_of_memory, "tries_out", lambda world, engine: True)
-    monkeypatch.setattr(out_of_memory, "forward_and_backward", never)
+    monkeypatch.setattr(trial, "tries_out", lambda world, engine: True)
+    monkeypatch.setattr(trial, "forward_and_backward", never)
     config = config_of(tmp_path)
     with pytest.raises(UserError, match=r"micro-batch of 2 does not fit .* lower train.micro_batch_size \(it is 2\)"):
         one_update(config, ds, tmp_path, tried_out=True)
@@ -126,8 +127,8 @@ def planned(ds: dict, run) -> Plan:
     config = build_config(values | {"run": {"dir": str(run)}}).for_world(1)
     plan = Plan(config, ds, ALONE)
     plan.enter(config.stages[0])
-    plan.planner, plan.trained, plan.updating = Planner(config, ds, 1, *meta_models(config)), True, True
-    plan.choice = plan._within(10**15)
+    plan.candidates, plan.trained, plan.updating = plan._candidates(plan.stage, Sizes.of(config, ds, 1)), True, True
+    plan.choice = plan.candidates.within(10**15)
     return plan
 
 
@@ -135,8 +136,8 @@ def test_plans_are_lowered_by_a_twentieth_down_to_full(tmp_path, ds):
     plan = planned(ds, tmp_path)
     choice, steps = plan.choice, 0
     assert set(choice.policies) == {"none"}
-    while (lower := plan.lower(choice)) is not None:
-        assert lower[1] < plan._needs(choice) and plan._within(lower[1]) == lower[0] != choice
+    while (lower := plan.candidates.lower(choice)) is not None:
+        assert lower[1] < plan.candidates.needs(choice) and plan.candidates.within(lower[1]) == lower[0] != choice
         choice, steps = lower[0], steps + 1
     assert set(choice.policies) == {"full"} and choice.micro_batch_size == 2000
     assert 3 <= steps <= 2 * len(choice.policies)
@@ -148,8 +149,8 @@ def test_word_is_left_by_whoever_runs_out_and_the_lowest_counts(tmp_path, ds, mo
     plan = planned(ds, tmp_path)
     plan.update, name = 70, plan.stage.name
     (tmp_path / "memory.json").write_text('{"bytes": {"another": 5}}')
-    lower, limit = plan.lower(plan.choice)
-    second = plan.lower(lower)
+    lower, limit = plan.candidates.lower(plan.choice)
+    second = plan.candidates.lower(lower)
     plan.choice = lower
     plan.leave(torch.OutOfMemoryError(RAN_OUT))
     assert json.loads((tmp_path / "memory.json").read_text())["bytes"] == {"another": 5, name: second[1]}
@@ -157,13 +158,13 @@ def test_word_is_left_by_whoever_runs_out_and_the_lowest_counts(tmp_path, ds, mo
     assert higher.limit == second[1] < limit
     higher.leave(torch.OutOfMemoryError(RAN_OUT))  # of a rank that planned higher: the lowest stays
     assert json.loads((tmp_path / "memory.json").read_text())["bytes"] == {"another": 5, name: second[1]}
-    higher.choice = higher._within(0)
+    higher.choice = higher.candidates.within(0)
     higher.leave(torch.OutOfMemoryError(RAN_OUT))
     higher.enter(higher.stage)  # in the change to this stage, with its engine not yet built
     higher.leave(torch.OutOfMemoryError(RAN_OUT))
     assert [code for _, code in left] == [11] * 4
     assert "after update 70" in left[0][0] and memory.counted(second[0].policies) in left[0][0]
-    assert "nothing is left to compute again: lower train.micro_batch_size (it is 2000)" in left[2][0]
+    assert "nothing is left to recompute: lower train.micro_batch_size (it is 2000)" in left[2][0]
     assert "the models and the stage's optimizer do not fit this GPU; shard them" in left[3][0]
     told = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [(event["what"], event["detail"]) for event in told] == [("out_of_memory", why) for why, _ in left]
@@ -197,7 +198,7 @@ def test_only_what_an_update_needs_lowers_its_plan(tmp_path, ds, monkeypatch):
         assert plan.updating
     assert not plan.updating and plan.update == 1
     plan.leave(torch.OutOfMemoryError(RAN_OUT))  # in a validation, say
-    assert not (tmp_path / "memory.json").exists() and left[0][1] == 11 and "around it" in left[0][0]
+    assert not (tmp_path / "memory.json").exists() and left[0][1] == 11 and "outside one" in left[0][0]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"bytes": [1]}', '{"bytes": {"base": -1}}', '{"bytes": {"base": true}}'])

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from megaflux.common.errors import UserError
 from megaflux.training import report as reporting
-from megaflux.training.report import SHARES, account
-from megaflux.training.survival.events import FAULTS, Events, parse, read
+from megaflux.training.accounting import SHARES, account
+from megaflux.training.survival.events import Events, Fault, parse, read
 
 ANY = settings(deadline=None, database=None, max_examples=150)  # cores are shared, so no test has a deadline
 
@@ -38,7 +38,7 @@ EVENTS = st.lists(
             "host": ANYTHING,
             "why": ANYTHING,
             "detail": ANYTHING,
-            "what": st.one_of(st.sampled_from(FAULTS), ANYTHING),
+            "what": st.one_of(st.sampled_from(list(Fault)), ANYTHING),
         },
     ),
     max_size=30,
@@ -215,13 +215,13 @@ def test_a_kill_costs_at_most_the_last_line_and_none_after_it(facts, data):
 @given(st.binary(max_size=200))
 def test_no_bytes_stop_the_reading(content):
     line = b'{"time": 7.5, "kind": "ready"}'
-    events, passed_over = parse(content + b"\n" + line + b"\n")
+    events, skipped = parse(content + b"\n" + line + b"\n")
     assert events[-1] == {"time": 7.5, "kind": "ready"}
-    assert passed_over <= content.count(b"\n") + 1
+    assert skipped <= content.count(b"\n") + 1
     account(events)
 
 
-def test_foreign_lines_are_passed_over_and_counted():
+def test_foreign_lines_are_skipped_and_counted():
     foreign = (
         b"[1]",
         b'{"kind": "ready"}',
@@ -283,7 +283,7 @@ def test_the_table(tmp_path, capsys):
     assert "0.441 images/s over the wall time, 1.3 while updating (16 images an update)" in lines
     assert "faults: spike 1, checkpoint_refused 1" in lines
     assert any(line.endswith("update 9: spike: norm 7.1 is 6 sigma") for line in lines)
-    assert "note: 1 lines of events.jsonl are torn or foreign and were passed over" in lines
+    assert "note: 1 lines of events.jsonl are torn or foreign and were skipped" in lines
 
     values = json.loads((tmp_path / "report.json").read_text())
     assert sum(values["shares"].values()) == pytest.approx(1)

@@ -14,10 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megaflux.config.parse import ConditionModes, build_config, merge
 from megaflux.config.presets import PUBLISHED_STAGES, tiny
-from megaflux.models.pretrained import load_models, meta_models
+from megaflux.models.pretrained import load_models
 from megaflux.training.objective import draw_mode
 from megaflux.training.planning import memory
 from megaflux.training.planning.micro_batch import Planner
+from megaflux.training.planning.sizes import Sizes
 from megaflux.training.stages import trainable_names
 from tests.training.faults import assert_same, events, final_state, final_weights, start
 from tests.training.runs import ROOT, copy_until, ds_config, launch, make_dataset, small_config, write_config
@@ -173,7 +174,7 @@ def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_p
     config = write_config(values, tmp_path / "config.yaml")
     resolved = build_config(merge(tiny(), values))
     monkeypatch.setattr(memory, "coding_peak", lambda *_: (0, 0))
-    planner = Planner(resolved.for_world(2), json.loads(ds_config(tmp_path).read_text()), 2, *meta_models(resolved))
+    planner = Planner(Sizes.of(resolved, json.loads(ds_config(tmp_path).read_text()), 2))
     one, two = (planner.with_needs(resolved.stages[0], size, ["full"] * 3, 0).bytes for size in (1, 2))
     limit = (one + two) // 2
     assert one < limit < two and planner.with_needs(resolved.stages[1], 2, ["full"] * 3, 0).bytes < limit

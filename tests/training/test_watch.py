@@ -75,7 +75,7 @@ def test_before_the_first_update_it_leaves_at_once_even_from_within_a_collective
 
 @pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
 def test_a_second_ctrl_c_leaves_at_once(first):
-    process = blocked("watch.ready(); part = watch.unhurried(); part.__enter__()")  # a save, say
+    process = blocked("watch.ready(); part = watch.slow_section(); part.__enter__()")  # a save, say
     process.send_signal(getattr(signal, first))
     if first != "SIGINT":  # the launcher's own word is no Ctrl-C
         time.sleep(0.5)
@@ -199,7 +199,7 @@ def test_an_update_has_three_times_the_longest_to_end(monkeypatch):
         assert watch.leave_within == 25
         later(41)
         assert watch.leave_within == 123
-        with watch.unhurried():
+        with watch.slow_section():
             later(90)  # a batch of a validation
             now[0] += 300  # and what follows it
         later(2)
@@ -224,7 +224,7 @@ def test_an_update_that_does_not_end_is_given_up_with_its_stacks():
 
 
 def test_a_save_takes_its_time():
-    process = blocked("watch.ready(); part = watch.unhurried(); part.__enter__()")
+    process = blocked("watch.ready(); part = watch.slow_section(); part.__enter__()")
     process.send_signal(signal.SIGTERM)
     time.sleep(2.5)
     assert process.poll() is None

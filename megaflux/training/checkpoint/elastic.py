@@ -1,7 +1,7 @@
 """Resuming on a different number of ranks: the same global batches, cut into other micro-batches.
 
-What all ranks draw together, of one bucket, is fixed when a run begins (ranks x train.drawn_per_rank); later ranks share
-it. The optimizer's shards are cut anew in repartition.py.
+What all ranks together draw from one bucket at a time (ranks x train.drawn_per_rank) is fixed when a run begins; whatever
+ranks resume it divide that among them. reshard.py divides the optimizer's state.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ from megaflux.common.errors import UserError
 from megaflux.config.parse import Config
 from megaflux.data.reading.pieces import global_micro_batch
 from megaflux.training.checkpoint.state import Checkpoint
-from megaflux.training.ds_config import divisors
+from megaflux.training.ds_config import batch_sizes, divisors
 
 log = logging.getLogger("megaflux")
 
 
 def fit(config: Config, resumed: Checkpoint | None, world_size: int) -> Config:
-    """The configuration with what each rank draws, and the largest micro-batch, up to its own, that divides it; where it is
-    `auto`, up to what a rank drew when the run began (out_of_memory.Plan may choose another).
+    """The configuration with what each rank draws at a time, and the largest micro-batch that divides it and is not larger
+    than the configured one; for `auto`, not larger than what a rank drew when the run began (Plan may choose another).
 
-    UserError: ranks that cannot share evenly what the run draws at a time. The same on all ranks."""
-    train = config.for_world(world_size).train
-    together = global_micro_batch(resumed.progress.data) if resumed else train.drawn_per_rank * world_size
+    Raises UserError, the same on all ranks, if the ranks cannot share evenly what the run draws at a time."""
+    together = (
+        global_micro_batch(resumed.progress.data)
+        if resumed
+        else batch_sizes(config.for_world(world_size)).drawn * world_size
+    )
     if together % world_size:
         raise UserError(
             f"run.dir: this run draws {together} pictures at a time, which {world_size} ranks cannot share evenly; "
@@ -31,7 +34,7 @@ def fit(config: Config, resumed: Checkpoint | None, world_size: int) -> Config:
             agreed=True,
         )
     share, wanted = together // world_size, config.train.given_micro_batch
-    most = wanted or config.train.drawn_per_rank or share  # fewer ranks draw more each, but hold no more at a time
+    most = wanted or config.train.drawn_per_rank or share  # on fewer ranks each draws more, but holds no more at a time
     micro = max(m for m in divisors(share) if m <= most)
     if wanted not in (None, micro):
         log.warning(

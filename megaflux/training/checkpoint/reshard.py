@@ -1,11 +1,11 @@
-"""ZeRO-2's optimizer shards of one number of ranks, read by parameter name: what another number of ranks takes over.
+"""Read ZeRO-2's optimizer shards by parameter name, to resume on another number of ranks.
 
-Each rank's file holds, per parameter group, a slice of the flattened fp32 masters and of Adam's two moments, and says
-which parameters lie where in it (`param_slice_mappings`). A parameter cut by a boundary is in two files. Files are
-mapped, not read: a rank touches each parameter once, and the machine's page cache serves all its ranks.
+Each rank's file holds, per parameter group, a slice of the flattened fp32 masters and of Adam's two moments, and where each
+parameter lies in it (`param_slice_mappings`). A parameter at a boundary is split between two files. Files are memory-mapped:
+a rank reads each parameter once, and the ranks of a machine share its page cache.
 
-Loaded without `weights_only`, as DeepSpeed writes its own classes into them; `resume.resolve` has held every file
-against the manifest's SHA-256 before.
+They are loaded without `weights_only`, as DeepSpeed stores its own classes in them; `resume.resolve` has compared every
+file with the manifest's SHA-256 before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megaflux.training.engine import MOMENTS, Carried
 
 
 class ByName(Mapping[str, dict[str, Tensor]]):
-    """parameter name -> {"master", "exp_avg", "exp_avg_sq"}, each put together when it is asked for."""
+    """parameter name -> {"master", "exp_avg", "exp_avg_sq"}: float32 tensors, joined from the shards on access."""
 
     def __init__(self, shards: list[dict[str, Any]], shapes: Mapping[str, tuple[int, ...]]):
         self._shards, self._shapes = shards, shapes
@@ -51,7 +51,8 @@ class ByName(Mapping[str, dict[str, Tensor]]):
 def read(folder: Path, world_size: int, shapes: Mapping[str, tuple[int, ...]]) -> Carried:
     """The optimizer state of a checkpoint saved by `world_size` ranks, for an engine of the same stage.
 
-    shapes: of the parameters that train. UserError where a parameter is missing or does not fit.
+    folder: DeepSpeed's part of the checkpoint. shapes: shape of each parameter that trains. Raises UserError if a parameter
+    is missing or incomplete.
     """
     shards = optimizer_shards(folder, world_size)
     tensors = ByName(shards, shapes)
@@ -73,13 +74,13 @@ def read(folder: Path, world_size: int, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def optimizer_shards(folder: Path, world_size: int) -> list[dict[str, Any]]:
-    """The optimizer states of a checkpoint as DeepSpeed has them, one per rank, mapped from their files. UserError where one
-    is missing."""
-    files = [
-        next(iter(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")), None) for rank in range(world_size)
-    ]
-    if None in files:
-        raise UserError(f"{folder}: the optimizer shard of rank {files.index(None)} is missing")
+    """DeepSpeed's optimizer states in a checkpoint, one per rank, memory-mapped. Raises UserError if one is missing."""
+    files = []
+    for rank in range(world_size):
+        file = next(iter(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")), None)
+        if file is None:
+            raise UserError(f"{folder}: the optimizer shard of rank {rank} is missing")
+        files.append(file)
     return [
         torch.load(file, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"] for file in files
     ]

@@ -1,12 +1,12 @@
-"""What a run was begun with, for whoever resumes it, exports it or generates from it.
+"""The configuration that a run was started with, read from its folder to resume it, export it or generate from it.
 
-Each checkpoint's manifest holds its format, the part of the configuration that must not change, and, from format 3 on, all that
-the run was started with then; RUN/config.yaml is what it was last started with. Two rules keep old runs alive:
+Each checkpoint's manifest holds its format, the part of the configuration that must not change and, from format 3 on, the whole
+configuration of the start that saved it; RUN/config.yaml is that of the latest start. Two rules keep old runs usable:
 
-- A field that they lack means the value it had before it existed: ADDED, by the format that the field came with. Whoever
-  adds a field to megaflux.config.schema raises `manifest.FORMAT` and writes it down here; tests/test_old_runs.py holds it.
-- On resume, a value that the user does not set, in a file or on the command line, is the run's saved one (`begun`):
-  a changed default never changes a run.
+- A missing field means what the code did before the field existed: see ADDED, by the format that introduced the field. Whoever
+  adds a field to megaflux.config.schema raises `manifest.FORMAT` and adds it here; tests/test_old_runs.py checks it.
+- On resume, a value that the user does not set, in a file or on the command line, is the saved one (`begun`), so that a
+  changed default never changes a run.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ ADDED: dict[int, dict[str, Any]] = {
     4: {"model.seeded": "torch", "train.deterministic": False},
     5: {},  # no new field, but a new value: train.micro_batch_size may be `auto`, which earlier versions cannot read
 }
-"""Format of a manifest -> {dotted field that came with it: what it means where it is missing: a value, or a function of the
-whole configuration as plain data}. `*` stands for every element of a list: `stages.*.name`."""
+"""Format of a manifest -> {dotted field that it introduced: its value where it is missing, or a function that gets the whole
+configuration as plain data and returns it}. `*` stands for every element of a list: `stages.*.name`."""
 PER_START = ("run.dir", "run.resume", "train.stop_after")
-"""Fields that say how one start goes and not what the run is: never taken from an earlier start."""
+"""Fields of one start rather than of the run: never taken from an earlier start."""
 FIXED = ("train.drawn_per_rank",)
-"""Fields that are settled when a run begins, and that its checkpoints' identity does not hold."""
+"""Fields that are fixed when a run begins but are not in its checkpoints' identity."""
 
 
 def filled(values: dict[str, Any], format: int = 0) -> dict[str, Any]:
-    """Plain nested values of an earlier version with the fields that came later. format: of the manifest they are from; 0:
-    of a configuration, where a missing field tells its age by itself."""
+    """Plain nested values of an earlier version, completed with later fields. format: that of their manifest; 0: the values
+    are a configuration file's, where any missing field is filled in."""
     values = copy.deepcopy(values)
     for came_with, fields in sorted(ADDED.items()):
         for path, before in fields.items() if came_with > format else ():
@@ -54,7 +54,7 @@ def filled(values: dict[str, Any], format: int = 0) -> dict[str, Any]:
 
 
 def load(run_dir: str | Path) -> Config:
-    """The configuration that a run was last started with. UserError, naming the file, where it cannot be read."""
+    """The configuration of a run's latest start. Raises UserError naming the file if it cannot be read."""
     file = Path(run_dir) / NAME
     return _built(_read_yaml(file), file)
 
@@ -62,7 +62,7 @@ def load(run_dir: str | Path) -> Config:
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         return load_yaml(str(file))
-    except UserError as error:  # which names the option that usually brings such a file
+    except UserError as error:  # its message names the option that usually gives such a file
         raise UserError(str(error).removeprefix("--config ")) from None
 
 
@@ -83,19 +83,19 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Begun:
-    """What a run that can be resumed was started with when its newest checkpoint was saved."""
+    """What a resumable run had been started with when its newest checkpoint was saved."""
 
     values: dict[str, Any] | None
-    """Its configuration, without PER_START, as plain nested data; None: nobody knows (config.yaml is missing)."""
+    """Its configuration without PER_START, as plain nested data; None: unknown (config.yaml is missing)."""
     ds_config: dict[str, Any]
-    """DeepSpeed's; {}: nobody knows."""
+    """DeepSpeed's configuration; {}: unknown."""
 
 
 def begun(run_dir: str) -> Begun | None:
     """What the run in a folder was started with; None: it holds no checkpoint, so there is nothing to resume.
 
-    A start that ended before it saved has left nothing here. UserError where RUN/config.yaml is needed (checkpoints before
-    format 3) and cannot be read."""
+    A start that ended before its first save leaves no trace. Raises UserError if RUN/config.yaml is needed (checkpoints
+    before format 3) and cannot be read."""
     if not os.path.isdir(manifest.folder(run_dir)):  # Path's own raises where a name is too long
         return None
     content = _newest(run_dir)
@@ -108,7 +108,7 @@ def begun(run_dir: str) -> Begun | None:
     elif (Path(run_dir) / NAME).is_file():
         values = _read_yaml(Path(run_dir) / NAME)
         if isinstance(values.get("train"), dict) and "micro_batch_size" in content["data"]:
-            # what it drew when it began, however its micro-batches were cut since
+            # What it drew when it began, whatever its micro-batches were later.
             values["train"].setdefault("drawn_per_rank", content["data"]["micro_batch_size"])
         config, ds_config = _built(values, Path(run_dir) / NAME), _read_json(Path(run_dir) / DS_NAME)
     else:
@@ -122,8 +122,8 @@ def begun(run_dir: str) -> Begun | None:
 
 
 def snapshot(run_dir: str | Path) -> dict[str, Any]:
-    """What this start has written into the run's folder, for a checkpoint's manifest (`begun` reads it); {} where that
-    cannot be read."""
+    """The configuration files that this start wrote into the run's folder, for a checkpoint's manifest (`begun` reads it);
+    {} if they cannot be read."""
     try:
         return {"config": (Path(run_dir) / NAME).read_text(), "ds_config": _read_json(Path(run_dir) / DS_NAME)}
     except OSError:
@@ -131,8 +131,8 @@ def snapshot(run_dir: str | Path) -> dict[str, Any]:
 
 
 def refuse_changes(config: Config, saved: dict[str, Any]) -> None:
-    """UserError where a configuration for resuming names another preset than the run's, or sets one of FIXED to another
-    value than the run's. saved: `Begun.values`."""
+    """Raise UserError if a configuration for resuming names another preset than the run's, or changes a field of FIXED.
+    saved: `Begun.values`."""
     mend = "leave it out, or give another --run.dir"
     if config.preset != saved["preset"]:
         raise UserError(
@@ -146,27 +146,27 @@ def refuse_changes(config: Config, saved: dict[str, Any]) -> None:
 
 
 def _newest(run_dir: str) -> dict[str, Any] | None:
-    """The manifest of the newest checkpoint that has one that can be read; {} with the keys of none where there are
-    checkpoints only without; None: no checkpoint."""
-    cut_short = sorted(manifest.folder(run_dir).glob(".update-*.partial"))  # whole but for its name, perhaps
-    found = [*reversed(cut_short), *reversed(manifest.listed(run_dir).values())]
+    """The newest valid manifest of a run; one without content, {"data": {}}, if no checkpoint has a valid one; None if there
+    is no checkpoint."""
+    interrupted = sorted(manifest.folder(run_dir).glob(".update-*.partial"))  # may be complete but not renamed
+    found = [*reversed(interrupted), *reversed(manifest.listed(run_dir).values())]
     for path in found:
         if (path / manifest.MANIFEST).is_file():
             try:
                 return manifest.read(path)
-            except UserError:  # it is refused, with its reason, where it would be resumed
+            except UserError:  # resuming from it is refused later, with the reason
                 continue
     return {"data": {}} if manifest.listed(run_dir) else None
 
 
 def describe(run_dir: str, kept: dict[str, Any]) -> str:
-    """One line on values that a run keeps though this version's preset has others. kept: dotted field -> value."""
+    """One line on the values that a run keeps although the preset now has others. kept: dotted field -> value."""
     shown = ", ".join(f"{path} {str(value)[:60]}" for path, value in kept.items())
     return f"resuming {run_dir} with its own values, where none is given now and the preset has others: {shown}"
 
 
 def changed(identity: dict[str, Any], format: int, now: dict[str, Any]) -> list[str]:
-    """The keys of a run's identity (`resume.identity`) in which the manifest of another format differs from `now`."""
+    """The keys of `now`, a run's identity (`resume.identity`), whose values differ from those in a manifest of a format."""
     nested = literal(filled(_nested(identity), format), PATHS)
     return [key for key, value in now.items() if _at(nested, key) != value]
 
@@ -195,7 +195,7 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sections(values: Any, path: list[str]) -> Iterator[dict[str, Any]]:
-    """Every section at a path with `*`; none where the values have no such section (an identity holds a part only)."""
+    """Every section at a path with `*`; nothing where there is none, as in an identity, which is a part of the whole."""
     if not path:
         if isinstance(values, dict):
             yield values

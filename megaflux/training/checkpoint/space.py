@@ -1,4 +1,4 @@
-"""Is there room for the checkpoints to come? Asked before a stage's first update and before each save."""
+"""Whether the disk has room for the next checkpoints: checked before a stage's first update and before each save."""
 
 from __future__ import annotations
 
@@ -13,34 +13,32 @@ from megaflux.training.engine import StageEngine
 
 
 class NoRoom(UserError):
-    """The disk has no room for a checkpoint, or refused one."""
+    """The disk has no room for a checkpoint, or writing one failed."""
 
 
 STATE_BYTES = 12  # per trainable parameter: master, exp_avg and exp_avg_sq in fp32
 MARGIN = 1.02  # file headers, rounding up to blocks
-FILES_EACH = 6  # beside a shard, a part of the weights and a random state per rank
+FILES_EACH = 6  # besides each rank's shard, part of the weights and random state
 
 
 def checkpoint_bytes(training: int, weights: int, item: int) -> int:
-    """Size of one checkpoint. training: parameters that train in its stage; weights: that any stage so far has trained;
-    item: bytes of one of them in the dtype that it trains in."""
+    """Bytes of one checkpoint. training: parameters that its stage trains; weights: parameters that any stage so far has
+    trained; item: bytes of one of them in the dtype it trains in."""
     return int(MARGIN * (STATE_BYTES * training + item * weights))
 
 
 def check(config: Config, engine: StageEngine, weights: int, world: World, at_once: int | None) -> None:
-    """UserError, alike on all ranks, where the disk of run.dir has no room or no inodes for the checkpoints to come.
+    """Raise NoRoom, on all ranks, if the disk of run.dir lacks room or inodes for the next checkpoints. Collective.
 
-    at_once: how many will ever be there at the same time, if they stay this stage's size (`retention.most_at_once`); those
-    that are there count. None: one more than are there. Collective."""
+    weights: parameters trained so far (`count_trained`). at_once: the most checkpoints, existing ones included, that will
+    exist at the same time (`retention.most_at_once`), all taken to be as large as this stage's; None: one more than now."""
     problem = None
     if world.is_main:
         there = len(manifest.listed(config.run.dir))
         wanted = 1 if at_once is None else max(1, at_once - there)
         item = next(engine.module.parameters()).element_size()
-        need, files = (
-            wanted * checkpoint_bytes(engine.num_trainable, weights, item),
-            wanted * (3 * world.size + FILES_EACH),
-        )
+        need = wanted * checkpoint_bytes(engine.num_trainable, weights, item)
+        files = wanted * (3 * world.size + FILES_EACH)
         disk = os.statvfs(config.run.dir)
         free = disk.f_bavail * disk.f_frsize
         if free < need:

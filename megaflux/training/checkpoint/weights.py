@@ -1,9 +1,10 @@
-"""The weights that a checkpoint holds: which parameters, which rank writes which, and how they get into models again.
+"""The weights in a checkpoint: which parameters, which rank writes which, and loading them.
 
-    weights.safetensors                     all of them, of a run on one rank (before format 4: of any run)
+    weights.safetensors                     all of them, from a run on one rank (before format 4: from any run)
     weights-00000-of-00008.safetensors ...  each rank's share of them
 
-Every parameter that any stage so far has trained, by Qwen2VLFlux's names, in the dtype that it trains in; each in one file.
+They are the parameters that any stage so far has trained, by Qwen2VLFlux's names, in the dtype they train in. Each is in one
+file.
 """
 
 from __future__ import annotations
@@ -29,31 +30,31 @@ from megaflux.training import stages
 from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine, whole_size
 
-if TYPE_CHECKING:  # diffusers and transformers: seconds that the tool for people need not wait
+if TYPE_CHECKING:  # imports diffusers and transformers, which would delay the command for checkpoints by seconds
     from megaflux.models.pretrained import Models
 
 _FILE = re.compile(r"weights(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def trained_names(config: Config, module: nn.Module, stage: int) -> set[str]:
-    """The parameters that train in this stage or did in one before it."""
+    """Names of the parameters that this stage (an index) or an earlier one trains."""
     return {name for s in config.stages[: stage + 1] for name in stages.trainable_names(module, s)}
 
 
 def count_trained(config: Config, module: nn.Module, stage: int) -> int:
-    """Numbers in a checkpoint's weights at this stage."""
+    """Number of values in a checkpoint's weights in this stage (an index)."""
     names = trained_names(config, module, stage)
     return sum(whole_size(p) for name, p in module.named_parameters() if name in names)
 
 
 def file_name(rank: int, world_size: int) -> str:
-    """The file that a rank writes its share of the weights to."""
+    """Name of the file that holds a rank's share of the weights."""
     return "weights.safetensors" if world_size == 1 else f"weights-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def shares(sizes: Mapping[str, int], world_size: int) -> list[list[str]]:
-    """Names divided among ranks, each to one: the largest first, to whoever has least. sizes: name -> numbers. The same on
-    every rank."""
+    """Divide parameters among ranks: the largest first, each to the rank with the least so far. sizes: name -> number of
+    values. Returns each rank's names; the same on every rank."""
     names: list[list[str]] = [[] for _ in range(world_size)]
     load = [0] * world_size
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -64,7 +65,7 @@ def shares(sizes: Mapping[str, int], world_size: int) -> list[list[str]]:
 
 
 def gather_share(config: Config, engine: StageEngine, world: World) -> dict[str, torch.Tensor]:
-    """This rank's share of the weights, on the host, by name. Collective under ZeRO-3."""
+    """This rank's share of the weights: name -> copy on the host. Collective under ZeRO-3."""
     names = trained_names(config, engine.module, engine.stage)
     parameters = {name: p for name, p in engine.module.named_parameters() if name in names}
     mine = set(shares({name: whole_size(p) for name, p in parameters.items()}, world.size)[world.rank])
@@ -80,12 +81,11 @@ def write_share(weights: Mapping[str, torch.Tensor], folder: Path, world: World)
     """Write this rank's share into a checkpoint's folder."""
     file = folder / file_name(world.rank, world.size)
     save_file(dict(weights), file)
-    file.chmod(0o666 & ~_umask())  # safetensors makes it the owner's alone
+    file.chmod(0o666 & ~_umask())  # safetensors lets only the owner read it
 
 
 def files_of(manifest: Mapping[str, Any], path: Path) -> list[str]:
-    """Names of the files that hold a checkpoint's weights, by its manifest. UserError where it names none, or not all of
-    them: the manifest is then not a save's."""
+    """Names of the files with a checkpoint's weights, from its manifest. Raises UserError if it does not name them all."""
     found = sorted(name for name in manifest["files"] if _FILE.fullmatch(name))
     divided = sum(name != file_name(0, 1) for name in found)
     if not found or divided and found != [file_name(rank, len(found)) for rank in range(len(found))]:
@@ -94,8 +94,8 @@ def files_of(manifest: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def sha256(manifest: Mapping[str, Any], path: Path) -> str:
-    """What identifies a checkpoint's weights: the SHA-256 of its file; where there are several, of the text that lists
-    theirs in order of rank, one a line."""
+    """Identifies a checkpoint's weights: the SHA-256 of their file or, if there are several, the SHA-256 of the text that
+    lists those of all files in order of rank, one a line."""
     hashes = [manifest["files"][name]["sha256"] for name in files_of(manifest, path)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
@@ -110,17 +110,17 @@ def any_float32(manifest: Mapping[str, Any], path: Path) -> bool:
 
 
 def load_weights(path: Path, manifest: dict[str, Any], config: Config, models: Models) -> None:
-    """Put a checkpoint's weights into freshly loaded models, before an engine is built on them.
+    """Copy a checkpoint's weights into freshly loaded models, before an engine is built on them.
 
-    UserError if the models are not those that the run started from, or a name is missing or does not fit.
+    Raises UserError if the run started from other base weights, or if a parameter is missing or has another shape.
     """
     if manifest["base"] != models.base:
         raise UserError(
             f"{path}: was trained on other base weights than model.* names now (or than this version of megaflux "
-            "builds); give the ones it started from"
+            "builds); give those it started from"
         )
     parameters = dict(models.trainable.named_parameters())
-    stored: dict[Path, dict[str, torch.Size]] = {}
+    stored: dict[Path, dict[str, tuple[int, ...]]] = {}
     for name in files_of(manifest, path):
         with named(str(path / name)):
             stored[path / name] = reading.shapes(path / name)

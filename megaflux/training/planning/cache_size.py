@@ -1,8 +1,8 @@
-"""How large the cache of data.cache is: for the run that makes it, and for `--dry-run`.
+"""Size of the cache of data.cache, for the run that makes it and for `--dry-run`.
 
-Of a picture of H x W px it holds latents (C, H/8, W/8), C the VAE's channels, and hidden states (S, D), S tokens of the
-cut chat turn and D Qwen2-VL's width; in the run's dtype and not compressed. With one kind alone the picture's own file is
-kept beside it, for the other kind is then computed from it in each update.
+For a picture of H x W px it holds latents (C, H/8, W/8), C the VAE's channels, and hidden states (S, D), S tokens of the cut
+chat turn and D Qwen2-VL's width, in the run's dtype and uncompressed. A cache of only one kind also holds the picture's file,
+from which each update computes the other kind.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from megaflux.common.errors import UserError
 from megaflux.config.parse import Config
@@ -26,19 +25,19 @@ from megaflux.models.pretrained import Models
 from megaflux.training.ds_config import compute_dtype
 from megaflux.training.planning.costs import token_counts, vae_config
 
-LARGE = 3_000_000  # pictures of a full training set
+LARGE = 3_000_000  # pictures in a full training set
 MARGIN = 1.02  # keys, captions, shards' headers, rounding up to blocks
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """What a cache of these kinds takes."""
+    """Size of a cache of these kinds."""
 
     kinds: tuple[str, ...]
     dtype: torch.dtype
     per_picture: Mapping[Bucket, int]
-    """Bytes of the arrays of one picture."""
+    """Bucket -> bytes of the arrays of one picture."""
 
     @property
     def precision(self) -> str:
@@ -47,23 +46,23 @@ class CacheSize:
 
     @property
     def keeps_pictures(self) -> bool:
-        """Whether the pictures' own files lie in the cache too."""
+        """Whether the pictures' files are in the cache too."""
         return len(self.kinds) < 2
 
     def mean(self, counts: Mapping[Bucket, int] | None = None) -> float:
-        """Bytes of the arrays of a picture in the mean of the buckets, weighed by their pictures; None: alike."""
+        """Mean bytes of the arrays of a picture. counts: bucket -> pictures, the weights of the mean; None: equal weights."""
         weights = {bucket: 1 if counts is None else counts.get(bucket, 0) for bucket in self.per_picture}
         total = sum(weights.values())
         return sum(weights[bucket] * size for bucket, size in self.per_picture.items()) / total if total else 0.0
 
     def of_parts(self, parts: Sequence[Part]) -> int:
-        """Bytes of a dataset's parts in the cache."""
+        """Bytes that parts of a dataset take in the cache."""
         arrays = sum(part.shard["samples"] * self.per_picture[part.bucket] for part in parts)
         pictures = sum(part.shard["raw_data"]["bytes"] for part in parts) if self.keeps_pictures else 0
         return arrays + pictures
 
     def told(self, parts: Sequence[Part]) -> str:
-        """One line on what is about to be cached of these parts, which are all of a dataset."""
+        """One line on the cache of these parts, which are a whole dataset."""
         counts: dict[Bucket, int] = {}
         for part in parts:
             counts[part.bucket] = counts.get(part.bucket, 0) + part.shard["samples"]
@@ -76,7 +75,7 @@ class CacheSize:
         )
 
     def estimated(self) -> str:
-        """One line on it before there are pictures to count: buckets alike, the pictures' own files left out."""
+        """One line on the cache before there are pictures to count: equal weights, without the pictures' files."""
         files = ", beside the pictures' own files" if self.keeps_pictures else ""
         return (
             f"Cache of {' and '.join(self.kinds)}: {self.precision}, {megabytes(self.mean())} a picture in the mean of the "
@@ -84,7 +83,7 @@ class CacheSize:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The dry run's report of it; the buckets count alike, and the pictures' own files are left out."""
+        """For the dry run's report: equal weights, without the pictures' files."""
         return {
             "kinds": list(self.kinds),
             "dtype": self.precision,
@@ -94,7 +93,8 @@ class CacheSize:
 
 
 def shapes(kinds: Sequence[str], bucket: Bucket, channels: int, turn: int, width: int) -> Shapes:
-    """Column -> shape of one picture. channels: of latents; turn: tokens of the cut chat turn; width: Qwen2-VL's."""
+    """Column of the cache -> shape of one picture's array. channels: of latents; turn: tokens of the cut chat turn; width:
+    of Qwen2-VL."""
     found: Shapes = {}
     if "latents" in kinds:
         found["latents"] = channels, bucket.height // VAE_SCALE, bucket.width // VAE_SCALE
@@ -104,22 +104,22 @@ def shapes(kinds: Sequence[str], bucket: Bucket, channels: int, turn: int, width
 
 
 def cached_shapes(models: Models, kinds: Sequence[str], bucket: Bucket) -> Shapes:
-    """`shapes` of a bucket, asked of the models at hand; a trunk that was released still knows."""
+    """`shapes` of a bucket by the loaded models, whose trunk may have been released."""
     trunk = models.trunk
+    vae: Any = models.vae
     turn = len(trunk.turn("image", (bucket.height, bucket.width)).input_ids)
-    return shapes(kinds, bucket, models.vae.config.latent_channels, turn, trunk.config.text_config.hidden_size)
+    return shapes(kinds, bucket, vae.config.latent_channels, turn, trunk.config.text_config.hidden_size)
 
 
 def size_of_run(config: Config, models: Models, buckets: Sequence[Bucket]) -> CacheSize:
-    """Of the cache that a run makes for pictures of these buckets."""
-    kinds, dtype = tuple(config.data.cache), models.vae.dtype
+    """Size of the cache that a run with these models makes for pictures of these buckets."""
+    vae: Any = models.vae
+    kinds, dtype = tuple(config.data.cache), vae.dtype
     return CacheSize(kinds, dtype, {b: _bytes(cached_shapes(models, kinds, b), dtype) for b in buckets})
 
 
-def size_of_config(
-    config: Config, ds_config: Mapping[str, Any], trunk: nn.Module, buckets: Sequence[Bucket]
-) -> CacheSize:
-    """The same without models. trunk: as `meta_models` gives it."""
+def size_of_config(config: Config, ds_config: dict[str, Any], trunk: Any, buckets: Sequence[Bucket]) -> CacheSize:
+    """The same without loaded models. trunk: the one of `meta_models`."""
     kinds, dtype = tuple(config.data.cache), compute_dtype(ds_config)
     given = vae_config(config)["latent_channels"], trunk.config.text_config.hidden_size
     per_picture = {
@@ -129,25 +129,25 @@ def size_of_config(
 
 
 def check_room(root: Path, size: CacheSize, todo: Sequence[Part]) -> None:
-    """UserError where the disk of the cache's folder, which need not be there yet, has no room for the parts that are
-    still missing. OSError where it cannot be asked."""
+    """Raise UserError if the disk of the cache's folder, which need not exist yet, has no room for the missing parts. Raises
+    OSError if the disk's free space cannot be read."""
     disk = os.statvfs(next(folder for folder in (root, *root.parents) if folder.exists()))
     free, need = disk.f_bavail * disk.f_frsize, int(MARGIN * size.of_parts(todo))
     if free < need:
         fewer = "cache fewer kinds or " if len(size.kinds) > 1 else ""
         raise UserError(
-            f"data.cache: {root} has {gigabytes(free)} free, and what is still to be cached needs {gigabytes(need)}; make "
+            f"data.cache: {root} has {gigabytes(free)} free, and the missing part of the cache needs {gigabytes(need)}; make "
             f"room there, {fewer}train with --data.cache none"
         )
 
 
 def megabytes(size: float) -> str:
-    """Bytes in words: "3.47 MB"."""
+    """Bytes as text: "3.47 MB"."""
     return f"{size / 1e6:.3g} MB"
 
 
 def gigabytes(size: float) -> str:
-    """Bytes in words, in GB, or TB from 1000 on: "12 TB"."""
+    """Bytes as text, in GB, or in TB from 1000 GB: "12 TB"."""
     return f"{size / 1e12:.3g} TB" if size >= 999.5e9 else f"{size / 1e9:.3g} GB"
 
 

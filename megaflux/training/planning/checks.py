@@ -1,4 +1,4 @@
-"""What is wrong with a run before anything is loaded: quick looks at values and folders, no torch."""
+"""Problems of a run that are found before anything is loaded: quick checks of values and folders. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from megaflux.training.ds_config import batch_problem, uses_kernels, zero_stage
 
 
 def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) -> list[str]:
-    """Everything that would stop the run, one line each, naming the field and the mend. Reads small files
-    only."""
+    """Everything that would stop the run, one line each with the field and the mend. Reads small files only."""
     return [
         *_batch(config, world_size),
         *_sharding(config, ds_config),
@@ -34,7 +33,7 @@ def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) ->
 
 
 def find_notes(config: Config) -> list[str]:
-    """What will happen and a person may not expect, one line each."""
+    """What the run will do that its user may not expect, one line each."""
     notes = []
     if _data_will_be_prepared(config):
         notes.append(f"data.path: {config.data.path} is not there yet; it is prepared from {config.data.source}")
@@ -42,13 +41,13 @@ def find_notes(config: Config) -> list[str]:
         source = getattr(config.model, field)
         if source and source != "tiny" and (name := hub_name(source)):
             why = "hub: asks for it" if source.startswith(HUB) else f"no folder {name.partition('/')[0]} is here"
-            notes.append(f"model.{field}: {name} is fetched from the hub ({why}); its files are not looked at before")
+            notes.append(f"model.{field}: {name} is fetched from the hub ({why}); its files are not checked before")
     return notes
 
 
 def _batch(config: Config, world_size: int) -> Iterator[str]:
     if os.path.isdir(manifest.folder(config.run.dir)) and manifest.listed(config.run.dir):
-        return  # a run that goes on cuts its micro-batches for the ranks there are (training.elastic)
+        return  # a resumed run divides its batches among the ranks itself (checkpoint.elastic)
     problem = batch_problem(config, world_size)
     if problem:
         yield problem
@@ -61,7 +60,7 @@ def _sharding(config: Config, ds_config: dict[str, Any]) -> Iterator[str]:
 
 
 def _sizes(config: Config) -> Iterator[str]:
-    """The tables of sizes against each other and against the local folders that replace them."""
+    """Check the tables of sizes against each other and against the local folders that replace them."""
     model, flux = config.model, config.model.flux_config
     if model.flux is None:
         axes, head = flux.get("axes_dims_rope") or (), flux.get("attention_head_dim")
@@ -78,8 +77,8 @@ def _sizes(config: Config) -> Iterator[str]:
     stored = _read_json(Path(model.flux) / "transformer/config.json") if model.flux else None
     if stored:
         names = ("num_layers", "num_single_layers")
-        counts = [stored.get(name, 0) for name in names] if isinstance(stored, dict) else [None]
-        if not all(isinstance(count, int) for count in counts):
+        counts = [stored.get(name, 0) for name in names] if isinstance(stored, dict) else []
+        if not counts or not all(isinstance(count, int) for count in counts):
             yield f"model.flux: {model.flux}/transformer/config.json gives no number of blocks; restore it"
             return
         blocks = sum(counts)
@@ -129,7 +128,7 @@ def _data(config: Config) -> Iterator[str]:
     if data.remote and data.cache:
         yield "data.cache: only shards in data.path can be cached; empty it or drop data.remote"
     if data.cache_limit and not re.fullmatch(r"\d+(\.\d+)?\s*[kmgt]?b?", data.cache_limit, re.IGNORECASE):
-        yield f"data.cache_limit: {data.cache_limit!r} is no size; write it as 500gb"
+        yield f"data.cache_limit: {data.cache_limit!r} is not a size; write it as 500gb"
     if exists(root) and not isdir(root):
         yield f"data.path: {root} is a file; give a folder"
         return

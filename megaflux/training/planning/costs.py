@@ -1,22 +1,22 @@
-"""Parameters and FLOPs of a configuration, freezing counted in; from module shapes alone, no weights needed.
+"""Parameters and FLOPs of a configuration, with its frozen parameters taken into account; from module shapes alone.
 
 Symbols: B images per micro-batch, L image tokens of FLUX, T condition tokens, S tokens of the cut chat turn,
-P patches of Qwen's ViT, W FLUX's width. FLOPs are 2 x multiply-adds of matrix products; element-wise work is
-not counted. Everything is for the condition of mode `image`.
+P patches of Qwen's ViT, W FLUX's width. FLOPs are 2 x multiply-adds of matrix products; element-wise operations
+are not counted. All numbers are for conditions of mode `image`.
 
-What a step of one image costs (Qwen2VLFlux: Qwen layer -> connector -> FLUX):
+A training step of one image (Qwen2VLFlux: Qwen layer -> connector -> FLUX):
 - forward: 2 in out tokens for every linear, 4 (T + L)^2 W for each FLUX block's attention, 4 S^2 D for
   Qwen's.
-- dX, the gradient to inputs: as much as the forward of the linear, for all of FLUX: the Qwen layer and the
-  connector lie upstream of every block and train in every stage. Not for what no trainable parameter lies
-  upstream of: `x_embedder`, the modulation linears while `time_text_embed` is frozen, the first block's image
-  q, k, v while that block's modulation and `x_embedder` are frozen.
-- dW, the gradient to weights: as much again, for trainable linears only.
-- attention backward: twice its forward (dQ, dK, dV, dP). A flash kernel computes QK^T a second time, half a
-  forward more. A block in activation policy `mlp` computes its MLP's first product again, one in `full` its whole
-  forward, and then the Qwen layer does so too. All this is `recompute`, which MFU leaves out and hardware FLOPs count.
-- frozen: the trunk's and the VAE encoder's forward, where data.cache does not hold them. Causal attention is
-  counted in full, as torch's FlopCounterMode does.
+- dX, the gradient of inputs: as much as the linear's forward. It is needed in all of FLUX, since the Qwen layer and the
+  connector are upstream of every block and train in every stage, except where no trainable parameter is upstream:
+  `x_embedder`, the modulation linears while `time_text_embed` is frozen, the first block's image q, k, v while that
+  block's modulation and `x_embedder` are frozen.
+- dW, the gradient of weights: as much again, for trainable linears only.
+- attention backward: twice its forward (dQ, dK, dV, dP). A flash kernel recomputes QK^T, half a forward more.
+  A block in activation policy `mlp` recomputes its MLP's first product, one in `full` its whole forward, and then the
+  Qwen layer is recomputed too. All this is `recompute`, which counts as hardware FLOPs but not for MFU.
+- frozen: the forward of the trunk and the VAE's encoder, unless data.cache has their output. Causal attention counts in
+  full, as in torch's FlopCounterMode.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class StageCosts:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one image in one training step; the module's docstring says what each is."""
+    """FLOPs of one image in one training step; see the module's docstring."""
 
     forward_linear: int
     forward_attention: int
@@ -74,22 +74,22 @@ class Flops:
 
     @property
     def model(self) -> int:
-        """What MFU counts: all but recomputation."""
+        """FLOPs that MFU counts: all but recomputation."""
         trained = self.forward_linear + self.forward_attention + self.backward_inputs + self.backward_weights
         return trained + self.backward_attention + self.frozen
 
     @property
     def hardware(self) -> int:
-        """What the device computes."""
+        """FLOPs that the device computes."""
         return self.model + self.recompute
 
 
 # --- parameters ---------------------------------------------------------------------------------------------
 
 
-def stage_table(config: Config, module: nn.Module) -> list[StageCosts]:
-    """The stages in force and what each trains. module: Qwen2VLFlux, the meta device will do. UserError where
-    a listed block matches no parameter."""
+def stage_table(config: Config, module: Any) -> list[StageCosts]:
+    """The configured stages and what each trains. module: Qwen2VLFlux, on any device, meta included. Raises UserError if a
+    listed block matches no parameter."""
     num_double = len(module.transformer.transformer_blocks)
     num_blocks = num_double + len(module.transformer.single_transformer_blocks)
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
@@ -107,18 +107,19 @@ def stage_table(config: Config, module: nn.Module) -> list[StageCosts]:
 
 
 def token_counts(config: Config, bucket: Bucket) -> Tokens:
-    """Sequence lengths of a bucket whose picture is also the reference."""
+    """Sequence lengths of a bucket's picture that is its own reference."""
     vision = config.model.vlm_config.get("vision_config", {})
     patch, merge = vision.get("patch_size", 14), vision.get("spatial_merge_size", 2)
     return count_tokens(bucket.height, bucket.width, config.model.vlm_max_tokens, patch, merge)
 
 
 def training_flops(
-    module: nn.Module, stage: Stage, tokens: Tokens, frozen: int = 0, policies: Sequence[str] | None = None
+    module: Any, stage: Stage, tokens: Tokens, frozen: int = 0, policies: Sequence[str] | None = None
 ) -> Flops:
-    """FLOPs of one image in one step of a stage. module: Qwen2VLFlux, the meta device will do. frozen: FLOPs
-    of the frozen networks, as `frozen_flops` counts them. policies: none, mlp or full for each FLUX block, double
-    ones first; None: nothing is computed again."""
+    """FLOPs of one image in one training step of a stage.
+
+    module: Qwen2VLFlux, on any device, meta included. frozen: FLOPs of the frozen networks (`frozen_flops`). policies: none,
+    mlp or full for each FLUX block, double ones first; None: nothing is recomputed."""
     trainable = set(trainable_names(module, stage))
     blocks = len(module.transformer.transformer_blocks) + len(module.transformer.single_transformer_blocks)
     policies = policies or ["none"] * blocks
@@ -137,25 +138,26 @@ def training_flops(
 
 @dataclass(frozen=True)
 class Recomputation:
-    """FLOPs of one image that the backward pass computes again, by what FLUX's blocks keep; the same in every stage."""
+    """FLOPs of one image that the backward pass recomputes, by activation policy; the same in every stage."""
 
     mlp: list[int]
-    """Of each block, double ones first: in policy mlp."""
+    """Of each block in policy mlp, double ones first."""
     full: list[int]
-    """In policy full."""
+    """Of each block in policy full."""
     layer: int
-    """Qwen's last layer, where any block's policy is full."""
+    """Of Qwen's last layer, if any block's policy is full."""
     attention: int
-    """One block's attention, forward; part of full."""
+    """One block's attention, forward; included in full."""
 
     def of(self, policies: Sequence[str]) -> int:
+        """Total with one policy per block."""
         chosen = {"none": [0] * len(self.mlp), "mlp": self.mlp, "full": self.full}
         total = sum(chosen[policy][block] for block, policy in enumerate(policies))
         return total + (self.layer if "full" in policies else 0)
 
 
-def recomputation(module: nn.Module, tokens: Tokens) -> Recomputation:
-    """What each policy of each block costs. module: Qwen2VLFlux, the meta device will do."""
+def recomputation(module: Any, tokens: Tokens) -> Recomputation:
+    """The cost of each policy for each block. module: Qwen2VLFlux, on any device, meta included."""
     transformer = module.transformer
     num_double = len(transformer.transformer_blocks)
     attention = 4 * (tokens.condition + tokens.image) ** 2 * transformer.inner_dim
@@ -167,7 +169,7 @@ def recomputation(module: nn.Module, tokens: Tokens) -> Recomputation:
         cost = 2 * layer.in_features * layer.out_features * _tokens_seen(name, tokens)
         block = re.match(r"transformer\.(single_)?transformer_blocks\.(\d+)\.(.+)", name)
         if block is None:
-            # Checkpointing stops at the last tensor that the backward reads, before the layer's last linear.
+            # Checkpointing stops at the last tensor that the backward pass reads, before the layer's last linear.
             again += cost if name.startswith("vlm.") and not name.endswith("down_proj") else 0
             continue
         index = int(block[2]) + (num_double if block[1] else 0)
@@ -176,20 +178,20 @@ def recomputation(module: nn.Module, tokens: Tokens) -> Recomputation:
     return Recomputation(mlp, full, again, attention)
 
 
-def _layer_attention(module: nn.Module, tokens: Tokens) -> int:
-    """Attention of Qwen's last layer, forward."""
+def _layer_attention(module: Any, tokens: Tokens) -> int:
+    """FLOPs of the attention of Qwen's last layer, forward."""
     return 4 * len(module.vlm.layers) * tokens.turn**2 * module.vlm.config.hidden_size
 
 
 def frozen_flops(config: Config, trunk: nn.Module | None, bucket: Bucket) -> int:
-    """Forward of the trunk and the VAE's encoder for one image, without what data.cache holds. trunk:
-    Qwen2VLModel without its last layer, the meta device will do; None: built from the configuration if
-    needed."""
+    """FLOPs of the forward of the trunk and the VAE's encoder for one image, without what data.cache has.
+
+    trunk: Qwen2VLModel without its last layer, on any device, meta included; None: built from the configuration if needed."""
     return sum(frozen_parts(config, trunk, bucket))
 
 
 def frozen_parts(config: Config, trunk: nn.Module | None, bucket: Bucket) -> tuple[int, int]:
-    """(trunk, VAE) of `frozen_flops`; 0 for what data.cache holds."""
+    """(trunk, VAE) of `frozen_flops`; 0 for what data.cache has."""
     encode = seen = 0
     if "trunk" not in config.data.cache:
         seen = trunk_flops(meta_models(config)[1] if trunk is None else trunk, token_counts(config, bucket))
@@ -198,8 +200,8 @@ def frozen_parts(config: Config, trunk: nn.Module | None, bucket: Bucket) -> tup
     return seen, encode
 
 
-def trunk_flops(trunk: nn.Module, tokens: Tokens) -> int:
-    """Forward of Qwen2-VL's ViT (each patch sees all P) and decoder layers (no lm_head) for one image."""
+def trunk_flops(trunk: Any, tokens: Tokens) -> int:
+    """FLOPs of the forward of Qwen2-VL's ViT (each patch attends to all P) and decoder layers (no lm_head) for one image."""
     flops = 0
     for name, layer in trunk.named_modules():
         if isinstance(layer, nn.Linear):
@@ -207,7 +209,7 @@ def trunk_flops(trunk: nn.Module, tokens: Tokens) -> int:
             if name.startswith("visual."):
                 seen = tokens.condition if "merger" in name else tokens.patches
             flops += 2 * layer.in_features * layer.out_features * seen
-        elif isinstance(layer, nn.Conv3d):  # patches do not overlap: one product each
+        elif isinstance(layer, nn.Conv3d):  # patches do not overlap: one matrix product each
             flops += 2 * layer.in_channels * layer.out_channels * math.prod(layer.kernel_size) * tokens.patches
     vision, text = trunk.config.vision_config, trunk.config.text_config
     flops += 4 * len(trunk.visual.blocks) * tokens.patches**2 * vision.embed_dim
@@ -216,16 +218,17 @@ def trunk_flops(trunk: nn.Module, tokens: Tokens) -> int:
 
 @lru_cache(maxsize=64)
 def vae_encode_flops(config_json: str, height: int, width: int) -> int:
-    """Forward of AutoencoderKL's encoder, run on the meta device, for one picture of height x width px."""
+    """FLOPs of the forward of AutoencoderKL's encoder, run on the meta device, for one picture of height x width px."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        encoder = AutoencoderKL(**json.loads(config_json)).encoder
+        vae: Any = AutoencoderKL(**json.loads(config_json))
+        encoder = vae.encoder
         encoder(torch.empty(1, encoder.conv_in.in_channels, height, width))
     return counter.get_total_flops()
 
 
 def vae_config(config: Config) -> dict[str, Any]:
-    """Arguments of AutoencoderKL: of the local folder that the configuration names, else FLUX.1's published
-    ones."""
+    """Arguments of AutoencoderKL: those in the local folder that the configuration names, else FLUX.1's published ones.
+    Raises UserError if the folder's config.json cannot be read."""
     model = config.model
     folder = TINY / "vae" if model.vae == "tiny" else Path(model.vae or f"{model.flux}/vae")
     if model.vae != "tiny" and not (folder / "config.json").is_file():
@@ -237,17 +240,17 @@ def vae_config(config: Config) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
-_counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple, int]] = weakref.WeakKeyDictionary()
+_counted: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], int]] = weakref.WeakKeyDictionary()
 _trunks: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
-"""Of each module that FLOPs were counted for: the trunk before it, on the meta device, where nobody gave it."""
+"""Module that FLOPs were counted for -> the trunk upstream of it, on the meta device, where the caller gave none."""
 
 
 def train_flops_per_image(
     config: Config, module: nn.Module, stage: Stage | int, bucket: Bucket, trunk: nn.Module | None = None
 ) -> int:
-    """Model FLOPs of one image of a bucket in a stage (itself or its index), for MFU: forward, dX, dW of what
-    trains and attention's backward; no recomputation. The trunk and the VAE count only where data.cache does
-    not hold their output. Remembered per module: cheap to call for every micro-batch."""
+    """Model FLOPs of one image of a bucket in a stage (given itself or as an index), for MFU: forward, dX, dW and attention's
+    backward, without recomputation. The trunk and the VAE count unless data.cache has their output. Cached per module, so
+    it is cheap to call for every micro-batch."""
     stage = config.stages[stage] if isinstance(stage, int) else stage
     known = _counted.setdefault(module, {})
     key = (stage.blocks, stage.components, bucket.size, config.data.cache, config.model.vlm_max_tokens)
@@ -262,7 +265,7 @@ def train_flops_per_image(
 
 
 def _tokens_seen(name: str, tokens: Tokens) -> int:
-    """Tokens per image that a linear of Qwen2VLFlux sees."""
+    """Tokens per image that a linear of Qwen2VLFlux processes."""
     if name.startswith("vlm."):
         return tokens.turn
     if name == "connector" or name == "transformer.context_embedder":
@@ -276,7 +279,7 @@ def _tokens_seen(name: str, tokens: Tokens) -> int:
 
 
 def _needs_input_gradient(name: str, trainable: set[str]) -> bool:
-    """Whether a trainable parameter lies upstream of a linear's input."""
+    """Whether a trainable parameter is upstream of a linear's input."""
     embeds_time = any(other.startswith("transformer.time_text_embed.") for other in trainable)
     if name == "transformer.x_embedder":
         return False

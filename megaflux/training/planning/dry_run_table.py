@@ -1,18 +1,17 @@
-"""The dry run's table of micro-batches: what each needs and how fast it would be, on the GPUs whose speed is predicted."""
+"""The dry run's table of micro-batches: the memory and predicted speed of each, on GPUs of known speed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-from torch import nn
 
 from megaflux.config.parse import Config, Stage
 from megaflux.training.ds_config import divisors
 from megaflux.training.planning.gpus import GPUS, Assumed, Gpu
 from megaflux.training.planning.memory import USABLE, usable
 from megaflux.training.planning.micro_batch import Choice, Planner, best_of
+from megaflux.training.planning.sizes import Sizes
 from megaflux.training.planning.throughput import LAUNCHES_TOLD, Cluster
 
 GIGA, TERA = 1e9, 1e12
@@ -26,12 +25,15 @@ class Line:
     gpu: Gpu
     stage: Stage
     updates: int
+    """Of the stage."""
     cache: tuple[str, ...]
+    """data.cache."""
     choice: Choice
     chosen: bool
+    """Whether the run would use this micro-batch."""
 
     def as_json(self, scope: str, images: int) -> dict[str, Any]:
-        """scope: largest, the bucket that takes longest, or mean, of all buckets alike. images: of an update."""
+        """Plain data for the report. scope: "largest", the slowest bucket, or "mean" over all buckets. images: per update."""
         choice = self.choice
         largest = max(choice.seconds, key=lambda bucket: choice.seconds[bucket])
         seconds = choice.seconds[largest] if scope == "largest" else choice.mean_seconds
@@ -53,61 +55,47 @@ class Line:
 
 
 def gpus_of(assumed: Assumed) -> list[Gpu]:
-    """The GPUs that the table shows: the one a person names, else all that are known, each with what a person says."""
-    names = [assumed.name] if assumed.name else list(GPUS)
-    return [Assumed(name, assumed.memory_gb, assumed.peak_tflops, assumed.mfu).of() for name in names]
+    """The GPUs in the table: the one that the user names, else all known ones, with what the user states about them."""
+    gpus = []
+    for name in [assumed.name] if assumed.name else GPUS:
+        gpu = replace(assumed, name=name).of()
+        gpus += [gpu] if gpu is not None else []
+    return gpus
 
 
-def micro_batch_lines(
-    config: Config,
-    ds_config: dict[str, Any],
-    ranks: int,
-    module: nn.Module,
-    trunk: nn.Module,
-    gpus: Sequence[Gpu],
-    choose: bool,
-) -> list[Line]:
+def micro_batch_lines(sizes: Sizes, gpus: Sequence[Gpu], choose: bool) -> list[Line]:
     """Every divisor of what a rank draws, for each GPU and stage: with data.cache as configured, and with latents and trunk
-    cached where the configuration allows that.
-
-    config: with its micro-batch in numbers, which is the one chosen unless `choose`. module, trunk: as `meta_models`
-    gives them."""
-    planners = {
-        cache: Planner(
-            config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})}),
-            ds_config,
-            ranks,
-            module,
-            trunk,
-        )
-        for cache in _caches(config)
-    }
-    sizes = divisors(config.train.drawn_per_rank)
-    if not choose and config.train.micro_batch_size not in sizes:  # which is a problem of its own
-        sizes = sorted([*sizes, config.train.micro_batch_size])
+    cached if the configuration allows it. The configured micro-batch is the chosen one, unless `choose`."""
+    config = sizes.config
+    planners = {cache: Planner(sizes.cached(cache)) for cache in _caches(config)}
+    micro_batches = divisors(sizes.drawn)
+    if not choose and sizes.micro_batch_size not in micro_batches:  # a problem that the checks report
+        micro_batches = sorted([*micro_batches, sizes.micro_batch_size])
     found = []
     for gpu in gpus:
         for cache, planner in planners.items():
             for stage, updates in zip(config.stages, config.stage_updates(), strict=True):
-                choices = planner.choices(stage, sizes, usable(gpu.memory_gb * GIGA), Cluster(gpu, ranks))
-                best = best_of(choices).micro_batch_size if choose else config.train.micro_batch_size
+                limit, cluster = usable(gpu.memory_gb * GIGA), Cluster(gpu, sizes.ranks)
+                choices = planner.choices(stage, micro_batches, limit, cluster)
+                best = best_of(choices).micro_batch_size if choose else sizes.micro_batch_size
                 found += [Line(gpu, stage, updates, cache, c, c.micro_batch_size == best) for c in choices]
     return found
 
 
 def _caches(config: Config) -> list[tuple[str, ...]]:
     own, both = config.data.cache, ("latents", "trunk")
-    allowed = config.data.condition.image == 1 and not config.data.sample_posterior  # as schema.Config asks
+    allowed = config.data.condition.image == 1 and not config.data.sample_posterior  # as schema.Config requires
     return [own, both] if allowed and set(own) != set(both) else [own]
 
 
-def print_table(found: Sequence[Line], config: Config, ranks: int, choose: bool) -> None:
-    """All lines with data.cache as configured, and of each stage the chosen one with everything cached. A table in which
-    nothing is computed again at any micro-batch, and none is to be chosen, is cut to the lines in force."""
+def print_table(found: Sequence[Line], sizes: Sizes, choose: bool) -> None:
+    """Print the lines with data.cache as configured, and of each stage the chosen one with everything cached. If no plan
+    recomputes anything and the micro-batch is given, print the chosen lines alone."""
+    config, ranks = sizes.config, sizes.ranks
     again = any(line.choice.counts["none"] < len(line.choice.policies) for line in found)
     images = config.train.global_batch_size
     print(
-        f"\nMicro-batches that divide the {config.train.drawn_per_rank} images a rank draws (train.micro_batch_size), on "
+        f"\nMicro-batches that divide the {sizes.drawn} images a rank draws (train.micro_batch_size), on "
         f"{ranks} GPU{'s' * (ranks > 1)}. Predicted, not\nmeasured: TFLOP an image and images/s of the largest bucket, then in "
         "the mean of all; days of the stage's updates;\n* chosen\n"
     )
@@ -136,7 +124,7 @@ def print_table(found: Sequence[Line], config: Config, ranks: int, choose: bool)
 
 
 def _short(value: float) -> str:
-    """Three digits or more in at most seven characters: "0.0005", "18.5", "1430"."""
+    """At least three digits in at most seven characters: "0.0005", "18.5", "1430"."""
     if value < 1e-4:
         return "<0.0001"
     if value < 0.01:
@@ -145,6 +133,6 @@ def _short(value: float) -> str:
 
 
 def assumptions(found: Sequence[Line], ranks: int) -> list[str]:
-    """What the predictions take for granted, one line each."""
+    """What the predictions assume, one line each."""
     gpus = dict.fromkeys(line.gpu for line in found)
     return [text for gpu in gpus for text in Cluster(gpu, ranks).assumptions()] + [LAUNCHES_TOLD]

@@ -1,12 +1,12 @@
-"""What is known of GPUs: their makers' data sheets, and how fast FLUX trains on those whose speed is predicted. Imports
-nothing of megaflux, so that every bench can import it."""
+"""GPUs: peaks from their makers' data sheets, and how fast FLUX trains on those whose speed is predicted. Imports nothing of
+megaflux, so that every bench can import it."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
 
-# Dense bf16 peak, TFLOP/s, by what the GPU's name holds; from the makers' data sheets, without sparsity.
+# Part of a GPU's name -> dense bf16 peak in TFLOP/s, without sparsity; from the makers' data sheets.
 PEAK_TFLOPS = {
     "A10": 125,
     "A10G": 70,
@@ -35,7 +35,7 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops_for(device_name: str) -> float | None:
-    """Dense bf16 peak of a GPU by the longest known name in its name ("NVIDIA A100-SXM4-80GB" -> 312); None:
+    """Dense bf16 peak of a GPU in TFLOP/s, by the longest known name in its name ("NVIDIA A100-SXM4-80GB" -> 312); None if
     unknown."""
     found = [name for name in PEAK_TFLOPS if re.search(rf"\b{re.escape(name)}\b", device_name, re.IGNORECASE)]
     return float(PEAK_TFLOPS[max(found, key=len)]) if found else None
@@ -43,39 +43,40 @@ def peak_tflops_for(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a prediction of training's speed needs to know of a GPU; `told` says where it is from."""
+    """What a prediction of training speed needs to know about a GPU."""
 
     name: str
     memory_gb: float
-    """GB (1e9 bytes) as it is sold; a driver reports up to 7% more."""
+    """GB (1e9 bytes), as advertised; a driver reports up to 7% more."""
     peak_tflops: float
-    """Dense bf16."""
+    """TFLOP/s, dense bf16."""
     flux: float
-    """Part of the peak that FLUX's forward and backward reach, by hardware FLOPs (recomputation included)."""
+    """Fraction of the peak that FLUX's forward and backward reach, by hardware FLOPs (with recomputation)."""
     trunk: float
-    """The same of Qwen2-VL's frozen trunk, forward."""
+    """The same for Qwen2-VL's frozen trunk, forward."""
     vae: float
-    """The same of the VAE's encoder."""
+    """The same for the VAE's encoder."""
     reduced_gb_s: float
     """GB/s at which a GPU sends gradients or weights to the others of its machine."""
     memory_gb_s: float
-    """GB/s, read and written together."""
+    """GB/s of its own memory, reads and writes together."""
     told: str
-    """One line for people: what of it was measured, and what is assumed."""
+    """One line: which of these numbers were measured, and which are assumed."""
 
     def with_memory(self, gb: float) -> Gpu:
-        """The same with another memory, in GB, which its name tells too."""
+        """The same GPU with another memory, in GB, in its name as well."""
         return replace(self, memory_gb=gb, name=re.sub(r"[\d.]+ GB$", f"{gb:g} GB", self.name))
 
     def with_share(self, flux: float) -> Gpu:
-        """The same with another part of the peak for FLUX, and the frozen networks' changed in proportion."""
+        """The same GPU with another fraction of the peak for FLUX; the frozen networks' change in proportion."""
         factor = flux / self.flux
         return replace(self, flux=flux, trunk=self.trunk * factor, vae=self.vae * factor)
 
 
-# Measured: docs/gpu-results.md. One H100: a step of FLUX at 1024 px takes 336 ms without recomputation, 367 in policy mlp and
-# 489 in full: 52, 54 and 51% of the peak by `training.costs`' hardware FLOPs; trunk 25 ms and VAE 38 ms a picture at a batch
-# of 8; a copy 2.9 TB/s. One H200: 322 ms and 4.05 TB/s. Nothing of an A100, and no reduction on any: an audit's estimates.
+# Measured, see docs/gpu-results.md. One H100: a step of FLUX at 1024 px takes 336 ms without recomputation, 367 in policy mlp
+# and 489 in full, which are 52, 54 and 51% of the peak by `planning.costs`' hardware FLOPs; the trunk takes 25 ms and the VAE
+# 38 ms a picture at a batch of 8; a copy reaches 2.9 TB/s. One H200: 322 ms and 4.05 TB/s. The numbers of the A100, and the
+# rates of reductions on all of them, are an audit's estimates.
 GPUS = {
     "a100": Gpu(
         "A100 80 GB",
@@ -114,9 +115,8 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU of GPUS that a name means: its key, or a device's name as torch gives it ("NVIDIA H100 80GB HBM3"), of
-    which a size in it is taken over. None for all others, PCIe and NVL variants and parts of a GPU (MIG) among them: they are
-    slower."""
+    """The GPU of GPUS with this name: its key, or a device's name from torch ("NVIDIA H100 80GB HBM3"), whose memory size is
+    then used. None for all others, including PCIe and NVL variants and parts of a GPU (MIG), which are slower."""
     if name.strip().lower() in GPUS:
         return GPUS[name.strip().lower()]
     found = next((gpu for key, gpu in GPUS.items() if re.search(rf"\b{key}\b", name, re.IGNORECASE)), None)
@@ -129,17 +129,19 @@ def find_gpu(name: str) -> Gpu | None:
 
 @dataclass(frozen=True)
 class Assumed:
-    """What a person says of the GPUs (`--gpu` and the options beside it), which wins over what is known of them."""
+    """What the user states about the GPUs (`--gpu` and related options), which overrides what is known of them."""
 
     name: str | None = None
     memory_gb: float | None = None
+    """GB (1e9 bytes) of each GPU."""
     peak_tflops: float | None = None
+    """TFLOP/s, dense bf16."""
     mfu: float | None = None
-    """Part of the peak at which FLUX computes, what is computed again included."""
+    """Fraction of the peak that FLUX reaches, with recomputation."""
 
     def of(self, device_name: str | None = None) -> Gpu | None:
-        """The GPU that is meant: `name`, else the device's; of one that is not known only with `memory_gb`: an A100's
-        shares of its peak (312 TFLOP/s where that is not known either). None: nothing is known of it."""
+        """The GPU of `name`, else of the device. For an unknown GPU with `memory_gb`: one with an A100's fractions of its peak
+        (312 TFLOP/s if that is unknown too). None: nothing is known of it."""
         name = self.name or device_name
         gpu = find_gpu(name) if name else None
         if gpu is None:
@@ -150,15 +152,13 @@ class Assumed:
             gpu = replace(
                 gpu, told=f"nothing is known of this GPU; an A100's shares of {gpu.peak_tflops:g} TFLOP/s are assumed"
             )
-        given = {}
         if self.memory_gb is not None:
             gpu = gpu.with_memory(self.memory_gb)
         if self.peak_tflops is not None:
-            given["peak_tflops"] = self.peak_tflops
+            gpu = replace(gpu, peak_tflops=self.peak_tflops)
         if self.mfu is not None:
             gpu = gpu.with_share(self.mfu)
         if self.peak_tflops is not None or self.mfu is not None:
-            given["told"] = (
-                f"given: FLUX at {gpu.flux:.0%} of {given.get('peak_tflops', gpu.peak_tflops):g} TFLOP/s (recomputation included)"
-            )
-        return replace(gpu, **given)
+            told = f"given: FLUX at {gpu.flux:.0%} of {gpu.peak_tflops:g} TFLOP/s (recomputation included)"
+            gpu = replace(gpu, told=told)
+        return gpu

@@ -1,25 +1,25 @@
 """Bytes per GPU of a configuration: weights, gradients, optimizer shards, activations. Formulas, no measurement;
-`python -m megaflux.bench memory` holds them against one update on fake tensors and a real DeepSpeed engine's tensors.
+`python -m megaflux.bench memory` compares them with an update on fake tensors and with a real DeepSpeed engine's tensors.
 
-P parameters that train, L the largest of them, N all that a part holds, R ranks, E reduce_bucket_size, w bytes per
-weight (2 in bfloat16, 4 in float32). DeepSpeed 0.19.8, read in runtime/zero/stage_1_and_2.py and stage3.py.
+P parameters that train, L the largest of them, N all of a part, R ranks, E reduce_bucket_size, w bytes per weight (2 in
+bfloat16, 4 in float32). DeepSpeed 0.19.8, read in runtime/zero/stage_1_and_2.py and stage3.py.
 
-- weights: w N for FLUX, the whole of Qwen2-VL (no lm_head), connector and VAE on every GPU. Where data.cache holds trunk,
-  of Qwen2-VL only the last layer, and where it holds latents, no VAE (training/frozen.py). What trains is moved into ZeRO's
-  buffer, not copied. ZeRO-3 shards what is in the engine (FLUX, connector, Qwen's last layer) over R, and gathers
-  at most stage3_max_live_parameters at a time.
-- optimizer: 16 P / R: float32 master, two moments of Adam, float32 sum of the gradients of the rank's own part, from an
-  update's first reduction to its step; in float32 the sum takes 8 P / R. The step works in place. With offload_optimizer
+- weights: w N for FLUX, all of Qwen2-VL (no lm_head), connector and VAE on every GPU. If data.cache has trunk, only the last
+  layer of Qwen2-VL; if it has latents, no VAE (training/frozen.py). Parameters that train are moved into ZeRO's buffer, not
+  copied. ZeRO-3 shards the modules in the engine (FLUX, connector, Qwen's last layer) over R, and gathers at most
+  stage3_max_live_parameters at a time.
+- optimizer: 16 P / R: float32 master, Adam's two moments, and the float32 sum of the gradients of the rank's own part, from
+  an update's first reduction to its step; in float32 the sum takes 8 P / R. The step works in place. With offload_optimizer
   masters and moments are on the host, as are a second gradient and a copy in w bytes; the GPU keeps ZeRO-2's sum,
   4 P / R, and w L to copy through.
-- gradients, while the backward pass runs: a bucket of w E (twice with overlap_comm; as a whole, however small P is) and,
-  while it is reduced, its slices joined and, in a wider communication_data_type, copied: up to max(E, L) elements in
-  both; and w L that is on its way there. ZeRO-3's bucket is in communication_data_type and never freed.
+- gradients, during the backward pass: a bucket of w E (twice with overlap_comm; the whole bucket, however small P is);
+  while it is reduced, its slices joined and, for a wider communication_data_type, copied: up to max(E, L) elements each;
+  and w L for the gradient that is being added to it. ZeRO-3's bucket is in communication_data_type and never freed.
 - activations: `training/planning/activations.py`.
-- transient, alive only while activations are not, so that the larger of the two counts: the VAE, whose encoder works
-  before each forward pass (data.cache without latents) and whose decoder makes the panels (`latents.coding_peak`); with
-  latents cached its weights too, which are there only then.
-- runtime: 2 GB for the CUDA context, NCCL and the libraries, which is an estimate. Fragmentation is not counted.
+- transient, allocated only while activations are not, so that the larger of the two counts: the VAE's encoder before each
+  forward pass (data.cache without latents) and its decoder for panels (`latents.coding_peak`); with latents cached also its
+  weights, which are on the GPU only then.
+- runtime: an estimated 2 GB for the CUDA context, NCCL and libraries. Fragmentation is not counted.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from megaflux.config.parse import Config, Stage
+from megaflux.config.parse import Stage
 from megaflux.data.buckets import Bucket
 from megaflux.models.flux import POLICIES, Policy
 from megaflux.models.latents import coding_peak
 from megaflux.models.pretrained import AutoencoderKL, Models
-from megaflux.models.tokens import Tokens
 from megaflux.training.distributed import World, min_over_ranks
-from megaflux.training.ds_config import bucket_elements, sent_bytes, uses_kernels, weight_bytes, zero_stage
+from megaflux.training.ds_config import bucket_elements, sent_bytes, zero_stage
 from megaflux.training.planning.activations import activation_bytes, block_units
-from megaflux.training.planning.costs import token_counts, vae_config
+from megaflux.training.planning.costs import vae_config
+from megaflux.training.planning.sizes import Sizes
 from megaflux.training.stages import trainable_names
 
 log = logging.getLogger("megaflux")
 RUNTIME_BYTES = 2 * 10**9
-USABLE = 0.92  # of a GPU's memory: fragmentation and what the formulas leave out take the rest
-PANEL = 4  # pictures that a panel decodes at a time, whatever the micro-batch
+USABLE = 0.92  # of a GPU's memory; the rest is for fragmentation and what the formulas leave out
+PANEL = 4  # pictures that a panel decodes at a time, independent of the micro-batch
 
 
 @dataclass(frozen=True)
-class Memory:
+class StageMemory:
     """Bytes on one GPU at the peak of a stage, and on the host where the optimizer is offloaded."""
 
     stage: str
@@ -64,7 +64,7 @@ class Memory:
     weights: dict[str, int]
     """flux, vlm, connector; vae, unless latents are cached; gathered (ZeRO-3)."""
     gradients: int
-    """In flight: ZeRO's bucket, and what reducing it takes."""
+    """In flight: ZeRO's bucket and what reducing it needs."""
     optimizer: int
     activations: int
     transient: int
@@ -78,69 +78,42 @@ class Memory:
         return fixed + max(self.activations, self.transient)
 
 
-def memory_per_gpu(
-    config: Config,
-    ds_config: dict[str, Any],
-    world_size: int,
-    module: nn.Module,
-    trunk: nn.Module,
-    buckets: Sequence[Bucket],
-) -> Memory:
-    """Memory at the stage and bucket that need most. module, trunk: as `meta_models` gives them. Activation policy
-    auto counts as the one that keeps least; `policies_for` says what it becomes."""
-    return max(
-        (
-            stage_memory(config, ds_config, world_size, module, trunk, stage, bucket)
-            for stage in config.stages
-            for bucket in buckets
-        ),
-        key=lambda memory: memory.total,
-    )
+def memory_per_gpu(sizes: Sizes) -> StageMemory:
+    """Memory at the stage and bucket that need most. Activation policy auto counts as full everywhere."""
+    needs = (stage_memory(sizes, stage, bucket) for stage in sizes.config.stages for bucket in sizes.buckets)
+    return max(needs, key=lambda memory: memory.total)
 
 
-def policies_for(
-    config: Config,
-    ds_config: dict[str, Any],
-    world_size: int,
-    module: nn.Module,
-    trunk: nn.Module,
-    buckets: Sequence[Bucket],
-    stage: Stage,
-    gpu_bytes: int,
-    uneven: Sequence[bool] | None = None,
-) -> list[Policy]:
-    """The activation policy of each FLUX block in a stage, double blocks first, as model.activation_checkpointing
-    has it; auto: the least recomputation that fits in gpu_bytes at every bucket.
+def policies_for(sizes: Sizes, stage: Stage, limit: int) -> list[Policy]:
+    """The activation policy of each FLUX block in a stage, double blocks first, as in model.activation_checkpointing;
+    auto: the least recomputation that fits in `limit` bytes at every bucket.
 
-    auto starts with full everywhere and gives memory first to those blocks that save most FLOPs per byte: full ->
-    mlp in the last block and in those that keep least, then mlp -> none. Without kernels it is none or full for all
-    blocks. uneven: blocks that keep their q, k, v product too (`flux.uneven_norms`); None: none does.
+    auto starts with full everywhere and spends memory first on the blocks that save most FLOPs per byte: full -> mlp in
+    the last block and in those that keep least, then mlp -> none. Without kernels it is none or full for all blocks.
     """
-    transformer = module.transformer
-    blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
-    wanted, fused = config.model.activation_checkpointing, uses_kernels(config, ds_config)
+    blocks, wanted = sizes.blocks, sizes.config.model.activation_checkpointing
     if wanted != "auto":
         return [wanted] * blocks
 
-    batch = config.for_world(world_size).train.micro_batch_size
-    width = weight_bytes(ds_config)
-    given = config, ds_config, world_size, module, trunk, stage
-    fixed = [(stage_memory(*given, bucket), _worst_tokens(config, bucket)) for bucket in buckets]
+    batch = sizes.micro_batch_size
+    fixed = [(stage_memory(sizes, stage, bucket), sizes.longest_tokens(bucket)) for bucket in sizes.buckets]
 
     def fits(policies: list[Policy]) -> bool:
         for memory, tokens in fixed:
-            kept = activation_bytes(module, stage, tokens, width, policies, fused, uneven)
-            if replace(memory, activations=batch * kept).total > gpu_bytes:
+            kept = activation_bytes(sizes.module, stage, tokens, sizes.width, policies, sizes.fused, sizes.uneven)
+            if replace(memory, activations=batch * kept).total > limit:
                 return False
         return True
 
-    if not fused:
+    if not sizes.fused:
         return ["none"] * blocks if fits(["none"] * blocks) else ["full"] * blocks
-    kept = block_units(module.transformer, stage, _worst_tokens(config, buckets[0]), True, uneven)
-    # First the last block: what it keeps it would compute again while all others' is still there.
+    tokens = sizes.longest_tokens(sizes.buckets[0])
+    kept = block_units(sizes.module.transformer, stage, tokens, True, sizes.uneven)
+    # The last block first: what it recomputes would be added while all others' activations are still kept.
     order = sorted(range(blocks), key=lambda block: (block < blocks - 1, kept[block], -block))
-    steps = [(block, policy) for policy in ("mlp", "none") for block in order]
-    # The more steps, the more memory (the first step's transient apart), so the last that fits is found by halves.
+    upgrades: tuple[Policy, ...] = ("mlp", "none")
+    steps = [(block, policy) for policy in upgrades for block in order]
+    # More steps take more memory (apart from the first step's transient), so bisect for the last that fits.
     low, high = 0, len(steps)
     while low < high:
         middle = (low + high + 1) // 2
@@ -149,38 +122,39 @@ def policies_for(
 
 
 def usable(gpu_bytes: float) -> int:
-    """What of a GPU's memory the formulas may plan with: fragmentation and what they leave out take the rest."""
+    """Bytes of a GPU's memory that a plan may use: `USABLE` of it."""
     return int(USABLE * gpu_bytes)
 
 
 def counted(policies: Sequence[Policy]) -> str:
-    """Policies in words for people: "40 blocks none, 17 mlp"."""
+    """Policies as text: "of 57 blocks: 40 none, 17 mlp"."""
     parts = [f"{policies.count(policy)} {policy}" for policy in POLICIES if policy in policies]
     return f"of {len(policies)} blocks: " + ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of one device as its driver and torch's allocator see them."""
+    """Bytes of one device, by its driver and torch's allocator."""
 
     total: int
     free: int
-    """That nobody has, as the driver counts."""
+    """Free by the driver's count."""
     reserved: int = 0
-    """That this process's allocator has; of it `allocated` is in use."""
+    """Held by this process's allocator; `allocated` of it is in use."""
     allocated: int = 0
 
     def plannable(self, own: int) -> int:
-        """What the total of `stage_memory` may come to, once the engine is built. own: bytes of it that live already.
+        """Bytes that the total of `stage_memory` may reach, once the engine is built. own: the part of that total which is
+        allocated already.
 
-        Only what is free can be had: memory that something else holds, in this process or another, is not planned with.
+        Memory that anything else holds, in this process or another, is not available.
         """
         available = self.free + self.reserved - self.allocated
         return own + RUNTIME_BYTES + available - (self.total - usable(self.total))
 
 
 def device_memory(device: torch.device) -> DeviceMemory:
-    """The memory of a rank's device; on a CPU its share of the host's. What is garbage is freed first."""
+    """The memory of a rank's device; of a CPU its share of the host's. Frees garbage first."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -193,11 +167,11 @@ def device_memory(device: torch.device) -> DeviceMemory:
 
 
 def budget(world: World, models: Models, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """What `policies_for` may plan with on the machines at hand, alike on all ranks: what is really free on the smallest
-    GPU, or of a rank's share of the host, and what of the total lives already. Call it when the stage's engine is built.
+    """Bytes that a plan may use on these machines, the same on all ranks: what is free on the smallest GPU, or of a rank's
+    share of the host, plus the part of the total that is allocated already. Call it when the stage's engine is built.
     Collective.
 
-    optimizer: the engine's inner one, whose shards are then known to live already; without it they are planned for anew.
+    optimizer: the engine's inner one, whose shards then count as allocated; None: they are still to be allocated.
     """
     modules = models.resident()
     tensors = [getattr(p, "ds_tensor", p) for module in modules for p in module.parameters()]  # ZeRO-3 empties p itself
@@ -208,48 +182,35 @@ def budget(world: World, models: Models, optimizer: torch.optim.Optimizer | None
 
 
 def _bytes_on(device: torch.device, tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the tensors' storages on a device, each counted once."""
+    """Bytes of the tensors' storages on a device, each storage counted once."""
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == device.type]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def _after(steps: Sequence[tuple[int, Policy]], blocks: int) -> list[Policy]:
+    """Policies after these changes (block, new policy) to full everywhere."""
     return [dict(steps).get(block, "full") for block in range(blocks)]
 
 
-def stage_memory(
-    config: Config,
-    ds_config: dict[str, Any],
-    world_size: int,
-    module: nn.Module,
-    trunk: nn.Module,
-    stage: Stage,
-    bucket: Bucket,
-    policies: Sequence[Policy] | None = None,
-    uneven: Sequence[bool] | None = None,
-) -> Memory:
-    """Memory of one stage at one bucket. policies: of each block; None: as configured, auto as full."""
-    vae = _vae(json.dumps(vae_config(config)))
+def stage_memory(sizes: Sizes, stage: Stage, bucket: Bucket, policies: Sequence[Policy] | None = None) -> StageMemory:
+    """Memory of one stage at one bucket. policies: one per FLUX block; None: as configured, auto as full everywhere."""
+    config, ds_config, width, batch = sizes.config, sizes.ds_config, sizes.width, sizes.micro_batch_size
+    vae: Any = _vae(json.dumps(vae_config(config)))
     if policies is None:
         wanted = config.model.activation_checkpointing
-        transformer = module.transformer
-        blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
-        policies = ["full" if wanted == "auto" else wanted] * blocks
-    batch = config.for_world(world_size).train.micro_batch_size
-    width = weight_bytes(ds_config)
-    cached = config.data.cache
-    weights = _weights(ds_config, world_size, module, None if "trunk" in cached else trunk, width)
-    gradients, optimizer, host_optimizer = zero_bytes(ds_config, world_size, module, stage, width)
-    tokens = _worst_tokens(config, bucket)
-    kept = activation_bytes(module, stage, tokens, width, policies, uses_kernels(config, ds_config), uneven)
-    sizes = bucket.height, bucket.width, width
-    encode, _ = coding_peak(vae.config.block_out_channels, batch, *sizes)
-    _, decode = coding_peak(vae.config.block_out_channels, max(batch, PANEL), *sizes)
-    if "latents" in cached:  # it comes for a panel, and leaves
+        policies = ["full" if wanted == "auto" else wanted] * sizes.blocks
+    weights = _weights(sizes)
+    gradients, optimizer, host_optimizer = zero_bytes(ds_config, sizes.ranks, sizes.module, stage, width)
+    tokens = sizes.longest_tokens(bucket)
+    kept = activation_bytes(sizes.module, stage, tokens, width, policies, sizes.fused, sizes.uneven)
+    picture = bucket.height, bucket.width, width
+    encode, _ = coding_peak(vae.config.block_out_channels, batch, *picture)
+    _, decode = coding_peak(vae.config.block_out_channels, max(batch, PANEL), *picture)
+    if "latents" in config.data.cache:  # the VAE is on the GPU only for a panel
         transient = decode + width * _numel(vae)
     else:
         weights["vae"], transient = width * _numel(vae), max(encode, decode)
-    return Memory(
+    return StageMemory(
         stage=stage.name,
         bucket=str(bucket),
         weights=weights,
@@ -262,14 +223,14 @@ def stage_memory(
     )
 
 
-def _weights(
-    ds_config: dict[str, Any], world_size: int, module: nn.Module, trunk: nn.Module | None, width: int
-) -> dict[str, int]:
+def _weights(sizes: Sizes) -> dict[str, int]:
+    """Bytes of weights on a GPU by part, without the VAE's."""
+    module, ds_config, ranks, width = sizes.module, sizes.ds_config, sizes.ranks, sizes.width
     parts = {"flux": _numel(module.transformer), "vlm": _numel(module.vlm), "connector": _numel(module.connector)}
     sharded = zero_stage(ds_config) == 3
-    weights = {name: width * n // (world_size if sharded else 1) for name, n in parts.items()}
-    weights["vlm"] += 0 if trunk is None else width * _numel(trunk)
-    if sharded and world_size > 1:
+    weights = {name: width * n // (ranks if sharded else 1) for name, n in parts.items()}
+    weights["vlm"] += 0 if "trunk" in sizes.config.data.cache else width * _numel(sizes.trunk)
+    if sharded and ranks > 1:
         live = ds_config.get("zero_optimization", {}).get("stage3_max_live_parameters", 1e9)
         weights["gathered"] = width * min(sum(parts.values()), int(live))
     return weights
@@ -278,14 +239,15 @@ def _weights(
 def zero_bytes(
     ds_config: dict[str, Any], world_size: int, module: nn.Module, stage: Stage, width: int
 ) -> tuple[int, int, int]:
-    """(gradients in flight, optimizer, optimizer on the host): bytes of DeepSpeed's ZeRO-2 or ZeRO-3 on a rank."""
+    """(gradients in flight, optimizer, optimizer on the host): bytes of ZeRO-2 or ZeRO-3 on a rank. width: bytes per
+    weight."""
     zero, level = ds_config.get("zero_optimization", {}), zero_stage(ds_config)
     sizes = trained_sizes(module, stage)
     shard = sum(sizes) // (world_size if level >= 1 else 1)
     bucket = bucket_elements(ds_config)
     reduced = max(bucket, max(sizes))
     wide = sent_bytes(ds_config)
-    gradients = width * max(sizes)  # on its way into the bucket
+    gradients = width * max(sizes)  # being added to the bucket
     if level == 3:
         gradients, total = gradients + wide * (bucket + reduced), 4 * shard
     else:
@@ -299,18 +261,12 @@ def zero_bytes(
 
 
 def trained_sizes(module: nn.Module, stage: Stage) -> list[int]:
-    """Numbers in each parameter that a stage trains. Remembered per module: a plan asks for it hundreds of times."""
+    """Number of values in each parameter that a stage trains. Cached per module, as planning asks for it hundreds of times."""
     known, key = _trained.setdefault(module, {}), (stage.blocks, stage.components)
     if key not in known:
         names = set(trainable_names(module, stage))
         known[key] = [parameter.numel() for name, parameter in module.named_parameters() if name in names]
     return known[key]
-
-
-def _worst_tokens(config: Config, bucket: Bucket) -> Tokens:
-    tokens = token_counts(config, bucket)
-    caption = config.model.caption_max_tokens if config.data.condition.image_text else 0
-    return Tokens(tokens.image, tokens.condition + caption, tokens.turn + caption, tokens.patches)
 
 
 @lru_cache(maxsize=8)
@@ -326,4 +282,4 @@ def _numel(module: nn.Module) -> int:
 
 
 _counted: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-_trained: weakref.WeakKeyDictionary[nn.Module, dict[tuple, list[int]]] = weakref.WeakKeyDictionary()
+_trained: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], list[int]]] = weakref.WeakKeyDictionary()

@@ -1,8 +1,8 @@
-"""The micro-batch of a stage, chosen for images per second: the larger it is, the more of FLUX must be computed again; the
-smaller, the more often gradients are sent and kernels launched.
+"""The micro-batch of a stage, chosen for images per second: a larger one needs more recomputation in FLUX, a smaller one
+sends gradients and launches kernels more often.
 
-What a rank draws of one bucket (train.drawn_per_rank) never changes; its divisors are the choices. For each the memory
-formula gives the least recomputation that fits (`memory.policies_for`), and throughput.py the time of an update.
+What a rank draws of one bucket (train.drawn_per_rank) is fixed; the choices are its divisors. For each, `policies_for` gives
+the least recomputation that fits in memory, and throughput.py the time of an update.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
-
-from megaflux.config.parse import Config, Stage
-from megaflux.data.buckets import Bucket, make_buckets
-from megaflux.models.flux import POLICIES, Policy, all_blocks
-from megaflux.training.ds_config import uses_kernels
+from megaflux.config.parse import Stage
+from megaflux.data.buckets import Bucket
+from megaflux.models.flux import POLICIES, Policy
 from megaflux.training.planning import costs, memory
+from megaflux.training.planning.sizes import Sizes
 from megaflux.training.planning.throughput import (
     BLOCK_LAUNCHES,
     LAYER_LAUNCHES,
@@ -32,119 +30,94 @@ from megaflux.training.planning.throughput import (
 
 @dataclass(frozen=True)
 class Choice:
-    """A micro-batch, and what its blocks compute again. Two are equal where these are."""
+    """A plan: a micro-batch and the activation policies of FLUX's blocks. Plans are equal if these two are."""
 
     micro_batch_size: int
     policies: tuple[Policy, ...]
     """Of FLUX's blocks, double ones first."""
     bytes: int = field(compare=False, default=0)
-    """Peak on a GPU by memory.py, at the bucket that needs most."""
+    """Peak on a GPU by memory.py, at the bucket that needs most; 0: not computed."""
     fits: bool = field(compare=False, default=True)
+    """Whether that is within the limit it was planned for."""
     seconds: dict[Bucket, float] = field(compare=False, default_factory=dict)
-    """Of an update whose images are all of a bucket; empty where nothing is known of the GPU."""
+    """Bucket -> predicted time of an update with only images of that bucket; empty if the GPU's speed is unknown."""
     flops: dict[Bucket, int] = field(compare=False, default_factory=dict)
-    """Of one image as the device computes them, by bucket."""
+    """Bucket -> hardware FLOPs of one image."""
 
     @property
     def mean_seconds(self) -> float:
-        """Of an update, the buckets weighed alike."""
+        """Predicted time of an update, averaged over buckets."""
         return sum(self.seconds.values()) / len(self.seconds)
 
     @property
     def counts(self) -> dict[Policy, int]:
-        """Blocks by policy."""
+        """Policy -> number of blocks."""
         found = Counter(self.policies)
         return {policy: found[policy] for policy in POLICIES}
 
 
 class Planner:
-    """What micro-batches of a run need and how fast they are, from sizes alone."""
+    """What micro-batches of a run need and how fast they are, computed from sizes alone."""
 
-    def __init__(
-        self,
-        config: Config,
-        ds_config: dict[str, Any],
-        ranks: int,
-        module: nn.Module,
-        trunk: nn.Module,
-        uneven: Sequence[bool] | None = None,
-    ):
-        """config: with what each rank draws filled in. module, trunk: as `meta_models` gives them. uneven: blocks that keep
-        their q, k, v product (`flux.uneven_norms`)."""
-        self.config, self.ds_config, self.ranks = config, ds_config, ranks
-        self.module, self.trunk, self.uneven = module, trunk, uneven
-        self.buckets = make_buckets(config.data.aspect_ratios, config.data.longest_side)
-        self._known: dict[tuple, tuple[Work, costs.Recomputation]] = {}
+    def __init__(self, sizes: Sizes):
+        self.sizes = sizes
+        self._known: dict[tuple[Any, ...], tuple[Work, costs.Recomputation]] = {}
 
-    def choices(self, stage: Stage, sizes: Sequence[int], limit: int, cluster: Cluster | None = None) -> list[Choice]:
-        """Of each micro-batch the plan that is fastest within `limit` bytes; cluster None: without times."""
-        return [self._choice(stage, size, limit, cluster) for size in sizes]
+    def choices(
+        self, stage: Stage, micro_batches: Sequence[int], limit: int, cluster: Cluster | None = None
+    ) -> list[Choice]:
+        """The fastest plan of each micro-batch within `limit` bytes. cluster: the GPUs to predict times for; None: no times."""
+        return [self._choice(stage, size, limit, cluster) for size in micro_batches]
 
-    def best(self, stage: Stage, sizes: Sequence[int], limit: int, cluster: Cluster | None = None) -> Choice:
-        """Of `choices` that fit the one with the most images per second, of equals the smallest; where none fits the one
-        that needs least. Without a cluster `sizes` must be one."""
-        return best_of(self.choices(stage, sizes, limit, cluster))
+    def best(self, stage: Stage, micro_batches: Sequence[int], limit: int, cluster: Cluster | None = None) -> Choice:
+        """`best_of` the `choices`. Without a cluster, micro_batches must have one element."""
+        return best_of(self.choices(stage, micro_batches, limit, cluster))
 
-    def with_needs(self, stage: Stage, size: int, policies: Sequence[Policy], limit: int) -> Choice:
-        """A plan as it is, its bytes held against `limit`."""
-        config = self._cut_into(size)
-        need = max(
-            memory.stage_memory(
-                config, self.ds_config, self.ranks, self.module, self.trunk, stage, bucket, policies, self.uneven
-            ).total
-            for bucket in self.buckets
-        )
-        return Choice(size, tuple(policies), need, need <= limit)
+    def with_needs(self, stage: Stage, micro_batch_size: int, policies: Sequence[Policy], limit: int) -> Choice:
+        """This plan with its memory, and whether that is within `limit` bytes."""
+        sizes = self.sizes.cut_into(micro_batch_size)
+        need = max(memory.stage_memory(sizes, stage, bucket, policies).total for bucket in sizes.buckets)
+        return Choice(micro_batch_size, tuple(policies), need, need <= limit)
 
-    def _choice(self, stage: Stage, size: int, limit: int, cluster: Cluster | None) -> Choice:
-        policies = memory.policies_for(
-            self._cut_into(size),
-            self.ds_config,
-            self.ranks,
-            self.module,
-            self.trunk,
-            self.buckets,
-            stage,
-            limit,
-            self.uneven,
-        )
-        choice = self.with_needs(stage, size, policies, limit)
+    def _choice(self, stage: Stage, micro_batch_size: int, limit: int, cluster: Cluster | None) -> Choice:
+        policies = memory.policies_for(self.sizes.cut_into(micro_batch_size), stage, limit)
+        choice = self.with_needs(stage, micro_batch_size, policies, limit)
         if cluster is None:
             return choice
         moved, launches = self._traffic(stage), self._launches()
-        work = {bucket: self._work(stage, bucket, policies) for bucket in self.buckets}
-        images = self.config.train.global_batch_size
+        work = {bucket: self._work(stage, bucket, policies) for bucket in self.sizes.buckets}
+        images = self.sizes.config.train.global_batch_size
         return replace(
             choice,
-            seconds={b: cluster.update_seconds(w, launches, moved, size, images) for b, w in work.items()},
+            seconds={b: cluster.update_seconds(w, launches, moved, micro_batch_size, images) for b, w in work.items()},
             flops={b: w.total for b, w in work.items()},
         )
-
-    def _cut_into(self, size: int) -> Config:
-        return self.config.with_batches(self.config.train.drawn_per_rank, size)
 
     def _work(self, stage: Stage, bucket: Bucket, policies: Sequence[Policy]) -> Work:
         key = (stage.blocks, stage.components, bucket)
         if key not in self._known:
-            tokens = costs.token_counts(self.config, bucket)
-            trunk, vae = costs.frozen_parts(self.config, self.trunk, bucket)
-            flops = costs.training_flops(self.module, stage, tokens).hardware
-            self._known[key] = Work(flops, trunk, vae), costs.recomputation(self.module, tokens)
+            sizes = self.sizes
+            tokens = costs.token_counts(sizes.config, bucket)
+            trunk, vae = costs.frozen_parts(sizes.config, sizes.trunk, bucket)
+            flops = costs.training_flops(sizes.module, stage, tokens).hardware
+            self._known[key] = Work(flops, trunk, vae), costs.recomputation(sizes.module, tokens)
         work, again = self._known[key]
         return replace(work, flux=work.flux + again.of(policies))
 
     def _traffic(self, stage: Stage) -> Traffic:
-        in_engine = sum(parameter.numel() for parameter in self.module.parameters())
-        return traffic(self.ds_config, self.ranks, sum(memory.trained_sizes(self.module, stage)), in_engine)
+        sizes = self.sizes
+        in_engine = sum(parameter.numel() for parameter in sizes.module.parameters())
+        return traffic(sizes.ds_config, sizes.ranks, sum(memory.trained_sizes(sizes.module, stage)), in_engine)
 
     def _launches(self) -> Launches:
-        blocks = len(all_blocks(self.module.transformer))
-        layers = len(self.trunk.language_model.layers) + len(self.trunk.visual.blocks)
-        return Launches(blocks * BLOCK_LAUNCHES[uses_kernels(self.config, self.ds_config)], layers * LAYER_LAUNCHES)
+        trunk = self.sizes.trunk
+        layers = len(trunk.language_model.layers) + len(trunk.visual.blocks)
+        return Launches(self.sizes.blocks * BLOCK_LAUNCHES[self.sizes.fused], layers * LAYER_LAUNCHES)
 
 
 def best_of(choices: Sequence[Choice]) -> Choice:
-    """The fastest that fits, of equals the smallest micro-batch; where none fits the one that needs least."""
+    """The fastest plan that fits, of equally fast ones that with the smallest micro-batch; if none fits, the one that needs
+    least memory."""
     fitting = [choice for choice in choices if choice.fits]
     if not fitting:
         return min(choices, key=lambda choice: choice.bytes)
@@ -154,7 +127,7 @@ def best_of(choices: Sequence[Choice]) -> Choice:
 
 
 def reason(chosen: Choice, others: Sequence[Choice], images: int) -> str:
-    """Why a micro-batch was chosen: predicted images/s of it and of the others that fit. images: of an update."""
+    """Why a micro-batch was chosen: predicted images/s of it and of the others that fit. images: per update."""
 
     def rate(choice: Choice) -> str:
         return f"{images / choice.mean_seconds:.3g} images/s"

@@ -1,13 +1,13 @@
-"""How many images a second a run will train, predicted before anything has run; an estimate for comparing micro-batches.
+"""Images per second of a run, predicted before anything has run: an estimate for comparing micro-batches.
 
-    micro-batch = VAE + trunk + FLUX + gradients sent
-        each network: the longer of FLOPs / (its share of the peak) and launches x 30 us, for eager Python launches one
-        kernel after the other; FLUX with Qwen's last layer, forward, backward and what is computed again
-        gradients: bytes that a rank sends of each trained parameter, in communication_data_type, and the rate
-    update = global batch / (ranks x micro-batch) of them + trained weights gathered + the optimizer's bytes
+    time of a micro-batch = VAE + trunk + FLUX + gradients sent
+        each network: the larger of FLOPs / (its fraction of the peak) and launches x 30 us, as eager Python launches one
+        kernel after the other; FLUX includes Qwen's last layer, forward, backward and recomputation
+        gradients: bytes that a rank sends for each trained parameter, in communication_data_type, over the rate
+    time of an update = global batch / (ranks x micro-batch) of these + trained weights gathered + the optimizer's bytes
 
-Shares, rates and where they are from: `megaflux.training.planning.gpus`. Reductions are taken not to overlap the backward pass (overlap_comm
-is off). Not in it: waits for data, an offloaded optimizer, validation and saves.
+Fractions, rates and their sources: `megaflux.training.planning.gpus`. Reductions are assumed not to overlap the backward pass
+(overlap_comm is off). Not included: waits for data, an offloaded optimizer, validation and saves.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any
 from megaflux.training.ds_config import sent_bytes, weight_bytes, with_defaults, zero_stage
 from megaflux.training.planning.gpus import Gpu
 
-LAUNCH_SECONDS = 30e-6  # a trunk of 2,000 launches took 59 to 69 ms on an H100, with one picture or two
-BLOCK_LAUNCHES = {True: 31, False: 80}  # of a FLUX block, forward and backward: with kernels, and diffusers' own
+LAUNCH_SECONDS = 30e-6  # a trunk of 2,000 launches took 59 to 69 ms on an H100, for one picture or two
+BLOCK_LAUNCHES = {True: 31, False: 80}  # of a FLUX block, forward and backward: with kernels, with diffusers' own path
 LAYER_LAUNCHES = 35  # of a layer of Qwen2-VL or of its ViT, forward
 VAE_LAUNCHES = 150
 NETWORK_GB_S = 25.0  # GB/s a GPU between machines: a link of 200 Gbit/s for each
-PER_MACHINE = 8  # GPUs of one machine, where nothing tells how many there are
+PER_MACHINE = 8  # GPUs of one machine, if the number is unknown
 LAUNCHES_TOLD = f"a kernel takes eager Python {LAUNCH_SECONDS * 1e6:g} us to launch, on every GPU"
-OPTIMIZER_BYTES = 30  # read and written by AdamW for each parameter of a rank's part
+OPTIMIZER_BYTES = 30  # read and written by AdamW per parameter of a rank's part
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one image in one step, as the device computes them."""
+    """Hardware FLOPs of one image in one step."""
 
     flux: int
-    """FLUX, connector and Qwen's last layer, with what is computed again."""
+    """FLUX, connector and Qwen's last layer, with recomputation."""
     trunk: int
     vae: int
 
@@ -44,7 +44,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Launches:
-    """Kernels that the host launches for a micro-batch, whatever its size."""
+    """Kernels that the host launches for a micro-batch, independent of its size."""
 
     flux: int
     trunk: int
@@ -53,19 +53,19 @@ class Launches:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends and moves for the parameters that train."""
+    """Bytes that a rank moves for the parameters that train."""
 
     per_micro_batch: float
-    """Sent: gradients; under ZeRO-3 also the weights of the networks in the engine, gathered twice."""
+    """Sent: gradients; under ZeRO-3 also the weights of all networks in the engine, gathered twice."""
     per_update: float
     """Sent: trained weights."""
     optimizer: float
-    """Read and written by the step."""
+    """Read and written in GPU memory by the step."""
 
 
 def traffic(ds_config: dict[str, Any], ranks: int, trained: int, in_engine: int) -> Traffic:
-    """Of ZeRO-2 or ZeRO-3 in rings of R ranks: an all-reduce sends 2 (R - 1) / R of a tensor's bytes, a reduction or a
-    gathering half of that (docs/training.md). trained, in_engine: parameters."""
+    """Traffic of ZeRO-2 or ZeRO-3 in rings of R ranks: an all-reduce sends 2 (R - 1) / R of a tensor's bytes, a reduce or
+    gather half of that (docs/training.md). trained: parameters that train; in_engine: all parameters of the engine."""
     width, sent = weight_bytes(ds_config), sent_bytes(ds_config)
     ring = (ranks - 1) / ranks
     optimizer = OPTIMIZER_BYTES * trained / ranks
@@ -85,13 +85,13 @@ class Cluster:
 
     @property
     def sent_gb_s(self) -> float:
-        """GB/s that a rank sends: between machines the network is the narrowest place."""
+        """GB/s that a rank sends; with several machines the network is the bottleneck."""
         return min(self.gpu.reduced_gb_s, NETWORK_GB_S) if self.ranks > self.per_machine else self.gpu.reduced_gb_s
 
     def update_seconds(
         self, work: Work, launches: Launches, moved: Traffic, micro_batch: int, global_batch: int
     ) -> float:
-        """Of one update whose images all are of one size."""
+        """Predicted time of one update whose images all have one size."""
         gpu, sent = self.gpu, 1e9 * self.sent_gb_s
         parts = (
             (work.flux, launches.flux, gpu.flux),
@@ -108,7 +108,7 @@ class Cluster:
         return accumulated * (seconds + moved.per_micro_batch / sent) + once
 
     def assumptions(self) -> list[str]:
-        """What a prediction takes for granted of this GPU, one line each; LAUNCHES_TOLD holds for all."""
+        """What a prediction assumes about this GPU, one line each; LAUNCHES_TOLD holds for all GPUs."""
         where = "between machines" if self.ranks > self.per_machine else "within a machine"
         lines = [f"{self.gpu.name}: {self.gpu.told}"]
         if self.ranks > 1:

@@ -1,34 +1,41 @@
-"""A plan tried out on the GPU at hand: one micro-batch, forward and backward, of which nothing stays."""
+"""Try a plan out on this machine's GPU: one micro-batch, forward and backward, without a lasting effect."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from megaflux.config.parse import Config
+from megaflux.common.errors import is_out_of_memory
+from megaflux.config.parse import Config, Stage
 from megaflux.data.buckets import Bucket
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models
 from megaflux.models.vlm import Condition
-from megaflux.training import objective
+from megaflux.training import distributed, objective
 from megaflux.training.distributed import World
-from megaflux.training.engine import StageEngine
+from megaflux.training.ds_config import batch_sizes
+from megaflux.training.engine import StageEngine, release_memory
 from megaflux.training.objective import Denoising
 from megaflux.training.planning import memory
 from megaflux.training.planning.cache_size import cached_shapes
+from megaflux.training.planning.candidates import Candidates
+from megaflux.training.planning.micro_batch import Choice
+from megaflux.training.planning.sizes import Sizes
 
-LITTLE = 10**9  # bytes that may be anybody's
+LITTLE = 10**9  # bytes too few to tell whose they are
+NEVER = 10**6  # steps down of a rank on which no plan fits
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name as its driver has it; "cpu"."""
+    """The GPU's name by its driver; "cpu" for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def held_by_others(device: torch.device) -> int:
-    """Bytes of a GPU that neither this process nor, as far as is known, its libraries hold; 0: next to none, or a CPU."""
+    """Bytes of a GPU that neither this process nor, by estimate, its libraries hold; 0: too few to be sure, or a CPU."""
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
@@ -37,17 +44,17 @@ def held_by_others(device: torch.device) -> int:
 
 
 def tries_out(world: World, engine: StageEngine) -> bool:
-    """Whether plans are tried out: on GPUs, and not under ZeRO-3, whose forward pass is made of collectives."""
+    """Whether plans are tried out: on GPUs, except under ZeRO-3, whose forward pass uses collectives."""
     return world.device.type == "cuda" and engine.zero_stage < 3
 
 
 def forward_and_backward(config: Config, models: Models, bucket: Bucket) -> None:
-    """What a micro-batch of this size needs, on blank pictures: encoders, forward, backward; nothing stays of it. What
-    data.cache holds is not encoded, as in the run: zeros stand for it.
+    """Run a micro-batch of blank pictures through encoders, forward and backward, without a lasting effect. What data.cache
+    has is not encoded, as in the run; zeros replace it.
 
-    The module's own forward, past the hooks that DeepSpeed has on it, and gradients returned, not accumulated: no
-    collective, no state, no random number."""
-    batch, device = config.train.micro_batch_size, models.trunk.device
+    It calls the module's own forward, without DeepSpeed's hooks, and gradients are returned, not accumulated: it uses no
+    collective, changes no state and draws no random number."""
+    batch, device = batch_sizes(config).micro, models.trunk.device
     latents, condition = _blank(config, models, bucket, batch, device)
     t = torch.linspace(0.1, 0.9, batch, device=device)
     given = Denoising(bucket, latents, condition, t, torch.zeros_like(latents))
@@ -59,11 +66,12 @@ def forward_and_backward(config: Config, models: Models, bucket: Bucket) -> None
 def _blank(
     config: Config, models: Models, bucket: Bucket, batch: int, device: torch.device
 ) -> tuple[torch.Tensor, Condition]:
-    """(latents, condition) of blank pictures, computed or as the loader brings them."""
+    """(latents, condition) of blank pictures, encoded or as the loader gives them from the cache."""
+    vae: Any = models.vae
     shapes = cached_shapes(models, config.data.cache, bucket)
     pictures = torch.zeros(batch, 3, bucket.height, bucket.width, dtype=torch.uint8, device=device)
     if "latents" in shapes:
-        latents = torch.zeros(batch, *shapes["latents"], dtype=models.vae.dtype, device=device)
+        latents = torch.zeros(batch, *shapes["latents"], dtype=vae.dtype, device=device)
     else:
         latents = latent_ops.encode(models.vae, pictures)
     if "hidden_states" in shapes:
@@ -75,10 +83,50 @@ def _blank(
 
 @contextmanager
 def held(device: torch.device, sizes: Sequence[int]) -> Iterator[None]:
-    """Memory that the updates will take and nothing holds yet, held: so many bytes each."""
-    tensors = []
+    """Allocate memory that later updates will need, while inside: a tensor of each size in bytes."""
+    tensors: list[torch.Tensor] = []
     try:
         tensors += [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
         yield
     finally:
         tensors.clear()
+
+
+def fits(sizes: Sizes, stage: Stage, models: Models, engine: StageEngine, choice: Choice) -> bool:
+    """Whether a plan fits this rank's GPU at every bucket, beside what later updates allocate. Leaves the model configured
+    with it."""
+    models.trainable.configure(sizes.fused, list(choice.policies))
+    config, device = sizes.cut_into(choice.micro_batch_size).config, models.trunk.device
+    in_flight, *_ = memory.zero_bytes(sizes.ds_config, sizes.ranks, sizes.module, stage, sizes.width)
+    enough = True
+    try:
+        with held(device, [*engine.coming(device), in_flight]):
+            for bucket in sizes.buckets:
+                forward_and_backward(config, models, bucket)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        enough = False
+    release_memory()  # after the handler, whose traceback holds all that the try allocated
+    return enough
+
+
+def highest_that_fits(
+    candidates: Candidates, choice: Choice, fits: Callable[[Choice], bool], world: World
+) -> tuple[Choice, int] | None:
+    """The highest plan, from this one down, that fits on every rank, and how many steps lower it is. None: none fits on some
+    rank. Collective."""
+    steps, plan = 0, choice
+    while not fits(plan):
+        if (lower := candidates.lower(plan)) is None:
+            steps = NEVER
+            break
+        steps, plan = steps + 1, lower[0]
+    steps = -distributed.min_over_ranks(-steps, world)
+    if steps == NEVER:
+        return None
+    for _ in range(steps):  # the steps of the rank with the least memory, the same on all
+        if (lower := candidates.lower(choice)) is None:
+            raise RuntimeError("ranks have different plans to choose from")
+        choice = lower[0]
+    return choice, steps

@@ -1,13 +1,13 @@
-"""RUN/events.jsonl: what happened to a run over all its attempts, one line each. `training.report` reads it.
+"""RUN/events.jsonl: what happened to a run over all its attempts, one JSON object a line. `training.report` reads it.
 
 kind        facts beside {"time": seconds since 1970, "kind": ...}; all durations in seconds
-start       update (that the attempt goes on from), world_size, pid, host
-ready       update, plan (what is computed again), limit (bytes to plan with, after out_of_memory; else null); the first
-            update begins
-progress    update, seconds (spent in updates since the last progress), data_wait (of them)
+start       update (the attempt resumes from it), world_size, pid, host
+ready       update, plan (what is recomputed), limit (bytes to plan with, after out_of_memory; else null): the first update
+            begins
+progress    update, seconds (spent in updates since the last progress), data_wait (part of them)
 save        update, seconds
 validation  update, seconds
-fault       what (one of FAULTS), update (of a rollback: where the run goes back to), detail
+fault       what (a Fault), update (of a rollback: the update it returns to), detail
 stop        update, why (done, stop_after, signal SIGTERM, SIGUSR1, SIGINT or SIGHUP, or error); a killed process leaves none
 """
 
@@ -18,39 +18,55 @@ import logging
 import math
 import os
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("megaflux")
 NAME = "events.jsonl"
 LATEST = 1e11  # s since 1970: the year 5138
-FAULTS = (
-    "skipped_update",
-    "spike",
-    "rollback",
-    "checkpoint_refused",
-    "replaced_sample",
-    "stale_shared_memory",
-    "hang",
-    "disk",
-    "out_of_memory",
-)
+
+
+class Kind(StrEnum):
+    """What an event tells, as written in the file."""
+
+    START = "start"
+    READY = "ready"
+    PROGRESS = "progress"
+    SAVE = "save"
+    VALIDATION = "validation"
+    FAULT = "fault"
+    STOP = "stop"
+
+
+class Fault(StrEnum):
+    """What went wrong, as written in the file: the fact `what` of a fault."""
+
+    SKIPPED_UPDATE = "skipped_update"
+    SPIKE = "spike"
+    ROLLBACK = "rollback"
+    CHECKPOINT_REFUSED = "checkpoint_refused"
+    REPLACED_SAMPLE = "replaced_sample"
+    STALE_SHARED_MEMORY = "stale_shared_memory"
+    HANG = "hang"
+    DISK = "disk"
+    OUT_OF_MEMORY = "out_of_memory"
 
 
 class Events:
-    """Appends to a run's events. Never raises: a run must not die of its diary."""
+    """Appends to a run's events. Never raises: a logging failure must not stop training."""
 
     def __init__(self, run_dir: str | Path, enabled: bool):
-        """run_dir must exist by the first `record`. enabled: False on all ranks but the first, which then write
-        nothing."""
+        """run_dir must exist by the first `record`. enabled: False on all ranks but the first; they write nothing."""
         self.path = Path(run_dir) / NAME
         self.enabled = enabled
         self.warned = False
 
-    def record(self, kind: str, /, **facts: Any) -> None:
-        """Append one line. A fact `time` replaces now: a `start` may name the moment the process began.
+    def record(self, kind: Kind, /, **facts: Any) -> None:
+        """Append one line. A fact `time` replaces the current time: a `start` may give the time the process began.
 
-        What JSON doesn't know is written as text. A full disk or a folder that cannot be written is one warning.
+        Values that JSON has no type for are written as text. If the line cannot be written (a full disk, a read-only
+        folder), one warning is logged.
         """
         if not self.enabled:
             return
@@ -62,26 +78,30 @@ class Events:
                 log.warning("%s: %s; events are lost until it can be written", self.path, error)
             self.warned = True
 
+    def fault(self, what: Fault, update: int, detail: str, **facts: Any) -> None:
+        """Append one `fault`. update: updates done; -1: not known."""
+        self.record(Kind.FAULT, what=what, update=update, detail=detail, **facts)
+
 
 def read(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The events of a run in the order written; torn and foreign lines are passed over.
+    """The events of a run in the order written; torn and foreign lines are skipped.
 
-    Each has `time`, a number of this age, and `kind`, text; nothing is promised of other facts. Raises OSError.
+    Each has `time`, a plausible number, and `kind`, a string; other facts are not checked. Raises OSError.
     """
     return parse((Path(run_dir) / NAME).read_bytes())[0]
 
 
 def parse(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The events in the bytes of an events.jsonl, and how many lines were passed over."""
-    events, passed_over = [], 0
+    """The events in the bytes of an events.jsonl, and how many lines were skipped."""
+    events, skipped = [], 0
     for line in content.split(b"\n"):
         if line.strip():
             event = _event(line)
             if event is None:
-                passed_over += 1
+                skipped += 1
             else:
                 events.append(event)
-    return events, passed_over
+    return events, skipped
 
 
 def number(value: Any) -> float | None:
@@ -90,7 +110,7 @@ def number(value: Any) -> float | None:
         return None
     try:
         value = float(value)
-    except OverflowError:  # JSON's whole numbers have no end
+    except OverflowError:  # JSON's integers are unbounded
         return None
     return value if math.isfinite(value) else None
 
@@ -107,12 +127,12 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """One write at the end of the file, so that a kill tears at most this line."""
+    """One write at the end of the file, so that a kill cuts at most this line short."""
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = b"\n" + line  # an earlier write was torn: it must not take this line with it
+            line = b"\n" + line  # an earlier line was cut short: start a new one
         if os.write(descriptor, line) != len(line):
             raise OSError("the disk is full: a line was cut short")
     finally:

@@ -1,7 +1,7 @@
-"""Standard output and error of a run that may outlive whoever reads them.
+"""Standard output and error of a run that may outlive their reader.
 
-A closed terminal answers writes with EIO, a pipe whose reader is gone with EPIPE (Ctrl-C ends the `tee` of `... | tee log`
-as well), a log on a full disk with ENOSPC. None of them may cost a run the save that it is about to make.
+A write fails with EIO on a closed terminal, EPIPE on a pipe without a reader (Ctrl-C also ends the `tee` of `... | tee log`),
+ENOSPC on a full disk. None of these may keep a run from saving.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 
 
 class _Unbreakable(io.FileIO):
-    """A descriptor whose failed writes are dropped."""
+    """A file descriptor that discards failed writes."""
 
     def write(self, data) -> int:
         try:
@@ -23,19 +23,19 @@ class _Unbreakable(io.FileIO):
 
 
 def survive_terminal() -> None:
-    """From now on what this process prints is lost where it cannot be written, and raises nothing.
+    """Make failed writes to stdout and stderr harmless: the text is lost, and nothing is raised.
 
-    Streams that are no files (a test's, a notebook's) stay as they are."""
+    Streams that are not descriptors 1 and 2 (in a test or a notebook) are left alone."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         try:
-            below = getattr(stream.buffer, "raw", stream.buffer)  # under `python -u` nothing is between
+            below = getattr(stream.buffer, "raw", stream.buffer)  # `python -u` has no buffer between
             if stream.fileno() != number or isinstance(below, _Unbreakable):
                 continue
             buffered = stream.buffer is not below
             stream.flush()
             os.fstat(number)
-        except (AttributeError, OSError, ValueError):  # None, a test's, or closed
+        except (AttributeError, OSError, ValueError):  # None, replaced by a test, or closed
             continue
         raw = _Unbreakable(number, "w", closefd=False)
         setattr(

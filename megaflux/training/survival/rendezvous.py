@@ -1,7 +1,7 @@
-"""Whether the ranks can meet at MASTER_ADDR and MASTER_PORT: asked before torch, which says it in a traceback, or after hours.
+"""Check that the ranks can meet at MASTER_ADDR and MASTER_PORT, before torch, which fails with a traceback or after hours.
 
-torch's env:// rendezvous: rank 0 listens at MASTER_PORT on all of its addresses, and every rank, 0 too, connects to
-MASTER_ADDR. Under torchrun its agent listens in the place of rank 0 (TORCHELASTIC_USE_AGENT_STORE).
+In torch's env:// rendezvous rank 0 listens at MASTER_PORT on all of its addresses, and every rank, including 0, connects to
+MASTER_ADDR. Under torchrun its agent listens instead of rank 0 (TORCHELASTIC_USE_AGENT_STORE).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from megaflux.common.errors import STUCK, UserError
 
 log = logging.getLogger("megaflux")
-DESCRIBED = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher gives beside RANK
-RESOLVING = 20.0  # s for a name that a cluster may only just be making known; after it the others say that they wait
-ARRIVING = 600.0  # s for rank 0, on a machine that may start later: some clusters do not know its name before
-OWN = 5.0  # s for rank 0 to reach its own port
+DESCRIBED = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # variables that a launcher sets with RANK
+RESOLVING = 20.0  # s for a host name that a cluster may still be publishing; later ranks log that they wait
+ARRIVING = 600.0  # s for rank 0, whose machine may start later: some clusters publish its name only then
+OWN = 5.0  # s for rank 0 to connect to its own port
 ANOTHER_PORT = "give another: deepspeed --master_port N, torchrun --master_port N, or MASTER_PORT in the environment"
 ANOTHER_ADDRESS = (
     "give one of rank 0's machine: deepspeed --master_addr, torchrun --master_addr, or MASTER_ADDR in the environment"
@@ -29,11 +29,11 @@ ANOTHER_ADDRESS = (
 
 
 def check() -> None:
-    """UserError, in one line, where this rank cannot meet the others as the environment says (RANK, MASTER_ADDR,
-    MASTER_PORT): a variable that is missing, a port in use, a name that nobody knows, an address that is not reached. Where
-    rank 0 may only be late, its exit code is STUCK: the same command may find it.
+    """Raise UserError if this rank cannot meet the others with the environment's RANK, MASTER_ADDR and MASTER_PORT: a
+    missing variable, a port in use, an unknown host name, an unreachable address. Where rank 0 may only be late, the
+    error's exit code is STUCK: the same command may succeed later.
 
-    Rank 0 takes the port for a moment. Others return when somebody listens there."""
+    Rank 0 binds the port for a moment. Other ranks return once something listens there."""
     missing = [name for name in DESCRIBED if not os.environ.get(name)]
     if missing:
         raise UserError(
@@ -62,8 +62,8 @@ def check() -> None:
 
 
 def in_words(error: Exception) -> UserError:
-    """torch's error of a rendezvous that failed after `check` as one line."""
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    """A one-line error for torch's, of a rendezvous that failed after `check` passed."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     line = str(error).partition("\n")[0]
     if "EADDRINUSE" in str(error) or "in use" in line:
         return _taken(int(port))
@@ -101,16 +101,16 @@ def _resolve(address: str, port: int) -> None:
 
 
 class _Waiting:
-    """How long a rank has waited for rank 0; each machine's first says so once, after RESOLVING."""
+    """How long a rank has waited for rank 0; each machine's first rank logs it once, after RESOLVING."""
 
     def __init__(self, address: str, port: int):
-        self.where, self.began, self.said = f"{address}:{port}", time.monotonic(), False
+        self.where, self.began, self.logged = f"{address}:{port}", time.monotonic(), False
 
     def lasted(self, limit: float, why: object) -> bool:
         """Whether it has waited for longer than `limit` seconds. why: the last error."""
         seconds = time.monotonic() - self.began
-        if limit >= seconds > RESOLVING and not self.said and os.environ.get("LOCAL_RANK") == "0":
-            self.said = True
+        if limit >= seconds > RESOLVING and not self.logged and os.environ.get("LOCAL_RANK") == "0":
+            self.logged = True
             log.warning(
                 "rank %s: waiting for rank 0 at %s (MASTER_ADDR, MASTER_PORT), up to %.0f s: %s",
                 os.environ["RANK"],
@@ -123,11 +123,11 @@ class _Waiting:
 
 @contextlib.contextmanager
 def _listening(port: int) -> Iterator[socket.socket]:
-    """The port held as torch holds it: on all addresses, IPv6 and 4 at once where there is IPv6."""
+    """Bind the port as torch does: on all addresses, IPv4 and IPv6 where the machine has IPv6."""
     try:
         server = _server(port)
     except PermissionError:
-        raise UserError(f"MASTER_PORT {port} is for the system's own; {ANOTHER_PORT}", own=True) from None
+        raise UserError(f"MASTER_PORT {port} is reserved for the system; {ANOTHER_PORT}", own=True) from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise _taken(port) from None
@@ -147,30 +147,30 @@ def _server(port: int) -> socket.socket:
 
 
 def _reach_oneself(server: socket.socket, address: str, port: int) -> str | None:
-    """None where what is sent to the address arrives at this very server; else why not. Another machine, or a proxy, may
-    accept as well."""
-    word, until = secrets.token_bytes(16), time.monotonic() + OWN
+    """None if what is sent to the address arrives at this server; else the reason. Accepting the connection proves nothing:
+    another machine, or a proxy, may do so."""
+    token, until = secrets.token_bytes(16), time.monotonic() + OWN
     try:
         client = socket.create_connection((address, port), timeout=OWN)
     except OSError as error:
         return error.strerror or str(error)
     with client:
-        client.sendall(word)
+        client.sendall(token)
         while (left := until - time.monotonic()) > 0:
             server.settimeout(left)
             try:
                 caller, _ = server.accept()
             except OSError:
                 break
-            with caller, contextlib.suppress(OSError):  # other ranks call too, and say nothing
+            with caller, contextlib.suppress(OSError):  # other ranks connect too, and send nothing
                 caller.settimeout(1.0)
-                if caller.recv(len(word), socket.MSG_WAITALL) == word:
+                if caller.recv(len(token), socket.MSG_WAITALL) == token:
                     return None
     return "another machine answers"
 
 
 def _connect(address: str, port: int) -> str | None:
-    """None once somebody accepts, within ARRIVING; else why nobody did."""
+    """None once a connection is accepted; the last error if none is within ARRIVING."""
     waiting = _Waiting(address, port)
     while True:
         try:

@@ -1,20 +1,20 @@
-"""Signals that ask a run to leave, and a thread that ends a rank which no longer moves.
+"""Signals that ask a run to leave, and a thread that ends a rank which makes no progress.
 
-SIGTERM, SIGUSR1 (Slurm's warning), SIGINT (Ctrl-C) and SIGHUP (the terminal is closed, or ssh drops) ask: the ranks agree at
-the next update's end, save, and leave with exit code 10. Before the first update, and between stages, there is nothing to
-save, and a rank leaves at once. A second Ctrl-C leaves at once with 130 and saves nothing; SIGQUIT (Ctrl-\\) does that the first
-time, with 131 and every thread's stack. A signal that was ignored at the start (nohup, `&` in a script) stays ignored. A
-launcher that is gone asks too: who kills `deepspeed` means the run, and DeepSpeed's runner dies of SIGTERM without a word to
-its ranks.
+SIGTERM, SIGUSR1 (Slurm's warning), SIGINT (Ctrl-C) and SIGHUP (the terminal was closed, or ssh disconnected) ask the run to
+leave: at the end of the current update the ranks agree, save, and exit with code 10. Before the first update and between
+stages there is nothing to save, and a rank exits at once. A second Ctrl-C exits at once with 130 and saves nothing; SIGQUIT
+(Ctrl-\\) does so the first time, with 131 and every thread's stack. A signal that was ignored at the start (nohup, `&` in a
+script) stays ignored. The death of the launcher counts as SIGTERM: whoever kills `deepspeed` means the run, and DeepSpeed's
+runner dies of SIGTERM without notifying its ranks.
 
-A rank is given up, its threads' stacks on stderr, exit code 11, where
-- nothing moved for `hang_timeout` seconds after training began (a peer hangs in a collective, a file system does not
-  answer), or
-- it was asked to leave and the update that it was in did not end in time: `leave_within` seconds, by default 25, or three
-  times the longest update of this process where that is more, or
-- it was asked to leave because another rank of this machine is gone: what a launcher does then, and no save can be.
+A rank gives up, with its threads' stacks on stderr and exit code 11, where
+- there was no progress for `hang_timeout` seconds after training began (a peer hangs in a collective, a file system does
+  not answer), or
+- it was asked to leave and the current update did not end in time: within `leave_within` seconds, by default 25, or three
+  times the longest update of this process if that is more, or
+- it was asked to leave because another rank of this machine died: launchers then stop all others, and no save is possible.
 
-The thread hears signals itself, by a pipe: Python's handlers wait while the main thread is in a collective.
+The thread receives signals itself, through a pipe: Python's handlers do not run while the main thread is in a collective.
 """
 
 from __future__ import annotations
@@ -36,37 +36,36 @@ import psutil
 from megaflux.common.errors import INTERRUPTED, STOPPED, STUCK
 from megaflux.training.survival import output
 
-LOOK = 0.5  # s between looks
-RANKED = ("RANK", "SLURM_PROCID")  # what launchers give a rank
+LOOK = 0.5  # s between checks
+RANKED = ("RANK", "SLURM_PROCID")  # variables that launchers set for a rank
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 HEARD = (*ASKING, signal.SIGQUIT)
 LEAST = 25.0  # s that an update has to end
 LONGEST_TIMES = 3
-SPEAKING = 2.0  # s for last words: whoever should read them may not
-ONE_HAND = (
-    0.25  # s within which two SIGINT are one Ctrl-C: some wrappers (timeout, uv) pass on what the rank got anyway
-)
+SPEAKING = 2.0  # s for the last message: its reader may have stopped reading
+# s within which two SIGINT are one Ctrl-C: some wrappers (timeout, uv) forward a signal that the rank also got itself
+ONE_CTRL_C = 0.25
 
 
 class Watch:
-    """Install it first thing; `moved()` at the end of every update and at every other sign of life, `ready()` where updates
-    begin.
+    """Handles signals and detects hangs. Create it before anything else; call `ready()` when a stage's updates begin, and
+    `moved()` at the end of every update and at any other progress.
 
-    hang_timeout: s. leave_within: s that an update has to end in once a signal asked; None: `LEAST`, or `LONGEST_TIMES` times
-    the longest update seen where that is more."""
+    hang_timeout: s. leave_within: s in which an update must end after a signal; None: `LEAST`, or `LONGEST_TIMES` times the
+    longest update seen if that is more."""
 
     def __init__(self, hang_timeout: float, leave_within: float | None = None):
         self.hang_timeout, self._leave_within, self._longest = hang_timeout, leave_within, 0.0
         self.signal: str | None = None
-        """Name of the signal that asked."""
+        """Name of the first signal that asked the run to leave; None: none did."""
         self.on_hang: Callable[[str], object] = lambda why: None
-        """Called with the reason when a rank is given up for not moving."""
+        """Called with the reason before a rank gives up."""
         self._asked = self._interrupted = 0.0
         self._saveable = False
-        self._unhurried = 0
+        self._slow_sections = 0
         self._moved = time.monotonic()
         self._parent = os.getppid()
-        # A person's python has no launcher, and its shell may leave before it.
+        # Started from a shell there is no launcher, and the shell may exit first.
         self._launched = any(name in os.environ for name in RANKED)
         self._launchers = _launchers(self._parent) if self._launched else []
         self._orphan = _was_orphaned(self._launchers)
@@ -82,51 +81,51 @@ class Watch:
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def moved(self) -> None:
-        """An update ended, or, within `unhurried`, a part of what may take longer."""
+        """Report progress: an update ended, or a part of a `slow_section`."""
         now = time.monotonic()
-        if self._saveable and not self._unhurried:
+        if self._saveable and not self._slow_sections:
             self._longest = max(self._longest, now - self._moved)
         self._moved = now
 
     @property
     def leave_within(self) -> float:
-        """Seconds that an update has to end in once a signal asked."""
+        """Seconds in which an update must end after a signal."""
         return self._leave_within or max(LEAST, LONGEST_TIMES * self._longest)
 
     def ready(self) -> None:
-        """From now on a signal waits for the end of an update, which is saved."""
+        """Updates begin: from now on a signal waits for the end of the update, which is then saved."""
         self._siblings = max(self._siblings, self._count_siblings())
         self._moved, self._saveable = time.monotonic(), True
 
     def pause(self) -> None:
-        """All is saved, and until `ready` nothing is to be: a signal leaves at once, one that came before as well."""
+        """Nothing to save yet: until `ready()`, a signal exits at once. So does one that has come already."""
         self._saveable = False
         if self.signal is not None:
             self._on_signal(signal.SIGTERM)
 
     @contextlib.contextmanager
-    def unhurried(self, waiting: bool = False) -> Iterator[None]:
-        """A part that may take longer than `leave_within`: a save, a validation, a new stage.
+    def slow_section(self, waiting: bool = False) -> Iterator[None]:
+        """Exempt from `leave_within`: a save, a validation, a new stage.
 
-        waiting: for another rank's work, of which this one sees no sign; it is not held to `hang_timeout` either."""
-        self._unhurried += 1
+        waiting: for another rank's work, whose progress this rank does not see; exempt from `hang_timeout` too."""
+        self._slow_sections += 1
         before, self.hang_timeout = self.hang_timeout, float("inf") if waiting else self.hang_timeout
         try:
             yield
         finally:
             self._moved = self._asked = time.monotonic()
             self.hang_timeout = before
-            self._unhurried -= 1
+            self._slow_sections -= 1
 
     def close(self) -> None:
-        """Training is over: signals end the process as they used to."""
+        """Training is over: restore the default action of every signal."""
         self._ended.set()
         signal.set_wakeup_fd(-1)
         for number in self._heard:
             signal.signal(number, signal.SIG_DFL)
 
     def _on_signal(self, number: int, _: object = None) -> None:
-        if number not in ASKING:  # the thread hears it
+        if number not in ASKING:  # handled in the thread
             return
         if self.signal is None:
             self._asked, self.signal = time.monotonic(), signal.Signals(number).name
@@ -135,7 +134,7 @@ class Watch:
             leave(f"{self.signal} while no update is under way: there is nothing to save" if speaks else None, STOPPED)
 
     def _hear(self, number: int) -> None:
-        """A signal, once for each time that it was sent: of the thread, and not of Python's handlers as well."""
+        """Handle one received signal. Called by the thread only, so that each signal sent counts once."""
         if number == signal.SIGQUIT:
             leave("SIGQUIT: leaving at once, nothing is saved", 128 + number, stacks=True)
         if number in ASKING:
@@ -143,7 +142,7 @@ class Watch:
         if number != signal.SIGINT:
             return
         now = time.monotonic()
-        if self._interrupted and now - self._interrupted > ONE_HAND:
+        if self._interrupted and now - self._interrupted > ONE_CTRL_C:
             leave("a second Ctrl-C: leaving at once, nothing is saved", INTERRUPTED)
         if not self._interrupted and os.environ.get("RANK", "0") == "0":
             _say("Ctrl-C: saving once this update has ended; a second one leaves at once and saves nothing\n")
@@ -159,7 +158,7 @@ class Watch:
                 return
             now = time.monotonic()
             orphaned = self._launched and (
-                self._orphan or os.getppid() != self._parent or not all(map(_lives, self._launchers))
+                self._orphan or os.getppid() != self._parent or not all(map(_is_alive, self._launchers))
             )
             if orphaned and self.signal is None:
                 self._on_signal(signal.SIGTERM)
@@ -167,7 +166,7 @@ class Watch:
                 self._outlive_the_launcher()
             if self.signal is not None and not orphaned and self._count_siblings() < self._siblings:
                 leave(f"{self.signal}, and another rank of this machine is gone: no save is possible", STUCK)
-            if self.signal is not None and not self._unhurried and now - self._asked > self.leave_within:
+            if self.signal is not None and not self._slow_sections and now - self._asked > self.leave_within:
                 self._give_up(
                     f"{self.signal}, and no update ended within {self.leave_within:.0f} s (train.leave_within)"
                 )
@@ -175,21 +174,21 @@ class Watch:
                 self._give_up(f"nothing moved for {now - self._moved:.0f} s (train.hang_timeout)")
 
     def _outlive_the_launcher(self) -> None:
-        """End deepspeed's launcher: Ctrl-C has ended the runner above it, nobody waits for its exit code, and it would send
-        SIGKILL to ranks that are not gone after 30 s, in the middle of their save."""
-        if len(self._launchers) == 2 and os.getppid() == self._parent and not _lives(self._launchers[1]):
+        """Kill deepspeed's launcher: Ctrl-C has ended its parent, the runner, so nobody waits for its exit code, and it would
+        send SIGKILL to ranks that have not exited after 30 s, in the middle of their save."""
+        if len(self._launchers) == 2 and os.getppid() == self._parent and not _is_alive(self._launchers[1]):
             with contextlib.suppress(OSError):
                 os.kill(self._parent, signal.SIGKILL)
 
     def _give_up(self, why: str) -> None:
-        # On its own, for it may hang as well: the run's file system may be what does not answer.
+        # In a thread of its own, as it may hang too: the run's file system may be the cause.
         telling = threading.Thread(target=self.on_hang, args=(why,), daemon=True)
         telling.start()
         telling.join(2.0)
         leave(why, STUCK, stacks=True)
 
     def _count_siblings(self) -> int:
-        """Living ranks of this process' launcher, this one included; 0: there is no launcher."""
+        """Living ranks of this process's launcher, including this one; 0 without a launcher."""
         if not self._launched:
             return 0
         try:
@@ -205,7 +204,7 @@ def _is_rank(process: psutil.Process) -> bool:
         return False
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -213,7 +212,7 @@ def _lives(pid: int) -> bool:
 
 
 def _launchers(parent: int) -> list[int]:
-    """The launcher's process, and deepspeed's runner above it."""
+    """Process ids of the launcher and, if it is deepspeed's, of its parent, the runner."""
     try:
         process = psutil.Process(parent)
         below_runner = any("deepspeed.launcher" in part for part in process.cmdline())
@@ -223,51 +222,52 @@ def _launchers(parent: int) -> list[int]:
 
 
 def _is_for_us(number: int) -> bool:
-    """Whether nobody asked to have this signal of the terminal ignored. torchrun's ranks are in sessions of their own, where
-    none arrives that torchrun did not send; it does so under nohup too, and then sends SIGKILL."""
+    """Whether to handle a signal: False for a terminal's signal that was ignored at the start. Not under torchrun, whose ranks
+    have sessions of their own and get only what torchrun sends; it sends them under nohup too, and SIGKILL afterwards."""
     of_terminal = number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     ignored = of_terminal and signal.getsignal(number) == signal.SIG_IGN
     return not ignored or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _was_orphaned(launchers: list[int]) -> bool:
-    """Whether deepspeed's runner died before it had started us: init then has its child, and its job no leader."""
-    return len(launchers) == 2 and launchers[1] == 1 and not _lives(os.getpgid(launchers[0]))
+    """Whether deepspeed's runner died before this process started: init has adopted the launcher, and the leader of its
+    process group is dead."""
+    return len(launchers) == 2 and launchers[1] == 1 and not _is_alive(os.getpgid(launchers[0]))
 
 
 def leave(why: str | None, code: int, stacks: bool = False) -> NoReturn:
-    """End this process at once: a line on stderr (None: silently), every thread's stack where asked for, the exit code."""
+    """Exit at once with this code, after one line on stderr (None: silently) and, with stacks, every thread's stack."""
     line = "" if why is None else f"rank {os.environ.get('RANK', '0')}: {why}\n"
     _say(line + (_stacks() if stacks else ""), SPEAKING)
-    os._exit(code)  # Python's way out would wait for the very thing that hangs
+    os._exit(code)  # Python's own exit would wait for what hangs
 
 
 def _stacks() -> str:
-    """Every thread's stack. By way of memory, for faulthandler writes with the GIL held, and a pipe may be full."""
+    """Every thread's stack as text. Written to memory first: faulthandler holds the GIL, and a full pipe would block it."""
     try:
         with open(os.memfd_create("stacks"), "w+", errors="replace") as file:
             faulthandler.dump_traceback(file=file, all_threads=True)
             file.seek(0)
             return file.read()
-    except OSError as error:  # no descriptor left, say
+    except OSError as error:  # for example, no descriptor is left
         return f"no stacks: {error.strerror}\n"
 
 
 def _say(text: str, wait: float = 0.0) -> None:
-    """To stderr, past Python's buffer, whose lock another thread may hold in a write that blocks: a pipe is full where `less`
-    shows its first page or a reader is stopped. wait: s until it goes on without having been heard."""
-    said = _thread.allocate_lock()
-    said.acquire()
+    """Write to stderr without Python's buffer, whose lock a thread may hold in a blocked write: a pipe fills up while `less`
+    shows its first page or its reader is stopped. wait: s to wait for the write."""
+    written = _thread.allocate_lock()
+    written.acquire()
 
     def speak() -> None:
         try:
             os.write(2, text.encode())
             if wait:
                 sys.stdout.flush()
-        except (OSError, ValueError, AttributeError):  # closed, or there is none
+        except (OSError, ValueError, AttributeError):  # closed or missing
             pass
-        said.release()
+        written.release()
 
     _thread.start_new_thread(speak, ())
     if wait:
-        said.acquire(timeout=wait)
+        written.acquire(timeout=wait)
