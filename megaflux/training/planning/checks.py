@@ -41,7 +41,7 @@ def find_notes(config: Config) -> list[str]:
         source = getattr(config.model, field)
         if source and source != "tiny" and (name := hub_name(source)):
             why = "hub: asks for it" if source.startswith(HUB) else f"no folder {name.partition('/')[0]} is here"
-            notes.append(f"model.{field}: {name} is fetched from the hub ({why}); its files are not checked before")
+            notes.append(f"model.{field}: {name} is fetched from the hub ({why}); its files are not looked at before")
     return notes
 
 
