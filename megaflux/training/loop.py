@@ -26,6 +26,7 @@ from megaflux.training.engine import StageEngine
 from megaflux.training.objective import Denoising
 from megaflux.training.planning import memory
 from megaflux.training.stages import trainable_names
+from megaflux.training.survival.events import Kind
 from megaflux.training.trainer import Trainer, Verdict, due
 from megaflux.training.update_result import MicroBatch, UpdateResult
 from megaflux.training.upkeep import Upkeep
@@ -124,7 +125,7 @@ def begin_stage(trainer: Trainer, upkeep: Upkeep, stage: int) -> None:
         upkeep.before_stage(trainer)
     run.watch.ready()
     run.events.record(
-        "ready",
+        Kind.READY,
         update=trainer.update,
         plan=memory.counted(plan.policies),
         micro_batch_size=plan.micro_batch_size,

@@ -26,7 +26,7 @@ from megaflux.training.distributed import World, gathered, sum_over_ranks
 from megaflux.training.pictures import picture_file, save_picture
 from megaflux.training.planning import costs
 from megaflux.training.planning.gpus import peak_tflops_for
-from megaflux.training.survival.events import Events
+from megaflux.training.survival.events import Events, Fault, Kind
 from megaflux.training.survival.guard import Drop, DropReason
 from megaflux.training.update_result import MicroBatch, UpdateResult
 
@@ -39,7 +39,8 @@ class Monitor:
 
     def __init__(self, config: Config, world: World, module, start_update: int, events: Events):
         self.config, self.world, self.module, self.events = config, world, module, events
-        self.replaced, self.replacements, self.done = 0, [], start_update
+        self.replaced, self.done = 0, start_update
+        self.replacements: list[tuple[int, str]] = []
         self.folder, self.warned = Path(config.run.dir), False
         folder = self.folder / "tensorboard"
         # Points after the checkpoint that the run resumes from will be written again: hide the old ones.
@@ -82,11 +83,11 @@ class Monitor:
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         if self.world.is_main:
             log.warning("update %d was dropped: %s; its samples: %s", update, drop.text, shown)
-        what = "spike" if drop.reason is DropReason.SPIKE else "skipped_update"
-        self.events.record("fault", what=what, update=update, detail=drop.text, keys=names)
+        what = Fault.SPIKE if drop.reason is DropReason.SPIKE else Fault.SKIPPED_UPDATE
+        self.events.fault(what, update, drop.text, keys=names)
 
     @contextmanager
-    def timed(self, kind: str, update: int) -> Iterator[None]:
+    def timed(self, kind: Kind, update: int) -> Iterator[None]:
         """Record how long a part outside the updates takes."""
         started = time.perf_counter()
         yield
@@ -154,16 +155,17 @@ class Monitor:
         """Record the replaced samples of every rank as events, and count them on all ranks. Collective."""
         new = [one for of_rank in gathered(self.replacements, self.world) for one in of_rank]
         for update, line in new:
-            self.events.record("fault", what="replaced_sample", update=update, detail=line)
+            self.events.fault(Fault.REPLACED_SAMPLE, update, line)
         self.replaced, self.replacements = self.replaced + len(new), []
 
     def _record_progress(self, seconds: float) -> None:
-        self.events.record("progress", update=self.done, seconds=seconds, data_wait=self.data_wait)
+        self.events.record(Kind.PROGRESS, update=self.done, seconds=seconds, data_wait=self.data_wait)
 
     def scalars(self, values: dict[str, float], update: int) -> None:
         with self._never_fatal():
-            for name, value in values.items() if self.writer else ():
-                self.writer.add_scalar(name, value, update)
+            if self.writer:
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, update)
 
     def picture(self, name: str, sheet: Tensor, update: int) -> None:
         """uint8 (3, H, W), to TensorBoard and RUN/samples."""

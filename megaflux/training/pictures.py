@@ -13,6 +13,7 @@ from torch import Tensor
 from megaflux.config.parse import Config
 from megaflux.generation.sampling import SamplingRequest, flux_pipeline, generate
 from megaflux.models.pretrained import Models
+from megaflux.training.ds_config import batch_sizes
 from megaflux.training.frozen import vae_at_hand
 from megaflux.training.validation import References
 
@@ -31,7 +32,7 @@ def variations(
 
     on_step: called after each step of each batch; what it raises ends the sampling."""
     bucket, pictures = references.bucket, []
-    chunk = max(1, config.train.micro_batch_size // per_reference)
+    chunk = max(1, batch_sizes(config).micro // per_reference)
     with vae_at_hand(models):
         request = SamplingRequest(bucket.height, bucket.width, config.validation.steps, config.flow.guidance)
         pipeline = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
@@ -63,11 +64,11 @@ def retrieval_top1(references: References, pictures: Tensor, size: int = 64) -> 
     size x size px.
 
     pictures: uint8 (N, 3, H, W), one per reference. Chance is 1 / N."""
-    small = [
+    made, given = (
         torch.nn.functional.interpolate(x.float(), (size, size), mode="area").flatten(1)
         for x in (pictures, references.pixel_values)
-    ]
-    nearest = torch.cdist(*small).argmin(1)
+    )
+    nearest = torch.cdist(made, given).argmin(1)
     return (nearest == torch.arange(len(nearest))).float().mean().item()
 
 

@@ -20,7 +20,7 @@ from megaflux.training import distributed, frozen, upkeep, validation
 from megaflux.training.cache import cached_dataset
 from megaflux.training.checkpoint import elastic, resume, space, weights
 from megaflux.training.checkpoint.state import Checkpoint
-from megaflux.training.ds_config import compute_dtype
+from megaflux.training.ds_config import batch_sizes, compute_dtype
 from megaflux.training.engine import release_memory
 from megaflux.training.loop import train_stages
 from megaflux.training.monitor import Monitor
@@ -28,7 +28,7 @@ from megaflux.training.planning.gpus import Assumed
 from megaflux.training.planning.plan import Plan
 from megaflux.training.prepare_data import prepare_data
 from megaflux.training.run_folder import lock_run_folder, write_configuration
-from megaflux.training.survival.events import Events
+from megaflux.training.survival.events import Events, Fault, Kind
 from megaflux.training.survival.guard import Guard
 from megaflux.training.survival.watch import Watch
 from megaflux.training.trainer import Divergence, Run, Trainer, Verdict
@@ -62,7 +62,7 @@ def train(
     choose_micro_batch = config.train.micro_batch_size == "auto"
     config = elastic.fit(config, resumed, world.size)
     record_start(events, resumed, world.size)
-    watch.on_hang = lambda why: events.record("fault", what="hang", update=-1, detail=why)
+    watch.on_hang = lambda why: events.fault(Fault.HANG, -1, why)
     prepare_data(config, world)
     plan = Plan(config, ds_config, world, choose_micro_batch, assumed)
     run = Run(config, ds_config, world, events, watch, plan)
@@ -70,8 +70,8 @@ def train(
         verdict = run_until_verdict(run, resumed, load)
     except UserError as error:
         if isinstance(error, space.NoRoom):
-            events.record("fault", what="disk", update=-1, detail=str(error))
-        events.record("stop", update=-1, why="error", detail=str(error))
+            events.fault(Fault.DISK, -1, str(error))
+        events.record(Kind.STOP, update=-1, why="error", detail=str(error))
         raise
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -114,7 +114,7 @@ def run_until_verdict(run: Run, resumed: Checkpoint | None, load: LoadModels) ->
                 run.config.train.bad_updates,
                 resumed.update,
             )
-        run.events.record("fault", what="rollback", update=resumed.update, detail=divergence.drop.text)
+        run.events.fault(Fault.ROLLBACK, resumed.update, divergence.drop.text)
 
 
 def begin(run: Run, resumed: Checkpoint | None, divergence: Divergence | None, load: LoadModels) -> Trainer:
@@ -131,7 +131,7 @@ def begin(run: Run, resumed: Checkpoint | None, divergence: Divergence | None, l
         dataset,
         remote=config.data.remote,
         cache_limit=config.data.cache_limit,
-        micro_batch_size=config.train.drawn_per_rank,
+        micro_batch_size=batch_sizes(config).drawn,
         seed=config.run.seed,
         num_workers=config.data.num_workers,
         verify=divergence is None,
@@ -140,7 +140,7 @@ def begin(run: Run, resumed: Checkpoint | None, divergence: Divergence | None, l
         computed_from=config.data.path if config.data.cache else None,
     )
     for name in loader.stale:
-        run.events.record("fault", what="stale_shared_memory", update=resumed.update if resumed else 0, detail=name)
+        run.events.fault(Fault.STALE_SHARED_MEMORY, resumed.update if resumed else 0, name)
     guard = Guard(config.optim.spike_sigma, config.optim.spike_window, config.train.bad_updates)
     stage = update = 0
     if resumed:
@@ -161,9 +161,11 @@ def begin(run: Run, resumed: Checkpoint | None, divergence: Divergence | None, l
 def record_start(events: Events, resumed: Checkpoint | None, world_size: int) -> None:
     """The event `start`, dated when the process began, and one for every checkpoint that could not be used."""
     began, update = psutil.Process().create_time(), resumed.update if resumed else 0
-    events.record("start", time=began, update=update, world_size=world_size, pid=os.getpid(), host=socket.gethostname())
+    events.record(
+        Kind.START, time=began, update=update, world_size=world_size, pid=os.getpid(), host=socket.gethostname()
+    )
     for line in resumed.refused if resumed else ():
-        events.record("fault", what="checkpoint_refused", update=update, detail=line)
+        events.fault(Fault.CHECKPOINT_REFUSED, update, line)
 
 
 def record_end(trainer: Trainer, verdict: Verdict) -> None:
@@ -173,11 +175,11 @@ def record_end(trainer: Trainer, verdict: Verdict) -> None:
         why = next(name for name in distributed.gathered(run.watch.signal, run.world) if name)
         if run.world.is_main:
             log.warning("%s: saved after update %d; the same command resumes from there", why, trainer.update)
-        run.events.record("stop", update=trainer.update, why=f"signal {why}")
+        run.events.record(Kind.STOP, update=trainer.update, why=f"signal {why}")
         return
     if run.world.is_main:
         log.info("done: %d of %d updates", trainer.update, updates)
-    run.events.record("stop", update=trainer.update, why="done" if trainer.update == updates else "stop_after")
+    run.events.record(Kind.STOP, update=trainer.update, why="done" if trainer.update == updates else "stop_after")
 
 
 def no_way_back(run: Run, divergence: Divergence, resumed: Checkpoint | None) -> UserError:

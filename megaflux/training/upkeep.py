@@ -13,6 +13,7 @@ from megaflux.training.checkpoint import space, weights
 from megaflux.training.checkpoint.write import write_checkpoint
 from megaflux.training.engine import release_memory
 from megaflux.training.planning import memory
+from megaflux.training.survival.events import Fault, Kind
 from megaflux.training.trainer import Divergence, Trainer, Verdict, due
 from megaflux.training.update_result import UpdateResult
 
@@ -80,14 +81,14 @@ def save_checkpoint(trainer: Trainer, must: bool) -> bool:
     try:
         trained = weights.count_trained(run.config, engine.module, engine.stage)
         space.check(run.config, engine, trained, run.world, at_once=None)
-        with trainer.monitor.timed("save", update):
+        with trainer.monitor.timed(Kind.SAVE, update):
             write_checkpoint(run.config, engine, trainer.progress, trainer.models.base, run.world, resumed_from)
     except space.NoRoom as error:
         if must:
             raise
         if run.world.is_main:
             log.error("error, going on without this checkpoint: %s", error)
-        run.events.record("fault", what="disk", update=update, detail=str(error))
+        run.events.fault(Fault.DISK, update, str(error))
         return False
     return True
 
@@ -105,7 +106,7 @@ def show_what_is_due(trainer: Trainer) -> bool:
 def validate(trainer: Trainer) -> None:
     """Seeded validation loss, to TensorBoard, the progress bar and RUN/validation.jsonl. Collective."""
     run, monitor, update = trainer.run, trainer.monitor, trainer.update
-    with monitor.timed("validation", update):
+    with monitor.timed(Kind.VALIDATION, update):
         values = validation.validation_loss(
             trainer.engine.module, run.config, trainer.models, trainer.references, run.world, run.watch.moved
         )
@@ -134,7 +135,7 @@ def show_panel(trainer: Trainer) -> None:
     references = trainer.references
     index = range(min(run.config.validation.panel_samples, len(references.keys)))
     try:
-        with monitor.timed("validation", update):
+        with monitor.timed(Kind.VALIDATION, update):
             made = pictures.variations(run.config, trainer.models, references, index, memory.PANEL, on_step=on_step)
     except InterruptedError:
         made = None
@@ -144,7 +145,7 @@ def show_panel(trainer: Trainer) -> None:
         # A panel must not end a run, whose next start would end here as well.
         made, why = None, f"the panel is left out: {' '.join(str(error).split())[:200]}"
         log.warning("update %d: %s", update, why)
-        run.events.record("fault", what="out_of_memory", update=update, detail=why)
+        run.events.fault(Fault.OUT_OF_MEMORY, update, why)
     if made is None and alone:
         release_memory()  # after the handler, whose traceback holds what the sampling had made
     if run.world.is_main and made is not None:

@@ -26,6 +26,7 @@ from megaflux.models.vlm import Condition
 from megaflux.training import objective
 from megaflux.training.cache import to_tensor
 from megaflux.training.distributed import World, generator_for, sum_over_ranks
+from megaflux.training.ds_config import batch_sizes
 from megaflux.training.objective import Denoising
 
 TIMES = [(i + 0.5) / 8 for i in range(8)]
@@ -58,12 +59,12 @@ def load_references(config: Config, models: Models) -> References:
     bucket = squarest_bucket(read_dataset_info(config.data.path), "held_out")
     if bucket is None:
         raise UserError(f"{config.data.path}: no held-out pictures; prepare the data with --held-out over 0")
-    rows = read_split(config.data.path, "held_out", bucket)
-    rows = heapq.nsmallest(config.validation.samples, rows, key=lambda row: _hash(row["key"]))
+    held_out = read_split(config.data.path, "held_out", bucket)
+    rows = heapq.nsmallest(config.validation.samples, held_out, key=lambda row: _hash(row["key"]))
     pixel_values = torch.stack([to_tensor(row["image"]) for row in rows])
     encoded = [
         (latent_ops.encode(models.vae, chunk).cpu(), models.trunk.encode(chunk).hidden_states.cpu())
-        for chunk in pixel_values.to(models.trunk.device).split(config.train.micro_batch_size)
+        for chunk in pixel_values.to(models.trunk.device).split(batch_sizes(config).micro)
     ]
     latents, hidden_states = (torch.cat(parts) for parts in zip(*encoded))
     return References([row["key"] for row in rows], pixel_values, latents, hidden_states, bucket)
@@ -81,7 +82,7 @@ def validation_loss(
     """{"loss", "shuffled", "gap", "loss_t0".."loss_t7", "shuffled_t0"..}. Collective: each rank computes its share.
 
     on_batch: called after each batch."""
-    n, device, micro = len(references.keys), world.device, config.train.micro_batch_size
+    n, device, micro = len(references.keys), world.device, batch_sizes(config).micro
     sums = torch.zeros(2, len(TIMES), dtype=torch.float64, device=device)
     # Under ZeRO-3 all ranks must call the model equally often: the last ones repeat a picture with weight 0.
     share = -(-n // world.size)

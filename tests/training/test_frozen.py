@@ -44,7 +44,7 @@ def data(tmp_path_factory):
 
 
 def configured(data: Path, *kinds: str):
-    return build_config(merge(tiny(), small_config(data, data.parent / "run", data__cache=list(kinds))))
+    return build_config(merge(tiny(), small_config(data, data.parent / "run", data__cache=list(kinds)))).for_world(1)
 
 
 def cached_dev(*kinds: str):
