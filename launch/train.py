@@ -18,8 +18,9 @@ from megaflux.common.errors import UserError, exit_on_user_error, quiet_interrup
 if __name__ == "__main__":
     quiet_interrupt()  # the imports below take a second
 
+from megaflux.common.command import Parser
 from megaflux.common.paths import path_option
-from megaflux.config.parse import Parser, add_config_arguments, parse_config
+from megaflux.config.command_line import add_config_arguments, parse_config
 from megaflux.training.checkpoint import saved
 from megaflux.training.ds_config import load_ds_config, with_defaults
 from megaflux.training.planning.checks import find_problems

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for launch/, 
 
 from launch import train
 from megaflux.common.errors import exit_on_user_error
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.training.planning.checks import find_problems
 
 

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megaflux.common.command import Parser
 from megaflux.common.errors import UserError, exit_on_user_error
 from megaflux.common.paths import path_option
-from megaflux.config.parse import Parser
 from megaflux.generation.layout import check_out, whole_folder
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.generation.layout import MANIFEST, Settings
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline, device_and_dtype
 from megaflux.models.pretrained import Models, cast, load_models

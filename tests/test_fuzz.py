@@ -18,10 +18,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megaflux.common.command import Parser
 from megaflux.common.errors import UserError
 from megaflux.config import plain_yaml
-from megaflux.config.parse import Config, Parser, add_config_arguments, build_config, field_paths, parse_config
+from megaflux.config.command_line import add_config_arguments, parse_config
+from megaflux.config.parse import build_config
 from megaflux.config.presets import tiny
+from megaflux.config.schema import Config, field_paths
 from megaflux.data.buckets import make_buckets
 from megaflux.data.storage.dataset import (
     DatasetInfo,

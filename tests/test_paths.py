@@ -15,12 +15,14 @@ from types import SimpleNamespace
 import pytest
 
 from megaflux.bench.__main__ import BENCHES
+from megaflux.common.command import Parser
 from megaflux.common.errors import UserError
 from megaflux.common.paths import expanded, keyed_path_option, literal, path_option
 from megaflux.config import plain_yaml
-from megaflux.config.parse import Config, Parser, add_config_arguments, build_config, field_paths, parse_config
+from megaflux.config.command_line import add_config_arguments, parse_config
+from megaflux.config.parse import build_config
 from megaflux.config.presets import PRESETS
-from megaflux.config.schema import PATHS
+from megaflux.config.schema import PATHS, Config, field_paths
 from megaflux.infer import options as infer_options
 from megaflux.infer.make import line_options
 from megaflux.training.checkpoint import saved

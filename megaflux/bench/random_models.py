@@ -28,7 +28,7 @@ from megaflux.models.loading_errors import named
 from megaflux.models.scratch import tiny_processor, vlm_configuration
 
 if TYPE_CHECKING:
-    from megaflux.config.parse import Config
+    from megaflux.config.schema import Config
     from megaflux.models.pretrained import Models
 
 # config.json of black-forest-labs/FLUX.1-dev, vae/ and scheduler/

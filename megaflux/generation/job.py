@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Section
+from megaflux.config.schema import Section
 from megaflux.generation.dots.dots import Dot, Weighting
 from megaflux.generation.prompt import check_prompt
 

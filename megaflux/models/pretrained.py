@@ -35,7 +35,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.common.errors import UserError
 from megaflux.models.connector import build_connector
 from megaflux.models.loading_errors import named

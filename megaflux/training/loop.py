@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from megaflux.common.errors import STOPPED, UserError, is_out_of_memory
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.data.loader import Batch, BucketLoader, build_loader
 from megaflux.data.reading.pieces import pieces, position_for
 from megaflux.models import latents as latent_ops

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megaflux import flow
 from megaflux.common.transfer import pins, to_device
-from megaflux.config.parse import ConditionModes, Flow
+from megaflux.config.schema import ConditionModes, Flow
 from megaflux.models.latents import PACK
 from megaflux.models.vlm import Mode
 from megaflux.training.distributed import generator_for

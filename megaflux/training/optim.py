@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:  # the bench `traffic` runs where pydantic is missing
-    from megaflux.config.parse import Config, Optim
+    from megaflux.config.schema import Config, Optim
 
 
 def learning_rate(update: int, updates: int, optim: Optim) -> float:

@@ -15,9 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from megaflux.common.command import Parser
 from megaflux.common.errors import UserError, exit_on_user_error
 from megaflux.common.paths import path_option
-from megaflux.config.parse import Parser, load_yaml
+from megaflux.config.parse import load_yaml
 from megaflux.training.survival import events as diary
 from megaflux.training.survival.events import number
 

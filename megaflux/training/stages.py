@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megaflux.common.errors import FrozenParameterError, UserError
 
 if TYPE_CHECKING:  # the benches name stages on machines that lack what reading a configuration needs
-    from megaflux.config.parse import Stage
+    from megaflux.config.schema import Stage
 
 # (part, pattern): what a parameter belongs to. Ordered for reading; the patterns exclude each other.
 PATTERNS: tuple[tuple[str, str], ...] = (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megaflux import flow
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.data.buckets import Bucket
 from megaflux.data.storage.dataset import read_dataset_info, read_split, squarest_bucket
 from megaflux.generation.sampling import flux_pipeline, generate

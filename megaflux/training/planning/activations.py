@@ -35,7 +35,7 @@ from megaflux.models.flux import Policy
 from megaflux.models.tokens import Tokens
 
 if TYPE_CHECKING:  # the benches name stages on machines that lack what reading a configuration needs
-    from megaflux.config.parse import Stage
+    from megaflux.config.schema import Stage
 
 MLP_RATIO = 4  # r: FluxSingleTransformerBlock's mlp_ratio and FeedForward's mult
 

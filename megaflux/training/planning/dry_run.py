@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config, Stage
+from megaflux.config.schema import Config, Stage
 from megaflux.data.buckets import Bucket
 from megaflux.data.reading import shm_room
 from megaflux.models.pretrained import meta_models

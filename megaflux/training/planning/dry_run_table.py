@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from megaflux.config.parse import Config, Stage
+from megaflux.config.schema import Config, Stage
 from megaflux.training.ds_config import divisors
 from megaflux.training.planning.gpus import GPUS, Assumed, Gpu
 from megaflux.training.planning.memory import USABLE, usable

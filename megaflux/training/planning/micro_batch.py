@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from megaflux.config.parse import Config, Stage
+from megaflux.config.schema import Config, Stage
 from megaflux.data.buckets import Bucket, make_buckets
 from megaflux.models.flux import POLICIES, Policy, all_blocks
 from megaflux.training.ds_config import uses_kernels

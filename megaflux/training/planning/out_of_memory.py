@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import torch
 
 from megaflux.common.errors import STUCK, UserError, is_out_of_memory
-from megaflux.config.parse import Config, Stage
+from megaflux.config.schema import Config, Stage
 from megaflux.models.flux import Policy, uneven_norms
 from megaflux.models.pretrained import Models, meta_models
 from megaflux.training import distributed

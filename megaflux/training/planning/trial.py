@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.data.buckets import Bucket
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models
