@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megaflux.common.errors import UserError
 from megaflux.generation import outputs
-from megaflux.infer import make as infer
+from megaflux.infer import __main__ as infer
 from tests.conftest import picture
 from tests.generation.test_modes import controlnet_folder  # noqa: F401  (a fixture)
 

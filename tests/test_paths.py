@@ -23,8 +23,8 @@ from megaflux.config.command_line import add_config_arguments, parse_config
 from megaflux.config.parse import build_config
 from megaflux.config.presets import PRESETS
 from megaflux.config.schema import PATHS, Config, field_paths
-from megaflux.infer import options as infer_options
-from megaflux.infer.make import line_options
+from megaflux.infer.interactive import line_options
+from megaflux.infer.options import build_parser
 from megaflux.training.checkpoint import saved
 from megaflux.training.checkpoint import state as checkpoint
 from megaflux.training.ds_config import load_ds_config
@@ -122,8 +122,8 @@ def test_every_option_that_holds_a_path_expands_it(module, monkeypatch):
 
 def test_every_program_is_walked_over():
     assert {
-        "megaflux.infer.make",
-        "megaflux.panel.app",
+        "megaflux.infer.__main__",
+        "megaflux.panel.__main__",
         "megaflux.export",
         "megaflux.convert",
         "megaflux.data.prepare",
@@ -252,7 +252,7 @@ def test_pictures_and_models_of_infer(home):
     picture(64, 64).save(home / "cat.png")
     (home / "net").mkdir()
     given = vars(
-        infer_options.build_parser().parse_args(
+        build_parser().parse_args(
             [
                 "--checkpoint=~/net",
                 "--reference",
