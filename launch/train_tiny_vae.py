@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaflux.common import compat  # before diffusers
+import megaflux
+from megaflux.common import compat  # noqa: F401  (before diffusers)
 from megaflux.common.paths import path_option
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.prepare import OPENMOJI_DEFAULTS
@@ -31,7 +32,7 @@ from megaflux.data.writing.openmoji import OpenMoji
 
 from diffusers import AutoencoderKL  # isort: skip  (after compat)
 
-OUT = Path(compat.__file__).parent / "assets" / "tiny" / "vae"
+OUT = Path(megaflux.__file__).parent / "assets" / "tiny" / "vae"
 
 # Few channels at full resolution, where the time goes; no attention, so that any canvas works.
 VAE_CONFIG = {

@@ -275,7 +275,7 @@ def test_replay_notices_other_nets_and_other_maps(run_folder, controlnet_folder,
     settings = json.loads(Image.open(made).text["megaflux"])
     settings["maps"]["canny"] = "0" * 64
     Path("other.png").write_bytes(outputs.png_bytes(Image.open(made), settings))
-    with pytest.raises(UserError, match="the canny map comes out otherwise"):
+    with pytest.raises(UserError, match="the canny map is not the picture"):
         infer.main(["--from-image", "other.png", "--out", "third"])
     weights = load_file(net / "diffusion_pytorch_model.safetensors")
     save_file({k: v * 1.1 for k, v in weights.items()}, net / "diffusion_pytorch_model.safetensors")
@@ -585,7 +585,7 @@ def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_pa
         (["--image", "{room}", "--control", "canny", "--control", "canny", "--controlnet", "x"], "given twice"),
         (["--image", "{room}", "--control", "pose", "--controlnet", "x"], "no detector makes such a map"),
         (["--image", "{room}", "--control", "smell", "--controlnet", "x"], "no such kind; use"),
-        (["--image", "{room}", "--control", "canny:x", "--controlnet", "x"], "'x' is no number"),
+        (["--image", "{room}", "--control", "canny:x", "--controlnet", "x"], "'x' is not a number"),
         (["--image", "{room}", "--control", "canny:-1", "--controlnet", "x"], "scale -1"),
         (["--control-image", "depth", "--controlnet", "x"], "use KIND=IMG"),
         (

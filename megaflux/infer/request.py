@@ -101,7 +101,7 @@ def to_runtime(given: Mapping[str, Any], base: Runtime | None = None) -> Runtime
         changes["controlnet"] = dict(values.controlnet(text) for text in changes["controlnet"])
     for name in ("depth_model", "line_model", "sam_model"):
         if name in changes:
-            changes[name] = values.source(changes[name], values.option_of(name))
+            changes[name] = values.model_source(changes[name], values.option_of(name))
     if base is None and "checkpoint" not in changes:
         raise UserError("--checkpoint: missing; give a run's folder or an export's")
     runtime = _validated(Runtime, ({} if base is None else base.model_dump()) | changes)

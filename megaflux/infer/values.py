@@ -92,10 +92,10 @@ def controlnet(text: str) -> tuple[str, str]:
     """--controlnet: [KIND=]DIR -> (kind, source); the kind "" reads any map."""
     kind, equals, source = text.partition("=")
     kind, source = (known_kind(kind, "--controlnet"), source) if equals else ("", text)
-    return kind, source(source, f"--controlnet {kind}".strip())
+    return kind, model_source(source, f"--controlnet {kind}".strip())
 
 
-def source(text: str, option: str) -> str:
+def model_source(text: str, option: str) -> str:
     """A model's folder as an absolute path; a text that is no path here may be a hub's OWNER/NAME and stays as it is."""
     return absolute(text, option) if exists(text) else text
 
@@ -103,8 +103,8 @@ def source(text: str, option: str) -> str:
 def with_number(text: str, option: str, is_file: bool = True) -> tuple[str, float]:
     """`NAME:NUMBER` -> (NAME, NUMBER); NAME alone has the number 1.
 
-    is_file: NAME is a file, whose name may hold a colon: an existing file whose whole name is `text` takes precedence. UserError
-    for what is no number after a NAME that is not a file.
+    is_file: NAME is a file, whose own name may hold a colon; an existing file named `text` takes precedence. Otherwise UserError
+    where the part after the colon is not a number.
     """
     name, colon, number = text.rpartition(":")
     if not colon or (is_file and exists(text)):
