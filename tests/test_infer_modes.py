@@ -560,7 +560,7 @@ def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_pa
     )
     assert done.returncode == 0, done.stderr
     errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert [e.split(":")[1].split()[0] for e in errors] == ["nothing.pgn", "argument", "--steps", "--device", "line"], (
+    assert [e.split(":")[1].split()[0] for e in errors] == ["nothing.pgn", "--steps", "--steps", "--device", "line"], (
         errors
     )
     names = {file.name for file in (tmp_path / "out").glob("*-seed*.png")}
