@@ -2,8 +2,8 @@
 
     python launch/demo.py [--run runs/demo] [options of launch/train.py]
 
-Training is a real `deepspeed launch/train.py` process; a finished run is not trained again (delete its folder for
-that). Ends with a table, also in RUN/summary.json.
+Training is a real `deepspeed launch/train.py` process; a finished run is not trained again unless its folder is deleted.
+Ends with a table, also in RUN/summary.json.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from megaflux.common.command import Parser
 from megaflux.common.errors import UserError, exit_on_user_error
 from megaflux.common.paths import path_option
 
@@ -22,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(allow_abbrev=True, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=path_option, default="runs/demo", help="folder of the run")
     args, train_options = parser.parse_known_args()
     run, started = Path(args.run), time.monotonic()
@@ -66,8 +68,9 @@ def main() -> None:
     print(f"  next        python -m megaflux.infer --checkpoint {run} --reference YOUR.png --count 4 --seed 7")
 
 
-def evaluate(run: Path) -> dict:
-    """Loss, gap and retrieval of a finished run, and its contact sheet."""
+def evaluate(run: Path) -> dict[str, Any]:
+    """Loss, conditioning gap and retrieval of a finished run; writes its contact sheet. UserError where the loss of the
+    checkpoint is not the one that the run recorded."""
     import torch
 
     from megaflux import runs

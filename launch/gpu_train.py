@@ -1,11 +1,11 @@
-"""make gpu-train: the real thing on one GPU: launch/train.py's loop at FLUX.1-dev's sizes, saved, resumed and measured.
+"""make gpu-train: launch/train.py's loop on one GPU at FLUX.1-dev's sizes, saved, resumed and measured.
 
     python launch/gpu_train.py [--run runs/gpu-train] [--small] [--json FILE] [options of launch/train.py]
 
-launch/train_random.py makes the models on the GPU from a seed, so no weights are on the disk; pictures at 1024 px are
-generated once. Then stage 1 of the preset dev under ZeRO-2: half of the updates, a checkpoint, and the other half by a second
-process that resumes. The optimizer is on the GPU where that has room for it (ds_configs/zero2.json), else on the host
-(zero2_offload.json). The disk of --run holds the checkpoints. --small: the same at sizes of a test.
+launch/train_random.py makes the models on the GPU from a seed, so no weights are needed on the disk; pictures of 1024 px are
+generated once. Then stage 1 of the preset dev is trained under ZeRO-2: half of the updates, a checkpoint, and the other half in
+a second process that resumes. The optimizer is on the GPU if it fits (ds_configs/zero2.json), else on the host
+(zero2_offload.json). --run needs disk space for the checkpoints. --small: the same at the sizes of a test.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megaflux.common.command import whole_numbers
 from megaflux.common.errors import UserError, exit_on_user_error
 from megaflux.common.paths import path_option
 from megaflux.config.presets import PUBLISHED_STAGES, dev, tiny
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RATIOS = ("16:9", "2:1", "2.35:1", "1:1", "1:2")  # of the preset's buckets
 WARM_UP = 2  # updates of each process that are not counted
 FEW_BLOCKS = [1, 19, 56]  # a third of stage 1's parameters, for a small disk
-KEEP = 2  # train.keep_checkpoints, the least that there is
+KEEP = 2  # train.keep_checkpoints: its minimum
 
 
 def main() -> int:
@@ -49,9 +50,9 @@ def main() -> int:
     parser.add_argument("--accumulation", type=positive, default=4, metavar="N", help="steps per update (default 4)")
     parser.add_argument(
         "--blocks",
-        type=_blocks,
+        type=whole_numbers(f"indices of FLUX blocks as {_listed(FEW_BLOCKS)}"),
         metavar="1,19,56",
-        help="FLUX blocks that train (default: all of stage 1 where the disk has room for its checkpoints, "
+        help="trainable FLUX blocks (default: all of stage 1 if the disk has room for its checkpoints, "
         f"else {_listed(FEW_BLOCKS)})",
     )
     add_report_arguments(parser)
@@ -61,6 +62,7 @@ def main() -> int:
 
     import torch
 
+    from megaflux.training.survival import events
     from megaflux_kernels.bench.machine import attention_backend, facts
 
     if not args.small and not torch.cuda.is_available():
@@ -91,20 +93,21 @@ def main() -> int:
     make_data(root / "data", values["data"]["longest_side"], tuple(values["data"]["aspect_ratios"]))
 
     if run.exists():
-        shutil.rmtree(run)  # a measurement starts anew; the data stay
+        shutil.rmtree(run)  # each measurement is a new run; the data are kept
     half = args.updates // 2
     train(config, sharding, "--train.stop_after", str(half), *train_options)
-    said = train(config, sharding, *train_options)
-    if not any(f"at update {half}" in line for line in said):
-        raise UserError(f"{run}: the second process did not say that it resumes at update {half}")
+    train(config, sharding, *train_options)
+    starts = [event.get("update") for event in events.read(run) if event["kind"] == "start"]
+    if starts[-1:] != [half]:
+        raise UserError(f"{run}: the second process did not resume at update {half}; see its output")
     report.add(*measured(run, args.updates, shape, half))
     print(table(row for row in report.rows if row.bench == "train"))
     return 0
 
 
 def settings(root: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The run's configuration, of stage 1 alone: the preset dev, or with --small one of seconds: 2 + 2 blocks of width 64,
-    pictures of 64 px."""
+    """The run's configuration with stage 1 only: of the preset dev, or with --small 2 + 2 blocks of width 64 and pictures of
+    64 px, which take seconds."""
     values, half = dev(), args.updates // 2
     values["model"] |= {"flux": None, "vlm": None, "vae": None}  # None: FLUX.1's VAE
     values["data"] |= {"path": str(root / "data"), "aspect_ratios": list(RATIOS), "num_workers": 4}
@@ -136,14 +139,14 @@ def settings(root: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def shape_of(args: argparse.Namespace, values: dict[str, Any], sharding: Path) -> str:
-    """What the numbers are of, for the report, where the optimizer was among it: "1024 px micro 1 x 4 zero2_offload"."""
+    """The setup of a measurement for the report, such as "1024 px micro 1 x 4 zero2_offload"."""
     shape = f"{values['data']['longest_side']} px micro {args.micro_batch} x {args.accumulation} {sharding.stem}"
     blocks = values["stages"][0]["blocks"]
     return shape if args.small or blocks == PUBLISHED_STAGES["stage1"] else f"{shape} blocks {_listed(blocks)}"
 
 
 def unused(root: Path) -> str:
-    """One line that names what a version before this one left in --run, models that nothing reads any more; or nothing."""
+    """A line that names models in --run which an earlier version made and nothing reads any more; "" if there are none."""
     left = [path for path in (root / "flux", root / "qwen", root / "complete") if path.exists()]
     files = [file for path in left for file in (path, *path.rglob("*")) if file.is_file()]
     size = sum(file.stat().st_size for file in files) / 1e9
@@ -157,8 +160,8 @@ def choose_blocks(
     choices: list[list[int]],
     measured: Callable[[list[int]], bool] = lambda blocks: False,
 ) -> list[int]:
-    """The first of these lists of blocks that is measured already, which needs no room, or for whose checkpoints the disk
-    has room, what an earlier run left counted as free. UserError, naming the least that is needed, where there is none."""
+    """The first of these lists of blocks that is measured already, which needs no disk, or whose checkpoints fit on the disk
+    (files of an earlier run count as free). UserError, naming the space that is needed, where none fits."""
     from megaflux.config.parse import build_config
     from megaflux.models.pretrained import meta_models
     from megaflux.training.checkpoint.retention import most_at_once
@@ -190,8 +193,8 @@ def checkpoint_bytes(trained: int) -> int:
 
 
 def choose_sharding(values: dict[str, Any], device: Any) -> Path:
-    """zero2.json where the device has room for all that training keeps on it with every block computed again (16 bytes of
-    it for each trained parameter), as training's own formula counts; else zero2_offload.json."""
+    """zero2.json if training fits on the device with every block recomputed, by training's own estimate (16 bytes for each
+    trained parameter are part of it); else zero2_offload.json."""
     import torch
 
     from megaflux.config.parse import build_config
@@ -228,12 +231,12 @@ def write(path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def train(config: Path, sharding: Path, *options: str) -> list[str]:
-    """One process of launch/train_random.py through DeepSpeed's launcher; returns the lines that it said."""
+def train(config: Path, sharding: Path, *options: str) -> None:
+    """Run launch/train_random.py in DeepSpeed's launcher. Exits with its code if it fails."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # As a module: where packages were put into a folder, its commands are not on the PATH.
+    # As a module, because the commands of packages that were installed into a folder (--target) are not on the PATH.
     command = [
         sys.executable,
         "-m",
@@ -254,18 +257,12 @@ def train(config: Path, sharding: Path, *options: str) -> list[str]:
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     print("$ " + " ".join(command), flush=True)
-    lines = []
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-    if process.returncode:
-        sys.exit(process.returncode)
-    return lines
+    if code := subprocess.run(command, env=env, stderr=subprocess.STDOUT).returncode:
+        sys.exit(code)
 
 
 def measured(run: Path, updates: int, shape: str, half: int) -> list[Row]:
-    """Rows from the run's TensorBoard points, without the first updates of each process."""
+    """Rows from the run's TensorBoard points; rates leave out the first updates of each process."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from megaflux_kernels.bench.timing import median
@@ -294,12 +291,6 @@ def measured(run: Path, updates: int, shape: str, half: int) -> list[Row]:
         Row("train", "ours", shape, "loss_first", losses[1], "1"),
         Row("train", "ours", shape, "loss_last", losses[updates], "1"),
     ]
-
-
-def _blocks(text: str) -> list[int]:
-    if not all(part.isascii() and part.isdigit() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"want indices of FLUX blocks as {_listed(FEW_BLOCKS)}, got {text!r}")
-    return [int(part) for part in text.split(",")]
 
 
 def _listed(blocks: list[int]) -> str:

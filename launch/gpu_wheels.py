@@ -1,11 +1,11 @@
-"""Wheels for a GPU machine that can fetch nothing: what megaflux needs beyond torch, transformers and their like.
+"""Wheels for a GPU machine without network: what megaflux needs beyond torch, transformers and the like.
 
     python launch/gpu_wheels.py [--python 3.12] [--out .whl] [--first] [--limit 50]
 
-Downloads them here, in the versions that are installed here (`make install`), for the other machine's Python and Linux on x86-64;
-DeepSpeed, which is published as source alone, is built here without its extensions. A wheel that is in --out already is not
-fetched again. --first: only what benches of FLUX need (diffusers); without it, all that a training run on local data needs. The
-other machine must have torch, torchvision, triton, transformers, numpy, pillow, psutil, pyyaml, tensorboard, tqdm, requests,
+Downloads the versions that are installed here (`make install`), for the other machine's Python and Linux on x86-64. DeepSpeed,
+which is published as source only, is built here without its extensions. A wheel that is in --out is not fetched again.
+--first: only what benches of FLUX need (diffusers); without it, all that a training run on local data needs. The other machine
+must have torch, torchvision, triton, transformers, numpy, pillow, psutil, pyyaml, tensorboard, tqdm, requests,
 packaging, py-cpuinfo, msgpack, ninja, pyarrow, pytest and xxhash, each with its own requirements.
 """
 
@@ -21,14 +21,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.tags import Tag
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # it must run where nothing is installed of megaflux
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # megaflux need not be installed
 
+from megaflux.common.command import Parser, count  # noqa: E402
 from megaflux.common.errors import UserError, exit_on_user_error  # noqa: E402
 from megaflux.common.paths import path_option  # noqa: E402
-from megaflux_kernels.bench.report import Parser, positive  # noqa: E402
 
 THERE = (
     "torch",
@@ -52,7 +53,7 @@ THERE = (
 )
 FIRST = ("diffusers",)
 ALL = (*FIRST, "accelerate", "deepspeed", "mosaicml-streaming", "pydantic", "einops")
-# streaming imports these where data are in a bucket of theirs, and matplotlib for a simulator
+# streaming imports these for data in the buckets of their services, and matplotlib for a simulator
 UNUSED = (
     "boto3",
     "google-cloud-storage",
@@ -63,21 +64,23 @@ UNUSED = (
     "azure-identity",
     "matplotlib",
 )
-FRESH = ("typing-extensions",)  # carried although it is there: pydantic wants a recent one
-BUILT = ("deepspeed",)  # published as source alone
-# Of glibc 2.28 and older ones; pip takes each name as it stands, and zstd's is 2_14.
+FRESH = ("typing-extensions",)  # carried although the machine has it: pydantic needs a recent one
+BUILT = ("deepspeed",)  # published as source only
+# For glibc 2.28 and older. pip matches each name literally, and zstd's wheel is named 2_14.
 PLATFORMS = (*(f"manylinux_2_{n}" for n in range(28, 4, -1)), "manylinux2014", "manylinux2010", "manylinux1")
 
 
 def main() -> int:
-    parser = Parser(prog="launch/gpu_wheels.py", description=__doc__)
+    parser = Parser(
+        prog="launch/gpu_wheels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--python", default="3.12", metavar="3.N", type=_python, help="of that machine (default 3.12)")
     parser.add_argument(
         "--out", type=path_option, default=".whl", metavar="DIR", help="folder for the wheels (default .whl)"
     )
     parser.add_argument("--first", action="store_true", help="only what benches of FLUX need")
     parser.add_argument(
-        "--limit", type=positive, default=50, metavar="MB", help="most that they may come to (default 50)"
+        "--limit", type=count, default=50, metavar="MB", help="largest size of all wheels together (default 50)"
     )
     args = parser.parse_args()
     out = Path(args.out)
@@ -99,9 +102,8 @@ def main() -> int:
         raise UserError(
             f"no wheel for Python {args.python} on Linux x86-64 of {', '.join(missing)}; the others are in {out}"
         )
-    if stray := sorted(
-        {p.name for p in out.glob("*.whl")} - {found(out, *w, args.python).name for w in wanted.items()}
-    ):
+    fitting = {path.name for w in wanted.items() if (path := found(out, *w, args.python)) is not None}
+    if stray := sorted({path.name for path in out.glob("*.whl")} - fitting):
         names = {canonicalize_name(name.split("-")[0]) for name in stray} & set(wanted)
         if names:
             raise UserError(
@@ -119,14 +121,15 @@ def main() -> int:
 
 def chosen(roots: Iterable[str], python: str) -> dict[str, str]:
     """{name: version installed here} of the packages to carry: roots and what they require for that Python on Linux x86-64,
-    without THERE with what that requires, and UNUSED. UserError where one is not installed here."""
+    without UNUSED, and without THERE and what that requires. UserError where one is not installed here."""
     have = required(THERE, python, strict=False)
     carried = [n for n in required(roots, python, skip=UNUSED) if n not in have or n in FRESH]
     return {name: importlib.metadata.version(name) for name in sorted(carried)}
 
 
 def required(roots: Iterable[str], python: str, skip: Iterable[str] = (), strict: bool = True) -> set[str]:
-    """Names of roots and all that they require, as their METADATA here says. strict: UserError for one that is not installed."""
+    """Names of roots and all that they require, from the METADATA installed here. strict: UserError for a package that is not
+    installed."""
     environment = {
         "python_version": python,
         "python_full_version": f"{python}.0",
@@ -158,7 +161,7 @@ def required(roots: Iterable[str], python: str, skip: Iterable[str] = (), strict
 
 
 def found(out: Path, name: str, version: str, python: str) -> Path | None:
-    """The wheel of this package and version in a folder that installs on that Python and Linux x86-64."""
+    """The wheel in a folder of this package and version that fits that Python on Linux x86-64; None: there is no such wheel."""
     minor = int(python.split(".")[1])
     for path in sorted(out.glob("*.whl")):
         try:
@@ -170,7 +173,7 @@ def found(out: Path, name: str, version: str, python: str) -> Path | None:
     return None
 
 
-def _fits(tag, minor: int) -> bool:
+def _fits(tag: Tag, minor: int) -> bool:
     if not (tag.platform == "any" or tag.platform.startswith("manylinux") and tag.platform.endswith("x86_64")):
         return False
     if tag.interpreter in ("py3", f"py3{minor}", f"cp3{minor}"):
@@ -180,7 +183,7 @@ def _fits(tag, minor: int) -> bool:
 
 
 def fetch(name: str, version: str, python: str, out: Path) -> str:
-    """Have pip put the wheel into the folder; returns what pip said last where it did not, else nothing."""
+    """Let pip put the wheel into the folder; returns the last line of its errors, or "" where it succeeded."""
     if name in BUILT:  # with the setuptools and torch of this environment
         done = pip("wheel", "--no-deps", "--no-build-isolation", "--use-pep517", "-w", str(out), f"{name}=={version}")
     else:
@@ -210,7 +213,7 @@ def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def print_table(wheels: list[Path]) -> int:
-    """Files and sizes; returns their bytes together."""
+    """Print files and sizes; returns their bytes together."""
     sizes = {path.name: path.stat().st_size for path in wheels}
     width = max(map(len, sizes), default=0)
     for name, size in sizes.items():

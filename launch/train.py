@@ -1,7 +1,7 @@
 """Train Qwen2VL-Flux. Start with `deepspeed launch/train.py`, `torchrun launch/train.py` or plain python.
 
-Without options: the tiny preset on the demo images. The preset's values are overlaid by --config and then by
-the options here. --dry-run prints what a run would do and cost, and what is wrong with it, and loads nothing.
+Without options: the tiny preset on the demo images. --config overrides the preset's values, and the options here
+override both. --dry-run prints what a run would do and cost, and what is wrong with it, without loading anything.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from megaflux.common.errors import UserError, exit_on_user_error, quiet_interrup
 if __name__ == "__main__":
     quiet_interrupt()  # the imports below take a second
 
+from megaflux.common.command import Parser, count, positive, share
 from megaflux.common.paths import path_option
-from megaflux.config.parse import Parser, add_config_arguments, parse_config
+from megaflux.config.command_line import add_config_arguments, parse_config
 from megaflux.training.checkpoint import saved
 from megaflux.training.ds_config import load_ds_config, with_defaults
 from megaflux.training.planning.checks import find_problems
@@ -34,11 +35,12 @@ def main(
     problems: Callable[..., list[str]] = find_problems,
     parser: Parser | None = None,
 ) -> int | None:
-    """Parse first and import the heavy libraries after, so that bad input is answered at once.
+    """Run the command line; returns the exit code. Heavy libraries are imported after parsing, so that bad input is answered
+    at once.
 
-    For programs that train other models than the published ones (launch/train_random.py): load makes them, (config, device,
-    dtype) -> Models, None: megaflux.models.pretrained.load_models; problems (config, ds_config, ranks) -> one line each, what
-    would stop the run; parser: by default build_parser()'s.
+    The arguments are for programs that train other models than the published ones (launch/train_random.py). load: makes the
+    models, (config, device, dtype) -> Models; None: megaflux.models.pretrained.load_models. problems: (config, ds_config,
+    ranks) -> one line for each thing that would stop the run. parser: None: build_parser().
     """
     args, config = parse_config(parser or build_parser(), saved=saved_values)
     ds_config = load_ds_config(args.deepspeed)
@@ -47,13 +49,7 @@ def main(
         saved.refuse_changes(config, resumed.values)
     ds_config = with_defaults(ds_config, None if resumed is None else resumed.ds_config)
     if os.environ.get("RANK", "0") == "0":
-        if resumed is not None and resumed.values is None:
-            print(
-                f"{config.run.dir}: config.yaml is missing; what is not given is this version's default",
-                file=sys.stderr,
-            )
-        if args.kept:
-            print(saved.describe(config.run.dir, args.kept), file=sys.stderr)
+        tell_of_resuming(config.run.dir, resumed, args.kept)
     assumed = Assumed(args.gpu, args.gpu_memory, args.peak_tflops, args.mfu)
     if args.dry_run:
         if os.environ.get("RANK", "0") != "0":
@@ -66,22 +62,29 @@ def main(
     ranks = started_ranks() or 1
     if found := problems(config, ds_config, ranks):
         raise UserError("; ".join(found))
-    watch = Watch(
-        config.train.hang_timeout, config.train.leave_within
-    )  # before the imports, which take seconds: a signal may come meanwhile
+    # Before the imports, which take seconds: a signal may arrive meanwhile.
+    watch = Watch(config.train.hang_timeout, config.train.leave_within)
     from megaflux.training.session import train
 
     return train(config, ds_config, watch, assumed=assumed, **({} if load is None else {"load": load}))
 
 
+def tell_of_resuming(run_dir: str, resumed: saved.Begun | None, kept: dict[str, Any]) -> None:
+    """Say on stderr which values a resumed run keeps, or that its configuration is lost. kept: {dotted field: value}."""
+    if resumed is not None and resumed.values is None:
+        print(f"{run_dir}: config.yaml is missing; what is not given is this version's default", file=sys.stderr)
+    if kept:
+        print(saved.describe(run_dir, kept), file=sys.stderr)
+
+
 def saved_values(run_dir: str) -> dict[str, Any] | None:
-    """What the run in a folder has where nobody sets it; None: there is nothing to resume."""
+    """The saved values of the run in a folder; None: there is nothing to resume."""
     begun = saved.begun(run_dir)
     return None if begun is None else begun.values
 
 
 def build_parser(prog: str = "launch/train.py", description: str | None = __doc__) -> Parser:
-    """The options of a training program of this name."""
+    """The parser of a training program. prog: its name; description: its help text."""
     parser = Parser(
         prog=prog,
         description=description,
@@ -98,37 +101,36 @@ def build_parser(prog: str = "launch/train.py", description: str | None = __doc_
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     dry = parser.add_argument_group("dry run")
     dry.add_argument("--dry-run", action="store_true", help="print what a run would do and cost; exit code 2: problems")
-    dry.add_argument("--world-size", type=_count, metavar="N", help="GPUs to count with (default: those that are here)")
+    dry.add_argument("--world-size", type=count, metavar="N", help="GPUs to count with (default: those that are here)")
     dry.add_argument("--json", type=path_option, metavar="FILE", help="write the same as JSON")
     gpu = parser.add_argument_group(
-        "GPUs",
-        "what the dry run, and the choice of a run's micro-batch (train.micro_batch_size auto), take for granted",
+        "GPUs", "assumed by the dry run, and by a run that chooses its micro-batch (train.micro_batch_size auto)"
     )
     gpu.add_argument(
         "--gpu",
         type=_gpu,
         metavar="NAME",
-        help=f"{', '.join(GPUS)}, or a device's name; a run takes the one it is on, a dry run shows all three",
+        help=f"{', '.join(GPUS)}, or a device's name (default: the GPU that the run is on; a dry run shows all three)",
     )
     gpu.add_argument(
         "--gpu-memory",
-        type=_positive,
+        type=positive,
         metavar="GB",
-        help="of one GPU, in place of the GPU's own; a run plans within it",
+        help="of one GPU, instead of its real memory; a run stays within it",
     )
-    gpu.add_argument("--peak-tflops", type=_positive, metavar="X", help="peak of one GPU, dense bf16, likewise")
+    gpu.add_argument("--peak-tflops", type=positive, metavar="X", help="peak of one GPU, dense bf16, likewise")
     gpu.add_argument(
         "--mfu",
-        type=_share,
+        type=share,
         metavar="X",
-        help="part of the peak at which FLUX computes, what it computes again included (MFU leaves that out)",
+        help="part of the peak at which FLUX computes, recomputation included (MFU leaves that out)",
     )
     add_config_arguments(parser)
     return parser
 
 
 def visible_ranks() -> int:
-    """Ranks that the launcher started, else GPUs of this machine, else 1."""
+    """Number of ranks that a launcher started, else of GPUs on this machine, else 1."""
     if started := started_ranks():
         return started
     import torch
@@ -137,7 +139,8 @@ def visible_ranks() -> int:
 
 
 def started_ranks() -> int | None:
-    """Ranks that a launcher, or srun with MASTER_ADDR exported, started; None: this process is alone."""
+    """Number of ranks that a launcher, or srun with MASTER_ADDR exported, started; None: this process is alone. UserError for
+    an invalid WORLD_SIZE."""
     slurm = os.environ.get("SLURM_NTASKS") if "MASTER_ADDR" in os.environ else None
     started = os.environ.get("WORLD_SIZE") or slurm
     if started and not (started.isascii() and started.isdigit() and int(started) > 0):
@@ -147,22 +150,6 @@ def started_ranks() -> int | None:
     return int(started) if started else None
 
 
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
-
-
 def _gpu(text: str) -> str:
     if find_gpu(text) is None:
         raise argparse.ArgumentTypeError(
@@ -170,12 +157,6 @@ def _gpu(text: str) -> str:
             "give --gpu-memory, --peak-tflops and --mfu)"
         )
     return text
-
-
-def _share(text: str) -> float:
-    if _positive(text) > 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text!r}")
-    return float(text)
 
 
 if __name__ == "__main__":

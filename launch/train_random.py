@@ -1,9 +1,9 @@
-"""launch/train.py with models of random weights, made on each rank's device: for machines without the published ones.
+"""launch/train.py with random weights, made on each rank's device: for machines without the published weights.
 
-For measuring only: speed, memory, saving and resuming are those of real weights, and what such a run learns is of no use.
-Options and exit codes are those of launch/train.py. The configuration names no weights: `model.flux` and `model.vlm` are null,
-and the sizes are in `model.flux_config` and `model.vlm_config`. `model.vae` is `tiny`, a folder that need hold no more than a
-config.json, or null for FLUX.1's VAE. --dry-run is that of launch/train.py, which asks for the VAE's weights too.
+For measuring only: speed, memory, saving and resuming are as with real weights, but the trained model is useless. Options and
+exit codes are those of launch/train.py. The configuration names no weights: `model.flux` and `model.vlm` are null, and the
+sizes are in `model.flux_config` and `model.vlm_config`. `model.vae` is `tiny`, a folder that needs only a config.json, or null
+for FLUX.1's VAE. --dry-run is that of launch/train.py, which needs the VAE's weights too.
 
     deepspeed launch/train_random.py --preset dev --model.flux null --model.vlm null
 """
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for launch/, 
 
 from launch import train
 from megaflux.common.errors import exit_on_user_error
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.training.planning.checks import find_problems
 
 
@@ -27,7 +27,7 @@ def main() -> int | None:
 
 
 def problems(config: Config, ds_config: dict[str, Any], ranks: int) -> list[str]:
-    """What would stop the run, one line each: as launch/train.py finds it, but for weights, of which none are read."""
+    """What would stop the run, one line each: the checks of launch/train.py without those of weights, which are not read."""
     model, found = config.model, []
     for field, source in (("flux", model.flux), ("vlm", model.vlm)):
         if source:
@@ -44,7 +44,7 @@ def problems(config: Config, ds_config: dict[str, Any], ranks: int) -> list[str]
 
 
 def load(*given: Any) -> Any:
-    """(config, device, dtype) -> Models. Imported late: bad input is answered before the libraries load."""
+    """(config, device, dtype) -> Models. Imports the heavy libraries here, after bad input is answered."""
     from megaflux.bench.random_models import random_models
 
     return random_models(*given)

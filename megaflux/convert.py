@@ -4,8 +4,8 @@
     SRC/qwen2-vl/   Qwen2-VL and its processor; connector.pt (linear.weight, linear.bias); t5_embedder.pt (weight, bias)
 
 becomes the layout of generation/layout.py, and a folder of that layout becomes the authors'. Every part is loaded once,
-strictly, and then copied as files, so that no tensor changes a bit. `.pt` files are read with weights_only=True. The
-folder is written under a temporary name and renamed when it is whole.
+strictly, as a check, and then copied as files, so that all tensors keep their bits. `.pt` files are read with
+weights_only=True. The folder is written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from megaflux.common.command import Parser
 from megaflux.common.errors import UserError, exit_on_user_error
 from megaflux.common.paths import path_option
-from megaflux.config.parse import Parser
 from megaflux.generation.layout import (
     CONNECTOR,
     MANIFEST,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CONNECTOR_PT, T5_EMBEDDER_PT = "connector.pt", "t5_embedder.pt"
-# folders of the release's flux/ -> of an export
+# {folder of the release's flux/: folder of an export}
 FLUX_PARTS = {"transformer": "transformer", "vae": "vae", "scheduler": "scheduler"}
 CLIP_PARTS = {"text_encoder": "text_encoder_clip", "tokenizer": "tokenizer_clip"}
 T5_PARTS = {"text_encoder_2": "text_encoder_2", "tokenizer_2": "tokenizer_2"}
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--flux",
         type=path_option,
         metavar="DIR",
-        help="on the way back: a FLUX.1 folder to take CLIP and T5 from, where the export holds none",
+        help="with an export as SRC: a FLUX.1 folder to take CLIP and T5 from if the export holds none",
     )
     args = parser.parse_args(argv)
     source, out = Path(args.source), Path(args.out)
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{out}: the authors' layout")
         return 0
     if args.flux:
-        raise UserError("--flux: is for the way back, from an export; leave it out")
+        raise UserError("--flux: is for converting an export; leave it out")
     for note in from_release(source, out):
         print(note)
     print(f"{out}: give it as --checkpoint to python -m megaflux.infer")
@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def from_release(source: Path, out: Path) -> list[str]:
-    """The authors' folder -> an export at `out`; returns what there is to say. UserError naming the first file that is
-    missing, foreign or damaged, and then nothing is written."""
+    """Convert the authors' folder to an export at `out`; returns notes for the user. UserError, before anything is written,
+    naming the first file that is missing, damaged or of another model."""
     import torch
     from safetensors.torch import save_file
 
@@ -94,7 +94,7 @@ def from_release(source: Path, out: Path) -> list[str]:
     if found := sources.folder_problems(flux, sources.FLUX) + sources.folder_problems(qwen, {"": sources.VLM}):
         raise UserError("; ".join(found))
     notes = []
-    transformer = pretrained.load_transformer(str(flux), torch.bfloat16)
+    transformer: Any = pretrained.load_transformer(str(flux), torch.bfloat16)  # diffusers declares no attributes
     joint, width = transformer.config.joint_attention_dim, transformer.context_embedder.out_features
     del transformer
     pretrained.load_vae(None, str(flux))
@@ -140,8 +140,11 @@ def from_release(source: Path, out: Path) -> list[str]:
 
 
 def to_release(source: Path, out: Path, flux: Path | None = None) -> None:
-    """An export -> the authors' layout at `out`. flux: a FLUX.1 folder to take CLIP (and T5) from where the export, made
-    from a run of ours, holds none. UserError as for `from_release`."""
+    """Convert an export to the authors' layout at `out`.
+
+    flux: a FLUX.1 folder to take CLIP and T5 from if the export, made from one of our runs, holds none. UserError as for
+    `from_release`.
+    """
     import torch
 
     from megaflux.models import pretrained
@@ -180,7 +183,7 @@ def to_release(source: Path, out: Path, flux: Path | None = None) -> None:
 
 
 def read_linear(file: Path, prefix: str, shape: tuple[int, int]) -> nn.Linear:
-    """A Linear of a .pt file of exactly PREFIXweight (of that shape: out, in) and PREFIXbias. Keys may start with
+    """The Linear of a .pt file that holds exactly PREFIXweight (shape: out, in) and PREFIXbias (out). Keys may start with
     `module.`, as DistributedDataParallel saves them. UserError naming the file and the key."""
     import torch
     from torch import nn
@@ -210,7 +213,8 @@ def read_linear(file: Path, prefix: str, shape: tuple[int, int]) -> nn.Linear:
 
 
 def name_architecture(config: Path) -> None:
-    """The class that loaders look for, where the release names one of its own or none."""
+    """Set the class in a config.json to Qwen2VLForConditionalGeneration, unless it names one of transformers' two; the
+    release may name a class of its own, or none."""
     content = json.loads(config.read_text())
     if content.get("architectures") not in (["Qwen2VLForConditionalGeneration"], ["Qwen2VLModel"]):
         content["architectures"] = ["Qwen2VLForConditionalGeneration"]
@@ -218,7 +222,7 @@ def name_architecture(config: Path) -> None:
 
 
 def copy(source: Path, out: Path, leave: Sequence[str] = ()) -> None:
-    """A folder's files, one by one (links are followed), without those named in `leave` and hidden ones."""
+    """Copy a folder's files (links are followed), without hidden ones and those named in `leave`."""
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
         if file.is_file() and relative.name not in leave and not any(part.startswith(".") for part in relative.parts):

@@ -1,13 +1,12 @@
 """A run -> a folder that diffusers, transformers and megaflux load: `python -m megaflux.export RUN OUT`.
 
 The layout is described in megaflux/generation/layout.py. The folder is written under a temporary name and
-renamed when it is whole; one that exists is never touched.
+renamed when it is complete; an existing folder is never changed.
 
-`text_encoder/` is Qwen2-VL in its published layout, with the trained last layer in its place and the
-processor's files beside it. Where the run started from a published Qwen2-VL, its lm_head is copied along,
-unchanged, though the layer below it has moved: text that this model writes is no longer Qwen's. Where there
-is none (a model built from nothing, or one that ties it to the embeddings) none is written, and the folder
-holds a Qwen2VLModel.
+`text_encoder/` is Qwen2-VL in its published layout, with the trained last layer and the processor's files. If
+the run started from a published Qwen2-VL, its lm_head is copied unchanged; as the layer below it was trained,
+text that this model generates is no longer Qwen's. A model without lm_head (one with random initial weights, or
+one that ties it to the embeddings) is written as a Qwen2VLModel.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megaflux.common.command import Parser
 from megaflux.common.errors import UserError, exit_on_user_error
 from megaflux.common.paths import path_option
-from megaflux.config.parse import Parser
 from megaflux.generation.layout import check_new_folder, whole_folder
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes seconds to import: --help and bad input do not wait for it
     from megaflux.runs import TrainedRun
 
 
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_new_folder(Path(args.out))
     from megaflux.runs import find
 
-    # transformers' save_pretrained imports DeepSpeed, which would look for accelerators and say so.
+    # transformers' save_pretrained imports DeepSpeed, which would look for accelerators and log that.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     run = find(args.run, args.update)
     export(run, Path(args.out))
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(run: TrainedRun, out: Path) -> None:
-    """Write a run's models to the folder `out`. UserError where it exists or the disk fails."""
+    """Write a run's models to the new folder `out`. UserError where it exists or cannot be written."""
     from megaflux.generation.layout import Settings, write_indexes, write_parts
     from megaflux.models.pretrained import read_lm_head
     from megaflux.runs import attribution, load

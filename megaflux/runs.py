@@ -1,4 +1,4 @@
-"""Run folders as a source of finished models: what `infer` and `export` share."""
+"""Models with the weights of a run's checkpoint or of an export, for inference and export."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from typing import Any
 import torch
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.generation.layout import MANIFEST, Settings
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 from megaflux.generation.runtime import device_and_dtype
 from megaflux.models.pretrained import Models, cast, load_models
 from megaflux.training.checkpoint import manifest as manifests
-from megaflux.training.checkpoint import saved
-from megaflux.training.checkpoint import weights as trained
-from megaflux.training.checkpoint.manifest import read as read_manifest
+from megaflux.training.checkpoint import saved, weights
 from megaflux.training.checkpoint.resume import identity
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """One complete checkpoint of a run, its files verified; no weights read yet."""
+    """One complete checkpoint of a run, its weight files verified against the manifest; nothing is loaded."""
 
     config: Config
     checkpoint: Path
@@ -33,27 +31,28 @@ class TrainedRun:
 
     @property
     def source(self) -> dict[str, Any]:
-        """Where the weights come from, as plain data to store with what is made of them."""
+        """Where the weights come from, as plain data that exports and pictures store."""
         return {
             "run": self.config.run.dir,
             "update": self.manifest["update"],
             "stage": self.manifest["stage_name"],
-            "weights_sha256": trained.sha256(self.manifest, self.checkpoint),
+            "weights_sha256": weights.sha256(self.manifest, self.checkpoint),
         }
 
 
 def find(path: str | Path, update: int | None = None) -> TrainedRun:
     """A run's newest checkpoint, or the one after `update` updates.
 
-    UserError, naming the file, where there is none or it is not whole: never an older one in silence.
+    UserError, naming the file, where it is missing, not complete, or of another configuration than the run's: an older
+    checkpoint is never used instead.
     """
     root = Path(path)
-    if not os.path.isdir(root):  # Path's own raises where a name is too long
+    if not os.path.isdir(root):  # Path.is_dir raises where a name is too long
         what = "not a folder" if os.path.exists(root) else "no such folder"
         raise UserError(f"{root}: {what}; give a run or an export")
     if any(root.glob("weights*.safetensors")) or (root / "manifest.json").is_file():
-        number = root.name.removeprefix("update-").lstrip("0") or "0"
-        raise UserError(f"{root}: one checkpoint of a run; give the run's folder and --update {number}")
+        at = root.name.removeprefix("update-").lstrip("0") or "0"
+        raise UserError(f"{root}: one checkpoint of a run; give the run's folder and --update {at}")
     if not (root / "config.yaml").is_file():
         raise UserError(f"{root}: neither a run (no config.yaml) nor an export (no {MANIFEST})")
     config = saved.load(root)
@@ -66,8 +65,8 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
         known = ", ".join(map(str, found))
         raise UserError(f"{folder}/update-{number:07d}: no such checkpoint; the run has {known}")
     chosen = found[number]
-    weights = trained.files_of(read_manifest(chosen), chosen)
-    manifest = manifests.verify(chosen, only=weights)  # the optimizer's shards are not read here
+    weight_files = weights.files_of(manifests.read(chosen), chosen)
+    manifest = manifests.verify(chosen, only=weight_files)  # the optimizer's shards are not needed
     changed = saved.changed(manifest["identity"], manifest["format"], identity(config))
     if changed:
         raise UserError(
@@ -77,16 +76,16 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
 
 
 def load(run: TrainedRun, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Models:
-    """The run's models with the checkpoint's weights in them.
+    """The run's models with the checkpoint's weights.
 
-    dtype None: each part's own, and float32 for what trains where the checkpoint holds float32. UserError
-    where a trained weight is missing or does not fit.
+    dtype None: each part's own, and float32 for the trainable parts if the checkpoint holds float32. UserError where a
+    trained weight is missing or does not fit.
     """
     models = load_models(run.config, device, dtype)
-    # Cast first: what was trained in float32 would lose bits on its way through a bfloat16 base.
-    if dtype is None and trained.any_float32(run.manifest, run.checkpoint):
+    # Cast before loading: float32 weights would lose bits if copied into bfloat16 parameters.
+    if dtype is None and weights.any_float32(run.manifest, run.checkpoint):
         cast(models.trainable, device, torch.float32)
-    trained.load_weights(run.checkpoint, run.manifest, run.config, models)
+    weights.load_weights(run.checkpoint, run.manifest, run.config, models)
     return models
 
 
@@ -97,11 +96,10 @@ def load_pipeline(
     device: torch.device | str | None = None,
     kernels: bool = True,
 ) -> Qwen2VLFluxPipeline:
-    """The pipeline of a run folder (its newest checkpoint, or that after `update` updates) or an export
-    folder.
+    """The pipeline of a run folder (its newest checkpoint, or the one after `update` updates) or an export folder.
 
     dtype None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if there is one. kernels False: diffusers'
-    own path. UserError for a folder that is neither, or not whole.
+    own path. UserError for a folder that is neither, or not complete.
     """
     if is_export(path):
         if update is not None:
@@ -115,12 +113,12 @@ def load_pipeline(
 
 
 def is_export(path: str | Path) -> bool:
-    """Whether the folder looks like an export, whole or not."""
+    """Whether a folder looks like an export, complete or not."""
     return any((Path(path) / name).is_file() for name in (MANIFEST, "model_index.json"))
 
 
 def attribution(config: Config) -> str | None:
-    """The credit that the run's training pictures ask for, where their folder is at hand."""
+    """The credit that the run's training pictures ask for; None if they ask for none or their folder is missing."""
     try:
         return json.loads((Path(config.data.path) / "dataset.json").read_text()).get("attribution")
     except (OSError, ValueError, AttributeError):

@@ -36,7 +36,7 @@ else:
     [
         "launch/train.py --dry-run",
         "launch/gpu_train.py",
-        "megaflux.infer.make --checkpoint . --prompt a",
+        "megaflux.infer --checkpoint . --prompt a",
         "megaflux.bench step",
         "megaflux_kernels.bench",
     ],

@@ -33,10 +33,11 @@ from megaflux.data.prepare import Options, prepare
 from megaflux.generation import outputs
 from megaflux.generation.job import Input, Job, JobControl, JobReference, Runtime
 from megaflux.generation.run import read_inputs
-from megaflux.infer import make as infer
-from megaflux.panel import app as panel
-from megaflux.panel import state as panel_state
-from megaflux.panel import work as panel_work
+from megaflux.infer import __main__ as infer
+from megaflux.panel import serve
+from megaflux.panel.__main__ import build_parser
+from megaflux.panel.files import store
+from megaflux.panel.work import settings_text
 from megaflux.training.checkpoint import manifest
 from megaflux.training.checkpoint import resume as checkpoint
 from megaflux.training.distributed import World
@@ -309,10 +310,10 @@ def test_the_panel_listens_on_this_machine_only(monkeypatch, tmp_path):
 
     pytest.importorskip("gradio")
     with pytest.raises(UserError, match="port 7860 is taken"):
-        panel.serve(Page(), panel.PORT, tmp_path)
+        serve.serve(Page(), serve.PORT, tmp_path, {})
     assert given["server_name"] == "127.0.0.1" and given["share"] is False
     assert given["allowed_paths"] == [str(tmp_path)]
-    assert not {"host", "server_name", "share", "listen"} & {action.dest for action in panel.build_parser()._actions}
+    assert not {"host", "server_name", "share", "listen"} & {action.dest for action in build_parser()._actions}
 
 
 def test_no_page_is_ever_suggested_to_be_opened_to_others():
@@ -361,10 +362,10 @@ def test_a_bomb_is_refused_wherever_a_picture_is_named(bomb):
 
 def test_a_bomb_is_refused_by_the_panel(bomb, tmp_path):
     with pytest.raises(UserError, match="bomb.png: more pixels than the limit"):
-        panel_state.store(bomb, tmp_path / "out")
+        store(bomb, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="settings cannot be read"):
-        panel_work.settings_text(str(bomb))
+        settings_text(str(bomb))
 
 
 def test_a_bomb_is_no_picture_of_ours(bomb, tmp_path):

@@ -5,10 +5,13 @@ import random
 import pytest
 import yaml
 
+from megaflux.common.command import Parser
 from megaflux.common.errors import UserError
 from megaflux.config import plain_yaml
-from megaflux.config.parse import Config, Parser, add_config_arguments, build_config, field_paths, nearest, parse_config
+from megaflux.config.command_line import add_config_arguments, parse_config
+from megaflux.config.parse import build_config, nearest
 from megaflux.config.presets import PRESETS
+from megaflux.config.schema import Config, field_paths
 
 
 def parse(*argv: str) -> Config:

@@ -16,7 +16,7 @@ from diffusers import FluxControlNetModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from megaflux.infer import make as infer
+from megaflux.infer import __main__ as infer
 from megaflux import Qwen2VLFluxPipeline, Reference, convert
 from megaflux.common.errors import UserError
 from megaflux.generation.condition import prompt_embeds

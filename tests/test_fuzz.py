@@ -18,10 +18,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megaflux.common.command import Parser
 from megaflux.common.errors import UserError
 from megaflux.config import plain_yaml
-from megaflux.config.parse import Config, Parser, add_config_arguments, build_config, field_paths, parse_config
+from megaflux.config.command_line import add_config_arguments, parse_config
+from megaflux.config.parse import build_config
 from megaflux.config.presets import tiny
+from megaflux.config.schema import Config, field_paths
 from megaflux.data.buckets import make_buckets
 from megaflux.data.storage.dataset import (
     DatasetInfo,
@@ -36,8 +39,8 @@ from megaflux.data.storage.verdict import verify_shards
 from megaflux.generation import outputs
 from megaflux.generation.job import Input, Job, JobControl, JobReference, Runtime
 from megaflux.generation.run import read_inputs
-from megaflux.infer.make import replayed
-from megaflux.infer.options import to_job
+from megaflux.infer.replay import read_original
+from megaflux.infer.request import to_request
 from megaflux.training.planning.checks import find_notes, find_problems
 
 TIMES = int(os.environ.get("FUZZ", "1"))
@@ -511,11 +514,10 @@ pictures = st.one_of(
 def test_settings_in_a_picture(tmp_path, data):
     file = tmp_path / "x.png"
     file.write_bytes(data)
-    found = refused_or(lambda: replayed(str(file)))
-    if found is not None:
-        base, embedded, settings = found
-        assert isinstance(settings["source"], dict) and base[0].seeds
-        job = refused_or(lambda: to_job({}, base))
-        if job is not None:
-            json.dumps(outputs.settings_of(job[0], job[1], {}, {}))
-            refused_or(lambda: read_inputs(job[0], embedded))
+    original = refused_or(lambda: read_original(str(file)))
+    if original is not None:
+        assert isinstance(original.settings["source"], dict) and original.job.seeds
+        request = refused_or(lambda: to_request({}, original.base))
+        if request is not None:
+            json.dumps(outputs.settings_of(request.job, request.runtime, {}, {}))
+            refused_or(lambda: read_inputs(request.job, original.embedded))

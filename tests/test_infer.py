@@ -17,7 +17,7 @@ from PIL import Image
 
 from megaflux.common.errors import UserError
 from megaflux.generation import outputs
-from megaflux.infer import make as infer
+from megaflux.infer import __main__ as infer
 from tests.conftest import picture, write_run
 
 
@@ -307,6 +307,6 @@ def test_the_command_leaves_with_2_and_one_line(run_folder, tmp_path):
 
 def test_help_imports_nothing_heavy():
     heavy = "[m for m in ('torch', 'PIL', 'numpy') if m in sys.modules]"
-    code = f"import sys, megaflux.infer.make, megaflux.export; print({heavy})"
+    code = f"import sys, megaflux.infer.__main__, megaflux.export; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megaflux.common.errors import UserError
 from megaflux.generation import outputs
-from megaflux.infer import make as infer
+from megaflux.infer import __main__ as infer
 from tests.conftest import picture
 from tests.generation.test_modes import controlnet_folder  # noqa: F401  (a fixture)
 
@@ -275,7 +275,7 @@ def test_replay_notices_other_nets_and_other_maps(run_folder, controlnet_folder,
     settings = json.loads(Image.open(made).text["megaflux"])
     settings["maps"]["canny"] = "0" * 64
     Path("other.png").write_bytes(outputs.png_bytes(Image.open(made), settings))
-    with pytest.raises(UserError, match="the canny map comes out otherwise"):
+    with pytest.raises(UserError, match="the canny map is not the picture"):
         infer.main(["--from-image", "other.png", "--out", "third"])
     weights = load_file(net / "diffusion_pytorch_model.safetensors")
     save_file({k: v * 1.1 for k, v in weights.items()}, net / "diffusion_pytorch_model.safetensors")
@@ -560,7 +560,7 @@ def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_pa
     )
     assert done.returncode == 0, done.stderr
     errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert [e.split(":")[1].split()[0] for e in errors] == ["nothing.pgn", "argument", "--steps", "--device", "line"], (
+    assert [e.split(":")[1].split()[0] for e in errors] == ["nothing.pgn", "--steps", "--steps", "--device", "line"], (
         errors
     )
     names = {file.name for file in (tmp_path / "out").glob("*-seed*.png")}
@@ -585,7 +585,7 @@ def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_pa
         (["--image", "{room}", "--control", "canny", "--control", "canny", "--controlnet", "x"], "given twice"),
         (["--image", "{room}", "--control", "pose", "--controlnet", "x"], "no detector makes such a map"),
         (["--image", "{room}", "--control", "smell", "--controlnet", "x"], "no such kind; use"),
-        (["--image", "{room}", "--control", "canny:x", "--controlnet", "x"], "'x' is no number"),
+        (["--image", "{room}", "--control", "canny:x", "--controlnet", "x"], "'x' is not a number"),
         (["--image", "{room}", "--control", "canny:-1", "--controlnet", "x"], "scale -1"),
         (["--control-image", "depth", "--controlnet", "x"], "use KIND=IMG"),
         (

@@ -12,8 +12,9 @@ import torch
 import yaml
 
 from megaflux import runs
+from megaflux.common.command import Parser
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Parser, add_config_arguments, parse_config
+from megaflux.config.command_line import add_config_arguments, parse_config
 from megaflux.config.presets import PRESETS
 from megaflux.export import export
 from megaflux.models.pretrained import load_vae

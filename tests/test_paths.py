@@ -15,16 +15,17 @@ from types import SimpleNamespace
 import pytest
 
 from megaflux.bench.__main__ import BENCHES
+from megaflux.common.command import Parser
 from megaflux.common.errors import UserError
 from megaflux.common.paths import expanded, keyed_path_option, literal, path_option
 from megaflux.config import plain_yaml
-from megaflux.config.parse import Config, Parser, add_config_arguments, build_config, field_paths, parse_config
+from megaflux.config.command_line import add_config_arguments, parse_config
+from megaflux.config.parse import build_config
 from megaflux.config.presets import PRESETS
-from megaflux.config.schema import PATHS
-from megaflux.infer import options as infer_options
-from megaflux.infer.make import line_options
-from megaflux.training.checkpoint import resume as checkpoint
-from megaflux.training.checkpoint import saved
+from megaflux.config.schema import PATHS, Config, field_paths
+from megaflux.infer.interactive import line_options
+from megaflux.infer.options import build_parser
+from megaflux.training.checkpoint import resume, saved
 from megaflux.training.ds_config import load_ds_config
 from megaflux_kernels.bench.report import path as kernels_path
 from tests.conftest import picture, small_values, write_run
@@ -120,8 +121,8 @@ def test_every_option_that_holds_a_path_expands_it(module, monkeypatch):
 
 def test_every_program_is_walked_over():
     assert {
-        "megaflux.infer.make",
-        "megaflux.panel.app",
+        "megaflux.infer.__main__",
+        "megaflux.panel.__main__",
         "megaflux.export",
         "megaflux.convert",
         "megaflux.data.prepare",
@@ -241,16 +242,16 @@ def test_an_old_run_on_weights_in_a_folder_named_so_is_the_same_run(tmp_path):
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("vae: tiny", "vae: ~/vae"))
     config = saved.load(run)
     assert config.model.vae == "./~/vae"
-    identity = checkpoint.identity(config) | {"model.vae": "~/vae"}
-    assert saved.changed(identity, 3, checkpoint.identity(config)) == []
-    assert saved.changed(identity | {"model.vae": "/vae"}, 3, checkpoint.identity(config)) == ["model.vae"]
+    identity = resume.identity(config) | {"model.vae": "~/vae"}
+    assert saved.changed(identity, 3, resume.identity(config)) == []
+    assert saved.changed(identity | {"model.vae": "/vae"}, 3, resume.identity(config)) == ["model.vae"]
 
 
 def test_pictures_and_models_of_infer(home):
     picture(64, 64).save(home / "cat.png")
     (home / "net").mkdir()
     given = vars(
-        infer_options.build_parser().parse_args(
+        build_parser().parse_args(
             [
                 "--checkpoint=~/net",
                 "--reference",

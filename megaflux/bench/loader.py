@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from megaflux.common.command import whole_numbers
 from megaflux.common.paths import path_option
 from megaflux_kernels.bench.machine import default_device, facts
 from megaflux_kernels.bench.report import Parser, Report, Row, add_report_arguments, open_report, positive, table
@@ -33,7 +34,13 @@ def add_arguments(parser: Parser) -> None:
         metavar="PX",
         help="longest side of a dataset made here, a multiple of 16 (default 512)",
     )
-    parser.add_argument("--workers", type=_counts, default=[0, 1, 2], metavar="N,...", help="default 0,1,2")
+    parser.add_argument(
+        "--workers",
+        type=whole_numbers("numbers of workers as 0,1,2"),
+        default=[0, 1, 2],
+        metavar="N,...",
+        help="default 0,1,2",
+    )
     parser.add_argument("--micro-batch", type=positive, default=4, metavar="N", help="samples per batch (default 4)")
     parser.add_argument("--samples", type=positive, default=20, metavar="N", help="batches timed (default 20)")
     parser.add_argument(
@@ -130,10 +137,3 @@ def make_pictures(folder: Path, count: int, side: int, ratios: tuple[str, ...], 
         coarse = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"{index:04d}.jpg", quality=95)
         (folder / f"{index:04d}.txt").write_text(f"picture number {index}")
-
-
-def _counts(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"want numbers of workers as 0,1,2, got {text!r}")
-    return [int(part) for part in parts]

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from megaflux.bench.update_memory import update_peak, vae_peaks, zero_peak
-from megaflux.config.parse import Config, build_config
+from megaflux.config.parse import build_config
 from megaflux.config.presets import PRESETS
+from megaflux.config.schema import Config
 from megaflux.data.buckets import make_buckets
 from megaflux.models.latents import coding_peak
 from megaflux.models.pretrained import Models, load_models, meta_models

@@ -29,7 +29,7 @@ from megaflux.models.loading_errors import named
 from megaflux.models.scratch import tiny_processor, tokenizer_of, vlm_configuration
 
 if TYPE_CHECKING:
-    from megaflux.config.parse import Config
+    from megaflux.config.schema import Config
     from megaflux.models.pretrained import Models
 
 M = TypeVar("M", bound=nn.Module)

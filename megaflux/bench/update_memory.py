@@ -26,7 +26,7 @@ from diffusers.models import AutoencoderKL
 
 from megaflux.bench.activations import assume_even_norms, in_dtype, rms_norm_of_gpus
 from megaflux.bench.live_memory import LiveMemory
-from megaflux.config.parse import Config, Stage
+from megaflux.config.schema import Config, Stage
 from megaflux.data.buckets import Bucket
 from megaflux.models import latents
 from megaflux.models.flux import Policy, pack_projections

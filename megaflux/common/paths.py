@@ -1,7 +1,7 @@
 """`~` and `~user` at the beginning of a path, wherever a person writes one: configuration, command lines.
 
 A shell expands them in `--x ~/y`, but not in `--x=~/y` and not in a YAML file. Fields of the configuration have the types
-`HomePath` and `HomePathOrNone` of megaflux.config.schema, options the argparse types `path_option` and `keyed_path_option`;
+`HomePath` and `HomePathOrNone` of megaflux.config.fields, options the argparse types `path_option` and `keyed_path_option`;
 tests/test_paths.py holds every field and option to it.
 """
 

@@ -1,8 +1,9 @@
-"""YAML as people mean it: the plain scalars of YAML 1.2, no tags, no key twice.
+"""YAML 1.2's plain scalars on top of PyYAML: what a configuration file says is what its author meant.
 
-PyYAML reads YAML 1.1, where 16:9 is the number 969, 1e-5 is text, and `no` is false. The loader here follows
-YAML 1.2.2, section 10.3.2; what is dumped reads back equal, by this loader and by PyYAML's own. Tags such as
-!!python/object are refused, as they would run code, and aliases, as a few lines of them make a document without end.
+Why not PyYAML alone: it reads YAML 1.1, in which the aspect ratio 16:9 is the number 969 (base 60), the learning rate 1e-5
+is text, and `no` is false. The loader here follows YAML 1.2.2, section 10.3.2, and refuses what a configuration does not
+need: duplicate keys, keys that are not words, tags (!!python/object would run code) and aliases (a few lines of them expand
+without end). What `dump` writes reads back equal, here and with PyYAML's own loader.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import yaml
 
 MAX_DEPTH = 64  # levels of nesting
-MAX_DIGITS = 40  # of a whole number; Python prints none of more than 4300, and no field needs more than 16
+MAX_DIGITS = 40  # of a whole number: no field needs more than 16, and Python refuses to print more than 4300
 
 _SCALARS: tuple[tuple[str, str, str], ...] = (  # (tag, pattern, first characters)
     ("null", r"~|null|Null|NULL|", "~nN\0"),
@@ -25,7 +26,7 @@ _SCALARS: tuple[tuple[str, str, str], ...] = (  # (tag, pattern, first character
 
 
 def load(text: str) -> Any:
-    """The document as dicts, lists and scalars; None for an empty one. Raises yaml.YAMLError."""
+    """The document as dicts, lists and scalars; None for an empty one. Raises yaml.YAMLError for invalid text."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except RecursionError:
@@ -38,10 +39,10 @@ def dump(values: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: dict = {}  # of this class alone: none of YAML 1.1's
     depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         problem = None
         if isinstance(event, yaml.AliasEvent):
@@ -78,13 +79,15 @@ class _Loader(yaml.SafeLoader):
         return int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
 
 
-class _Dumper(yaml.SafeDumper):  # keeps YAML 1.1's rules as well: text that either reads as something else is quoted
+class _Dumper(yaml.SafeDumper):
+    """Keeps YAML 1.1's resolvers beside 1.2's, so that text which either would read as something else is quoted."""
+
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
-    # PyYAML writes some line breaks, above all in keys, so that it reads others back
+    # Unquoted, PyYAML writes some line breaks, above all in keys, in a way that it reads back as others
     style = '"' if re.search("[\0-\x1f\x7f-\xa0\u2028\u2029\ufeff]", text) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
 

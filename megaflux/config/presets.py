@@ -1,4 +1,4 @@
-"""Presets: tables of values, and nothing but values. `dev` is the published recipe, `tiny` the same in small.
+"""Presets: tables of values and no logic. `dev` is the published recipe, `tiny` the same recipe at a small size.
 
 Sources: the write-up of Qwen2VL-Flux (2024-11) and the released code `erwold/qwen2vl-flux` for the stages and the
 recipe; the published `config.json` files of black-forest-labs/FLUX.1-dev and Qwen/Qwen2-VL-7B-Instruct for the sizes.
@@ -37,8 +37,8 @@ FLUX_VAE = {
 def dev() -> dict[str, Any]:
     """FLUX.1-dev + Qwen2-VL-7B on 8 GPUs of 80 GB: the published recipe.
 
-    Not published, so chosen here: how the updates divide among the stages (a third each), the warm-up's length,
-    the density of t, the guidance value in training.
+    Chosen here because they were not published: how the updates are divided among the stages (a third each), the length of
+    the warm-up, the density of t, the guidance value in training.
     """
     return {
         "preset": "dev",
@@ -107,11 +107,11 @@ def dev() -> dict[str, Any]:
 
 
 def tiny() -> dict[str, Any]:
-    """The same classes with a few million parameters, trained on OpenMoji's pictures on a laptop's CPU.
+    """The same model classes with a few million parameters, trained on OpenMoji's pictures on a laptop's CPU.
 
-    Nothing is downloaded: the VAE's weights are shipped, everything else is built from the run's seed. Since there
-    is no pretrained FLUX below, a stage `base` trains all of it first. Like the published lists, the stages have an
-    overlap (block 3) and a block that they never train (4).
+    Nothing is downloaded: the VAE's weights are shipped, all others are built from the run's seed. As there is no
+    pretrained FLUX to start from, a stage `base` first trains all of it. Like the published lists, the stages share a
+    block (3) and leave one out (4).
     """
     width = 128
     return {
@@ -132,10 +132,11 @@ def tiny() -> dict[str, Any]:
                 "axes_dims_rope": [8, 12, 12],
             },
             "vlm_config": {
-                # A random trunk has to carry two things to the trainable layer: what a token shows and where it is.
-                # Linear probes on the 5 x 5 tokens of a picture chose these values: colours of its cell R2 0.9, which of
-                # the 25 cells 94% right, and 30% of the features' power differs between pictures. With Qwen2-VL-7B's
-                # theta and no biases the cell is a guess (25%): the row and column axes hardly turn over so few tokens.
+                # A random trunk must tell the trainable layer what a token shows and where it is. These values were chosen
+                # with linear probes on the 5 x 5 tokens of a picture: the colours of its cell are read with R2 0.9, its
+                # position among the 25 cells is right in 94%, and 30% of the features' power differs between pictures.
+                # With Qwen2-VL-7B's theta and no biases the position is right in 25% only: over so few tokens the row and
+                # column angles hardly change.
                 "qk_bias_std": 3.0,
                 "text_config": {
                     "hidden_size": 192,
@@ -180,7 +181,7 @@ def tiny() -> dict[str, Any]:
         ],
         "train": {"updates": 1150, "global_batch_size": 32, "micro_batch_size": None, "checkpoint_every": 300},
         "optim": {"lr": 2e-3, "weight_decay": 0.1, "warmup_fraction": 0.03, "plateau_fraction": 0.5},
-        "flow": {"density": "uniform", "shift": 3.0},  # towards noise, where the reference has most to say
+        "flow": {"density": "uniform", "shift": 3.0},  # towards noise, where the reference matters most
         "validation": {"every": 250, "panel_every": 0, "panel_samples": 8},
     }
 

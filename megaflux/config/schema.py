@@ -1,58 +1,48 @@
-"""Every knob of a run: a field with its unit and what None means; the text under a field is its --help.
+"""The fields of a run's configuration, each with its unit and the meaning of None; the text under a field is its --help.
 
-A resolved Config is frozen and is saved beside the run. Anything a run's result depends on is in here, and
-nothing else is. Where the values come from: megaflux.config.parse.
+A Config is frozen and is saved beside the run. It holds everything that a run's result depends on, and nothing else.
+Where its values come from: megaflux/config/command_line.py.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from megaflux.common.paths import expanded
 from megaflux.config import plain_yaml
-
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):  # pydantic would read true as 1
-        raise ValueError(f"must be a number, got {str(value).lower()}")
-    return value
-
-
-def _home(value: str | None) -> str | None:
-    return None if value is None else expanded(value)
+from megaflux.config.fields import (
+    HOME,
+    MOST,
+    MOST_SHARE,
+    NUMBER,
+    Count,
+    CountOrZero,
+    Fraction,
+    HomePath,
+    HomePathOrNone,
+    NonNegative,
+    Positive,
+)
 
 
 def _policy(value: Any) -> Any:
+    """activation_checkpointing as older configurations wrote it, true or false."""
     return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
 
-MOST = 2**53  # of a count: up to there a float holds every whole number
-MOST_SHARE = 1e12
-
-_NUMBER = BeforeValidator(_not_bool)
-Fraction = Annotated[float, _NUMBER, Field(ge=0, le=1, allow_inf_nan=False)]
-Positive = Annotated[float, _NUMBER, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, _NUMBER, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, _NUMBER, Field(ge=1, le=MOST)]
-CountOrZero = Annotated[int, _NUMBER, Field(ge=0, le=MOST)]
-HOME = AfterValidator(_home)
-"""Marks a field that holds a path (or a name that may stand in its place): a `~` at its beginning is expanded."""
-HomePath = Annotated[str, HOME]
-HomePathOrNone = Annotated[str | None, HOME]
-
-
 class Section(BaseModel):
+    """Frozen, and without unknown keys; a docstring under a field is its description."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
     )
 
 
 class Named(Section):
-    """A section with names of files in it."""
+    """A section whose texts may be names of files: no NUL and no half of a surrogate pair in them."""
 
     @field_validator("*")
     @classmethod
@@ -67,7 +57,7 @@ class Run(Named):
     dir: HomePath
     """Folder of the run: configuration, TensorBoard events, checkpoints, samples."""
     seed: CountOrZero = 0
-    """Seed of everything random: weights built from nothing, shuffling, t, noise."""
+    """Seed of everything random: weights that are not loaded, shuffling, t, noise."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue if the run folder holds a checkpoint, else start; never: refuse a folder that holds one;
     must: refuse to start from nothing."""
@@ -84,16 +74,15 @@ class Model(Named):
     vae: HomePathOrNone = None
     """A VAE other than the one in `flux`: a folder, a hub name or `tiny`. None: `flux`'s own."""
     flux_config: dict[str, Any]
-    """Arguments of diffusers' FluxTransformer2DModel; the sizes of a model built from nothing and of a dry
-    run."""
+    """Arguments of diffusers' FluxTransformer2DModel, for a model that is not loaded and for a dry run."""
     vlm_config: dict[str, Any]
     """`text_config` and `vision_config` of transformers' Qwen2VLConfig, used likewise."""
     clip_config: dict[str, Any]
     """Arguments of transformers' CLIPTextConfig, used likewise."""
     seeded: Literal["portable", "torch"] = "portable"
-    """How weights built from nothing are drawn from the seed (the connector's always are): portable, the same bits on every
-    CPU; torch, by torch's own kernels, whose last bits depend on the CPU's instruction set, as runs begun before there was a
-    choice do."""
+    """How weights that are not loaded are drawn from the seed: portable, the same bits on every CPU (the connector's always
+    are); torch, with torch's own kernels, whose last bits depend on the CPU's instruction set (runs that are older than this
+    field)."""
     latent_channels: Count
     """Channels of the VAE's latents (8x smaller than the image); FLUX sees four times as many after
     packing."""
@@ -101,11 +90,11 @@ class Model(Named):
     """on: FLUX and the connector run on megaflux_kernels (Triton on a GPU, torch on a CPU; not under ZeRO-3, which
     gathers weights module by module); off: diffusers' own path."""
     activation_checkpointing: Annotated[Literal["auto", "none", "mlp", "full"], BeforeValidator(_policy)] = "auto"
-    """What the backward pass computes again instead of keeping it: none, mlp (in each FLUX block the MLP's first
-    product; needs kernels), full (all of each FLUX block, and the Qwen layer), auto (per block, from the memory of
-    the GPU). Gradients are the same. true and false are read as full and none."""
+    """What the backward pass recomputes instead of storing: none, mlp (the first product of the MLP in each FLUX block;
+    needs kernels), full (each FLUX block, and the Qwen layer), auto (chosen per block from the GPU's memory). Gradients are
+    the same. true and false are read as full and none."""
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention of Qwen2-VL in transformers' words; FLUX always uses scaled_dot_product_attention."""
+    """Attention implementation of Qwen2-VL, as transformers names it; FLUX always uses scaled_dot_product_attention."""
     vlm_max_tokens: Count = 512
     """Most image tokens (28 x 28 px each) that a reference is encoded to; larger references are scaled
     down."""
@@ -114,7 +103,7 @@ class Model(Named):
 
 
 class ConditionModes(Section):
-    """How often each kind of condition is drawn; one draw for all ranks per global micro-batch."""
+    """Probability of each kind of condition; drawn once for all ranks per global micro-batch."""
 
     image: Fraction = 1.0
     """Reference image only."""
@@ -154,20 +143,20 @@ class Data(Named):
     """Loader processes per rank; 0: the images are decoded in the training process."""
     condition: ConditionModes = ConditionModes()
     sample_posterior: bool = False
-    """Draw latents from the VAE's posterior instead of taking its mean (needs latents not to be cached)."""
+    """Draw latents from the VAE's posterior instead of taking its mean; not with cached latents."""
 
 
 class Stage(Named):
     name: str
     """Name in logs and checkpoints."""
-    share: Annotated[float, _NUMBER, Field(gt=0, le=MOST_SHARE, allow_inf_nan=False)]
-    """Part of the updates, relative to the other stages' shares (with shares that add up to train.updates,
-    the updates themselves)."""
+    share: Annotated[float, NUMBER, Field(gt=0, le=MOST_SHARE, allow_inf_nan=False)]
+    """Part of the updates, relative to the other stages' shares; where the shares add up to train.updates, the number of
+    updates."""
     blocks: tuple[CountOrZero, ...] | Literal["all"]
     """FLUX blocks that train: double blocks first, then single ones, counted from 0; or all."""
     components: Literal["attention", "block", "model"] = "attention"
-    """What trains of a listed block: attention (the released code's list), block (all of it);
-    context_embedder trains in both. model: everything in FLUX, embedders and proj_out included."""
+    """The trainable parts of a listed block: attention (the released code's list) or block (all of it), both with
+    context_embedder. model: all of FLUX, embedders and proj_out included."""
 
     @model_validator(mode="after")
     def _blocks_are_a_set(self) -> Stage:
@@ -189,37 +178,36 @@ class Train(Section):
     """Images per update over all ranks; a multiple of what all ranks draw at a time."""
     drawn_per_rank: Count | None = None
     """Images of one aspect bucket that a rank draws at a time; all ranks draw from the same bucket. Fixed when a run
-    begins; lowered to global_batch_size / ranks where that is less. None: micro_batch_size where that is a number."""
+    begins; at most global_batch_size / ranks. None: micro_batch_size if that is a number."""
     micro_batch_size: Count | Literal["auto"] | None
-    """Images per forward pass and rank: how the drawn ones are cut. Must divide them; lowered to them where larger. auto: of
-    their divisors the one with the most images per second, predicted for each stage from the GPU's memory and speed; all
-    that are drawn where nothing is known of it (a CPU). None: all that are drawn, and global_batch_size / ranks where
-    drawn_per_rank is None too."""
+    """Images per forward pass and rank: a divisor of drawn_per_rank, and at most that. auto: the divisor with the most
+    images per second as predicted for each stage from the GPU's memory and speed; drawn_per_rank on a device of unknown
+    speed (a CPU). None: drawn_per_rank, or global_batch_size / ranks where that is None too."""
     checkpoint_every: Count
     """Updates between checkpoints; one is written at each stage's end as well."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 3
     """Newest checkpoints kept; older ones are deleted (a stage's last one stays)."""
     keep_every: CountOrZero = 0
-    """Checkpoints of every so many updates are kept for good, as a stage's last is; 0: none."""
+    """A checkpoint at a multiple of this many updates is never deleted, nor is a stage's last one; 0: only the latter."""
     hang_timeout: Positive = 1800.0
-    """Seconds without an update, a validation batch or a step of a picture after which a rank dumps its stacks and leaves
-    with exit code 11; more than the longest save and the longest change of stage take. Start-up is not counted."""
+    """Seconds without an update, a validation batch or a step of a picture after which a rank dumps its stacks and exits
+    with code 11. Must exceed the longest save and the longest change of stage; does not apply to the start."""
     leave_within: Positive | None = None
-    """Seconds that an update may take to end after a signal asked to leave; the save that follows takes its own time.
-    Both together below what the queue or the launcher grants. None: 25, or three times the longest update of this process
-    where that is more."""
+    """Seconds that the current update may still take after a signal that asks to stop; the save that follows is not
+    counted. Both together must fit into the time that the queue or launcher grants. None: 25, or three times the longest
+    update of this process if that is more."""
     bad_updates: Count = 10
-    """Dropped updates in a row after which the run goes back to its last checkpoint and leaves their data out."""
+    """Consecutive dropped updates after which the run rolls back to its last checkpoint and skips their data."""
     deterministic: bool = False
-    """The same bits from the same start on GPUs too, at a cost in speed that was not measured: torch's deterministic
-    algorithms, flash attention's ordered backward, no cuDNN attention. On a CPU a run is so anyway. May be changed while
+    """Bit-identical repetition on GPUs too: torch's deterministic algorithms, flash attention's ordered backward pass, no
+    cuDNN attention. The cost in speed was not measured. A run on a CPU is always deterministic. May be changed on
     resuming."""
     stop_after: CountOrZero = 0
-    """Save and leave after this many updates of the run, as if its time were up; 0: run to the end."""
+    """Save and exit after this many updates of the run, as if its time were up; 0: run to the end."""
 
     @property
     def given_micro_batch(self) -> int | None:
-        """micro_batch_size where it is a number."""
+        """micro_batch_size if it is a number, else None."""
         return None if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
@@ -230,14 +218,14 @@ class Optim(Section):
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     warmup_fraction: Fraction = 0.01
-    """Part of all updates over which the rate rises linearly from lr / n to lr."""
+    """Part of all updates (n) over which the rate rises linearly from lr / n to lr."""
     plateau_fraction: Fraction = 0.0
-    """Part of all updates at lr; the rest falls linearly to 0 at the end of the run, across stages."""
+    """Part of all updates at lr; the rate then falls linearly to 0 at the end of the run, across stages."""
     spike_sigma: NonNegative = 6.0
-    """An update is dropped, on all ranks alike, where its gradient norm is this many standard deviations above the mean
-    of the norms before it; 0: never. One that is not finite always is."""
+    """An update is dropped, on all ranks alike, if its gradient norm is this many standard deviations above the mean of the
+    previous norms; 0: never. An update whose norm is not finite is always dropped."""
     spike_window: Count = 128
-    """Norms that make that mean; it speaks once there are 64, and begins anew with each stage."""
+    """Number of norms in that mean. It is used from 64 norms on, and is reset at each stage."""
     max_grad_norm: NonNegative = 1.0
     """Gradients are scaled down to this norm; 0: never."""
 
@@ -278,8 +266,8 @@ class Monitor(Section):
     grad_norms_every: CountOrZero = 100
     """Updates between gradient norms by part and block (an all-reduce per parameter); 0: never."""
     peak_tflops: Positive | None = None
-    """Peak of one device for MFU, TFLOP/s. None: by the GPU's name; else a matrix product measured at the
-    start."""
+    """Peak of one device for MFU, TFLOP/s. None: known by the GPU's name, or measured at the start with a matrix
+    product."""
     label_blocks: bool = False
     """Name each FLUX block in torch.profiler's traces."""
 
@@ -297,14 +285,10 @@ class Config(Section):
     monitor: Monitor = Monitor()
 
     @model_validator(mode="after")
-    def _consistent(self) -> Config:
+    def _stages_fit(self) -> Config:
         if not self.stages:
             raise ValueError("stages: no stage; list at least one")
-        counts = {name: self.model.flux_config.get(name) for name in ("num_layers", "num_single_layers")}
-        for name, count in counts.items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-                raise ValueError(f"model.flux_config.{name}: must be a whole number of blocks, got {count!r}")
-        num_blocks = sum(counts.values())
+        num_blocks = sum(self._number_of_blocks(name) for name in ("num_layers", "num_single_layers"))
         for i, stage in enumerate(self.stages):
             out = [b for b in stage.blocks if b >= num_blocks] if stage.blocks != "all" else []
             if out:
@@ -317,6 +301,16 @@ class Config(Section):
             enough = math.fsum(shares) / min(shares)
             mend = f"use at least {math.ceil(enough)} or drop stages" if enough <= MOST else "raise the smallest share"
             raise ValueError(f"train.updates: {self.train.updates} leaves a stage without updates; {mend}")
+        return self
+
+    def _number_of_blocks(self, name: str) -> int:
+        count = self.model.flux_config.get(name)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise ValueError(f"model.flux_config.{name}: must be a whole number of blocks, got {count!r}")
+        return count
+
+    @model_validator(mode="after")
+    def _cache_fits(self) -> Config:
         if "latents" in self.data.cache and self.data.sample_posterior:
             raise ValueError("data.cache: cached latents are the posterior's mean; set data.sample_posterior false")
         if "trunk" in self.data.cache and self.data.condition.image < 1:
@@ -324,20 +318,20 @@ class Config(Section):
         return self
 
     def for_world(self, world_size: int) -> Config:
-        """The configuration with what depends on the number of ranks filled in: train.drawn_per_rank and
-        train.micro_batch_size, of which auto counts as all that are drawn until it is chosen (training.micro_batch)."""
+        """The configuration with numbers for train.drawn_per_rank and train.micro_batch_size, which depend on the number of
+        ranks. `auto` is drawn_per_rank here; training/planning/micro_batch.py chooses a better one later."""
         train, share = self.train, max(1, self.train.global_batch_size // world_size)
         wanted = train.given_micro_batch
         drawn = min(train.drawn_per_rank or wanted or share, share)
         return self.with_batches(drawn, min(wanted or drawn, drawn))
 
     def with_batches(self, drawn_per_rank: int, micro_batch_size: int) -> Config:
-        """The configuration with these in `train`."""
+        """The configuration with these two in `train`."""
         sizes = {"drawn_per_rank": drawn_per_rank, "micro_batch_size": micro_batch_size}
         return self.model_copy(update={"train": self.train.model_copy(update=sizes)})
 
     def stage_ends(self) -> list[int]:
-        """Number of updates done when each stage ends; the last is train.updates."""
+        """Updates of the run at each stage's end; the last is train.updates."""
         total = math.fsum(stage.share for stage in self.stages)
         ends, reached = [], 0.0
         for stage in self.stages:
@@ -351,8 +345,8 @@ class Config(Section):
         return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     def to_yaml(self) -> str:
-        """The whole configuration as text that `--config` reads back equal."""
-        return plain_yaml.dump(self.model_dump())  # mode json would make null of .inf
+        """The configuration as text that `--config` reads back equal."""
+        return plain_yaml.dump(self.model_dump())  # mode="json" would turn .inf into null
 
 
 PATHS = tuple(
@@ -362,3 +356,19 @@ PATHS = tuple(
     if HOME in info.metadata
 )
 """Dotted names of the fields that hold a path."""
+
+
+def field_paths(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
+    """{dotted name: help text} of every field; `stages` is one field."""
+    paths: dict[str, str] = {}
+    for name, field in section.model_fields.items():
+        if is_section(field.annotation):
+            paths |= field_paths(field.annotation, f"{prefix}{name}.")
+        else:
+            paths[prefix + name] = " ".join((field.description or "").split())
+    return paths
+
+
+def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    """Whether a field's annotation is a section of fields."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

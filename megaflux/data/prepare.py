@@ -35,10 +35,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megaflux.common.command import Parser
 from megaflux.common.errors import UserError, exit_on_user_error
 from megaflux.common.files import sync_folder
 from megaflux.common.paths import path_option
-from megaflux.config.parse import Parser
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.images import ENCODINGS, MAX_PIXELS
 from megaflux.data.storage.dataset import COMPRESSION, FORMAT_VERSION, SHARD_SIZE, DatasetInfo, compression_for

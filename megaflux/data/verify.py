@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megaflux.common.command import Parser
 from megaflux.common.errors import exit_on_user_error
 from megaflux.common.paths import path_option
-from megaflux.config.parse import Parser
 from megaflux.data.storage.dataset import verify_dataset
 from megaflux.data.writing.merge import describe
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Section
+from megaflux.config.schema import Section
 from megaflux.generation.dots.dots import Dot, Weighting, check_weighting
 from megaflux.generation.request import (
     DETECTED,

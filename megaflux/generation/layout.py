@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config, Section
+from megaflux.config.schema import Config, Section
 from megaflux.models.safetensors_files import is_pointer
 
 if TYPE_CHECKING:

@@ -126,7 +126,7 @@ def settings_of(
     own = {} if seed is None else {"seed": seed}
     return {
         "format": FORMAT,
-        "command": "megaflux.infer.make",
+        "command": "megaflux.infer",
         "job": job.model_dump(mode="json"),
         "runtime": runtime.model_dump(mode="json"),
         "source": source,

@@ -1,4 +1,4 @@
-"""What the inputs of the page call: an act of panel_state or panel_work, and what the page then shows."""
+"""What the page's components call: each handler changes the state or makes pictures, and returns what the page then shows."""
 
 from __future__ import annotations
 
@@ -8,51 +8,54 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 
 from megaflux.common.errors import UserError
+from megaflux.panel.files import store
+from megaflux.panel.request import in_page_words
 from megaflux.panel.state import (
     Form,
+    Made,
     Session,
     clicked,
     edited,
     masked_at,
+    parts_used,
     place,
-    plain,
-    referred,
-    shown,
+    selected,
     slid,
-    store,
-    taken_up,
-    unbegun,
     unmasked,
     with_mask_by,
+    with_reference,
+    with_start,
 )
-from megaflux.panel.view import SAID_OF_CLICKS, said
-from megaflux.panel.work import Made, Stopped, Work, settings_text
+from megaflux.panel.view import MASK_HINTS, status_line
+from megaflux.panel.work import Stopped, Work, settings_text
 
 VALUES = tuple(f.name for f in fields(Form) if f.name != "controls")
-"""The inputs that a Form is made of, in the order in which handlers get them; ticks and scales of controls follow."""
-WHOLE = ("downsample", "steps", "count", "seed", "batch_size")  # numbers that may come as 4.0
-_BAR = gr.Progress()  # Gradio knows its progress bar by the parameter's default
+"""The inputs that make a Form, in the order in which handlers get them; the controls' checkboxes and scales follow."""
+WHOLE = ("downsample", "steps", "count", "seed", "batch_size")  # whole numbers, which Gradio may send as 4.0
+_NEW_SESSION = Session()
+_BAR = gr.Progress()  # Gradio recognizes the parameter of a progress bar by this default
 
 
 class Handlers:
-    """Each takes what the page holds, *values last, and returns {component: value}: what is not named stays as it is.
+    """The handlers of a page. Each takes the values of its components, those of VALUES last, and returns {component: value}
+    for the components that change.
 
-    A UserError that leaves a handler becomes the status line (panel_wiring.guarded).
+    A UserError that a handler raises becomes the status line (wiring.guarded).
     """
 
     def __init__(self, work: Work, components: dict[str, Any]):
         self.work, self.c = work, components
         self.stops: dict[str | None, Event] = {}
-        """By session, of what runs or waits."""
+        """By browser session, for each job that runs or waits: set to stop it."""
         self.folder = tempfile.TemporaryDirectory(prefix="megaflux-panel-")
 
     def form(self, values: tuple) -> Form:
-        """Of the inputs' values in the order of VALUES, then tick and scale of each control."""
+        """The Form of the values, in the order of VALUES, then the checkbox and scale of each control."""
         given, rest = dict(zip(VALUES, values)), values[len(VALUES) :]
         given |= {name: int(given[name]) for name in WHOLE if given[name] is not None}
         kinds = [kind for kind, _, _ in self.c["controls"]]
@@ -60,12 +63,13 @@ class Handlers:
         return Form(**given, controls=tuple((kind, scale) for kind, tick, scale in ticked if tick))
 
     def trouble(self, error: UserError) -> dict:
-        return {self.c["status"]: said(plain(str(error)), "trouble")}
+        """The error as the status line."""
+        return {self.c["status"]: status_line(in_page_words(str(error)), "trouble")}
 
     # The reference and its dots
 
-    def seen(self, session: Session, *values: Any) -> dict:
-        """The reference's part of the page after an act."""
+    def show_reference(self, session: Session, *values: Any) -> dict:
+        """The session, and the reference's part of the page."""
         c, there = self.c, session.reference is not None
         picture, about, trouble = self.work.view(session, self.form(values))
         if session.current is not None and not trouble:
@@ -73,14 +77,14 @@ class Handlers:
         return {
             c["session"]: session,
             c["grid"]: gr.update(value=picture, visible=there),
-            c["grid_line"]: gr.update(value=said(about, "trouble" if trouble else ""), visible=there),
+            c["grid_line"]: gr.update(value=status_line(about, "trouble" if trouble else ""), visible=there),
             c["dots_part"]: gr.update(visible=there),
             c["table"]: [[d.x, d.y, d.radius, d.weight] for d in session.dots],
         }
 
     def with_sliders(self, session: Session, *values: Any) -> dict:
-        """`seen`, and the sliders at the current dot's values."""
-        changes = self.seen(session, *values)
+        """`show_reference`, with the sliders at the current dot's values."""
+        changes = self.show_reference(session, *values)
         if session.current is not None:
             dot = session.dots[session.current]
             for name in (
@@ -96,43 +100,47 @@ class Handlers:
         if file is None:
             return {}
         try:
-            session = referred(session, store(file, self.work.out))
-            changes = self.seen(session, *values) | self.lay_out(session, *values)
+            stored = store(file, self.work.out)
+            session = with_reference(session, stored)
+            changes = self.show_reference(session, *values) | self.show_parts(session, *values)
         except UserError as error:
             return {box: None} | self.trouble(error)
-        return changes | {box: None, self.c["status"]: said(f"Reference: {session.reference.name}.")}
+        return changes | {box: None, self.c["status"]: status_line(f"Reference: {stored.name}.")}
 
     def drop_reference(self, session: Session, *values: Any) -> dict:
-        session = referred(session, None)
-        return self.seen(session, *values) | self.lay_out(session, *values)
+        session = with_reference(session, None)
+        return self.show_reference(session, *values) | self.show_parts(session, *values)
 
     def click(self, event: gr.SelectData, session: Session, radius: float, weight: float, *values: Any) -> dict:
-        x, y = place(event.index, self.work.seen_size(session.reference))
+        if session.reference is None:
+            return {}
+        x, y = place(event.index, self.work.view_size(session.reference))
         return self.with_sliders(clicked(session, x, y, radius, weight), *values)
 
     def slide(self, name: str) -> Callable[..., dict]:
-        return lambda value, session, *values: self.seen(slid(session, name, value), *values)
+        return lambda value, session, *values: self.show_reference(slid(session, name, value), *values)
 
-    def take_up(self, event: gr.SelectData, session: Session, *values: Any) -> dict:
-        changes = self.with_sliders(taken_up(session, event.index[0]), *values)
+    def select_dot(self, event: gr.SelectData, session: Session, *values: Any) -> dict:
+        changes = self.with_sliders(selected(session, event.index[0]), *values)
         del changes[self.c["table"]]  # it is being edited
         return changes
 
     def edit(self, rows: list, session: Session, radius: float, weight: float, *values: Any) -> dict:
         try:
             return self.with_sliders(edited(session, rows, radius, weight), *values)
-        except UserError as error:  # the table goes back to the dots as they are
-            return self.seen(session, *values) | self.trouble(error)
+        except UserError as error:  # the table shows the unchanged dots again
+            return self.show_reference(session, *values) | self.trouble(error)
 
     def act(self, change: Callable[[Session], Session]) -> Callable[..., dict]:
+        """A handler that makes a change of the dots without further input."""
         return lambda session, *values: self.with_sliders(change(session), *values)
 
     # Start image, mask, control maps
 
-    def lay_out(self, session: Session, *values: Any) -> dict:
-        """Show the parts that the mode uses."""
+    def show_parts(self, session: Session, *values: Any) -> dict:
+        """The session, and the parts of the page that the mode uses."""
         c, form = self.c, self.form(values)
-        uses, there = shown(form.mode), session.begin is not None
+        uses, there = parts_used(form.mode), session.begin is not None
         way = form.mask_by if uses["mask"] else ""
         clicks = there and way in ("discs", "points")
         picture = self.work.begin_view(with_mask_by(session, way)) if there else None
@@ -144,7 +152,7 @@ class Handlers:
             c["mask_file"]: gr.update(visible=way == "file"),
             c["disc"]: gr.update(visible=clicks and way == "discs"),
             c["begin"]: gr.update(value=picture, visible=uses["start"] and there),
-            c["begin_hint"]: gr.update(value=SAID_OF_CLICKS.get(way, ""), visible=clicks),
+            c["begin_hint"]: gr.update(value=MASK_HINTS.get(way, ""), visible=clicks),
             c["unmask"]: gr.update(visible=uses["mask"] and there),
             c["drop_start"]: gr.update(visible=session.start is not None),
             c["control_part"]: gr.update(visible=uses["control"]),
@@ -156,40 +164,42 @@ class Handlers:
     def give_mask(self, file: str | None, session: Session, *values: Any) -> dict:
         return self._give("mask", file, session, *values)
 
-    def _give(self, part: str, file: str | None, session: Session, *values: Any) -> dict:
+    def _give(self, part: Literal["start", "mask"], file: str | None, session: Session, *values: Any) -> dict:
         box = self.c[f"{part}_file"]
         if file is None:
             return {}
         try:
             stored = store(file, self.work.out)
-            session = replace(unbegun(session) if part == "start" else session, **{part: stored})
-            changes = self.lay_out(session, *values)
+            session = with_start(session, stored) if part == "start" else replace(session, mask=stored)
+            changes = self.show_parts(session, *values)
         except UserError as error:
             return {box: None} | self.trouble(error)
-        line = said(f"{'Start image' if part == 'start' else 'Mask'}: {stored.name}.")
+        line = status_line(f"{'Start image' if part == 'start' else 'Mask'}: {stored.name}.")
         return changes | {box: None, self.c["status"]: line}
 
     def drop_start(self, session: Session, *values: Any) -> dict:
-        return self.lay_out(unbegun(session), *values)
+        return self.show_parts(with_start(session, None), *values)
 
     def mask_at(self, event: gr.SelectData, radius: float, session: Session, *values: Any) -> dict:
         form = self.form(values)
-        if not shown(form.mode)["mask"]:
+        if not parts_used(form.mode)["mask"] or session.begin is None:
             return {}
-        x, y = place(event.index, self.work.seen_size(session.begin))
-        return self.lay_out(masked_at(session, form.mask_by, x, y, radius), *values)
+        x, y = place(event.index, self.work.view_size(session.begin))
+        return self.show_parts(masked_at(session, form.mask_by, x, y, radius), *values)
 
     def unmask(self, session: Session, *values: Any) -> dict:
-        return self.lay_out(unmasked(session, self.form(values).mask_by), *values)
+        return self.show_parts(unmasked(session, self.form(values).mask_by), *values)
 
     def give_map(self, kind: str) -> Callable[..., dict]:
         def call(file: str | None, session: Session, *_: Any) -> dict:
+            if file is None:
+                return {}
             stored = store(file, self.work.out)
             session = replace(session, maps={**session.maps, kind: stored})
             return {
                 self.c["session"]: session,
                 self.c["map_files"][kind]: gr.update(label=stored.name),
-                self.c["status"]: said(f"Map for {kind}: {stored.name}."),
+                self.c["status"]: status_line(f"Map for {kind}: {stored.name}."),
             }
 
         return call
@@ -197,21 +207,22 @@ class Handlers:
     # Pictures
 
     def arm(self, request: gr.Request) -> dict:
-        """Before a job waits for its turn: from now on Stop means this one."""
+        """Called before a job waits for its turn: from now on Stop ends this job."""
         self.stops[request.session_hash] = Event()
-        return {self.c["status"]: said("Generating ...")}
+        return {self.c["status"]: status_line("Generating ...")}
 
     def stopping(self, request: gr.Request) -> dict:
-        """What is said before `stop`: the last word is then that of the job."""
+        """The status line of Stop, returned before `stop` acts so that it cannot replace the job's own last line."""
         line = "Stopping after this step ..." if request.session_hash in self.stops else "Nothing is running."
-        return {self.c["status"]: said(line)}
+        return {self.c["status"]: status_line(line)}
 
     def stop(self, request: gr.Request) -> None:
+        """End the session's job after its current step."""
         if (event := self.stops.get(request.session_hash)) is not None:
             event.set()
 
     def generate(
-        self, request: gr.Request, bar: gr.Progress = _BAR, session: Session | None = None, *values: Any
+        self, request: gr.Request, bar: gr.Progress = _BAR, session: Session = _NEW_SESSION, *values: Any
     ) -> dict:
         """Make the pictures that the page asks for."""
         c, form = self.c, self.form(values)
@@ -222,7 +233,7 @@ class Handlers:
                 session, form, stop, lambda done, total: bar((done, total), desc="Generating", unit="steps")
             )
         except Stopped:
-            return {c["status"]: said("Stopped; nothing was saved.")}
+            return {c["status"]: status_line("Stopped; nothing was saved.")}
         finally:
             self.stops.pop(request.session_hash, None)
         pictures = [(file, f"seed {seed}") for file, seed in zip(made.files, made.seeds)]
@@ -233,14 +244,14 @@ class Handlers:
             ),
             c["attention_hint"]: gr.update(visible=bool(made.maps)),
             c["attention"]: gr.update(value=list(made.maps), visible=bool(made.maps)),
-            c["status"]: said(". ".join([made.line, *made.notes]) + ".", "good"),
-        } | self.chose(made, 0)
+            c["status"]: status_line(". ".join([made.line, *made.notes]) + ".", "good"),
+        } | self._choice(made, 0)
 
     def choose(self, event: gr.SelectData, made: Made) -> dict:
-        return self.chose(made, event.index)
+        return self._choice(made, event.index)
 
-    def chose(self, made: Made, index: int) -> dict:
-        """That picture is the one which the buttons below mean."""
+    def _choice(self, made: Made, index: int) -> dict:
+        """The picture that the buttons below the gallery act on."""
         c, file = self.c, Path(made.files[index])
         settings = Path(self.folder.name) / f"{file.stem}.json"
         settings.write_text(settings_text(str(file)))
@@ -253,6 +264,6 @@ class Handlers:
 
     def use(self, made: Made, index: int, session: Session, *values: Any) -> dict:
         """The chosen picture becomes the reference, without dots."""
-        session = referred(session, store(made.files[index], self.work.out))
-        line = said(f"Seed {made.seeds[index]} is the reference now.")
-        return self.seen(session, *values) | self.lay_out(session, *values) | {self.c["status"]: line}
+        session = with_reference(session, store(made.files[index], self.work.out))
+        line = status_line(f"Seed {made.seeds[index]} is the reference now.")
+        return self.show_reference(session, *values) | self.show_parts(session, *values) | {self.c["status"]: line}

@@ -1,4 +1,4 @@
-"""The panel's page in Gradio: what lies where. What the inputs do is in panel_wiring.py."""
+"""The page's components and where they are. What they call is in handlers.py, which wiring.py connects to them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import gradio as gr
 
 from megaflux.data.buckets import ASPECT_RATIOS
+from megaflux.generation.job import Runtime
+from megaflux.generation.layout import Settings
 from megaflux.generation.request import DETECTED
-from megaflux.panel.state import AUTO, MATCH, Session
-from megaflux.panel.work import Made, Work
+from megaflux.panel.state import AUTO, MATCH, Made, Session
 
 MODES = [
     ("variation of the reference", "variation"),
@@ -20,16 +21,16 @@ MODES = [
     ("controlnet: keep depth or lines", "controlnet"),
     ("controlnet and inpaint", "controlnet-inpaint"),
 ]
-ASPECTS = [
+ASPECTS: list[str | int | float | tuple[str, str | int | float]] = [
     ("auto", AUTO),
     ("as the reference", MATCH),
     *dict.fromkeys([*ASPECT_RATIOS, "9:16", "4:3", "3:4", "3:2", "2:3"]),
 ]
-SAID_OF_DOTS = (
+DOTS_HINT = (
     "<b>Click the picture to put a dot</b>: weight 2 makes the tokens around it count double, 0 leaves them out. "
     "Dots select tokens, and tokens have seen the whole image: it is not a crop."
 )
-SAID_OF_CLICKS = {
+MASK_HINTS = {
     "discs": "<b>Click the picture</b>: each click puts a disc that is made anew.",
     "points": "<b>Click the thing</b> that is to be made anew; SAM 2 finds its outline when you generate.",
 }
@@ -59,17 +60,17 @@ CSS = """
 """
 
 
-def _within(slider: gr.Slider, value: float | None) -> float:
+def _clamped(slider: gr.Slider, value: float | None) -> float:
     return slider.value if value is None else min(max(value, slider.minimum), slider.maximum)
 
 
-# A number typed beyond a slider's ends is taken for the end; Gradio's own raises, with a traceback in the terminal. Not a
-# subclass, because Gradio writes a .pyi beside the source of each, nor one object's, because it builds them anew.
-gr.Slider.preprocess = _within
+# A number typed beyond a slider's range is set to the nearer end; Gradio's own method raises, with a traceback in the terminal.
+# Replaced for the class: Gradio writes a .pyi file beside the source of a subclass, and builds objects again itself.
+gr.Slider.preprocess = _clamped  # type: ignore[method-assign, assignment]  # Gradio has no other place for it
 
 
 def launch_options() -> dict[str, Any]:
-    """How the page looks: no font and no script from elsewhere."""
+    """Gradio's launch options for the look of the page, without fonts and scripts from other servers."""
     theme = gr.themes.Default(
         primary_hue="orange",
         neutral_hue="slate",
@@ -81,8 +82,11 @@ def launch_options() -> dict[str, Any]:
     return {"theme": theme, "css": CSS, "footer_links": []}
 
 
-def inputs(work: Work) -> dict[str, Any]:
-    """The left column: components by name. Those named as a field of Form hold its value."""
+def inputs(runtime: Runtime, settings: Settings) -> dict[str, Any]:
+    """The left column: components by name; one with the name of a Form's field holds its value.
+
+    runtime: which networks are loaded; settings: of the weights.
+    """
     c: dict[str, Any] = {"session": gr.State(Session())}
     with gr.Row():
         c["mode"] = gr.Dropdown(MODES, value="variation", label="Mode", elem_id="mode", min_width=200)
@@ -92,34 +96,34 @@ def inputs(work: Work) -> dict[str, Any]:
     with gr.Column() as c["reference_part"]:
         c |= reference()
     with gr.Column(visible=False) as c["start_part"]:
-        c |= start(bool(work.runtime.sam_model))
+        c |= start(bool(runtime.sam_model))
     with gr.Column(visible=False) as c["control_part"]:
-        c["controls"], c["map_files"] = control_rows(work)
+        c["controls"], c["map_files"] = control_rows(runtime)
     with gr.Accordion("Size, guidance and more", open=False):
-        c |= more(work)
+        c |= more(settings, can_map=runtime.kernels == "on")
     return c
 
 
 def picture(name: str) -> gr.Image:
-    """A picture to click on. Gradio is given only our own drawings here: what a person uploads comes by gr.File, because
-    a file that is no picture makes gr.Image fail before any code of ours sees it."""
+    """A picture to click on, which shows our own drawings only. Users upload to a gr.File, because gr.Image fails on a file
+    that is not a picture before any code of ours sees it."""
     return gr.Image(
         show_label=False, interactive=False, format="jpeg", buttons=[], height=300, visible=False, elem_id=name
     )
 
 
 def drop(name: str, label: str, visible: bool = True) -> gr.File:
-    """A place to drop a file on; it is emptied again when the file has been taken."""
+    """A box to drop a file on; its handler empties it again."""
     return gr.File(label=label, elem_id=name, elem_classes="drop", height=58, visible=visible)
 
 
 def reference() -> dict[str, Any]:
-    """The reference with its dots."""
+    """The components of the reference and its dots."""
     c: dict[str, Any] = {"reference_file": drop("reference", "Reference: what the pictures are to show")}
     c["grid"] = picture("grid")
     c["grid_line"] = gr.HTML(elem_id="grid-line", visible=False)
     with gr.Column(visible=False) as c["dots_part"]:
-        gr.HTML(SAID_OF_DOTS, elem_classes="hint")
+        gr.HTML(DOTS_HINT, elem_classes="hint")
         with gr.Row():
             c["weight"] = gr.Slider(0, 4, 2, step=0.1, label="Weight of the dot", elem_id="weight")
             c["radius"] = gr.Slider(0.05, 1, 0.3, step=0.01, label="Radius of the dot", elem_id="radius")
@@ -170,7 +174,7 @@ def reference() -> dict[str, Any]:
 
 
 def start(points: bool) -> dict[str, Any]:
-    """The start image with its mask. points: SAM 2 is there."""
+    """The components of the start image and its mask. points: whether SAM 2 is loaded."""
     c: dict[str, Any] = {"start_file": drop("start", "Start image (none: the reference)")}
     c["strength"] = gr.Slider(
         0.05,
@@ -195,10 +199,9 @@ def start(points: bool) -> dict[str, Any]:
     return c
 
 
-def more(work: Work) -> dict[str, Any]:
-    """What is seldom changed."""
+def more(settings: Settings, can_map: bool) -> dict[str, Any]:
+    """The components that are seldom changed. can_map: whether attention maps can be made."""
     c: dict[str, Any] = {}
-    settings, can = work.pipeline.settings, work.runtime.kernels == "on"
     with gr.Row():
         c["aspect"] = gr.Dropdown(
             ASPECTS,
@@ -212,21 +215,21 @@ def more(work: Work) -> dict[str, Any]:
             settings.guidance, label="Guidance", info=f"trained: {settings.guidance:g}", min_width=80
         )
         c["batch_size"] = gr.Number(1, label="At a time", info="pictures", precision=0, min_width=80)
-    encoders = list(settings.text_encoders)
+    encoders: list[str | int | float | tuple[str, str | int | float]] = [*settings.text_encoders]
     c["text_encoder"] = gr.Dropdown(encoders, value=encoders[0], label="Prompt read by", visible=len(encoders) > 1)
     c["attention_map"] = gr.Checkbox(
         False,
         label="Attention map",
-        interactive=can,
+        interactive=can_map,
         elem_id="attention",
-        info="also show where each picture looked; slower" if can else "not with --kernels off",
+        info="also show where each picture looked; slower" if can_map else "not with --kernels off",
     )
     return c
 
 
-def control_rows(work: Work) -> tuple[list[tuple[str, Any, Any]], dict[str, Any]]:
-    """([(kind, its tick, its scale)], {kind: upload of a ready map}) of each kind that the loaded ControlNets read."""
-    nets = work.runtime.controlnet
+def control_rows(runtime: Runtime) -> tuple[list[tuple[str, Any, Any]], dict[str, Any]]:
+    """([(kind, its checkbox, its scale)], {kind: upload button of a ready map}) for each kind that the ControlNets read."""
+    nets = runtime.controlnet
     if not nets:
         gr.HTML(
             "No ControlNet is loaded: start the panel with <code>--controlnet DIR</code> (and "
@@ -235,7 +238,7 @@ def control_rows(work: Work) -> tuple[list[tuple[str, Any, Any]], dict[str, Any]
         )
     rows, files = [], {}
     for kind in DETECTED if "" in nets else nets:
-        made = kind in DETECTED and (kind != "depth" or work.runtime.depth_model)
+        made = kind in DETECTED and (kind != "depth" or runtime.depth_model)
         with gr.Row():
             source = (
                 "made from the start image" if made else "needs a ready map" + ", or --depth-model" * (kind == "depth")
@@ -248,8 +251,8 @@ def control_rows(work: Work) -> tuple[list[tuple[str, Any, Any]], dict[str, Any]
 
 
 def results() -> dict[str, Any]:
-    """The right column: how many, and what was made; components by name."""
-    c: dict[str, Any] = {"made": gr.State(Made((), ())), "chosen": gr.State(0)}
+    """The right column, the number of pictures and the pictures: components by name."""
+    c: dict[str, Any] = {"made": gr.State(Made()), "chosen": gr.State(0)}
     with gr.Row(equal_height=True):
         c["count"] = gr.Number(4, label="Pictures", precision=0, min_width=70, elem_id="count")
         c["steps"] = gr.Number(28, label="Steps", precision=0, min_width=70, elem_id="steps")
@@ -259,7 +262,7 @@ def results() -> dict[str, Any]:
         c["generate"] = gr.Button("Generate", variant="primary", scale=4, elem_id="generate")
         c["stop"] = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
     c["status"] = gr.HTML(
-        said("Drop a picture, or choose mode text and write a prompt; then Generate."), elem_id="status"
+        status_line("Drop a picture, or choose mode text and write a prompt; then Generate."), elem_id="status"
     )
     c["gallery"] = gr.Gallery(
         show_label=False,
@@ -293,6 +296,6 @@ def results() -> dict[str, Any]:
     return c
 
 
-def said(line: str, kind: str = "") -> str:
-    """A line for people as HTML. kind: "" or good or trouble."""
+def status_line(line: str, kind: str = "") -> str:
+    """A line of text as HTML, escaped. kind: "", "good" or "trouble"."""
     return f'<div class="line {kind}">{html.escape(line)}</div>' if line else ""

@@ -1,4 +1,4 @@
-"""The page put together: panel_view's components, and which of panel_handlers each of them calls."""
+"""The page: the components of view.py, and which handler each of them calls."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import torch
 from megaflux.common.errors import UserError
 from megaflux.panel.handlers import VALUES, Handlers
 from megaflux.panel.state import cleared, removed, undone
-from megaflux.panel.view import inputs, results, said
+from megaflux.panel.view import inputs, results, status_line
 from megaflux.panel.work import Work, short
 
 
 class Page(gr.Blocks):
-    """The page and what it calls."""
+    """The page, with its handlers."""
 
     handlers: Handlers
 
     def stop_all(self) -> None:
-        """Before closing: let go of what runs and of temporary files."""
+        """Stop all jobs and delete temporary files. Called before the page is closed."""
         for stop in list(self.handlers.stops.values()):
             stop.set()
         self.handlers.folder.cleanup()
@@ -34,12 +34,13 @@ class Page(gr.Blocks):
 
 def build(work: Work) -> Page:
     """The page of a loaded pipeline."""
+    loaded = work.loaded
     with Page(title="megaflux", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
-        where = f"{short(work.runtime.checkpoint)}, {work.pipeline.device}"
+        where = f"{short(loaded.runtime.checkpoint)}, {loaded.pipeline.device}"
         gr.HTML(f"<h1>megaflux</h1><p>{html.escape(where)}</p>", elem_id="title")
         with gr.Row():
             with gr.Column(scale=5, min_width=440):
-                c = inputs(work)
+                c = inputs(loaded.runtime, loaded.pipeline.settings)
             with gr.Column(scale=6, min_width=480, elem_id="results"):
                 c |= results()
         page.handlers = Handlers(work, c)
@@ -48,15 +49,15 @@ def build(work: Work) -> Page:
 
 
 def connect(h: Handlers) -> None:
-    """Every input to its handler."""
+    """Connect every component to its handler."""
     c = h.c
     values = [c[name] for name in VALUES] + [item for _, *pair in c["controls"] for item in pair]
     outputs = [item for name, item in c.items() if name not in ("controls", "map_files")]
     outputs += c["map_files"].values()
 
     def on(event: Callable, handler: Callable[..., dict], *first: Any, **options: Any) -> None:
-        # One at a time: an act reads the session that the one before it wrote. show_progress_on: Gradio's own errors
-        # break the page where they are shown on a gr.Column among the outputs.
+        # One at a time, because an act reads the session that the one before it wrote. show_progress_on: Gradio's own errors
+        # break the page if they are shown on a gr.Column among the outputs.
         event(
             guarded(h, handler),
             [*first, c["session"], *options.pop("dot", []), *values],
@@ -73,13 +74,13 @@ def connect(h: Handlers) -> None:
     on(c["drop_reference"].click, h.drop_reference)
     on(c["grid"].select, h.click, **dot)
     on(c["table"].input, h.edit, c["table"], **dot)
-    on(c["table"].select, h.take_up)
+    on(c["table"].select, h.select_dot)
     for name in ("weight", "radius"):
         on(c[name].input, h.slide(name), c[name], trigger_mode="always_last")
     for name in ("background", "preserve_mass", "variety", "downsample", "text_encoder"):
-        on(c[name].input, h.seen, trigger_mode="always_last")
-    for name in ("seed", "prompt"):  # variety is drawn by the seed; beside a prompt T5 has fewer tokens for the picture
-        on(c[name].change, h.seen, trigger_mode="always_last")
+        on(c[name].input, h.show_reference, trigger_mode="always_last")
+    for name in ("seed", "prompt"):  # the seed draws the variety; with a prompt T5 has fewer tokens for the picture
+        on(c[name].change, h.show_reference, trigger_mode="always_last")
     for name, change in (("remove", removed), ("undo", undone), ("clear", cleared)):
         on(c[name].click, h.act(change))
     on(c["start_file"].upload, h.give_start, c["start_file"])
@@ -87,8 +88,8 @@ def connect(h: Handlers) -> None:
     on(c["drop_start"].click, h.drop_start)
     on(c["begin"].select, h.mask_at, c["disc"])
     on(c["unmask"].click, h.unmask)
-    on(c["mode"].input, h.lay_out)
-    on(c["mask_by"].input, h.lay_out)
+    on(c["mode"].input, h.show_parts)
+    on(c["mask_by"].input, h.show_parts)
     for kind, button in c["map_files"].items():
         on(button.upload, h.give_map(kind), button)
     on(c["use"].click, h.use, c["made"], c["chosen"])
@@ -110,7 +111,7 @@ def connect(h: Handlers) -> None:
 
 
 def guarded(h: Handlers, handler: Callable[..., dict]) -> Callable[..., dict]:
-    """Trouble becomes a line on the page, and the page stays usable."""
+    """The handler with its exceptions turned into a status line, so that the page stays usable."""
 
     @wraps(handler)  # Gradio reads the signature
     def call(*args: Any) -> dict:
@@ -120,9 +121,9 @@ def guarded(h: Handlers, handler: Callable[..., dict]) -> Callable[..., dict]:
             return h.trouble(error)
         except torch.OutOfMemoryError:
             line = "out of memory; take a smaller shape or fewer pictures at a time"
-        except Exception as error:  # a fault of ours: the whole of it belongs in the terminal
+        except Exception as error:  # a bug: the terminal gets the traceback
             traceback.print_exc(file=sys.stderr)
             line = f"failed: {type(error).__name__}: {error}".splitlines()[0] + " (more in the terminal)"
-        return {h.c["status"]: said(line, "trouble")}
+        return {h.c["status"]: status_line(line, "trouble")}
 
     return call

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from megaflux.common.errors import STUCK, UserError
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.data.batches import decode_image
 from megaflux.data.images import decode
 from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megaflux.common.errors import UserError
 from megaflux.common.paths import expanded
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the checks of the command line do without it
     import torch

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.training import optim, stages
 from megaflux.training.ds_config import resolve_ds_config, sharding
 from megaflux.training.survival.guard import NOT_FINITE, Drop

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.models.pretrained import Models
 from megaflux.training.engine import release_memory
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.training.distributed import World, gathered, sum_over_ranks
 from megaflux.training.pictures import picture_file, save_picture
 from megaflux.training.planning import costs

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megaflux import flow
 from megaflux.common.transfer import pins, to_device
-from megaflux.config.parse import ConditionModes, Config, Flow
+from megaflux.config.schema import ConditionModes, Config, Flow
 from megaflux.data.batches import Batch
 from megaflux.data.buckets import Bucket
 from megaflux.models import latents as latent_ops

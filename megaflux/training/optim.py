@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megaflux.config.parse import Config, Optim
+from megaflux.config.schema import Config, Optim
 from megaflux.training.parameter_order import products_together
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.generation.sampling import SamplingRequest, flux_pipeline, generate
 from megaflux.models.pretrained import Models
 from megaflux.training.ds_config import batch_sizes

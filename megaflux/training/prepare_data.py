@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.training.distributed import World, work_while_others_wait
 
 log = logging.getLogger("megaflux")

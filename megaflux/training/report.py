@@ -11,9 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from megaflux.common.command import Parser
 from megaflux.common.errors import UserError, exit_on_user_error
 from megaflux.common.paths import path_option
-from megaflux.config.parse import Parser, load_yaml
+from megaflux.config.parse import load_yaml
 from megaflux.training.accounting import SHARES, Report, account, whole
 from megaflux.training.survival import events as event_log
 from megaflux.training.text import duration

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.training.checkpoint.manifest import write_durably
 from megaflux.training.distributed import World, from_main
 

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from megaflux.common.errors import STOPPED, UserError, is_out_of_memory
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.data.loader import build_loader
 from megaflux.data.reading.pieces import position_for
 from megaflux.models.pretrained import Models, load_models

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.data.batches import Batch
 from megaflux.data.loader import BucketLoader
 from megaflux.models.pretrained import Models

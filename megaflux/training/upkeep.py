@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from megaflux.common.errors import is_out_of_memory
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.training import distributed, pictures, validation
 from megaflux.training.checkpoint import space, weights
 from megaflux.training.checkpoint.write import write_checkpoint

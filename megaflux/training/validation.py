@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.data.buckets import Bucket
 from megaflux.data.storage.dataset import read_dataset_info, read_split, squarest_bucket
 from megaflux.models import latents as latent_ops

@@ -124,11 +124,11 @@ def test_through_the_deepspeed_launcher(tmp_path):
     [
         ("launch/train.py", "pydantic", ["--dry-run"]),  # its first imports
         ("launch/train.py", "megaflux.training.planning.dry_run", ["--dry-run"]),
-        ("megaflux.infer.make", "pydantic", ["--prompt", "a"]),
+        ("megaflux.infer", "pydantic", ["--prompt", "a"]),
         ("megaflux.data.prepare", "tqdm", ["a", "b"]),
         ("megaflux.training.report", "argparse", ["none"]),
         ("megaflux.export", "torch", [str(ROOT / "tests/old_runs/a9a4819/small"), "out"]),
-        ("megaflux.panel.app", "socket", []),
+        ("megaflux.panel", "socket", []),
     ],
 )
 def test_ctrl_c_is_one_word_and_130(tmp_path, program, at, argv):

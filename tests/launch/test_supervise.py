@@ -347,7 +347,7 @@ def test_slurm_script_as_shipped_is_right_for_any_of_these_nodes(tmp_path, monke
     assert {task["MASTER_PORT"] for task in tasks} == {"20077"}
 
     from launch import train
-    from megaflux.config.parse import parse_config
+    from megaflux.config.command_line import parse_config
     from megaflux.training.ds_config import load_ds_config
     from megaflux.training.planning.checks import find_problems
 

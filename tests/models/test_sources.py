@@ -17,8 +17,7 @@ from megaflux import convert
 from megaflux.common.errors import UserError
 from megaflux.config.parse import build_config
 from megaflux.generation.job import Runtime
-from megaflux.infer import make as infer
-from megaflux.infer import options as infer_options
+from megaflux.infer.load import check_sources, load
 from megaflux.models import pretrained
 from megaflux.models.safetensors_files import read_header
 from megaflux.models.sources import FLUX, VLM, folder_problems, hub_name, model_problems, opened, problem
@@ -154,9 +153,9 @@ def test_infers_own_models_follow_the_same_rule(here):
         runtime = Runtime(checkpoint="x", controlnet={"": source}, sam_model=source)
         if refused:
             with pytest.raises(UserError, match=f"^--controlnet {source}: does not exist"):
-                infer_options.check_sources(runtime)
+                check_sources(runtime)
         else:
-            infer_options.check_sources(runtime)
+            check_sources(runtime)
 
 
 def test_a_controlnets_folder_is_looked_at_before_anything_is_loaded(here):
@@ -165,7 +164,7 @@ def test_a_controlnets_folder_is_looked_at_before_anything_is_loaded(here):
     (here / "net/config.json").write_text("{}")
     (here / "net/diffusion_pytorch_model.safetensors").write_text(POINTER)
     with pytest.raises(UserError, match="^--controlnet depth net holds git-lfs pointers in the place of diffusion_pyt"):
-        infer.load(Runtime(checkpoint="x", controlnet={"depth": "net"}))
+        load(Runtime(checkpoint="x", controlnet={"depth": "net"}))
 
 
 def test_conversion_names_pointers(tmp_path, flux, published):
@@ -234,4 +233,4 @@ def test_the_hub_is_meant_even_beside_a_folder_of_that_name(here, flux, publishe
 def test_a_detectors_folder_is_looked_at_before_anything_is_loaded(here, option, given):
     (here / "x").mkdir()
     with pytest.raises(UserError, match=f"^{option} x"):
-        infer.load(Runtime(checkpoint="not there", **given))
+        load(Runtime(checkpoint="not there", **given))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megaflux.infer import make as infer
+from megaflux.infer import __main__ as infer
 from tests.conftest import picture
 from tests.panel import bad_files
 
@@ -45,7 +45,7 @@ def served(run_folder, tmp_path_factory):
     command = [
         sys.executable,
         "-m",
-        "megaflux.panel.app",
+        "megaflux.panel",
         "--checkpoint",
         run_folder,
         "--port",

@@ -13,10 +13,13 @@ from PIL import Image, ImageDraw
 
 from megaflux.common.errors import UserError
 from megaflux.generation.job import MODES, Job, Runtime
-from megaflux.infer import make as infer
-from megaflux.panel import app as panel
-from megaflux.panel import state as panel_state
-from megaflux.panel.state import Form, Session, Stored, job_of
+from megaflux.infer import __main__ as infer
+from megaflux.infer.load import Loaded, load
+from megaflux.panel import __main__ as panel
+from megaflux.panel import state
+from megaflux.panel.files import store
+from megaflux.panel.request import in_page_words, job_of
+from megaflux.panel.state import Form, Session, Stored
 from tests.conftest import picture
 from tests.generation.test_modes import controlnet_folder  # noqa: F401  (a fixture)
 from tests.panel import bad_files
@@ -34,7 +37,7 @@ def stored(size=(200, 100)) -> Stored:
 def dotted(*clicks, size=(200, 100)) -> Session:
     session = Session(reference=stored(size))
     for x, y in clicks:
-        session = panel_state.clicked(session, x, y, 0.3, 2.0)
+        session = state.clicked(session, x, y, 0.3, 2.0)
     return session
 
 
@@ -42,42 +45,40 @@ def dotted(*clicks, size=(200, 100)) -> Session:
 
 
 def test_a_click_is_the_middle_of_its_pixel_and_stays_inside():
-    assert panel_state.place([0, 99], (100, 100)) == (0.005, 0.995)
-    assert panel_state.place([511, -3], (512, 384)) == (0.999, 0.0)
+    assert state.place([0, 99], (100, 100)) == (0.005, 0.995)
+    assert state.place([511, -3], (512, 384)) == (0.999, 0.0)
 
 
 def test_clicks_put_dots_and_take_them_up_again():
     session = dotted((0.25, 0.5), (0.75, 0.5))
     assert [(d.x, d.y) for d in session.dots] == [(0.25, 0.5), (0.75, 0.5)] and session.current == 1
-    again = panel_state.clicked(session, 0.26, 0.51, 0.9, 0.0)  # 2.2 px off, of a shorter side of 100
+    again = state.clicked(session, 0.26, 0.51, 0.9, 0.0)  # 2.2 px off, of a shorter side of 100
     assert again.dots == session.dots and again.current == 0
-    assert len(panel_state.clicked(session, 0.27, 0.5, 0.9, 0.0).dots) == 3  # 4 px off
+    assert len(state.clicked(session, 0.27, 0.5, 0.9, 0.0).dots) == 3  # 4 px off
 
 
 def test_sliders_move_the_current_dot_and_a_drag_is_one_step_back():
     session = dotted((0.25, 0.5), (0.75, 0.5))
     for weight in (1.5, 1.0, 0.5):
-        session = panel_state.slid(panel_state.slid(session, "radius", 0.4), "weight", weight)
+        session = state.slid(state.slid(session, "radius", 0.4), "weight", weight)
     assert [(d.radius, d.weight) for d in session.dots] == [(0.3, 2.0), (0.4, 0.5)]
-    assert panel_state.undone(session).dots == dotted((0.25, 0.5), (0.75, 0.5)).dots
-    assert panel_state.slid(Session(reference=stored()), "weight", 3.0).dots == ()
+    assert state.undone(session).dots == dotted((0.25, 0.5), (0.75, 0.5)).dots
+    assert state.slid(Session(reference=stored()), "weight", 3.0).dots == ()
 
 
 def test_removing_clearing_and_going_back():
     session = dotted((0.25, 0.5), (0.75, 0.5))
-    assert [d.x for d in panel_state.removed(panel_state.taken_up(session, 0)).dots] == [0.75]
-    cleared = panel_state.cleared(session)
+    assert [d.x for d in state.removed(state.selected(session, 0)).dots] == [0.75]
+    cleared = state.cleared(session)
     assert cleared.dots == () and cleared.current is None
-    back = panel_state.undone(cleared)
+    back = state.undone(cleared)
     assert back.dots == session.dots and back.current == 1
-    assert panel_state.undone(panel_state.undone(panel_state.undone(back))).dots == ()
+    assert state.undone(state.undone(state.undone(back))).dots == ()
 
 
 def test_the_table_of_dots():
     session = dotted((0.25, 0.5))
-    session = panel_state.edited(
-        session, [[0.5, "0.5", 0.2, 3], ["", "", "", ""], ["0.1", None, "", float("nan")]], 0.3, 2.0
-    )
+    session = state.edited(session, [[0.5, "0.5", 0.2, 3], ["", "", "", ""], ["0.1", None, "", float("nan")]], 0.3, 2.0)
     assert [tuple(d.model_dump().values()) for d in session.dots] == [(0.5, 0.5, 0.2, 3.0), (0.1, 0.5, 0.3, 2.0)]
     for row, said in (
         ([2, 0, 1, 1], "dot 1: x: 2.0; must be inside"),
@@ -86,12 +87,12 @@ def test_the_table_of_dots():
         ([0, 0, 1, -1], "must be at least 0"),
     ):
         with pytest.raises(UserError, match=said):
-            panel_state.edited(session, [row], 0.3, 2.0)
+            state.edited(session, [row], 0.3, 2.0)
 
 
 def test_another_reference_has_no_dots_and_no_mask_of_the_one_before():
-    session = panel_state.masked_at(dotted((0.5, 0.5)), "discs", 0.5, 0.5, 0.2)
-    other = panel_state.referred(session, stored((64, 64)))
+    session = state.masked_at(dotted((0.5, 0.5)), "discs", 0.5, 0.5, 0.2)
+    other = state.with_reference(session, stored((64, 64)))
     assert other.dots == () and other.discs == () and other.history == ()
 
 
@@ -112,7 +113,7 @@ def test_a_job_holds_what_its_mode_uses_and_no_more():
         assert job.variety == (0.1 if mode != "text" else 0.0)
     assert job.references[0].dots == full.dots and job.controls[0].image.sha256 == "0" * 64
     assert job_of(full, Form(aspect="16:9")).aspect == "16:9" and job_of(full, Form(aspect="auto")).aspect is None
-    assert job_of(full, Form(aspect=panel_state.MATCH)).match_input_size
+    assert job_of(full, Form(aspect=state.MATCH)).match_input_size
 
 
 @pytest.mark.parametrize(
@@ -134,36 +135,34 @@ def test_a_job_holds_what_its_mode_uses_and_no_more():
         (dotted(), {"background": -1.0}, "background: -1.0"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(session, form, said):
+def test_an_invalid_form_is_one_line(session, form, said):
     with pytest.raises(UserError, match=said) as caught:
         job_of(session, Form(**form))
-    assert "\n" not in panel_state.plain(str(caught.value))
+    assert "\n" not in in_page_words(str(caught.value))
 
 
 def test_the_page_has_no_options_but_those_of_the_start():
-    assert panel_state.plain("--steps 0: use at least 1\n") == "steps 0: use at least 1"
-    assert panel_state.plain("--mask-point: give --mask FILE") == "mask point: give mask FILE"
-    assert (
-        panel_state.plain("give --depth-model DIR or --control-image x") == "give --depth-model DIR or control image x"
-    )
+    assert in_page_words("--steps 0: use at least 1\n") == "steps 0: use at least 1"
+    assert in_page_words("--mask-point: give --mask FILE") == "mask point: give mask FILE"
+    assert in_page_words("give --depth-model DIR or --control-image x") == "give --depth-model DIR or control image x"
 
 
 def test_uploads_are_kept_once_under_the_output_folder(tmp_path):
     (tmp_path / "up").mkdir()
     upload, out = tmp_path / "up/a cat!.PNG", tmp_path / "out"
     picture(40, 30).save(upload, "PNG")
-    first, second = panel_state.store(upload, out), panel_state.store(upload, out)
+    first, second = store(upload, out), store(upload, out)
     assert first == second and first.size == (40, 30) and Path(first.file).read_bytes() == upload.read_bytes()
     assert Path(first.file).is_relative_to(out / "inputs") and first.name == "a_cat_.PNG"
-    assert panel_state.store(first.file, out) == first  # a result, or an input, is where it belongs
+    assert store(first.file, out) == first  # a result, or an input, is where it belongs
     with pytest.raises(UserError, match="gone.png: No such file"):
-        panel_state.store(tmp_path / "gone.png", out)
+        store(tmp_path / "gone.png", out)
 
 
 def test_bad_files_are_refused_by_name_and_not_kept(tmp_path):
     for file, said in bad_files.write(tmp_path).items():
         with pytest.raises(UserError) as caught:
-            panel_state.store(file, tmp_path / "out")
+            store(file, tmp_path / "out")
         assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -172,7 +171,7 @@ def test_bad_files_are_refused_by_name_and_not_kept(tmp_path):
 
 
 def test_help_and_bad_lines_wait_for_nothing():
-    code = "import sys; from megaflux import panel\ntry: panel.main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from megaflux.panel import __main__ as panel\ntry: panel.main(['--help'])\nexcept SystemExit: pass\n"
     code += "print([m for m in ('gradio', 'torch', 'diffusers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "--sam-model" in done.stdout and done.stdout.splitlines()[-1] == "[]"
@@ -212,7 +211,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def loaded(run_folder, controlnet_folder):  # noqa: F811
-    return infer.load(Runtime(checkpoint=str(run_folder), controlnet={"": str(controlnet_folder)}, device="cpu"))
+    return load(Runtime(checkpoint=str(run_folder), controlnet={"": str(controlnet_folder)}, device="cpu"))
 
 
 class Desk:
@@ -223,7 +222,7 @@ class Desk:
         from megaflux.panel.wiring import build, guarded
         from megaflux.panel.work import Work
 
-        self.page = build(Work(*loaded, out))
+        self.page = build(Work(loaded, out))
         self.h = self.page.handlers
         self.names = {component: name for name, component in self.h.c.items() if name not in ("controls", "map_files")}
         self.order, self.guarded = VALUES, guarded
@@ -268,7 +267,7 @@ def heat(changes: dict) -> np.ndarray:
 
 
 def test_the_heat_map_follows_every_act_without_the_model(desk, tmp_path, monkeypatch):
-    monkeypatch.setattr(type(desk.h.work.pipeline), "__call__", None)
+    monkeypatch.setattr(type(desk.h.work.loaded.pipeline), "__call__", None)
     plain = heat(desk.give(picture(168, 112, 1), tmp_path / "cat.png"))
     assert plain.shape == (341, 512, 3) and "cat.png: 2 rows × 2 columns of tokens" in desk.shown["grid_line"]["value"]
     dotted = heat(desk.click(100, 100))
@@ -276,14 +275,14 @@ def test_the_heat_map_follows_every_act_without_the_model(desk, tmp_path, monkey
     weaker = heat(desk(desk.h.slide("weight"), 0.0))
     assert (weaker != dotted).any()
     desk.values["background"] = 0.2
-    assert (heat(desk(desk.h.seen)) != weaker).any()
+    assert (heat(desk(desk.h.show_reference)) != weaker).any()
     desk.values |= {"background": 0.0}
-    assert "its dots leave no token" in desk(desk.h.seen)["grid_line"]["value"]
+    assert "its dots leave no token" in desk(desk.h.show_reference)["grid_line"]["value"]
     desk.values |= {"background": 1.0, "downsample": 2}
-    assert "1 rows × 1 columns" in desk(desk.h.seen)["grid_line"]["value"]
+    assert "1 rows × 1 columns" in desk(desk.h.show_reference)["grid_line"]["value"]
     desk.values |= {"downsample": 1}
-    assert (heat(desk(desk.h.act(panel_state.cleared))) == plain).all()
-    assert (heat(desk(desk.h.act(panel_state.undone))) == weaker).all()
+    assert (heat(desk(desk.h.act(state.cleared))) == plain).all()
+    assert (heat(desk(desk.h.act(state.undone))) == weaker).all()
     beyond = desk(lambda *a: desk.h.edit([[0.5, 0.5, 1.5, 9]], a[0], 0.3, 2.0, *a[1:]))
     assert desk.session.dots[0].weight == 9 and (beyond["weight"], beyond["radius"]) == (4, 1)
     desk(desk.h.slide("radius"), 0.5)
@@ -298,25 +297,28 @@ def test_the_grid_and_the_weights_are_those_of_the_run(desk, tmp_path):
         desk.click(100, 100)
         desk.values |= {"variety": 0.3, "preserve_mass": True, "background": 0.5, "seed": 5}
         form = desk.h.form([desk.values[name] for name in desk.order])
-        result = run(desk.h.work.pipeline, *read_inputs(job_of(desk.session, form)))
-        assert np.array_equal(result.output.weights[0][0], desk.h.work.weights(desk.session, form))
+        result = run(desk.h.work.loaded.pipeline, *read_inputs(job_of(desk.session, form)))
+        assert np.array_equal(
+            result.output.weights[0][0], desk.h.work.weights(desk.session.reference, desk.session.dots, form)
+        )
 
 
 def test_beside_a_prompt_t5_leaves_the_picture_fewer_tokens(with_t5, converted, tmp_path):  # noqa: F811
+    from megaflux.generation.control.detectors import Detectors, Sources
     from megaflux.generation.run import read_inputs, run
     from megaflux.panel.work import Work
 
     picture(300, 300, 1).save(tmp_path / "cat.png")
-    work = Work(with_t5, None, Runtime(checkpoint=str(converted)), tmp_path)
-    session = Session(reference=panel_state.store(tmp_path / "cat.png", tmp_path))
-    session = panel_state.clicked(session, 0.3, 0.4, 0.3, 3.0)
+    work = Work(Loaded(with_t5, Detectors(Sources()), Runtime(checkpoint=str(converted))), tmp_path)
+    session = Session(reference=store(tmp_path / "cat.png", tmp_path))
+    session = state.clicked(session, 0.3, 0.4, 0.3, 3.0)
     grids = set()
     for prompt in ("", "a fox"):
         form = Form(prompt=prompt, steps=1, count=1, text_encoder="t5")
         job = job_of(session, form).model_copy(update={"width": 64, "height": 64})
         result = run(with_t5, *read_inputs(job))
-        assert np.array_equal(result.output.weights[0][0], work.weights(session, form))
-        grids.add(work.grid(session, form))
+        assert np.array_equal(result.output.weights[0][0], work.weights(session.reference, session.dots, form))
+        grids.add(work.grid(session.reference, form))
     assert len(grids) == 2
 
 
@@ -348,8 +350,8 @@ def test_pictures_replay_and_settings_are_the_pictures_own(desk, tmp_path):
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_from_the_page(desk, tmp_path, mode):
     desk.values |= {"mode": mode, "prompt": "a fox", "count": 1}
-    laid = desk(desk.h.lay_out)
-    uses = panel_state.shown(mode)
+    laid = desk(desk.h.show_parts)
+    uses = state.parts_used(mode)
     for part, name in (("reference_part", "reference"), ("start_part", "start"), ("control_part", "control")):
         assert laid[part]["visible"] == uses[name]
     if mode != "text":
@@ -390,11 +392,11 @@ def test_ready_maps_and_a_panel_without_controlnet(desk, loaded, tmp_path):
     assert "needs a depth detector; give --depth-model DIR" in desk.generate()["status"]
     desk(lambda *a: desk.h.give_map("depth")(str(tmp_path / "cat.png"), *a))
     assert "good" in desk.generate()["status"]
-    net, desk.h.work.pipeline.controlnet = desk.h.work.pipeline.controlnet, None
+    net, desk.h.work.loaded.pipeline.controlnet = desk.h.work.loaded.pipeline.controlnet, None
     try:
         assert "needs a ControlNet; start the panel with --controlnet DIR" in desk.generate()["status"]
     finally:
-        desk.h.work.pipeline.controlnet = net
+        desk.h.work.loaded.pipeline.controlnet = net
 
 
 def test_trouble_is_a_line_and_the_next_press_works(desk, tmp_path, monkeypatch, capsys):
@@ -405,7 +407,7 @@ def test_trouble_is_a_line_and_the_next_press_works(desk, tmp_path, monkeypatch,
         assert desk.session.reference is None
     desk.give(picture(96, 64, 1), tmp_path / "cat.png")
     with monkeypatch.context() as patch:
-        patch.setattr(infer, "write", lambda *_: 1 / 0)
+        patch.setattr("megaflux.panel.work.write", lambda *_: 1 / 0)
         assert "failed: ZeroDivisionError: division by zero (more in the terminal)" in desk.generate()["status"]
     assert "ZeroDivisionError" in capsys.readouterr().err
     Path(desk.session.reference.file).write_bytes(b"gone bad")

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megaflux.config.parse import Config, build_config, merge
+from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
+from megaflux.config.schema import Config
 from megaflux.training import distributed
 from megaflux.training.engine import StageEngine
 from tests.training.runs import small_config

@@ -65,15 +65,15 @@ objective.draw_time_and_noise = draw
 
 
 def other_view() -> None:
-    from megaflux.config import parse as config
+    from megaflux.config import command_line
 
-    parse = config.parse_config
+    parse = command_line.parse_config
 
     def stale(*args, **kwargs):
         options, found = parse(*args, **kwargs)
         return options, found.model_copy(update={"optim": found.optim.model_copy(update={"lr": 0.5})})
 
-    config.parse_config = stale
+    command_line.parse_config = stale
 
 
 if kind == "other_view" and mine:

@@ -10,8 +10,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megaflux.config.parse import Config, build_config
+from megaflux.config.parse import build_config
 from megaflux.config.presets import FLUX_VAE, PRESETS
+from megaflux.config.schema import Config
 from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import meta_models
 from megaflux.models.tokens import Tokens, condition_grid

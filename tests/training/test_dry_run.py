@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config, build_config
+from megaflux.config.parse import build_config
 from megaflux.config.presets import PRESETS
+from megaflux.config.schema import Config
 from megaflux.data.buckets import make_buckets
 from megaflux.training.planning import sizes
 from megaflux.training.planning.checks import find_notes, find_problems

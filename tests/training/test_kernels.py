@@ -96,7 +96,7 @@ def test_zero3_runs_on_diffusers_own_path_and_says_so(tmp_path, data):
 
 
 def test_settings_say_which_path_made_a_picture(tmp_path, run_folder):
-    from megaflux.infer import make as infer
+    from megaflux.infer import __main__ as infer
 
     Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)).save(tmp_path / "black.png")
     for kernels in ("on", "off"):

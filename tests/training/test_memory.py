@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megaflux.bench import memory as bench
 from megaflux.bench.live_memory import LiveMemory
 from megaflux.bench.update_memory import update_peak, vae_peaks
-from megaflux.config.parse import Config, build_config
+from megaflux.config.parse import build_config
 from megaflux.config.presets import FLUX_VAE, PRESETS
+from megaflux.config.schema import Config
 from megaflux.data.buckets import Bucket
 from megaflux.generation import sampling
 from megaflux.models.latents import coding_peak

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaflux.config.parse import ConditionModes, build_config, merge
+from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import PUBLISHED_STAGES, tiny
+from megaflux.config.schema import ConditionModes
 from megaflux.models.pretrained import load_models
 from megaflux.training.objective import draw_mode
 from megaflux.training.planning import memory

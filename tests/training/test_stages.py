@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megaflux.common.errors import FrozenParameterError, UserError
-from megaflux.config.parse import Stage
 from megaflux.config.presets import PUBLISHED_STAGES
+from megaflux.config.schema import Stage
 from megaflux.models import latents as ops
 from megaflux.models.pretrained import load_models
 from megaflux.training import stages

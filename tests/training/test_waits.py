@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from megaflux import flow
-from megaflux.config.parse import Config, Flow, build_config
+from megaflux.config.parse import build_config
+from megaflux.config.schema import Config, Flow
 from megaflux.data.batches import Batch
 from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import Models, load_models

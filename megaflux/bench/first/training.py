@@ -194,7 +194,7 @@ def main() -> int:
         "--seen", type=path_option, metavar="FILE.json", help="watch the loop, and write what was seen there"
     )
     args = parser.parse_args()
-    config = build_config(load_yaml(args.config))
+    config = build_config(load_yaml(args.config, "--config"))
     ds_config = with_defaults(load_ds_config(DS_CONFIG), None)
     watch = Watch(config.train.hang_timeout, config.train.leave_within)
     if args.seen is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Section
+from megaflux.config.schema import Section
 
 MAX_DOTS = 1000
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.data.reading.pieces import global_micro_batch
 from megaflux.training.checkpoint.state import Checkpoint
 from megaflux.training.ds_config import batch_sizes, divisors

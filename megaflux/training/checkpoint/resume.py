@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.models.loading_errors import named
 from megaflux.models.sources import HUB
 from megaflux.training import distributed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.training.checkpoint import manifest
 
 log = logging.getLogger("megaflux")

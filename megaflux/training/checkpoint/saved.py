@@ -22,8 +22,8 @@ from typing import Any
 from megaflux.common.errors import UserError
 from megaflux.common.paths import literal
 from megaflux.config import plain_yaml
-from megaflux.config.parse import Config, build_config, load_yaml
-from megaflux.config.schema import PATHS
+from megaflux.config.parse import build_config, load_yaml
+from megaflux.config.schema import PATHS, Config
 from megaflux.training.checkpoint import manifest
 
 NAME, DS_NAME = "config.yaml", "ds_config.json"

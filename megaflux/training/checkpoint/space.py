@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.training import distributed
 from megaflux.training.checkpoint import manifest
 from megaflux.training.distributed import World

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.models import reading
 from megaflux.models.loading_errors import named
 from megaflux.training import stages

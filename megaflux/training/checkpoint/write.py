@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megaflux.common.errors import UserError, is_out_of_memory
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.training import distributed
 from megaflux.training.checkpoint import manifest, retention, saved, weights
 from megaflux.training.checkpoint.resume import identity

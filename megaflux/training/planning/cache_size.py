@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.data.buckets import Bucket
 from megaflux.data.storage.parts import Part
 from megaflux.models.latents import VAE_SCALE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megaflux.config.parse import Stage
+from megaflux.config.schema import Stage
 from megaflux.training.planning.micro_batch import Choice, Planner
 from megaflux.training.planning.throughput import Cluster
 

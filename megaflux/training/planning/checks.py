@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.data.buckets import make_buckets
 from megaflux.models.sources import HUB, hub_name, model_problems
 from megaflux.training.checkpoint import manifest

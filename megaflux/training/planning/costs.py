@@ -36,8 +36,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config, Stage
 from megaflux.config.presets import FLUX_VAE
+from megaflux.config.schema import Config, Stage
 from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import AutoencoderKL, meta_models
 from megaflux.models.scratch import TINY

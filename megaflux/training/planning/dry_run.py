@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.training.ds_config import batch_sizes
 from megaflux.training.planning.checks import find_notes, find_problems
 from megaflux.training.planning.dry_run_text import print_estimate

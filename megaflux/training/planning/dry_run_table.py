@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megaflux.config.parse import Config, Stage
+from megaflux.config.schema import Config, Stage
 from megaflux.training.ds_config import divisors
 from megaflux.training.planning.gpus import GPUS, Assumed, Gpu
 from megaflux.training.planning.memory import USABLE, usable

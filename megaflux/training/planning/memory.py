@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megaflux.config.parse import Stage
+from megaflux.config.schema import Stage
 from megaflux.data.buckets import Bucket
 from megaflux.models.flux import POLICIES, Policy
 from megaflux.models.latents import coding_peak

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from megaflux.config.parse import Config, Stage
+from megaflux.config.schema import Config, Stage
 from megaflux.models.flux import Policy, uneven_norms
 from megaflux.models.pretrained import Models
 from megaflux.training import distributed

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from megaflux.config.parse import Config
+from megaflux.config.schema import Config
 from megaflux.data.buckets import Bucket, make_buckets
 from megaflux.models.pretrained import meta_models
 from megaflux.models.tokens import Tokens

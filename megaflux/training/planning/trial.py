@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megaflux.common.errors import is_out_of_memory
-from megaflux.config.parse import Config, Stage
+from megaflux.config.schema import Config, Stage
 from megaflux.data.buckets import Bucket
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models

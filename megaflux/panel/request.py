@@ -1,0 +1,158 @@
+"""The page's state -> a checked Job: the panel and the command line run, store and replay the same thing."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TypeVar
+
+from megaflux.common.errors import UserError
+from megaflux.generation.dots.dots import Weighting, check_weighting
+from megaflux.generation.job import Input, Job, JobControl, JobReference, check
+from megaflux.generation.request import check_prompt
+from megaflux.infer.values import MAX_SEED, check_values
+from megaflux.panel.state import AUTO, MATCH, Form, Session, Stored, parts_used, with_mask_by
+
+MAX_COUNT = 64  # pictures of one press of the button
+RUNTIME_OPTIONS = (
+    "controlnet",
+    "depth-model",
+    "line-model",
+    "sam-model",
+    "kernels",
+    "checkpoint",
+    "offload",
+    "quantize",
+)
+"""Options of the panel's command line that a job's messages may name."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers of a Form, none of them empty."""
+
+    steps: int
+    count: int
+    seed: int
+    batch_size: int
+    strength: float
+    background: float
+    variety: float
+    downsample: int
+    reference_strength: float
+
+    @classmethod
+    def of(cls, form: Form) -> Numbers:
+        """UserError naming the first input that is empty."""
+
+        def given(name: str, value: T | None) -> T:
+            if value is None:
+                raise UserError(f"{name}: empty; give a number")
+            return value
+
+        return cls(
+            steps=given("steps", form.steps),
+            count=given("pictures", form.count),
+            seed=given("seed", form.seed),
+            batch_size=given("batch size", form.batch_size),
+            strength=given("strength", form.strength),
+            background=given("background", form.background),
+            variety=given("variety", form.variety),
+            downsample=given("downsample", form.downsample),
+            reference_strength=given("reference strength", form.reference_strength),
+        )
+
+
+def job_of(session: Session, form: Form) -> Job:
+    """The checked job that the page asks for. UserError in the page's words."""
+    uses = parts_used(form.mode)
+    session = with_mask_by(session, form.mask_by)
+    prompt = check_prompt(form.prompt).strip()
+    numbers = Numbers.of(form)
+    _check_parts(session, form, prompt)
+    _check_numbers(numbers, form.guidance)
+    controls = _controls(session, form) if uses["control"] else ()
+    references: tuple[JobReference, ...] = ()
+    if uses["reference"] and (stored := session.reference) is not None:
+        references = (
+            JobReference(
+                file=stored.file, sha256=stored.sha256, strength=numbers.reference_strength, dots=session.dots
+            ),
+        )
+    check_weighting(Weighting(numbers.background))  # checked even where no dot uses it
+    job = Job(
+        mode=form.mode,
+        references=references,
+        prompt=prompt,
+        text_encoder=form.text_encoder,
+        image=_input(session.start) if uses["start"] else None,
+        mask=_input(session.mask) if uses["mask"] else None,
+        mask_points=session.points if uses["mask"] and session.mask is None else (),
+        strength=numbers.strength,
+        controls=controls,
+        background=numbers.background if uses["reference"] and session.dots else 1.0,
+        preserve_mass=form.preserve_mass and uses["reference"],
+        variety=numbers.variety if uses["reference"] else 0.0,
+        downsample=numbers.downsample if uses["reference"] else 1,
+        aspect=None if form.aspect in (AUTO, MATCH) else form.aspect,
+        match_input_size=form.aspect == MATCH,
+        steps=numbers.steps,
+        guidance=form.guidance,
+        seeds=tuple(range(numbers.seed, numbers.seed + numbers.count)),
+        batch_size=numbers.batch_size,
+        attention_map=form.attention_map and bool(references),
+    )
+    job = check(job)
+    check_weighting(job.weighting)
+    return job
+
+
+def _check_parts(session: Session, form: Form, prompt: str) -> None:
+    """UserError for the first thing that the mode needs and the page lacks."""
+    mode, uses = form.mode, parts_used(form.mode)
+    if mode == "text" and not prompt:
+        raise UserError("mode text needs words; write a prompt")
+    if mode == "variation" and session.reference is None:
+        raise UserError("mode variation needs a reference; drop a picture on the left")
+    if uses["start"] and session.begin is None and not all(kind in session.maps for kind, _ in form.controls):
+        raise UserError(f"mode {mode} needs a picture to begin with; drop a start image or a reference")
+    if uses["mask"] and session.mask is None and not session.points:
+        raise UserError(f"mode {mode} needs a mask; click the start image, or drop one")
+    if uses["control"] and not form.controls:
+        raise UserError(f"mode {mode} needs a control; tick at least one kind of map")
+
+
+def _check_numbers(numbers: Numbers, guidance: float | None) -> None:
+    """UserError for a number out of range."""
+    if not 0 < numbers.reference_strength < math.inf:
+        raise UserError(f"reference strength: {numbers.reference_strength:g}; use a number above 0")
+    if not 1 <= numbers.count <= MAX_COUNT:
+        raise UserError(f"pictures: {numbers.count}; use 1 to {MAX_COUNT}")
+    if not 0 <= numbers.seed <= MAX_SEED - numbers.count:
+        raise UserError(f"seed: {numbers.seed}; use 0 to {MAX_SEED - numbers.count}")
+    names = ("steps", "batch_size", "downsample", "strength")
+    values = {name: getattr(numbers, name) for name in names}
+    check_values(values if guidance is None else values | {"guidance": guidance})
+
+
+def _controls(session: Session, form: Form) -> tuple[JobControl, ...]:
+    """The ticked controls. UserError for an invalid scale."""
+    controls = []
+    for kind, scale in form.controls:
+        if scale is None or not 0 <= scale < math.inf:
+            raise UserError(f"{kind}: scale {scale}; use a number of at least 0")
+        controls.append(JobControl(kind=kind, scale=scale, image=_input(session.maps.get(kind))))
+    return tuple(controls)
+
+
+def _input(stored: Stored | None) -> Input | None:
+    return None if stored is None else Input(file=stored.file, sha256=stored.sha256)
+
+
+def in_page_words(message: str) -> str:
+    """A UserError's line for the page: options that are inputs of the page lose their dashes."""
+    keep_dashes = "|".join(RUNTIME_OPTIONS)
+    line = re.sub(rf"--(?!(?:{keep_dashes})\b)([a-z]+(?:-[a-z]+)*)", lambda m: m[1].replace("-", " "), message)
+    return " ".join(line.split())
