@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from megaflux.common import compat  # before diffusers
 from megaflux.common.paths import path_option
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
-from megaflux.data.prepare import OPENMOJI_DEFAULTS
 from megaflux.data.writing.chunks import is_held_out
 from megaflux.data.writing.openmoji import OpenMoji
+from megaflux.data.writing.options import OPENMOJI_DEFAULTS
 
 from diffusers import AutoencoderKL  # isort: skip  (after compat)
 

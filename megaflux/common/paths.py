@@ -1,8 +1,8 @@
-"""`~` and `~user` at the beginning of a path, wherever a person writes one: configuration, command lines.
+"""`~` and `~user` at the beginning of a path that a user writes, in the configuration or on a command line.
 
 A shell expands them in `--x ~/y`, but not in `--x=~/y` and not in a YAML file. Fields of the configuration have the types
 `HomePath` and `HomePathOrNone` of megaflux.config.schema, options the argparse types `path_option` and `keyed_path_option`;
-tests/test_paths.py holds every field and option to it.
+tests/test_paths.py checks every field and option.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 
 
 def expanded(text: str) -> str:
-    """The path with `~` or `~user` at its beginning replaced by that home; any other text as it is.
+    """The path with `~` or `~user` at its beginning replaced by that home folder; any other text unchanged.
 
-    ValueError, one line with the mend, where there is no such user or home, and where the home holds nothing of that name
-    but a folder named "~" in the working directory does: earlier versions wrote there, and a run is not begun anew in silence.
+    Raises ValueError, with one line that says how to fix it, where there is no such user or home. Also where the path
+    exists in a folder named "~" of the working directory, but not in the home: earlier versions wrote there, and a run
+    must not start anew unnoticed.
     """
     if not text.startswith("~") or "\0" in text:
         return text
@@ -49,14 +50,16 @@ def path_option(text: str) -> str:
 
 
 def keyed_path_option(text: str) -> str:
-    """argparse type: PATH or KEY=PATH, `~` expanded; after it may stand what belongs to the option (IMG:STRENGTH)."""
+    """argparse type: PATH or KEY=PATH, `~` expanded. The path may have a suffix of the option's own (IMG:STRENGTH)."""
     key, equals, path = text.partition("=")
     return f"{key}={path_option(path)}" if equals and not key.startswith("~") else path_option(text)
 
 
 def literal(values: Any, fields: Iterable[str]) -> Any:
-    """Plain nested values of a saved configuration, changed in place: what begins with "~" was a folder of that name
-    (written before `~` was expanded; what is saved now never begins so) and stays one. fields: dotted names."""
+    """Keep paths of a saved configuration that begin with "~" literal, by writing "./" before them.
+
+    Versions that did not expand `~` saved such paths, and meant a folder of that name; none is saved now. values: nested
+    dicts, changed in place and returned. fields: dotted names of the paths."""
     for field in fields:
         *parents, last = field.split(".")
         section = values

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from megaflux.common.errors import UserError
-from megaflux.data import images
+from megaflux.data import images, tensors
 from megaflux.data.buckets import MULTIPLE, make_buckets
 
 # width, height of the released tool, px, at a longest trained side of 1024
@@ -65,7 +63,7 @@ def reference_tensor(picture: Image.Image, longest_side: int, name: str = "refer
         size = tuple(max(1, round(side * scale)) for side in picture.size)
         notes.append(f"{name}: {picture.width}x{picture.height} scaled down to {size[0]}x{size[1]}")
         picture = picture.resize(size, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], notes
+    return tensors.from_picture(picture)[None], notes
 
 
 def canvas(picture: Image.Image, height: int, width: int, name: str = "image") -> tuple[Image.Image, list[str]]:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from megaflux.common.errors import UserError
+from megaflux.common.files import write_json
 from megaflux.config.parse import Config, Section
 from megaflux.models.sources import is_pointer
 
@@ -195,7 +196,9 @@ def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
         models.trunk.vlm, trainable.vlm = split_vlm(whole)
     config = json.loads((folder / "text_encoder/config.json").read_text())
     # transformers 4 puts Qwen2-VL's class name into text_config only; loaders look for it at the top.
-    write_json(folder / "text_encoder/config.json", {"architectures": [architecture], **config})
+    write_json(
+        folder / "text_encoder/config.json", {"architectures": [architecture], **config}, indent=2, sort_keys=False
+    )
     models.trunk.processor.save_pretrained(folder / "text_encoder")
 
     write_linear(trainable.connector, folder / CONNECTOR)
@@ -219,6 +222,8 @@ def write_linear(linear: nn.Linear, file: Path) -> None:
     write_json(
         file.parent / "config.json",
         {"_class_name": "Linear", "in_features": linear.in_features, "out_features": linear.out_features},
+        indent=2,
+        sort_keys=False,
     )
 
 
@@ -237,6 +242,8 @@ def write_indexes(folder: Path, settings: Settings, source: dict[str, Any], attr
             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
             "text_encoder": ["transformers", architecture],
         },
+        indent=2,
+        sort_keys=False,
     )
     files = inventory(folder)
     if "weights_sha256" not in source:
@@ -254,6 +261,8 @@ def write_indexes(folder: Path, settings: Settings, source: dict[str, Any], attr
             "versions": versions(),
             "files": files,
         },
+        indent=2,
+        sort_keys=False,
     )
 
 
@@ -265,10 +274,6 @@ def inventory(folder: Path) -> dict[str, dict[str, Any]]:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         found[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
     return found
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

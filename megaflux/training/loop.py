@@ -20,9 +20,12 @@ import psutil
 import torch
 
 from megaflux.common.errors import STOPPED, UserError, is_out_of_memory
+from megaflux.common.ranks import World, barrier, gathered
 from megaflux.config.parse import Config
-from megaflux.data.loader import Batch, BucketLoader, build_loader
-from megaflux.data.reading.pieces import pieces, position_for
+from megaflux.data.batches import Batch, pieces
+from megaflux.data.loader import BucketLoader, build_loader
+from megaflux.data.reading.options import LoaderOptions
+from megaflux.data.reading.position import Position
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models, load_models
 from megaflux.models.vlm import Condition
@@ -32,7 +35,6 @@ from megaflux.training.checkpoint import elastic, space
 from megaflux.training.checkpoint import state as checkpoint
 from megaflux.training.checkpoint import weights as trained
 from megaflux.training.checkpoint.state import Checkpoint
-from megaflux.training.distributed import World
 from megaflux.training.ds_config import compute_dtype
 from megaflux.training.engine import Carried, StageEngine, release_memory
 from megaflux.training.monitor import Monitor
@@ -162,22 +164,26 @@ def _run(
     frozen.send_away(config, models)
     loader = build_loader(
         dataset,
-        remote=config.data.remote,
-        cache_limit=config.data.cache_limit,
-        micro_batch_size=config.train.drawn_per_rank,
-        seed=config.run.seed,
-        num_workers=config.data.num_workers,
-        verify=behind is None,
-        run_folder=config.run.dir,
-        damaged="replace" if resumed else "refuse",
-        computed_from=config.data.path if config.data.cache else None,
+        LoaderOptions(
+            remote=config.data.remote,
+            cache_limit=config.data.cache_limit,
+            micro_batch_size=config.train.drawn_per_rank,
+            seed=config.run.seed,
+            num_workers=config.data.num_workers,
+            verify=behind is None,
+            run_folder=config.run.dir,
+            replace_damaged=resumed is not None,
+            computed_from=config.data.path if config.data.cache else None,
+        ),
+        world,
     )
     for name in loader.stale:
         events.record("fault", what="stale_shared_memory", update=resumed.update if resumed else 0, detail=name)
     guard = Guard(config.optim.spike_sigma, config.optim.spike_window, config.train.bad_updates)
     if resumed:
         trained.load_weights(resumed.path, resumed.manifest, config, models)
-        loader.load_state_dict(position_for(behind.position if behind else resumed.data, world.size))
+        position = Position.from_state_dict(behind.position if behind else resumed.data)
+        loader.load_state_dict(position.for_world(world.size).state_dict())
         guard.load_state_dict(resumed.manifest.get("guard", {}))
         guard.dropped = max(guard.dropped, behind.dropped if behind else 0)
         plan.load_state_dict(resumed.manifest.get("plan", {}))
@@ -259,7 +265,7 @@ def _run(
             # 8. what a person sees
             monitor.update(done, learning_rate, engine.grad_norm(), guard.dropped)
             if engine.dropped:
-                monitor.dropped(done, engine.dropped, distributed.gathered(keys, world))
+                monitor.dropped(done, engine.dropped, gathered(keys, world))
 
             if guard.exhausted:
                 outcome = Diverged(engine.dropped, loader.state_dict(), guard.dropped)
@@ -318,7 +324,7 @@ def _run(
             log.info("done: %d of %d updates", done, config.train.updates)
         events.record("stop", update=done, why="done" if done == config.train.updates else "stop_after")
     elif outcome == STOPPED:
-        why = next(name for name in distributed.gathered(watch.signal, world) if name)
+        why = next(name for name in gathered(watch.signal, world) if name)
         if world.is_main:
             log.warning("%s: saved after update %d; the same command goes on from there", why, done)
         events.record("stop", update=done, why=f"signal {why}")
@@ -418,7 +424,7 @@ def _panel(
     alone = engine.zero_stage < 3
     if not world.is_main and alone:
         with watch.unhurried(waiting=True):
-            distributed.barrier(world)
+            barrier(world)
         return
 
     def on_step() -> None:
@@ -444,7 +450,7 @@ def _panel(
     if world.is_main and pictures is not None:
         monitor.picture("variations", validation.panel(references, index, pictures), update)
     if alone:
-        distributed.barrier(world)
+        barrier(world)
 
 
 def _due(update: int, every: int) -> bool:

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from megaflux.common.ranks import World, gathered
 from megaflux.config.parse import Config
 from megaflux.data.batches import Batch
-from megaflux.training.distributed import World, gathered, sum_over_ranks
+from megaflux.training.distributed import sum_over_ranks
 from megaflux.training.planning import costs
 from megaflux.training.planning.gpus import peak_tflops_for
 from megaflux.training.survival.events import Events

@@ -81,10 +81,11 @@ def prepare_data(config: Config, world: World) -> None:
     """Have `data.path` ready on every rank: made from `data.source` if it is not there yet, or, with `data.remote`,
     its description and the held-out pictures fetched. UserError, alike on all ranks, if that fails or does not fit.
     Collective."""
-    from megaflux.data.prepare import OPENMOJI_DEFAULTS, Options, prepare
     from megaflux.data.storage import remote
     from megaflux.data.storage.dataset import read_dataset_info
+    from megaflux.data.writing.build import prepare
     from megaflux.data.writing.merge import TooManyBad
+    from megaflux.data.writing.options import OPENMOJI_DEFAULTS, Options
 
     data = config.data
 

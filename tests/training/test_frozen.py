@@ -16,17 +16,20 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World, detect_world
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import dev, tiny
 from megaflux.data.buckets import make_buckets
 from megaflux.data.loader import build_loader
+from megaflux.data.reading.options import LoaderOptions
 from megaflux.data.storage import parts as parts_module
-from megaflux.data.storage.dataset import read_dataset_info, read_split, verify_dataset
+from megaflux.data.storage.dataset import read_dataset_info
 from megaflux.data.storage.index import read_index, stored_file
+from megaflux.data.storage.shards import read_split, verify_dataset
+from megaflux.data.tensors import from_image
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import load_models, meta_models, weights_fingerprint
 from megaflux.training import cache, frozen, loop, validation
-from megaflux.training.distributed import World
 from megaflux.training.planning import cache_size, memory, out_of_memory
 from megaflux.training.planning.dry_run import dry_run
 from tests.training.runs import ROOT, make_dataset, small_config
@@ -179,7 +182,7 @@ def test_losses_and_pictures_are_those_of_before_and_a_try_out_takes_what_the_ru
     stored = {
         name: torch.stack([row[name] for row in rows]) for name in ("latents", "hidden_states") if name in rows[0]
     }
-    pictures = [cache.to_tensor(row["image"]) for row in rows if "image" in row]
+    pictures = [from_image(row["image"]) for row in rows if "image" in row]
     batch = SimpleNamespace(
         keys=[row["key"] for row in rows],
         captions=["", ""],
@@ -294,7 +297,7 @@ def test_a_cache_takes_its_size_once_and_one_begun_compressed_goes_on(data, kind
     keys = []
     for where in (root, data):
         given = {"computed_from": data} if where == root else {}
-        loader = build_loader(where, micro_batch_size=2, seed=1, **given)
+        loader = build_loader(where, LoaderOptions(micro_batch_size=2, seed=1, **given), detect_world())
         keys.append([batch.keys for batch in itertools.islice(iter(loader), loader.batches_per_epoch)])
         loader.close()
     assert keys[0] == keys[1]

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from megaflux import export, runs
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.training.checkpoint import manifest
 from megaflux.training.checkpoint import state as checkpoint
 from megaflux.training.checkpoint import weights as trained
-from megaflux.training.distributed import World
 
 
 def divide(run: Path, ranks: int) -> None:

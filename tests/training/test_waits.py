@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from megaflux import flow
+from megaflux.common.ranks import World
 from megaflux.config.parse import Config, Flow, build_config
 from megaflux.data.batches import Batch
 from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import Models, load_models
 from megaflux.training import distributed, loop, monitor, noise, validation
-from megaflux.training.distributed import World, generator_for
+from megaflux.training.distributed import generator_for
 from megaflux.training.engine import StageEngine
 from megaflux.training.monitor import Monitor
 from megaflux.training.survival.events import Events

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
 from megaflux.training import setup
 from megaflux.training.checkpoint import space
 from megaflux.training.checkpoint import state as checkpoint
-from megaflux.training.distributed import World
 from megaflux.training.survival.watch import ASKING, HEARD, Watch
 from tests.training.runs import ROOT, small_config
 
@@ -268,7 +268,7 @@ def test_a_run_folder_is_held_by_one_run(tmp_path, monkeypatch):
     config = config_for(tmp_path)
     code = (
         "import sys, time; from types import SimpleNamespace as N; from megaflux.training import setup; "
-        "from megaflux.training.distributed import World; "
+        "from megaflux.common.ranks import World; "
         "setup.lock_run_folder(N(run=N(dir=sys.argv[1])), World(0, 1, None)); print('held', flush=True); time.sleep(1000)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, config.run.dir], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -10,7 +10,7 @@ import logging
 
 from megaflux.common.errors import UserError
 from megaflux.config.parse import Config
-from megaflux.data.reading.pieces import global_micro_batch
+from megaflux.data.reading.position import Position
 from megaflux.training.checkpoint.state import Checkpoint
 from megaflux.training.ds_config import divisors
 
@@ -23,7 +23,9 @@ def fit(config: Config, resumed: Checkpoint | None, world_size: int) -> Config:
 
     UserError: ranks that cannot share evenly what the run draws at a time. The same on all ranks."""
     train = config.for_world(world_size).train
-    together = global_micro_batch(resumed.data) if resumed else train.drawn_per_rank * world_size
+    together = (
+        Position.from_state_dict(resumed.data).global_micro_batch if resumed else train.drawn_per_rank * world_size
+    )
     if together % world_size:
         raise UserError(
             f"run.dir: this run draws {together} pictures at a time, which {world_size} ranks cannot share evenly; "

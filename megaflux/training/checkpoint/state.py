@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from megaflux.common.errors import UserError, is_out_of_memory
+from megaflux.common.ranks import World, first_problem, gathered
 from megaflux.config.parse import Config
 from megaflux.models.loading_errors import named
 from megaflux.models.sources import HUB
@@ -34,7 +35,6 @@ from megaflux.training.checkpoint import reshard as repartition
 from megaflux.training.checkpoint import weights as trained
 from megaflux.training.checkpoint.manifest import FORMAT, folder, listed, verify
 from megaflux.training.checkpoint.space import NoRoom
-from megaflux.training.distributed import World
 from megaflux.training.ds_config import sharding
 from megaflux.training.engine import StageEngine
 
@@ -112,7 +112,7 @@ def save(
         for file in mine:
             manifest.sync(file)
         files = manifest.inventory(partial, mine)
-    files = {name: entry for of_rank in distributed.gathered(files, world) for name, entry in of_rank.items()}
+    files = {name: entry for of_rank in gathered(files, world) for name, entry in of_rank.items()}
     with _written(partial, final, world):
         if world.is_main:
             there = min(
@@ -309,7 +309,7 @@ def _written(partial: Path, final: Path, world: World) -> Iterator[None]:
         problem = (
             f"{final}: cannot be written ({getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]})"
         )
-    first = distributed.first_problem(problem, world)
+    first = first_problem(problem, world)
     if first is not None:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)

@@ -16,6 +16,7 @@ from megaflux.common.errors import UserError
 from megaflux.config.parse import Config, Stage
 from megaflux.data.buckets import Bucket
 from megaflux.data.reading import shm_room
+from megaflux.data.reading.options import PREFETCH_FACTOR
 from megaflux.models.pretrained import meta_models
 from megaflux.training.checkpoint import space
 from megaflux.training.checkpoint import state as checkpoint
@@ -174,9 +175,7 @@ def _handed_over(config: Config, buckets: Sequence[Bucket]) -> int:
     """Bytes of /dev/shm that one rank's loading processes fill with pictures. A run counts what its dataset holds, cached
     arrays included, and asks the machine."""
     sample = max(shm_room.sample_bytes(bucket, {"image": "bytes"}) for bucket in buckets)
-    return shm_room.batches_bytes(
-        config.train.drawn_per_rank * sample, config.data.num_workers, shm_room.PREFETCH_FACTOR
-    )
+    return shm_room.batches_bytes(config.train.drawn_per_rank * sample, config.data.num_workers, PREFETCH_FACTOR)
 
 
 def _flops_by_bucket(

@@ -37,13 +37,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from megaflux.common.ranks import World
 from megaflux.config.parse import Config, Stage
 from megaflux.data.buckets import Bucket
 from megaflux.models.flux import POLICIES, Policy
 from megaflux.models.latents import coding_peak
 from megaflux.models.pretrained import AutoencoderKL, Models
 from megaflux.models.tokens import Tokens
-from megaflux.training.distributed import World, min_over_ranks
+from megaflux.training.distributed import min_over_ranks
 from megaflux.training.ds_config import bucket_elements, sent_bytes, uses_kernels, weight_bytes, zero_stage
 from megaflux.training.planning.activations import activation_bytes, block_units
 from megaflux.training.planning.costs import token_counts, vae_config

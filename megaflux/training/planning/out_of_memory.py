@@ -24,13 +24,14 @@ from typing import Any, NoReturn
 
 import torch
 
+from megaflux.common import ranks
 from megaflux.common.errors import STUCK, UserError, is_out_of_memory
+from megaflux.common.ranks import World
 from megaflux.config.parse import Config, Stage
 from megaflux.models.flux import Policy, uneven_norms
 from megaflux.models.pretrained import Models, meta_models
 from megaflux.training import distributed
 from megaflux.training.checkpoint import manifest
-from megaflux.training.distributed import World
 from megaflux.training.ds_config import divisors, uses_kernels, weight_bytes
 from megaflux.training.engine import StageEngine, release_memory
 from megaflux.training.planning import memory
@@ -83,7 +84,7 @@ class Plan:
             raise UserError(found, agreed=True)
         self.limits: dict[str, int] = found
         """Stage -> bytes of memory.py's formula that may be planned with."""
-        names = set(distributed.gathered(device_name(world.device), world))
+        names = set(ranks.gathered(device_name(world.device), world))
         self.gpu = " and ".join(sorted(names))
         """Name of the ranks' GPUs, "cpu" of CPUs."""
         known = self.assumed.of(self.gpu if len(names) == 1 else None)

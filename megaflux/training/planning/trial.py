@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 import torch
 
+from megaflux.common.ranks import World
 from megaflux.config.parse import Config
 from megaflux.data.buckets import Bucket
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models
 from megaflux.models.vlm import Condition
 from megaflux.training import validation
-from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine
 from megaflux.training.planning import memory
 from megaflux.training.planning.cache_size import cached_shapes
