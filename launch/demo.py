@@ -74,8 +74,8 @@ def evaluate(run: Path) -> dict[str, Any]:
     import torch
 
     from megaflux import runs
+    from megaflux.common.ranks import World
     from megaflux.training import pictures, validation
-    from megaflux.training.distributed import World
 
     found = runs.find(run)
     config = found.config.for_world(found.manifest["world_size"])  # batches as the run computed them

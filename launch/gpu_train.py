@@ -216,7 +216,8 @@ def make_data(folder: Path, side: int, ratios: tuple[str, ...]) -> None:
     if (folder / "dataset.json").is_file():
         return
     from megaflux.bench.loader import make_pictures
-    from megaflux.data.prepare import Options, prepare
+    from megaflux.data.writing.build import prepare
+    from megaflux.data.writing.options import Options
 
     make_pictures(folder.parent / "pictures", 20 * len(ratios), side, ratios)
     options = Options(longest_side=side, aspect_ratios=ratios, held_out=0.2)

@@ -21,9 +21,9 @@ from megaflux.common.command import Parser
 from megaflux.common.errors import exit_on_user_error
 from megaflux.common.paths import path_option
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
-from megaflux.data.prepare import OPENMOJI_DEFAULTS
 from megaflux.data.writing.chunks import is_held_out
 from megaflux.data.writing.openmoji import OpenMoji, caption_of
+from megaflux.data.writing.options import OPENMOJI_DEFAULTS
 
 OUT = Path(megaflux.__file__).parent / "assets" / "tiny"
 

@@ -26,10 +26,10 @@ import megaflux
 from megaflux.common import compat  # noqa: F401  (before diffusers)
 from megaflux.common.paths import path_option
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
-from megaflux.data.prepare import OPENMOJI_DEFAULTS
+from megaflux.data.images import BadImage
 from megaflux.data.writing.chunks import is_held_out
-from megaflux.data.writing.items import BadImage
 from megaflux.data.writing.openmoji import OpenMoji
+from megaflux.data.writing.options import OPENMOJI_DEFAULTS
 
 from diffusers.models import AutoencoderKL  # isort: skip  (after compat)
 

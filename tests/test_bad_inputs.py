@@ -25,11 +25,13 @@ from PIL.PngImagePlugin import PngInfo
 
 from megaflux import runs
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.config import plain_yaml
 from megaflux.config.parse import build_config
-from megaflux.data.batches import decode_image
 from megaflux.data.buckets import Bucket
-from megaflux.data.prepare import Options, prepare
+from megaflux.data.tensors import from_stored_image
+from megaflux.data.writing.build import prepare
+from megaflux.data.writing.options import Options
 from megaflux.generation import outputs
 from megaflux.generation.job import Input, Job, JobControl, JobReference, Runtime
 from megaflux.generation.run import read_inputs
@@ -40,7 +42,6 @@ from megaflux.panel.files import store
 from megaflux.panel.work import settings_text
 from megaflux.training.checkpoint import manifest
 from megaflux.training.checkpoint import resume as checkpoint
-from megaflux.training.distributed import World
 from megaflux.training.ds_config import sharding
 from tests.conftest import picture, small_values
 
@@ -387,7 +388,7 @@ def test_a_bomb_in_a_shard_is_an_error_before_it_is_decoded(bomb):
     # by Pillow's limit, or as one of another size than its bucket's
     bucket = Bucket("1:1", 64, 64)
     with pytest.raises((UserError, Image.DecompressionBombError)):
-        decode_image({"key": "a", "image": bomb.read_bytes()}, bucket)
+        from_stored_image(bomb.read_bytes(), bucket, "a")
 
 
 def test_a_shards_picture_is_never_given_to_another_program():
@@ -395,7 +396,7 @@ def test_a_shards_picture_is_never_given_to_another_program():
     with Image.open(io.BytesIO(data)) as image:  # Pillow would run Ghostscript on it
         assert image.format == "EPS" and image.size == (64, 64)
     with pytest.raises(OSError, match="cannot identify"):
-        decode_image({"key": "a", "image": data}, Bucket("1:1", 64, 64))
+        from_stored_image(data, Bucket("1:1", 64, 64), "a")
 
 
 # Names that are longer than a file system takes, and settings that only a forger writes

@@ -20,21 +20,16 @@ from hypothesis import strategies as st
 
 from megaflux.common.command import Parser
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.config import plain_yaml
 from megaflux.config.command_line import add_config_arguments, parse_config
 from megaflux.config.parse import build_config
 from megaflux.config.presets import tiny
 from megaflux.config.schema import Config, field_paths
 from megaflux.data.buckets import make_buckets
-from megaflux.data.storage.dataset import (
-    DatasetInfo,
-    read_dataset_info,
-    read_split,
-    verify_dataset,
-    write_bucket,
-    write_dataset,
-)
+from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info, write_dataset
 from megaflux.data.storage.index import column_encodings, fingerprint, inspect_index, read_index
+from megaflux.data.storage.shards import read_split, verify_dataset
 from megaflux.data.storage.verdict import verify_shards
 from megaflux.generation import outputs
 from megaflux.generation.job import Input, Job, JobControl, JobReference, Runtime
@@ -42,6 +37,7 @@ from megaflux.generation.run import read_inputs
 from megaflux.infer.replay import read_original
 from megaflux.infer.request import to_request
 from megaflux.training.planning.checks import find_notes, find_problems
+from tests.derived import write_bucket
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 
@@ -270,7 +266,7 @@ def test_an_index(dataset, opened, data):
         assert info is None or info.samples("train") == 12
         samples = refused_or(lambda: list(read_split(dataset, "train", BUCKETS[0])))
         assert samples is None or all(isinstance(sample, dict) for sample in samples)
-        assert not any("\n" in problem for problem in verify_shards(dataset, "train"))
+        assert not any("\n" in problem for problem in verify_shards(dataset, ["train"], None, World(0, 1)))
         outside = [file for file in opened if not file.is_relative_to(dataset.resolve())]
         assert not outside
     finally:
@@ -289,7 +285,7 @@ def test_a_description_of_a_dataset(dataset, opened, data):
         if info is not None:
             assert info.samples("train") >= 0 and info.samples("held_out") >= 0 and str(info.buckets)
         refused_or(lambda: verify_dataset(dataset))
-        refused_or(lambda: verify_shards(dataset, "train"))
+        refused_or(lambda: verify_shards(dataset, ["train"], None, World(0, 1)))
         problems = find_problems(config, {"zero_optimization": {"stage": 2}}, 1)
         assert not any("\n" in problem for problem in problems) and find_notes(config) is not None
         assert not [file for file in opened if not file.is_relative_to(dataset.resolve())]

@@ -72,13 +72,15 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
 
 def measure(report: Report, folder: Path, workers: int, args: argparse.Namespace) -> None:
     """Rows of one number of workers."""
+    from megaflux.common.ranks import World
     from megaflux.data.loader import build_loader
+    from megaflux.data.reading.options import LoaderOptions
 
     what = f"of {args.data}" if args.data else f"{args.images} images {args.side} px"
     arm, shape = f"workers-{workers}", f"batch {args.micro_batch} {what} busy {args.busy_ms} ms"
     if report.has(BENCH, arm, shape):
         return
-    loader = build_loader(folder, micro_batch_size=args.micro_batch, seed=0, num_workers=workers)
+    loader = build_loader(folder, LoaderOptions(args.micro_batch, seed=0, num_workers=workers), World(0, 1))
     try:
         batches = iter(loader)
         for _ in range(2 + 2 * workers):  # start the workers, and empty what they load ahead
@@ -112,7 +114,8 @@ def measure(report: Report, folder: Path, workers: int, args: argparse.Namespace
 
 def make_dataset(folder: Path, images: int, side: int) -> Path:
     """A prepared dataset of smooth random pictures in three shapes."""
-    from megaflux.data.prepare import Options, prepare
+    from megaflux.data.writing.build import prepare
+    from megaflux.data.writing.options import Options
 
     source = folder / "pictures"
     ratios = ("1:1", "16:9", "9:16")

@@ -1,1 +1,1 @@
-"""What every part may use: errors and exit codes, files, paths, ranks."""
+"""What every part of megaflux may use: errors and exit codes, files, paths, ranks."""

@@ -1,9 +1,9 @@
 """Import this before diffusers, transformers or streaming.
 
-torchvision's wheel is linked against CUDA. Beside a CPU build of torch its C++ part does not load, and
-`import torchvision` then dies with "operator torchvision::nms does not exist", taking with it everything
-that imports torchvision: mosaicml-streaming, Qwen2-VL's processor, diffusers. Only its Python image
-transforms are used here, so declaring the two operators that its import decorates is enough.
+torchvision's wheel is linked against CUDA. With a CPU build of torch its C++ part does not load, and `import torchvision`
+fails with "operator torchvision::nms does not exist". So does everything that imports torchvision: mosaicml-streaming,
+Qwen2-VL's processor, diffusers. Only its Python image transforms are used here, so it is enough to declare the two
+operators that its import decorates.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-_library: torch.library.Library | None = None  # alive as long as the process, or the schemas go again
+_library: torch.library.Library | None = None  # kept for the life of the process, or the schemas are dropped again
 
 
 def _torchvision_extension_loads() -> bool:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
-        return True  # nothing to cure; whoever needs torchvision says so
+        return True  # not installed: its importers report that
     extension = next(Path(spec.origin).parent.glob("_C*.so"), None)
     if extension is None:
         return True
@@ -41,14 +41,14 @@ def _declare_missing_operators() -> None:
 
 
 def _share_local_world_size() -> None:
-    # DeepSpeed's launcher sets LOCAL_SIZE, torchrun and streaming say LOCAL_WORLD_SIZE; without it two
-    # ranks of one node both create the same shared memory and one dies with FileExistsError.
+    # DeepSpeed's launcher sets LOCAL_SIZE, torchrun and streaming use LOCAL_WORLD_SIZE. Without it two ranks of one node
+    # both create the same shared memory, and one dies with FileExistsError.
     if "LOCAL_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
 
 
 def _hush_torchao() -> None:
-    # diffusers imports torchao where it is installed, and that says five lines about kernels that nobody asked for.
+    # diffusers imports torchao where it is installed, which logs five irrelevant lines about kernels.
     if importlib.util.find_spec("torchao") is not None:
         for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
             logging.getLogger(name).setLevel(logging.ERROR)

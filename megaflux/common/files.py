@@ -1,19 +1,21 @@
-"""What network and container file systems may refuse: durability of a folder, and locks.
+"""Durable writes and locks, on file systems that may not support either.
 
-Some answer fsync of a folder with EINVAL (CIFS, FUSE, several object stores), and flock with ENOSYS, EOPNOTSUPP or ENOLCK
-(Lustre without `-o flock`, NFS without its lock service). Neither says anything about the data, so the first refusal of
-a kind is warned of and the work goes on. Real faults (EIO, ENOSPC, EROFS, ...) are raised as ever.
+Some network and container file systems answer fsync of a folder with EINVAL (CIFS, FUSE, several object stores), and flock
+with ENOSYS, EOPNOTSUPP or ENOLCK (Lustre without `-o flock`, NFS without its lock service). Neither is a fault of the
+data, so the first refusal of each kind is a warning. Real faults (EIO, ENOSPC, EROFS, ...) are raised.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
 import os
+import secrets
 from enum import Enum
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,8 @@ _warned: set[str] = set()
 
 
 class Lock(Enum):
-    """What try_lock got. HELD: until the file is closed. TAKEN: another process has it. REFUSED: no locks here."""
+    """The result of try_lock. HELD: this process has the lock until the file is closed. TAKEN: another process has it.
+    REFUSED: the file system has no locks."""
 
     HELD = "held"
     TAKEN = "taken"
@@ -31,8 +34,8 @@ class Lock(Enum):
 
 
 def sync_file(file: IO) -> None:
-    """Flush an open file and make it durable (fsync). A file system that has no fsync is warned of once; other OSErrors
-    are raised."""
+    """Flush an open file and make it durable (fsync). Warns once where the file system has no fsync; raises other
+    OSErrors."""
     file.flush()
     _sync(file.fileno(), file.name)
 
@@ -40,7 +43,7 @@ def sync_file(file: IO) -> None:
 def sync_folder(folder: str | Path) -> None:
     """Make the names in a folder durable (fsync of the folder), after files were created, renamed or deleted there.
 
-    A file system that refuses it is warned of once; other OSErrors (EIO, ENOSPC, a missing folder) are raised.
+    Warns once where the file system does not support it; raises other OSErrors (EIO, ENOSPC, a missing folder).
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -49,12 +52,26 @@ def sync_folder(folder: str | Path) -> None:
         os.close(descriptor)
 
 
-def try_lock(file: IO, shared: bool = False, wait: bool = False) -> Lock:
-    """Lock an open file (flock), which ends when it is closed in all processes that inherited it, however they end.
+def write_json(path: Path, content: Any, indent: int | None = 1, sort_keys: bool = True) -> None:
+    """Write `content` and a newline as a JSON file. A kill or power cut at any moment leaves the old file or the new one.
 
-    shared: together with other shared holders. wait: until it is free, instead of TAKEN. Where the file system has no
-    locks, that is warned of once and REFUSED is returned: the caller goes on, and nothing may be concluded about other
-    processes. Other OSErrors are raised.
+    Raises OSError where it cannot be written.
+    """
+    # Machines that share a folder may have processes of the same number, in containers most of all.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(content, indent=indent, sort_keys=sort_keys) + "\n")
+        sync_file(file)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def try_lock(file: IO, shared: bool = False, wait: bool = False) -> Lock:
+    """Lock an open file (flock) until every process that inherited it has closed it or ended.
+
+    shared: allow other shared holders. wait: until the lock is free, instead of returning TAKEN. Warns once and returns
+    REFUSED where the file system has no locks; the caller continues, knowing nothing about other processes. Raises other
+    OSErrors.
     """
     how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     try:

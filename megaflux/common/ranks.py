@@ -1,4 +1,4 @@
-"""The ranks of the run, as the loader and streaming have to see them."""
+"""The ranks of a run: which one this process is, and what they tell one another."""
 
 from __future__ import annotations
 
@@ -10,40 +10,53 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megaflux.common.errors import UserError
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks of the run. A node is a set of ranks that share /dev/shm."""
+    """Rank, size and device of this process.
+
+    rank: 0 .. size - 1, numbered node by node. size: ranks of the run. device: the one that this rank computes on.
+    local_rank, local_size: the same two within this node, a set of ranks that share /dev/shm.
+    """
 
     rank: int
     size: int
-    local_rank: int
-    local_size: int
+    device: torch.device = CPU
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which logs and writes."""
+        return self.rank == 0
 
     @property
     def nodes(self) -> int:
-        """Nodes of the run, all of local_size ranks."""
+        """Nodes of the run, each with local_size ranks."""
         return self.size // self.local_size
 
 
-def detect_world() -> World:
-    """This process' place, from torch.distributed and the launcher's environment variables.
+def detect_world(device: torch.device = CPU) -> World:
+    """The world as torch.distributed and the launcher's environment variables describe it. Collective.
 
-    Collective where there is more than one rank: all of them call it. Raises RuntimeError if
-    torch.distributed is not initialised although there are several ranks, or contradicts the variables.
+    Raises RuntimeError where there are several ranks and torch.distributed is not initialized or contradicts the
+    variables, and where the nodes have different numbers of ranks or the ranks are not numbered node by node.
     """
     if dist.is_available() and dist.is_initialized():
         os.environ.setdefault("RANK", str(dist.get_rank()))
         os.environ.setdefault("WORLD_SIZE", str(dist.get_world_size()))
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World(0, 1, 0, 1)
+        return World(0, 1, device)
     if not dist.is_initialized():
-        raise RuntimeError("call torch.distributed.init_process_group before build_loader")
+        raise RuntimeError("call torch.distributed.init_process_group before detect_world")
     if (dist.get_rank(), dist.get_world_size()) != (rank, size):
         raise RuntimeError(f"RANK={rank}, WORLD_SIZE={size} contradict torch.distributed")
     machines: list[str] = [""] * size
@@ -53,12 +66,12 @@ def detect_world() -> World:
     for start in range(0, size, local_size):
         if len(set(machines[start : start + local_size])) != 1 or machines.count(machines[start]) != local_size:
             raise RuntimeError("ranks must be numbered node by node, equally many on each")
-    return World(rank, size, rank - node, local_size)
+    return World(rank, size, device, rank - node, local_size)
 
 
-def barrier() -> None:
-    """Wait for all ranks, where there are several."""
-    if dist.is_available() and dist.is_initialized():
+def barrier(world: World) -> None:
+    """Wait until every rank is here. Collective."""
+    if world.size > 1:
         dist.barrier()
 
 
@@ -72,18 +85,26 @@ def gathered(value: Any, world: World) -> list[Any]:
 
 
 def raise_first(problem: str | None, world: World) -> None:
-    """UserError, the same on all ranks, with the first problem that a rank has, if any. Collective."""
+    """Raise a UserError, the same on all ranks, where any rank has a problem: the first one's. Collective."""
     problem = next((found for found in gathered(problem, world) if found), None)
     if problem:
         raise UserError(problem, agreed=True)
 
 
+def first_problem(problem: str | None, world: World) -> str | None:
+    """The first rank's problem, named by its rank unless that is 0, on every rank; None where no rank has one.
+
+    problem: this rank's, or None. Collective."""
+    found = enumerate(gathered(problem, world))
+    return next((f"rank {rank}: {line}" if rank else line for rank, line in found if line is not None), None)
+
+
 @contextlib.contextmanager
 def as_streaming_sees(world: World) -> Iterator[None]:
-    """Streaming reads its ranks from the environment while a dataset is made: set them to `world`.
+    """Set the environment variables from which streaming reads its ranks while a dataset is opened.
 
-    What the launcher says need not do: DeepSpeed's calls the local size LOCAL_SIZE, and two "nodes" on
-    one machine, as in tests, would both create the same shared memory.
+    The launcher's own values may not do: DeepSpeed calls the local size LOCAL_SIZE, and two "nodes" on one machine, as
+    in tests, would both create the same shared memory.
     """
     names = {
         "RANK": world.rank,
@@ -104,7 +125,7 @@ def as_streaming_sees(world: World) -> Iterator[None]:
 
 
 def _machine() -> str:
-    """The same text for exactly those processes that share /dev/shm and the temporary folder."""
+    """A text that is equal for two processes exactly if they share /dev/shm and the temporary folder."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     identity = boot.read_text().strip() if boot.exists() else os.uname().nodename
     shared = os.stat("/dev/shm").st_dev if os.path.exists("/dev/shm") else 0

@@ -28,7 +28,7 @@ class Bucket:
 
     @property
     def folder(self) -> str:
-        """The name as a folder's: "16:9" -> "16x9", "2.35:1" -> "2.35x1"."""
+        """The name of its folder: "16:9" -> "16x9", "2.35:1" -> "2.35x1"."""
         return self.name.replace(":", "x")
 
     @property
@@ -41,7 +41,7 @@ class Bucket:
 
 
 def check_ratio(name: Any) -> Fraction:
-    """Width over height of an aspect ratio as it is written. UserError for what is none."""
+    """Width over height of an aspect ratio as it is written, "16:9". Raises UserError for anything else."""
     match = isinstance(name, str) and re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?):(\d{1,6}(?:\.\d{1,6})?)", name)
     if not match or not (Fraction(match[1]) and Fraction(match[2])):
         raise UserError(f"aspect ratio {str(name)[:80]!r} is not WIDTH:HEIGHT, as in 16:9 or 2.35:1")
@@ -58,8 +58,8 @@ def make_buckets(aspect_ratios: Sequence[str], longest_side: int, multiple: int 
     The longer side is `longest_side` pixels, the shorter one is rounded, half up, to a multiple of
     `multiple` pixels. At 1024: 1024x576, 1024x512, 1024x432, 1024x1024, 512x1024.
 
-    Raises UserError when a ratio cannot be read, when `longest_side` is not a positive multiple of
-    `multiple`, and when two ratios fall on the same size (naming both).
+    Raises UserError for an invalid ratio, where `longest_side` is not a positive multiple of `multiple`, and where two
+    ratios have the same size (naming both).
     """
     if longest_side < multiple or longest_side % multiple:
         raise UserError(f"longest side {longest_side} px is not a positive multiple of {multiple} px")
@@ -81,6 +81,6 @@ def make_buckets(aspect_ratios: Sequence[str], longest_side: int, multiple: int 
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """The bucket whose aspect is nearest to width / height on a log scale; the earlier one on a tie."""
+    """The bucket whose aspect ratio is nearest to width / height on a log scale; the earlier one on a tie."""
     aspect = math.log(width / height)
     return min(buckets, key=lambda bucket: abs(math.log(bucket.width / bucket.height) - aspect))

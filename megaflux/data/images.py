@@ -1,4 +1,4 @@
-"""Image bytes of unknown origin -> an RGB picture at a bucket's size, or a named reason why not."""
+"""Image bytes of unknown origin -> an RGB picture at a bucket's size, or a reason why they cannot be used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from megaflux.data.buckets import Bucket
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns until twice as much; here it refuses
+MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns up to twice as many; more are refused here
 MAX_ASPECT = 4.0  # beyond it a crop to the widest usual canvas (2.35:1, 1:2) would keep less than half
 MIN_SIDE = 16  # px; below it there is nothing to learn from, whatever the upscaling
 ENCODINGS = ("png", "jpeg", "webp")
@@ -50,12 +50,12 @@ class BadImage(Exception):
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, list[str]]:
     """Decode image bytes to an upright RGB picture on white.
 
-    EXIF orientation is applied, CMYK converted, 16-bit rescaled to 8, transparency composited on white,
-    of several frames the first is taken. Returns the picture (mode RGB) and notes, each of
-    "first_frame", "rotated", "transparent", "rescaled", saying what was done.
+    EXIF orientation is applied, CMYK converted, 16 bits rescaled to 8, transparency composited on white, and of several
+    frames the first is taken. Returns the picture (mode RGB) and notes on what was done, each one of "first_frame",
+    "rotated", "transparent", "rescaled".
 
-    Raises BadImage, with a reason of REASONS, when there is no usable picture in `data`. The number of
-    pixels is judged by the header, before anything of that size is allocated.
+    Raises BadImage, with a reason of REASONS, when there is no usable picture in `data`. The header's number of pixels is
+    checked before anything of that size is allocated.
     """
     notes: list[str] = []
     image = decode_raw(data, max_pixels, notes)
@@ -63,8 +63,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, list
 
 
 def decode_raw(data: bytes, max_pixels: int = MAX_PIXELS, notes: list[str] | None = None) -> Image.Image:
-    """Decode image bytes to a picture as it is stored: its own mode, not turned; of several frames the first, said in
-    `notes`. Raises BadImage as `decode` does."""
+    """Decode image bytes to a picture as it is stored, in its own mode and not turned. Of several frames the first is
+    taken, and noted in `notes`. Raises BadImage as `decode` does."""
     if not data:
         raise BadImage("empty")
     notes = [] if notes is None else notes
@@ -74,7 +74,8 @@ def decode_raw(data: bytes, max_pixels: int = MAX_PIXELS, notes: list[str] | Non
             notes.append("first_frame")
         try:
             # open() reads the header only: a file that was cut short shows here.
-            image.seek(0) if "first_frame" in notes else None
+            if "first_frame" in notes:
+                image.seek(0)
             image.load()
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise BadImage("too_many_pixels", str(error)) from None
@@ -84,12 +85,12 @@ def decode_raw(data: bytes, max_pixels: int = MAX_PIXELS, notes: list[str] | Non
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A picture turned as its EXIF says, in its own mode."""
+    """A picture turned by its EXIF orientation, in its own mode."""
     return _upright(image, [])
 
 
 def to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
-    """A decoded picture upright, in RGB on white; adds to `notes` what was done, as `decode` does."""
+    """A decoded picture, upright and in RGB on white. Adds notes as `decode` returns them."""
     return _to_rgb(_upright(image, notes), notes)
 
 
@@ -116,8 +117,8 @@ def fit(image: Image.Image, bucket: Bucket, allow_upscale: bool = False) -> tupl
 def encode(image: Image.Image, encoding: str, quality: int) -> bytes:
     """RGB picture -> file bytes, the same bytes for the same picture.
 
-    `encoding` is one of ENCODINGS; `quality` (1 to 100) counts for jpeg and webp. PNG is written at the
-    fastest level: the shards are compressed again as a whole.
+    encoding: one of ENCODINGS. quality: 1 to 100, for jpeg and webp. PNG is written at the fastest level, because the
+    shards are compressed as a whole.
     """
     buffer = io.BytesIO()
     if encoding == "png":
@@ -133,7 +134,7 @@ def encode(image: Image.Image, encoding: str, quality: int) -> bytes:
 
 @contextlib.contextmanager
 def strict_pillow(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
-    """Pillow with our pixel limit as an error, and never filling up truncated files with grey."""
+    """Have Pillow raise an error above our pixel limit, and for truncated files instead of filling them with grey."""
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
     try:
@@ -190,22 +191,22 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
     """Grey values of more than 8 bits (uint16, int32 or float32) -> uint8 of the same shape.
 
     Pillow's own conversion clips: it saturates all but the lowest 256 of 65,536 grey levels. Integers
-    are taken as 16-bit and divided by 257. Floats carry no fixed range: 0..1, 0..255 and 0..65535 are
-    recognised. What fits none of these is stretched from its own minimum to its maximum.
+    are taken as 16-bit and divided by 257. Floats have no fixed range: 0..1, 0..255 and 0..65535 are
+    recognised, and any other is stretched from its own minimum to its maximum.
     """
     integers = values.dtype.kind in "iu"
-    values = values.astype(np.float64)
-    if not np.isfinite(values).all():
+    grey = values.astype(np.float64)
+    if not np.isfinite(grey).all():
         raise BadImage("damaged", "pixel values that are not finite")
-    low, high = values.min(), values.max()
+    low, high = grey.min(), grey.max()
     if not integers and low >= 0 and high <= 1:
-        scaled = values * 255
+        scaled = grey * 255
     elif not integers and low >= 0 and high <= 255:
-        scaled = values
+        scaled = grey
     elif low >= 0 and high <= 65535:
-        scaled = values / 257
+        scaled = grey / 257
     else:
-        scaled = (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
+        scaled = (grey - low) * (255 / (high - low)) if high > low else np.zeros_like(grey)
     return np.rint(scaled).astype(np.uint8)
 
 

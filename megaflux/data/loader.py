@@ -1,41 +1,44 @@
 """MDS shards -> an endless sequence of micro-batches, each of one bucket, resumable to the batch.
 
-One stream per bucket, drawn from with streaming's `per_stream` method: at every step all ranks get
-batches of the same bucket. That method drops what does not fill a global micro-batch (micro-batch x
-ranks), so each bucket is filled up with repeats of its own samples; how many is logged and in `repeats`.
-Everything else is seen exactly once an epoch, but for what goes bad meanwhile (megaflux.data.reading.quarantine).
+How a batch is drawn: each bucket is a stream of its own, and streaming's `per_stream` method gives all ranks batches of
+the same bucket at every step. It drops what does not fill a global micro-batch (G = micro-batch x ranks samples), so each
+bucket is filled up with repeats of its own samples; their number is logged and in `repeats`. Every other sample is drawn
+exactly once an epoch.
 
-    global micro-batch b of an epoch: samples b*G .. b*G + G-1 of the epoch's order, G = micro-batch x ranks
+    global micro-batch b of an epoch: samples b*G .. b*G + G-1 of the epoch's order
     on one node, rank r gets those at positions r, r + ranks, r + 2*ranks, ...
+
+A position is (epoch, batches): every rank has yielded `batches` micro-batches of the epoch, so `batches` * G samples of
+its order are drawn (megaflux.data.reading.position).
+
+Damaged samples are replaced where they are read, in the loading process (BucketDataset.get_item in
+megaflux.data.reading.quarantine). The loader counts them, and ends the run when they are too many.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
-import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from megaflux.common.errors import UserError
-from megaflux.common.ranks import World, as_streaming_sees, detect_world, raise_first
+from megaflux.common.ranks import World, as_streaming_sees, raise_first
 from megaflux.data.batches import Batch, collate
-from megaflux.data.buckets import Bucket
 from megaflux.data.reading import shm_room
-from megaflux.data.reading.order import DrawnFrom, Order, packed
+from megaflux.data.reading.opening import Opened, open_dataset, remove_stale_memory
+from megaflux.data.reading.options import LoaderOptions
+from megaflux.data.reading.order import Order, packed
+from megaflux.data.reading.position import Position
 from megaflux.data.reading.quarantine import BucketDataset, QuarantiningStream
-from megaflux.data.reading.shared_memory import claim, exclusive_set_up, release, remove_leftovers
-from megaflux.data.storage import remote as remote_data
-from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
-from megaflux.data.storage.index import RESTORE, column_encodings, inspect_index, raise_problems
-from megaflux.data.storage.unpack import remove_abandoned, unwritable
-from megaflux.data.storage.verdict import verify_on_all_ranks
+from megaflux.data.reading.shared_memory import claim, exclusive_set_up, release
 
 logger = logging.getLogger(__name__)
 
@@ -43,257 +46,127 @@ logger = logging.getLogger(__name__)
 # is drawn divides evenly here, and a short epoch is an error below.
 logging.getLogger("streaming.base.batching.per_stream").setLevel(logging.ERROR)
 
-MIN_REPLACED = 100  # samples; fewer are replaced whatever share of the first batches they are
+MIN_REPLACED = 100  # samples; fewer never end the run, whatever share of the epoch so far they are
 SHUFFLE_BLOCK = 4_000_000  # samples over which a shard's samples are spread, streaming's own default
 
 
-def build_loader(
-    path: str | Path,
-    *,
-    micro_batch_size: int,
-    seed: int,
-    num_workers: int = 0,
-    remote: str | None = None,
-    cache_limit: str | None = None,
-    split: str = "train",
-    prefetch_factor: int = shm_room.PREFETCH_FACTOR,
-    shuffle: bool = True,
-    verify: bool = False,
-    run_folder: str | Path | None = None,
-    max_replaced: float = 0.01,
-    damaged: Literal["refuse", "replace"] = "refuse",
-    computed_from: str | Path | None = None,
-) -> BucketLoader:
-    """Open a dataset of megaflux.data.prepare (or one derived from it) for training.
+def build_loader(dataset: str | Path, options: LoaderOptions, world: World) -> BucketLoader:
+    """Open a dataset of megaflux.data.prepare, or one derived from it, for training. Collective.
 
-    path: the dataset's folder; with `remote`, the local folder that caches it. micro_batch_size: samples
-    per rank and batch. seed: of the order, which it and the world size determine. num_workers: loading
-    processes per rank, 0: load in this process. remote: where the dataset is, anything that
-    mosaicml-streaming reads (s3://, gs://, a path, ...). cache_limit: of the cache, as "100gb"; None: no
-    limit. prefetch_factor: batches each worker loads ahead. shuffle: False for the stored order. verify: first hold
-    every local shard of this split and the held-out one against its hash (megaflux.data.storage.verdict). run_folder:
-    keeps that verdict where `path` cannot be written; None: it is then not kept. max_replaced: share of an epoch's
-    samples that may go bad while it is read and be replaced (megaflux.data.reading.quarantine). damaged: replace, for a run
-    that goes on: local shards that are missing or damaged at the start are warned of, and treated as those that go bad
-    later. computed_from: the dataset that `path` was computed from, sample by sample in the same order
-    (megaflux.training.cache); both are then drawn from in the same order, and a position of one is a position of the
-    other. Only its indexes are read.
+    dataset: its folder; with options.remote, the local folder that caches it.
 
-    Call it after torch.distributed is initialised, on every rank. Raises UserError if the dataset is
-    missing, incomplete, damaged (every problem at once), has no samples in this split, or has shards to unpack where this
-    process cannot write, and where /dev/shm is too small: alike on all ranks where only some machines see it.
+    Raises UserError where the dataset is missing, incomplete, damaged (every problem at once) or has no samples in this
+    split; where it has shards to unpack in a folder that is read-only; and where /dev/shm is too small. All ranks raise
+    the same, also where only some nodes see the problem.
     """
-    path = Path(path)
-    if micro_batch_size < 1:
-        raise UserError(f"micro-batch size {micro_batch_size}: at least 1 sample")
-    if cache_limit and not remote:
-        # Streaming makes room by deleting shards, and without a remote there is nowhere to get them back.
-        raise UserError(f"a cache limit ({cache_limit}) needs a remote; it would delete the only copy in {path}")
-    world = detect_world()
-    if remote:
+    path = Path(dataset)
+    if options.micro_batch_size < 1:
+        raise UserError(f"micro-batch size {options.micro_batch_size}: at least 1 sample")
+    if options.cache_limit and not options.remote:
+        # Streaming makes room by deleting shards, and without a remote they could not be fetched again.
+        raise UserError(
+            f"a cache limit ({options.cache_limit}) needs a remote; it would delete the only copy in {path}"
+        )
+    opened = open_dataset(path, options, world)
+    with exclusive_set_up(world), as_streaming_sees(world):
+        stale = remove_stale_memory(opened, options.split, world)
         problem = None
         if world.local_rank == 0:
-            try:
-                remote_data.fetch_indexes(remote, path, split)
-            except UserError as error:
-                problem = str(error)
+            samples = sum(opened.drawn(options.micro_batch_size * world.size).values())
+            problem = shm_room.problem(opened.shards, options, world, samples, gpus=torch.cuda.is_available())
         raise_first(problem, world)
-    problems = []
-    if verify and not remote:
-        problems = verify_on_all_ranks(path, sorted({split, "held_out"}), run_folder, world)
-        if damaged == "refuse":
-            raise_problems(problems, agreed=True, mend=_mend(path, computed_from))
-        for problem in problems:
-            logger.warning("going on with damaged data, whose samples are replaced: %s", problem)
-    info = read_dataset_info(path)
-    check_files = remote is None and damaged == "refuse"
-    shards = _read_streams(path, info, split, check_files, _mend(path, computed_from))
-    original = computed_from and _read_streams(
-        Path(computed_from), read_dataset_info(computed_from), split, check_files=False, quiet=True
-    )
-    drawn_from = DrawnFrom(path, shards, original or shards)
-    folders = {path / split / bucket.folder: entries for bucket, entries in shards.items()}
-    if world.local_rank == 0 and (left := remove_abandoned([path, *folders])):
-        logger.info("removed what killed runs were unpacking: %s", ", ".join(map(str, left)))
-    raise_first(unwritable(path, folders) if world.local_rank == 0 and not remote else None, world)
-    with exclusive_set_up(world), as_streaming_sees(world):
-        stale = []
-        if world.local_rank == 0:
-            stale = remove_leftovers(os.path.abspath(folder) for folder in folders)
-            if stale:
-                logger.info("removed shared memory that killed runs had left: %s", ", ".join(stale))
-        small = (
-            shm_room.problem(
-                shards,
-                micro_batch_size=micro_batch_size,
-                num_workers=num_workers,
-                prefetch_factor=prefetch_factor,
-                local_ranks=world.local_size,
-                samples_per_epoch=sum(_drawn(shards, micro_batch_size * world.size).values()),
-                gpus=torch.cuda.is_available(),
-            )
-            if world.local_rank == 0
-            else None
-        )
-        raise_first(small, world)
-        return BucketLoader(
-            path,
-            split,
-            shards,
-            world,
-            micro_batch_size=micro_batch_size,
-            seed=seed,
-            num_workers=num_workers,
-            remote=remote,
-            cache_limit=cache_limit,
-            prefetch_factor=prefetch_factor,
-            shuffle=shuffle,
-            max_replaced=max_replaced,
-            stale=stale,
-            damaged=problems,
-            drawn_from=drawn_from,
-        )
-
-
-def _leave_signals_to_the_rank(_: int) -> None:
-    """Launchers ask a rank's workers to leave as well, and Ctrl-C and a closing terminal reach them too; the rank still needs
-    them for the update it is in, and ends them."""
-    signal.set_wakeup_fd(-1)  # the rank's, which would hear this process' signals as its own
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _drawn(shards: dict[Bucket, list[dict]], global_batch: int) -> dict[Bucket, int]:
-    """Samples of each bucket that an epoch draws: all of them, filled up to whole global batches."""
-    counts = {bucket: sum(entry["samples"] for entry in entries) for bucket, entries in shards.items()}
-    return {bucket: -(-n // global_batch) * global_batch for bucket, n in counts.items()}
-
-
-def _mend(path: Path, computed_from: str | Path | None) -> str:
-    return f"Delete {path}, and the same command computes it again" if computed_from else RESTORE
-
-
-def _read_streams(
-    path: Path, info: DatasetInfo, split: str, check_files: bool, mend: str = RESTORE, quiet: bool = False
-) -> dict[Bucket, list[dict]]:
-    """The checked shard entries of every bucket that has samples; UserError with all problems."""
-    streams, problems = {}, []
-    for bucket in info.buckets:
-        count = info.counts.get(split, {}).get(bucket.name, 0)
-        if not count:
-            quiet or logger.info("bucket %s has no %s samples and is left out", bucket, split)
-            continue
-        streams[bucket], found = inspect_index(path / split / bucket.folder, check_files, count)
-        problems += found
-    raise_problems(problems, mend=mend)
-    if not streams:
-        raise UserError(f"{path}: no samples in the split {split!r}, which has {info.samples(split)}")
-    columns = [set(column_encodings(shards)) for shards in streams.values()]
-    for found in columns:
-        if not {"key", "caption"} <= found or not {"image", "latents"} & found:
-            raise UserError(f"{path}: columns {', '.join(sorted(found))}; key, caption and image or latents are needed")
-        if found != columns[0]:
-            raise UserError(f"{path}: the buckets have different columns; build the dataset again")
-    return streams
+        return BucketLoader(opened, options, world, stale)
 
 
 class BucketLoader:
     """Micro-batches without end, epoch after epoch; made by build_loader.
 
-    buckets: those that have samples. samples_per_epoch: drawn in an epoch over all ranks, the repeats
-    included. repeats: bucket name -> samples that are drawn once more than the others in an epoch.
-    batches_per_epoch: micro-batches of each rank. stale: shared memory of killed runs that this rank removed.
+    buckets: those that have samples. samples_per_epoch: drawn in an epoch over all ranks, repeats included. repeats:
+    bucket name -> how many of its samples are drawn twice in an epoch. batches_per_epoch: micro-batches of each rank.
+    stale: names of killed runs' shared memory that this rank removed.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        split: str,
-        shards: dict[Bucket, list[dict]],
-        world: World,
-        *,
-        micro_batch_size: int,
-        seed: int,
-        num_workers: int,
-        remote: str | None,
-        cache_limit: str | None,
-        prefetch_factor: int,
-        shuffle: bool,
-        max_replaced: float,
-        stale: list[str],
-        damaged: list[str],
-        drawn_from: DrawnFrom,
-    ) -> None:
-        self.buckets, self.stale = tuple(shards), stale
-        self.global_batch = micro_batch_size * world.size  # G
-        counts, drawn = _drawn(shards, 1), _drawn(shards, self.global_batch)
+    def __init__(self, opened: Opened, options: LoaderOptions, world: World, stale: list[str]) -> None:
+        self.buckets, self.stale = tuple(opened.shards), stale
+        self.global_batch = options.micro_batch_size * world.size  # G
+        counts, drawn = opened.drawn(1), opened.drawn(self.global_batch)
         self.repeats = {bucket.name: drawn[bucket] - counts[bucket] for bucket in self.buckets}
         self.samples_per_epoch = sum(drawn.values())
         self.batches_per_epoch = self.samples_per_epoch // self.global_batch
-        if world.rank == 0:
+        if world.is_main:
             for bucket, n in counts.items():
                 logger.info("bucket %s: %d samples, %d repeats an epoch", bucket, n, self.repeats[bucket.name])
+        self._begin = Position(
+            opened.drawn_from.fingerprint,
+            options.split,
+            options.seed,
+            options.shuffle,
+            options.micro_batch_size,
+            world.size,
+        )
+        self._drawn_from = opened.drawn_from
         # Canonical nodes fix which shards a node needs. One, where all nodes see all shards anyway, makes
         # the order independent of how ranks are spread over nodes.
-        self._canonical_nodes = world.nodes if remote else 1
+        self._canonical_nodes = world.nodes if options.remote else 1
         self._nodes = world.nodes
-        self._drawn_from = drawn_from
-        self._identity = {
-            "dataset": drawn_from.fingerprint,
-            "split": split,
-            "seed": seed,
-            "shuffle": shuffle,
-            "micro_batch_size": micro_batch_size,
-            "world_size": world.size,
-        }
-        self._epoch, self._batches, self._started, self._closed = 0, 0, False, False
-        self._max_replaced, self._seen, self._replaced = max_replaced, 0, []
+        self._max_replaced = options.max_replaced
+        self._epoch, self._batches = 0, 0
+        self._seen = 0  # samples of this rank in this epoch, since the start or resumption
+        self._replaced: list[str] = []  # what Batch.replaced said of them
+        self._started, self._closed = False, False
         self._iterator: Iterator[dict[str, Any]] | None = None
-        self._dataset = BucketDataset(
-            buckets=self.buckets,
-            streams=[
-                QuarantiningStream(
-                    name=f"{split}/{bucket.folder}",
-                    remote=f"{remote.rstrip('/')}/{split}/{bucket.folder}" if remote else None,
-                    local=str(path / split / bucket.folder),
-                    choose=drawn[bucket],
-                )
-                for bucket in self.buckets
-            ],
-            validate_hash="xxh64",
-            download_retry=5 if remote else 1,  # attempts, 1, 2, 4 and 8 s apart
-            batch_size=micro_batch_size,
-            batching_method="per_stream",
-            shuffle=shuffle,
-            shuffle_seed=seed,
-            # Streaming scales the block by each stream's share, and dies where that is less than one sample.
-            shuffle_block_size=max(SHUFFLE_BLOCK, self.samples_per_epoch // min(drawn.values()) + 1),
-            num_canonical_nodes=self._canonical_nodes,
-            cache_limit=cache_limit,
-        )
-        self._dataset.set_aside(damaged)
-        self._draw_by(drawn_from.order)
+        self._dataset = self._open_streams(opened, options)
+        self._draw_by(opened.drawn_from.order)
         self._claimed = claim(self._dataset)
         atexit.register(self.close)  # streaming's own handlers leave lock files that block the prefix for good
-        self._loader = DataLoader(
+        self._loader: DataLoader | None = DataLoader(
             self._dataset,
-            batch_size=micro_batch_size,
-            num_workers=num_workers,
+            batch_size=options.micro_batch_size,
+            num_workers=options.num_workers,
             collate_fn=partial(collate, buckets=self.buckets),
-            persistent_workers=num_workers > 0,
-            prefetch_factor=prefetch_factor if num_workers else None,
+            persistent_workers=options.num_workers > 0,
+            prefetch_factor=options.prefetch_factor if options.num_workers else None,
             worker_init_fn=_leave_signals_to_the_rank,
             pin_memory=torch.cuda.is_available(),
             # Each epoch draws its workers' seed; from the global generator, that would make resuming differ.
-            generator=torch.Generator().manual_seed(seed),
+            generator=torch.Generator().manual_seed(options.seed),
         )
+
+    def _open_streams(self, opened: Opened, options: LoaderOptions) -> BucketDataset:
+        """Streaming's dataset over one stream per bucket."""
+        drawn, remote = opened.drawn(self.global_batch), options.remote
+        names = {bucket: f"{options.split}/{bucket.folder}" for bucket in self.buckets}
+        dataset = BucketDataset(
+            buckets=self.buckets,
+            streams=[
+                QuarantiningStream(
+                    name=name,
+                    remote=f"{remote.rstrip('/')}/{name}" if remote else None,
+                    local=str(opened.path / name),
+                    choose=drawn[bucket],
+                )
+                for bucket, name in names.items()
+            ],
+            validate_hash="xxh64",
+            download_retry=5 if remote else 1,  # attempts, 1, 2, 4 and 8 s apart
+            batch_size=options.micro_batch_size,
+            batching_method="per_stream",
+            shuffle=options.shuffle,
+            shuffle_seed=options.seed,
+            # Streaming scales the block by each stream's share, and dies where that is less than one sample.
+            shuffle_block_size=max(SHUFFLE_BLOCK, self.samples_per_epoch // min(drawn.values()) + 1),
+            num_canonical_nodes=self._canonical_nodes,
+            cache_limit=options.cache_limit,
+        )
+        dataset.set_aside(opened.damaged)
+        return dataset
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current position on, without end. Only one iteration per loader.
 
-        What is missing or damaged is replaced, and named in Batch.replaced. Raises UserError when more than
-        max_replaced of this rank's samples of an epoch are (counted since the start or resumption, from MIN_REPLACED
-        of them on), when nothing can stand in, and when an epoch ends before its last batch.
+        A missing or damaged sample is replaced, and named in Batch.replaced. Raises UserError when more than
+        options.max_replaced of this rank's samples of an epoch were replaced (counted since the start or resumption,
+        and never for fewer than MIN_REPLACED), when no other sample can be read either, and when an epoch ends early.
         """
         if self._started or self._closed:
             raise RuntimeError("a loader is iterated once; build a new one and load the state")
@@ -301,7 +174,7 @@ class BucketLoader:
         return self._iterate()
 
     def _iterate(self) -> Iterator[Batch]:
-        while True:
+        while self._loader is not None:
             self._iterator = iter(self._loader)
             while not self._closed and (fields := self._next()) is not None:
                 if "failure" in fields:
@@ -329,6 +202,9 @@ class BucketLoader:
             )
 
     def _next(self) -> dict[str, Any] | None:
+        """The fields of the next Batch (see collate), or None at the end of the epoch."""
+        if self._iterator is None:
+            return None
         try:
             return next(self._iterator, None)
         except RuntimeError as error:
@@ -345,41 +221,39 @@ class BucketLoader:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the batches yielded so far, whatever workers have loaded ahead.
-
-        JSON-able; the same on all ranks that have taken equally many batches.
-        """
+        """The position just past the batches yielded so far, however many workers have loaded ahead, as
+        Position.state_dict. The same on all ranks that have taken equally many batches."""
         epoch, batches = self._epoch, self._batches
         if batches == self.batches_per_epoch:
             epoch, batches = epoch + 1, 0
-        position = {**self._identity, "epoch": epoch, "batches": batches}
-        return position if self._order == self._drawn_from.order else {**position, "order": packed(self._order)}
+        order = None if self._order == self._drawn_from.order else packed(self._order)
+        return replace(self._begin, epoch=epoch, batches=batches, order=order).state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken; call it on every rank, before the iteration.
+        """Continue at the position `state`. Call it on every rank, before the iteration.
 
-        The state may be of this dataset, of the one that it was computed from, or of another one that was computed from
-        that. Earlier versions drew from a cache in an order of its own, and named it by its bytes: such a state is taken
-        where those bytes are, and the order stays for this run, whatever it reads later.
+        The position may be one in this dataset, in the one that it was computed from, or in another computed from that.
+        Earlier versions drew from a cache in an order of its own and named it by the cache's fingerprint: such a position
+        is accepted if that cache is being read, and this run keeps the order, whatever it reads later.
 
-        Raises UserError if the state is of other data, another seed, micro-batch or world size.
+        Raises UserError if the position belongs to other data, or another seed, micro-batch or number of ranks.
         """
         if self._started:
             raise RuntimeError("load the state before the iteration; streaming ignores it afterwards")
-        for name, mine in self._identity.items():
-            if name != "dataset" and state.get(name) != mine:
-                raise UserError(
-                    f"the saved data position is of {name} {state.get(name)!r}, this run has {mine!r}; "
-                    "resume with the same, or start a new run"
-                )
-        self._draw_by(self._drawn_from.order_in(state))
-        self._epoch, self._batches = int(state["epoch"]), int(state["batches"])
+        position = Position.from_state_dict(state)
+        if name := position.difference(self._begin):
+            raise UserError(
+                f"the saved data position is of {name} {getattr(position, name)!r}, this run has "
+                f"{getattr(self._begin, name)!r}; resume with the same, or start a new run"
+            )
+        self._draw_by(self._drawn_from.order_at(position))
+        self._epoch, self._batches = position.epoch, position.batches
         self._dataset.load_state_dict(
             {
                 "epoch": self._epoch,
                 "sample_in_epoch": self._batches * self.global_batch,
                 "num_canonical_nodes": self._canonical_nodes,
-                "shuffle_seed": self._identity["seed"],
+                "shuffle_seed": self._begin.seed,
                 "initial_physical_nodes": self._nodes,
             }
         )
@@ -389,7 +263,7 @@ class BucketLoader:
         self._dataset.order = [order[bucket.name] for bucket in self.buckets]
 
     def close(self) -> None:
-        """End the workers and give the shared memory back: on every rank, after its last batch."""
+        """End the workers and release the shared memory now. Call it on every rank, after its last batch."""
         if self._closed:
             return
         self._closed = True
@@ -397,3 +271,11 @@ class BucketLoader:
         self._iterator = None
         self._loader = None  # with its iterator, which ends the workers as it goes
         release(self._dataset, self._claimed)
+
+
+def _leave_signals_to_the_rank(_: int) -> None:
+    """Have a loading process ignore the signals that ask a run to stop. Launchers and terminals send them to it as well,
+    but the rank needs its loading processes to finish the update, and ends them itself."""
+    signal.set_wakeup_fd(-1)  # inherited from the rank, which would take this process's signals for its own
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Read every shard of a dataset and hold it against its index: python -m megaflux.data.verify PATH
+"""Read every shard of a dataset and compare it with its index: python -m megaflux.data.verify PATH
 
 exit codes: 0 sound; 2 damaged, with every problem named on one line.
 """
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from megaflux.common.command import Parser
 from megaflux.common.errors import exit_on_user_error
 from megaflux.common.paths import path_option
-from megaflux.data.storage.dataset import verify_dataset
-from megaflux.data.writing.merge import describe
+from megaflux.data.storage.dataset import describe
+from megaflux.data.storage.shards import verify_dataset
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,15 +25,15 @@ import torch
 from tqdm import tqdm
 
 from megaflux.common.errors import STUCK, UserError
+from megaflux.common.ranks import World, gathered
 from megaflux.config.schema import Config
-from megaflux.data.batches import decode_image
-from megaflux.data.images import decode
 from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
 from megaflux.data.storage.index import stored_file
 from megaflux.data.storage.parts import Part, Writing, all_parts, complete, missing, remove_leftovers
+from megaflux.data.tensors import from_stored_image
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models, weights_fingerprint
-from megaflux.training.distributed import HEARTBEAT, World, from_main, gathered
+from megaflux.training.distributed import HEARTBEAT, from_main
 from megaflux.training.planning.cache_size import CacheSize, check_room, size_of_run
 from megaflux.training.survival.watch import leave
 
@@ -76,13 +76,6 @@ def cached_dataset(config: Config, models: Models, world: World) -> str:
     if world.is_main:
         log.info("cached %s in %.0f s: %s", what, time.monotonic() - started, root)
     return str(root)
-
-
-def to_tensor(image: bytes) -> torch.Tensor:
-    """An encoded picture -> uint8 (3, H, W)."""
-    picture, _ = decode(image)
-    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return flat.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
 
 
 def _planned(root: Path, original: Path, info: DatasetInfo, size: CacheSize) -> tuple[list[Part], list[Part]] | None:
@@ -192,7 +185,7 @@ class _Share:
     def _picture(self, part: Part, row: dict[str, Any]) -> torch.Tensor:
         """uint8 (3, H, W), as the loader decodes it."""
         try:
-            return decode_image(row, part.bucket)
+            return from_stored_image(row["image"], part.bucket, row["key"])
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise exceptions of all kinds

@@ -10,7 +10,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -19,35 +18,23 @@ import torch
 import torch.distributed as dist
 
 from megaflux.common.errors import UserError
-from megaflux.common.ranks import gathered
+from megaflux.common.ranks import World, detect_world, gathered
 from megaflux.training.determinism import make_deterministic
 from megaflux.training.survival import rendezvous
 from megaflux_kernels import cudnn
 
 log = logging.getLogger("megaflux")
-# How long a rank waits for the others in a collective: one of them may be sampling a panel or hashing a checkpoint.
+# How long a rank waits in a collective for the others: one of them may be sampling a panel or hashing a checkpoint.
 PATIENCE = timedelta(hours=2)
 HEARTBEAT = 2.0  # s between the signs of life of ranks that wait for longer work; far below PATIENCE
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among all."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
 def start(quiet: bool = True, deterministic: bool = False) -> World:
-    """Join the process group that deepspeed, torchrun or srun describes in the environment, or make one of one.
+    """Join the process group that deepspeed, torchrun or srun describes in the environment, or form one of this process.
 
-    Must come before any streaming dataset (mosaicml/streaming #307). deterministic: see `determinism`. UserError where the
-    ranks cannot meet at MASTER_ADDR and MASTER_PORT, or the environment forbids what `deterministic` asks for.
+    Call it before opening any streaming dataset (mosaicml/streaming #307). quiet: only warnings of DeepSpeed's.
+    deterministic: see `determinism`. Raises UserError where the ranks cannot meet at MASTER_ADDR and MASTER_PORT, or
+    where the environment rules out `deterministic`.
     """
     if deterministic:
         make_deterministic()
@@ -64,7 +51,6 @@ def start(quiet: bool = True, deterministic: bool = False) -> World:
         deepspeed.init_distributed(verbose=not quiet, timeout=PATIENCE)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise rendezvous.in_words(error) from None
-    rank, size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -74,12 +60,13 @@ def start(quiet: bool = True, deterministic: bool = False) -> World:
         torch.backends.cuda.enable_flash_sdp(False)
         if "OMP_NUM_THREADS" not in os.environ:  # ranks that each take every core get in each other's way
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    level = logging.INFO if rank == 0 else logging.WARNING
+    world = detect_world(device)
+    level = logging.INFO if world.is_main else logging.WARNING
     logging.basicConfig(format="%(message)s")
     log.setLevel(level)
     if said := cudnn.leave_out_if_wrong():
-        log.log(logging.WARNING if rank == 0 else logging.DEBUG, said)
-    return World(rank, size, device)
+        log.log(logging.WARNING if world.is_main else logging.DEBUG, said)
+    return world
 
 
 def stop() -> None:
@@ -111,16 +98,11 @@ def _describe_lone_process() -> None:
     os.environ.update(alone)
 
 
-def barrier(world: World) -> None:
-    if world.size > 1:
-        dist.barrier()
-
-
 T = TypeVar("T")
 
 
 def from_main(value: T, world: World) -> T:
-    """Rank 0's value on every rank: for decisions that must be alike, such as what a file system shows."""
+    """Rank 0's value on every rank, for decisions that must be the same, such as what a file system shows. Collective."""
     if world.size == 1:
         return value
     values = [value]
@@ -128,22 +110,15 @@ def from_main(value: T, world: World) -> T:
     return values[0]
 
 
-def first_problem(problem: str | None, world: World) -> str | None:
-    """The first rank's problem that has one, on every rank; None: no rank has. Also a barrier."""
-    if world.size == 1:
-        return problem
-    problems: list[str | None] = [None] * world.size
-    dist.all_gather_object(problems, problem)
-    return next((f"rank {r}: {p}" if r else p for r, p in enumerate(problems) if p is not None), None)
-
-
 def work_while_others_wait(work: Callable[[], None] | None, world: World) -> None:
-    """Have some ranks do something long while the others wait, and return when all have done it. Collective.
+    """Let some ranks do long work while the others wait; returns when all have finished. Collective.
 
-    work: this rank's part, run in this thread; None: it waits. That takes as long as the slowest needs, which no
-    collective's time limit allows for: the ranks exchange a sign of life every HEARTBEAT seconds instead. The first
-    UserError of a rank is raised on all."""
-    done, problems, failed = threading.Event(), [], []
+    work: this rank's part, run in this thread; None: this rank only waits. Waiting takes as long as the slowest rank
+    needs, which no collective's time limit allows for, so the ranks exchange a sign of life every HEARTBEAT seconds.
+    The first UserError of a rank is raised on all."""
+    done = threading.Event()
+    problems: list[str] = []
+    failed: list[Exception] = []
     if work is None:
         done.set()
 
@@ -186,19 +161,19 @@ def work_while_others_wait(work: Callable[[], None] | None, world: World) -> Non
 
 
 def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
-    """The tensor's sum over all ranks, in place."""
+    """Sum a tensor over all ranks in place, and return it. Collective."""
     if world.size > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def any_over_ranks(value: bool, world: World) -> bool:
-    """Whether it holds on any rank, told to all."""
+    """Whether the value is true on any rank, the same on all ranks. Collective."""
     return min_over_ranks(int(not value), world) == 0
 
 
 def min_over_ranks(value: int, world: World) -> int:
-    """The smallest of the ranks' values."""
+    """The smallest of the ranks' values, on every rank. Collective."""
     if world.size == 1:
         return value
     smallest = torch.full((), value, dtype=torch.int64, device=world.device)  # torch.tensor would wait for a copy
@@ -215,12 +190,13 @@ def seed_everything(seed: int) -> None:
 
 def rng_state() -> dict[str, torch.Tensor | list]:
     """Global random state of this rank, in types that `torch.load(weights_only=True)` accepts."""
-    kind, keys, *rest = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    twister = numpy["state"]
     version, numbers, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8),
-        "numpy": [kind, keys.tolist(), *rest],
+        "numpy": [numpy["bit_generator"], twister["key"].tolist(), twister["pos"], numpy["has_gauss"], numpy["gauss"]],
         "python": [version, list(numbers), gauss],
     }
 
@@ -239,8 +215,8 @@ def set_rng_state(state: dict) -> None:
 def generator_for(*parts: object) -> torch.Generator:
     """A CPU generator whose numbers are a function of the parts alone, on any machine.
 
-    What is drawn for a sample depends on (seed, update, key) only: not on ranks, micro-batches, workers, devices or
-    what was drawn before. That makes resuming exact without any state, and other world sizes comparable.
+    What is drawn for a sample depends on (seed, update, key) only, not on ranks, micro-batches, workers, devices or
+    earlier draws. So resuming is exact without any state, and runs on different numbers of ranks are comparable.
     """
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -19,7 +19,7 @@ import logging
 import time
 from collections import Counter
 
-from megaflux.data.reading.pieces import pieces
+from megaflux.data.batches import pieces
 from megaflux.training import objective
 from megaflux.training.checkpoint import resume, retention, space, weights
 from megaflux.training.engine import StageEngine

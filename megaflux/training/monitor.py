@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from megaflux.common.ranks import World, gathered
 from megaflux.config.schema import Config
-from megaflux.training.distributed import World, gathered, sum_over_ranks
+from megaflux.training.distributed import sum_over_ranks
 from megaflux.training.pictures import picture_file, save_picture
 from megaflux.training.planning import costs
 from megaflux.training.planning.gpus import peak_tflops_for

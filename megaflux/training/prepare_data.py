@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.config.schema import Config
-from megaflux.training.distributed import World, work_while_others_wait
+from megaflux.training.distributed import work_while_others_wait
 
 log = logging.getLogger("megaflux")
 
@@ -17,10 +18,11 @@ def prepare_data(config: Config, world: World) -> None:
     """Make `data.path` ready on every rank: prepare it from `data.source` if it does not exist, or, with `data.remote`, fetch
     its description and the held-out pictures. UserError, the same on all ranks, if that fails or the data have another
     size than configured. Collective."""
-    from megaflux.data.prepare import OPENMOJI_DEFAULTS, Options, prepare
     from megaflux.data.storage import remote
     from megaflux.data.storage.dataset import read_dataset_info
+    from megaflux.data.writing.build import prepare
     from megaflux.data.writing.merge import TooManyBad
+    from megaflux.data.writing.options import OPENMOJI_DEFAULTS, Options
 
     data = config.data
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.config.schema import Config
 from megaflux.training.checkpoint.manifest import write_durably
-from megaflux.training.distributed import World, from_main
+from megaflux.training.distributed import from_main
 
 log = logging.getLogger("megaflux")
 LOCK_PATIENCE = 20.0  # s to wait for a run that is about to leave

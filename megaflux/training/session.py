@@ -12,9 +12,11 @@ from typing import Any
 import psutil
 
 from megaflux.common.errors import STOPPED, UserError, is_out_of_memory
+from megaflux.common.ranks import gathered
 from megaflux.config.schema import Config
 from megaflux.data.loader import build_loader
-from megaflux.data.reading.pieces import position_for
+from megaflux.data.reading.options import LoaderOptions
+from megaflux.data.reading.position import Position
 from megaflux.models.pretrained import Models, load_models
 from megaflux.training import distributed, frozen, upkeep, validation
 from megaflux.training.cache import cached_dataset
@@ -127,18 +129,18 @@ def begin(run: Run, resumed: Checkpoint | None, divergence: Divergence | None, l
     references = validation.load_references(config, models)
     dataset = cached_dataset(config, models, world)
     frozen.send_away(config, models)
-    loader = build_loader(
-        dataset,
-        remote=config.data.remote,
-        cache_limit=config.data.cache_limit,
+    options = LoaderOptions(
         micro_batch_size=batch_sizes(config).drawn,
         seed=config.run.seed,
         num_workers=config.data.num_workers,
+        remote=config.data.remote,
+        cache_limit=config.data.cache_limit,
         verify=divergence is None,
         run_folder=config.run.dir,
-        damaged="replace" if resumed else "refuse",
+        replace_damaged=resumed is not None,
         computed_from=config.data.path if config.data.cache else None,
     )
+    loader = build_loader(dataset, options, world)
     for name in loader.stale:
         run.events.fault(Fault.STALE_SHARED_MEMORY, resumed.update if resumed else 0, name)
     guard = Guard(config.optim.spike_sigma, config.optim.spike_window, config.train.bad_updates)
@@ -147,7 +149,8 @@ def begin(run: Run, resumed: Checkpoint | None, divergence: Divergence | None, l
         progress = resumed.progress
         stage, update = progress.stage, progress.update
         weights.load_weights(resumed.path, resumed.manifest, config, models)
-        loader.load_state_dict(position_for(divergence.data if divergence else progress.data, world.size))
+        position = Position.from_state_dict(divergence.data if divergence else progress.data)
+        loader.load_state_dict(position.for_world(world.size).state_dict())
         guard.load_state_dict(progress.guard)
         guard.dropped = max(guard.dropped, divergence.dropped if divergence else 0)
         run.plan.load_state_dict(progress.plan)
@@ -172,7 +175,7 @@ def record_end(trainer: Trainer, verdict: Verdict) -> None:
     """Say how the run ended, in the log and as the event `stop`. Collective."""
     run, updates = trainer.run, trainer.run.config.train.updates
     if verdict is Verdict.LEAVE:
-        why = next(name for name in distributed.gathered(run.watch.signal, run.world) if name)
+        why = next(name for name in gathered(run.watch.signal, run.world) if name)
         if run.world.is_main:
             log.warning("%s: saved after update %d; the same command resumes from there", why, trainer.update)
         run.events.record(Kind.STOP, update=trainer.update, why=f"signal {why}")

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from megaflux.common.ranks import World
 from megaflux.config.schema import Config
 from megaflux.data.batches import Batch
 from megaflux.data.loader import BucketLoader
 from megaflux.models.pretrained import Models
 from megaflux.training import distributed
 from megaflux.training.checkpoint.state import Checkpoint, Progress
-from megaflux.training.distributed import World
 from megaflux.training.engine import Carried, StageEngine
 from megaflux.training.monitor import Monitor
 from megaflux.training.planning.plan import Plan

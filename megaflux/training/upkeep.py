@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from megaflux.common.errors import is_out_of_memory
+from megaflux.common.ranks import barrier, gathered
 from megaflux.config.schema import Config
 from megaflux.training import distributed, pictures, validation
 from megaflux.training.checkpoint import space, weights
@@ -69,7 +70,7 @@ class Upkeep:
         """Curves, progress bar, and what was dropped."""
         trainer.monitor.update(result, trainer.stage, trainer.update, trainer.guard.dropped)
         if result.drop:
-            keys = distributed.gathered(result.keys, trainer.run.world)
+            keys = gathered(result.keys, trainer.run.world)
             trainer.monitor.dropped(trainer.update, result.drop, keys)
 
 
@@ -124,7 +125,7 @@ def show_panel(trainer: Trainer) -> None:
     alone = trainer.engine.zero_stage < 3
     if not run.world.is_main and alone:
         with run.watch.slow_section(waiting=True):
-            distributed.barrier(run.world)
+            barrier(run.world)
         return
 
     def on_step() -> None:
@@ -151,7 +152,7 @@ def show_panel(trainer: Trainer) -> None:
     if run.world.is_main and made is not None:
         monitor.picture("variations", pictures.contact_sheet(references, index, made), update)
     if alone:
-        distributed.barrier(run.world)
+        barrier(run.world)
 
 
 def shown_after(config: Config, update: int) -> tuple[bool, bool]:

@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.config.schema import Config
 from megaflux.data.buckets import Bucket
-from megaflux.data.storage.dataset import read_dataset_info, read_split, squarest_bucket
+from megaflux.data.storage.dataset import read_dataset_info, squarest_bucket
+from megaflux.data.storage.shards import read_split
+from megaflux.data.tensors import from_image
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models
 from megaflux.models.vlm import Condition
 from megaflux.training import objective
-from megaflux.training.cache import to_tensor
-from megaflux.training.distributed import World, generator_for, sum_over_ranks
+from megaflux.training.distributed import generator_for, sum_over_ranks
 from megaflux.training.ds_config import batch_sizes
 from megaflux.training.objective import Denoising
 
@@ -61,7 +63,7 @@ def load_references(config: Config, models: Models) -> References:
         raise UserError(f"{config.data.path}: no held-out pictures; prepare the data with --held-out over 0")
     held_out = read_split(config.data.path, "held_out", bucket)
     rows = heapq.nsmallest(config.validation.samples, held_out, key=lambda row: _hash(row["key"]))
-    pixel_values = torch.stack([to_tensor(row["image"]) for row in rows])
+    pixel_values = torch.stack([from_image(row["image"]) for row in rows])
     encoded = [
         (latent_ops.encode(models.vae, chunk).cpu(), models.trunk.encode(chunk).hidden_states.cpu())
         for chunk in pixel_values.to(models.trunk.device).split(batch_sizes(config).micro)

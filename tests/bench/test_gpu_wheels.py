@@ -12,7 +12,8 @@ import yaml
 from launch import gpu_wheels
 from megaflux.bench.loader import make_pictures
 from megaflux.common.errors import UserError
-from megaflux.data.prepare import Options, prepare
+from megaflux.data.writing.build import prepare
+from megaflux.data.writing.options import Options
 from tests.bench.runs import ROOT, start
 from tests.conftest import small_values
 

@@ -14,7 +14,8 @@ from megaflux.bench.random_models import random_models, random_vae, random_vlm
 from megaflux.common.errors import UserError
 from megaflux.config.parse import build_config
 from megaflux.config.presets import tiny
-from megaflux.data.prepare import Options, prepare
+from megaflux.data.writing.build import prepare
+from megaflux.data.writing.options import Options
 from megaflux.models.pretrained import load_models
 from megaflux.models.scratch import TINY
 from tests.bench.runs import ROOT, start

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megaflux.data.prepare import Options, prepare
+from megaflux.data.writing.build import prepare
+from megaflux.data.writing.options import Options
 
 RATIOS = ("1:1", "2:1", "1:2")  # 64x64, 64x32, 32x64: distinct at 64 px, unlike the usual five
 SMALL = {"longest_side": 64, "aspect_ratios": RATIOS, "encoding": "png", "chunk": 16}

@@ -1,6 +1,6 @@
-"""One rank of a run that is ended and taken up again: python ledger_worker.py DATASET OUT GLOBAL SEED BATCHES BEYOND
+"""One rank of a run that is ended and resumed: python ledger_worker.py DATASET OUT GLOBAL SEED BATCHES BEYOND
 
-Goes on at OUT/position.json, takes BATCHES micro-batches (0: to the epoch's end) and writes their numbers to
+Resumes at OUT/position.json, takes BATCHES micro-batches (0: to the epoch's end) and writes their numbers to
 OUT/part-rank*.npy; then takes BEYOND more, as a run does between its last checkpoint and a kill, and dies.
 """
 
@@ -13,18 +13,20 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
+from megaflux.common.ranks import detect_world
 from megaflux.data.loader import build_loader
-from megaflux.data.reading.pieces import position_for
+from megaflux.data.reading.options import LoaderOptions
+from megaflux.data.reading.position import Position
 
 dataset, out, together, seed, batches, beyond = sys.argv[1:]
 out, batches = Path(out), int(batches)
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
-loader = build_loader(dataset, micro_batch_size=int(together) // world, seed=int(seed))
+loader = build_loader(dataset, LoaderOptions(int(together) // world, int(seed)), detect_world())
 position = out / "position.json"
 state = json.loads(position.read_text()) if position.exists() else None
 if state is not None:
-    loader.load_state_dict(position_for(state, world))
+    loader.load_state_dict(Position.from_state_dict(state).for_world(world).state_dict())
 dist.barrier()  # all have read it
 left = loader.batches_per_epoch - (state["batches"] if state else 0)
 taken = batches or left

@@ -18,12 +18,17 @@ from PIL import Image
 from test_loader import all_keys, free_port, keys_of, prefixes_on, take
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World, detect_world
 from megaflux.data.buckets import make_buckets
 from megaflux.data.loader import build_loader
+from megaflux.data.reading.options import LoaderOptions
 from megaflux.data.reading.quarantine import stand_ins
-from megaflux.data.storage.dataset import DatasetInfo, read_split, write_bucket, write_dataset
+from megaflux.data.storage import verdict
+from megaflux.data.storage.dataset import DatasetInfo, write_dataset
 from megaflux.data.storage.index import read_index
-from megaflux.data.storage.verdict import VERDICT, verify_shards
+from megaflux.data.storage.shards import read_split
+from megaflux.data.storage.verdict import VERDICT
+from tests.derived import write_bucket
 
 SEED = 3
 BUCKETS = make_buckets(("1:1", "2:1"), 64)
@@ -35,6 +40,11 @@ NO_IMAGE = {  # key -> what its image column begins with; the rest is 0
     "2:1 14": file_bytes(picture(14, (64, 32)))[:200],  # fails when it is loaded, not when it is opened
     "2:1 17": file_bytes(Image.new("RGB", (32, 64))),  # another bucket's size
 }
+
+
+def verify_shards(root, split, run=None):
+    """Every problem of one split, found by one rank."""
+    return verdict.verify_shards(root, [split], run, World(0, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +65,9 @@ def opened(tmp_path):
     with contextlib.ExitStack() as stack:
 
         def build(path, **options):
-            loader = build_loader(path, **{"micro_batch_size": 4, "seed": SEED, **options})
+            loader = build_loader(
+                path, LoaderOptions(**{"micro_batch_size": 4, "seed": SEED, **options}), detect_world()
+            )
             stack.callback(loader.close)
             return loader
 
@@ -205,12 +217,12 @@ def test_a_folder_that_cannot_be_written(dataset, tmp_path, caplog):
 def test_without_a_terminal_one_line_is_logged(dataset, tmp_path, caplog, capfd):
     root = Path(shutil.copytree(dataset, tmp_path / "copy"))
     caplog.set_level(logging.INFO)
-    verify_shards(root, "train", progress=True)
+    verify_shards(root, "train")
     (line,) = caplog.messages
     assert f"{root}/train: {len(stored(root)) + len(stored(root, 1))} files" in line
     os.utime(stored(root)[0])
-    verify_shards(root, "train", progress=True)
-    verify_shards(root, "train", progress=True)
+    verify_shards(root, "train")
+    verify_shards(root, "train")
     assert "1 files" in caplog.messages[1]
     assert "files unchanged" in caplog.messages[2]
     assert "%|" not in capfd.readouterr().err
@@ -284,8 +296,8 @@ def test_a_run_that_goes_on_replaces_what_was_damaged_before_it_started(dataset,
     damage(tmp_path / "before")
     with pytest.raises(UserError, match="missing"):
         opened(tmp_path / "before", verify=True)
-    loader = opened(tmp_path / "before", verify=True, damaged="replace")
-    assert "going on with damaged data" in caplog.text
+    loader = opened(tmp_path / "before", verify=True, replace_damaged=True)
+    assert "resuming with damaged data" in caplog.text
     meanwhile = opened(tmp_path / "meanwhile", verify=True)
     damage(tmp_path / "meanwhile")
     assert keys_of(take(loader, BATCHES)) == keys_of(take(meanwhile, BATCHES))
@@ -299,7 +311,7 @@ def test_an_unpacked_shard_that_was_flipped_is_not_read_by_a_run_that_goes_on(da
     unpacked = sorted((tmp_path / "x" / "train").rglob("*.mds"))[0]
     lost = set(keys_in(dataset, 0)[0])
     flip(unpacked)
-    loader = opened(tmp_path / "x", verify=True, damaged="replace", num_workers=num_workers)
+    loader = opened(tmp_path / "x", verify=True, replace_damaged=True, num_workers=num_workers)
     batches = take(loader, BATCHES)
     assert not lost & {key for batch in batches for key in batch.keys}
     texts = [text for batch in batches for text in batch.replaced]
@@ -412,9 +424,11 @@ def test_a_cache_fetches_again_what_is_damaged_in_it(dataset, tmp_path, opened):
 
 NO_HANDLES = """
 import itertools, resource, sys
+from megaflux.common.ranks import detect_world
 from megaflux.data.loader import build_loader
+from megaflux.data.reading.options import LoaderOptions
 from megaflux.common.errors import UserError
-loader = build_loader(sys.argv[1], micro_batch_size=4, seed=3)
+loader = build_loader(sys.argv[1], LoaderOptions(micro_batch_size=4, seed=3), detect_world())
 batches = iter(loader)
 next(batches)
 limit = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -443,17 +457,19 @@ dist.init_process_group("gloo")
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from test_faults import damage
+from megaflux.common.ranks import detect_world
 from megaflux.data.loader import build_loader
+from megaflux.data.reading.options import LoaderOptions
 from megaflux.common.errors import UserError
 rank, root, out = dist.get_rank(), Path(sys.argv[1]), Path(sys.argv[2])
-loader = build_loader(root, micro_batch_size=2, seed=3, num_workers=2, verify=True)
+loader = build_loader(root, LoaderOptions(micro_batch_size=2, seed=3, num_workers=2, verify=True), detect_world())
 if rank == 0:
     damage(root)
 dist.barrier()
 batches = [(batch.keys, batch.replaced) for batch in itertools.islice(iter(loader), 34)]
 loader.close()
 try:
-    build_loader(root, micro_batch_size=2, seed=3, verify=True)
+    build_loader(root, LoaderOptions(micro_batch_size=2, seed=3, verify=True), detect_world())
 except UserError as error:
     (out / f"{rank}.json").write_text(json.dumps([batches, str(error), error.agreed]))
 dist.barrier()

@@ -8,8 +8,9 @@ import pytest
 
 from megaflux.common.errors import UserError
 from megaflux.data.buckets import Bucket
-from megaflux.data.storage.dataset import read_dataset_info, read_split, verify_dataset
+from megaflux.data.storage.dataset import read_dataset_info
 from megaflux.data.storage.index import MAX_PROBLEMS, inspect_index, read_index
+from megaflux.data.storage.shards import read_split, verify_dataset
 
 SQUARE = Bucket("1:1", 64, 64)
 
@@ -33,7 +34,8 @@ def problems(folder, **options):
 
 
 def test_a_sound_index(folder):
-    shards = read_index(folder, expected_samples=37)
+    assert not inspect_index(folder, expected_samples=37)[1]
+    shards = read_index(folder)
     assert [shard["samples"] for shard in shards] == [16, 16, 5]
 
 
@@ -44,7 +46,7 @@ CASES = {
     "'..\\\\\\\\x' does not stay": lambda i: i["shards"][1]["raw_data"].update(basename="..\\x"),
     "'index.json' does not stay": lambda i: i["shards"][1]["raw_data"].update(basename="index.json"),
     "basename 5 does not stay": lambda i: i["shards"][1]["raw_data"].update(basename=5),
-    "is there twice": lambda i: i["shards"].append(copy.deepcopy(i["shards"][0])),
+    "appears twice": lambda i: i["shards"].append(copy.deepcopy(i["shards"][0])),
     "encoding 'pkl', which is not allowed": lambda i: i["shards"][0]["column_encodings"].__setitem__(1, "pkl"),
     "samples = 0": lambda i: i["shards"][0].update(samples=0),
     "samples = -3": lambda i: i["shards"][0].update(samples=-3),
@@ -69,8 +71,8 @@ CASES = {
     "'surprise' missing or unknown": lambda i: i["shards"][0].update(surprise=1),
     "'hashes' missing or unknown": lambda i: i["shards"][0].pop("hashes"),
     "names and sizes do not match": lambda i: i["shards"][0]["column_sizes"].pop(),
-    "compression 'zip' is none of": lambda i: i["shards"][0].update(compression="zip"),
-    "compression 5 is none of": lambda i: i["shards"][0].update(compression=5),
+    "compression 'zip' is not one of": lambda i: i["shards"][0].update(compression="zip"),
+    "compression 5 is not one of": lambda i: i["shards"][0].update(compression=5),
     "size_limit is not a size": lambda i: i["shards"][0].update(size_limit="a lot"),
     "encoding 'ndarray:object:2'": lambda i: i["shards"][0]["column_encodings"].__setitem__(1, "ndarray:object:2"),
     "column 'two\\nlines' has": lambda i: (
@@ -195,14 +197,14 @@ def test_an_index_that_does_not_say_what_the_shard_holds(folder, change, message
         (lambda c: c["buckets"][0].update(name="../../x"), "'../../x' is not WIDTH:HEIGHT"),
         (lambda c: c["buckets"][0].update(name=5), "'5' is not WIDTH:HEIGHT"),
         (lambda c: c["buckets"][0].update(width="64"), "bucket 1:1 of '64' x 64 px"),
-        (lambda c: c["buckets"].append(c["buckets"][0]), "a bucket is there twice"),
+        (lambda c: c["buckets"].append(c["buckets"][0]), "a bucket appears twice"),
         (lambda c: c.update(longest_side=None), "longest_side None"),
-        (lambda c: c.update(counts=5), "counts is no object"),
-        (lambda c: c["counts"].update(train=5), "counts of 'train' are none"),
-        (lambda c: c["counts"]["train"].update({"1:1": -1}), "counts of 'train' are none"),
-        (lambda c: c["counts"]["train"].update({"9:9": 1}), "name '9:9', which is no bucket"),
-        (lambda c: c.update(notes={"rotated": "many"}), "something else than counts"),
-        (lambda c: c.update(attribution=[1]), "attribution is no text"),
+        (lambda c: c.update(counts=5), "counts is not an object"),
+        (lambda c: c["counts"].update(train=5), "counts of 'train' are not counts"),
+        (lambda c: c["counts"]["train"].update({"1:1": -1}), "counts of 'train' are not counts"),
+        (lambda c: c["counts"]["train"].update({"9:9": 1}), "name '9:9', which is not a bucket"),
+        (lambda c: c.update(notes={"rotated": "many"}), "values that are not counts"),
+        (lambda c: c.update(attribution=[1]), "attribution is not text"),
     ],
 )
 def test_dataset_json(folder, change, message):

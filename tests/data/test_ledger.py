@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megaflux.common.ranks import detect_world
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.loader import build_loader
-from megaflux.data.storage.dataset import DatasetInfo, open_writer, write_dataset
+from megaflux.data.reading.options import LoaderOptions
+from megaflux.data.storage.dataset import DatasetInfo, write_dataset
 from megaflux.data.storage.index import write_index
+from megaflux.data.storage.shards import open_writer
 
 WORKER = Path(__file__).with_name("ledger_worker.py")
 TOGETHER = 16  # samples that all ranks draw together
@@ -92,7 +95,9 @@ def check_ledger(tmp_path: Path, counts: dict[str, int], worlds: list[int]) -> n
 def test_resumes_on_other_ranks_miss_and_repeat_nothing(tmp_path):
     counts = {"16:9": 3001, "2:1": 600, "1:1": 1999}
     changed = check_ledger(tmp_path, counts, [2, 4, 1])
-    loader = build_loader(tmp_path / "dataset", micro_batch_size=TOGETHER, seed=7)  # one process, without a stop
+    loader = build_loader(
+        tmp_path / "dataset", LoaderOptions(micro_batch_size=TOGETHER, seed=7), detect_world()
+    )  # one process, without a stop
     keys = [sorted(map(int, batch.keys)) for batch in itertools.islice(loader, loader.batches_per_epoch)]
     loader.close()
     assert changed.tolist() == keys  # the same global batches

@@ -24,8 +24,10 @@ TEMPORARY = Path(tempfile.gettempdir())
 
 RUN = """
 import sys, time
+from megaflux.common.ranks import detect_world
 from megaflux.data.loader import build_loader
-loader = build_loader(sys.argv[1], micro_batch_size=4, seed=3)
+from megaflux.data.reading.options import LoaderOptions
+loader = build_loader(sys.argv[1], LoaderOptions(micro_batch_size=4, seed=3), detect_world())
 next(iter(loader))
 print(loader._dataset._shm_prefix_int, flush=True)
 time.sleep(600)

@@ -22,11 +22,16 @@ from conftest import SMALL, write_folder
 from PIL import Image
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import detect_world
 from megaflux.data.buckets import make_buckets
 from megaflux.data.loader import build_loader
-from megaflux.data.prepare import Options, prepare
+from megaflux.data.reading.options import LoaderOptions
 from megaflux.data.reading.shared_memory import _folders_in, _is_orphaned, remove_leftovers
-from megaflux.data.storage.dataset import DatasetInfo, read_split, write_bucket, write_dataset
+from megaflux.data.storage.dataset import DatasetInfo, write_dataset
+from megaflux.data.storage.shards import read_split
+from megaflux.data.writing.build import prepare
+from megaflux.data.writing.options import Options
+from tests.derived import write_bucket
 
 BATCHES = 17  # of 4 in an epoch of the small dataset: 10 square, 6 wide, 1 tall
 
@@ -37,7 +42,9 @@ def build(small_dataset, tmp_path):
     opened = []
 
     def build(path=small_dataset, micro_batch_size=4, seed=3, **options):
-        opened.append(build_loader(path, micro_batch_size=micro_batch_size, seed=seed, **options))
+        opened.append(
+            build_loader(path, LoaderOptions(micro_batch_size=micro_batch_size, seed=seed, **options), detect_world())
+        )
         return opened[-1]
 
     yield build
@@ -134,11 +141,13 @@ def test_the_number_of_workers_does_not_change_the_order(build):
 
 RESUME = """
 import itertools, json, sys
+from megaflux.common.ranks import detect_world
 from megaflux.data.loader import build_loader
+from megaflux.data.reading.options import LoaderOptions
 path, states, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 found = []
 for num_workers, state in states:
-    loader = build_loader(path, micro_batch_size=4, seed=3, num_workers=num_workers)
+    loader = build_loader(path, LoaderOptions(micro_batch_size=4, seed=3, num_workers=num_workers), detect_world())
     loader.load_state_dict(state)
     found.append([batch.keys for batch in itertools.islice(iter(loader), count)])
     loader.close()
@@ -304,8 +313,10 @@ def test_cached_latents_and_hidden_states(build, tmp_path):
 
 KILLED = """
 import sys, time
+from megaflux.common.ranks import detect_world
 from megaflux.data.loader import build_loader
-loader = build_loader(sys.argv[1], micro_batch_size=4, seed=3, num_workers=2, remote=sys.argv[2])
+from megaflux.data.reading.options import LoaderOptions
+loader = build_loader(sys.argv[1], LoaderOptions(micro_batch_size=4, seed=3, num_workers=2, remote=sys.argv[2]), detect_world())
 next(iter(loader))
 print("RUNNING", flush=True)
 time.sleep(600)
@@ -336,33 +347,35 @@ RANKS = """
 import itertools, json, os, sys
 import torch.distributed as dist
 dist.init_process_group("gloo")
-from megaflux.data import loader as module
+from megaflux.data.reading import opening, shm_room
+from megaflux.common.ranks import detect_world
 from megaflux.data.loader import build_loader
+from megaflux.data.reading.options import LoaderOptions
 from megaflux.common.errors import UserError
 path, out = sys.argv[1:]
 found, refused = {}, []
 
-def too_small(*_, local_ranks, **__):
-    refused.append(local_ranks)
+def too_small(shards, options, world, *_, **__):
+    refused.append(world.local_size)
     return "too small"
 for num_workers in (0, 2):
-    loader = build_loader(path, micro_batch_size=2, seed=3, num_workers=num_workers)
+    loader = build_loader(path, LoaderOptions(micro_batch_size=2, seed=3, num_workers=num_workers), detect_world())
     iterator = iter(loader)
     batches = [batch.keys for batch in itertools.islice(iterator, 6)]
     state = loader.state_dict()
     loader.close()
-    loader = build_loader(path, micro_batch_size=2, seed=3, num_workers=num_workers)
+    loader = build_loader(path, LoaderOptions(micro_batch_size=2, seed=3, num_workers=num_workers), detect_world())
     loader.load_state_dict(state)
     batches += [batch.keys for batch in itertools.islice(iter(loader), 20)]
     found[num_workers] = batches
     repeats = loader.repeats
     loader.close()
 # What the first rank of a machine alone has seen.
-module.shm_room.problem = too_small
-for unwritable in (module.unwritable, lambda *_: "not writable"):
-    module.unwritable = unwritable
+shm_room.problem = too_small
+for unwritable in (opening.unwritable, lambda *_: "not writable"):
+    opening.unwritable = unwritable
     try:
-        build_loader(path, micro_batch_size=2, seed=3)
+        build_loader(path, LoaderOptions(micro_batch_size=2, seed=3), detect_world())
     except UserError as error:
         refused.append([str(error), error.agreed])
 with open(f"{out}/{dist.get_rank()}.json", "w") as file:

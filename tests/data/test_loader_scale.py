@@ -11,10 +11,13 @@ import time
 import numpy as np
 import pytest
 
+from megaflux.common.ranks import detect_world
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.loader import build_loader
-from megaflux.data.storage.dataset import DatasetInfo, open_writer, write_dataset
+from megaflux.data.reading.options import LoaderOptions
+from megaflux.data.storage.dataset import DatasetInfo, write_dataset
 from megaflux.data.storage.index import write_index
+from megaflux.data.storage.shards import open_writer
 
 SAMPLES = {"16:9": 900_000, "2:1": 300_000, "2.35:1": 200_000, "1:1": 1_200_000, "1:2": 400_000}
 PER_SHARD = 1000
@@ -56,7 +59,9 @@ def three_million(tmp_path_factory):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_report_start_up(three_million, num_workers, capsys):
     before, started = resident_gb(), time.monotonic()
-    loader = build_loader(three_million, micro_batch_size=8, seed=1, num_workers=num_workers)
+    loader = build_loader(
+        three_million, LoaderOptions(micro_batch_size=8, seed=1, num_workers=num_workers), detect_world()
+    )
     built = time.monotonic() - started
     started = time.monotonic()
     batches = iter(loader)
@@ -67,7 +72,9 @@ def test_report_start_up(three_million, num_workers, capsys):
     rate = count * 8 / (time.monotonic() - started)
     state = loader.state_dict()
     loader.close()
-    loader = build_loader(three_million, micro_batch_size=8, seed=1, num_workers=num_workers)
+    loader = build_loader(
+        three_million, LoaderOptions(micro_batch_size=8, seed=1, num_workers=num_workers), detect_world()
+    )
     loader.load_state_dict({**state, "batches": loader.batches_per_epoch - 10})
     started = time.monotonic()
     next(iter(loader))

@@ -11,6 +11,7 @@ import pytest
 from test_faults import dataset, flip, stored  # noqa: F401  a fixture
 from test_loader import free_port
 
+from megaflux.common.ranks import World
 from megaflux.data.storage.verdict import VERDICT, verify_shards
 
 MACHINE = """
@@ -18,7 +19,7 @@ import json, os, sys, threading
 from pathlib import Path
 import torch.distributed as dist
 dist.init_process_group("gloo")
-from megaflux.data import verdict
+from megaflux.data.storage import verdict
 from megaflux.common.ranks import detect_world
 paths, out = json.loads(sys.argv[1]), Path(sys.argv[2])
 world = detect_world()
@@ -28,7 +29,7 @@ def spy(root, file, *rest):
     read.append(file.name)
     return check(root, file, *rest)
 verdict._check = spy
-problems = verdict.verify_on_all_ranks(path, ["train"], None, world)
+problems = verdict.verify_shards(path, ["train"], None, world)
 (out / f"{world.rank}.json").write_text(json.dumps([sorted(read), problems]))
 dist.barrier()
 dist.destroy_process_group()
@@ -86,7 +87,9 @@ def test_machines_that_share_a_folder_read_each_file_once_and_lose_no_verdict(ro
     (first, found), (second, _) = verified_by([root, root], tmp_path)
     assert sorted(first + second) == sorted(str(path.relative_to(root)) for path in stored(root)[1:3])
     assert found == []
-    assert verify_shards(root, "train") == []  # and a run on one machine believes what both have kept
+    assert (
+        verify_shards(root, ["train"], None, World(0, 1)) == []
+    )  # and a run on one machine believes what both have kept
     assert len(json.loads((root / VERDICT).read_text())["files"]) == len(names(root))
     assert not list(root.rglob(".seen-by-*"))
 

@@ -10,18 +10,23 @@ import torch
 from conftest import SMALL, write_folder
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import detect_world
 from megaflux.data.loader import build_loader
-from megaflux.data.prepare import Options, prepare
+from megaflux.data.reading.options import LoaderOptions
 from megaflux.data.reading.order import order_of, packed, unpacked
-from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info, read_split, write_bucket, write_dataset
+from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info, write_dataset
 from megaflux.data.storage.index import fingerprint, read_index
+from megaflux.data.storage.shards import read_split
+from megaflux.data.writing.build import prepare
+from megaflux.data.writing.options import Options
+from tests.derived import write_bucket
 
 BATCHES = 17  # of 4 in an epoch of the small dataset
 
 
 @contextlib.contextmanager
 def opened(path, **options):
-    loader = build_loader(path, **{"micro_batch_size": 4, "seed": 3, **options})
+    loader = build_loader(path, LoaderOptions(**{"micro_batch_size": 4, "seed": 3, **options}), detect_world())
     try:
         yield loader
     finally:

@@ -22,14 +22,19 @@ from pyarrow import parquet
 
 from megaflux.common import files
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import detect_world
 from megaflux.data import prepare as command
 from megaflux.data.buckets import make_buckets
 from megaflux.data.loader import build_loader
-from megaflux.data.prepare import OPENMOJI_DEFAULTS, Options, parse_arguments, prepare
-from megaflux.data.storage.dataset import SPLITS, read_split, verify_dataset
+from megaflux.data.prepare import parse_arguments
+from megaflux.data.reading.options import LoaderOptions
+from megaflux.data.storage.dataset import SPLITS
+from megaflux.data.storage.shards import read_split, verify_dataset
 from megaflux.data.writing import chunks
+from megaflux.data.writing.build import prepare
 from megaflux.data.writing.chunks import is_held_out
 from megaflux.data.writing.merge import TooManyBad, merge
+from megaflux.data.writing.options import OPENMOJI_DEFAULTS, Options
 
 OPTIONS = Options(**SMALL, held_out=0.1)
 BUCKETS = make_buckets(RATIOS, 64)
@@ -133,7 +138,7 @@ def test_killed_and_continued_gives_the_whole(source, whole, tmp_path):
     out = tmp_path / "out"
     slow = (
         "import sys, time\n"
-        "from megaflux.data import chunks, prepare\n"
+        "from megaflux.data import prepare\nfrom megaflux.data.writing import chunks\n"
         "original = chunks.make_sample\n"
         "chunks.make_sample = lambda *given: (time.sleep(0.02), original(*given))[1]\n"
         "sys.exit(prepare.main(sys.argv[1:]))\n"
@@ -441,7 +446,7 @@ def test_chunks_of_both_kinds_are_one_dataset(source, tmp_path):
     prepare(str(source), out, options, workers=1, progress=False)
     assert set(compressions(out)) == {None, "zstd"}
     assert len(samples_of(out)) == 103 == verify_dataset(out).samples("train")
-    loader = build_loader(out, micro_batch_size=4, seed=3, verify=True)
+    loader = build_loader(out, LoaderOptions(micro_batch_size=4, seed=3, verify=True), detect_world())
     batches = list(itertools.islice(iter(loader), loader.batches_per_epoch))
     loader.close()
     assert {key for batch in batches for key in batch.keys} == set(samples_of(out))

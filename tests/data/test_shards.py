@@ -7,17 +7,12 @@ import torch
 from megaflux.common.errors import UserError
 from megaflux.data import verify
 from megaflux.data.buckets import Bucket, make_buckets
-from megaflux.data.storage.dataset import (
-    DatasetInfo,
-    from_numpy,
-    ndarray_encoding,
-    read_dataset_info,
-    read_split,
-    to_numpy,
-    verify_dataset,
-    write_bucket,
-    write_dataset,
-)
+from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info, write_dataset
+from megaflux.data.storage.index import read_index
+from megaflux.data.storage.parts import Writing, all_parts
+from megaflux.data.storage.shards import ndarray_encoding, read_shard, read_split, verify_dataset
+from megaflux.data.tensors import from_array, to_array
+from tests.derived import write_bucket
 
 SQUARE = Bucket("1:1", 64, 64)
 
@@ -42,8 +37,8 @@ def all_bits(dtype):
     ids=["bf16", "fp16", "fp32", "int64", "int32", "uint8", "transposed", "with_grad"],
 )
 def test_arrays_round_trip_bit_for_bit(tensor):
-    array = to_numpy(tensor)
-    back = from_numpy(array)
+    array = to_array(tensor)
+    back = from_array(array)
     assert (back.dtype, back.shape) == (tensor.dtype, tensor.shape)
     as_bytes = tensor.detach().contiguous().view(torch.uint8)
     assert torch.equal(back.view(torch.uint8), as_bytes)
@@ -106,20 +101,23 @@ def test_a_dataset_without_held_out_samples_is_described(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].split() == ["all", "2", "0"]
 
 
-def test_rewriting_a_bucket_replaces_it(tmp_path):
-    write_cached(tmp_path, shard_size=1 << 13)
-    with pytest.raises(RuntimeError, match="power cut"):
+def test_an_interrupted_part_leaves_nothing_and_is_written_again(tmp_path):
+    original, root = tmp_path / "original", tmp_path / "computed"
+    write_cached(original, shard_size=1 << 13)
+    part, *_ = all_parts(original, read_dataset_info(original))
 
-        def interrupted():
-            yield from cached_samples(5)
-            raise RuntimeError("power cut")
+    def interrupted():
+        yield from cached_samples(1)
+        raise RuntimeError("power cut")
 
-        write_bucket(tmp_path, "train", SQUARE, interrupted())
-    verify_dataset(tmp_path)  # what was there still stands
-    count, _ = write_bucket(tmp_path, "train", SQUARE, cached_samples(4, 7))
-    assert [s["key"] for s in read_split(tmp_path, "train", SQUARE)] == ["k7", "k8", "k9", "k10"]
-    assert count == 4
-    assert not [path for path in (tmp_path / "train").iterdir() if path.name.startswith(".")]
+    with pytest.raises(RuntimeError, match="power cut"), Writing(root) as writing:
+        writing.write(part, interrupted())
+    assert not part.is_there(root) and not (root / ".unfinished").exists()
+    with Writing(root) as writing:
+        writing.write(part, part.samples(original))
+    keys = [sample["key"] for shard in read_index(part.folder(root)) for sample in read_shard(part.folder(root), shard)]
+    assert keys == [sample["key"] for sample in part.samples(original)]
+    assert not (root / ".unfinished").exists()
 
 
 def test_a_dataset_that_does_not_add_up_is_not_completed(tmp_path):

@@ -11,20 +11,24 @@ from test_faults import BATCHES, dataset, opened  # noqa: F401  fixtures
 from test_loader import take
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.data.buckets import make_buckets
 from megaflux.data.reading import shm_room
-from megaflux.data.storage.dataset import ndarray_encoding
+from megaflux.data.reading.options import LoaderOptions
+from megaflux.data.storage.shards import ndarray_encoding
 
 SQUARE, WIDE = make_buckets(("1:1", "2:1"), 64)
 
 SMALL = """
 import itertools, subprocess, sys
+from megaflux.common.ranks import detect_world
 from megaflux.data.loader import build_loader
+from megaflux.data.reading.options import LoaderOptions
 from megaflux.common.errors import UserError
 for workers, size in ((2, "2m"), (0, "2m"), (2, "3040k")):
     subprocess.run(["mount", "-o", f"remount,size={size}", "/dev/shm"], check=True)
     try:
-        loader = build_loader(sys.argv[1], micro_batch_size=32, seed=3, num_workers=workers)
+        loader = build_loader(sys.argv[1], LoaderOptions(micro_batch_size=32, seed=3, num_workers=workers), detect_world())
         print(workers, "DREW", len(list(itertools.islice(iter(loader), 6))), flush=True)
         loader.close()
     except UserError as error:
@@ -70,15 +74,12 @@ def test_what_grows_the_need(monkeypatch):
 
     def need(free, **changes):
         monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free, f_frsize=1))
-        values = {
-            "micro_batch_size": 8,
-            "num_workers": 8,
-            "prefetch_factor": 2,
-            "local_ranks": 8,
-            "samples_per_epoch": 10,
-            "gpus": False,
-        }
-        return shm_room.problem({b: entries(b) for b in (SQUARE, WIDE)}, **values | changes)
+        of_run = {"local_ranks": 8, "samples_per_epoch": 10, "gpus": False}
+        of_run |= {name: changes.pop(name) for name in of_run if name in changes}
+        options = LoaderOptions(**{"micro_batch_size": 8, "seed": 1, "num_workers": 8} | changes)
+        ranks = of_run.pop("local_ranks")
+        world = World(0, ranks, local_size=ranks)
+        return shm_room.problem({b: entries(b) for b in (SQUARE, WIDE)}, options, world, **of_run)
 
     batch = 8 * 3 * 64 * 64 + 4 * 4096
     exact = 8 * 17 * batch + (1 << 20) + 8 * 10 + 9 * 2
@@ -109,7 +110,7 @@ def test_dev_shm_of_another_machine_is_everybodys_error(dataset, opened, monkeyp
 
 
 def test_what_streaming_shares_is_counted_for_what_is_drawn(dataset, opened, monkeypatch):  # noqa: F811
-    asked = {}
-    monkeypatch.setattr(shm_room, "problem", lambda shards, **sizes: asked.update(sizes))
+    asked = []
+    monkeypatch.setattr(shm_room, "problem", lambda shards, options, world, samples, gpus: asked.append(samples))
     loader = opened(dataset)
-    assert asked["samples_per_epoch"] == loader.samples_per_epoch > 0
+    assert asked == [loader.samples_per_epoch] and asked[0] > 0

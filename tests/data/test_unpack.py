@@ -18,15 +18,19 @@ from test_faults import BATCHES, dataset, opened, stored  # noqa: F401  fixtures
 from test_loader import keys_of, take
 
 from megaflux.common.errors import UserError
-from megaflux.data.prepare import Options, prepare
 from megaflux.data.storage import remote, unpack
 from megaflux.data.storage.index import read_index
 from megaflux.data.storage.unpack import UNPACKING, own_folder, remove_abandoned
+from megaflux.data.writing.build import prepare
+from megaflux.data.writing.options import Options
 
 TWO = """
 import itertools, json, os, sys, time
 from pathlib import Path
-from megaflux.data import loader, unpack
+from megaflux.common.ranks import detect_world
+from megaflux.data import loader
+from megaflux.data.reading.options import LoaderOptions
+from megaflux.data.storage import unpack
 import streaming.base.stream
 roots, out, me = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 
@@ -50,7 +54,7 @@ for module in (streaming.base.stream, unpack):
 os.rename, os.replace = together("rename", os.rename), together("rename", os.replace)
 for turn, root in enumerate(roots):
     count = [0]
-    opened = loader.build_loader(root, micro_batch_size=4, seed=3)
+    opened = loader.build_loader(root, LoaderOptions(micro_batch_size=4, seed=3), detect_world())
     (out / f"{turn}-{me}").touch()
     while not (out / f"{turn}-{1 - me}").exists():
         time.sleep(0.001)

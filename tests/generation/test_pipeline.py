@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from megaflux.common.errors import UserError
-from megaflux.data.batches import collate
 from megaflux.data.buckets import Bucket, make_buckets
+from megaflux.data.tensors import from_image, from_stored_image
 from megaflux.generation.dots.dots import Weighting
 from megaflux.generation.inputs import reference_tensor
 from megaflux.generation.job import Job, JobControl, JobReference, check
@@ -20,7 +20,6 @@ from megaflux.generation.layout import Settings
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 from megaflux.generation.request import Reference, output_size
 from megaflux.runs import load_pipeline
-from megaflux.training.cache import to_tensor
 from tests.conftest import picture
 
 STEPS = 2
@@ -48,12 +47,12 @@ def test_condition_is_trainings_own(pipeline, aspect, caption):
     bucket = make_buckets([aspect], pipeline.settings.longest_side)[0]
     stored = png(picture(bucket.width, bucket.height))
     trunk = pipeline.models.trunk
-    batch = collate([{"key": "0", "caption": caption, "image": stored, "bucket": 0}], [bucket])
-    trained = trunk.encode(batch["pixel_values"], [caption], "image_text" if caption else "image")
+    pixel_values = from_stored_image(stored, bucket, "0")[None]
+    trained = trunk.encode(pixel_values, [caption], "image_text" if caption else "image")
     given, _ = pipeline.encode(Image.open(io.BytesIO(stored)), caption)
     assert same_condition(given, trained)
     if not caption:  # the same as from the cache of the trunk's output
-        cached = trunk.encode(to_tensor(stored)[None]).hidden_states
+        cached = trunk.encode(from_image(stored)[None]).hidden_states
         assert same_condition(given, trunk.from_cache(cached, bucket.height, bucket.width))
 
 

@@ -12,9 +12,9 @@ import torch
 import megaflux
 from megaflux.common import compat  # noqa: F401  before diffusers and transformers
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
-from megaflux.data.prepare import OPENMOJI_DEFAULTS
 from megaflux.data.writing.chunks import is_held_out
 from megaflux.data.writing.openmoji import OpenMoji, caption_of
+from megaflux.data.writing.options import OPENMOJI_DEFAULTS
 
 from diffusers import AutoencoderKL  # isort: skip  (after compat)
 from transformers import (  # isort: skip

@@ -117,7 +117,8 @@ def small(data: Path) -> dict:
 
 
 def make_data(folder: Path) -> None:
-    from megaflux.data.prepare import Options, prepare
+    from megaflux.data.writing.build import prepare
+    from megaflux.data.writing.options import Options
 
     source, rng = folder.with_name("pictures"), np.random.default_rng(0)
     source.mkdir(parents=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megaflux.common.ranks import World
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
 from megaflux.data.buckets import Bucket
@@ -49,7 +50,7 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def update(world: distributed.World, out: str, ds_config: dict[str, Any]) -> dict[str, Any]:
+def update(world: World, out: str, ds_config: dict[str, Any]) -> dict[str, Any]:
     values = small_config(None, None, run__dir=out, data__path=out)
     values["train"] |= {"global_batch_size": GLOBAL * MICROS, "micro_batch_size": GLOBAL // world.size}
     config = build_config(merge(tiny(), values))

@@ -21,7 +21,8 @@ LAUNCH = str(ROOT / "launch" / "train.py")
 def make_dataset(folder: Path, images: int = 40, square: bool = False, side: int = 64, chunk: int = 1000) -> Path:
     """A prepared dataset of two buckets (64x64, 64x32; square: one), every fourth picture held out or so. side: px, in the
     place of 64. chunk: pictures that shards are made of."""
-    from megaflux.data.prepare import Options, prepare
+    from megaflux.data.writing.build import prepare
+    from megaflux.data.writing.options import Options
 
     source, rng = folder / "pictures", np.random.default_rng(0)
     source.mkdir(parents=True)

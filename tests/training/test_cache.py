@@ -17,16 +17,20 @@ import pytest
 import torch
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World, detect_world
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
 from megaflux.data.loader import build_loader
+from megaflux.data.reading.options import LoaderOptions
 from megaflux.data.storage import parts as parts_module
-from megaflux.data.storage.dataset import read_dataset_info, read_split, verify_dataset, write_bucket, write_dataset
+from megaflux.data.storage.dataset import read_dataset_info, write_dataset
 from megaflux.data.storage.index import read_index
+from megaflux.data.storage.shards import read_split, verify_dataset
+from megaflux.data.tensors import from_image
 from megaflux.models import latents
 from megaflux.models.pretrained import load_models
 from megaflux.training import cache
-from megaflux.training.distributed import World
+from tests.derived import write_bucket
 from tests.training.faults import newest
 from tests.training.runs import ds_config, environment, free_port, launch, make_dataset, small_config, write_config
 
@@ -163,14 +167,14 @@ def test_a_cache_holds_what_the_networks_say_in_the_order_of_the_pictures(data, 
         for stored, sample in zip(read_split(data, "train", bucket), read_split(root, "train", bucket), strict=True):
             assert (stored["key"], stored["caption"]) == (sample["key"], sample["caption"])
             assert sample.get("image", stored["image"]) == stored["image"]
-            pixels = cache.to_tensor(stored["image"])[None]
+            pixels = from_image(stored["image"])[None]
             if "latents" in kinds:
                 torch.testing.assert_close(sample["latents"], latents.encode(models.vae, pixels)[0])
             if "trunk" in kinds:
                 torch.testing.assert_close(sample["hidden_states"], models.trunk.encode(pixels).hidden_states[0])
     found = []
     for path, options in ((data, {}), (root, {"computed_from": data})):
-        loader = build_loader(path, micro_batch_size=2, seed=1, **options)
+        loader = build_loader(path, LoaderOptions(micro_batch_size=2, seed=1, **options), detect_world())
         found.append([batch.keys for batch in itertools.islice(iter(loader), 2 * loader.batches_per_epoch + 3)])
         loader.close()
     assert found[0] == found[1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaflux.training.distributed import World
+from megaflux.common.ranks import World
 from megaflux.training.ds_config import FILLED, load_ds_config
 from megaflux.training.engine import StageEngine
 from tests.training.carry_worker import Toy, toy_config

@@ -16,17 +16,19 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import dev, tiny
 from megaflux.data.buckets import make_buckets
 from megaflux.data.loader import build_loader
 from megaflux.data.storage import parts as parts_module
-from megaflux.data.storage.dataset import read_dataset_info, read_split, verify_dataset
+from megaflux.data.storage.dataset import read_dataset_info
 from megaflux.data.storage.index import read_index, stored_file
+from megaflux.data.storage.shards import read_split, verify_dataset
+from megaflux.data.tensors import from_image
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import load_models, meta_models, weights_fingerprint
 from megaflux.training import cache, frozen, objective, pictures, validation
-from megaflux.training.distributed import World
 from megaflux.training.planning import cache_size, memory, trial
 from megaflux.training.planning.dry_run import dry_run
 from megaflux.training.planning.sizes import Sizes
@@ -180,7 +182,7 @@ def test_losses_and_pictures_are_those_of_before_and_a_try_out_takes_what_the_ru
     stored = {
         name: torch.stack([row[name] for row in rows]) for name in ("latents", "hidden_states") if name in rows[0]
     }
-    images = [cache.to_tensor(row["image"]) for row in rows if "image" in row]
+    images = [from_image(row["image"]) for row in rows if "image" in row]
     batch = SimpleNamespace(
         keys=[row["key"] for row in rows],
         captions=["", ""],

@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
+from megaflux.common.ranks import World
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
 from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import load_models
-from megaflux.training.distributed import World
 from megaflux.training.engine import MOMENTS, Carried, StageEngine, release_memory
 from megaflux.training.objective import Denoising, denoising_loss
 from megaflux.training.planning import memory

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megaflux.bench import memory as bench
 from megaflux.bench.live_memory import LiveMemory
 from megaflux.bench.update_memory import update_peak, vae_peaks
+from megaflux.common.ranks import World
 from megaflux.config.parse import build_config
 from megaflux.config.presets import FLUX_VAE, PRESETS
 from megaflux.config.schema import Config
@@ -22,7 +23,6 @@ from megaflux.generation import sampling
 from megaflux.models.latents import coding_peak
 from megaflux.models.pretrained import meta_models
 from megaflux.models.scratch import TINY
-from megaflux.training.distributed import World
 from megaflux.training.planning import memory
 from megaflux.training.planning.activations import activation_bytes
 from megaflux.training.planning.costs import token_counts

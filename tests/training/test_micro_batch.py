@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megaflux.common import ranks
+from megaflux.common.ranks import World
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import dev, tiny
 from megaflux.models.pretrained import load_models
 from megaflux.training import distributed
 from megaflux.training.checkpoint.elastic import fit
-from megaflux.training.distributed import World
 from megaflux.training.ds_config import divisors
 from megaflux.training.engine import StageEngine
 from megaflux.training.planning import costs, memory, throughput
@@ -365,7 +366,7 @@ def test_without_a_gpu_that_is_known_all_that_are_drawn(tmp_path, engine_of, mon
     plan = plan_of(config)
     assert plan.choose(models, engine).micro_batch_size == 8
     assert plan.describe().startswith("micro-batch 8 of 8 drawn (no GPU, so none is chosen; --gpu-memory GB lets")
-    monkeypatch.setattr(distributed, "gathered", lambda value, world: ["NVIDIA H100", "NVIDIA H200"])
+    monkeypatch.setattr(ranks, "gathered", lambda value, world: ["NVIDIA H100", "NVIDIA H200"])
     mixed = plan_of(config)
     assert not mixed.free and mixed.gpu == "NVIDIA H100 and NVIDIA H200"
     for said in (Assumed(memory_gb=1000), Assumed("h100")):  # it can be told what to plan for

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from megaflux.common.errors import UserError, is_out_of_memory
+from megaflux.common.ranks import World
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
 from megaflux.models.pretrained import load_models, meta_models
 from megaflux.training import distributed, monitor, pictures, upkeep
 from megaflux.training.checkpoint import write as checkpoint
 from megaflux.training.checkpoint.space import NoRoom
-from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine
 from megaflux.training.monitor import Monitor, allocator_scalars, allocator_state
 from megaflux.training.planning import memory, out_of_memory, trial

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megaflux.common.ranks import World
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
 from megaflux.training import prepare_data
-from megaflux.training.distributed import World
 from tests.training.runs import environment, free_port
 
 WORKER = str(Path(__file__).with_name("waiting_worker.py"))

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from megaflux import flow
+from megaflux.common.ranks import World
 from megaflux.config.parse import build_config
 from megaflux.config.schema import Config, Flow
 from megaflux.data.batches import Batch
 from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import Models, load_models
 from megaflux.training import distributed, monitor, objective
-from megaflux.training.distributed import World, generator_for
+from megaflux.training.distributed import generator_for
 from megaflux.training.engine import StageEngine
 from megaflux.training.monitor import Monitor
 from megaflux.training.objective import Denoising

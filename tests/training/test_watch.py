@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
 from megaflux.training import run_folder
 from megaflux.training.checkpoint import space
 from megaflux.training.checkpoint.retention import most_at_once
-from megaflux.training.distributed import World
 from megaflux.training.survival.watch import ASKING, HEARD, Watch
 from tests.training.runs import ROOT, small_config
 

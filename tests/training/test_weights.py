@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from megaflux import export, runs
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.training.checkpoint import manifest
 from megaflux.training.checkpoint.weights import any_float32, file_name, files_of, shares, write_share
 from megaflux.training.checkpoint.write import writer_of
-from megaflux.training.distributed import World
 
 
 def divide(run: Path, ranks: int) -> None:

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megaflux.common.errors import UserError
-from megaflux.training.distributed import World, work_while_others_wait
+from megaflux.common.ranks import World
+from megaflux.training.distributed import work_while_others_wait
 
 LIMIT = 3.0  # s
 

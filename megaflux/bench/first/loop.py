@@ -118,7 +118,8 @@ def values(work: Path, run: str, small: bool, stop_after: int) -> dict[str, Any]
 def make_data(folder: Path, side: int) -> None:
     """A prepared dataset of generated pictures, some of them held out."""
     from megaflux.bench.loader import make_pictures
-    from megaflux.data.prepare import Options, prepare
+    from megaflux.data.writing.build import prepare
+    from megaflux.data.writing.options import Options
 
     make_pictures(folder.parent / "pictures", 20, side, RATIOS)
     prepare(

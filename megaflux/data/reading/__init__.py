@@ -1,1 +1,1 @@
-"""What the loader does with a prepared dataset: order, damaged shards, shared memory."""
+"""Draw the samples of a dataset: open it, in which order, at which position, around damage, within /dev/shm."""

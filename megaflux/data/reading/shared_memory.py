@@ -1,9 +1,9 @@
-"""Streaming's shared memory: what a killed run left behind, and what a finished dataset still holds.
+"""Streaming's shared memory: remove what killed runs left, and release what a closed dataset still holds.
 
 Every StreamingDataset takes a prefix (000000_, 000001_, ...) for a handful of blocks in /dev/shm and two lock files in the
-temporary folder. A run that was killed leaves them: streaming never takes that prefix again, and a new run that reads
-through the same cache folder is refused ("Reused local directory"). Streaming's own clean_stale_shared_memory() stops at
-the first prefix that is clean, and asks nobody whether the blocks are in use.
+temporary folder. A killed run leaves them: streaming never takes that prefix again, and refuses a new run that reads the
+same cache folder ("Reused local directory"). Streaming's own clean_stale_shared_memory() stops at the first unused prefix,
+and does not check whether blocks are in use.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ FORGOTTEN = 86400.0  # s; streaming opens its lock files several times an epoch,
 
 
 def remove_leftovers(folders: Iterable[str]) -> list[str]:
-    """Remove the shared memory and lock files of killed runs of this user; the prefixes that were on `folders`.
+    """Remove the shared memory and lock files of this user's killed runs. Returns the prefixes that were on `folders`.
 
-    A prefix that was claimed goes once no living process holds its claim: at once where it names one of `folders` (the
-    absolute paths of this run's streams), or has no blocks any more (a killed run's resource tracker may have unlinked
-    them, but not the files, and streaming takes no prefix that has some); that of another dataset after an hour, for its
-    own next start may come first, and says so. Of what nobody ever claimed (another program's, or a run's that was killed
-    before it could) only lock files go, of a day ago, whose blocks are gone and which nobody holds. Call it on one rank
-    per node, before the dataset is built.
+    folders: absolute paths of this run's streams. Call it on one rank per node, before the dataset is opened.
+
+    A claimed prefix is removed when no living process holds its claim: at once if it names one of `folders`, or has no
+    blocks left (a killed run's resource tracker may have unlinked them but not the files, and streaming takes no prefix
+    that has files); otherwise after an hour, because the next start on its own folders reports the removal. Of an
+    unclaimed prefix (another program's, or of a run that was killed before it could claim it) only lock files are
+    removed, if they are a day old, not held, and have no blocks left.
     """
     wanted, removed = set(folders), []
     for prefix in sorted(_prefixes_there()):
@@ -59,7 +60,7 @@ def remove_leftovers(folders: Iterable[str]) -> list[str]:
 
 
 def _prefixes_there() -> set[str]:
-    """The prefixes of which this user has blocks, lock files or a claim."""
+    """The prefixes for which this user has blocks, lock files or a claim."""
     found = set()
     for folder, pattern in (
         (SHM, "[0-9]*_locals"),
@@ -68,7 +69,7 @@ def _prefixes_there() -> set[str]:
     ):
         for path in folder.glob(pattern):
             prefix = path.name.partition("_")[0]
-            with contextlib.suppress(OSError):  # gone meanwhile
+            with contextlib.suppress(OSError):  # removed meanwhile
                 if len(prefix) >= 6 and prefix.isdecimal() and path.stat().st_uid == os.getuid():
                     found.add(prefix)
     return found
@@ -77,8 +78,8 @@ def _prefixes_there() -> set[str]:
 def claim(dataset: StreamingDataset) -> TextIO:
     """Mark this process, and workers that it forks, as owners of a dataset's prefix while they live.
 
-    Returns the open file whose lock says so; `release` takes it. That a process has the blocks mapped
-    says little: streaming maps those of other runs too, looking for a free prefix.
+    Returns the open file whose lock is the mark, for `release`. Having the blocks mapped is no sign of ownership:
+    streaming maps those of other runs too when it looks for a free prefix.
     """
     file = open(_claim_path(f"{dataset._shm_prefix_int:06}"), "a")  # noqa: SIM115  open until release
     try_lock(file, shared=True, wait=True)
@@ -87,28 +88,28 @@ def claim(dataset: StreamingDataset) -> TextIO:
 
 @contextlib.contextmanager
 def exclusive_set_up(world: World) -> Iterator[None]:
-    """Let no other run on this machine set up a dataset meanwhile: streaming takes the first free prefix,
-    and two runs that look at the same moment take the same one, of which one dies.
+    """Keep other runs on this machine from opening a dataset meanwhile: streaming takes the first free prefix, and if
+    two runs look at the same moment they take the same one, and one of them dies.
 
-    Only for runs on one node, which cannot wait for each other in a circle. Enter it on every rank.
+    Has an effect only for runs on one node; those on several could wait for each other in a circle. Collective.
     """
     with contextlib.ExitStack() as stack:
         if world.local_rank == 0 and world.nodes == 1:
             stack.enter_context(_set_up_lock())
-        barrier()
+        barrier(world)
         yield
 
 
 def release(dataset: StreamingDataset, claimed: TextIO) -> None:
-    """Stop a dataset's threads and give back its shared memory and lock files now, not at exit.
+    """Stop a dataset's threads and release its shared memory and lock files now, not at exit.
 
-    Reaches into streaming's attributes, since it offers no close(): whatever is absent in another
-    version is left to its exit handlers.
+    Uses streaming's private attributes, because it has no close(). What is absent in another version is left to its exit
+    handlers.
     """
     iterator = getattr(dataset, "_iterator", None)
     if iterator is not None:
         iterator.non_blocking_exit()
-        dataset._event.set()  # a thread that waits for a shard looks at nothing else
+        dataset._event.set()  # the only thing that a thread waiting for a shard checks
     executor = getattr(dataset, "_executor", None)
     if executor is not None:
         executor.shutdown(wait=True)
@@ -119,7 +120,7 @@ def release(dataset: StreamingDataset, claimed: TextIO) -> None:
     claimed.close()
     prefix = Path(claimed.name).name.partition("_")[0]
     with _set_up_lock():
-        # The last of this machine's ranks removes what is left. Without locks that is who finds no blocks any more.
+        # The last of this machine's ranks removes the files. Without locks that is the one that finds no blocks left.
         if _is_orphaned(prefix) or (_locks_refused(prefix) and not any(SHM.glob(f"{prefix}_*"))):
             _remove_prefix(prefix)
 
@@ -132,7 +133,7 @@ def _set_up_lock() -> Iterator[None]:
 
 
 def _blocks(dataset: StreamingDataset) -> list[SharedMemory]:
-    """Every shared block of a dataset: some are held directly, some inside arrays and scalars."""
+    """Every shared memory block of a dataset: some are attributes, some inside shared arrays and scalars."""
     blocks = []
     for holder in vars(dataset).values():
         for value in (holder, *(vars(holder).values() if hasattr(holder, "__dict__") else ())):
@@ -145,7 +146,7 @@ def _blocks(dataset: StreamingDataset) -> list[SharedMemory]:
 
 
 def _folders_in(block: bytes) -> list[str]:
-    """The stream folders in a `locals` block: int32 length, then NUL-separated paths and the prefix."""
+    """The stream folders in a `locals` block, which is an int32 length, then NUL-separated paths and the prefix."""
     length = int.from_bytes(block[:4], "little")
     return block[4:length].decode("utf-8", "replace").split("\0")[:-1]
 
@@ -158,7 +159,7 @@ def _folders_of(prefix: str) -> set[str]:
 
 
 def _age(path: Path) -> float:
-    """Seconds since it was last written; 0 for what is gone or not ours."""
+    """Seconds since a path was last written; 0 where it is gone or not ours."""
     try:
         found = path.stat()
     except OSError:
@@ -167,8 +168,8 @@ def _age(path: Path) -> float:
 
 
 def _is_orphaned(prefix: str) -> bool:
-    """Whether the prefix was claimed by this user and no living process holds the claim. What nobody ever claimed is not
-    ours to judge, nor what no lock can tell."""
+    """Whether this user claimed the prefix and no living process holds the claim. False without a claim, and where the
+    file system has no locks."""
     try:
         with open(_claim_path(prefix)) as file:
             return os.fstat(file.fileno()).st_uid == os.getuid() and try_lock(file) is Lock.HELD

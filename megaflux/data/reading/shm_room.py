@@ -1,7 +1,7 @@
-"""Is there room in /dev/shm for what the loading processes hand over? Asked before the first update.
+"""Whether /dev/shm has room for the batches of the loading processes, checked before the first update.
 
-Loader processes put each batch into shared memory, and a container has 64 MB of it unless told otherwise. Where it ends,
-the kernel kills with a bus error, or processes wait for one another for ever.
+Loading processes put each batch into shared memory, of which a container has 64 MB by default. When it is full, the
+kernel kills a process with a bus error, or processes wait for one another forever.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from typing import Any
 
 import numpy as np
 
+from megaflux.common.ranks import World
 from megaflux.data.buckets import Bucket
+from megaflux.data.reading.options import LoaderOptions
 from megaflux.data.storage.index import column_encodings
 
 SHM = "/dev/shm"
-PREFETCH_FACTOR = 2  # batches that each loading process has waiting, unless told otherwise
 PAGE = 4096
 COUNTERS = 1 << 20  # bytes; streaming's counters and barriers, semaphores
 NCCL = 1 << 25  # bytes a rank for NCCL's own buffers between the ranks of a machine; an allowance, not measured
 
 
 def sample_bytes(bucket: Bucket, encodings: Mapping[str, str]) -> int:
-    """What a sample of these columns (name -> MDS encoding) is as tensors, in bytes: an image as uint8 (3, H, W)."""
+    """Bytes of a sample's tensors, an image being uint8 (3, H, W). encodings: column name -> MDS encoding."""
     size = 3 * bucket.width * bucket.height if "image" in encodings else 0
     for encoding in encodings.values():
         if encoding.startswith("ndarray:"):
@@ -34,34 +35,32 @@ def sample_bytes(bucket: Bucket, encodings: Mapping[str, str]) -> int:
 
 
 def batches_bytes(batch: int, num_workers: int, prefetch_factor: int) -> int:
-    """/dev/shm that one rank's loading processes need. batch: bytes of its largest micro-batch.
+    """Bytes of /dev/shm that one rank's loading processes need; 0 without any. batch: bytes of its largest micro-batch.
 
-    Each process has prefetch_factor batches waiting, and the rank holds one more. 0 processes: 0.
+    Each process has prefetch_factor batches waiting, and the rank holds one more.
     """
     return (num_workers * prefetch_factor + 1) * (batch + 4 * PAGE) if num_workers else 0
 
 
 def problem(
     shards: Mapping[Bucket, Sequence[dict[str, Any]]],
-    *,
-    micro_batch_size: int,
-    num_workers: int,
-    prefetch_factor: int,
-    local_ranks: int,
+    options: LoaderOptions,
+    world: World,
     samples_per_epoch: int,
     gpus: bool,
 ) -> str | None:
-    """Why /dev/shm of this machine is too small for the run, and the mend, in one line; None: it is not.
+    """Why /dev/shm of this node is too small for the run, with the mend, in one line; None where it is large enough.
 
-    shards: the entries of each bucket's checked index. micro_batch_size: samples per rank and batch. local_ranks: of this
-    machine. samples_per_epoch: over all ranks; streaming shares their order, 8 bytes each.
+    shards: the entries of each bucket's checked index. samples_per_epoch: over all ranks; streaming shares their order,
+    8 bytes each. gpus: whether the ranks compute on GPUs, for NCCL's buffers.
     """
+    num_workers, prefetch_factor, local_ranks = options.num_workers, options.prefetch_factor, world.local_size
     try:
         disk = os.statvfs(SHM)
-    except OSError:  # not Linux: shared memory has no such limit there
+    except OSError:  # not Linux, where shared memory has no such limit
         return None
     free = disk.f_bavail * disk.f_frsize
-    batch = micro_batch_size * max(sample_bytes(b, column_encodings(entries)) for b, entries in shards.items())
+    batch = options.micro_batch_size * max(sample_bytes(b, column_encodings(entries)) for b, entries in shards.items())
     streaming = COUNTERS + 8 * samples_per_epoch + 9 * sum(map(len, shards.values()))
     nccl = NCCL * local_ranks if gpus and local_ranks > 1 else 0
     loading = local_ranks * batches_bytes(batch, num_workers, prefetch_factor)

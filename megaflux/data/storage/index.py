@@ -1,25 +1,23 @@
 """index.json of MDS shards, checked before streaming sees it.
 
-Streaming trusts the file: `../x` in it reads and writes outside the folder, wrong counts and duplicate
-entries load silently, and a missing shard ends an epoch early or hangs. So everything that the index
-says is checked here first, and all that is wrong is reported at once.
+Streaming trusts the file: `../x` in it reads and writes outside the folder, wrong counts and duplicate entries load
+silently, and a missing shard ends an epoch early or hangs. So the whole index is checked here first, and every problem is
+reported at once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import reprlib
-import secrets
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megaflux.common.errors import UserError
-from megaflux.common.files import sync_file, sync_folder
+from megaflux.common.files import write_json
 
 INDEX = "index.json"
 # Never pkl: it runs code on reading.
@@ -38,28 +36,24 @@ KEYS = {
     "version",
     "zip_data",
 }
-MAX_NAME, MAX_PART = 1000, 255  # bytes of a file's name and of each of its parts; file systems take no more
+MAX_NAME, MAX_PART = 1000, 255  # bytes of a file's path and of each of its parts; file systems allow no more
 RESTORE = "Restore the files or prepare the dataset again"
-MAX_PROBLEMS = 20  # reported by name; the rest as a number
+MAX_PROBLEMS = 20  # named in an error; further ones are counted
 
-_short = reprlib.Repr()  # of what a file holds: no more than a line has room for, however deep or long it is
+_short = reprlib.Repr()  # a value from a file as part of one line, however deep or long it is
 _short.maxstring = _short.maxother = _short.maxlong = 80
 shown = _short.repr
 
 
-def read_index(folder: Path, check_files: bool = True, expected_samples: int | None = None) -> list[dict[str, Any]]:
-    """The shard entries of `folder`/index.json, checked.
-
-    With `check_files` the files must be there with the size that the index gives. `expected_samples` is
-    the count that dataset.json gives. Raises UserError with every problem found.
-    """
-    shards, problems = inspect_index(folder, check_files, expected_samples)
+def read_index(folder: Path, check_files: bool = True) -> list[dict[str, Any]]:
+    """The checked shard entries of `folder`/index.json. Raises UserError with every problem that inspect_index finds."""
+    shards, problems = inspect_index(folder, check_files)
     raise_problems(problems)
     return shards
 
 
 def raise_problems(problems: Sequence[str], agreed: bool = False, mend: str = RESTORE) -> None:
-    """Raise one UserError naming all problems, if there are any. agreed: all ranks raise it. mend: what to do, a sentence."""
+    """Raises one UserError with all problems, if there are any. agreed: all ranks raise it. mend: what to do, a sentence."""
     if problems:
         more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
         listed = "; ".join(problems[:MAX_PROBLEMS])
@@ -69,7 +63,10 @@ def raise_problems(problems: Sequence[str], agreed: bool = False, mend: str = RE
 def inspect_index(
     folder: Path, check_files: bool = True, expected_samples: int | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The shard entries of `folder`/index.json and everything wrong with them, as read_index."""
+    """(the shard entries of `folder`/index.json, one line for each problem with them).
+
+    check_files: whether the files must exist with the size that the index gives. expected_samples: dataset.json's count.
+    """
     path = folder / INDEX
     try:
         index = json.loads(path.read_text())
@@ -99,12 +96,12 @@ def inspect_index(
 
 
 def column_encodings(shards: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Column name -> MDS encoding, of a checked index."""
+    """Column name -> MDS encoding. shards: the entries of a checked index."""
     return dict(_columns(shards[0]))
 
 
-def fingerprint(shards_by_bucket: dict[str, Sequence[dict[str, Any]]]) -> str:
-    """What identifies the data: a SHA-256 over every shard's name, sample count and content hashes."""
+def fingerprint(shards_by_bucket: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """The identity of a dataset: SHA-256 over every shard's name, number of samples and content hashes."""
     content = {
         bucket: [[shard["raw_data"]["basename"], shard["samples"], shard["raw_data"]["hashes"]] for shard in shards]
         for bucket, shards in shards_by_bucket.items()
@@ -113,12 +110,12 @@ def fingerprint(shards_by_bucket: dict[str, Sequence[dict[str, Any]]]) -> str:
 
 
 def stored_file(shard: dict[str, Any]) -> dict[str, Any]:
-    """The entry {"basename", "bytes", "hashes"} of the file that holds the shard: compressed, if it is."""
+    """The entry {"basename", "bytes", "hashes"} of the file in which the shard is stored: the compressed one, if any."""
     return shard["zip_data"] or shard["raw_data"]
 
 
 def with_prefix(shard: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The same shard as seen from a folder higher up: `prefix`/ goes before its file names."""
+    """The shard's entry for the index of a higher folder, with `prefix`/ before its file names."""
     moved = dict(shard)
     for field in ("raw_data", "zip_data"):
         if shard[field]:
@@ -127,19 +124,8 @@ def with_prefix(shard: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def write_index(folder: Path, shards: Iterable[dict[str, Any]]) -> None:
-    """Write `folder`/index.json in one step, with sorted keys."""
+    """Write `folder`/index.json, as files.write_json does."""
     write_json(folder / INDEX, {"version": 2, "shards": list(shards)}, indent=None)
-
-
-def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    """Write a JSON file so that a kill at any moment leaves the old file or the new one."""
-    # Machines that share a folder may have processes of the same number, in containers most of all.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(content, indent=indent, sort_keys=True) + "\n")
-        sync_file(file)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def _columns(shard: dict[str, Any]) -> list[tuple[str, str]]:
@@ -147,6 +133,7 @@ def _columns(shard: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _shard_problems(shard: Any, seen: set[str]) -> list[str]:
+    """Problems with one entry. seen: the file names so far, to which this one's are added."""
     if not isinstance(shard, dict):
         return ["not an object"]
     problems = []
@@ -157,38 +144,38 @@ def _shard_problems(shard: Any, seen: set[str]) -> list[str]:
     samples = shard.get("samples")
     if not _is_count(samples, 2**32):  # four bytes hold it in the shard
         problems.append(f"samples = {shown(samples)}, not a positive count")
-    names, encodings = shard.get("column_names"), shard.get("column_encodings")
+    names, encodings = _strings(shard.get("column_names")), _strings(shard.get("column_encodings"))
     sizes = shard.get("column_sizes")
-    if not _are_strings(names) or not _are_strings(encodings) or {len(names), len({*names})} != {len(encodings)}:
-        problems.append("column names and encodings do not match up")
+    if not names or not encodings or {len(names), len({*names})} != {len(encodings)}:
+        problems.append("column names and encodings do not match")
     else:
         for name, encoding in zip(names, encodings, strict=True):
             if not SAFE_ENCODING.fullmatch(encoding):
                 problems.append(f"column {shown(name)} has the encoding {shown(encoding)}, which is not allowed")
         if not isinstance(sizes, list) or [_is_size(size) for size in sizes] != [True] * len(names):
-            problems.append("column names and sizes do not match up")
+            problems.append("column names and sizes do not match")
     compression = shard.get("compression")
     if bool(compression) != bool(shard.get("zip_data")):
-        problems.append("compression and zip_data do not match up")
+        problems.append("compression and zip_data do not match")
     elif compression is not None and not (isinstance(compression, str) and COMPRESSION.fullmatch(compression)):
-        problems.append(f"compression {shown(compression)} is none of br, bz2, gz, snappy, zstd")
+        problems.append(f"compression {shown(compression)} is not one of br, bz2, gz, snappy, zstd")
     if not _is_size(shard.get("size_limit")):
         problems.append("size_limit is not a size")
-    raw_bytes = None
     for field in ("raw_data", "zip_data"):
         info = shard.get(field)
         if field == "zip_data" and info is None:
             continue
-        found, size = _file_info_problems(field, info, seen)
-        problems += found
-        raw_bytes = size if field == "raw_data" else raw_bytes
-    if not problems and raw_bytes < 4 * (samples + 2):  # a count, and an offset more than samples
-        problems.append(f"{samples} samples do not fit into {raw_bytes} bytes")
+        problems += _file_info_problems(field, info, seen)
+    if not problems:
+        raw_bytes, samples = shard["raw_data"]["bytes"], shard["samples"]
+        if raw_bytes < 4 * (samples + 2):  # a count, and an offset more than samples
+            problems.append(f"{samples} samples do not fit into {raw_bytes} bytes")
     return problems
 
 
-def _are_strings(values: Any) -> bool:
-    return isinstance(values, list) and bool(values) and all(isinstance(value, str) for value in values)
+def _strings(values: Any) -> list[str] | None:
+    """The values if they are a list of strings."""
+    return values if isinstance(values, list) and all(isinstance(value, str) for value in values) else None
 
 
 def _is_count(value: Any, most: int = 2**63) -> bool:
@@ -199,15 +186,15 @@ def _is_size(value: Any) -> bool:
     return value is None or _is_count(value)
 
 
-def _file_info_problems(field: str, info: Any, seen: set[str]) -> tuple[list[str], int | None]:
+def _file_info_problems(field: str, info: Any, seen: set[str]) -> list[str]:
     if not isinstance(info, dict) or set(info) != {"basename", "bytes", "hashes"}:
-        return [f"{field} is not an object of basename, bytes and hashes"], None
+        return [f"{field} is not an object of basename, bytes and hashes"]
     name, size = info["basename"], info["bytes"]
     problems = []
     if not isinstance(name, str) or not _is_inside(name):
         problems.append(f"{field} basename {shown(name)} does not stay inside the folder")
     elif name in seen:
-        problems.append(f"{field} basename {shown(name)} is there twice")
+        problems.append(f"{field} basename {shown(name)} appears twice")
     else:
         seen.add(name)
     if not _is_count(size):
@@ -215,10 +202,11 @@ def _file_info_problems(field: str, info: Any, seen: set[str]) -> tuple[list[str
     hashes = info["hashes"]
     if not isinstance(hashes, dict) or not hashes or not all(isinstance(digest, str) for digest in hashes.values()):
         problems.append(f"{field} has no hashes")
-    return problems, size
+    return problems
 
 
 def _is_inside(name: str) -> bool:
+    """Whether a relative path stays in its folder, is in normal form, and is not the index itself."""
     if not name or re.search("[\\\\\0:\ud800-\udfff]", name) or len(name.encode()) > MAX_NAME:
         return False
     path = PurePosixPath(name)
@@ -228,6 +216,7 @@ def _is_inside(name: str) -> bool:
 
 
 def _file_problems(folder: Path, shards: Sequence[dict[str, Any]]) -> list[str]:
+    """Files that are missing or have another size than the index gives."""
     problems = []
     for shard in shards:
         stored = stored_file(shard)

@@ -1,4 +1,4 @@
-"""Which machines of a run look at the same folder, so that they may divide the reading of it."""
+"""Which machines of a run see the same folder, so that they can divide its files among them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from megaflux.common.ranks import World, gathered
 
 TOKEN = ".seen-by-"
-FORGOTTEN = 3600.0  # s; a token stays for moments, unless its process was killed
+FORGOTTEN = 3600.0  # s; a token older than this was left by a killed process
 
 
 def share_of(folders: Sequence[Path], world: World) -> tuple[int, int]:
-    """This machine's place among those that see the same `folders`: (number, of how many). Collective.
+    """(this machine's number among those that see the same `folders`, how many they are). Collective.
 
-    The first rank of each machine writes a file of a random name into each folder, and looks for the others'. Only who
-    sees, and is seen, in every folder counts as sharing; where nothing can be written, or in doubt (another machine's
-    copy, a stale view of network storage), a machine is alone: (0, 1).
+    The first rank of each machine writes a file with a random name into each folder, and looks for the others' files.
+    Two machines share the folders if each sees the other's file in all of them. Where nothing can be written, or in doubt
+    (a copy, a stale view of network storage), a machine is alone: (0, 1).
     """
     if world.nodes == 1:
         return 0, 1
@@ -38,7 +38,7 @@ def share_of(folders: Sequence[Path], world: World) -> tuple[int, int]:
             world.local_rank == 0 and other is not None and all((folder / other).exists() for folder in folders)
             for other in tokens
         ]
-        views = gathered(seen, world)[:: world.local_size]  # also a barrier: nobody looks any more
+        views = gathered(seen, world)[:: world.local_size]  # also a barrier, after which the files may go
     finally:
         for path in written:
             with contextlib.suppress(OSError):

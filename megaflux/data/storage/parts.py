@@ -1,11 +1,15 @@
-"""A dataset that is computed from another one, in the making: a part for each shard of the other.
+"""A dataset while it is computed from another one: one part for each shard of the original.
 
     ROOT/train/<bucket>/part-00012/                     what was computed from shard 12 of that bucket: shards, index.json
     ROOT/.unfinished/<machine>-<process>-<random>/      what a process is writing
-    ROOT/dataset.json                                   written last, when all parts are there
+    ROOT/dataset.json                                   written last, when all parts are finished
 
-A part gets its name when it is whole and on disk, so what is there stays, whoever is killed. Ranks, runs and machines that
-compute the same dataset at once share nothing but those names: who finds a part, or is second with it, goes on.
+A part is renamed to its final name when it is complete and durable, so finished parts survive any kill. Ranks, runs and
+machines that compute the same dataset at once share nothing but those names: a process that finds a part finished, or
+finishes second, moves on to the next.
+
+A process's folder counts as alive while its process exists, or on another machine while it was touched within the last
+hour. storage.unpack uses locks instead, which do not reach across machines.
 """
 
 from __future__ import annotations
@@ -27,18 +31,19 @@ import psutil
 
 from megaflux.common.errors import UserError
 from megaflux.data.buckets import Bucket
-from megaflux.data.storage.dataset import DatasetInfo, read_shard, write_dataset, write_shards
+from megaflux.data.storage.dataset import DatasetInfo, write_dataset
 from megaflux.data.storage.index import INDEX, inspect_index, raise_problems, with_prefix, write_index
+from megaflux.data.storage.shards import read_shard, write_shards
 
-SPLIT = "train"  # the only one that is computed ahead
+SPLIT = "train"  # the only split that is computed ahead
 UNFINISHED = ".unfinished"
-ABANDONED = 3600.0  # s in which a process of another machine, that lives, has touched its folder many times
-APPEARING = 60.0  # s for which a network file system may not show what another machine has renamed
+ABANDONED = 3600.0  # s without a touch, after which a folder of another machine is abandoned
+APPEARING = 60.0  # s until a network file system shows what another machine has renamed
 
 
 @dataclass(frozen=True)
 class Part:
-    """One shard of the original, and what is computed from it. shard: its index entry."""
+    """One shard of the original, and the shards computed from it. number: its place in its bucket. shard: its index entry."""
 
     bucket: Bucket
     number: int
@@ -46,36 +51,36 @@ class Part:
 
     @property
     def name(self) -> str:
-        """The folder of its shards, in its bucket's."""
+        """The name of its folder in the bucket's."""
         return f"part-{self.number:05}"
 
     def folder(self, root: Path) -> Path:
-        """Where it is in the dataset that is made."""
+        """Its folder in the computed dataset."""
         return root / SPLIT / self.bucket.folder / self.name
 
     def is_there(self, root: Path) -> bool:
-        """Whether it is whole."""
+        """Whether it is finished."""
         return (self.folder(root) / INDEX).is_file()
 
     def samples(self, original: Path) -> Iterator[dict[str, Any]]:
-        """Those of the original, as `read_split` gives them. UserError where the shard is damaged."""
+        """The original shard's samples, as read_split yields them. Raises UserError where it is damaged."""
         return read_shard(original / SPLIT / self.bucket.folder, self.shard)
 
 
 def all_parts(original: Path, info: DatasetInfo) -> list[Part]:
-    """The parts of a dataset, bucket by bucket in stored order. UserError with all that is wrong with its files."""
-    parts, problems = [], []
-    for bucket in info.buckets:
-        if count := info.counts.get(SPLIT, {}).get(bucket.name, 0):
-            shards, found = inspect_index(original / SPLIT / bucket.folder, expected_samples=count)
-            problems += found
-            parts += [Part(bucket, number, shard) for number, shard in enumerate(shards)]
+    """The parts of a dataset, bucket by bucket in stored order. Raises UserError with every problem of its indexes."""
+    parts: list[Part] = []
+    problems: list[str] = []
+    for bucket, count in info.filled(SPLIT):
+        shards, found = inspect_index(original / SPLIT / bucket.folder, expected_samples=count)
+        problems += found
+        parts += [Part(bucket, number, shard) for number, shard in enumerate(shards)]
     raise_problems(problems)
     return parts
 
 
 def missing(root: Path, parts: Iterable[Part]) -> list[Part]:
-    """Those that are not there yet, the largest first. A part whose files are not as its index says is removed."""
+    """The unfinished parts, the largest first. Parts whose files contradict their index are removed."""
     wanted = []
     for part in parts:
         folder = part.folder(root)
@@ -88,22 +93,22 @@ def missing(root: Path, parts: Iterable[Part]) -> list[Part]:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what processes that are gone were writing: those of this machine at once, those of others when nothing of
-    theirs has moved for an hour. Also what earlier versions left of a dataset that they did not complete."""
-    with contextlib.suppress(OSError):  # of a finished one, which may lie where nothing can be written
+    """Remove the folders of processes that have ended: on this machine at once, on others when untouched for an hour.
+    Also what earlier versions left of a dataset that they did not complete."""
+    with contextlib.suppress(OSError):  # a finished dataset may be read-only
         for folder in (root / UNFINISHED).iterdir():
             if not _lives(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-        (root / UNFINISHED).rmdir()  # empty; else somebody is at work
+        (root / UNFINISHED).rmdir()  # fails while another process is writing
     if not (root / "dataset.json").exists():
         for path in (root / SPLIT).glob(".*.unfinished"):
             shutil.rmtree(path, ignore_errors=True)
         for path in (root / SPLIT).glob("*/shard.*"):
-            path.unlink(missing_ok=True)  # another run may be at it too
+            path.unlink(missing_ok=True)  # another run may remove it too
 
 
 class Writing:
-    """A process at work on a dataset's parts; a context, at whose end nothing unfinished of it stays."""
+    """The folder in which this process writes parts: a context manager, which removes what is unfinished at its end."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -114,7 +119,7 @@ class Writing:
             try:
                 self.folder.mkdir(parents=True)
                 break
-            except FileNotFoundError:  # another process that is done has just removed the folder above
+            except FileNotFoundError:  # another process has just removed the empty parent
                 if attempt == 8:
                     raise
         return self
@@ -125,11 +130,11 @@ class Writing:
             self.folder.parent.rmdir()
 
     def touch(self) -> None:
-        """A sign of life for other machines."""
+        """Show other machines that this process is alive."""
         os.utime(self.folder)
 
     def in_turn(self, parts: Sequence[Part]) -> Iterator[Part]:
-        """All of them, as they come to be wanted: those last that others are writing now."""
+        """All parts, each chosen when it is asked for: those that others are writing now come last."""
         left = list(parts)
         while left:
             busy = self._busy()
@@ -138,35 +143,36 @@ class Writing:
             yield part
 
     def write(self, part: Part, samples: Iterable[dict[str, Any]]) -> None:
-        """Write a part; where another process was faster, its is kept. OSError where the disk refuses."""
+        """Write a part. Where another process has finished it meanwhile, that one is kept. Raises OSError."""
         claim, final = self.folder / _written_as(part), part.folder(self.root)
-        claim.mkdir()  # before anything is computed, for others to take another part
+        claim.mkdir()  # before anything is computed, so that others choose another part
         folder = claim / part.name
-        # zstd leaves 0.8 of bf16 arrays, but every reader would unpack them beside it, where both forms then stay.
+        # zstd saves a fifth of bf16 arrays, but every reader would unpack them beside it, where both forms then stay.
         count, _ = write_shards(folder, samples, compression=None)
         if count != part.shard["samples"]:
             raise RuntimeError(f"{final}: {count} samples of {part.shard['samples']}")
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
             folder.rename(final)
-        except OSError:  # which error says that it is there differs by file system
+        except OSError:  # which error means that it exists differs by file system
             if not part.is_there(self.root):
                 raise
         shutil.rmtree(claim)
 
     def _busy(self) -> Collection[str]:
+        """What other living processes are writing."""
         folders = [f for f in self.folder.parent.iterdir() if f != self.folder and _lives(f)]
-        busy = set()
+        busy: set[str] = set()
         for folder in folders:
-            with contextlib.suppress(OSError):  # it is gone since
+            with contextlib.suppress(OSError):  # removed meanwhile
                 busy |= {path.name for path in folder.iterdir()}
         return busy
 
 
 def complete(root: Path, info: DatasetInfo, parts: Sequence[Part]) -> None:
-    """The buckets' indexes, and dataset.json, over parts that are all there. info: the original's, of one split.
+    """Write the buckets' indexes and dataset.json over finished parts. info: the original's, of one split.
 
-    UserError where a part does not come to be seen, or is not what its index says."""
+    Raises UserError where a part stays invisible on this machine, or contradicts its index."""
     for bucket in info.buckets:
         shards = []
         for part in parts:
@@ -177,7 +183,7 @@ def complete(root: Path, info: DatasetInfo, parts: Sequence[Part]) -> None:
                 shards += [with_prefix(shard, part.name) for shard in found]
         if shards:
             write_index(root / SPLIT / bucket.folder, shards)
-            # They differ by bucket in their arrays' shapes; the dataset's description names their kinds.
+            # Array shapes differ by bucket; the dataset's description names the kinds only.
             kinds = {n: e.split(":")[0] for n, e in zip(shards[0]["column_names"], shards[0]["column_encodings"])}
             info = dataclasses.replace(info, columns=kinds)
     write_dataset(root, info)
@@ -197,15 +203,15 @@ def _written_as(part: Part) -> str:
 
 
 def _machine() -> str:
-    """The same for exactly those processes that know each other's numbers."""
+    """A name that two processes share exactly if they see each other's process numbers."""
     parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # no Linux
+    with contextlib.suppress(OSError):  # not Linux
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def _lives(folder: Path) -> bool:
-    """Whether the process that writes here may still be at it."""
+    """Whether the process that writes in this folder may still be running."""
     machine, _, rest = folder.name.partition("-")
     number = rest.partition("-")[0]
     if machine == _machine() and number.isdecimal() and not psutil.pid_exists(int(number)):

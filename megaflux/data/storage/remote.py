@@ -1,4 +1,4 @@
-"""Fetching a remote dataset's description, so that it is checked before streaming relies on it."""
+"""Fetch a remote dataset's description and indexes, so that they are checked before streaming relies on them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ from megaflux.data.storage.unpack import own_folder
 def fetch_indexes(remote: str, cache: Path, split: str) -> None:
     """Bring dataset.json and the split's index files from `remote` into the folder `cache`.
 
-    Raises UserError if they cannot be had, or if the cache holds those of another dataset.
+    Raises UserError if they cannot be fetched, or if the cache holds another dataset.
     """
     if "://" not in remote and os.path.abspath(remote) == os.path.abspath(cache):
         raise UserError(f"remote {remote} is the cache folder itself; give another cache folder, or no remote")
     _fetch(remote, "dataset.json", cache)
     info = read_dataset_info(cache)
-    for bucket in info.buckets:
-        if info.counts.get(split, {}).get(bucket.name, 0):
-            _fetch(remote, f"{split}/{bucket.folder}/{INDEX}", cache)
+    for bucket, _ in info.filled(split):
+        _fetch(remote, f"{split}/{bucket.folder}/{INDEX}", cache)
 
 
 def fetch_split(remote: str, cache: Path, split: str) -> None:
-    """Bring the description of the dataset and the shards of the split's squarest bucket into the folder `cache`:
-    what validation reads, without streaming. Shards that are there already are kept.
+    """Bring the dataset's indexes and the shards of the split's squarest bucket, which validation reads without
+    streaming, into the folder `cache`. Shards that are there already are kept.
 
     Raises UserError as fetch_indexes does.
     """
@@ -51,11 +50,10 @@ def fetch_split(remote: str, cache: Path, split: str) -> None:
 def _fetch(remote: str, name: str, cache: Path) -> None:
     target = cache / name
     try:
-        # One place, which the loader clears of what killed runs left. What is there already is only compared: the folder may
-        # be one that cannot be written.
+        # In own_folder, which the loader cleans up after killed runs. A file that is there already is only compared: the
+        # cache may be read-only.
         with tempfile.TemporaryDirectory() if target.exists() else own_folder(cache) as own:
-            own = Path(own)
-            arriving = own / "fetched"
+            arriving = Path(own) / "fetched"
             try:
                 CloudDownloader.direct_download(f"{remote.rstrip('/')}/{name}", str(arriving))
             except Exception as error:

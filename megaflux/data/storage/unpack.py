@@ -2,9 +2,10 @@
 
     FOLDER/.unpacking/<machine>-<process>-<random>/    what one process is writing now; `lock` in it is held meanwhile
 
-Streaming writes every shard through one name (`shard.mds.tmp`), which two processes take from each other. Here each
-writes into a folder of its own and renames what is whole, so nobody sees half a file, and who comes second replaces
-the file by an equal one. What a killed process left is removed by the next start on that machine.
+Streaming writes every shard under one temporary name (`shard.mds.tmp`), over which two processes collide. Here each
+process writes into a folder of its own and renames complete files, so no process sees half a file, and the second one
+replaces the file with an equal one. The next start on the same machine removes what a killed process left. A held lock
+marks a folder as alive; storage.parts cannot use one, because it also asks for folders of other machines.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 UNPACKING = ".unpacking"
 LOCK = "lock"
-ABANDONED = 86400.0  # s; what another machine, or a file system without locks, has left for so long is nobody's
+ABANDONED = 86400.0  # s, after which a folder of another machine, or one without locks, is abandoned
 
 
 class MachineFault(RuntimeError):
-    """What no other sample would mend: a folder that cannot be written, no room in the cache, or a thread of
-    streaming's that has ended."""
+    """A fault of the machine, which no other sample would avoid: a folder that cannot be written, no room in the cache, or
+    a streaming thread that has ended."""
 
 
 class UnpackingStream(Stream):
@@ -48,10 +49,10 @@ class UnpackingStream(Stream):
     def _prepare_shard_part(
         self, raw_info: FileInfo, zip_info: FileInfo | None = None, compression: str | None = None
     ) -> int:
-        """Have the unpacked shard in the folder; the change of the cache's size in bytes, as streaming counts it.
+        """Fetch and unpack a shard into the folder. Returns the change of the cache's size in bytes, as streaming counts.
 
-        Raises ValueError for a wrong hash, MachineFault where the folder cannot be written, and what unpacking, reading
-        and the remote raise.
+        Raises ValueError for a wrong hash, MachineFault where the folder cannot be written, and the errors of unpacking,
+        reading and the remote.
         """
         folder = Path(self.local, self.split)
         raw, stored = folder / raw_info.basename, folder / (zip_info or raw_info).basename
@@ -61,7 +62,7 @@ class UnpackingStream(Stream):
         with _own_folder_or_fault(folder) as own:
             if was_there:
                 data = stored.read_bytes()
-                self._check(zip_info, data, stored)
+                self._check(zip_info or raw_info, data, stored)
             else:
                 data = self._fetch(zip_info or raw_info, own / "fetched", stored)
                 if zip_info is None or self.safe_keep_zip:
@@ -77,8 +78,8 @@ class UnpackingStream(Stream):
         return changed
 
     def _fetch(self, info: FileInfo, target: Path, name: Path) -> bytes:
-        """A file of the remote, held against its hash. What arrives damaged is fetched once more."""
-        remote = os.path.join(self.remote, self.split, info.basename)
+        """The bytes of a remote file. Raises ValueError where its hash is wrong twice. name: its local path, for messages."""
+        remote = os.path.join(self.remote or "", self.split, info.basename)
         for attempts_left in (1, 0):
             retry(clean_up_fn=self._downloader.clean_up, num_attempts=self.download_retry)(
                 lambda: self._downloader.download(remote, str(target), self.download_timeout)
@@ -94,6 +95,7 @@ class UnpackingStream(Stream):
         raise AssertionError
 
     def _check(self, info: FileInfo, data: bytes, name: Path) -> None:
+        """Raises ValueError where the bytes do not have the hash that the index gives."""
         algorithm = self.validate_hash
         if not algorithm:
             return
@@ -107,13 +109,13 @@ def _write(path: Path, data: bytes) -> None:
     try:
         with open(path, "wb") as file:
             file.write(data)
-            sync_file(file)  # before it has its name: a power cut must not leave a short shard under it
+            sync_file(file)  # before the rename: a power cut must not leave a short shard under its final name
     except OSError as error:
         raise MachineFault(f"{path.parents[2]}: cannot be written ({error.strerror})") from error
 
 
 def _publish(path: Path, target: Path) -> None:
-    """Rename what is whole to its own name, which another process may have done meanwhile."""
+    """Rename a complete file to its final name, replacing one that another process has written meanwhile."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
@@ -123,16 +125,16 @@ def _publish(path: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def own_folder(folder: Path) -> Iterator[Path]:
-    """A new folder within `folder`, on the same disk, for this process alone; removed at the end.
+    """A new folder for this process alone, within `folder` and so on the same disk; removed at the end.
 
-    Raises OSError where it cannot be made.
+    Raises OSError where it cannot be created.
     """
     while True:
         own = folder / UNPACKING / f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
         own.mkdir(parents=True)
         try:
             with open(own / LOCK, "w") as lock:
-                # A start that cleans up may have come between the two: then it has the lock, or the file is gone.
+                # Another start may be cleaning up: then it holds the lock, or has removed the file.
                 if try_lock(lock) is not Lock.TAKEN and (own / LOCK).exists():
                     yield own
                     return
@@ -154,14 +156,15 @@ def _own_folder_or_fault(folder: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(folders: Iterable[Path]) -> list[Path]:
-    """Remove what killed processes were writing into these folders; what was removed.
+    """Remove the own_folders that killed processes left in these folders, and return them.
 
-    Of this machine: where nobody holds the lock. Of others, or without locks: after a day. Call it on one rank a node.
+    On this machine a folder goes if its lock is not held; on others, or without locks, after a day. Call it on one rank
+    per node.
     """
     removed = []
     for folder in folders:
         for own in sorted((folder / UNPACKING).glob("*")):
-            with contextlib.suppress(OSError):  # gone meanwhile, or not ours
+            with contextlib.suppress(OSError):  # removed meanwhile, or not ours
                 if _is_abandoned(own):
                     shutil.rmtree(own)
                     removed.append(own)
@@ -178,12 +181,13 @@ def _is_abandoned(own: Path) -> bool:
 
 
 def unwritable(path: Path, shards: Mapping[Path, Sequence[dict[str, Any]]]) -> str | None:
-    """Why a local dataset's shards cannot be unpacked where they are, and the mend, in one line; None: all are unpacked,
-    or can be.
+    """Why a local dataset's shards cannot be unpacked in place, with the mend, in one line. None where they can be, or
+    already are.
 
     path: the dataset's folder. shards: stream folder -> the entries of its checked index.
     """
-    missing, size, refused = 0, 0, None
+    missing, size = 0, 0
+    refused: str | None = None
     for folder, entries in shards.items():
         packed = [entry for entry in entries if entry["zip_data"]]
         todo = [entry for entry in packed if not (folder / entry["raw_data"]["basename"]).exists()]
@@ -207,10 +211,10 @@ def unwritable(path: Path, shards: Mapping[Path, Sequence[dict[str, Any]]]) -> s
 
 
 def _may_write(folder: Path) -> bool:
-    return not folder.exists() or os.access(folder, os.W_OK | os.X_OK)  # absent: its shards are missing, said elsewhere
+    return not folder.exists() or os.access(folder, os.W_OK | os.X_OK)  # absent: inspect_index reports its shards
 
 
 def _machine() -> str:
-    """This start of this machine. Host names repeat (containers, localhost), and process numbers do in containers."""
+    """A name of this boot of this machine. Host names are not unique (containers, localhost)."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip().replace("-", "") if boot.exists() else os.uname().nodename.replace("-", "_")

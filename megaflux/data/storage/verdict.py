@@ -1,19 +1,16 @@
-"""The verdict on a dataset before the first update: every file that training will read, held against its index.
+"""The verdict on a dataset before the first update: every file that training will read, compared with its index.
 
-Streaming never hashes local data, so a shard that is damaged on disk would be found weeks later, or never.
-Here each file's size and hash are compared with what index.json says. Reading a terabyte takes a quarter
-of an hour or more, so the verdict on each file is kept and holds as long as the file's size, modification time and
-inode stay what they were:
+Streaming never hashes local data, so a shard damaged on disk would be found weeks later, or never. Here each file's size
+and hash are compared with index.json. Reading a terabyte takes a quarter of an hour or more, so the verdict on a file is
+kept, and holds while the file's size, modification time and inode stay the same:
 
     PATH/.verified.json    {"version": 1, "path": PATH, "files": {"train/1x1/shard.00000.mds.zstd":
                             [size, mtime_ns, inode, "xxh64:<digest that was found>"], ...}}
 
-The machines of a run that see one folder (megaflux.data.storage.machines) divide its files among them, and each keeps its own:
-.verified.json, .verified-1.json, ...; all of them are read. A machine with its own copy reads all of that.
-
-Only sound files are in them. What a disk changes behind the file system's back (no new modification time) is found by
-`python -m megaflux.data.verify`, which believes no earlier verdict, or as a fault while training
-(megaflux.data.reading.quarantine).
+The machines of a run that see the same folder (megaflux.data.storage.machines) divide its files, and each keeps the
+verdicts on its share: .verified.json, .verified-1.json, ...; all of them are read. A machine with its own copy reads that
+whole copy. Only sound files are listed. Damage that leaves the modification time unchanged is found by `python -m
+megaflux.data.verify`, which trusts no earlier verdict, or while training (megaflux.data.reading.quarantine).
 """
 
 from __future__ import annotations
@@ -35,9 +32,10 @@ import xxhash
 from tqdm import tqdm
 
 from megaflux.common.errors import UserError
+from megaflux.common.files import write_json
 from megaflux.common.ranks import World, gathered
 from megaflux.data.storage.dataset import read_dataset_info
-from megaflux.data.storage.index import inspect_index, stored_file, write_json
+from megaflux.data.storage.index import inspect_index, stored_file
 from megaflux.data.storage.machines import share_of
 
 logger = logging.getLogger(__name__)
@@ -60,42 +58,39 @@ _HASHES: dict[str, Callable[[], Any]] = {  # the fastest first: one whole hash f
 }
 
 
-def verify_shards(path: str | Path, split: str, cache: Path | None = None, progress: bool = False) -> list[str]:
-    """Hold every shard of a local dataset's split against its index: present, size, hash. All that is wrong.
+def verify_shards(path: str | Path, splits: Sequence[str], cache: Path | None, world: World) -> list[str]:
+    """Compare every shard of some splits of a local dataset with its index: present, size, hash. Collective.
 
-    path: the dataset's folder. split: "train" or "held_out"; one without samples is sound. cache: the folder (the
-    run's) that keeps the verdict where `path` cannot be written; None: it is then not kept. progress: a bar, or one
-    log line where stderr is no terminal.
+    path: the dataset's folder. splits: "train", "held_out"; one without samples is sound. cache: the folder (the run's)
+    that keeps the verdict where `path` is read-only; None: it is then not kept.
 
-    A compressed shard that streaming has unpacked is checked in both forms, because the unpacked one is what
-    is read. A file whose size, modification time, inode and expected hash are those of an earlier verdict is not read
-    again. Returns one line per problem, which names the file and what is wrong; none: the split is
-    sound. Raises UserError if dataset.json is missing or unreadable.
+    A compressed shard that streaming has unpacked is checked in both forms, because the unpacked one is what is read. A
+    file whose size, modification time, inode and expected hash are those of an earlier verdict is not read again.
+
+    The first rank of each node reads; nodes that share the folder divide its files, and each looks at the size of all.
+    The others wait, as long as reading takes, which no barrier's time limit allows for: the ranks exchange a sign of life
+    every HEARTBEAT seconds instead.
+
+    Returns one line "FILE: problem" for each problem of any node, on all ranks. With one rank raises UserError where
+    dataset.json is missing or invalid; with several that is one of the problems.
     """
-    return _verify(Path(path), split, cache, progress, threading.Event(), _Share())
-
-
-def verify_on_all_ranks(path: str | Path, splits: Sequence[str], cache: Path | None, world: World) -> list[str]:
-    """verify_shards of several splits by the first rank of each node; the others wait. Collective.
-
-    Nodes that share the folder read a part of its files each, and look at the size of all.
-    Waiting takes as long as reading does, which no barrier's time limit allows for: the ranks exchange a
-    sign of life every HEARTBEAT seconds instead. Returns every problem of every node, on all ranks.
-    """
-    stop, share = threading.Event(), _Share()
+    path, stop, share = Path(path), threading.Event(), _Share()
 
     def mine() -> list[str]:
+        return [p for split in splits for p in _verify(path, split, cache, world.is_main, stop, share)]
+
+    def mine_in_words() -> list[str]:
         try:
-            return [p for split in splits for p in _verify(Path(path), split, cache, world.rank == 0, stop, share)]
+            return mine()
         except UserError as error:
             return [str(error)]
 
     if world.size == 1:
-        return [p for split in splits for p in _verify(Path(path), split, cache, True, stop, share)]
-    number, of = share_of(_folders(Path(path), splits) if world.nodes > 1 else [], world)
+        return mine()
+    number, of = share_of(_folders(path, splits) if world.nodes > 1 else [], world)
     share = _Share(number, of, world.rank // world.local_size)
     with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(mine) if world.local_rank == 0 else None
+        work = pool.submit(mine_in_words) if world.local_rank == 0 else None
         try:
             return _exchange(work, world)
         except BaseException:
@@ -104,7 +99,7 @@ def verify_on_all_ranks(path: str | Path, splits: Sequence[str], cache: Path | N
 
 
 def _exchange(work: Future[list[str]] | None, world: World) -> list[str]:
-    """The problems of all ranks once the last has them; `work`: this rank's, None where another one reads."""
+    """Every rank's problems, when all have finished. work: this rank's; None where it does not read."""
     pause = 0.05
     while True:
         done = work is None or work.done()
@@ -119,8 +114,8 @@ def _exchange(work: Future[list[str]] | None, world: World) -> list[str]:
 
 @dataclass(frozen=True)
 class _File:
-    """A file to read. name: relative to the dataset. size, digest ("xxh64:..."): what the index says. turn: its shard's
-    place in the index, where each counts whether it is there or not."""
+    """A file to read. name: relative to the dataset. size: bytes. digest: "xxh64:...", from the index. turn: the number
+    of its shard in the split, counting missing ones too."""
 
     name: str
     size: int
@@ -130,7 +125,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Share:
-    """What this machine reads: the files whose turn is `number` modulo `of`. machine: its number in the run."""
+    """What this machine reads: the files whose turn modulo `of` is `number`. machine: its number in the run."""
 
     number: int = 0
     of: int = 1
@@ -138,12 +133,12 @@ class _Share:
 
 
 def _folders(path: Path, splits: Sequence[str]) -> list[Path]:
-    """The folders of all streams; none where dataset.json cannot be read, which each machine then says."""
+    """The folders of all streams; empty where dataset.json is invalid, which each machine reports itself."""
     try:
         info = read_dataset_info(path)
     except UserError:
         return []
-    return [path / s / b.folder for s in splits for b in info.buckets if info.counts.get(s, {}).get(b.name, 0)]
+    return [path / split / bucket.folder for split in splits for bucket, _ in info.filled(split)]
 
 
 def _verify(
@@ -179,7 +174,7 @@ def _verify(
                     problems.append(problem)
                 elif stat:
                     verdicts.add(jobs[job], stat)
-        except BaseException:  # an interrupt: do not read the rest first, but keep what is known
+        except BaseException:  # Ctrl-C: do not read the rest first, but keep the verdicts so far
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -189,25 +184,24 @@ def _verify(
 
 
 def _listed(path: Path, split: str) -> tuple[list[_File], list[str]]:
-    """The files of a split that are there with the right size, and every problem that their stat shows."""
+    """The files of a split that exist with the right size, and every problem found without reading them."""
     info = read_dataset_info(path)
-    files, problems, turn = [], [], -1
-    for bucket in info.buckets:
-        count = info.counts.get(split, {}).get(bucket.name, 0)
-        if not count:
-            continue
+    files: list[_File] = []
+    problems: list[str] = []
+    turn = -1
+    for bucket, count in info.filled(split):
         folder = path / split / bucket.folder
         shards, found = inspect_index(folder, expected_samples=count)
         problems += found
         if inspect_index(folder, check_files=False, expected_samples=count)[1]:
-            continue  # an index that is wrong itself: nothing in it says what the files should be
+            continue  # an invalid index does not say what the files should be
         for shard in shards:
             turn += 1
             stored = stored_file(shard)
             for entry in (stored,) if stored is shard["raw_data"] else (stored, shard["raw_data"]):
                 file = folder / entry["basename"]
                 if not file.is_file() or file.stat().st_size != entry["bytes"]:
-                    continue  # named above, or not unpacked yet
+                    continue  # reported by inspect_index, or not unpacked yet
                 algorithm = next((name for name in _HASHES if name in entry["hashes"]), None)
                 if algorithm is None:
                     problems.append(f"{file}: the index has none of the hashes {', '.join(_HASHES)}")
@@ -220,7 +214,7 @@ def _listed(path: Path, split: str) -> tuple[list[_File], list[str]]:
 def _check(
     path: Path, file: _File, advance: Callable[[int], None], stop: threading.Event
 ) -> tuple[os.stat_result | None, str | None]:
-    """Read a file: its stat if it is sound and did not change meanwhile, or the problem."""
+    """Read a file and compare its hash. Returns (its stat if it is sound and did not change meanwhile, the problem)."""
     algorithm, _, expected = file.digest.partition(":")
     digest = _HASHES[algorithm]()
     try:
@@ -244,9 +238,9 @@ def _identity(stat: os.stat_result) -> list[int]:
 
 
 class _Verdicts:
-    """The kept verdicts on a dataset's files, in its folder or, where that cannot be written, in the run's.
+    """The kept verdicts on a dataset's files, in its folder or, where that is read-only, in the run's.
 
-    machine: the number of this one in the run, each of which writes a file of its own.
+    fallback: the run's folder. machine: this one's number in the run; each writes a file of its own.
     """
 
     def __init__(self, path: Path, split: str, fallback: Path | None, machine: int):
@@ -254,7 +248,7 @@ class _Verdicts:
         name = VERDICT if machine == 0 else VERDICT.replace(".json", f"-{machine}.json")
         self.places = [folder / name for folder in (path, Path(fallback) if fallback else None) if folder]
         self.files: dict[str, list[Any]] = {}
-        # What other machines keep is believed where it fits; this machine's own is what is written again.
+        # Other machines' verdicts are trusted where they match; only this machine's own are written again.
         self._others = [self._read(place) for place in sorted(path.glob(ANY_VERDICT))]
         for place in reversed(self.places):  # the dataset's own last, so it counts more
             self.files.update(self._read(place))
@@ -263,17 +257,17 @@ class _Verdicts:
     def _read(self, place: Path) -> dict[str, list[Any]]:
         try:
             content = json.loads(place.read_text())
-        except (OSError, ValueError):  # none, or torn: what is not known is read again
+        except (OSError, ValueError):  # missing or torn: its files are read again
             return {}
         if not isinstance(content, dict) or content.get("version") != VERSION:
             return {}
         if place.parent != self.path and content.get("path") != str(self.path.resolve()):
-            return {}  # the run folder's, of another dataset; a dataset that was moved takes its own along
+            return {}  # in the run's folder, but of another dataset; one in the dataset's own folder moves with it
         files = content.get("files")
         return dict(files) if isinstance(files, dict) else {}
 
     def holds(self, file: _File) -> bool:
-        """Whether the file was found sound, and is still that file."""
+        """Whether the file was found sound and has not changed since."""
         try:
             wanted = [*_identity(os.stat(self.path / file.name)), file.digest]
         except OSError:
@@ -287,7 +281,7 @@ class _Verdicts:
         return False
 
     def keep_only(self, names: set[str]) -> None:
-        """Forget this split's other files: changed, or no longer there."""
+        """Drop the verdicts on this split's other files, which have changed or are gone."""
         stale = [name for name in self.files if name.startswith(f"{self.split}/") and name not in names]
         for name in stale:
             del self.files[name]
@@ -300,7 +294,7 @@ class _Verdicts:
             self.save()
 
     def save(self) -> None:
-        """Write what has changed, in one step; where no place can be written, say so and go on without."""
+        """Write the verdicts if they have changed; warn where none of the places can be written."""
         if not self._changed:
             return
         content = {"version": VERSION, "path": str(self.path.resolve()), "files": self.files}
@@ -312,4 +306,4 @@ class _Verdicts:
             except OSError as error:
                 refused = f"{place}: {error.strerror}"
         logger.warning("%s; the verdict on the shards is not kept, a restart will read them again", refused)
-        self._saved = time.monotonic()  # do not say so after every file
+        self._saved = time.monotonic()  # do not warn after every file

@@ -1,1 +1,1 @@
-"""Sources of pictures and the writing of prepared datasets."""
+"""Sources of images -> a prepared dataset: items, chunks, their worker processes, the merge."""

@@ -1,10 +1,11 @@
-"""One chunk of a dataset in the making: items -> shards by split and bucket, in one step.
+"""One chunk of a dataset being prepared: items -> shards by split and bucket, published in one step.
 
-    OUT/.unfinished/chunk-00012-<process>/     a chunk that is being written
+    OUT/.unfinished/chunk-00012-<process>/     a chunk being written; `exclusive` keeps other starts of its part away
     OUT/<split>/<bucket>/chunk-00012/          its shards, moved here when all are written
     OUT/chunks/chunk-00012.json                its report; written last, so it marks completeness
 
-A chunk without a report is unfinished, whatever else is there, and is written again.
+A chunk without a report is unfinished, whatever else is there, and is written again. Unlike the folders of
+storage.unpack and storage.parts, those here need no owner of their own: one lock covers a part with all its workers.
 """
 
 from __future__ import annotations
@@ -19,18 +20,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from megaflux.common.errors import UserError
-from megaflux.common.files import Lock, sync_file, sync_folder, try_lock
+from megaflux.common.files import Lock, sync_file, sync_folder, try_lock, write_json
 from megaflux.data.buckets import Bucket, nearest_bucket
 from megaflux.data.images import BadImage, decode, encode, fit
-from megaflux.data.storage.dataset import IMAGE_COLUMNS, SPLITS, open_writer
-from megaflux.data.storage.index import INDEX, with_prefix, write_json
+from megaflux.data.storage.dataset import IMAGE_COLUMNS, SPLITS
+from megaflux.data.storage.index import INDEX, with_prefix
+from megaflux.data.storage.shards import open_writer
 from megaflux.data.writing.items import Item, Loaded, Source
-
-if TYPE_CHECKING:
-    from megaflux.data.prepare import Options
+from megaflux.data.writing.options import Options
 
 UNFINISHED = ".unfinished"
 PROGRESS_STEP = 16  # images between two calls of `progress`
@@ -39,7 +39,7 @@ LOCK_SECONDS = 5  # to wait for a killed run's workers, which leave within a sec
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for all chunks of a dataset. compression: of its shards, "zstd" or None."""
+    """What all chunks of a dataset share. out: its folder. compression: of its shards, "zstd" or None."""
 
     source: Source
     out: Path
@@ -49,20 +49,21 @@ class Job:
 
 
 def is_held_out(split_key: str, fraction: float) -> bool:
-    """Whether items of this split key are kept from training: a fixed draw by SHA-256 of the key.
+    """Whether items with this split key are kept from training: a fixed draw by SHA-256 of the key.
 
-    A larger fraction keeps what a smaller one keeps, and more.
+    A larger fraction holds out the items of a smaller one, and more.
     """
     drawn = int.from_bytes(hashlib.sha256(split_key.encode()).digest()[:8], "big")
     return drawn < fraction * 2**64
 
 
 def make_sample(loaded: Loaded, buckets: Sequence[Bucket], options: Options) -> tuple[Bucket, bytes, list[str]]:
-    """An image as read -> its bucket, its file bytes at the bucket's size, and notes on what was done.
+    """An image as read -> its bucket, its file bytes at the bucket's size, and notes on what was done to it.
 
     Raises BadImage if it cannot be used.
     """
-    image, notes = loaded.image, []
+    image = loaded.image
+    notes: list[str] = []
     if isinstance(image, bytes):
         image, notes = decode(image, options.max_pixels)
     bucket = nearest_bucket(*image.size, buckets)
@@ -71,7 +72,8 @@ def make_sample(loaded: Loaded, buckets: Sequence[Bucket], options: Options) -> 
 
 
 def write_chunk(job: Job, number: int, items: Sequence[Item], progress: Callable[[int], Any]) -> None:
-    """Write the shards and then the report of chunk `number`; `progress` is told of images done."""
+    """Write the shards and then the report of chunk `number`. progress: called with the number of images done since the
+    last call."""
     name = _name(number)
     unfinished = job.out / UNFINISHED / f"{name}-{os.getpid()}"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -121,7 +123,7 @@ def write_chunk(job: Job, number: int, items: Sequence[Item], progress: Callable
 
 
 def report_path(out: Path, number: int) -> Path:
-    """Where a finished chunk's report is."""
+    """The file of a finished chunk's report."""
     return out / "chunks" / f"{_name(number)}.json"
 
 
@@ -135,7 +137,7 @@ def read_report(out: Path, number: int) -> dict[str, Any]:
 
 
 def remove_unfinished(out: Path, numbers: Sequence[int]) -> None:
-    """Remove what a killed run left of these chunks: temporary folders, and shards without a report."""
+    """Remove what a killed run left of these chunks: unfinished folders, and shards without a report."""
     ours = {_name(number) for number in numbers}
     for folder in (out / UNFINISHED).glob("chunk-*"):
         if folder.name.rpartition("-")[0] in ours:
@@ -148,10 +150,10 @@ def remove_unfinished(out: Path, numbers: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def exclusive(out: Path, part: str) -> Iterator[None]:
-    """Hold the lock of one part of `out`; UserError if another process on this machine keeps it. Where the file system
-    has no locks, a warning.
+    """Hold the lock of one part of `out`. Raises UserError if another process on this machine keeps it; warns where the
+    file system has no locks.
 
-    Worker processes inherit it, so that a new run waits until those of a killed one have gone.
+    Worker processes inherit the lock, so a new run waits until those of a killed one have ended.
     """
     folder = out / UNFINISHED
     folder.mkdir(exist_ok=True)
@@ -178,7 +180,7 @@ def _try_lock(path: Path) -> TextIO | None:
 
 
 def _read(source: Source, items: Sequence[Item]) -> Iterator[tuple[Item, Loaded | BadImage]]:
-    """Each item with its contents, those with a known problem left unread."""
+    """Each item with its contents, or with its known problem, unread."""
     contents = source.read([item for item in items if item.problem is None])
     for item in items:
         yield item, BadImage(item.problem) if item.problem else next(contents)

@@ -1,4 +1,4 @@
-"""What a source of images gives: a list of items, cheap and in a fixed order, and their contents."""
+"""What a source of images provides: a list of items, cheap and in a fixed order, and their contents."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ CAPTION_FIELDS = ("caption", "text")  # in a .json file and in parquet; the firs
 class Item:
     """One image of a source, not yet read.
 
-    key: its name, unique in the source. split_key: what decides between training and held-out; items
-    that share it stay together. where: the source's own address of the bytes. size: bytes, part of the
-    source's fingerprint. problem: a reason of images.REASONS that is known without reading, or None.
+    key: its name, unique in the source. split_key: decides between training and held-out; items that share it stay
+    together. where: the source's own address of the bytes. size: bytes, part of the source's fingerprint. problem: a
+    reason of images.REASONS that is known without reading, or None.
     """
 
     key: str
@@ -55,10 +55,13 @@ class Loaded:
 
 
 class Source(Protocol):
-    """Where images come from. `kind` is its name, `attribution` the credit its pictures ask for, if any."""
+    """Where images come from. kind: its name. attribution: the credit that its pictures ask for, if any."""
 
-    kind: str
-    attribution: str | None
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def attribution(self) -> str | None: ...
 
     def list_items(self) -> list[Item]:
         """All items in an order that depends on the source's contents only. Decodes nothing."""
@@ -72,7 +75,7 @@ class Source(Protocol):
 def parse_caption(data: bytes, suffix: str) -> str:
     """The caption in the bytes of a .txt or .json file beside an image ("" if the JSON has none).
 
-    Raises BadImage("bad_caption") if it is not UTF-8 text or not a JSON object with a text.
+    Raises BadImage("bad_caption") if it is not UTF-8 text or not a JSON object.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -85,7 +88,7 @@ def parse_caption(data: bytes, suffix: str) -> str:
 
 
 def check_caption(caption: object) -> str:
-    """A caption without surrounding white space. Raises BadImage if it is no text that UTF-8 can hold."""
+    """A caption without surrounding white space. Raises BadImage if it is not text that UTF-8 can encode."""
     if not isinstance(caption, str):
         raise BadImage("bad_caption", f"a {type(caption).__name__}, not text")
     try:

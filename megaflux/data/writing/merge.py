@@ -1,4 +1,4 @@
-"""Chunks -> dataset: the indexes over all of them, and the judgement on what could not be used."""
+"""Chunks -> dataset: the indexes over all of them, and whether too many images were unusable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 
 from megaflux.common.errors import UserError
 from megaflux.data.buckets import make_buckets
-from megaflux.data.storage.dataset import IMAGE_COLUMNS, SPLITS, DatasetInfo, read_dataset_info, write_dataset
+from megaflux.data.storage.dataset import (
+    IMAGE_COLUMNS,
+    SPLITS,
+    DatasetInfo,
+    by_reason,
+    describe,
+    read_dataset_info,
+    write_dataset,
+)
 from megaflux.data.storage.index import write_index
 from megaflux.data.writing import chunks
 
@@ -22,7 +30,7 @@ class TooManyBad(Exception):
 def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> DatasetInfo:
     """Write the indexes and dataset.json over all chunks of `out`, once every part is done.
 
-    Raises UserError if chunks are missing or nothing is usable, TooManyBad as prepare.
+    max_bad, progress: as build.prepare. Raises UserError if chunks are missing or no image is usable, and TooManyBad.
     """
     out = Path(out)
     plan = read_plan(out)
@@ -47,7 +55,7 @@ def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> D
         for split in SPLITS
     }
     if not sum(counts["train"].values()):
-        raise UserError(f"{out}: no usable training images among {plan['source']['items']} ({_by_reason(bad)})")
+        raise UserError(f"{out}: no usable training images among {plan['source']['items']} ({by_reason(bad)})")
     for split in SPLITS:
         for bucket in buckets:
             shards = [shard for report in reports for shard in report["shards"][split].get(bucket.name, [])]
@@ -69,22 +77,8 @@ def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> D
     return read_dataset_info(out)
 
 
-def describe(info: DatasetInfo) -> str:
-    """The dataset as a small table: samples by bucket and split, and what was noted or skipped."""
-    lines = [f"{'bucket':<10}{'size':>12}" + "".join(f"{split:>12}" for split in SPLITS)]
-    for bucket in info.buckets:
-        numbers = "".join(f"{info.counts.get(split, {}).get(bucket.name, 0):>12}" for split in SPLITS)
-        lines.append(f"{bucket.name:<10}{f'{bucket.width}x{bucket.height}':>12}{numbers}")
-    lines.append(f"{'all':<22}" + "".join(f"{info.samples(split):>12}" for split in SPLITS))
-    if info.notes:
-        lines.append("noted: " + _by_reason(info.notes))
-    if info.bad:
-        lines.append("skipped: " + _by_reason(info.bad))
-    return "\n".join(lines)
-
-
 def read_plan(out: Path) -> dict[str, Any] | None:
-    """prepare.json of a dataset in the making, or None. Raises UserError if it cannot be read."""
+    """The content of prepare.json, or None where a dataset was not begun. Raises UserError if it cannot be read."""
     try:
         return json.loads((out / "prepare.json").read_text())
     except FileNotFoundError:
@@ -96,24 +90,20 @@ def read_plan(out: Path) -> dict[str, Any] | None:
 def judge(
     reports: Sequence[dict[str, Any]], max_bad: float, listing: str, progress: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Count over these chunks' reports: reason -> skipped images, and note -> images.
+    """Counts over these chunks' reports: reason -> skipped images, and note -> images.
 
-    Raises TooManyBad if more were skipped than `max_bad` allows: a fraction of the images if below 1,
-    else a count. `listing` is where the skipped images are listed, for the message.
+    max_bad: how many may be skipped, a fraction of the images if below 1, else a count. listing: the file that lists the
+    skipped images, for messages. Raises TooManyBad if more were skipped.
     """
-    bad = sum((Counter(entry["reason"] for entry in report["bad"]) for report in reports), Counter())
-    notes = sum((Counter(report["notes"]) for report in reports), Counter())
+    bad: Counter[str] = sum((Counter(entry["reason"] for entry in report["bad"]) for report in reports), Counter())
+    notes: Counter[str] = sum((Counter(report["notes"]) for report in reports), Counter())
     items = sum(report["items"] for report in reports)
     allowed = max_bad * items if max_bad < 1 else max_bad
     if bad.total() > allowed:
         raise TooManyBad(
-            f"{bad.total()} of {items} images cannot be used ({_by_reason(bad)}), more than --max-bad "
+            f"{bad.total()} of {items} images cannot be used ({by_reason(bad)}), more than --max-bad "
             f"{max_bad:g}; listed in {listing}"
         )
     if bad and progress:
         print(f"{bad.total()} of {items} images skipped, listed in {listing}")
     return dict(sorted(bad.items())), dict(sorted(notes.items()))
-
-
-def _by_reason(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none skipped"

@@ -1,4 +1,4 @@
-"""The sources `megaflux.data.prepare` reads: a folder of images, WebDataset tars, parquet, openmoji."""
+"""The sources that megaflux.data.prepare reads: a folder of images, WebDataset tars, parquet files, openmoji."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tarfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from megaflux.common.errors import UserError
 from megaflux.data.buckets import Bucket
@@ -27,9 +28,9 @@ from megaflux.data.writing.openmoji import OpenMoji
 def open_source(source: str, buckets: Sequence[Bucket], canvases: float = 2) -> Source:
     """The source of that name ("openmoji") or at that path, recognised by what is there.
 
-    A folder (searched with its subfolders) may hold images, .tar files or .parquet files, of one kind
-    only; a single .tar or .parquet file does as well. `buckets` and `canvases` are for openmoji.
-    Raises UserError if there is nothing at the path, or nothing usable, or more than one kind.
+    A folder, searched with its subfolders, may hold images, .tar files or .parquet files, of one kind only. A single .tar
+    or .parquet file is a source too. buckets, canvases: of openmoji. Raises UserError if the path does not exist, or has
+    nothing usable or more than one kind.
     """
     if source == OpenMoji.kind:
         return OpenMoji(buckets, canvases)
@@ -39,7 +40,7 @@ def open_source(source: str, buckets: Sequence[Bucket], canvases: float = 2) -> 
     files = _walk(root) if root.is_dir() else [root.name]
     if not root.is_dir():
         root = root.parent
-    found: dict[type, list[str]] = {
+    found: dict[type[TarFiles | ParquetFiles | ImageFolder], list[str]] = {
         TarFiles: [name for name in files if name.lower().endswith(".tar")],
         ParquetFiles: [name for name in files if name.lower().endswith(".parquet")],
         ImageFolder: [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)],
@@ -55,7 +56,7 @@ def open_source(source: str, buckets: Sequence[Bucket], canvases: float = 2) -> 
 
 
 def _walk(root: Path) -> list[str]:
-    """All files under a folder as sorted relative paths with "/", hidden ones left out."""
+    """All files under a folder but hidden ones, as sorted relative paths with "/"."""
     names = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -66,7 +67,7 @@ def _walk(root: Path) -> list[str]:
 
 
 def _printable(name: str) -> str:
-    """A file name as a key: bytes that are no UTF-8 are written as \\xNN."""
+    """A file name as a key: bytes that are not UTF-8 are written as \\xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -112,9 +113,9 @@ class ImageFolder:
 
 
 class TarFiles:
-    """WebDataset archives: members of one base name are one sample. key: archive path, ":", base name.
+    """WebDataset archives: members with the same base name are one sample. key: archive path, ":", base name.
 
-    The listing notes where each member's bytes lie, so that reading is a seek.
+    The listing records the position of each member's bytes, so that reading is a seek.
     """
 
     kind = "tar files"
@@ -125,7 +126,7 @@ class TarFiles:
         self.names = names
 
     def list_items(self) -> list[Item]:
-        """One item per base name that has an image or a caption; duplicates and gaps have a `problem`."""
+        """One item per base name that has an image or a caption; duplicates and missing images have a `problem`."""
         return [item for name in self.names for item in self._list_archive(name)]
 
     def _list_archive(self, name: str) -> Iterator[Item]:
@@ -167,11 +168,12 @@ class TarFiles:
 
     def read(self, items: Sequence[Item]) -> Iterator[Loaded | BadImage]:
         """The members' bytes and captions."""
-        opened, file = None, None
+        opened: str | None = None
+        file: BinaryIO | None = None
         try:
             for item in items:
                 name, image, caption = item.where
-                if name != opened:
+                if file is None or name != opened:
                     if file:
                         file.close()
                     opened, file = name, open(self.root / name, "rb")  # noqa: SIM115  kept over items
@@ -189,7 +191,7 @@ class TarFiles:
                 file.close()
 
 
-def _bytes_at(file, offset: int, size: int) -> bytes:
+def _bytes_at(file: BinaryIO, offset: int, size: int) -> bytes:
     file.seek(offset)
     return file.read(size)
 

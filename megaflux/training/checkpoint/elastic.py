@@ -10,7 +10,7 @@ import logging
 
 from megaflux.common.errors import UserError
 from megaflux.config.schema import Config
-from megaflux.data.reading.pieces import global_micro_batch
+from megaflux.data.reading.position import Position
 from megaflux.training.checkpoint.state import Checkpoint
 from megaflux.training.ds_config import batch_sizes, divisors
 
@@ -22,11 +22,10 @@ def fit(config: Config, resumed: Checkpoint | None, world_size: int) -> Config:
     than the configured one; for `auto`, not larger than what a rank drew when the run began (Plan may choose another).
 
     Raises UserError, the same on all ranks, if the ranks cannot share evenly what the run draws at a time."""
-    together = (
-        global_micro_batch(resumed.progress.data)
-        if resumed
-        else batch_sizes(config.for_world(world_size)).drawn * world_size
-    )
+    if resumed:
+        together = Position.from_state_dict(resumed.progress.data).global_micro_batch
+    else:
+        together = batch_sizes(config.for_world(world_size)).drawn * world_size
     if together % world_size:
         raise UserError(
             f"run.dir: this run draws {together} pictures at a time, which {world_size} ranks cannot share evenly; "

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.config.schema import Config
 from megaflux.models.loading_errors import named
 from megaflux.models.sources import HUB
 from megaflux.training import distributed
 from megaflux.training.checkpoint import manifest, reshard, saved
 from megaflux.training.checkpoint.state import Checkpoint
-from megaflux.training.distributed import World
 from megaflux.training.ds_config import sharding
 from megaflux.training.engine import StageEngine
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.config.schema import Config
 from megaflux.training import distributed
 from megaflux.training.checkpoint import manifest
-from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine
 
 

@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.config.schema import Config
 from megaflux.models import reading
 from megaflux.models.loading_errors import named
 from megaflux.training import stages
-from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine, whole_size
 
 if TYPE_CHECKING:  # imports diffusers and transformers, which would delay the command for checkpoints by seconds

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from megaflux.common.errors import UserError, is_out_of_memory
+from megaflux.common.ranks import World, first_problem, gathered
 from megaflux.config.schema import Config
 from megaflux.training import distributed
 from megaflux.training.checkpoint import manifest, retention, saved, weights
 from megaflux.training.checkpoint.resume import identity
 from megaflux.training.checkpoint.space import NoRoom
 from megaflux.training.checkpoint.state import Progress
-from megaflux.training.distributed import World
 from megaflux.training.engine import StageEngine
 
 
@@ -50,7 +50,7 @@ def write_checkpoint(
         for file in mine:
             manifest.sync(file)
         files = manifest.inventory(partial, mine)
-    files = {name: entry for of_rank in distributed.gathered(files, world) for name, entry in of_rank.items()}
+    files = {name: entry for of_rank in gathered(files, world) for name, entry in of_rank.items()}
     with _written(partial, final, world):
         if world.is_main:
             _check_complete(partial, files, world.size)
@@ -108,7 +108,7 @@ def _written(partial: Path, final: Path, world: World) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         problem = f"{final}: cannot be written ({reason})"
-    first = distributed.first_problem(problem, world)
+    first = first_problem(problem, world)
     if first is not None:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)

@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.training import distributed
 from megaflux.training.checkpoint import manifest
-from megaflux.training.distributed import World
 
 FILE = "memory.json"
 

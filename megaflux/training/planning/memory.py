@@ -37,12 +37,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from megaflux.common.ranks import World
 from megaflux.config.schema import Stage
 from megaflux.data.buckets import Bucket
 from megaflux.models.flux import POLICIES, Policy
 from megaflux.models.latents import coding_peak
 from megaflux.models.pretrained import AutoencoderKL, Models
-from megaflux.training.distributed import World, min_over_ranks
+from megaflux.training.distributed import min_over_ranks
 from megaflux.training.ds_config import bucket_elements, sent_bytes, zero_stage
 from megaflux.training.planning.activations import activation_bytes, block_units
 from megaflux.training.planning.costs import vae_config

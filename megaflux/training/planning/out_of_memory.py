@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from megaflux.common.errors import STUCK, UserError
+from megaflux.common.ranks import World
 from megaflux.training import distributed
-from megaflux.training.distributed import World
 from megaflux.training.planning import limits
 from megaflux.training.planning.trial import held_by_others
 from megaflux.training.survival import watch

@@ -19,11 +19,10 @@ from typing import Any, NoReturn
 
 import torch
 
+from megaflux.common.ranks import World, gathered
 from megaflux.config.schema import Config, Stage
 from megaflux.models.flux import Policy, uneven_norms
 from megaflux.models.pretrained import Models
-from megaflux.training import distributed
-from megaflux.training.distributed import World
 from megaflux.training.ds_config import batch_sizes, divisors, uses_kernels
 from megaflux.training.engine import StageEngine
 from megaflux.training.planning import limits, memory, out_of_memory, trial
@@ -72,7 +71,7 @@ class Plan:
         self.file = Path(config.run.dir) / limits.FILE
         self.limits = limits.read_for_all(self.file, world)
         """Stage -> bytes that may be planned with."""
-        names = set(distributed.gathered(trial.device_name(world.device), world))
+        names = set(gathered(trial.device_name(world.device), world))
         self.gpu = " and ".join(sorted(names))
         """Name of the ranks' GPUs; "cpu" for CPUs."""
         known = self.assumed.of(self.gpu if len(names) == 1 else None)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from megaflux.common.errors import is_out_of_memory
+from megaflux.common.ranks import World
 from megaflux.config.schema import Config, Stage
 from megaflux.data.buckets import Bucket
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models
 from megaflux.models.vlm import Condition
 from megaflux.training import distributed, objective
-from megaflux.training.distributed import World
 from megaflux.training.ds_config import batch_sizes
 from megaflux.training.engine import StageEngine, release_memory
 from megaflux.training.objective import Denoising

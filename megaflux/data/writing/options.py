@@ -1,0 +1,43 @@
+"""How a dataset is prepared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megaflux.common.errors import UserError
+from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
+from megaflux.data.images import ENCODINGS, MAX_PIXELS
+from megaflux.data.storage.shards import SHARD_SIZE
+
+OPENMOJI_DEFAULTS = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings on which a dataset's bytes depend. Reruns and other parts must give the same."""
+
+    longest_side: int = 1024  # px, of every canvas
+    aspect_ratios: tuple[str, ...] = ASPECT_RATIOS
+    held_out: float = 0.01  # fraction of the keys, by hash, kept from training
+    encoding: str = "jpeg"  # of the stored images: png, jpeg or webp
+    quality: int = 95  # of jpeg and webp
+    allow_upscale: bool = False  # False: images that would have to be enlarged are skipped
+    shard_size: int = SHARD_SIZE  # bytes before compression
+    chunk: int = 1024  # images per chunk
+    canvases: float = 2  # openmoji: canvases on which each emoji is drawn, on average
+    max_pixels: int = MAX_PIXELS  # larger images are skipped before decoding
+
+    def check(self) -> None:
+        """Raises UserError for an invalid value."""
+        make_buckets(self.aspect_ratios, self.longest_side)
+        checks = {
+            "--held-out must be at least 0 and below 1": 0 <= self.held_out < 1,
+            f"--format must be one of {', '.join(ENCODINGS)}": self.encoding in ENCODINGS,
+            "--quality must be 1 to 100": 1 <= self.quality <= 100,
+            "--shard-size must be between 64 KiB and 2 GiB": 1 << 16 <= self.shard_size <= 1 << 31,
+            "--chunk must be at least 1": self.chunk >= 1,
+            "--max-pixels must be at least 1": self.max_pixels >= 1,
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise UserError(message)
