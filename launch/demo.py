@@ -85,8 +85,8 @@ def evaluate(run: Path) -> dict[str, Any]:
     index = list(range(len(references.keys)))
     one_each = pictures.variations(config, models, references, index, per_reference=1, seed=7)[:, 0]
     shown = index[:8]
-    pictures = pictures.variations(config, models, references, shown, per_reference=5, seed=7)
-    sheet = pictures.contact_sheet(references, shown, pictures)
+    made = pictures.variations(config, models, references, shown, per_reference=5, seed=7)
+    sheet = pictures.contact_sheet(references, shown, made)
     pictures.save_picture(sheet, run / "samples" / "contact_sheet.png")
     pictures.save_picture(references.pixel_values[0], run / "samples" / "reference.png")
     again = validation.validation_loss(models.trainable, config, models, references, World(0, 1, torch.device("cpu")))

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from megaflux.common.errors import UserError
+from megaflux.common.files import write_json
 from megaflux.config.schema import Config, Section
 from megaflux.models.safetensors_files import is_pointer
 
@@ -179,7 +180,7 @@ def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from torch import nn
-    from transformers import Qwen2VLForConditionalGeneration
+    from transformers import PreTrainedModel, Qwen2VLForConditionalGeneration
 
     from megaflux.models.vlm_parts import join_vlm, split_vlm
 
@@ -190,7 +191,8 @@ def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
     models.vae.save_pretrained(folder / "vae")
     models.scheduler.save_pretrained(folder / "scheduler")
 
-    text_encoder = whole = join_vlm(models.trunk.vlm, trainable.vlm)
+    whole = join_vlm(models.trunk.vlm, trainable.vlm)
+    text_encoder: PreTrainedModel = whole
     try:
         if lm_head is not None:
             with torch.device("meta"):
@@ -203,7 +205,9 @@ def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
         models.trunk.vlm, trainable.vlm = split_vlm(whole)
     config = json.loads((folder / "text_encoder/config.json").read_text())
     # transformers 4 writes Qwen2-VL's class name into text_config only; loaders expect it at the top level.
-    write_json(folder / "text_encoder/config.json", {"architectures": [architecture], **config})
+    write_json(
+        folder / "text_encoder/config.json", {"architectures": [architecture], **config}, indent=2, sort_keys=False
+    )
     models.trunk.processor.save_pretrained(folder / "text_encoder")
 
     write_linear(trainable.connector, folder / CONNECTOR)
@@ -227,6 +231,8 @@ def write_linear(linear: nn.Linear, file: Path) -> None:
     write_json(
         file.parent / "config.json",
         {"_class_name": "Linear", "in_features": linear.in_features, "out_features": linear.out_features},
+        indent=2,
+        sort_keys=False,
     )
 
 
@@ -245,6 +251,8 @@ def write_indexes(folder: Path, settings: Settings, source: dict[str, Any], attr
             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
             "text_encoder": ["transformers", architecture],
         },
+        indent=2,
+        sort_keys=False,
     )
     files = inventory(folder)
     if "weights_sha256" not in source:
@@ -262,6 +270,8 @@ def write_indexes(folder: Path, settings: Settings, source: dict[str, Any], attr
             "versions": versions(),
             "files": files,
         },
+        indent=2,
+        sort_keys=False,
     )
 
 
@@ -273,10 +283,6 @@ def inventory(folder: Path) -> dict[str, dict[str, Any]]:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         found[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
     return found
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

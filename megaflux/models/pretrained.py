@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megaflux.common import compat  # noqa: F401  (before diffusers and transformers)
 
 # isort: split
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.models import AutoencoderKL, FluxTransformer2DModel
 from transformers import (
     AutoTokenizer,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from diffusers.models import FluxTransformer2DModel
+    from transformers import T5EncoderModel
 
 MAX_TOKENS = 256  # the released tool pads and truncates to it
 
@@ -26,7 +27,7 @@ MAX_TOKENS = 256  # the released tool pads and truncates to it
 class T5Path:
     """tokenizer: of T5; encoder: T5EncoderModel; embedder: Linear(J, W). Not a module: nothing in it is trained."""
 
-    def __init__(self, tokenizer: Any, encoder: nn.Module, embedder: nn.Linear):
+    def __init__(self, tokenizer: Any, encoder: T5EncoderModel, embedder: nn.Linear):
         self.tokenizer = tokenizer
         self.encoder = encoder.requires_grad_(False).eval()
         self.embedder = embedder.requires_grad_(False)

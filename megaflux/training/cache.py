@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from tqdm import tqdm
@@ -201,7 +201,8 @@ T = TypeVar("T")
 
 def _on_main(do: Callable[[], T], root: Path, world: World) -> T:
     """Call `do` on rank 0; all ranks return its value or raise its UserError. Collective."""
-    value, problem = None, None
+    value: T | None = None
+    problem: str | None = None
     if world.is_main:
         try:
             value = do()
@@ -212,7 +213,7 @@ def _on_main(do: Callable[[], T], root: Path, world: World) -> T:
     value, problem = from_main((value, problem), world)
     if problem:
         raise UserError(problem, agreed=True)
-    return value
+    return cast(T, value)
 
 
 def _refused(root: Path, error: OSError) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from megaflux.config.schema import Config
 from megaflux.models.pretrained import Models
@@ -28,10 +29,15 @@ def send_away(config: Config, models: Models) -> None:
         log.info("data.cache holds trunk: the trunk's weights are discarded")
     if "latents" in config.data.cache:
         models.vae_visits = True
-        models.vae.to(HOST)
+        move(models.vae, HOST)
         log.info("data.cache holds latents: the VAE is on the device for panels only")
     if config.data.cache:
         release_memory()
+
+
+def move(module: nn.Module, device: torch.device) -> None:
+    """Module.to. As a function, for the types of diffusers' own `to` are lost in its decorator."""
+    module.to(device)
 
 
 @contextmanager
@@ -40,8 +46,8 @@ def vae_at_hand(models: Models) -> Iterator[None]:
     latents are cached."""
     try:
         if models.vae_visits:
-            models.vae.to(models.pooled_projections.device)  # may run out of memory half way
+            move(models.vae, models.pooled_projections.device)  # may run out of memory half way
         yield
     finally:
         if models.vae_visits:
-            models.vae.to(HOST)
+            move(models.vae, HOST)

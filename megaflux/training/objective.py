@@ -47,7 +47,7 @@ def denoising_loss(model: Callable[..., Tensor], config: Config, models: Models,
     x, n = latent_ops.pack(given.latents.float()), latent_ops.pack(given.noise.float())
     B, dtype = x.shape[0], models.trainable.connector.weight.dtype
     guidance = None
-    if models.trainable.transformer.config.guidance_embeds:
+    if models.trainable.transformer.config["guidance_embeds"]:
         guidance = torch.full((B,), config.flow.guidance, device=x.device)
     velocity = model(
         given.condition,
@@ -67,6 +67,7 @@ def encode_latents(config: Config, models: Models, batch: Batch, update: int) ->
     generators = None
     if config.data.sample_posterior:
         generators = [generator_for(config.run.seed, "posterior", update, key) for key in batch.keys]
+    assert batch.pixel_values is not None  # the loader gives pictures unless latents are cached
     return latent_ops.encode(models.vae, batch.pixel_values, generators)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 from megaflux.common.errors import UserError
@@ -26,23 +27,23 @@ def prepare_data(config: Config, world: World) -> None:
 
     data = config.data
 
-    def fetch() -> None:
-        remote.fetch_split(data.remote, Path(data.path), "held_out")
+    def fetch(source: str) -> None:
+        remote.fetch_split(source, Path(data.path), "held_out")
 
-    def make() -> None:
-        log.info("preparing %s from %s", data.path, data.source)
-        defaults = OPENMOJI_DEFAULTS if data.source == "openmoji" else {}
+    def make(source: str) -> None:
+        log.info("preparing %s from %s", data.path, source)
+        defaults = OPENMOJI_DEFAULTS if source == "openmoji" else {}
         sizes = {"longest_side": data.longest_side, "aspect_ratios": data.aspect_ratios}
         try:
-            prepare(data.source, data.path, Options(**(defaults | sizes)))
+            prepare(source, data.path, Options(**(defaults | sizes)))
         except TooManyBad as error:
             raise UserError(f"data.source: {error}") from None
 
     work = None
     if data.remote:
-        work = fetch if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
+        work = partial(fetch, data.remote) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
     elif data.source and world.is_main and not (Path(data.path) / "dataset.json").exists():
-        work = make
+        work = partial(make, data.source)
     work_while_others_wait(work, world)
     info = read_dataset_info(data.path)
     if info.longest_side != data.longest_side:

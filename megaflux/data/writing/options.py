@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megaflux.common.errors import UserError
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.images import ENCODINGS, MAX_PIXELS
 from megaflux.data.storage.shards import SHARD_SIZE
 
-OPENMOJI_DEFAULTS = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
+OPENMOJI_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from megaflux.data.buckets import Bucket
 from megaflux.data.reading import shm_room
+from megaflux.data.reading.options import PREFETCH_FACTOR
 from megaflux.training.checkpoint import space
 from megaflux.training.checkpoint.weights import count_trained
 from megaflux.training.ds_config import compute_dtype
@@ -169,7 +170,7 @@ def _handed_over(sizes: Sizes, buckets: Sequence[Bucket]) -> int:
     """Bytes of /dev/shm that one rank's loader processes fill with pictures. A run counts its own dataset, cached arrays
     included, and asks the machine."""
     sample = max(shm_room.sample_bytes(bucket, {"image": "bytes"}) for bucket in buckets)
-    return shm_room.batches_bytes(sizes.drawn * sample, sizes.config.data.num_workers, shm_room.PREFETCH_FACTOR)
+    return shm_room.batches_bytes(sizes.drawn * sample, sizes.config.data.num_workers, PREFETCH_FACTOR)
 
 
 def _mean(values: Sequence[float]) -> float:
