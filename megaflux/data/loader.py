@@ -112,7 +112,7 @@ class BucketLoader:
         self._max_replaced = options.max_replaced
         self._epoch, self._batches = 0, 0
         self._seen = 0  # samples of this rank in this epoch, since the start or resumption
-        self._replaced: list[str] = []  # what Batch.replaced said of them
+        self._replaced: list[str] = []  # their lines of Batch.replaced
         self._started, self._closed = False, False
         self._iterator: Iterator[dict[str, Any]] | None = None
         self._dataset = self._open_streams(opened, options)
@@ -208,7 +208,9 @@ class BucketLoader:
         try:
             return next(self._iterator, None)
         except RuntimeError as error:
-            if "DataLoader worker" in str(error):  # it died, having said why on stderr
+            if "DataLoader worker" in str(
+                error
+            ):  # it died, and printed why on stderr; torch has no error class of its own
                 for worker in getattr(self._iterator, "_workers", ()):
                     worker.kill()  # or the others, waiting for the same shard, get 5 s each to leave
                 raise self._cut_short(str(error).partition("\n")[0]) from error

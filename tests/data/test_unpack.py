@@ -164,7 +164,7 @@ def test_half_unpacked_and_read_only_is_said_at_once(dataset, tmp_path, opened):
         path.unlink()
     missing = len(unpacked[::2])
     with read_only(root):
-        for options in ({}, {"damaged": "replace"}):
+        for options in ({}, {"replace_damaged": True}):
             with pytest.raises(UserError) as caught:
                 opened(root, **options)
             assert caught.value.agreed

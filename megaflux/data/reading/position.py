@@ -35,6 +35,8 @@ class Position:
     def from_state_dict(cls, state: dict[str, Any]) -> Position:
         """The inverse of `state_dict`. Keys that are not a position's are ignored, absent ones are None."""
         known: dict[str, Any] = {field.name: state.get(field.name) for field in dataclasses.fields(cls)}
+        if "order" in state and state["order"] is None:
+            known["order"] = {}  # never stored; an order of no dataset, which the loader refuses
         return cls(**known)
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from megaflux.data.buckets import make_buckets
 from megaflux.data.storage.dataset import FORMAT_VERSION, DatasetInfo
 from megaflux.data.storage.shards import COMPRESSION, compression_for
 from megaflux.data.writing import chunks
-from megaflux.data.writing.items import Item
+from megaflux.data.writing.items import Item, Source
 from megaflux.data.writing.merge import judge, merge, read_plan
 from megaflux.data.writing.options import Options
 from megaflux.data.writing.sources import open_source
@@ -53,15 +53,7 @@ def prepare(
     if not items:
         raise UserError(f"source {source}: no items")
     parts = [items[start : start + options.chunk] for start in range(0, len(items), options.chunk)]
-    plan = {
-        "format_version": FORMAT_VERSION,
-        "settings": json.loads(json.dumps(asdict(options))),
-        "source": {"kind": opened.kind, "items": len(items), "fingerprint": _fingerprint(items)},
-        "attribution": opened.attribution,
-        "chunks": len(parts),
-        "compression": compression_for(options.encoding),
-    }
-    compression = _claim(out, plan)
+    compression = _claim(out, _plan(opened, items, options, len(parts)))
     index, count = part or (1, 1)
     mine = [number for number in range(len(parts)) if number % count == index - 1]
     with _one_line(out), chunks.exclusive(out, f"{index}-of-{count}"):
@@ -134,6 +126,18 @@ def _fingerprint(items: Sequence[Item]) -> str:
     for item in items:
         digest.update(f"{item.key}\0{item.size}\0{item.problem}\n".encode())
     return digest.hexdigest()
+
+
+def _plan(source: Source, items: Sequence[Item], options: Options, chunk_count: int) -> dict[str, Any]:
+    """The content of prepare.json: all on which the chunks depend."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "settings": json.loads(json.dumps(asdict(options))),
+        "source": {"kind": source.kind, "items": len(items), "fingerprint": _fingerprint(items)},
+        "attribution": source.attribution,
+        "chunks": chunk_count,
+        "compression": compression_for(options.encoding),
+    }
 
 
 def _claim(out: Path, plan: dict[str, Any]) -> str | None:

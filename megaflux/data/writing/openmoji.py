@@ -62,8 +62,8 @@ def _draw(text: str, below: int) -> int:
 
 
 def _canvases(code: str, buckets: Sequence[Bucket], count: float) -> list[Bucket]:
-    """The square canvas, and `count` - 1 of the others in an order drawn by hash; a fraction is the part of the
-    emoji, drawn by hash, that get one more."""
+    """The buckets on which an emoji is drawn: the square one and, by hash, `count` - 1 others. The fractional part of
+    `count` is the share of the emoji, chosen by hash, that get one more."""
     square = next((bucket for bucket in buckets if bucket.width == bucket.height), buckets[0])
     others = [bucket for bucket in buckets if bucket is not square]
     others.sort(key=lambda bucket: hashlib.sha256(f"{code} on {bucket.name}".encode()).digest())
@@ -72,9 +72,9 @@ def _canvases(code: str, buckets: Sequence[Bucket], count: float) -> list[Bucket
 
 
 class OpenMoji:
-    """A source (see megaflux.data.writing.items.Source): each emoji on `canvases` of the buckets, 1 to all, on average.
+    """A source (see megaflux.data.writing.items.Source): each emoji on `canvases` of the buckets, on average.
 
-    The emoji is as large as the canvas' short side and placed along the long axis by hash of its key.
+    An emoji is as large as the canvas's short side, and its place along the long side is drawn by hash of its key.
     """
 
     kind = "openmoji"

@@ -163,7 +163,7 @@ class TarFiles:
             yield Item(key, key, (name, image, caption), sum(size for _, size in parts.values()), problem)
         for member_name in repeated:
             yield Item(f"{prefix}:{_printable(member_name)} (again)", prefix, (), 0, "duplicate_key")
-        if damaged:  # what lies behind the damage cannot be counted: one entry stands for it
+        if damaged:  # members after the damage cannot be counted: one entry represents them
             yield Item(f"{prefix}:(rest of the archive)", prefix, (), length, "damaged")
 
     def read(self, items: Sequence[Item]) -> Iterator[Loaded | BadImage]:
