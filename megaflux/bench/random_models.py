@@ -18,8 +18,8 @@ from torch import nn
 from megaflux.common import compat  # noqa: F401  (before diffusers and transformers)
 
 # isort: split
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models import AutoencoderKL
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from transformers import Qwen2VLModel, Qwen2VLProcessor
 
 from megaflux.bench.activations import in_dtype
