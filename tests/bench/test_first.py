@@ -107,7 +107,7 @@ def test_a_fact_that_is_promised_and_does_not_come_is_an_error(tmp_path):
     recorder = Recorder(Facts(tmp_path / "f"), "a", True)
     with recorder.measuring("one", "two"):
         recorder.add("one", 1)
-    assert values(recorder.facts, "a") == {"one": 1, "two": "the step went by without measuring it"}
+    assert values(recorder.facts, "a") == {"one": 1, "two": "the step ended without measuring it"}
 
 
 def test_an_error_when_all_is_known_goes_on_up(tmp_path):
