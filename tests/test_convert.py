@@ -364,7 +364,7 @@ def test_bad_arguments(release, converted, tmp_path):
         convert.main([str(tmp_path / "nowhere"), str(tmp_path / "out")])
     with pytest.raises(UserError, match="exists"):
         convert.main([str(release), str(converted)])
-    with pytest.raises(UserError, match="--flux: is for the way back"):
+    with pytest.raises(UserError, match="--flux: is for converting an export"):
         convert.main([str(release), str(tmp_path / "out"), "--flux", str(release / "flux")])
     done = subprocess.run(
         [sys.executable, "-m", "megaflux.convert", str(tmp_path), str(tmp_path / "out")], capture_output=True, text=True

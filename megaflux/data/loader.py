@@ -208,9 +208,8 @@ class BucketLoader:
         try:
             return next(self._iterator, None)
         except RuntimeError as error:
-            if "DataLoader worker" in str(
-                error
-            ):  # it died, and printed why on stderr; torch has no error class of its own
+            # A loading process died, and printed why on stderr; torch has no error class for it.
+            if "DataLoader worker" in str(error):
                 for worker in getattr(self._iterator, "_workers", ()):
                     worker.kill()  # or the others, waiting for the same shard, get 5 s each to leave
                 raise self._cut_short(str(error).partition("\n")[0]) from error

@@ -104,9 +104,7 @@ def job_of(session: Session, form: Form) -> Job:
         batch_size=numbers.batch_size,
         attention_map=form.attention_map and bool(references),
     )
-    job = check(job)
-    check_weighting(job.weighting)
-    return job
+    return check(job)
 
 
 def _check_parts(session: Session, form: Form, prompt: str) -> None:

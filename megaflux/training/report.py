@@ -69,7 +69,7 @@ def _batch_size(run: Path) -> tuple[int | None, str | None]:
     try:
         section = load_yaml(str(run / "config.yaml")).get("train")
     except UserError as error:
-        return None, str(error).removeprefix("--config ")
+        return None, str(error)
     size = whole(section.get("global_batch_size")) if isinstance(section, dict) else None
     return (size, None) if size and size > 0 else (None, f"{run}/config.yaml gives no train.global_batch_size")
 

@@ -44,7 +44,7 @@ NO_IMAGE = {  # key -> what its image column begins with; the rest is 0
 
 def verify_shards(root, split, run=None):
     """Every problem of one split, found by one rank."""
-    return verdict.verify_shards(root, [split], run, World(0, 1))
+    return list(map(str, verdict.verify_shards(root, [split], run, World(0, 1))))
 
 
 @pytest.fixture(autouse=True)
@@ -483,7 +483,8 @@ def test_two_ranks(without_images, tmp_path, opened):
     (tmp_path / "ranks.py").write_text(TWO_RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--master_port", str(free_port()), "--nproc_per_node=2"]
     command += [str(tmp_path / "ranks.py"), str(root), str(tmp_path), str(Path(__file__).parent)]
-    subprocess.run(command, check=True, timeout=80, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(command, check=True, timeout=80, env=env)
     (first, found, agreed), (second, *same) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert same == [found, agreed]
     assert agreed

@@ -30,7 +30,7 @@ def edit(folder, change):
 
 
 def problems(folder, **options):
-    return "; ".join(inspect_index(folder, **options)[1])
+    return "; ".join(map(str, inspect_index(folder, **options)[1]))
 
 
 def test_a_sound_index(folder):

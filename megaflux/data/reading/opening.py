@@ -15,7 +15,7 @@ from megaflux.data.reading.options import LoaderOptions
 from megaflux.data.reading.order import DrawnFrom
 from megaflux.data.reading.shared_memory import remove_leftovers
 from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
-from megaflux.data.storage.index import RESTORE, column_encodings, inspect_index, raise_problems
+from megaflux.data.storage.index import RESTORE, Problem, column_encodings, inspect_index, raise_problems
 from megaflux.data.storage.remote import fetch_indexes
 from megaflux.data.storage.unpack import remove_abandoned, unwritable
 from megaflux.data.storage.verdict import verify_shards
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Opened:
     """A dataset that can be read. shards: the checked index entries of every bucket that has samples. drawn_from: the
-    dataset whose order is drawn. damaged: "FILE: problem" of each file whose samples are to be replaced."""
+    dataset whose order is drawn. damaged: the files whose samples are to be replaced."""
 
     path: Path
     shards: dict[Bucket, list[dict[str, Any]]]
     drawn_from: DrawnFrom
-    damaged: list[str]
+    damaged: list[Problem]
 
     def drawn(self, multiple: int) -> dict[Bucket, int]:
         """Samples of each bucket that an epoch draws: all of them, rounded up to whole multiples."""
@@ -44,7 +44,7 @@ def open_dataset(path: Path, options: LoaderOptions, world: World) -> Opened:
     if options.remote:
         _fetch_indexes(options.remote, path, options.split, world)
     mend = f"Delete {path}, and the same command computes it again" if options.computed_from else RESTORE
-    damaged: list[str] = []
+    damaged: list[Problem] = []
     if options.verify and not options.remote:
         run_folder = Path(options.run_folder) if options.run_folder else None
         damaged = verify_shards(path, sorted({options.split, "held_out"}), run_folder, world)
@@ -94,7 +94,8 @@ def _read_shards(
     path: Path, info: DatasetInfo, split: str, check_files: bool, mend: str = RESTORE
 ) -> dict[Bucket, list[dict[str, Any]]]:
     """The checked index entries of every bucket that has samples. Raises UserError with every problem."""
-    shards, problems = {}, []
+    shards: dict[Bucket, list[dict[str, Any]]] = {}
+    problems: list[Problem] = []
     for bucket, count in info.filled(split):
         shards[bucket], found = inspect_index(path / split / bucket.folder, check_files, count)
         problems += found

@@ -39,6 +39,7 @@ from streaming.base.format.base.reader import FileInfo, JointReader, Reader
 
 from megaflux.data.buckets import Bucket
 from megaflux.data.reading.order import resample
+from megaflux.data.storage.index import Problem
 from megaflux.data.storage.unpack import MachineFault, UnpackingStream
 from megaflux.data.tensors import from_stored_image
 
@@ -147,14 +148,14 @@ class BucketDataset(StreamingDataset):
         self.buckets = tuple(buckets)
         super().__init__(streams=streams, **options)
 
-    def set_aside(self, problems: Sequence[str]) -> None:
-        """Quarantine the shards in which the verdict found a problem ("FILE: reason", megaflux.data.storage.verdict):
-        streaming itself would read local files without hashing them."""
-        reasons = dict(problem.split(": ", 1) for problem in problems)
+    def set_aside(self, problems: Sequence[Problem]) -> None:
+        """Quarantine the shards in which the verdict found a problem: streaming itself would read local files without
+        hashing them."""
+        reasons = {problem.file: problem.reason for problem in problems}
         for shard_id, shard in enumerate(self.shards if reasons else ()):
             stream = self._stream(int(self.stream_per_shard[shard_id]))
             for file in stream.paths(shard):
-                if reason := reasons.get(str(file)):
+                if reason := reasons.get(file):
                     stream.quarantine(shard, reason)
 
     def _stream(self, stream_id: int) -> QuarantiningStream:

@@ -22,7 +22,7 @@ from typing import Any
 from megaflux.common.errors import UserError
 from megaflux.common.files import write_json
 from megaflux.data.buckets import Bucket, check_ratio
-from megaflux.data.storage.index import inspect_index, raise_problems, shown, with_prefix, write_index
+from megaflux.data.storage.index import Problem, inspect_index, raise_problems, shown, with_prefix, write_index
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "held_out")
@@ -131,7 +131,7 @@ def write_dataset(root: str | Path, info: DatasetInfo) -> None:
     """
     root = Path(root)
     merged: list[dict[str, Any]] = []
-    problems: list[str] = []
+    problems: list[Problem] = []
     for split in SPLITS:
         for bucket, count in info.filled(split):
             folder = f"{split}/{bucket.folder}"

@@ -13,6 +13,7 @@ import re
 import reprlib
 import stat
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,6 +46,18 @@ _short.maxstring = _short.maxother = _short.maxlong = 80
 shown = _short.repr
 
 
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a dataset; as text one line "FILE: reason"."""
+
+    file: Path | None
+    """None: the reason names what it is about."""
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason if self.file is None else f"{self.file}: {self.reason}"
+
+
 def read_index(folder: Path, check_files: bool = True) -> list[dict[str, Any]]:
     """The checked shard entries of `folder`/index.json. Raises UserError with every problem that inspect_index finds."""
     shards, problems = inspect_index(folder, check_files)
@@ -52,18 +65,18 @@ def read_index(folder: Path, check_files: bool = True) -> list[dict[str, Any]]:
     return shards
 
 
-def raise_problems(problems: Sequence[str], agreed: bool = False, mend: str = RESTORE) -> None:
+def raise_problems(problems: Sequence[Problem], agreed: bool = False, mend: str = RESTORE) -> None:
     """Raises one UserError with all problems, if there are any. agreed: all ranks raise it. mend: what to do, a sentence."""
     if problems:
         more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
-        listed = "; ".join(problems[:MAX_PROBLEMS])
+        listed = "; ".join(map(str, problems[:MAX_PROBLEMS]))
         raise UserError(f"{listed}{more}. {mend}", agreed)
 
 
 def inspect_index(
     folder: Path, check_files: bool = True, expected_samples: int | None = None
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """(the shard entries of `folder`/index.json, one line for each problem with them).
+) -> tuple[list[dict[str, Any]], list[Problem]]:
+    """(the shard entries of `folder`/index.json, every problem with them).
 
     check_files: whether the files must exist with the size that the index gives. expected_samples: dataset.json's count.
     """
@@ -71,27 +84,27 @@ def inspect_index(
     try:
         index = json.loads(path.read_text())
     except FileNotFoundError:
-        return [], [f"{path}: missing"]
+        return [], [Problem(path, "missing")]
     except (OSError, ValueError, RecursionError) as error:
-        return [], [f"{path}: cannot be read ({str(error)[:80]})"]
+        return [], [Problem(path, f"cannot be read ({str(error)[:80]})")]
     if not isinstance(index, dict) or index.get("version") != 2 or not isinstance(index.get("shards"), list):
-        return [], [f"{path}: not an MDS index of version 2"]
+        return [], [Problem(path, "not an MDS index of version 2")]
     shards = index["shards"]
-    problems = [] if shards else [f"{path}: no shards"]
+    problems = [] if shards else [Problem(path, "no shards")]
     seen: set[str] = set()
     sound = []
     for number, shard in enumerate(shards):
         found = _shard_problems(shard, seen)
-        problems += [f"{path}: shard {number}: {problem}" for problem in found]
+        problems += [Problem(path, f"shard {number}: {problem}") for problem in found]
         if not found:
             sound.append(shard)
     if len({json.dumps(_columns(shard)) for shard in sound}) > 1:
-        problems.append(f"{path}: shards with different columns")
+        problems.append(Problem(path, "shards with different columns"))
     if check_files:
         problems += _file_problems(folder, sound)
     samples = sum(shard["samples"] for shard in sound)
     if len(sound) == len(shards) and expected_samples is not None and samples != expected_samples:
-        problems.append(f"{path}: {samples} samples, but dataset.json counts {expected_samples}")
+        problems.append(Problem(path, f"{samples} samples, but dataset.json counts {expected_samples}"))
     return shards, problems
 
 
@@ -215,7 +228,7 @@ def _is_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and str(path) == name and path.name not in (INDEX, ".")
 
 
-def _file_problems(folder: Path, shards: Sequence[dict[str, Any]]) -> list[str]:
+def _file_problems(folder: Path, shards: Sequence[dict[str, Any]]) -> list[Problem]:
     """Files that are missing or have another size than the index gives."""
     problems = []
     for shard in shards:
@@ -224,15 +237,16 @@ def _file_problems(folder: Path, shards: Sequence[dict[str, Any]]) -> list[str]:
         try:
             found = path.stat()
         except OSError:
-            problems.append(f"{path}: missing")
+            problems.append(Problem(path, "missing"))
             continue
         if not stat.S_ISREG(found.st_mode):
-            problems.append(f"{path}: not a file")
+            problems.append(Problem(path, "not a file"))
             continue
         size = found.st_size
         if size != stored["bytes"]:
-            problems.append(f"{path}: {size} bytes, the index says {stored['bytes']}")
+            problems.append(Problem(path, f"{size} bytes, the index says {stored['bytes']}"))
         raw = folder / shard["raw_data"]["basename"]  # streaming unpacks beside the compressed file
         if shard["zip_data"] and raw.exists() and raw.stat().st_size != shard["raw_data"]["bytes"]:
-            problems.append(f"{raw}: {raw.stat().st_size} bytes, the index says {shard['raw_data']['bytes']}")
+            reason = f"{raw.stat().st_size} bytes, the index says {shard['raw_data']['bytes']}"
+            problems.append(Problem(raw, reason))
     return problems

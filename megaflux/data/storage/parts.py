@@ -32,7 +32,7 @@ import psutil
 from megaflux.common.errors import UserError
 from megaflux.data.buckets import Bucket
 from megaflux.data.storage.dataset import DatasetInfo, write_dataset
-from megaflux.data.storage.index import INDEX, inspect_index, raise_problems, with_prefix, write_index
+from megaflux.data.storage.index import INDEX, Problem, inspect_index, raise_problems, with_prefix, write_index
 from megaflux.data.storage.shards import read_shard, write_shards
 
 SPLIT = "train"  # the only split that is computed ahead
@@ -70,7 +70,7 @@ class Part:
 def all_parts(original: Path, info: DatasetInfo) -> list[Part]:
     """The parts of a dataset, bucket by bucket in stored order. Raises UserError with every problem of its indexes."""
     parts: list[Part] = []
-    problems: list[str] = []
+    problems: list[Problem] = []
     for bucket, count in info.filled(SPLIT):
         shards, found = inspect_index(original / SPLIT / bucket.folder, expected_samples=count)
         problems += found

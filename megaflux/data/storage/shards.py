@@ -22,7 +22,7 @@ from megaflux.common.errors import UserError
 from megaflux.common.files import sync_file
 from megaflux.data.buckets import Bucket
 from megaflux.data.storage.dataset import SPLITS, DatasetInfo, read_dataset_info
-from megaflux.data.storage.index import inspect_index, raise_problems, read_index, stored_file
+from megaflux.data.storage.index import Problem, inspect_index, raise_problems, read_index, stored_file
 from megaflux.data.tensors import from_array, to_array
 
 COMPRESSION = "zstd"  # of what a second compression makes smaller
@@ -128,7 +128,7 @@ def verify_dataset(root: str | Path) -> DatasetInfo:
     """
     root = Path(root)
     info = read_dataset_info(root)
-    problems: list[str] = []
+    problems: list[Problem] = []
     for split in SPLITS:
         for bucket, count in info.filled(split):
             folder = root / split / bucket.folder
@@ -138,7 +138,7 @@ def verify_dataset(root: str | Path) -> DatasetInfo:
                 try:
                     _shard_bytes(folder, shard)
                 except UserError as error:
-                    problems.append(str(error))
+                    problems.append(Problem(None, str(error)))
     raise_problems(problems)
     return info
 

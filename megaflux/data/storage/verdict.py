@@ -35,7 +35,7 @@ from megaflux.common.errors import UserError
 from megaflux.common.files import write_json
 from megaflux.common.ranks import World, gathered
 from megaflux.data.storage.dataset import read_dataset_info
-from megaflux.data.storage.index import inspect_index, stored_file
+from megaflux.data.storage.index import Problem, inspect_index, stored_file
 from megaflux.data.storage.machines import share_of
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ _HASHES: dict[str, Callable[[], Any]] = {  # the fastest first: one whole hash f
 }
 
 
-def verify_shards(path: str | Path, splits: Sequence[str], cache: Path | None, world: World) -> list[str]:
+def verify_shards(path: str | Path, splits: Sequence[str], cache: Path | None, world: World) -> list[Problem]:
     """Compare every shard of some splits of a local dataset with its index: present, size, hash. Collective.
 
     path: the dataset's folder. splits: "train", "held_out"; one without samples is sound. cache: the folder (the run's)
@@ -71,26 +71,26 @@ def verify_shards(path: str | Path, splits: Sequence[str], cache: Path | None, w
     The others wait, as long as reading takes, which no barrier's time limit allows for: the ranks exchange a sign of life
     every HEARTBEAT seconds instead.
 
-    Returns one line "FILE: problem" for each problem of any node, on all ranks. With one rank raises UserError where
+    Returns the problems of all nodes, on all ranks. With one rank raises UserError where
     dataset.json is missing or invalid; with several that is one of the problems.
     """
     path, stop, share = Path(path), threading.Event(), _Share()
 
-    def mine() -> list[str]:
+    def mine() -> list[Problem]:
         return [p for split in splits for p in _verify(path, split, cache, world.is_main, stop, share)]
 
-    def mine_in_words() -> list[str]:
+    def mine_with_errors() -> list[Problem]:
         try:
             return mine()
         except UserError as error:
-            return [str(error)]
+            return [Problem(None, str(error))]
 
     if world.size == 1:
         return mine()
     number, of = share_of(_folders(path, splits) if world.nodes > 1 else [], world)
     share = _Share(number, of, world.rank // world.local_size)
     with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(mine_in_words) if world.local_rank == 0 else None
+        work = pool.submit(mine_with_errors) if world.local_rank == 0 else None
         try:
             return _exchange(work, world)
         except BaseException:
@@ -98,7 +98,7 @@ def verify_shards(path: str | Path, splits: Sequence[str], cache: Path | None, w
             raise
 
 
-def _exchange(work: Future[list[str]] | None, world: World) -> list[str]:
+def _exchange(work: Future[list[Problem]] | None, world: World) -> list[Problem]:
     """Every rank's problems, when all have finished. work: this rank's; None where it does not read."""
     pause = 0.05
     while True:
@@ -143,7 +143,7 @@ def _folders(path: Path, splits: Sequence[str]) -> list[Path]:
 
 def _verify(
     path: Path, split: str, cache: Path | None, progress: bool, stop: threading.Event, share: _Share
-) -> list[str]:
+) -> list[Problem]:
     files, problems = _listed(path, split)
     verdicts = _Verdicts(path, split, cache, share.machine)
     listed, files = files, [file for file in files if file.turn % share.of == share.number]
@@ -180,14 +180,14 @@ def _verify(
             raise
         finally:
             verdicts.save()
-    return sorted(problems)
+    return sorted(problems, key=str)
 
 
-def _listed(path: Path, split: str) -> tuple[list[_File], list[str]]:
+def _listed(path: Path, split: str) -> tuple[list[_File], list[Problem]]:
     """The files of a split that exist with the right size, and every problem found without reading them."""
     info = read_dataset_info(path)
     files: list[_File] = []
-    problems: list[str] = []
+    problems: list[Problem] = []
     turn = -1
     for bucket, count in info.filled(split):
         folder = path / split / bucket.folder
@@ -204,7 +204,7 @@ def _listed(path: Path, split: str) -> tuple[list[_File], list[str]]:
                     continue  # reported by inspect_index, or not unpacked yet
                 algorithm = next((name for name in _HASHES if name in entry["hashes"]), None)
                 if algorithm is None:
-                    problems.append(f"{file}: the index has none of the hashes {', '.join(_HASHES)}")
+                    problems.append(Problem(file, f"the index has none of the hashes {', '.join(_HASHES)}"))
                     continue
                 name = file.relative_to(path).as_posix()
                 files.append(_File(name, entry["bytes"], f"{algorithm}:{entry['hashes'][algorithm]}", turn))
@@ -213,7 +213,7 @@ def _listed(path: Path, split: str) -> tuple[list[_File], list[str]]:
 
 def _check(
     path: Path, file: _File, advance: Callable[[int], None], stop: threading.Event
-) -> tuple[os.stat_result | None, str | None]:
+) -> tuple[os.stat_result | None, Problem | None]:
     """Read a file and compare its hash. Returns (its stat if it is sound and did not change meanwhile, the problem)."""
     algorithm, _, expected = file.digest.partition(":")
     digest = _HASHES[algorithm]()
@@ -227,9 +227,9 @@ def _check(
                 advance(len(chunk))
             after = os.fstat(opened.fileno())
     except OSError as error:
-        return None, f"{path / file.name}: cannot be read ({error.strerror})"
+        return None, Problem(path / file.name, f"cannot be read ({error.strerror})")
     if digest.hexdigest() != expected:
-        return None, f"{path / file.name}: damaged, its {algorithm} is not the one in the index"
+        return None, Problem(path / file.name, f"damaged, its {algorithm} is not the one in the index")
     return (before if _identity(before) == _identity(after) else None), None
 
 

@@ -56,14 +56,7 @@ def filled(values: dict[str, Any], format: int = 0) -> dict[str, Any]:
 def load(run_dir: str | Path) -> Config:
     """The configuration of a run's latest start. Raises UserError naming the file if it cannot be read."""
     file = Path(run_dir) / NAME
-    return _built(_read_yaml(file), file)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        return load_yaml(str(file))
-    except UserError as error:  # its message names the option that usually gives such a file
-        raise UserError(str(error).removeprefix("--config ")) from None
+    return _built(load_yaml(str(file)), file)
 
 
 def _built(values: dict[str, Any], file: Path) -> Config:
@@ -106,7 +99,7 @@ def begun(run_dir: str) -> Begun | None:
         config = build_config(literal(filled(plain_yaml.load(snapshot["config"]), content["format"]), PATHS))
         ds_config = snapshot.get("ds_config", {})
     elif (Path(run_dir) / NAME).is_file():
-        values = _read_yaml(Path(run_dir) / NAME)
+        values = load_yaml(str(Path(run_dir) / NAME))
         if isinstance(values.get("train"), dict) and "micro_batch_size" in content["data"]:
             # What it drew when it began, whatever its micro-batches were later.
             values["train"].setdefault("drawn_per_rank", content["data"]["micro_batch_size"])
