@@ -66,6 +66,21 @@ def write_json(path: Path, content: Any, indent: int | None = 1, sort_keys: bool
     sync_folder(path.parent)
 
 
+def append_line(path: Path, line: bytes) -> None:
+    """Append a line, without its newline, to a file in one write, so that a kill tears at most this line.
+
+    After a torn line it begins on a line of its own. Raises OSError, also where the disk took only a part."""
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
+        written = (b"\n" if torn else b"") + line + b"\n"
+        if os.write(descriptor, written) != len(written):
+            raise OSError("the disk is full: a line was cut short")
+    finally:
+        os.close(descriptor)
+
+
 def try_lock(file: IO, shared: bool = False, wait: bool = False) -> Lock:
     """Lock an open file (flock) until every process that inherited it has closed it or ended.
 

@@ -47,7 +47,7 @@ def detect_world(device: torch.device = CPU) -> World:
     """The world as torch.distributed and the launcher's environment variables describe it. Collective.
 
     Raises RuntimeError where there are several ranks and torch.distributed is not initialized or contradicts the
-    variables, and where the nodes have different numbers of ranks or the ranks are not numbered node by node.
+    variables; UserError where the nodes have different numbers of ranks or the ranks are not numbered node by node.
     """
     if dist.is_available() and dist.is_initialized():
         os.environ.setdefault("RANK", str(dist.get_rank()))
@@ -65,7 +65,10 @@ def detect_world(device: torch.device = CPU) -> World:
     node = rank // local_size * local_size
     for start in range(0, size, local_size):
         if len(set(machines[start : start + local_size])) != 1 or machines.count(machines[start]) != local_size:
-            raise RuntimeError("ranks must be numbered node by node, equally many on each")
+            raise UserError(
+                "ranks: not numbered node by node, equally many on each; start them with deepspeed or torchrun",
+                agreed=True,
+            )
     return World(rank, size, device, rank - node, local_size)
 
 

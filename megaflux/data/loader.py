@@ -1,14 +1,16 @@
-"""MDS shards -> an endless sequence of micro-batches, each of one bucket, resumable to the batch.
+"""MDS shards -> an endless sequence of batches, each of one bucket, resumable to the batch.
+
+These are the drawn batches: training may cut one into several micro-batches (batches.pieces).
 
 How a batch is drawn: each bucket is a stream of its own, and streaming's `per_stream` method gives all ranks batches of
-the same bucket at every step. It drops what does not fill a global micro-batch (G = micro-batch x ranks samples), so each
-bucket is filled up with repeats of its own samples; their number is logged and in `repeats`. Every other sample is drawn
-exactly once an epoch.
+the same bucket at every step. It drops what does not fill a batch on every rank (G = batch size x ranks samples), so each
+bucket is filled up with repeats of its own samples; their number is logged and in `repeats`. All remaining samples are
+drawn exactly once per epoch.
 
-    global micro-batch b of an epoch: samples b*G .. b*G + G-1 of the epoch's order
+    step b of an epoch: samples b*G .. b*G + G-1 of the epoch's order
     on one node, rank r gets those at positions r, r + ranks, r + 2*ranks, ...
 
-A position is (epoch, batches): every rank has yielded `batches` micro-batches of the epoch, so `batches` * G samples of
+A position is (epoch, batches): every rank has yielded `batches` batches of the epoch, so `batches` * G samples of
 its order are drawn (megaflux.data.reading.position).
 
 Damaged samples are replaced where they are read, in the loading process (BucketDataset.get_item in
@@ -60,8 +62,8 @@ def build_loader(dataset: str | Path, options: LoaderOptions, world: World) -> B
     the same, also where only some nodes see the problem.
     """
     path = Path(dataset)
-    if options.micro_batch_size < 1:
-        raise UserError(f"micro-batch size {options.micro_batch_size}: at least 1 sample")
+    if options.batch_size < 1:
+        raise UserError(f"batch size {options.batch_size}: at least 1 sample")
     if options.cache_limit and not options.remote:
         # Streaming makes room by deleting shards, and without a remote they could not be fetched again.
         raise UserError(
@@ -72,41 +74,36 @@ def build_loader(dataset: str | Path, options: LoaderOptions, world: World) -> B
         stale = remove_stale_memory(opened, options.split, world)
         problem = None
         if world.local_rank == 0:
-            samples = sum(opened.drawn(options.micro_batch_size * world.size).values())
+            samples = sum(opened.samples_per_epoch(options.batch_size * world.size).values())
             problem = shm_room.problem(opened.shards, options, world, samples, gpus=torch.cuda.is_available())
         raise_first(problem, world)
         return BucketLoader(opened, options, world, stale)
 
 
 class BucketLoader:
-    """Micro-batches without end, epoch after epoch; made by build_loader.
+    """Batches without end, epoch after epoch; made by build_loader.
 
     buckets: those that have samples. samples_per_epoch: drawn in an epoch over all ranks, repeats included. repeats:
-    bucket name -> how many of its samples are drawn twice in an epoch. batches_per_epoch: micro-batches of each rank.
-    stale: names of killed runs' shared memory that this rank removed.
+    bucket name -> how many of its samples are drawn twice in an epoch. batches_per_epoch: batches of each rank.
+    drawn_together: samples that all ranks draw at a time. stale: names of killed runs' shared memory that this rank removed.
     """
 
     def __init__(self, opened: Opened, options: LoaderOptions, world: World, stale: list[str]) -> None:
         self.buckets, self.stale = tuple(opened.shards), stale
-        self.global_batch = options.micro_batch_size * world.size  # G
-        counts, drawn = opened.drawn(1), opened.drawn(self.global_batch)
+        self.drawn_together = options.batch_size * world.size
+        counts, drawn = opened.samples_per_epoch(1), opened.samples_per_epoch(self.drawn_together)
         self.repeats = {bucket.name: drawn[bucket] - counts[bucket] for bucket in self.buckets}
         self.samples_per_epoch = sum(drawn.values())
-        self.batches_per_epoch = self.samples_per_epoch // self.global_batch
+        self.batches_per_epoch = self.samples_per_epoch // self.drawn_together
         if world.is_main:
             for bucket, n in counts.items():
                 logger.info("bucket %s: %d samples, %d repeats an epoch", bucket, n, self.repeats[bucket.name])
         self._begin = Position(
-            opened.drawn_from.fingerprint,
-            options.split,
-            options.seed,
-            options.shuffle,
-            options.micro_batch_size,
-            world.size,
+            opened.drawn_from.fingerprint, options.split, options.seed, options.shuffle, options.batch_size, world.size
         )
         self._drawn_from = opened.drawn_from
-        # Canonical nodes fix which shards a node needs. One, where all nodes see all shards anyway, makes
-        # the order independent of how ranks are spread over nodes.
+        # Canonical nodes fix which shards a node needs. With one (all nodes see all shards) the order does not depend on
+        # how ranks are spread over nodes.
         self._canonical_nodes = world.nodes if options.remote else 1
         self._nodes = world.nodes
         self._max_replaced = options.max_replaced
@@ -121,7 +118,7 @@ class BucketLoader:
         atexit.register(self.close)  # streaming's own handlers leave lock files that block the prefix for good
         self._loader: DataLoader | None = DataLoader(
             self._dataset,
-            batch_size=options.micro_batch_size,
+            batch_size=options.batch_size,
             num_workers=options.num_workers,
             collate_fn=partial(collate, buckets=self.buckets),
             persistent_workers=options.num_workers > 0,
@@ -134,7 +131,7 @@ class BucketLoader:
 
     def _open_streams(self, opened: Opened, options: LoaderOptions) -> BucketDataset:
         """Streaming's dataset over one stream per bucket."""
-        drawn, remote = opened.drawn(self.global_batch), options.remote
+        drawn, remote = opened.samples_per_epoch(self.drawn_together), options.remote
         names = {bucket: f"{options.split}/{bucket.folder}" for bucket in self.buckets}
         dataset = BucketDataset(
             buckets=self.buckets,
@@ -149,7 +146,7 @@ class BucketLoader:
             ],
             validate_hash="xxh64",
             download_retry=5 if remote else 1,  # attempts, 1, 2, 4 and 8 s apart
-            batch_size=options.micro_batch_size,
+            batch_size=options.batch_size,
             batching_method="per_stream",
             shuffle=options.shuffle,
             shuffle_seed=options.seed,
@@ -247,12 +244,14 @@ class BucketLoader:
                 f"the saved data position is of {name} {getattr(position, name)!r}, this run has "
                 f"{getattr(self._begin, name)!r}; resume with the same, or start a new run"
             )
+        if not isinstance(position.epoch, int) or not isinstance(position.batches, int):
+            raise UserError("the saved data position has no epoch or batches; resume from another checkpoint")
         self._draw_by(self._drawn_from.order_at(position))
         self._epoch, self._batches = position.epoch, position.batches
         self._dataset.load_state_dict(
             {
                 "epoch": self._epoch,
-                "sample_in_epoch": self._batches * self.global_batch,
+                "sample_in_epoch": self._batches * self.drawn_together,
                 "num_canonical_nodes": self._canonical_nodes,
                 "shuffle_seed": self._begin.seed,
                 "initial_physical_nodes": self._nodes,

@@ -71,7 +71,7 @@ class Fused:
     """One per block, double blocks first."""
     rope: Rope
     keep_input: list[bool] = field(default_factory=list)
-    """Per block: keep q, k and v before their norms, since a norm weight is near zero (`uneven_norms`)."""
+    """Per block: keep q, k and v before their norms, since a norm weight is near zero (`uneven_norms` says how near)."""
     forwards: int = 0
     """Forward passes with gradients since `fuse`."""
     norms: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -105,7 +105,7 @@ def fuse(transformer: FluxTransformer2DModel, policies: Policy | Sequence[Policy
             _replace_forward(block, double_block)
         for single in single_blocks(transformer):
             _replace_forward(single, single_block)
-    with torch.no_grad():  # generation may be the only use
+    with torch.no_grad():  # so that generation, which needs no gradients, is packed as well
         pack_projections(transformer)
 
 
@@ -155,8 +155,8 @@ def all_blocks(transformer: FluxTransformer2DModel) -> list[Block]:
 
 def pack_projections(transformer: FluxTransformer2DModel) -> None:
     """Lay the frozen q, k and v projections of each block side by side, so that one product needs no copy; with
-    gradients enabled, a single block's proj_mlp as well. Each forward pass does so again, since weights move: to a
-    device, out of an optimizer's buffer."""
+    gradients enabled, a single block's proj_mlp as well. Each forward pass does so again (flux_blocks.qkv_layers), since
+    weights move: to a device, out of an optimizer's buffer."""
     for block in all_blocks(transformer):
         qkv_layers(block)
     for double in double_blocks(transformer):
@@ -174,7 +174,7 @@ def contiguous_attention_gradients(transformer: FluxTransformer2DModel) -> None:
 def _contiguous_outputs(
     attn: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]
 ) -> Tensor | tuple[Tensor, ...]:
-    # Single blocks only: the outputs of a double block's attention have passed linears, whose gradients are joined.
+    # Single blocks only: the outputs of a double block's attention have passed linears, whose gradients are contiguous.
     return contiguous_gradient(output) if isinstance(output, Tensor) else output
 
 
@@ -211,10 +211,12 @@ def _forward(
     text = encoder_hidden_states if embedded else self.context_embedder(encoder_hidden_states)
     txt_ids, img_ids = (ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids))
     image_rotary_emb = fused_state(self).rope(txt_ids, img_ids)
-    _check_norms(self)
+    _refresh_keep_input(self)
 
     modulations = [_modulation(block, temb) for block in all_blocks(self)]
-    scale, shift = self.norm_out.linear(temb).chunk(2, dim=1)
+    scale, shift = self.norm_out.linear(temb).chunk(
+        2, dim=1
+    )  # diffusers' order here; its AdaLayerNormZero has shift first
     added = controlnet_block_samples is not None, controlnet_single_block_samples is not None
     following = _following(self, [*modulations, ((shift, scale),)], dtype, added)
     calls = [
@@ -225,22 +227,22 @@ def _forward(
     ]
 
     T, double = text.shape[1], len(self.transformer_blocks)
-    normed: TwoNorms = (None, None)  # a block's first norms, where the one before has made them
+    normed: TwoNorms = (None, None)  # a block's first norms of both streams, if the block before has made them
     for i, block in enumerate(self.transformer_blocks):
         text, image, normed = _run_block(self, i, block, image, text, normed, calls[i])
         if controlnet_block_samples is not None:
-            samples = controlnet_block_samples
+            samples = controlnet_block_samples  # spread over the blocks as in diffusers
             image = image + samples[i % len(samples) if controlnet_blocks_repeat else i // -(-double // len(samples))]
     hidden_states = torch.cat([text, image], dim=1)  # (B, S, W), joined once
-    n: Tensor | None = None
+    normed_joint: Tensor | None = None  # a single block's first norm likewise
     for i, block in enumerate(self.single_transformer_blocks, double):
-        hidden_states, n = _run_block(self, i, block, hidden_states, n, calls[i])
+        hidden_states, normed_joint = _run_block(self, i, block, hidden_states, normed_joint, calls[i])
         if controlnet_single_block_samples is not None:
             samples = controlnet_single_block_samples
             sample = samples[(i - double) // -(-len(self.single_transformer_blocks) // len(samples))]
             hidden_states = hidden_states + F.pad(sample, (0, 0, T, 0))
 
-    image = modulate(hidden_states[:, T:], scale, shift) if n is None else n[:, T:]
+    image = modulate(hidden_states[:, T:], scale, shift) if normed_joint is None else normed_joint[:, T:]
     output = self.proj_out(image)
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
@@ -281,9 +283,10 @@ def _following(
     """
     double = len(transformer.transformer_blocks)
     following: list[tuple | None] = list(modulations[1:])
-    for i, policy in enumerate([*fused_state(transformer).policies[1:], None]):
-        full = policy == "full" and torch.is_grad_enabled()
-        if full or i == double - 1 or added[i >= double] or dtype == torch.float16:
+    for i, next_policy in enumerate([*fused_state(transformer).policies[1:], None]):
+        is_single = i >= double
+        next_recomputes = next_policy == "full" and torch.is_grad_enabled()
+        if next_recomputes or i == double - 1 or added[is_single] or dtype == torch.float16:
             following[i] = None
     return following
 
@@ -298,7 +301,7 @@ def _run_block(transformer: FluxTransformer2DModel, index: int, block: nn.Module
 # --- q and k norms --------------------------------------------------------------------------------------------------
 
 
-def _check_norms(transformer: FluxTransformer2DModel) -> None:
+def _refresh_keep_input(transformer: FluxTransformer2DModel) -> None:
     """Update `Fused.keep_input`. Waits for the GPU in the first forward pass after `fuse`; later only where a norm weight
     was replaced or changed, or, where one is trainable, every 16 passes."""
     fused = fused_state(transformer)

@@ -1,4 +1,4 @@
-"""READ FIRST: the whole of training. One update is `update` below, in seven steps; `train_stage` repeats it, and
+"""READ FIRST: one update, stage by stage. `update` below is one, in seven steps; `train_stage` repeats it, and
 `train_stages` goes through the run's stages.
 
     batch -> VAE latents -> Qwen2-VL's frozen trunk -> x_t at t
@@ -9,8 +9,11 @@
     losses        (B,) float32
 
 What surrounds an update is elsewhere: trainer.py holds the state, objective.py the mathematics of steps 2 to 5, upkeep.py
-what follows each update (curves, saves, validation; there a signal is heard), session.py how a run starts, resumes,
-returns to a checkpoint and ends.
+what follows each update (curves, saves, validation), session.py how a run starts, resumes, returns to a checkpoint and ends.
+
+Signals: SIGTERM, SIGUSR1, Ctrl-C and SIGHUP only set a flag (survival/watch.py). Upkeep.after_update reads it on all ranks,
+saves and returns Verdict.LEAVE. Before `watch.ready()` and after `watch.pause()` there is nothing to save, and a signal
+exits at once.
 """
 
 from __future__ import annotations
@@ -37,10 +40,10 @@ log = logging.getLogger("megaflux")
 def update(trainer: Trainer) -> UpdateResult:
     """One update of the active stage: every rank computes its micro-batches, then all take the same step. Collective."""
     config, models, engine = trainer.run.config, trainer.models, trainer.engine
-    number, seed, device = trainer.update, config.run.seed, trainer.run.world.device
+    number, seed, device = trainer.updates_done, config.run.seed, trainer.run.world.device  # number: from 0
     learning_rate = engine.set_learning_rate(number)
     computed: list[MicroBatch] = []
-    seen: Counter[str] = Counter()
+    times_seen: Counter[str] = Counter()
     data_wait, grad_norms = 0.0, {}
     for micro in range(engine.accumulation_steps):
         # 1. A batch of one bucket, the same bucket on every rank.
@@ -50,18 +53,18 @@ def update(trainer: Trainer) -> UpdateResult:
         # 2. Latents: the frozen VAE's, or cached.
         latents = objective.encode_latents(config, models, batch, number)
         # 3. The condition as far as nothing trains: hidden states of Qwen2-VL's frozen trunk, or cached.
-        drawn = micro * trainer.run.plan.micro_batch_size * trainer.run.world.size // trainer.loader.global_batch
-        condition = objective.encode_condition(config, models, batch, number, drawn)
+        condition = objective.encode_condition(config, models, batch, number, trainer.drawn_index(micro))
         # 4. Time and noise, a function of seed, update and sample.
-        t, noise = objective.draw_time_and_noise(config.flow, seed, number, batch.keys, seen, latents)
+        t, noise = objective.draw_time_and_noise(config.flow, seed, number, batch.keys, times_seen, latents)
         # 5. Qwen's last layer, connector and FLUX predict the velocity at x_t.
-        given = Denoising(batch.bucket, latents, condition, t, noise)
-        losses = objective.denoising_loss(engine, config, models, given)
+        inputs = Denoising(batch.bucket, latents, condition, t, noise)
+        losses = objective.denoising_loss(engine, config, models, inputs)
+        del inputs, latents, condition, noise  # freed before the next micro-batch is encoded
         # 6. Gradients of the mean over all micro-batches and ranks.
         engine.backward(losses.mean())
         if micro == engine.accumulation_steps - 1 and due(number + 1, config.monitor.grad_norms_every):
             grad_norms = engine.grad_norms()
-        # 7. After the last micro-batch: clip and AdamW; or nothing, if the guard drops the gradient.
+        # 7. Called after every backward; the last call of an update clips and steps, or drops the gradient.
         engine.step()
         computed.append(MicroBatch(batch.keys, batch.bucket, batch.replaced, losses.detach(), t))
     return UpdateResult(learning_rate, engine.grad_norm(), engine.dropped, computed, data_wait, grad_norms)
@@ -69,33 +72,33 @@ def update(trainer: Trainer) -> UpdateResult:
 
 def train_stage(trainer: Trainer, upkeep: Upkeep) -> Verdict:
     """Updates of the active stage, until its end, the run's end, or a verdict that ends it earlier. Collective."""
-    while trainer.update < min(trainer.stage_end, trainer.last_update):
+    while trainer.updates_done < min(trainer.stage_end, trainer.last_update):
         with trainer.run.plan.one_update():
             result = update(trainer)
-        trainer.update += 1
+        trainer.updates_done += 1
         verdict = upkeep.after_update(trainer, result)
-        if verdict is not Verdict.GO_ON:
+        if verdict is not Verdict.CONTINUE:
             return verdict
-    return Verdict.GO_ON
+    return Verdict.CONTINUE
 
 
 def train_stages(trainer: Trainer, upkeep: Upkeep) -> Verdict:
-    """All stages from the trainer's on; GO_ON when the run is done. Collective."""
+    """All stages from the trainer's on; CONTINUE when the run is done. Collective."""
     config = trainer.run.config
     for stage in range(trainer.stage, len(config.stages)):
-        if trainer.update >= trainer.last_update and not upkeep.owes:
+        if trainer.updates_done >= trainer.last_update and not upkeep.pending:
             break
         begin_stage(trainer, upkeep, stage)
         verdict = train_stage(trainer, upkeep)
-        if verdict is Verdict.GO_ON:
-            trainer.run.watch.pause()  # saved at its end: until the next stage is ready, a signal exits at once
+        if verdict is Verdict.CONTINUE:
+            trainer.run.watch.pause()  # saved at its end: a signal exits at once, also one that has come already
             if stage + 1 < len(config.stages):
                 names = set(trainable_names(trainer.models.trainable, config.stages[stage + 1]))
                 trainer.carried = trainer.engine.carry(names)
         trainer.engine.close()
-        if verdict is not Verdict.GO_ON:
+        if verdict is not Verdict.CONTINUE:
             return verdict
-    return Verdict.GO_ON
+    return Verdict.CONTINUE
 
 
 def begin_stage(trainer: Trainer, upkeep: Upkeep, stage: int) -> None:
@@ -115,18 +118,18 @@ def begin_stage(trainer: Trainer, upkeep: Upkeep, stage: int) -> None:
         trainer.engine = engine
         if resumed:
             resume.load_training_state(resumed, engine, world)
-        if trainer.update < trainer.last_update:  # otherwise only a validation or panel is owed
+        if trainer.updates_done < trainer.last_update:  # otherwise only a validation or panel is pending
             trained = weights.count_trained(config, models.trainable, stage)
-            space.check(config, engine, trained, world, retention.most_at_once(config, trainer.update))
+            space.check(config, engine, trained, world, retention.most_at_once(config, trainer.updates_done))
         plan.choose(models, engine)
-        trainer.batches = pieces(trainer.drawn, plan.micro_batch_size)
+        trainer.batches = pieces(trainer.drawn_batches, plan.micro_batch_size)
         name, policies = config.stages[stage].name, models.trainable.describe()
         log.info("stage %s: %d parameters train; %s; %s", name, engine.num_trainable, policies, plan.describe())
         upkeep.before_stage(trainer)
-    run.watch.ready()
+    run.watch.ready()  # from here on a signal waits for the end of the update
     run.events.record(
         Kind.READY,
-        update=trainer.update,
+        update=trainer.updates_done,
         plan=memory.counted(plan.policies),
         micro_batch_size=plan.micro_batch_size,
         why=plan.why,

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from megaflux.common.files import append_line
 from megaflux.common.ranks import World, gathered
 from megaflux.config.schema import Config
 from megaflux.training.distributed import sum_over_ranks
@@ -179,8 +180,7 @@ class Monitor:
         """A line of JSON at the end of a file of the run."""
         with self._never_fatal():
             if self.world.is_main:
-                with (self.folder / name).open("a") as file:
-                    file.write(json.dumps(values) + "\n")
+                append_line(self.folder / name, json.dumps(values).encode())
 
     @contextmanager
     def _never_fatal(self) -> Iterator[None]:

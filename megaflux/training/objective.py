@@ -41,19 +41,19 @@ class Denoising:
     """(B, C, h, w)."""
 
 
-def denoising_loss(model: Callable[..., Tensor], config: Config, models: Models, given: Denoising) -> Tensor:
+def denoising_loss(model: Callable[..., Tensor], config: Config, models: Models, inputs: Denoising) -> Tensor:
     """Mean squared velocity error per sample (B,), float32. model: Qwen2VLFlux, or the engine around it."""
     # Rounded once, as the model's input.
-    x, n = latent_ops.pack(given.latents.float()), latent_ops.pack(given.noise.float())
+    x, n = latent_ops.pack(inputs.latents.float()), latent_ops.pack(inputs.noise.float())
     B, dtype = x.shape[0], models.trainable.connector.weight.dtype
     guidance = None
     if models.trainable.transformer.config["guidance_embeds"]:
         guidance = torch.full((B,), config.flow.guidance, device=x.device)
     velocity = model(
-        given.condition,
-        flow.interpolate(x, n, given.t).to(dtype),
-        given.t,
-        latent_ops.image_ids(given.bucket.height, given.bucket.width, x.device),
+        inputs.condition,
+        flow.interpolate(x, n, inputs.t).to(dtype),
+        inputs.t,
+        latent_ops.image_ids(inputs.bucket.height, inputs.bucket.width, x.device),
         models.pooled_projections.expand(B, -1),
         guidance,
     )
@@ -71,31 +71,31 @@ def encode_latents(config: Config, models: Models, batch: Batch, update: int) ->
     return latent_ops.encode(models.vae, batch.pixel_values, generators)
 
 
-def encode_condition(config: Config, models: Models, batch: Batch, update: int, drawn: int) -> Condition:
+def encode_condition(config: Config, models: Models, batch: Batch, update: int, drawn_index: int) -> Condition:
     """The frozen trunk's hidden states of a batch: from the cache, or of its pictures and captions by Qwen2-VL.
 
-    drawn: index, within the update, of the drawn batch that this micro-batch was cut from. The kind of condition (image,
+    drawn_index: which of the update's drawn batches this micro-batch was cut from. The kind of condition (image,
     image and text, text) is drawn once for each, alike on all ranks and however it is cut."""
     if batch.hidden_states is not None:
         return models.trunk.from_cache(batch.hidden_states, batch.bucket.height, batch.bucket.width)
-    mode = draw_mode(config.data.condition, config.run.seed, update, drawn)
+    mode = draw_mode(config.data.condition, config.run.seed, update, drawn_index)
     return models.trunk.encode(batch.pixel_values, batch.captions, mode)
 
 
 def draw_time_and_noise(
-    config: Flow, seed: int, update: int, keys: list[str], seen: Counter[str], latents: Tensor
+    config: Flow, seed: int, update: int, keys: list[str], times_seen: Counter[str], latents: Tensor
 ) -> tuple[Tensor, Tensor]:
     """t (B,) and noise like latents (B, C, h, w), float32 on latents' device, one generator per sample.
 
-    keys: the samples' names. seen: how often this rank has met each key in this update, counted on here, so that a
+    keys: the samples' names. times_seen: how often this rank has met each key in this update, counted up here, so that a
     repeated one (a bucket smaller than a batch) gets other draws. The resolution shift goes by the image tokens, h w / 4.
     Only the shape of latents is read, so the host draws while a GPU still computes them.
     """
     z = torch.empty(len(keys))
     noise = torch.empty(len(keys), *latents.shape[1:], pin_memory=pins(latents.device))
     for i, key in enumerate(keys):
-        generator = generator_for(seed, "noise", update, key, seen[key])
-        seen[key] += 1
+        generator = generator_for(seed, "noise", update, key, times_seen[key])
+        times_seen[key] += 1
         z[i].normal_(generator=generator)
         noise[i].normal_(generator=generator)
     t = flow.time_from_normal(z, config.density, config.logit_mean, config.logit_std)
@@ -104,9 +104,9 @@ def draw_time_and_noise(
     return to_device(t, latents.device), noise.to(latents.device, non_blocking=True)
 
 
-def draw_mode(modes: ConditionModes, seed: int, update: int, drawn: int) -> Mode:
+def draw_mode(modes: ConditionModes, seed: int, update: int, drawn_index: int) -> Mode:
     """The kind of condition of one global batch as it was drawn, alike on all ranks, so that no rank skips a parameter."""
-    u = torch.rand((), generator=generator_for(seed, "mode", update, drawn)).item()
+    u = torch.rand((), generator=generator_for(seed, "mode", update, drawn_index)).item()
     if u < modes.image:
         return "image"
     return "image_text" if u < modes.image + modes.image_text else "text"

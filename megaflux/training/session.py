@@ -63,6 +63,7 @@ def train(
     write_configuration(config, ds_config, world)  # as given: batch sizes per rank are fitted for this start only
     choose_micro_batch = config.train.micro_batch_size == "auto"
     config = elastic.fit(config, resumed, world.size)
+    # What fails before this line leaves no event but its line on stderr.
     record_start(events, resumed, world.size)
     watch.on_hang = lambda why: events.fault(Fault.HANG, -1, why)
     prepare_data(config, world)
@@ -92,8 +93,10 @@ def run_until_verdict(run: Run, resumed: Checkpoint | None, load: LoadModels) ->
     divergence: Divergence | None = None
     while True:
         trainer = begin(run, resumed, divergence, load)
-        owed = upkeep.owed_by_earlier_process(run.config, trainer.update, run.world) if resumed else (False, False)
-        verdict = train_stages(trainer, Upkeep(*owed))
+        pending = (
+            upkeep.left_by_earlier_process(run.config, trainer.updates_done, run.world) if resumed else (False, False)
+        )
+        verdict = train_stages(trainer, Upkeep(*pending))
         trainer.monitor.close()
         trainer.loader.close()
         if verdict is not Verdict.GO_BACK:
@@ -130,7 +133,7 @@ def begin(run: Run, resumed: Checkpoint | None, divergence: Divergence | None, l
     dataset = cached_dataset(config, models, world)
     frozen.send_away(config, models)
     options = LoaderOptions(
-        micro_batch_size=batch_sizes(config).drawn,
+        batch_size=batch_sizes(config).drawn,
         seed=config.run.seed,
         num_workers=config.data.num_workers,
         remote=config.data.remote,
@@ -155,10 +158,12 @@ def begin(run: Run, resumed: Checkpoint | None, divergence: Divergence | None, l
         guard.dropped = max(guard.dropped, divergence.dropped if divergence else 0)
         run.plan.load_state_dict(progress.plan)
         log.info("resuming %s at update %d", config.run.dir, update)
-    drawn = iter(loader)
+    drawn_batches = iter(loader)
     run.plan.update = update
     monitor = Monitor(config, world, models.trainable, update, run.events)
-    return Trainer(run, models, references, loader, guard, monitor, drawn, resumed, stage=stage, update=update)
+    return Trainer(
+        run, models, references, loader, guard, monitor, drawn_batches, resumed, stage=stage, updates_done=update
+    )
 
 
 def record_start(events: Events, resumed: Checkpoint | None, world_size: int) -> None:
@@ -177,12 +182,14 @@ def record_end(trainer: Trainer, verdict: Verdict) -> None:
     if verdict is Verdict.LEAVE:
         why = next(name for name in gathered(run.watch.signal, run.world) if name)
         if run.world.is_main:
-            log.warning("%s: saved after update %d; the same command resumes from there", why, trainer.update)
-        run.events.record(Kind.STOP, update=trainer.update, why=f"signal {why}")
+            log.warning("%s: saved after update %d; the same command resumes from there", why, trainer.updates_done)
+        run.events.record(Kind.STOP, update=trainer.updates_done, why=f"signal {why}")
         return
     if run.world.is_main:
-        log.info("done: %d of %d updates", trainer.update, updates)
-    run.events.record(Kind.STOP, update=trainer.update, why="done" if trainer.update == updates else "stop_after")
+        log.info("done: %d of %d updates", trainer.updates_done, updates)
+    run.events.record(
+        Kind.STOP, update=trainer.updates_done, why="done" if trainer.updates_done == updates else "stop_after"
+    )
 
 
 def no_way_back(run: Run, divergence: Divergence, resumed: Checkpoint | None) -> UserError:

@@ -26,8 +26,8 @@ from megaflux.training.validation import References
 class Verdict(Enum):
     """What follows an update, a stage, or the run."""
 
-    GO_ON = "go on"
-    """The next update; of a stage or a run: it is done."""
+    CONTINUE = "continue"
+    """No reason to stop early: the next update follows, or the stage or run has reached its end."""
     LEAVE = "leave"
     """A signal asked the run to leave, and everything is saved."""
     GO_BACK = "go back"
@@ -71,7 +71,7 @@ class Trainer:
     loader: BucketLoader
     guard: Guard
     monitor: Monitor
-    drawn: Iterator[Batch]
+    drawn_batches: Iterator[Batch]
     """Batches as the loader draws them, over all stages."""
     resumed: Checkpoint | None = None
     """Where this trainer began; None: at update 0."""
@@ -79,8 +79,7 @@ class Trainer:
     """Adam's moments and fp32 masters that the last stage handed over."""
     stage: int = 0
     """Index of the active stage."""
-    update: int = 0
-    """Updates done."""
+    updates_done: int = 0
     divergence: Divergence | None = None
     """Set with Verdict.GO_BACK."""
     engine: StageEngine = field(init=False)
@@ -90,7 +89,7 @@ class Trainer:
 
     @property
     def last_update(self) -> int:
-        """The update that this process stops after."""
+        """How many updates are done when this process stops."""
         train = self.run.config.train
         return train.stop_after or train.updates
 
@@ -103,7 +102,11 @@ class Trainer:
     def progress(self) -> Progress:
         """What a checkpoint would store now."""
         plan, guard = self.run.plan.state_dict(), self.guard.state_dict()
-        return Progress(self.update, self.stage, self.loader.state_dict(), guard, plan)
+        return Progress(self.updates_done, self.stage, self.loader.state_dict(), guard, plan)
+
+    def drawn_index(self, micro: int) -> int:
+        """Which of the update's drawn batches a micro-batch (both from 0) is cut from, the same on all ranks."""
+        return micro * self.run.plan.micro_batch_size * self.run.world.size // self.loader.drawn_together
 
     def asked_to_leave(self) -> bool:
         """Whether a signal has asked any rank to leave. Collective."""

@@ -21,33 +21,38 @@ from megaflux.training.update_result import UpdateResult
 log = logging.getLogger("megaflux")
 
 
+class _GivenUp(Exception):
+    """A signal came while a panel was sampled."""
+
+
 class Upkeep:
     """Called by the loop: `before_stage` when a stage's engine is built, `after_update` after each update."""
 
-    def __init__(self, owes_loss: bool = False, owes_panel: bool = False):
-        """owes_loss, owes_panel: what an earlier process was to show after its last save, and ended before it had."""
-        self._owes_loss, self._owes_panel = owes_loss, owes_panel
+    def __init__(self, pending_loss: bool = False, pending_panel: bool = False):
+        """pending_loss, pending_panel: due at the checkpoint that this process starts from, but the earlier process ended
+        before it had shown it."""
+        self._pending_loss, self._pending_panel = pending_loss, pending_panel
 
     @property
-    def owes(self) -> bool:
-        """Whether something is to be shown before the next update."""
-        return self._owes_loss or self._owes_panel
+    def pending(self) -> bool:
+        """Whether anything of that is still to be shown."""
+        return self._pending_loss or self._pending_panel
 
     def before_stage(self, trainer: Trainer) -> None:
-        """Curves of the stage's plan; the loss of the untrained model; what is owed. Collective."""
-        trainer.monitor.scalars(trainer.run.plan.scalars(), trainer.update)
-        if trainer.update == 0 or self._owes_loss:
+        """Curves of the stage's plan; the loss of the untrained model; what is pending. Collective."""
+        trainer.monitor.scalars(trainer.run.plan.scalars(), trainer.updates_done)
+        if trainer.updates_done == 0 or self._pending_loss:
             validate(trainer)
-        if self._owes_panel:
+        if self._pending_panel:
             show_panel(trainer)
-        self._owes_loss = self._owes_panel = False
+        self._pending_loss = self._pending_panel = False
 
     def after_update(self, trainer: Trainer, result: UpdateResult) -> Verdict:
-        """Everything that follows an update; says how to go on, the same on all ranks. Collective.
+        """Everything that follows an update; returns what follows, the same on all ranks. Collective.
 
         A signal only sets a flag (survival/watch.py). Here the ranks look at it together, after the update and again after
         pictures, which take minutes; what was asked for is saved before the verdict."""
-        run, update = trainer.run, trainer.update
+        run, update = trainer.run, trainer.updates_done
         run.watch.moved()
         self._record(trainer, result)
         if result.drop and trainer.guard.exhausted:
@@ -63,21 +68,22 @@ class Upkeep:
                 saved = save_checkpoint(trainer, must_save)
             if not leaving and show_what_is_due(trainer) and trainer.asked_to_leave():
                 leaving = True
-                saved or save_checkpoint(trainer, must=True)
-        return Verdict.LEAVE if leaving else Verdict.GO_ON
+                if not saved:
+                    save_checkpoint(trainer, must=True)
+        return Verdict.LEAVE if leaving else Verdict.CONTINUE
 
     def _record(self, trainer: Trainer, result: UpdateResult) -> None:
         """Curves, progress bar, and what was dropped."""
-        trainer.monitor.update(result, trainer.stage, trainer.update, trainer.guard.dropped)
+        trainer.monitor.update(result, trainer.stage, trainer.updates_done, trainer.guard.dropped)
         if result.drop:
             keys = gathered(result.keys, trainer.run.world)
-            trainer.monitor.dropped(trainer.update, result.drop, keys)
+            trainer.monitor.dropped(trainer.updates_done, result.drop, keys)
 
 
 def save_checkpoint(trainer: Trainer, must: bool) -> bool:
-    """Returns True if a checkpoint was written. must: raise NoRoom where the disk refuses it; otherwise go on without
-    this one, with an error in the log. Collective."""
-    run, engine, update = trainer.run, trainer.engine, trainer.update
+    """Returns True if a checkpoint was written. must: raise NoRoom if the disk refuses it; otherwise continue
+    without it, with an error in the log. Collective."""
+    run, engine, update = trainer.run, trainer.engine, trainer.updates_done
     resumed_from = trainer.resumed.update if trainer.resumed else None
     try:
         trained = weights.count_trained(run.config, engine.module, engine.stage)
@@ -88,7 +94,7 @@ def save_checkpoint(trainer: Trainer, must: bool) -> bool:
         if must:
             raise
         if run.world.is_main:
-            log.error("error, going on without this checkpoint: %s", error)
+            log.error("error, continuing without this checkpoint: %s", error)
         run.events.fault(Fault.DISK, update, str(error))
         return False
     return True
@@ -96,7 +102,7 @@ def save_checkpoint(trainer: Trainer, must: bool) -> bool:
 
 def show_what_is_due(trainer: Trainer) -> bool:
     """Validation loss and panel, if they are due after this update; returns True if any was. Collective."""
-    loss, panel = shown_after(trainer.run.config, trainer.update)
+    loss, panel = shown_after(trainer.run.config, trainer.updates_done)
     if loss:
         validate(trainer)
     if panel:
@@ -106,7 +112,7 @@ def show_what_is_due(trainer: Trainer) -> bool:
 
 def validate(trainer: Trainer) -> None:
     """Seeded validation loss, to TensorBoard, the progress bar and RUN/validation.jsonl. Collective."""
-    run, monitor, update = trainer.run, trainer.monitor, trainer.update
+    run, monitor, update = trainer.run, trainer.monitor, trainer.updates_done
     with monitor.timed(Kind.VALIDATION, update):
         values = validation.validation_loss(
             trainer.engine.module, run.config, trainer.models, trainer.references, run.world, run.watch.moved
@@ -121,7 +127,7 @@ def show_panel(trainer: Trainer) -> None:
 
     Rank 0 samples alone, and the others wait; under ZeRO-3 all ranks run the model together. Given up when a signal asks to
     leave (minutes of pictures must not cost the save), and skipped with a warning when the GPU has no memory for it."""
-    run, monitor, update = trainer.run, trainer.monitor, trainer.update
+    run, monitor, update = trainer.run, trainer.monitor, trainer.updates_done
     alone = trainer.engine.zero_stage < 3
     if not run.world.is_main and alone:
         with run.watch.slow_section(waiting=True):
@@ -131,14 +137,14 @@ def show_panel(trainer: Trainer) -> None:
     def on_step() -> None:
         run.watch.moved()
         if alone and run.watch.signal is not None:
-            raise InterruptedError
+            raise _GivenUp
 
     references = trainer.references
     index = range(min(run.config.validation.panel_samples, len(references.keys)))
     try:
         with monitor.timed(Kind.VALIDATION, update):
             made = pictures.variations(run.config, trainer.models, references, index, memory.PANEL, on_step=on_step)
-    except InterruptedError:
+    except _GivenUp:
         made = None
     except RuntimeError as error:
         if not (alone and is_out_of_memory(error)):
@@ -162,11 +168,13 @@ def shown_after(config: Config, update: int) -> tuple[bool, bool]:
     return at_end or due(update, every.every), at_end or due(update, every.panel_every)
 
 
-def owed_by_earlier_process(config: Config, update: int, world: distributed.World) -> tuple[bool, bool]:
+def left_by_earlier_process(config: Config, update: int, world: distributed.World) -> tuple[bool, bool]:
     """What of `shown_after` an earlier process, killed or asked to leave, did not show after the update that it had saved.
     Collective."""
-    loss = update in validated_updates(config.run.dir)
-    there = distributed.from_main((loss, pictures.picture_file(config.run.dir, update).is_file()), world)
+    shown = (False, False)
+    if world.is_main:
+        shown = (update in validated_updates(config.run.dir), pictures.picture_file(config.run.dir, update).is_file())
+    there = distributed.from_main(shown, world)
     wanted = shown_after(config, update)
     return wanted[0] and not there[0], wanted[1] and not there[1]
 

@@ -65,9 +65,7 @@ def opened(tmp_path):
     with contextlib.ExitStack() as stack:
 
         def build(path, **options):
-            loader = build_loader(
-                path, LoaderOptions(**{"micro_batch_size": 4, "seed": SEED, **options}), detect_world()
-            )
+            loader = build_loader(path, LoaderOptions(**{"batch_size": 4, "seed": SEED, **options}), detect_world())
             stack.callback(loader.close)
             return loader
 
@@ -428,7 +426,7 @@ from megaflux.common.ranks import detect_world
 from megaflux.data.loader import build_loader
 from megaflux.data.reading.options import LoaderOptions
 from megaflux.common.errors import UserError
-loader = build_loader(sys.argv[1], LoaderOptions(micro_batch_size=4, seed=3), detect_world())
+loader = build_loader(sys.argv[1], LoaderOptions(batch_size=4, seed=3), detect_world())
 batches = iter(loader)
 next(batches)
 limit = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -462,14 +460,14 @@ from megaflux.data.loader import build_loader
 from megaflux.data.reading.options import LoaderOptions
 from megaflux.common.errors import UserError
 rank, root, out = dist.get_rank(), Path(sys.argv[1]), Path(sys.argv[2])
-loader = build_loader(root, LoaderOptions(micro_batch_size=2, seed=3, num_workers=2, verify=True), detect_world())
+loader = build_loader(root, LoaderOptions(batch_size=2, seed=3, num_workers=2, verify=True), detect_world())
 if rank == 0:
     damage(root)
 dist.barrier()
 batches = [(batch.keys, batch.replaced) for batch in itertools.islice(iter(loader), 34)]
 loader.close()
 try:
-    build_loader(root, LoaderOptions(micro_batch_size=2, seed=3, verify=True), detect_world())
+    build_loader(root, LoaderOptions(batch_size=2, seed=3, verify=True), detect_world())
 except UserError as error:
     (out / f"{rank}.json").write_text(json.dumps([batches, str(error), error.agreed]))
 dist.barrier()

@@ -96,7 +96,7 @@ def test_resumes_on_other_ranks_miss_and_repeat_nothing(tmp_path):
     counts = {"16:9": 3001, "2:1": 600, "1:1": 1999}
     changed = check_ledger(tmp_path, counts, [2, 4, 1])
     loader = build_loader(
-        tmp_path / "dataset", LoaderOptions(micro_batch_size=TOGETHER, seed=7), detect_world()
+        tmp_path / "dataset", LoaderOptions(batch_size=TOGETHER, seed=7), detect_world()
     )  # one process, without a stop
     keys = [sorted(map(int, batch.keys)) for batch in itertools.islice(loader, loader.batches_per_epoch)]
     loader.close()

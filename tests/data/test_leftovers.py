@@ -27,7 +27,7 @@ import sys, time
 from megaflux.common.ranks import detect_world
 from megaflux.data.loader import build_loader
 from megaflux.data.reading.options import LoaderOptions
-loader = build_loader(sys.argv[1], LoaderOptions(micro_batch_size=4, seed=3), detect_world())
+loader = build_loader(sys.argv[1], LoaderOptions(batch_size=4, seed=3), detect_world())
 next(iter(loader))
 print(loader._dataset._shm_prefix_int, flush=True)
 time.sleep(600)

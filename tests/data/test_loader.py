@@ -43,7 +43,7 @@ def build(small_dataset, tmp_path):
 
     def build(path=small_dataset, micro_batch_size=4, seed=3, **options):
         opened.append(
-            build_loader(path, LoaderOptions(micro_batch_size=micro_batch_size, seed=seed, **options), detect_world())
+            build_loader(path, LoaderOptions(batch_size=micro_batch_size, seed=seed, **options), detect_world())
         )
         return opened[-1]
 
@@ -147,7 +147,7 @@ from megaflux.data.reading.options import LoaderOptions
 path, states, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 found = []
 for num_workers, state in states:
-    loader = build_loader(path, LoaderOptions(micro_batch_size=4, seed=3, num_workers=num_workers), detect_world())
+    loader = build_loader(path, LoaderOptions(batch_size=4, seed=3, num_workers=num_workers), detect_world())
     loader.load_state_dict(state)
     found.append([batch.keys for batch in itertools.islice(iter(loader), count)])
     loader.close()
@@ -316,7 +316,7 @@ import sys, time
 from megaflux.common.ranks import detect_world
 from megaflux.data.loader import build_loader
 from megaflux.data.reading.options import LoaderOptions
-loader = build_loader(sys.argv[1], LoaderOptions(micro_batch_size=4, seed=3, num_workers=2, remote=sys.argv[2]), detect_world())
+loader = build_loader(sys.argv[1], LoaderOptions(batch_size=4, seed=3, num_workers=2, remote=sys.argv[2]), detect_world())
 next(iter(loader))
 print("RUNNING", flush=True)
 time.sleep(600)
@@ -359,12 +359,12 @@ def too_small(shards, options, world, *_, **__):
     refused.append(world.local_size)
     return "too small"
 for num_workers in (0, 2):
-    loader = build_loader(path, LoaderOptions(micro_batch_size=2, seed=3, num_workers=num_workers), detect_world())
+    loader = build_loader(path, LoaderOptions(batch_size=2, seed=3, num_workers=num_workers), detect_world())
     iterator = iter(loader)
     batches = [batch.keys for batch in itertools.islice(iterator, 6)]
     state = loader.state_dict()
     loader.close()
-    loader = build_loader(path, LoaderOptions(micro_batch_size=2, seed=3, num_workers=num_workers), detect_world())
+    loader = build_loader(path, LoaderOptions(batch_size=2, seed=3, num_workers=num_workers), detect_world())
     loader.load_state_dict(state)
     batches += [batch.keys for batch in itertools.islice(iter(loader), 20)]
     found[num_workers] = batches
@@ -375,7 +375,7 @@ shm_room.problem = too_small
 for unwritable in (opening.unwritable, lambda *_: "not writable"):
     opening.unwritable = unwritable
     try:
-        build_loader(path, LoaderOptions(micro_batch_size=2, seed=3), detect_world())
+        build_loader(path, LoaderOptions(batch_size=2, seed=3), detect_world())
     except UserError as error:
         refused.append([str(error), error.agreed])
 with open(f"{out}/{dist.get_rank()}.json", "w") as file:

@@ -59,9 +59,7 @@ def three_million(tmp_path_factory):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_report_start_up(three_million, num_workers, capsys):
     before, started = resident_gb(), time.monotonic()
-    loader = build_loader(
-        three_million, LoaderOptions(micro_batch_size=8, seed=1, num_workers=num_workers), detect_world()
-    )
+    loader = build_loader(three_million, LoaderOptions(batch_size=8, seed=1, num_workers=num_workers), detect_world())
     built = time.monotonic() - started
     started = time.monotonic()
     batches = iter(loader)
@@ -72,9 +70,7 @@ def test_report_start_up(three_million, num_workers, capsys):
     rate = count * 8 / (time.monotonic() - started)
     state = loader.state_dict()
     loader.close()
-    loader = build_loader(
-        three_million, LoaderOptions(micro_batch_size=8, seed=1, num_workers=num_workers), detect_world()
-    )
+    loader = build_loader(three_million, LoaderOptions(batch_size=8, seed=1, num_workers=num_workers), detect_world())
     loader.load_state_dict({**state, "batches": loader.batches_per_epoch - 10})
     started = time.monotonic()
     next(iter(loader))

@@ -26,7 +26,7 @@ BATCHES = 17  # of 4 in an epoch of the small dataset
 
 @contextlib.contextmanager
 def opened(path, **options):
-    loader = build_loader(path, LoaderOptions(**{"micro_batch_size": 4, "seed": 3, **options}), detect_world())
+    loader = build_loader(path, LoaderOptions(**{"batch_size": 4, "seed": 3, **options}), detect_world())
     try:
         yield loader
     finally:

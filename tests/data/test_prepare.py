@@ -446,7 +446,7 @@ def test_chunks_of_both_kinds_are_one_dataset(source, tmp_path):
     prepare(str(source), out, options, workers=1, progress=False)
     assert set(compressions(out)) == {None, "zstd"}
     assert len(samples_of(out)) == 103 == verify_dataset(out).samples("train")
-    loader = build_loader(out, LoaderOptions(micro_batch_size=4, seed=3, verify=True), detect_world())
+    loader = build_loader(out, LoaderOptions(batch_size=4, seed=3, verify=True), detect_world())
     batches = list(itertools.islice(iter(loader), loader.batches_per_epoch))
     loader.close()
     assert {key for batch in batches for key in batch.keys} == set(samples_of(out))

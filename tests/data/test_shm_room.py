@@ -28,7 +28,7 @@ from megaflux.common.errors import UserError
 for workers, size in ((2, "2m"), (0, "2m"), (2, "3040k")):
     subprocess.run(["mount", "-o", f"remount,size={size}", "/dev/shm"], check=True)
     try:
-        loader = build_loader(sys.argv[1], LoaderOptions(micro_batch_size=32, seed=3, num_workers=workers), detect_world())
+        loader = build_loader(sys.argv[1], LoaderOptions(batch_size=32, seed=3, num_workers=workers), detect_world())
         print(workers, "DREW", len(list(itertools.islice(iter(loader), 6))), flush=True)
         loader.close()
     except UserError as error:
@@ -76,7 +76,7 @@ def test_what_grows_the_need(monkeypatch):
         monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free, f_frsize=1))
         of_run = {"local_ranks": 8, "samples_per_epoch": 10, "gpus": False}
         of_run |= {name: changes.pop(name) for name in of_run if name in changes}
-        options = LoaderOptions(**{"micro_batch_size": 8, "seed": 1, "num_workers": 8} | changes)
+        options = LoaderOptions(**{"batch_size": 8, "seed": 1, "num_workers": 8} | changes)
         ranks = of_run.pop("local_ranks")
         world = World(0, ranks, local_size=ranks)
         return shm_room.problem({b: entries(b) for b in (SQUARE, WIDE)}, options, world, **of_run)
@@ -89,7 +89,7 @@ def test_what_grows_the_need(monkeypatch):
         {"num_workers": 9},
         {"prefetch_factor": 3},
         {"local_ranks": 9},
-        {"micro_batch_size": 9},
+        {"batch_size": 9},
         {"samples_per_epoch": 11},
         {"gpus": True},
     ):

@@ -54,7 +54,7 @@ for module in (streaming.base.stream, unpack):
 os.rename, os.replace = together("rename", os.rename), together("rename", os.replace)
 for turn, root in enumerate(roots):
     count = [0]
-    opened = loader.build_loader(root, LoaderOptions(micro_batch_size=4, seed=3), detect_world())
+    opened = loader.build_loader(root, LoaderOptions(batch_size=4, seed=3), detect_world())
     (out / f"{turn}-{me}").touch()
     while not (out / f"{turn}-{1 - me}").exists():
         time.sleep(0.001)

@@ -174,7 +174,7 @@ def test_a_cache_holds_what_the_networks_say_in_the_order_of_the_pictures(data, 
                 torch.testing.assert_close(sample["hidden_states"], models.trunk.encode(pixels).hidden_states[0])
     found = []
     for path, options in ((data, {}), (root, {"computed_from": data})):
-        loader = build_loader(path, LoaderOptions(micro_batch_size=2, seed=1, **options), detect_world())
+        loader = build_loader(path, LoaderOptions(batch_size=2, seed=1, **options), detect_world())
         found.append([batch.keys for batch in itertools.islice(iter(loader), 2 * loader.batches_per_epoch + 3)])
         loader.close()
     assert found[0] == found[1]

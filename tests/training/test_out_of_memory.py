@@ -264,7 +264,7 @@ def test_pictures_that_do_not_fit_cost_no_run(tmp_path, monkeypatch):
     trainer = SimpleNamespace(
         run=run,
         monitor=shown,
-        update=7,
+        updates_done=7,
         models=None,
         engine=SimpleNamespace(zero_stage=2),
         references=SimpleNamespace(keys=["a", "b"]),

@@ -375,7 +375,7 @@ def test_a_full_disk_keeps_what_there_is_and_says_so(reference, tmp_path, rank):
     assert process.returncode == 2, said[-3000:]
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "update-0000006: cannot be written" in line and "Traceback" not in said  # the stage's end
-    assert "going on without this checkpoint" in said and "update-0000004: cannot be written" in said
+    assert "continuing without this checkpoint" in said and "update-0000004: cannot be written" in said
     assert [event["what"] for event in events(run, "fault")] == ["disk", "disk"]
     assert [p.name for p in (run / "checkpoints").glob("update-*")] == ["update-0000002"]
     assert not list((run / "checkpoints").glob(".update-*"))  # what was written of it makes room

@@ -33,7 +33,7 @@ class Opened:
     drawn_from: DrawnFrom
     damaged: list[Problem]
 
-    def drawn(self, multiple: int) -> dict[Bucket, int]:
+    def samples_per_epoch(self, multiple: int) -> dict[Bucket, int]:
         """Samples of each bucket that an epoch draws: all of them, rounded up to whole multiples."""
         counts = {bucket: sum(entry["samples"] for entry in entries) for bucket, entries in self.shards.items()}
         return {bucket: -(-count // multiple) * multiple for bucket, count in counts.items()}

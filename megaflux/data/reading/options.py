@@ -10,10 +10,10 @@ PREFETCH_FACTOR = 2  # batches that each loading process has waiting, unless tol
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How build_loader reads a dataset. The order of the samples depends on micro_batch_size x ranks, seed, split and
+    """How build_loader reads a dataset. The order of the samples depends on batch_size x ranks, seed, split and
     shuffle only."""
 
-    micro_batch_size: int
+    batch_size: int
     """Samples that each rank draws at a time, all of one bucket."""
     seed: int
     """Of the order."""

@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from megaflux.common.errors import UserError
+
 
 @dataclass(frozen=True)
 class Position:
@@ -33,7 +35,12 @@ class Position:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Position:
-        """The inverse of `state_dict`. Keys that are not a position's are ignored, absent ones are None."""
+        """The inverse of `state_dict`. Keys that are not a position's are ignored, absent ones are None.
+
+        Raises UserError if the batch size or the number of ranks is missing."""
+        for name in ("micro_batch_size", "world_size"):
+            if type(state.get(name)) is not int:
+                raise UserError(f"the saved data position has no {name}; resume from another checkpoint")
         known: dict[str, Any] = {field.name: state.get(field.name) for field in dataclasses.fields(cls)}
         if "order" in state and state["order"] is None:
             known["order"] = {}  # never stored; an order of no dataset, which the loader refuses

@@ -60,7 +60,7 @@ def problem(
     except OSError:  # not Linux, where shared memory has no such limit
         return None
     free = disk.f_bavail * disk.f_frsize
-    batch = options.micro_batch_size * max(sample_bytes(b, column_encodings(entries)) for b, entries in shards.items())
+    batch = options.batch_size * max(sample_bytes(b, column_encodings(entries)) for b, entries in shards.items())
     streaming = COUNTERS + 8 * samples_per_epoch + 9 * sum(map(len, shards.values()))
     nccl = NCCL * local_ranks if gpus and local_ranks > 1 else 0
     loading = local_ranks * batches_bytes(batch, num_workers, prefetch_factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from megaflux.models.flux import Policy
@@ -29,8 +29,10 @@ class SavedPlan:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> SavedPlan | None:
-        """None for {}, of checkpoints before format 5."""
-        return cls(**state) if state else None
+        """None for {} (checkpoints before format 5) and for a plan of another version that lacks a field without a default."""
+        known = {field.name: state[field.name] for field in fields(cls) if field.name in state}
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        return cls(**known) if required <= set(known) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for the manifest."""

@@ -16,11 +16,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from megaflux.common.files import append_line
 
 log = logging.getLogger("megaflux")
 NAME = "events.jsonl"
@@ -72,7 +73,7 @@ class Events:
             return
         try:
             line = json.dumps({"time": time.time(), "kind": kind, **facts}, default=str)
-            _append(self.path, line.encode() + b"\n")
+            append_line(self.path, line.encode())
         except (OSError, TypeError, ValueError, RecursionError) as error:
             if not self.warned:
                 log.warning("%s: %s; events are lost until it can be written", self.path, error)
@@ -124,16 +125,3 @@ def _event(line: bytes) -> dict[str, Any] | None:
         return None
     when = number(event.get("time"))
     return event if when is not None and 0 <= when < LATEST else None
-
-
-def _append(path: Path, line: bytes) -> None:
-    """One write at the end of the file, so that a kill cuts at most this line short."""
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = b"\n" + line  # an earlier line was cut short: start a new one
-        if os.write(descriptor, line) != len(line):
-            raise OSError("the disk is full: a line was cut short")
-    finally:
-        os.close(descriptor)
