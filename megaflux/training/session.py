@@ -63,13 +63,12 @@ def train(
     write_configuration(config, ds_config, world)  # as given: batch sizes per rank are fitted for this start only
     choose_micro_batch = config.train.micro_batch_size == "auto"
     config = elastic.fit(config, resumed, world.size)
-    # What fails before this line leaves no event but its line on stderr.
     record_start(events, resumed, world.size)
     watch.on_hang = lambda why: events.fault(Fault.HANG, -1, why)
     prepare_data(config, world)
     plan = Plan(config, ds_config, world, choose_micro_batch, assumed)
     run = Run(config, ds_config, world, events, watch, plan)
-    try:
+    try:  # failures before this leave no `stop` event, only their line on stderr
         verdict = run_until_verdict(run, resumed, load)
     except UserError as error:
         if isinstance(error, space.NoRoom):
