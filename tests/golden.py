@@ -341,7 +341,8 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, f"{value.dtype} {list(value.shape)} {digest(raw)}"
     elif isinstance(value, dict):
         for name, item in value.items():
-            yield from leaves(item, f"{key}/{name}")
+            if name != "_name_or_path":  # where it was read from: the checkout's own folder
+                yield from leaves(item, f"{key}/{name}")
     elif isinstance(value, list | tuple) and (len(value) <= 32 or isinstance(value[0], dict)):
         for i, item in enumerate(value):
             yield from leaves(item, f"{key}/{i}")
