@@ -300,7 +300,7 @@ def test_a_cache_takes_its_size_once_and_one_begun_compressed_goes_on(data, kind
     keys = []
     for where in (root, data):
         given = {"computed_from": data} if where == root else {}
-        loader = build_loader(where, micro_batch_size=2, seed=1, **given)
+        loader = build_loader(where, LoaderOptions(batch_size=2, seed=1, **given), ALONE)
         keys.append([batch.keys for batch in itertools.islice(iter(loader), loader.batches_per_epoch)])
         loader.close()
     assert keys[0] == keys[1]

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaflux.common import ranks
 from megaflux.common.ranks import World
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import dev, tiny
@@ -21,6 +20,7 @@ from megaflux.training.checkpoint.elastic import fit
 from megaflux.training.ds_config import divisors
 from megaflux.training.engine import StageEngine
 from megaflux.training.planning import costs, memory, throughput
+from megaflux.training.planning import plan as plan_module
 from megaflux.training.planning.candidates import Candidates
 from megaflux.training.planning.dry_run_table import gpus_of, micro_batch_lines
 from megaflux.training.planning.gpus import GPUS, Assumed, find_gpu
@@ -366,7 +366,7 @@ def test_without_a_gpu_that_is_known_all_that_are_drawn(tmp_path, engine_of, mon
     plan = plan_of(config)
     assert plan.choose(models, engine).micro_batch_size == 8
     assert plan.describe().startswith("micro-batch 8 of 8 drawn (no GPU, so none is chosen; --gpu-memory GB lets")
-    monkeypatch.setattr(ranks, "gathered", lambda value, world: ["NVIDIA H100", "NVIDIA H200"])
+    monkeypatch.setattr(plan_module, "gathered", lambda value, world: ["NVIDIA H100", "NVIDIA H200"])
     mixed = plan_of(config)
     assert not mixed.free and mixed.gpu == "NVIDIA H100 and NVIDIA H200"
     for said in (Assumed(memory_gb=1000), Assumed("h100")):  # it can be told what to plan for
