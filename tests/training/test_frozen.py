@@ -21,6 +21,7 @@ from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import dev, tiny
 from megaflux.data.buckets import make_buckets
 from megaflux.data.loader import build_loader
+from megaflux.data.reading.options import LoaderOptions
 from megaflux.data.storage import parts as parts_module
 from megaflux.data.storage.dataset import read_dataset_info
 from megaflux.data.storage.index import read_index, stored_file

@@ -43,8 +43,8 @@ def test_others_wait_for_a_rank_that_works_past_every_time_limit(ends, said, cod
 
 def test_data_are_prepared_and_fetched_while_the_others_wait_and_not_before_a_barrier(tmp_path, monkeypatch):
     """By rank 0 what is prepared, by each machine's first what is fetched; all others wait with signs of life."""
-    from megaflux.data import prepare as preparing
     from megaflux.data.storage import remote
+    from megaflux.data.writing import build
 
     done, waited = [], []
 
@@ -57,7 +57,7 @@ def test_data_are_prepared_and_fetched_while_the_others_wait_and_not_before_a_ba
         raise Stop
 
     monkeypatch.setattr(prepare_data, "work_while_others_wait", wait)
-    monkeypatch.setattr(preparing, "prepare", lambda *_: done.append("prepared"))
+    monkeypatch.setattr(build, "prepare", lambda *_: done.append("prepared"))
     monkeypatch.setattr(remote, "fetch_split", lambda *_: done.append("fetched"))
     for data, works, what in (({"source": "pictures"}, 0, "prepared"), ({"remote": "s3://x"}, 1, "fetched")):
         config = build_config(merge(tiny(), {"data": {"path": str(tmp_path / "none")} | {"source": None} | data}))
