@@ -68,9 +68,10 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     try:
         pipeline = load(args.checkpoint, device)
         side = args.side or pipeline.settings.longest_side
-        from megaflux.generation.request import check_sampling
+        from megaflux.generation.request import check_numbers
 
-        check_sampling(side, side, args.steps, pipeline.settings.guidance)
+        guidance = pipeline.settings.guidance
+        check_numbers({"height": side, "width": side, "steps": args.steps, "guidance": guidance})
     except UserError as error:
         parser.error(str(error))
     transformer = pipeline.models.trainable.transformer

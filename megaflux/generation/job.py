@@ -8,29 +8,42 @@ Imports nothing heavy: a command line answers bad input at once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from megaflux.common.errors import UserError
 from megaflux.config.schema import Section
-from megaflux.generation.dots.dots import Dot, Weighting, check_weighting
+from megaflux.generation.dots.dots import Dot, Weighting
 from megaflux.generation.request import (
     DETECTED,
-    MAX_SEED,
-    MIN_REFERENCE_TOKENS,
-    check_control_span,
+    LIMITS,
+    MAX_COUNT,
+    Names,
+    check_aspect,
+    check_background,
+    check_numbers,
     check_prompt,
-    check_shift,
+    plain_name,
 )
 
 Mode = Literal["text", "variation", "img2img", "inpaint", "controlnet", "controlnet-inpaint"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-MAX_SIDE = 8192  # px of a picture: four times FLUX's largest trained side; a larger number is a typing error
-MAX_COUNT = 100_000  # pictures of a job
 
 
 # --- Job and Runtime ---
+
+
+def _within(name: str) -> AfterValidator:
+    """Rejects, where a job is read from a file, what LIMITS excludes."""
+
+    def check_one(value: float) -> float:
+        if not LIMITS[name].allow(value):
+            raise ValueError(f"{value}; use {LIMITS[name]}")
+        return value
+
+    return AfterValidator(check_one)
 
 
 class Input(Section):
@@ -44,7 +57,7 @@ class Input(Section):
 class JobReference(Input):
     """A reference picture and how its tokens are weighted."""
 
-    strength: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    strength: Annotated[float, _within("reference_strength")] = 1.0
     """Factor on the weights of all its tokens; 1: as trained."""
     dots: tuple[Dot, ...] = ()
 
@@ -54,7 +67,7 @@ class JobControl(Section):
 
     kind: str
     """A name of control.detectors.UNION_MODES."""
-    scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    scale: Annotated[float, _within("control_scale")] = 1.0
     """Factor on what the ControlNet adds."""
     image: Input | None = None
     """A ready map; None: a detector makes it from the job's image."""
@@ -68,7 +81,7 @@ class Job(Section):
     prompt: str = ""
     text_encoder: Literal["qwen", "t5"] | None = None
     """Which model reads the prompt; None: the weights' default."""
-    reference_tokens: int | None = Field(default=None, ge=MIN_REFERENCE_TOKENS)
+    reference_tokens: Annotated[int, _within("reference_tokens")] | None = None
     """Most image tokens of a reference; None: as trained."""
     image: Input | None = None
     """The picture that img2img, inpaint and control start from."""
@@ -76,12 +89,12 @@ class Job(Section):
     """White is repainted."""
     mask_points: tuple[tuple[float, float, int], ...] = ()
     """(x, y, 1 in / 0 out) in [0, 1], from which SAM 2 makes the mask; instead of `mask`."""
-    strength: float = Field(default=0.8, gt=0, le=1)
+    strength: Annotated[float, _within("strength")] = 0.8
     """Fraction of the steps taken from the image; 1 starts from noise."""
     controls: tuple[JobControl, ...] = ()
-    control_start: float = Field(default=0.0, ge=0, le=1)
+    control_start: Annotated[float, _within("control_start")] = 0.0
     """Control acts from here to control_end, as fractions of all steps."""
-    control_end: float = Field(default=1.0, ge=0, le=1)
+    control_end: Annotated[float, _within("control_end")] = 1.0
     background: float = 1.0
     """This and the next three: see Weighting."""
     preserve_mass: bool = False
@@ -93,20 +106,18 @@ class Job(Section):
     """Which sizes an aspect means (request.output_size); None: the weights' default."""
     match_input_size: bool = False
     """Take the image's size, or else the first reference's."""
-    width: int | None = Field(default=None, ge=16, le=MAX_SIDE, multiple_of=16)
+    width: Annotated[int, _within("width")] | None = None
     """px; width and height override the aspect."""
-    height: int | None = Field(default=None, ge=16, le=MAX_SIDE, multiple_of=16)
+    height: Annotated[int, _within("height")] | None = None
     """px"""
-    steps: int = Field(default=28, ge=1, le=100_000)
-    guidance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    steps: Annotated[int, _within("steps")] = 28
+    guidance: Annotated[float, _within("guidance")] | None = None
     """None: the value of training."""
     shift: float | None = None
     """Fixed timestep shift; None: the scheduler's own."""
-    seeds: tuple[Annotated[int, Field(ge=0, lt=MAX_SEED + 1)], ...] = Field(
-        default=(0,), min_length=1, max_length=MAX_COUNT
-    )
+    seeds: tuple[Annotated[int, _within("seed")], ...] = Field(default=(0,), min_length=1, max_length=MAX_COUNT)
     """One picture per seed."""
-    batch_size: int = Field(default=1, ge=1)
+    batch_size: Annotated[int, _within("batch_size")] = 1
     """Pictures made at once."""
     attention_map: bool = False
     """Also show where each picture attended in each reference."""
@@ -151,97 +162,114 @@ class Runtime(Section):
 # --- check ---
 
 
-def check(job: Job) -> Job:
+def check(job: Job, name_of: Names = plain_name, dots: Mapping[int, Sequence[Dot]] | None = None) -> Job:
     """The job with the image and the reference that its mode implies. UserError if its parts do not fit each other.
 
     img2img, inpaint and control start from the image, or else from the first reference. Without reference and prompt,
-    the image is the reference, too. No file is opened.
+    the image is the reference, too. dots: by index of these references, instead of those that they had. No file is
+    opened.
     """
     check_prompt(job.prompt)  # a replay's prompt comes from a file
-    check_shift(job.shift)
-    _check_mode(job)
-    job = _with_image(job)
-    _check_mask(job)
-    _check_controls(job)
-    job = _with_reference(job)
+    check_numbers(vars(job), name_of)
+    if job.aspect is not None:
+        check_aspect(job.aspect, name_of)
     if (job.width is None) != (job.height is None):
-        raise UserError("--width and --height: give both or neither")
-    check_weighting(job.weighting)
+        raise UserError(f"{name_of('width')} and {name_of('height')}: give both or neither")
+    _check_mode(job, name_of)
+    job = _with_image(job, name_of)
+    _check_mask(job, name_of)
+    _check_controls(job, name_of)
+    job = _with_reference(job, name_of)
+    job = _with_dots(job, dots or {})
+    check_background(job.background, any(reference.dots for reference in job.references), name_of)
     return job
 
 
-def _check_mode(job: Job) -> None:
+def _check_mode(job: Job, name_of: Names) -> None:
     """UserError for inputs that modes text and variation lack or do not take."""
     if job.mode == "text" and job.references:
-        raise UserError("mode text takes no reference; leave --reference out, or --mode")
+        raise UserError(f"mode text takes no reference; leave {name_of('reference')} out, or {name_of('mode')}")
     if job.mode == "text" and not job.prompt.strip():
-        raise UserError("mode text needs a prompt; give --prompt TEXT")
+        raise UserError(f"mode text needs a prompt; give {name_of('prompt')} TEXT")
     if job.mode == "text" and (job.variety or job.downsample > 1 or job.preserve_mass):
         raise UserError(
             "variety, downsample and preserve mass work on a reference's tokens, and mode text has none; leave them out"
         )
     if job.mode == "variation" and not job.references:
-        raise UserError("mode variation needs a picture; give --reference IMG, or --prompt TEXT alone for mode text")
+        raise UserError(
+            f"mode variation needs a picture; give {name_of('reference')} IMG, or "
+            f"{name_of('prompt')} TEXT alone for mode text"
+        )
 
 
-def _with_image(job: Job) -> Job:
+def _with_image(job: Job, name_of: Names) -> Job:
     """The job with its first reference as its image, where the mode needs one that was not given."""
     mode, has_control = job.mode, "controlnet" in job.mode
     starts_from_image = mode in ("img2img", "inpaint", "controlnet-inpaint")
     if not starts_from_image and not has_control and job.image is not None:
-        raise UserError(f"mode {mode} begins at noise; leave --image out, or use --mode img2img")
+        raise UserError(f"mode {mode} begins at noise; leave {name_of('image')} out, or use {name_of('mode')} img2img")
     detects = has_control and any(control.image is None for control in job.controls)
     if not (starts_from_image or detects) or job.image is not None:
         return job
     if not job.references:
-        raise UserError(f"mode {mode} needs a picture to begin with; give --image IMG or --reference IMG")
+        raise UserError(
+            f"mode {mode} needs a picture to begin with; give {name_of('image')} IMG or {name_of('reference')} IMG"
+        )
     first = job.references[0]
     return job.model_copy(update={"image": Input(file=first.file, sha256=first.sha256)})
 
 
-def _check_mask(job: Job) -> None:
+def _check_mask(job: Job, name_of: Names) -> None:
     """UserError for a mask that is missing, not used, or given twice."""
     masked = job.mask is not None or bool(job.mask_points)
     if "inpaint" in job.mode and not masked:
-        raise UserError(f"mode {job.mode} needs a mask; give --mask FILE or --mask-point X,Y")
+        raise UserError(f"mode {job.mode} needs a mask; give {name_of('mask')} FILE or {name_of('mask_point')} X,Y")
     if "inpaint" not in job.mode and masked:
-        raise UserError(f"mode {job.mode} paints everywhere; leave the mask out, or use --mode inpaint")
+        raise UserError(f"mode {job.mode} paints everywhere; leave the mask out, or use {name_of('mode')} inpaint")
     if job.mask is not None and job.mask_points:
-        raise UserError("--mask and --mask-point: give one of them")
+        raise UserError(f"{name_of('mask')} and {name_of('mask_point')}: give one of them")
 
 
-def _check_controls(job: Job) -> None:
+def _check_controls(job: Job, name_of: Names) -> None:
     """UserError for control maps that are missing, not used, given twice, or made by no detector."""
     if "controlnet" in job.mode and not job.controls:
-        raise UserError(f"mode {job.mode} needs a control; give --control KIND or --control-image KIND=FILE")
+        raise UserError(
+            f"mode {job.mode} needs a control; give {name_of('control')} KIND or {name_of('control_image')} KIND=FILE"
+        )
     if "controlnet" not in job.mode and job.controls:
-        raise UserError(f"mode {job.mode} takes no control; leave it out, or use --mode controlnet")
+        raise UserError(f"mode {job.mode} takes no control; leave it out, or use {name_of('mode')} controlnet")
     ready = {control.kind for control in job.controls if control.image is not None}
     for control in job.controls:
         if control.kind not in DETECTED and control.kind not in ready:
             raise UserError(
-                f"control {control.kind}: no detector makes such a map; give --control-image {control.kind}=FILE"
+                f"control {control.kind}: no detector makes such a map; "
+                f"give {name_of('control_image')} {control.kind}=FILE"
             )
     kinds = [control.kind for control in job.controls]
     if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
         raise UserError(f"control {twice}: given twice; once is enough")
-    if job.controls:
-        check_control_span(job.control_start, job.control_end)
 
 
-def _with_reference(job: Job) -> Job:
+def _with_reference(job: Job, name_of: Names) -> Job:
     """The job with its image as its reference, where it has neither a reference nor a prompt."""
     if job.references or job.prompt.strip():
         return job
     if job.image is None:
-        raise UserError(f"mode {job.mode} needs a reference or a prompt; give --reference IMG or --prompt TEXT")
+        raise UserError(
+            f"mode {job.mode} needs a reference or a prompt; give {name_of('reference')} IMG or "
+            f"{name_of('prompt')} TEXT"
+        )
     return job.model_copy(update={"references": (JobReference(file=job.image.file, sha256=job.image.sha256),)})
 
 
-def check_background(job: Job) -> None:
-    """UserError for a background weight without any dot: it is the weight outside of the dots."""
-    if job.background != 1 and not any(reference.dots for reference in job.references):
-        raise UserError(
-            f"--background {job.background:g}: there is no dot; give --dot X,Y,R,W, or the whole picture a "
-            "strength: --reference IMG:STRENGTH"
-        )
+def _with_dots(job: Job, dots: Mapping[int, Sequence[Dot]]) -> Job:
+    """The job with these dots on its references. UserError for a missing reference."""
+    if not dots:
+        return job
+    if max(dots) >= len(job.references):
+        there = f"there are {len(job.references)}" if job.references else "there is none"
+        raise UserError(f"dot on reference {max(dots) + 1}: {there}; dots count references from 1")
+    references = [
+        r.model_copy(update={"dots": tuple(dots[i])}) if i in dots else r for i, r in enumerate(job.references)
+    ]
+    return job.model_copy(update={"references": tuple(references)})

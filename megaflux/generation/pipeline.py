@@ -58,13 +58,10 @@ from megaflux.generation.request import (
     as_control_maps,
     as_draws,
     as_references,
-    check_batch_size,
+    check_numbers,
     check_output_type,
     check_pictures,
     check_prompt,
-    check_sampling,
-    check_shift,
-    check_strength,
     matched_size,
     pictures_at_once,
 )
@@ -266,10 +263,17 @@ class Qwen2VLFluxPipeline:
         )
         height, width = self._size(height, width, image)
         guidance = self.settings.guidance if guidance_scale is None else guidance_scale
-        check_sampling(height, width, num_inference_steps, guidance)
-        check_strength(strength)
-        check_shift(shift)
-        check_batch_size(batch_size)
+        check_numbers(
+            {
+                "height": height,
+                "width": width,
+                "steps": num_inference_steps,
+                "guidance": guidance,
+                "strength": strength,
+                "shift": shift,
+                "batch_size": batch_size,
+            }
+        )
         check_output_type(output_type)
         notes: list[str] = []
         sampling = SamplingRequest(

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any
 
 from megaflux.common.errors import UserError
 from megaflux.data.buckets import MULTIPLE, make_buckets
-from megaflux.generation.dots.dots import NEUTRAL, Dot, Weighting, check_weighting
+from megaflux.generation.dots.dots import NEUTRAL, Dot, Weighting
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
 MAX_SEED = 2**63 - 1
-MIN_REFERENCE_TOKENS = 4
+MAX_COUNT = 100_000  # pictures of a request
+MAX_SIDE = 8192  # px of a picture: four times FLUX's largest trained side; a larger number is a typing error
 DETECTED = ("depth", "line", "canny")
 """Kinds of control map that a detector makes from a picture; maps of other kinds are given as pictures."""
 
@@ -37,6 +38,78 @@ RELEASE_SIZES = {
     "3:4": (896, 1152),
     "4:3": (1152, 896),
 }
+
+
+# --- Limits of numbers ---
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The finite numbers that an argument may have."""
+
+    least: float
+    most: float = math.inf
+    above: bool = False
+    """`least` itself is not allowed."""
+    below: bool = False
+    """`most` itself is not allowed."""
+    multiple: int = 1
+    note: str = ""
+    """What messages add about a value."""
+
+    def allow(self, value: float) -> bool:
+        """Whether a number is within the limits; nan and infinity are not."""
+        low = self.least < value if self.above else self.least <= value
+        high = value < self.most if self.below or self.most == math.inf else value <= self.most
+        return low and high and (self.multiple == 1 or value % self.multiple == 0)
+
+    def check(self, name: str, value: float) -> None:
+        """UserError, with the name to show, for a number outside of the limits."""
+        if not self.allow(value):
+            raise UserError(f"{name}: {value}; use {self}")
+
+    def __str__(self) -> str:
+        if self.multiple > 1:
+            words = f"a positive multiple of {self.multiple}, at most {self.most}"
+        elif self.most == math.inf:
+            words = f"a number above {self.least}" if self.above else f"at least {self.least}"
+        elif self.above:
+            words = f"a number above {self.least} and at most {self.most}"
+        else:
+            words = f"{self.least} to {'below ' if self.below else ''}{self.most}"
+        return words + self.note
+
+
+SIDE = Limits(MULTIPLE, MAX_SIDE, multiple=MULTIPLE)
+LIMITS: Mapping[str, Limits] = {
+    "count": Limits(1, MAX_COUNT),
+    "seed": Limits(0, MAX_SEED),
+    "batch_size": Limits(1),
+    "steps": Limits(1, 100_000),
+    "height": SIDE,
+    "width": SIDE,
+    "guidance": Limits(0),
+    "shift": Limits(0, above=True, note=" (1 is none)"),
+    "strength": Limits(0, 1, above=True),
+    "reference_strength": Limits(0, above=True, note=", or leave it out"),
+    "reference_tokens": Limits(4),
+    "background": Limits(0, note=" (1 is neutral)"),
+    "variety": Limits(0, 1, below=True),
+    "downsample": Limits(1, note=" (1 is none)"),
+    "control_scale": Limits(0),
+    "control_start": Limits(0, 1),
+    "control_end": Limits(0, 1),
+}
+"""By the name of a Job's field, or of what it is a part of."""
+
+
+Names = Callable[[str], str]
+"""What messages call an argument, as `plain_name` does."""
+
+
+def plain_name(name: str) -> str:
+    """What messages call an argument outside of the command line: batch size for batch_size."""
+    return name.replace("_", " ")
 
 
 # --- Parts of a request ---
@@ -122,9 +195,9 @@ def as_control_maps(images: Any, kinds: Any, scales: Any, start: float, end: flo
     scales = list(scales) if isinstance(scales, list | tuple) else [scales] * len(images)
     if not images or not len(images) == len(kinds) == len(scales):
         raise UserError(f"control: {len(images)} maps, {len(kinds)} modes, {len(scales)} scales; give one of each")
-    check_control_span(start, end)
+    check_numbers({"control_start": start, "control_end": end})
     for scale in scales:
-        _check_amount("control scale", scale, 0)
+        check_numbers({"control_scale": scale})
     return ControlMaps(images, kinds, scales, start, end)
 
 
@@ -150,8 +223,7 @@ def as_draws(seed: Any, generator: Any, count: int) -> Draws:
 
 
 def _as_seeds(seed: Any, count: int) -> list[int]:
-    if count < 1:
-        raise UserError(f"num_images_per_prompt: {count}; use at least 1")
+    LIMITS["count"].check("num_images_per_prompt", count)
     first = 0 if seed is None else seed
     try:  # index() accepts numpy's integers, too
         if isinstance(first, list | tuple | range):
@@ -163,8 +235,7 @@ def _as_seeds(seed: Any, count: int) -> list[int]:
     if not seeds:
         raise UserError("seed: an empty list; give at least one")
     for s in seeds:
-        if not 0 <= s <= MAX_SEED:
-            raise UserError(f"seed: {s}; use whole numbers from 0 to {MAX_SEED}")
+        check_numbers({"seed": s})
     return seeds
 
 
@@ -230,19 +301,61 @@ def check_pictures(**given: Any) -> None:
                 raise UserError(f"{name}: a {type(picture).__name__}; use a PIL picture, as PIL.Image.open gives it")
 
 
+def check_numbers(values: Mapping[str, Any], name_of: Names = plain_name) -> None:
+    """UserError for a number that LIMITS excludes, and for control that ends before it starts.
+
+    values: by the names of LIMITS; other names and None are ignored. name_of: what the message calls such a name.
+    """
+    for name, limits in LIMITS.items():
+        if (value := values.get(name)) is not None:
+            limits.check(name_of(name), value)
+    start, end = values.get("control_start"), values.get("control_end")
+    if start is not None and end is not None and start >= end:
+        raise UserError(
+            f"{name_of('control_start')}: {start} is not before {name_of('control_end')} {end}; give a smaller one"
+        )
+
+
+def check_seeds(first: int, count: int, name_of: Names = plain_name) -> None:
+    """UserError for an invalid number of pictures, or for one of their consecutive seeds."""
+    check_numbers({"count": count}, name_of)
+    Limits(0, MAX_SEED + 1 - count).check(name_of("seed"), first)
+
+
+def check_aspect(aspect: str, name_of: Names = plain_name) -> None:
+    """UserError for anything but WIDTH:HEIGHT."""
+    try:
+        make_buckets([aspect], 1024)
+    except UserError as error:
+        raise UserError(f"{name_of('aspect')}: {error}") from None
+
+
+def check_weighting(weighting: Weighting, name_of: Names = plain_name) -> None:
+    """UserError for an invalid number."""
+    check_numbers(vars(weighting), name_of)
+
+
+def check_background(background: float, has_dots: bool, name_of: Names = plain_name) -> None:
+    """UserError for a background weight without any dot: it is the weight outside of the dots."""
+    if background != 1 and not has_dots:
+        raise UserError(
+            f"{name_of('background')}: {background:g} without a dot; give a reference a dot, or a strength for the "
+            "whole picture"
+        )
+
+
 def check_condition(request: ConditionRequest) -> None:
     """UserError for an invalid text encoder, weighting, number of tokens or strength, and a background without dots."""
     if request.text_encoder not in ("qwen", "t5"):
         raise UserError(f"text encoder: {request.text_encoder}; use qwen or t5")
-    weighting, references, tokens = check_weighting(request.weighting), request.references, request.reference_tokens
-    if tokens is not None and tokens < MIN_REFERENCE_TOKENS:
-        raise UserError(f"reference tokens: {tokens}; use at least {MIN_REFERENCE_TOKENS}")
-    if references and weighting.background != 1 and not any(reference.dots for reference in references):
-        raise UserError(f"background: {weighting.background:g} without a dot; give a reference dots, or a strength")
+    references = request.references
+    check_weighting(request.weighting)
+    check_numbers({"reference_tokens": request.reference_tokens})
+    if references:
+        check_background(request.weighting.background, any(reference.dots for reference in references))
     for number, reference in enumerate(references, start=1):
-        if not 0 < reference.strength < math.inf:
-            name = reference_name(number, len(references))
-            raise UserError(f"{name}: strength {reference.strength}; use a number above 0, or leave it out")
+        name = reference_name(number, len(references))
+        LIMITS["reference_strength"].check(f"{name}: strength", reference.strength)
 
 
 def reference_name(number: int, count: int) -> str:
@@ -250,50 +363,7 @@ def reference_name(number: int, count: int) -> str:
     return "reference" if count == 1 else f"reference {number}"
 
 
-def check_sampling(height: int, width: int, steps: int, guidance: float) -> None:
-    """UserError for a size in px that is not a positive multiple of 16, no steps, or an invalid guidance scale."""
-    for name, side in (("height", height), ("width", width)):
-        if side < MULTIPLE or side % MULTIPLE:
-            raise UserError(f"{name}: {side} px; use a positive multiple of {MULTIPLE}")
-    if steps < 1:
-        raise UserError(f"steps: {steps}; use at least 1")
-    _check_amount("guidance", guidance, 0)
-
-
-def check_strength(strength: float) -> None:
-    """UserError for a fraction of the steps that is not above 0 and at most 1."""
-    if not 0 < strength <= 1:
-        raise UserError(f"strength: {strength}; use a number above 0 and at most 1")
-
-
-def check_shift(shift: float | None) -> None:
-    """UserError for a timestep shift that is not a number above 0."""
-    if shift is not None and not 0 < shift < math.inf:
-        raise UserError(f"shift: {shift}; use a number above 0 (1 is none)")
-
-
-def check_control_span(start: float, end: float) -> None:
-    """UserError unless 0 <= start < end <= 1."""
-    _check_amount("control start", start, 0, 1)
-    _check_amount("control end", end, 0, 1)
-    if start >= end:
-        raise UserError(f"control start {start} is not before control end {end}")
-
-
-def check_batch_size(batch_size: int) -> None:
-    """UserError for less than 1."""
-    if batch_size < 1:
-        raise UserError(f"batch size: {batch_size}; use at least 1")
-
-
 def check_output_type(output_type: str) -> None:
     """UserError for an unknown form of the pictures."""
     if output_type not in ("pil", "np", "pt", "latent"):
         raise UserError(f"output type: {output_type}; use pil, np, pt or latent")
-
-
-def _check_amount(name: str, value: float, least: float, most: float = math.inf) -> None:
-    """UserError for a number outside of [least, most] or infinite."""
-    if not least <= value <= most or value == math.inf:
-        limit = f" and at most {most:g}" if most < math.inf else ""
-        raise UserError(f"{name}: {value}; use a number of at least {least:g}{limit}")

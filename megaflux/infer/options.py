@@ -59,28 +59,8 @@ def add_device_options(add: Callable[..., Any], kernels_off: str) -> None:
     add("--compile", action="store_true", help="torch.compile FLUX's blocks: minutes at the start, then faster")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Options that are not given stay out of the namespace, so that --from-image knows which to change."""
-    parser = Parser(
-        hint="see python -m megaflux.infer --help",
-        allow_abbrev=True,
-        prog="python -m megaflux.infer",
-        description=DESCRIPTION,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add_checkpoint_options(add)
-    add("--from-image", type=path_option, metavar="PNG", help="replay what made this picture, to the same pixels")
-    add(
-        "--interactive",
-        action="store_true",
-        help="keep the model loaded and read pictures, prompts and options by line",
-    )
-    add("--dry-run", action="store_true", help="print what would be loaded and made, and what is missing; load nothing")
-
-    group = parser.add_argument_group("what to make")
-    add = group.add_argument
+def _add_job_options(add: Callable[..., Any]) -> None:
+    """What to make: mode, inputs, seeds, size and sampling."""
     add("--mode", choices=MODES, help="default: from what is given (a reference: variation; a prompt alone: text; ...)")
     add(
         "--reference",
@@ -133,8 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--guidance", type=float, metavar="X", help="guidance value (default: that of training, usually 3.5)")
     add("--shift", type=float, metavar="X", help="fixed timestep shift (default: the scheduler's own)")
 
-    group = parser.add_argument_group("dots: what in a reference matters")
-    add = group.add_argument
+
+def _add_weighting_options(add: Callable[..., Any]) -> None:
+    """How the tokens of references are weighted."""
     add(
         "--dot",
         action="append",
@@ -154,8 +135,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--downsample", type=int, metavar="K", help="average K x K tokens: a vaguer reference (default 1)")
     add("--attention-map", action="store_true", help="also write where each picture looked; slower")
 
-    group = parser.add_argument_group("control")
-    add = group.add_argument
+
+def _add_control_options(add: Callable[..., Any]) -> None:
+    """Control maps and the networks for them."""
     add("--control", action="append", metavar="KIND[:SCALE]", help="a map made from the image: depth, line or canny")
     add("--control-image", type=keyed_path_option, action="append", metavar="KIND=IMG[:SCALE]", help="a ready map")
     add("--control-start", type=float, metavar="X", help="share of the steps before control acts (default 0)")
@@ -163,10 +145,36 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-control", action="store_true", help="write the control maps and the mask, too")
     add_network_options(add, masks="for --mask-point")
 
-    group = parser.add_argument_group("where to and on what")
-    add = group.add_argument
+
+def _add_output_options(add: Callable[..., Any]) -> None:
+    """Where the pictures go, and the device."""
     add("--out", type=path_option, metavar="DIR", help="folder for the pictures (default outputs)")
     add("--no-metadata", action="store_true", help="write no settings into the PNG")
     add("--embed-inputs", action="store_true", help="put the input files into the PNG: it can be run again anywhere")
     add_device_options(add, kernels_off="diffusers' own path instead of megaflux_kernels")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options that are not given stay out of the namespace, so that --from-image knows which to change."""
+    parser = Parser(
+        hint="see python -m megaflux.infer --help",
+        allow_abbrev=True,
+        prog="python -m megaflux.infer",
+        description=DESCRIPTION,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add_checkpoint_options(add)
+    add("--from-image", type=path_option, metavar="PNG", help="replay what made this picture, to the same pixels")
+    add(
+        "--interactive",
+        action="store_true",
+        help="keep the model loaded and read pictures, prompts and options by line",
+    )
+    add("--dry-run", action="store_true", help="print what would be loaded and made, and what is missing; load nothing")
+    _add_job_options(parser.add_argument_group("what to make").add_argument)
+    _add_weighting_options(parser.add_argument_group("dots: what in a reference matters").add_argument)
+    _add_control_options(parser.add_argument_group("control").add_argument)
+    _add_output_options(parser.add_argument_group("where to and on what").add_argument)
     return parser

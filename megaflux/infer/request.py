@@ -15,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from megaflux.common.errors import UserError
 from megaflux.generation.dots import dots as dotting
-from megaflux.generation.job import MAX_COUNT, Input, Job, JobReference, Mode, Runtime, check, check_background
-from megaflux.generation.request import check_prompt
+from megaflux.generation.job import Input, Job, JobReference, Mode, Runtime, check
+from megaflux.generation.request import check_numbers, check_prompt, check_seeds
 from megaflux.infer import values
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -68,7 +68,7 @@ def to_request(given: Mapping[str, Any], base: tuple[Job, Runtime] | None = None
 
 def to_job(given: Mapping[str, Any], base: Job | None = None) -> Job:
     """The checked job of the options. base: the job that they change. UserError as for `to_request`."""
-    values.check_values(given)
+    check_numbers(given, values.option_of)
     job = base or Job()
     changes = _pictures(given, job.references)
     if controls := [
@@ -88,10 +88,7 @@ def to_job(given: Mapping[str, Any], base: Job | None = None) -> Job:
     job = job.model_copy(update=changes)
     if base is None and "mode" not in changes:
         job = job.model_copy(update={"mode": implied_mode(job)})
-    job = with_dots(check(_validated(Job, job.model_dump())), dots)
-    dotting.check_weighting(job.weighting)
-    check_background(job)
-    return job
+    return check(_validated(Job, job.model_dump()), values.option_of, dots)
 
 
 def to_runtime(given: Mapping[str, Any], base: Runtime | None = None) -> Runtime:
@@ -150,10 +147,7 @@ def _seeds(given: Mapping[str, Any], base: Job | None) -> tuple[int, ...]:
     """The seeds of --seed and --count; what is not given is the base's, or 0 and 4."""
     first = given.get("seed", base.seeds[0] if base else 0)
     count = given.get("count", len(base.seeds) if base else 4)
-    if count > MAX_COUNT:
-        raise UserError(f"--count {count}: use at most {MAX_COUNT}")
-    if not 0 <= first <= values.MAX_SEED - count:
-        raise UserError(f"--seed {first}: use 0 to {values.MAX_SEED - count}")
+    check_seeds(first, count, values.option_of)
     return tuple(range(first, first + count))
 
 
@@ -180,20 +174,6 @@ def implied_mode(job: Job) -> Mode:
     if job.image is not None:
         return "img2img"
     return "variation" if job.references or not job.prompt.strip() else "text"
-
-
-def with_dots(job: Job, dots: Mapping[int, Sequence[dotting.Dot]]) -> Job:
-    """The job with these dots on its references, by index, instead of those that they had. UserError for a missing
-    reference."""
-    if not dots:
-        return job
-    if max(dots) >= len(job.references):
-        there = f"there are {len(job.references)}" if job.references else "there is none"
-        raise UserError(f"dot on reference {max(dots) + 1}: {there}; dots count references from 1")
-    references = [
-        r.model_copy(update={"dots": tuple(dots[i])}) if i in dots else r for i, r in enumerate(job.references)
-    ]
-    return job.model_copy(update={"references": tuple(references)})
 
 
 def _validated(model: type[Model], fields: dict[str, Any]) -> Model:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, fields
 
 from megaflux.common.errors import UserError
-from megaflux.generation.dots.dots import Weighting, check_weighting
 from megaflux.generation.job import Input, Job, JobControl, JobReference, check
-from megaflux.generation.request import check_prompt
-from megaflux.infer.values import MAX_SEED, check_values
+from megaflux.generation.request import LIMITS, Limits, check_numbers, check_prompt, check_seeds, plain_name
 from megaflux.panel.state import AUTO, MATCH, Form, Session, Stored, parts_used, with_mask_by
 
-MAX_COUNT = 64  # pictures of one press of the button
+MAX_PER_PRESS = 64  # pictures of one press of the button
 RUNTIME_OPTIONS = (
     "controlnet",
     "depth-model",
@@ -25,8 +21,7 @@ RUNTIME_OPTIONS = (
     "offload",
     "quantize",
 )
-"""Options of the panel's command line that a job's messages may name."""
-T = TypeVar("T")
+"""Options of the panel's command line that an error may name."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +41,10 @@ class Numbers:
     @classmethod
     def of(cls, form: Form) -> Numbers:
         """UserError naming the first input that is empty."""
-
-        def given(name: str, value: T | None) -> T:
-            if value is None:
-                raise UserError(f"{name}: empty; give a number")
-            return value
-
-        return cls(
-            steps=given("steps", form.steps),
-            count=given("pictures", form.count),
-            seed=given("seed", form.seed),
-            batch_size=given("batch size", form.batch_size),
-            strength=given("strength", form.strength),
-            background=given("background", form.background),
-            variety=given("variety", form.variety),
-            downsample=given("downsample", form.downsample),
-            reference_strength=given("reference strength", form.reference_strength),
-        )
+        values = {field.name: getattr(form, field.name) for field in fields(cls)}
+        if empty := next((name for name, value in values.items() if value is None), None):
+            raise UserError(f"{page_name(empty)}: empty; give a number")
+        return cls(**values)
 
 
 def job_of(session: Session, form: Form) -> Job:
@@ -81,7 +63,6 @@ def job_of(session: Session, form: Form) -> Job:
                 file=stored.file, sha256=stored.sha256, strength=numbers.reference_strength, dots=session.dots
             ),
         )
-    check_weighting(Weighting(numbers.background))  # checked even where no dot uses it
     job = Job(
         mode=form.mode,
         references=references,
@@ -104,7 +85,7 @@ def job_of(session: Session, form: Form) -> Job:
         batch_size=numbers.batch_size,
         attention_map=form.attention_map and bool(references),
     )
-    return check(job)
+    return check(job, page_name)
 
 
 def _check_parts(session: Session, form: Form, prompt: str) -> None:
@@ -123,24 +104,19 @@ def _check_parts(session: Session, form: Form, prompt: str) -> None:
 
 
 def _check_numbers(numbers: Numbers, guidance: float | None) -> None:
-    """UserError for a number out of range."""
-    if not 0 < numbers.reference_strength < math.inf:
-        raise UserError(f"reference strength: {numbers.reference_strength:g}; use a number above 0")
-    if not 1 <= numbers.count <= MAX_COUNT:
-        raise UserError(f"pictures: {numbers.count}; use 1 to {MAX_COUNT}")
-    if not 0 <= numbers.seed <= MAX_SEED - numbers.count:
-        raise UserError(f"seed: {numbers.seed}; use 0 to {MAX_SEED - numbers.count}")
-    names = ("steps", "batch_size", "downsample", "strength")
-    values = {name: getattr(numbers, name) for name in names}
-    check_values(values if guidance is None else values | {"guidance": guidance})
+    """UserError for a number out of range, even of an input that the mode does not use; variety only where it does."""
+    Limits(1, MAX_PER_PRESS).check(page_name("count"), numbers.count)
+    check_seeds(numbers.seed, numbers.count, page_name)
+    check_numbers(vars(numbers) | {"variety": None, "guidance": guidance}, page_name)
 
 
 def _controls(session: Session, form: Form) -> tuple[JobControl, ...]:
     """The ticked controls. UserError for an invalid scale."""
     controls = []
     for kind, scale in form.controls:
-        if scale is None or not 0 <= scale < math.inf:
-            raise UserError(f"{kind}: scale {scale}; use a number of at least 0")
+        if scale is None:
+            raise UserError(f"{kind} scale: empty; give a number")
+        LIMITS["control_scale"].check(f"{kind} scale", scale)
         controls.append(JobControl(kind=kind, scale=scale, image=_input(session.maps.get(kind))))
     return tuple(controls)
 
@@ -149,8 +125,17 @@ def _input(stored: Stored | None) -> Input | None:
     return None if stored is None else Input(file=stored.file, sha256=stored.sha256)
 
 
+def page_name(name: str) -> str:
+    """What the page calls a field of a Job."""
+    return "pictures" if name == "count" else plain_name(name)
+
+
 def in_page_words(message: str) -> str:
-    """A UserError's line for the page: options that are inputs of the page lose their dashes."""
+    """A UserError's line for the page: options that are inputs of the page lose their dashes.
+
+    The checks of a form name its inputs themselves. This is for errors of the work that follows, which names options
+    whoever asked for it: sizes (generation.run), detectors and files.
+    """
     keep_dashes = "|".join(RUNTIME_OPTIONS)
     line = re.sub(rf"--(?!(?:{keep_dashes})\b)([a-z]+(?:-[a-z]+)*)", lambda m: m[1].replace("-", " "), message)
     return " ".join(line.split())

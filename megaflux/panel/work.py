@@ -19,8 +19,9 @@ from megaflux.common.errors import UserError
 from megaflux.data.images import decode, strict_pillow
 from megaflux.generation.condition import ReferenceTokens, t5_limits, token_weights
 from megaflux.generation.dots import griddot
-from megaflux.generation.dots.dots import Dot, Weighting, check_weighting
+from megaflux.generation.dots.dots import Dot, Weighting
 from megaflux.generation.dots.heat_map import heat_map
+from megaflux.generation.request import check_weighting
 from megaflux.generation.run import Result, read_inputs, run, steps_taken
 from megaflux.infer.load import Loaded
 from megaflux.infer.make import Written, write

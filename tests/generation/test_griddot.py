@@ -10,9 +10,9 @@ import torch
 from megaflux.common.errors import UserError
 from megaflux.generation.condition import PromptEmbeds, prompt_embeds, token_weights
 from megaflux.generation.dots import griddot
-from megaflux.generation.dots.dots import Dot, Weighting, check_weighting, parse_dot, read_dots
+from megaflux.generation.dots.dots import Dot, Weighting, parse_dot, read_dots
 from megaflux.generation.dots.heat_map import heat_map
-from megaflux.generation.request import Reference
+from megaflux.generation.request import Reference, check_weighting
 from megaflux.models.latents import image_ids, text_ids
 from megaflux.runs import load_pipeline
 from tests.conftest import picture

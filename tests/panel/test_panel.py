@@ -124,14 +124,14 @@ def test_a_job_holds_what_its_mode_uses_and_no_more():
         (Session(), {"mode": "img2img"}, "mode img2img needs a picture to begin with"),
         (dotted(), {"mode": "inpaint"}, "mode inpaint needs a mask"),
         (dotted(), {"mode": "controlnet"}, "mode controlnet needs a control"),
-        (dotted(), {"mode": "controlnet", "controls": (("canny", None),)}, "canny: scale None; use"),
+        (dotted(), {"mode": "controlnet", "controls": (("canny", None),)}, "canny scale: empty"),
         (dotted(), {"steps": None}, "steps: empty"),
-        (dotted(), {"steps": 0}, "--steps 0: use at least 1"),
+        (dotted(), {"steps": 0}, "^steps: 0; use 1 to 100000"),
         (dotted(), {"count": 65}, "pictures: 65; use 1 to 64"),
         (dotted(), {"seed": -1}, "seed: -1"),
         (dotted(), {"reference_strength": 0.0}, "reference strength: 0"),
         (dotted(), {"variety": 1.0}, "variety: 1.0"),
-        (dotted(), {"guidance": -1.0}, "--guidance -1.0"),
+        (dotted(), {"guidance": -1.0}, "^guidance: -1.0"),
         (dotted(), {"background": -1.0}, "background: -1.0"),
     ],
 )
@@ -142,7 +142,7 @@ def test_an_invalid_form_is_one_line(session, form, said):
 
 
 def test_the_page_has_no_options_but_those_of_the_start():
-    assert in_page_words("--steps 0: use at least 1\n") == "steps 0: use at least 1"
+    assert in_page_words("--match-input-size: there is no picture\n") == "match input size: there is no picture"
     assert in_page_words("--mask-point: give --mask FILE") == "mask point: give mask FILE"
     assert in_page_words("give --depth-model DIR or --control-image x") == "give --depth-model DIR or control image x"
 

@@ -6,7 +6,6 @@ Imports nothing heavy: a command line checks them before it loads anything.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,17 +45,6 @@ class Weighting:
 
 
 NEUTRAL = Weighting()
-
-
-def check_weighting(weighting: Weighting) -> Weighting:
-    """The weighting. UserError for an invalid value."""
-    if not 0 <= weighting.background < math.inf:
-        raise UserError(f"background: {weighting.background}; use a weight of at least 0 (1 is neutral)")
-    if not 0 <= weighting.variety < 1:
-        raise UserError(f"variety: {weighting.variety}; use a share from 0 to below 1")
-    if weighting.downsample < 1:
-        raise UserError(f"downsample: {weighting.downsample}; use 1 (as it is) or more")
-    return weighting
 
 
 def parse_dot(text: str) -> tuple[int, Dot]:
