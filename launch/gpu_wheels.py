@@ -201,8 +201,8 @@ def fetch(name: str, version: str, python: str, out: Path) -> str:
             str(out),
             f"{name}=={version}",
         )
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in said if line.startswith("ERROR")] or said or ["pip said nothing"]
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip said nothing"]
     return errors[-1][:200] if done.returncode else ""
 
 

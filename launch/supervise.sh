@@ -212,7 +212,7 @@ while :; do
   fi
 
   if [ "$code" -eq 2 ]; then
-    log "attempt $attempt: exit code 2 after $lasted s: bad input, which no restart mends"
+    log "attempt $attempt: exit code 2 after $lasted s: bad input, which no restart fixes"
     exit 2
   fi
   if got_nowhere; then

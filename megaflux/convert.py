@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaflux.common.command import Parser
-from megaflux.common.errors import UserError, exit_on_user_error
+from megaflux.common.errors import UserError, exit_on_user_error, one_line
 from megaflux.common.paths import path_option
 from megaflux.generation.layout import (
     CONNECTOR,
@@ -193,7 +193,7 @@ def read_linear(file: Path, prefix: str, shape: tuple[int, int]) -> nn.Linear:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        line = " ".join(str(error).split())[:160]
+        line = one_line(error, 160)
         raise UserError(f"{file}: holds more than tensors, or is damaged ({line}); get it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds no dictionary of tensors; get it again")

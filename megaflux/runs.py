@@ -15,7 +15,7 @@ from megaflux.config.schema import Config
 from megaflux.generation.layout import MANIFEST, Settings
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 from megaflux.generation.runtime import device_and_dtype
-from megaflux.models.pretrained import Models, cast, load_models
+from megaflux.models.pretrained import Models, load_models, move_to
 from megaflux.training.checkpoint import manifest as manifests
 from megaflux.training.checkpoint import saved, weights
 from megaflux.training.checkpoint.resume import identity
@@ -84,7 +84,7 @@ def load(run: TrainedRun, device: torch.device | str = "cpu", dtype: torch.dtype
     models = load_models(run.config, device, dtype)
     # Cast before loading: float32 weights would lose bits if copied into bfloat16 parameters.
     if dtype is None and weights.any_float32(run.manifest, run.checkpoint):
-        cast(models.trainable, device, torch.float32)
+        move_to(models.trainable, device, torch.float32)
     weights.load_weights(run.checkpoint, run.manifest, run.config, models)
     return models
 

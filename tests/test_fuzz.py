@@ -257,7 +257,7 @@ def test_an_index(dataset, opened, data):
         (folder / "index.json").write_bytes(data)
         for check in (True, False):
             shards, problems = inspect_index(folder, check, expected_samples=6)
-            assert not any("\n" in problem for problem in problems)
+            assert not any("\n" in str(problem) for problem in problems)
             if not problems:
                 assert sum(shard["samples"] for shard in shards) == 6
                 assert column_encodings(shards) and len(fingerprint({"1:1": shards})) == 64

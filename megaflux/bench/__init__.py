@@ -1,0 +1,1 @@
+"""Benchmarks: speed, memory, traffic and numerics of training and generation."""

@@ -220,13 +220,13 @@ class _RmsNorm(torch.autograd.Function):
     """One operation each way, which keeps what torch's fused RMSNorm keeps on a GPU. For fake tensors: no values."""
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         out, rstd = _rms_norm(x, weight)
         ctx.save_for_backward(x, rstd, weight)
         return out
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
         return _rms_norm_backward(dout.contiguous(), *ctx.saved_tensors)  # as the CUDA kernel does
 
 

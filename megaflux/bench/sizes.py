@@ -95,7 +95,7 @@ def add_size_arguments(parser: argparse.ArgumentParser, full: bool, components: 
         "--components",
         choices=("attention", "block"),
         default=components,
-        help=f"what trains of a block that trains (default {components})",
+        help=f"which part of a trained block trains (default {components})",
     )
     parser.add_argument(
         "--train-blocks",

@@ -409,13 +409,13 @@ def ratios(found: Sequence[Row]) -> list[str]:
     for shape in dict.fromkeys(shape for shape, _ in times):
         pairs = [(a, b) for a, b in RATIOS if (shape, a) in times and (shape, b) in times]
         if pairs:
-            said = (f"{a} {times[shape, b] / times[shape, a]:.2f}x {b}" for a, b in pairs)
-            lines.append(f"{shape}: " + ", ".join(said))
+            texts = (f"{a} {times[shape, b] / times[shape, a]:.2f}x {b}" for a, b in pairs)
+            lines.append(f"{shape}: " + ", ".join(texts))
     return lines
 
 
 def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
-        with suppress(RuntimeError):  # a GPU left unusable by an arm: that arm's line has said so
+        with suppress(RuntimeError):  # a GPU left unusable by an arm: that arm's line has reported it
             torch.cuda.empty_cache()

@@ -17,6 +17,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from types import TracebackType
 
 STOPPED, STUCK, INTERRUPTED = 10, 11, 130
 OUTSIDE_TORCH = (
@@ -48,6 +49,11 @@ class FrozenParameterError(RuntimeError):
     """A gradient reached a parameter that the active stage keeps frozen. Always a bug, never skipped."""
 
 
+def one_line(error: object, most: int | None = 200) -> str:
+    """The text of an exception or message without line breaks and repeated spaces, cut after `most` characters (None: whole)."""
+    return " ".join(str(error).split())[:most]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU ran out of memory: in torch's allocator, or in a library that allocates from CUDA itself (cuBLAS,
     cuDNN, Triton, NCCL), which torch reports as a RuntimeError."""
@@ -61,7 +67,9 @@ def quiet_interrupt() -> None:
 
     Programs call it before their slow imports; afterwards `exit_on_user_error` does the same."""
 
-    def hook(kind: type[BaseException], error: BaseException, trace: object, before=sys.excepthook) -> None:
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not issubclass(kind, KeyboardInterrupt):
             return before(kind, error, trace)
         _say_interrupted()
@@ -92,7 +100,7 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         together = dist is not None and dist.is_available() and dist.is_initialized()
         own = error.own and os.environ.get("LOCAL_RANK", "0") == "0"
         if rank == "0" or own or (together and not error.agreed):
-            line = " ".join(str(error).split())
+            line = one_line(error, None)
             print(f"error: {line}" if rank == "0" else f"error: rank {rank}: {line}", file=sys.stderr)
         code = error.code
         if together:

@@ -16,8 +16,8 @@ from typing import Any
 def expanded(text: str) -> str:
     """The path with `~` or `~user` at its beginning replaced by that home; any other text as it is.
 
-    ValueError, one line with the mend, where there is no such user or home, and where the home holds nothing of that name
-    but a folder named "~" in the working directory does: earlier versions wrote there, and a run is not begun anew in silence.
+    ValueError, one line with the remedy, where there is no such user or home, and where the home holds nothing of that name
+    but a folder named "~" in the working directory does: earlier versions wrote there, and a run is never restarted silently.
     """
     if not text.startswith("~") or "\0" in text:
         return text

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from megaflux.common.errors import UserError
 
 CPU = torch.device("cpu")
+HEARTBEAT = 2.0  # s between exchanges of ranks that wait for longer work; far below any collective's time limit
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,21 @@ def gathered(value: Any, world: World) -> list[Any]:
     values = [None] * world.size
     dist.all_gather_object(values, value)
     return values
+
+
+def exchanged_until_done(state: Callable[[], tuple[bool, T]], world: World) -> Iterator[list[tuple[bool, T]]]:
+    """Every rank's (done, value), exchanged until all ranks are done; the last exchange is yielded too. Collective.
+
+    state: called before each exchange, for this rank's. For waits longer than a collective's time limit: the pause doubles
+    from 0.05 s to HEARTBEAT."""
+    pause = 0.05
+    while True:
+        found = gathered(state(), world)
+        yield found
+        if all(done for done, _ in found):
+            return
+        time.sleep(pause)
+        pause = min(2 * pause, HEARTBEAT)
 
 
 def raise_first(problem: str | None, world: World) -> None:

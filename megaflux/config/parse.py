@@ -13,18 +13,18 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from megaflux.common.errors import UserError
+from megaflux.common.errors import UserError, one_line
 from megaflux.config import plain_yaml
 from megaflux.config.schema import Config, Stage, field_paths, is_section
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """ "did you mean X?" for the known name that ends alike (--lr, --optim.lr) or else is spelled most alike. Where none is
-    close, a list of at most 12 known names is given whole."""
+    """ "did you mean X?" for the known name with the same last part (--lr, --optim.lr), or else the most similar spelling;
+    otherwise lists the known names, if there are at most 12."""
     last = name.lstrip("-").rpartition(".")[2]
-    alike = [option for option in known if option.lstrip("-").rpartition(".")[2] == last]
+    same_last = [option for option in known if option.lstrip("-").rpartition(".")[2] == last]
     few = len(known) <= 12
-    match = alike or difflib.get_close_matches(name, known, n=1, cutoff=0.4 if few else 0.0)
+    match = same_last or difflib.get_close_matches(name, known, n=1, cutoff=0.4 if few else 0.0)
     return f"did you mean {match[0]}?" if match else "known: " + ", ".join(known)
 
 
@@ -47,7 +47,7 @@ def load_yaml(path: str, option: str = "") -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        problem = one_line(getattr(error, "problem", None) or error, None)
         raise UserError(f"{where}{path}{line}: {problem}; write plain `key: value` lines") from None
     if values is None:
         return {}
@@ -100,7 +100,7 @@ def _parse_text(path: str, text: str) -> Any:
     try:
         return plain_yaml.load(text)
     except yaml.YAMLError as error:
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        problem = one_line(getattr(error, "problem", None) or error, None)
         raise UserError(f"--{path} {shortened(text)}: {problem}") from None
 
 

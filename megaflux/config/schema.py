@@ -222,7 +222,7 @@ class Optim(Section):
     plateau_fraction: Fraction = 0.0
     """Part of all updates at lr; the rate then falls linearly to 0 at the end of the run, across stages."""
     spike_sigma: NonNegative = 6.0
-    """An update is dropped, on all ranks alike, if its gradient norm is this many standard deviations above the mean of the
+    """An update is dropped on all ranks if its gradient norm is this many standard deviations above the mean of the
     previous norms; 0: never. An update whose norm is not finite is always dropped."""
     spike_window: Count = 128
     """Number of norms in that mean. It is used from 64 norms on, and is reset at each stage."""
@@ -299,8 +299,10 @@ class Config(Section):
         if min(self.stage_updates()) < 1:
             shares = [stage.share for stage in self.stages]
             enough = math.fsum(shares) / min(shares)
-            mend = f"use at least {math.ceil(enough)} or drop stages" if enough <= MOST else "raise the smallest share"
-            raise ValueError(f"train.updates: {self.train.updates} leaves a stage without updates; {mend}")
+            remedy = (
+                f"use at least {math.ceil(enough)} or drop stages" if enough <= MOST else "raise the smallest share"
+            )
+            raise ValueError(f"train.updates: {self.train.updates} leaves a stage without updates; {remedy}")
         return self
 
     def _number_of_blocks(self, name: str) -> int:

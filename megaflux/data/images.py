@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from megaflux.common.errors import one_line
 from megaflux.data.buckets import Bucket
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns up to twice as many; more are refused here
@@ -211,4 +212,4 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error) or type(error).__name__

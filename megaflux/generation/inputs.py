@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from megaflux.common.errors import UserError
 from megaflux.data import images
+from megaflux.data.tensors import from_picture
 
 
 def reference_tensor(picture: Image.Image, longest_side: int, name: str = "reference") -> tuple[Tensor, list[str]]:
@@ -23,7 +22,7 @@ def reference_tensor(picture: Image.Image, longest_side: int, name: str = "refer
         width, height = (max(1, round(side * scale)) for side in picture.size)
         notes.append(f"{name}: {picture.width}x{picture.height} scaled down to {width}x{height}")
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], notes
+    return from_picture(picture)[None], notes
 
 
 def canvas(picture: Image.Image, height: int, width: int, name: str = "image") -> tuple[Image.Image, list[str]]:

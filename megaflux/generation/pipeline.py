@@ -1,4 +1,4 @@
-"""Qwen2VLFluxPipeline: reference pictures, a prompt, and what else a mode needs -> pictures.
+"""Qwen2VLFluxPipeline: reference pictures, a prompt, and mode-specific inputs -> pictures.
 
 In diffusers' conventions: keyword names, `.images`, `generator`, `callback_on_step_end`, `output_type`, `to`,
 `save_pretrained`. The arguments decide the mode, and so the pipeline of diffusers that samples (sampling.py):

@@ -17,7 +17,7 @@ from megaflux.common import compat  # noqa: F401  (before diffusers)
 from diffusers.models import FluxTransformer2DModel
 
 from megaflux.common.errors import UserError
-from megaflux.models.pretrained import Models, cast
+from megaflux.models.pretrained import Models, move_to
 from megaflux_kernels import cudnn
 
 # Layers that stay in bf16, as in the released tool: norms, their modulations, and the streams' inputs and outputs.
@@ -77,11 +77,11 @@ class Offload:
             parts += [models.t5.encoder, models.t5.embedder]
         try:
             for part in parts:
-                cast(part, self.device, dtype)
+                move_to(part, self.device, dtype)
             yield
         finally:
             for part in parts:
-                cast(part, "cpu", dtype)
+                move_to(part, "cpu", dtype)
             _empty_cache()
 
     @contextmanager
@@ -93,7 +93,7 @@ class Offload:
             return
         try:
             if models.t5 is not None:
-                cast(models.t5.embedder, self.device, dtype)
+                move_to(models.t5.embedder, self.device, dtype)
             flux.enable_model_cpu_offload(device=self.device)
             yield
         finally:
@@ -102,7 +102,7 @@ class Offload:
                 if isinstance(part, nn.Module):
                     part.to("cpu")
             if models.t5 is not None:
-                cast(models.t5.embedder, "cpu", dtype)
+                move_to(models.t5.embedder, "cpu", dtype)
             _empty_cache()
 
 

@@ -93,7 +93,14 @@ class SamplingRequest:
 class EulerScheduler(FlowMatchEulerDiscreteScheduler):
     """diffusers' scheduler for a model in float64: diffusers rounds sigmas and steps to float32, this does not."""
 
-    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: Any = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: Any = None,
+        timesteps: Any = None,
+    ) -> None:
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         wide = torch.as_tensor(sigmas, dtype=torch.float64)
         if self.config["use_dynamic_shifting"]:
@@ -104,7 +111,7 @@ class EulerScheduler(FlowMatchEulerDiscreteScheduler):
         self.timesteps = (wide * self.config["num_train_timesteps"]).to(device)
         self.sigmas = torch.cat([wide, wide.new_zeros(1)]).to(device)
 
-    def step(self, model_output: Tensor, timestep, sample: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
         if self.step_index is None:
             self._init_step_index(timestep)
         index = self.step_index

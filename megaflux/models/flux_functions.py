@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -154,24 +154,24 @@ def stream_linears(
 
 class _ContiguousGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attn_output):
+    def forward(ctx: Any, attn_output: Any) -> Any:
         return attn_output.view_as(attn_output)
 
     @staticmethod
-    def backward(ctx, dattn_output):
+    def backward(ctx: Any, dattn_output: Any) -> Any:
         return dattn_output.contiguous()
 
 
 class _Modulated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, shift):
+    def forward(ctx: Any, x: Any, scale: Any, shift: Any) -> Any:
         out, mean, rstd = modulate.forward(x, scale, shift)
         ctx.save_for_backward(x, mean, rstd, scale)
         ctx.set_materialize_grads(False)
         return out, x
 
     @staticmethod
-    def backward(ctx, dout, residual):
+    def backward(ctx: Any, dout: Any, residual: Any) -> Any:
         if dout is None:
             return residual, None, None
         x, mean, rstd, scale = ctx.saved_tensors
@@ -181,7 +181,9 @@ class _Modulated(torch.autograd.Function):
 
 class _ModulatedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, n, x, scale, shift, sizes, handover, *parameters):
+    def forward(
+        ctx: Any, n: Tensor, x: Any, scale: Any, shift: Any, sizes: Any, handover: Any, *parameters: Any
+    ) -> Any:
         weights, biases = halves(parameters)
         ctx.sizes, ctx.handover = sizes, handover
         ctx.rebuilds = any(ctx.needs_input_grad[6 : 6 + len(weights)])
@@ -193,7 +195,7 @@ class _ModulatedLinears(torch.autograd.Function):
         return tuple(products(n, *group) for group in groups)
 
     @staticmethod
-    def backward(ctx, *douts):
+    def backward(ctx: Any, *douts: Any) -> Any:
         saved = ctx.saved_tensors  # once: checkpointing gives them out once
         adaln, (weights, _) = saved[: 3 * ctx.rebuilds], halves(saved[3 * ctx.rebuilds :])
         groups = list(grouped(weights, ctx.sizes))
@@ -214,7 +216,18 @@ class _ModulatedLinears(torch.autograd.Function):
 
 class _NormAndRotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, norm_q, norm_k, cos, sin, heads, eps, keep_input, handover):
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        norm_q: Tensor,
+        norm_k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        heads: int,
+        eps: float,
+        keep_input: bool,
+        handover: Any,
+    ) -> Any:
         q, k, v, rstd = qk_norm_rope.forward(Stream(qkv, norm_q, norm_k), (cos, sin), heads, eps=eps)
         ctx.handover = handover
         ctx.save_for_backward(q, k, rstd, norm_q, norm_k, cos, sin, qkv if keep_input else None)
@@ -222,7 +235,7 @@ class _NormAndRotate(torch.autograd.Function):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx, *douts):
+    def backward(ctx: Any, *douts: Any) -> Any:
         out = ctx.handover.take_qkv_gradient()
         if all(dout is None for dout in douts):
             return (None,) * 9
@@ -236,14 +249,14 @@ class _NormAndRotate(torch.autograd.Function):
 
 class _LastNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, residual, x, gate, scale, shift):
+    def forward(ctx: Any, residual: Any, x: Any, gate: Tensor, scale: Any, shift: Any) -> Any:
         hidden, n, mean, rstd = gate_residual.forward_modulate(residual, x, gate, scale, shift)
         kept = (residual, x) if ctx.needs_input_grad[2] else (hidden, None)
         ctx.save_for_backward(gate, scale, mean, rstd, *kept)
         return n
 
     @staticmethod
-    def backward(ctx, dn):
+    def backward(ctx: Any, dn: Any) -> Any:
         gate, scale, mean, rstd, hidden, x = ctx.saved_tensors
         if x is not None:
             hidden = gate_residual.forward(hidden, x, gate)
@@ -253,7 +266,9 @@ class _LastNorm(torch.autograd.Function):
 
 class _StreamLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attn_output, text_tokens, w_image, b_image, w_text, b_text):
+    def forward(
+        ctx: Any, attn_output: Any, text_tokens: int, w_image: Tensor, b_image: Any, w_text: Tensor, b_text: Any
+    ) -> Any:
         ctx.text_tokens, ctx.shape = text_tokens, attn_output.shape
         trains = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
         ctx.save_for_backward(w_image, w_text, attn_output if trains else None)  # attention keeps it anyway
@@ -262,7 +277,7 @@ class _StreamLinears(torch.autograd.Function):
         return linear(image, w_image, b_image), linear(text, w_text, b_text)
 
     @staticmethod
-    def backward(ctx, dimage, dtext):
+    def backward(ctx: Any, dimage: Any, dtext: Any) -> Any:
         w_image, w_text, attn_output = ctx.saved_tensors
         T, needs = ctx.text_tokens, ctx.needs_input_grad
         streams = (
@@ -285,7 +300,20 @@ class _StreamLinears(torch.autograd.Function):
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pre, attn_output, x, scale, shift, recompute, handover, w_in, b_in, w_out, b_out):
+    def forward(
+        ctx: Any,
+        pre: Tensor,
+        attn_output: Any,
+        x: Any,
+        scale: Any,
+        shift: Any,
+        recompute: bool,
+        handover: Any,
+        w_in: Tensor,
+        b_in: Any,
+        w_out: Tensor,
+        b_out: Any,
+    ) -> Any:
         ctx.recompute, ctx.handover = recompute, handover
         ctx.split = 0 if attn_output is None else attn_output.shape[-1]
         keeps_attention = ctx.needs_input_grad[9] and attn_output is not None
@@ -295,7 +323,7 @@ class _GeluLinear(torch.autograd.Function):
         return F.linear(gelu_concat.forward(attn_output, pre), w_out, b_out)
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Any) -> Any:
         w_out, attn_output, *kept = ctx.saved_tensors
         need_pre, need_attention, *_, need_w_out, need_b_out = ctx.needs_input_grad
         pre = _recomputed_pre(ctx.handover, *kept) if ctx.recompute else kept.pop()

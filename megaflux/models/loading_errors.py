@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from megaflux.common.errors import UserError, is_out_of_memory
+from megaflux.common.errors import UserError, is_out_of_memory, one_line
 from megaflux.models.safetensors_files import is_pointer
 
 
@@ -27,11 +27,10 @@ class named:
             return
         if is_out_of_memory(error):
             return
-        line = " ".join(str(error).split())
         file = _unreadable(self.where)
         if file is not None and is_pointer(file):
             raise UserError(f"{file}: is a git-lfs pointer, not the file; fetch it with `git lfs pull`") from error
-        raise UserError(f"{file or self.where}: cannot be loaded: {line[:400]}") from error
+        raise UserError(f"{file or self.where}: cannot be loaded: {one_line(error, 400)}") from error
 
 
 def _unreadable(where: str) -> Path | None:

@@ -30,8 +30,8 @@ def side_by_side(tensors: Sequence[Tensor]) -> bool:
     first, offset = tensors[0], tensors[0].storage_offset()
     storage = first.untyped_storage()._cdata
     for tensor in tensors:
-        alike = tensor.untyped_storage()._cdata == storage and tensor.dtype == first.dtype
-        if not (alike and tensor.storage_offset() == offset and tensor.is_contiguous()):
+        same = tensor.untyped_storage()._cdata == storage and tensor.dtype == first.dtype
+        if not (same and tensor.storage_offset() == offset and tensor.is_contiguous()):
             return False
         offset += tensor.numel()
     return True

@@ -73,14 +73,14 @@ class Models:
         float32."""
         modules: tuple[nn.Module, ...] = (self.trainable, self.trunk.vlm, self.vae)
         for module in modules:
-            cast(module, device, dtype)
+            move_to(module, device, dtype)
         self.pooled_projections = self.pooled_projections.to(device, dtype)
         if self.t5 is not None:
             self.t5.to(device, dtype)
         return self
 
 
-def cast(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None) -> None:
+def move_to(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None) -> None:
     """Move a module to a device and cast its parameters (dtype None: only move). Buffers keep their dtype: RoPE's inv_freq
     loses its angles in bf16.
 

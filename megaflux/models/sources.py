@@ -69,7 +69,7 @@ def hub_name(source: str) -> str | None:
 
 
 def problem(source: str) -> str | None:
-    """Why a source can be neither read nor fetched, with the mend, to follow its name; None: it can be tried."""
+    """Why a source can be neither read nor fetched, with the remedy, to follow its name; None: it can be tried."""
     if source.startswith(HUB):
         return None if hub_name(source) else "is not a hub name; give hub:owner/name"
     if os.path.isdir(source) or hub_name(source):

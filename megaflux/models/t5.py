@@ -94,7 +94,7 @@ def image_tokens_only(controlnet: nn.Module, num_image_tokens: int) -> Iterator[
     and its own context_embedder cannot read T5's."""
     forward, n = controlnet.forward, num_image_tokens
 
-    def sliced(*args, encoder_hidden_states: Tensor, txt_ids: Tensor, **kwargs):
+    def sliced(*args: Any, encoder_hidden_states: Tensor, txt_ids: Tensor, **kwargs: Any) -> Any:
         ids = txt_ids[:n] if txt_ids.ndim == 2 else txt_ids[:, :n]
         return forward(*args, encoder_hidden_states=encoder_hidden_states[:, :n], txt_ids=ids, **kwargs)
 

@@ -50,8 +50,8 @@ def join_vlm(trunk_model: Qwen2VLModel, tail: Qwen2VLTextModel) -> Qwen2VLModel:
 
 
 def defer_norm(tail: Qwen2VLTextModel, defer: bool) -> None:
-    """Leave the tail's final norm to the reader of its output (the connector's kernel applies it on the way), or have
-    the tail apply it again. The norm keeps its place and its weight."""
+    """Skip the tail's final norm, because the connector's kernel applies it, or apply it in the tail again. The norm
+    keeps its place and its weight."""
     if defer:
         vars(tail.norm)["forward"] = _unchanged
     else:

@@ -1,0 +1,1 @@
+"""Training: stages, updates, checkpoints, fault handling, planning, reports."""

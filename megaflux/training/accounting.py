@@ -66,7 +66,7 @@ class Report:
     """Updates done, repeated ones counted each time."""
     faults: list[dict[str, Any]]
     backwards: float
-    """Seconds by which the clock was put back in total; they do not count as time."""
+    """Seconds by which the clock was set back in total; they do not count as time."""
 
     @property
     def wall(self) -> float:

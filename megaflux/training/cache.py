@@ -24,8 +24,8 @@ from typing import Any, TypeVar, cast
 import torch
 from tqdm import tqdm
 
-from megaflux.common.errors import STUCK, UserError
-from megaflux.common.ranks import World, gathered
+from megaflux.common.errors import STUCK, UserError, one_line
+from megaflux.common.ranks import World, exchanged_until_done
 from megaflux.config.schema import Config
 from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
 from megaflux.data.storage.index import stored_file
@@ -33,13 +33,13 @@ from megaflux.data.storage.parts import Part, Writing, all_parts, complete, miss
 from megaflux.data.tensors import from_stored_image
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import Models, weights_fingerprint
-from megaflux.training.distributed import HEARTBEAT, from_main
+from megaflux.training.distributed import from_main
 from megaflux.training.planning.cache_size import CacheSize, check_room, size_of_run
 from megaflux.training.survival.watch import leave
 
 log = logging.getLogger("megaflux")
 BATCH = 32
-SAY_EVERY = 60.0  # s between progress lines in a log file
+LOG_EVERY = 60.0  # s between progress lines in a log file
 
 
 def cached_dataset(config: Config, models: Models, world: World) -> str:
@@ -85,7 +85,7 @@ def _planned(root: Path, original: Path, info: DatasetInfo, size: CacheSize) -> 
         return None
     parts = all_parts(original, info)
     todo = missing(root, parts)
-    log.info("%s", size.told(parts))
+    log.info("%s", size.describe(parts))
     check_room(root, size, todo)
     return parts, todo
 
@@ -109,12 +109,15 @@ def _compute(share: _Share, total: int, what: str, world: World) -> None:
 
 
 def _wait(work: Future[None], share: _Share, what: str, bar: tqdm, world: World) -> None:
-    pause, said = 0.05, time.monotonic()
-    last, moved, patience = share.done, time.monotonic(), share.config.train.hang_timeout
-    while True:
+    last_logged = moved = time.monotonic()
+    last, patience = share.done, share.config.train.hang_timeout
+
+    def state() -> tuple[bool, tuple[int, str | None]]:
+        """(whether this rank has finished, (its images so far, its problem))."""
+        nonlocal last, moved
         if share.done != last or work.done():
             last, moved = share.done, time.monotonic()
-        elif time.monotonic() - moved > patience:  # the thread that hangs cannot say so itself
+        elif time.monotonic() - moved > patience:  # the thread that hangs cannot report it itself
             leave(f"{what}: no image in {patience:.0f} s (train.hang_timeout)", STUCK, stacks=True)
         finished, problem = work.done(), None
         if finished:
@@ -122,17 +125,18 @@ def _wait(work: Future[None], share: _Share, what: str, bar: tqdm, world: World)
                 work.result()  # other errors (a bug, out of memory) end this rank, and with it the others' wait
             except UserError as error:
                 problem = f"rank {world.rank}: {error}" if world.rank else str(error)
-        done, ready, problems = zip(*gathered((share.done, finished, problem), world), strict=True)
-        bar.update(sum(done) - bar.n)
-        if any(problems):
-            raise UserError(next(filter(None, problems)), agreed=True)
-        if all(ready):
-            return
-        if world.is_main and bar.disable and time.monotonic() - said > SAY_EVERY:
-            log.info("%s: %d of %d images", what, sum(done), bar.total)
-            said = time.monotonic()
-        time.sleep(pause)
-        pause = min(2 * pause, HEARTBEAT)
+        return finished, (share.done, problem)
+
+    for found in exchanged_until_done(state, world):
+        images = sum(done for _, (done, _) in found)
+        bar.update(images - bar.n)
+        first = next((problem for _, (_, problem) in found if problem), None)
+        if first:
+            raise UserError(first, agreed=True)
+        waiting = not all(finished for finished, _ in found)
+        if waiting and world.is_main and bar.disable and time.monotonic() - last_logged > LOG_EVERY:
+            log.info("%s: %d of %d images", what, images, bar.total)
+            last_logged = time.monotonic()
 
 
 class _Share:
@@ -191,7 +195,7 @@ class _Share:
         except Exception as error:  # Pillow's decoders raise exceptions of all kinds
             file = Path(self.config.data.path) / "train" / part.bucket.folder / stored_file(part.shard)["basename"]
             raise UserError(
-                f"{file}: the picture {row['key']!r} cannot be decoded ({' '.join(str(error).split())[:200]}), so there is "
+                f"{file}: the picture {row['key']!r} cannot be decoded ({one_line(error)}), so there is "
                 "nothing to cache; prepare the dataset again, or train with --data.cache none, which replaces it"
             ) from None
 

@@ -8,7 +8,6 @@ import os
 import random
 import socket
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megaflux.common.errors import UserError
-from megaflux.common.ranks import World, detect_world, gathered
+from megaflux.common.ranks import World, detect_world, exchanged_until_done
 from megaflux.training.determinism import make_deterministic
 from megaflux.training.survival import rendezvous
 from megaflux_kernels import cudnn
@@ -26,7 +25,6 @@ from megaflux_kernels import cudnn
 log = logging.getLogger("megaflux")
 # How long a rank waits in a collective for the others: one of them may be sampling a panel or hashing a checkpoint.
 PATIENCE = timedelta(hours=2)
-HEARTBEAT = 2.0  # s between the signs of life of ranks that wait for longer work; far below PATIENCE
 
 
 def start(quiet: bool = True, deterministic: bool = False) -> World:
@@ -64,8 +62,8 @@ def start(quiet: bool = True, deterministic: bool = False) -> World:
     level = logging.INFO if world.is_main else logging.WARNING
     logging.basicConfig(format="%(message)s")
     log.setLevel(level)
-    if said := cudnn.leave_out_if_wrong():
-        log.log(logging.WARNING if world.is_main else logging.DEBUG, said)
+    if warning := cudnn.leave_out_if_wrong():
+        log.log(logging.WARNING if world.is_main else logging.DEBUG, warning)
     return world
 
 
@@ -113,8 +111,8 @@ def from_main(value: T, world: World) -> T:
 def work_while_others_wait(work: Callable[[], None] | None, world: World) -> None:
     """Let some ranks do long work while the others wait; returns when all have finished. Collective.
 
-    work: this rank's part, run in this thread; None: this rank only waits. Waiting takes as long as the slowest rank
-    needs, which no collective's time limit allows for, so the ranks exchange a sign of life every HEARTBEAT seconds.
+    work: this rank's part, run in this thread; None: this rank only waits. The slowest rank may take
+    longer than a collective's time limit, so the ranks exchange a sign of life every few seconds (exchanged_until_done).
     The first UserError of a rank is raised on all."""
     done = threading.Event()
     problems: list[str] = []
@@ -122,18 +120,15 @@ def work_while_others_wait(work: Callable[[], None] | None, world: World) -> Non
     if work is None:
         done.set()
 
+    def state() -> tuple[bool, str | None]:
+        finished = done.is_set()
+        return finished, problems[0] if finished and problems else None
+
     def signs_of_life() -> None:
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)  # a thread begins with the first
-        pause = 0.05
-        while True:
-            finished = done.is_set()
-            found = gathered((finished, problems[0] if finished and problems else None), world)
-            if all(there for there, _ in found):
-                problems[:] = [f"rank {rank}: {line}" if rank else line for rank, (_, line) in enumerate(found) if line]
-                return
-            time.sleep(pause)
-            pause = min(2 * pause, HEARTBEAT)
+        *_, found = exchanged_until_done(state, world)
+        problems[:] = [f"rank {rank}: {line}" if rank else line for rank, (_, line) in enumerate(found) if line]
 
     if work is None:
         signs_of_life()
@@ -145,7 +140,7 @@ def work_while_others_wait(work: Callable[[], None] | None, world: World) -> Non
             except Exception as error:
                 failed.append(error)
 
-        # A daemon: what else `work` raises ends this rank, and with it the others' wait.
+        # A daemon: any other exception of `work` ends this rank, and with it the others' wait.
         others = threading.Thread(target=beside, daemon=True)
         others.start()
         try:

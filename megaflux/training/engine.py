@@ -69,7 +69,7 @@ class StageEngine:
         self.judge = judge
         self._norm = float("nan")
         self.dropped: Drop | None = None
-        """Why the last step was dropped, on all ranks alike; None: it was taken."""
+        """Why the last step was dropped, the same on all ranks; None: it was taken."""
         self._put_judge_before_step()
         if carried is not None and carried.tensors:
             self.take_over(carried)

@@ -39,7 +39,7 @@ log = logging.getLogger("megaflux")
 class Monitor:
     """Collects over `monitor.every` updates, then writes one point per curve."""
 
-    def __init__(self, config: Config, world: World, module, start_update: int, events: Events):
+    def __init__(self, config: Config, world: World, module: Any, start_update: int, events: Events):
         self.config, self.world, self.module, self.events = config, world, module, events
         self.replaced, self.done = 0, start_update
         self.replacements: list[tuple[int, str]] = []

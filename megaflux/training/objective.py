@@ -75,7 +75,7 @@ def encode_condition(config: Config, models: Models, batch: Batch, update: int, 
     """The frozen trunk's hidden states of a batch: from the cache, or of its pictures and captions by Qwen2-VL.
 
     drawn_index: which of the update's drawn batches this micro-batch was cut from. The kind of condition (image,
-    image and text, text) is drawn once for each, alike on all ranks and however it is cut."""
+    image and text, text) is drawn once for each, the same on all ranks and however it is cut."""
     if batch.hidden_states is not None:
         return models.trunk.from_cache(batch.hidden_states, batch.bucket.height, batch.bucket.width)
     mode = draw_mode(config.data.condition, config.run.seed, update, drawn_index)
@@ -105,7 +105,7 @@ def draw_time_and_noise(
 
 
 def draw_mode(modes: ConditionModes, seed: int, update: int, drawn_index: int) -> Mode:
-    """The kind of condition of one global batch as it was drawn, alike on all ranks, so that no rank skips a parameter."""
+    """The kind of condition of one global batch as it was drawn, the same on all ranks, so that no rank skips a parameter."""
     u = torch.rand((), generator=generator_for(seed, "mode", update, drawn_index)).item()
     if u < modes.image:
         return "image"

@@ -5,19 +5,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from megaflux.common.command import Parser
-from megaflux.common.errors import UserError, exit_on_user_error
+from megaflux.common.errors import UserError, exit_on_user_error, one_line
 from megaflux.common.paths import path_option
 from megaflux.config.parse import load_yaml
 from megaflux.training.accounting import SHARES, Report, account, whole
 from megaflux.training.survival import events as event_log
-from megaflux.training.text import duration
+from megaflux.training.text import duration, write_json_report
 
 FAULTS_SHOWN, ATTEMPTS_SHOWN = 5, 20  # newest ones printed
 
@@ -35,32 +34,27 @@ def main() -> None:
     batch, trouble = _batch_size(Path(args.run))
     _print(args.run, report, batch)
     if report.backwards:
-        print(f"note: the clock was put back, by {duration(report.backwards)} in total; that does not count as time")
+        print(f"note: the clock was set back, by {duration(report.backwards)} in total; that does not count as time")
     if skipped:
         print(f"note: {skipped} lines of {event_log.NAME} are torn or foreign and were skipped")
     if trouble:
         print(f"note: no images/s: {trouble}")
     if args.json:
-        try:
-            Path(args.json).write_text(json.dumps(_as_json(args.run, report, batch, skipped), indent=1) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"--json {args.json}: {error.strerror}; give a file in a folder that can be written"
-            ) from None
+        write_json_report(args.json, _as_json(args.run, report, batch, skipped))
 
 
 def _read(run: Path) -> tuple[list[dict[str, Any]], int]:
-    mend = "give the folder of a run (its run.dir) that has started at least once"
+    remedy = "give the folder of a run (its run.dir) that has started at least once"
     if not run.is_dir():
-        raise UserError(f"{run}: {'not a folder' if run.exists() else 'no such folder'}; {mend}")
+        raise UserError(f"{run}: {'not a folder' if run.exists() else 'no such folder'}; {remedy}")
     try:
         events, skipped = event_log.parse((run / event_log.NAME).read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{run}: holds no {event_log.NAME}; {mend}") from None
+        raise UserError(f"{run}: holds no {event_log.NAME}; {remedy}") from None
     except OSError as error:
         raise UserError(f"{run / event_log.NAME}: {error.strerror}; make it a readable file") from None
     if not events:
-        raise UserError(f"{run / event_log.NAME}: holds no event; {mend}")
+        raise UserError(f"{run / event_log.NAME}: holds no event; {remedy}")
     return events, skipped
 
 
@@ -113,7 +107,7 @@ def _print(run: str, report: Report, batch: int | None) -> None:
         words = str(fault.get("detail", ""))
         print(
             f"  {_when(fault['time'])}  update {fault.get('update', '?')}: {fault.get('what', '?')}"
-            + (f": {' '.join(words.split())[:200]}" if words else "")
+            + (f": {one_line(words)}" if words else "")
         )
 
 

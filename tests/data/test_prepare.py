@@ -351,7 +351,7 @@ def test_a_full_disk_is_one_line(source, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", str(tmp_path))
 
     monkeypatch.setattr(chunks, "open_writer", full)
-    with pytest.raises(UserError, match="No space left on device; once that is mended"):
+    with pytest.raises(UserError, match="No space left on device; once that is fixed"):
         prepare(str(source), tmp_path / "out", OPTIONS, workers=1, progress=False)
     with pytest.raises(UserError, match="No space left on device"):
         prepare(str(source), tmp_path / "out", OPTIONS, workers=2, progress=False)

@@ -173,7 +173,7 @@ def test_half_unpacked_and_read_only_is_said_at_once(dataset, tmp_path, opened):
                 f"{missing} of its shards are still to be unpacked there; make it writable, or set data.remote to"
                 in str(caught.value)
             )
-        cached = opened(tmp_path / "elsewhere", remote=str(root))  # the mend
+        cached = opened(tmp_path / "elsewhere", remote=str(root))  # the remedy
         assert not any(batch.replaced for batch in take(cached, BATCHES))
 
 

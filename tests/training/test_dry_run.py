@@ -134,7 +134,7 @@ def test_what_is_said_of_the_gpu_counts(data, tmp_path, capsys):
     assert slower["images_per_second"] < 0.6 * h100["images_per_second"]
     assert 47 < slower["memory_gb_per_gpu"] < 60 * 0.92
     assert "given: FLUX at 26% of 989 TFLOP/s" in slower["assumptions"][0]
-    none = report(config, memory_gb=40)  # where not even the smallest fits: the smallest, and the mend
+    none = report(config, memory_gb=40)  # where not even the smallest fits: the smallest, and the remedy
     assert set(none["micro_batch_size"].values()) == {1} and not any(
         row["fits"] for row in none["micro_batches"] if not row["cache"]
     )

@@ -332,14 +332,14 @@ def test_a_cache_says_its_size_before_it_is_written(data, tmp_path, caplog, monk
     config, models, found, size = parts_of(data, "latents", "trunk")
     counts = {b: sum(p.shard["samples"] for p in found if p.bucket == b) for b in size.per_picture}
     pictures, total = sum(counts.values()), sum(counts[b] * size.per_picture[b] for b in counts)
-    assert size.told(found) == (
+    assert size.describe(found) == (
         f"caching latents and trunk: float32, {total / pictures / 1e6:.3g} MB a picture, {pictures} pictures, "
         f"{total / 1e9:.3g} GB; 3,000,000 pictures would take {total / pictures * 3e6 / 1e9:.3g} GB"
     )
     one = parts_of(data, "trunk")[3]
     files = sum(part.shard["raw_data"]["bytes"] for part in found)  # the pictures lie in it too
     assert one.of_parts(found) == files + sum(counts[b] * one.per_picture[b] for b in counts)
-    assert "a picture beside its own file," in one.told(found)
+    assert "a picture beside its own file," in one.describe(found)
 
 
 def test_a_disk_without_room_for_what_is_missing_is_refused_before_anything_is_computed(data, tmp_path, monkeypatch):

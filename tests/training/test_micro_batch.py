@@ -206,11 +206,11 @@ def test_what_a_person_says_of_a_gpu_wins():
     given = Assumed(memory_gb=40, peak_tflops=500, mfu=0.26).of("NVIDIA H100 80GB HBM3")
     assert (given.memory_gb, given.peak_tflops, given.flux, given.trunk) == (40, 500, 0.26, 0.19)
     assert given.name == "H100 40 GB"
-    assert "given: FLUX at 26% of 500 TFLOP/s" in given.told
+    assert "given: FLUX at 26% of 500 TFLOP/s" in given.provenance
     assert Assumed(mfu=0.4).of("NVIDIA L40S") is None
     unknown = Assumed(memory_gb=48).of("NVIDIA L40S")
     assert (unknown.name, unknown.memory_gb, unknown.peak_tflops) == ("NVIDIA L40S", 48, 362)
-    assert "nothing is known of this GPU" in unknown.told
+    assert "nothing is known of this GPU" in unknown.provenance
 
 
 # --- a run's plan ---
@@ -391,4 +391,4 @@ def test_out_of_memory_lowers_the_micro_batch_too(tmp_path):
         seen.append(choice.micro_batch_size)
     assert choice == plan.candidates.within(0) and choice.micro_batch_size == 1 and set(choice.policies) == {"full"}
     assert len(set(seen)) > 1
-    assert "micro_batch_size is 1 already" in plan.candidates.mend(choice)
+    assert "micro_batch_size is 1 already" in plan.candidates.remedy(choice)

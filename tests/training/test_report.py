@@ -1,4 +1,4 @@
-"""RUN/events.jsonl and what the report makes of it."""
+"""RUN/events.jsonl and the report on it."""
 
 import json
 import logging
@@ -172,7 +172,7 @@ def test_a_clock_put_back_is_no_time_and_is_told(tmp_path, capsys):
     report = account(events)
     assert (report.wall, report.backwards) == (40, 3010)
     assert report.seconds["productive"] == 30
-    assert "the clock was put back, by 50.2 minutes" in table(write(tmp_path / "run", events), capsys)
+    assert "the clock was set back, by 50.2 minutes" in table(write(tmp_path / "run", events), capsys)
 
 
 @pytest.mark.parametrize(

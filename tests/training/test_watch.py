@@ -20,7 +20,7 @@ from megaflux.config.presets import tiny
 from megaflux.training import run_folder
 from megaflux.training.checkpoint import space
 from megaflux.training.checkpoint.retention import most_at_once
-from megaflux.training.survival.watch import ASKING, HEARD, Watch
+from megaflux.training.survival.watch import ASKING, HANDLED, Watch
 from tests.training.runs import ROOT, small_config
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -183,8 +183,8 @@ def test_a_rank_that_is_stuck_in_a_print_is_left_as_well(signals, code):
 def test_an_update_has_three_times_the_longest_to_end(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("megaflux.training.survival.watch.time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(Watch, "_look", lambda self: None)  # no thread
-    handlers = {number: signal.getsignal(number) for number in HEARD}
+    monkeypatch.setattr(Watch, "_loop", lambda self: None)  # no thread
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
     watch, told = Watch(1000), Watch(1000, 7)
     try:
 

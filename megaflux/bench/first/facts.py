@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megaflux.bench.first import predicted as predictions
+from megaflux.common.errors import one_line
 
 FINISHED = "finished"
 """The last fact of a step: seconds of its process."""
@@ -179,9 +180,9 @@ def current_file(facts: Path, step: str) -> Path:
 
 def describe(fact: Fact) -> str:
     """A human-readable line."""
-    said = f"error: {fact.error}" if fact.error is not None else number(fact.value, fact.unit)
+    text = f"error: {fact.error}" if fact.error is not None else number(fact.value, fact.unit)
     expected = "" if fact.predicted is None else f" (predicted {number(fact.predicted, fact.unit)})"
-    return f"{fact.step}: {fact.fact}: {said}{expected}"
+    return f"{fact.step}: {fact.fact}: {text}{expected}"
 
 
 def number(value: Value | None, unit: str = "") -> str:
@@ -198,5 +199,4 @@ def number(value: Value | None, unit: str = "") -> str:
 
 def in_a_line(error: BaseException) -> str:
     """An exception in one line of at most 300 characters."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300].rstrip(": ")
+    return f"{type(error).__name__}: {one_line(error, None)}"[:300].rstrip(": ")

@@ -45,8 +45,8 @@ def run(recorder: Recorder, setting: Setting) -> None:
                 counts, failures, code = results(suite)
                 if code not in (0, 1, 2) or not counts["passed"] + counts["failed"]:
                     raise RuntimeError(f"pytest ended with code {code}, and no test ran; see the log")
-                for number, said in enumerate(failures[:NAMED], start=1):
-                    recorder.add(f"{suite}: failed {number}", said)
+                for number, line in enumerate(failures[:NAMED], start=1):
+                    recorder.add(f"{suite}: failed {number}", line)
                 for what, fact in zip(OUTCOMES, facts, strict=True):
                     recorder.add(fact, counts[what], predicted=0 if what == "failed" else None)
                 if code == 2:

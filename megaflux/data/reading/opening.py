@@ -43,13 +43,13 @@ def open_dataset(path: Path, options: LoaderOptions, world: World) -> Opened:
     """Check a dataset and make it ready to be read. Collective. Raises UserError as build_loader does."""
     if options.remote:
         _fetch_indexes(options.remote, path, options.split, world)
-    mend = f"Delete {path}, and the same command computes it again" if options.computed_from else RESTORE
+    remedy = f"Delete {path}, and the same command computes it again" if options.computed_from else RESTORE
     damaged: list[Problem] = []
     if options.verify and not options.remote:
         run_folder = Path(options.run_folder) if options.run_folder else None
         damaged = verify_shards(path, sorted({options.split, "held_out"}), run_folder, world)
         if not options.replace_damaged:
-            raise_problems(damaged, agreed=True, mend=mend)
+            raise_problems(damaged, agreed=True, remedy=remedy)
         for problem in damaged:
             logger.warning("resuming with damaged data, whose samples are replaced: %s", problem)
     check_files = options.remote is None and not options.replace_damaged
@@ -58,7 +58,7 @@ def open_dataset(path: Path, options: LoaderOptions, world: World) -> Opened:
     for bucket in info.buckets:
         if bucket not in filled:
             logger.info("bucket %s has no %s samples and is left out", bucket, options.split)
-    shards = original = _read_shards(path, info, options.split, check_files, mend)
+    shards = original = _read_shards(path, info, options.split, check_files, remedy)
     if options.computed_from:
         source = Path(options.computed_from)
         original = _read_shards(source, read_dataset_info(source), options.split, check_files=False)
@@ -91,7 +91,7 @@ def _fetch_indexes(remote: str, path: Path, split: str, world: World) -> None:
 
 
 def _read_shards(
-    path: Path, info: DatasetInfo, split: str, check_files: bool, mend: str = RESTORE
+    path: Path, info: DatasetInfo, split: str, check_files: bool, remedy: str = RESTORE
 ) -> dict[Bucket, list[dict[str, Any]]]:
     """The checked index entries of every bucket that has samples. Raises UserError with every problem."""
     shards: dict[Bucket, list[dict[str, Any]]] = {}
@@ -99,7 +99,7 @@ def _read_shards(
     for bucket, count in info.filled(split):
         shards[bucket], found = inspect_index(path / split / bucket.folder, check_files, count)
         problems += found
-    raise_problems(problems, mend=mend)
+    raise_problems(problems, remedy=remedy)
     if not shards:
         raise UserError(f"{path}: no samples in the split {split!r}, which has {info.samples(split)}")
     columns = [set(column_encodings(entries)) for entries in shards.values()]

@@ -17,7 +17,7 @@ from megaflux.common.errors import UserError
 class Position:
     """What checkpoints store of a loader, as a JSON object with these fields.
 
-    dataset: fingerprint of the data whose order is drawn. split, seed, shuffle: what else that order depends on.
+    dataset: fingerprint of the data whose order is drawn. split, seed, shuffle: other settings that determine the order.
     micro_batch_size: samples that each rank draws at a time. world_size: ranks. epoch: from 0. batches: micro-batches
     that each rank has drawn in this epoch. order: bucket name -> [[samples, shards in a row of that many], ...], where
     the order is not the dataset's own (megaflux.data.reading.order); the key is then absent.

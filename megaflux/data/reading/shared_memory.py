@@ -91,7 +91,7 @@ def exclusive_set_up(world: World) -> Iterator[None]:
     """Keep other runs on this machine from opening a dataset meanwhile: streaming takes the first free prefix, and if
     two runs look at the same moment they take the same one, and one of them dies.
 
-    Has an effect only for runs on one node; those on several could wait for each other in a circle. Collective.
+    Has an effect only for runs on one node; those on several could deadlock. Collective.
     """
     with contextlib.ExitStack() as stack:
         if world.local_rank == 0 and world.nodes == 1:

@@ -49,7 +49,7 @@ def problem(
     samples_per_epoch: int,
     gpus: bool,
 ) -> str | None:
-    """Why /dev/shm of this node is too small for the run, with the mend, in one line; None where it is large enough.
+    """Why /dev/shm of this node is too small for the run, with the remedy, in one line; None where it is large enough.
 
     shards: the entries of each bucket's checked index. samples_per_epoch: over all ranks; streaming shares their order,
     8 bytes each. gpus: whether the ranks compute on GPUs, for NCCL's buffers.

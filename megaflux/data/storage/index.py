@@ -65,12 +65,12 @@ def read_index(folder: Path, check_files: bool = True) -> list[dict[str, Any]]:
     return shards
 
 
-def raise_problems(problems: Sequence[Problem], agreed: bool = False, mend: str = RESTORE) -> None:
-    """Raises one UserError with all problems, if there are any. agreed: all ranks raise it. mend: what to do, a sentence."""
+def raise_problems(problems: Sequence[Problem], agreed: bool = False, remedy: str = RESTORE) -> None:
+    """Raises one UserError with all problems, if there are any. agreed: all ranks raise it. remedy: what to do, a sentence."""
     if problems:
         more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
         listed = "; ".join(map(str, problems[:MAX_PROBLEMS]))
-        raise UserError(f"{listed}{more}. {mend}", agreed)
+        raise UserError(f"{listed}{more}. {remedy}", agreed)
 
 
 def inspect_index(

@@ -179,7 +179,7 @@ def complete(root: Path, info: DatasetInfo, parts: Sequence[Part]) -> None:
             if part.bucket == bucket:
                 _await(part, root)
                 found, problems = inspect_index(part.folder(root), expected_samples=part.shard["samples"])
-                raise_problems(problems, mend=f"Delete {part.folder(root)}, and the same command computes it again")
+                raise_problems(problems, remedy=f"Delete {part.folder(root)}, and the same command computes it again")
                 shards += [with_prefix(shard, part.name) for shard in found]
         if shards:
             write_index(root / SPLIT / bucket.folder, shards)

@@ -181,7 +181,7 @@ def _is_abandoned(own: Path) -> bool:
 
 
 def unwritable(path: Path, shards: Mapping[Path, Sequence[dict[str, Any]]]) -> str | None:
-    """Why a local dataset's shards cannot be unpacked in place, with the mend, in one line. None where they can be, or
+    """Why a local dataset's shards cannot be unpacked in place, with the remedy, in one line. None where they can be, or
     already are.
 
     path: the dataset's folder. shards: stream folder -> the entries of its checked index.

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from megaflux.common.errors import UserError
 from megaflux.common.files import write_json
-from megaflux.common.ranks import World, gathered
+from megaflux.common.ranks import World, exchanged_until_done
 from megaflux.data.storage.dataset import read_dataset_info
 from megaflux.data.storage.index import Problem, inspect_index, stored_file
 from megaflux.data.storage.machines import share_of
@@ -46,7 +46,6 @@ VERSION = 1
 CHUNK = 1 << 22  # bytes read at once by each thread
 THREADS = 8  # hashing releases the interpreter's lock, and a disk or network is faster with several readers
 SAVE_EVERY = 60.0  # seconds of reading that a kill may cost
-HEARTBEAT = 2.0  # seconds between the signs of life of ranks that wait; far below any collective's time limit
 
 _HASHES: dict[str, Callable[[], Any]] = {  # the fastest first: one whole hash finds any damage
     "xxh3_64": xxhash.xxh3_64,
@@ -68,8 +67,8 @@ def verify_shards(path: str | Path, splits: Sequence[str], cache: Path | None, w
     file whose size, modification time, inode and expected hash are those of an earlier verdict is not read again.
 
     The first rank of each node reads; nodes that share the folder divide its files, and each looks at the size of all.
-    The others wait, as long as reading takes, which no barrier's time limit allows for: the ranks exchange a sign of life
-    every HEARTBEAT seconds instead.
+    The others wait for as long as reading takes, which may exceed a barrier's time limit, so the ranks exchange a
+    sign of life every few seconds (exchanged_until_done).
 
     Returns the problems of all nodes, on all ranks. With one rank raises UserError where
     dataset.json is missing or invalid; with several that is one of the problems.
@@ -100,16 +99,15 @@ def verify_shards(path: str | Path, splits: Sequence[str], cache: Path | None, w
 
 def _exchange(work: Future[list[Problem]] | None, world: World) -> list[Problem]:
     """Every rank's problems, when all have finished. work: this rank's; None where it does not read."""
-    pause = 0.05
-    while True:
-        done = work is None or work.done()
-        # What is raised here is a bug, and this rank's end ends the others' wait.
-        mine = (work.result() if work else []) if done else None
-        found = gathered(mine, world)
-        if all(problems is not None for problems in found):
-            return list(dict.fromkeys(problem for problems in found for problem in problems))
-        time.sleep(pause)
-        pause = min(2 * pause, HEARTBEAT)
+
+    def state() -> tuple[bool, list[Problem]]:
+        if work is None:
+            return True, []
+        # An exception raised here is a bug; this rank's end then ends the others' wait.
+        return (True, work.result()) if work.done() else (False, [])
+
+    *_, found = exchanged_until_done(state, world)
+    return list(dict.fromkeys(problem for _, problems in found for problem in problems))
 
 
 @dataclass(frozen=True)

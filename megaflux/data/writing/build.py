@@ -100,7 +100,7 @@ def _one_line(out: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"{error.filename or out}: {error.strerror or error}"
-        raise UserError(f"{what}; once that is mended, the same command continues") from error
+        raise UserError(f"{what}; once that is fixed, the same command continues") from error
 
 
 def _cores() -> int:

@@ -18,7 +18,7 @@ from megaflux.generation.control.detectors import UNION_MODES
 from megaflux.generation.dots.dots import Weighting
 from megaflux.generation.request import ControlMaps
 from megaflux.generation.sampling import Control
-from megaflux.models.pretrained import Models, cast, weights_fingerprint
+from megaflux.models.pretrained import Models, move_to, weights_fingerprint
 from megaflux.models.strict import load_strict
 
 
@@ -41,7 +41,7 @@ class ControlNets:
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move and cast all nets."""
         for net in self.nets.values():
-            cast(net, device, dtype)
+            move_to(net, device, dtype)
 
     def control(self, maps: ControlMaps) -> Control:
         """The maps (RGB, of the output's size) with the nets that read them. UserError for a kind that is unknown or

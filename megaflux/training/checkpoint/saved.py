@@ -126,16 +126,16 @@ def snapshot(run_dir: str | Path) -> dict[str, Any]:
 def refuse_changes(config: Config, saved: dict[str, Any]) -> None:
     """Raise UserError if a configuration for resuming names another preset than the run's, or changes a field of FIXED.
     saved: `Begun.values`."""
-    mend = "leave it out, or give another --run.dir"
+    remedy = "leave it out, or give another --run.dir"
     if config.preset != saved["preset"]:
         raise UserError(
-            f"--preset {config.preset}: {config.run.dir} holds a run of the preset {saved['preset']}; {mend}"
+            f"--preset {config.preset}: {config.run.dir} holds a run of the preset {saved['preset']}; {remedy}"
         )
     for path in FIXED:
         section, _, name = path.partition(".")
         wanted, kept = getattr(getattr(config, section), name), saved[section][name]
         if wanted != kept:
-            raise UserError(f"{path}: {wanted}, but {config.run.dir} holds a run begun with {kept}; {mend}")
+            raise UserError(f"{path}: {wanted}, but {config.run.dir} holds a run begun with {kept}; {remedy}")
 
 
 def _newest(run_dir: str) -> dict[str, Any] | None:
@@ -188,7 +188,7 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sections(values: Any, path: list[str]) -> Iterator[dict[str, Any]]:
-    """Every section at a path with `*`; nothing where there is none, as in an identity, which is a part of the whole."""
+    """Every section at a path with `*`; yields nothing if the path is absent (an identity is partial)."""
     if not path:
         if isinstance(values, dict):
             yield values

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megaflux.common.errors import UserError, is_out_of_memory
+from megaflux.common.errors import UserError, is_out_of_memory, one_line
 from megaflux.common.ranks import World, first_problem, gathered
 from megaflux.config.schema import Config
 from megaflux.training import distributed
@@ -106,7 +106,7 @@ def _written(partial: Path, final: Path, world: World) -> Iterator[None]:
     except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError on a full disk
         if is_out_of_memory(error):  # of the GPU: this rank ends, and the others leave as they do when a rank dies
             raise
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        reason = getattr(error, "strerror", None) or one_line(error)
         problem = f"{final}: cannot be written ({reason})"
     first = first_problem(problem, world)
     if first is not None:

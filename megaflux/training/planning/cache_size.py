@@ -61,7 +61,7 @@ class CacheSize:
         pictures = sum(part.shard["raw_data"]["bytes"] for part in parts) if self.keeps_pictures else 0
         return arrays + pictures
 
-    def told(self, parts: Sequence[Part]) -> str:
+    def describe(self, parts: Sequence[Part]) -> str:
         """One line on the cache of these parts, which are a whole dataset."""
         counts: dict[Bucket, int] = {}
         for part in parts:

@@ -36,8 +36,8 @@ class Candidates:
         return choice.bytes or self.planner.with_needs(self.stage, choice.micro_batch_size, choice.policies, 0).bytes
 
     def lower(self, choice: Choice) -> tuple[Choice, int] | None:
-        """The next lower plan, and the bytes it is planned within: a twentieth less than this one needs, or as many
-        twentieths as it takes for the plan to change. None: this is the lowest."""
+        """The next lower plan and its limit in bytes: STEP times this plan's need, repeated until the plan changes.
+        None: this is the lowest."""
         limit, lowest = self.needs(choice), self.within(0)
         while choice != lowest:
             limit = int(STEP * limit)
@@ -45,7 +45,7 @@ class Candidates:
                 return lower, limit
         return None
 
-    def mend(self, choice: Choice) -> str:
+    def remedy(self, choice: Choice) -> str:
         """What the user can change so that less memory is needed than for this plan, the lowest."""
         if self.planner.sizes.config.model.activation_checkpointing not in ("auto", "full"):
             return "set model.activation_checkpointing to auto"

@@ -19,7 +19,7 @@ from megaflux.training.ds_config import batch_problem, uses_kernels, zero_stage
 
 
 def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) -> list[str]:
-    """Everything that would stop the run, one line each with the field and the mend. Reads small files only."""
+    """Everything that would stop the run, one line each with the field and the remedy. Reads small files only."""
     return [
         *_batch(config, world_size),
         *_sharding(config, ds_config),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
-from megaflux.common.errors import UserError
+from megaflux.common.errors import UserError, one_line
 from megaflux.config.schema import Config
 from megaflux.training.ds_config import batch_sizes
 from megaflux.training.planning.checks import find_notes, find_problems
@@ -15,6 +13,7 @@ from megaflux.training.planning.dry_run_text import print_estimate
 from megaflux.training.planning.estimate import Estimate, estimate
 from megaflux.training.planning.gpus import Assumed
 from megaflux.training.planning.sizes import Sizes
+from megaflux.training.text import write_json_report
 
 
 def dry_run(
@@ -54,7 +53,7 @@ def dry_run(
         print(f"problem: {problem}")
     print(f"{len(problems)} problem{'s' * (len(problems) != 1)} found")
     if json_path:
-        _write_json(json_path, report | {"world_size": world_size, "notes": notes, "problems": problems})
+        write_json_report(json_path, report | {"world_size": world_size, "notes": notes, "problems": problems})
     return 2 if problems else 0
 
 
@@ -66,12 +65,5 @@ def _estimate(config: Config, ds_config: dict[str, Any], world_size: int, assume
     except UserError:
         raise
     except Exception as error:  # a library rejects the sizes, with a message of its own
-        raise UserError(f"model: the networks cannot be built: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"model: the networks cannot be built: {one_line(error)}") from error
     return estimate(sizes, assumed, choose)
-
-
-def _write_json(path: str, report: dict[str, Any]) -> None:
-    try:
-        Path(path).write_text(json.dumps(report, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--json {path}: {error.strerror}; give a file in a folder that can be written") from None

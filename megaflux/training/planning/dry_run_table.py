@@ -12,7 +12,7 @@ from megaflux.training.planning.gpus import GPUS, Assumed, Gpu
 from megaflux.training.planning.memory import USABLE, usable
 from megaflux.training.planning.micro_batch import Choice, Planner, best_of
 from megaflux.training.planning.sizes import Sizes
-from megaflux.training.planning.throughput import LAUNCHES_TOLD, Cluster
+from megaflux.training.planning.throughput import LAUNCHES_NOTE, Cluster
 
 GIGA, TERA = 1e9, 1e12
 DAY = 86400
@@ -135,4 +135,4 @@ def _short(value: float) -> str:
 def assumptions(found: Sequence[Line], ranks: int) -> list[str]:
     """What the predictions assume, one line each."""
     gpus = dict.fromkeys(line.gpu for line in found)
-    return [text for gpu in gpus for text in Cluster(gpu, ranks).assumptions()] + [LAUNCHES_TOLD]
+    return [text for gpu in gpus for text in Cluster(gpu, ranks).assumptions()] + [LAUNCHES_NOTE]

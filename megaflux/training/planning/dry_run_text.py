@@ -45,7 +45,7 @@ def _print_stages(found: Estimate) -> None:
 def _print_flops(found: Estimate) -> None:
     config = found.sizes.config
     print("\nFLOP per image; model: forward, dX, dW, attention's backward, frozen networks if not cached; hardware:")
-    print("with recomputation. The mean above weighs the buckets alike.")
+    print("with recomputation. The mean above weighs all buckets equally.")
     head = ("forward", "dX", "dW", "attn bwd", "frozen", "model", "hardware")
     print(f"{'stage':<10}{'bucket':<20}{'tokens':>12}" + "".join(f"{name:>10}" for name in head))
     for stage, row in zip(config.stages, found.flops, strict=True):

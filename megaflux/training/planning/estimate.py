@@ -77,15 +77,15 @@ class Estimate:
         return self.flops_per_image * self.speed / (self.sizes.ranks * self.gpu.peak_tflops * 1e12)
 
     def memory_problem(self, choose: bool) -> str | None:
-        """One line if the plan does not fit the GPU, with the mends; else None. choose: whether the micro-batch is chosen."""
+        """One line if the plan does not fit the GPU, with the remedies; else None. choose: whether the micro-batch is chosen."""
         if self.memory.total / GIGA <= self.gpu.memory_gb:
             return None
-        mends = [] if choose else ["lower train.micro_batch_size or set it to auto"]
+        remedies = [] if choose else ["lower train.micro_batch_size or set it to auto"]
         if self.sizes.config.model.activation_checkpointing not in ("auto", "full"):
-            mends.append("set model.activation_checkpointing to auto")
-        mends.append("use more GPUs or zero3.json")
+            remedies.append("set model.activation_checkpointing to auto")
+        remedies.append("use more GPUs or zero3.json")
         total = self.memory.total / GIGA
-        return f"memory: {total:.1f} GB per GPU is more than {self.gpu.memory_gb:g} GB; {', '.join(mends)}"
+        return f"memory: {total:.1f} GB per GPU is more than {self.gpu.memory_gb:g} GB; {', '.join(remedies)}"
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for the JSON file."""

@@ -60,7 +60,7 @@ class Gpu:
     """GB/s at which a GPU sends gradients or weights to the others of its machine."""
     memory_gb_s: float
     """GB/s of its own memory, reads and writes together."""
-    told: str
+    provenance: str
     """One line: which of these numbers were measured, and which are assumed."""
 
     def with_memory(self, gb: float) -> Gpu:
@@ -150,7 +150,8 @@ class Assumed:
             peak = peak_tflops_for(name) if name else None
             gpu = replace(GPUS["a100"], name=name or "GPU", peak_tflops=peak or GPUS["a100"].peak_tflops)
             gpu = replace(
-                gpu, told=f"nothing is known of this GPU; an A100's shares of {gpu.peak_tflops:g} TFLOP/s are assumed"
+                gpu,
+                provenance=f"nothing is known of this GPU; an A100's shares of {gpu.peak_tflops:g} TFLOP/s are assumed",
             )
         if self.memory_gb is not None:
             gpu = gpu.with_memory(self.memory_gb)
@@ -159,6 +160,6 @@ class Assumed:
         if self.mfu is not None:
             gpu = gpu.with_share(self.mfu)
         if self.peak_tflops is not None or self.mfu is not None:
-            told = f"given: FLUX at {gpu.flux:.0%} of {gpu.peak_tflops:g} TFLOP/s (recomputation included)"
-            gpu = replace(gpu, told=told)
+            provenance = f"given: FLUX at {gpu.flux:.0%} of {gpu.peak_tflops:g} TFLOP/s (recomputation included)"
+            gpu = replace(gpu, provenance=provenance)
         return gpu

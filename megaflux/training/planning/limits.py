@@ -49,7 +49,7 @@ def read_for_all(file: Path, world: World) -> dict[str, int]:
 def lower(file: Path, stage: str, limit: int, rank: int) -> None:
     """Write a stage's limit, unless a lower one is there. Durable on return. Raises OSError.
 
-    Another rank may do so at the same time: it has planned alike, so that whichever is last writes no higher limit."""
+    Safe with concurrent writers: ranks share a plan, so the last write is not higher."""
     try:
         limits = read(file)
     except UserError:

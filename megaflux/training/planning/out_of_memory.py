@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from megaflux.common.errors import STUCK, UserError
+from megaflux.common.errors import STUCK, UserError, one_line
 from megaflux.common.ranks import World
 from megaflux.training import distributed
 from megaflux.training.planning import limits
@@ -21,7 +21,7 @@ from megaflux.training.survival import watch
 from megaflux.training.survival.events import Events, Fault
 
 log = logging.getLogger("megaflux")
-TELLING = 10.0  # s to write to the run's folder, whose file system may hang
+REPORTING = 10.0  # s to write to the run's folder, whose file system may hang
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ def leave(error: BaseException, situation: Situation) -> NoReturn:
     """Record what happened, in RUN/memory.json and as an event, and end the process with exit code 11.
 
     Raises UserError instead if the situation is final and no other process holds memory of this GPU."""
-    what = " ".join(str(error).split())[:200]
+    what = one_line(error)
     others, advice = held_by_others(situation.world.device), situation.advice
     if others:
         advice += f"; other processes hold {others / 1e9:.1f} GB of this GPU"
     where = "before the first stage" if situation.stage is None else f"in stage {situation.stage}"
     why = f"out of memory {where} after update {situation.update}: {what}; {advice}"
-    telling = threading.Thread(target=_record, args=(situation, why), daemon=True)
-    telling.start()
-    telling.join(TELLING)
+    reporter = threading.Thread(target=_record, args=(situation, why), daemon=True)
+    reporter.start()
+    reporter.join(REPORTING)
     if situation.final and not others:
         raise UserError(why)
     watch.leave(why, STUCK)

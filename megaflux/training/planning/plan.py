@@ -35,7 +35,7 @@ from megaflux.training.planning.sizes import Sizes
 from megaflux.training.planning.throughput import PER_MACHINE, Cluster
 
 log = logging.getLogger("megaflux")
-ALIKE = 1.01  # free memory may differ by this factor from start to start; only a try would tell
+CLOSE = 1.01  # free memory may differ by this factor from start to start; closer than this, only a trial can decide
 
 
 class Plan:
@@ -178,12 +178,12 @@ class Plan:
                 "or use more or larger GPUs"
             )
         elif not self.updating:
-            mend = self.candidates.mend(self.choice)
-            advice = f"not in an update but outside one (validation, a save); if it always ends so, {mend}"
+            remedy = self.candidates.remedy(self.choice)
+            advice = f"outside an update (validation or a save); if it recurs, {remedy}"
         elif (lower := self.candidates.lower(self.choice)) is not None:
             advice = f"the next start plans with less ({_as_text(lower[0])}; {self.file})"
         else:
-            advice = f"nothing is left to recompute: {self.candidates.mend(self.choice)}"
+            advice = f"nothing is left to recompute: {self.candidates.remedy(self.choice)}"
         situation = self._situation(advice, lower[1] if lower else None, final=lower is None and not self.trained)
         out_of_memory.leave(error, situation)
 
@@ -222,7 +222,7 @@ class Plan:
         given = self.assumed.memory_gb
         if given is not None and choice.bytes > memory.usable(given * 1e9):
             return None
-        return choice if tried_out or choice.bytes <= ALIKE * budget else None
+        return choice if tried_out or choice.bytes <= CLOSE * budget else None
 
     def _within_limit(self, candidates: Candidates, choice: Choice) -> Choice:
         """This plan, or the fastest within RUN/memory.json's limit if it needs more."""
@@ -248,7 +248,7 @@ class Plan:
         found = trial.highest_that_fits(candidates, choice, fits, self.world)
         if found is None:
             lowest = candidates.within(0)
-            out_of_memory.nothing_fits(self._situation(candidates.mend(lowest)), lowest.micro_batch_size)
+            out_of_memory.nothing_fits(self._situation(candidates.remedy(lowest)), lowest.micro_batch_size)
         choice, steps = found
         if steps and self.world.is_main:
             log.warning(

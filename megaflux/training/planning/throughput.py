@@ -24,7 +24,7 @@ LAYER_LAUNCHES = 35  # of a layer of Qwen2-VL or of its ViT, forward
 VAE_LAUNCHES = 150
 NETWORK_GB_S = 25.0  # GB/s a GPU between machines: a link of 200 Gbit/s for each
 PER_MACHINE = 8  # GPUs of one machine, if the number is unknown
-LAUNCHES_TOLD = f"a kernel takes eager Python {LAUNCH_SECONDS * 1e6:g} us to launch, on every GPU"
+LAUNCHES_NOTE = f"a kernel takes eager Python {LAUNCH_SECONDS * 1e6:g} us to launch, on every GPU"
 OPTIMIZER_BYTES = 30  # read and written by AdamW per parameter of a rank's part
 
 
@@ -108,9 +108,9 @@ class Cluster:
         return accumulated * (seconds + moved.per_micro_batch / sent) + once
 
     def assumptions(self) -> list[str]:
-        """What a prediction assumes about this GPU, one line each; LAUNCHES_TOLD holds for all GPUs."""
+        """What a prediction assumes about this GPU, one line each; LAUNCHES_NOTE holds for all GPUs."""
         where = "between machines" if self.ranks > self.per_machine else "within a machine"
-        lines = [f"{self.gpu.name}: {self.gpu.told}"]
+        lines = [f"{self.gpu.name}: {self.gpu.provenance}"]
         if self.ranks > 1:
             lines.append(
                 f"{self.gpu.name}: gradients are sent at {self.sent_gb_s:g} GB/s a GPU {where} (assumed), not "

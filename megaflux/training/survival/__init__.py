@@ -1,1 +1,1 @@
-"""What keeps a run alive or ends it well: signals, watchdog, guard, events, rendezvous."""
+"""Fault handling: signals, watchdog, guard, events, rendezvous."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import os
 import sys
+from typing import Any
 
 
 class _Unbreakable(io.FileIO):
     """A file descriptor that discards failed writes."""
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
         try:
             written = super().write(data)
         except OSError:

@@ -39,7 +39,7 @@ from megaflux.training.survival import output
 LOOK = 0.5  # s between checks
 RANKED = ("RANK", "SLURM_PROCID")  # variables that launchers set for a rank
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-HEARD = (*ASKING, signal.SIGQUIT)
+HANDLED = (*ASKING, signal.SIGQUIT)
 LEAST = 25.0  # s that an update has to end
 LONGEST_TIMES = 3
 SPEAKING = 2.0  # s for the last message: its reader may have stopped reading
@@ -74,11 +74,11 @@ class Watch:
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         output.survive_terminal()
-        self._heard = [number for number in HEARD if _is_for_us(number)]
-        for number in self._heard:
+        self._handled = [number for number in HANDLED if _is_for_us(number)]
+        for number in self._handled:
             signal.signal(number, self._on_signal)
         self._ended = threading.Event()
-        threading.Thread(target=self._look, name="watch", daemon=True).start()
+        threading.Thread(target=self._loop, name="watch", daemon=True).start()
 
     def moved(self) -> None:
         """Report progress: an update ended, or a part of a `slow_section`."""
@@ -121,7 +121,7 @@ class Watch:
         """Training is over: restore the default action of every signal."""
         self._ended.set()
         signal.set_wakeup_fd(-1)
-        for number in self._heard:
+        for number in self._handled:
             signal.signal(number, signal.SIG_DFL)
 
     def _on_signal(self, number: int, _: object = None) -> None:
@@ -133,7 +133,7 @@ class Watch:
             speaks = os.environ.get("RANK", "0") == "0"
             leave(f"{self.signal} while no update is under way: there is nothing to save" if speaks else None, STOPPED)
 
-    def _hear(self, number: int) -> None:
+    def _handle(self, number: int) -> None:
         """Handle one received signal. Called by the thread only, so that each signal sent counts once."""
         if number == signal.SIGQUIT:
             leave("SIGQUIT: leaving at once, nothing is saved", 128 + number, stacks=True)
@@ -148,12 +148,12 @@ class Watch:
             _say("Ctrl-C: saving once this update has ended; a second one leaves at once and saves nothing\n")
         self._interrupted = self._interrupted or now
 
-    def _look(self) -> None:
+    def _loop(self) -> None:
         while not self._ended.is_set():
             if select.select([self._pipe], [], [], LOOK)[0]:
                 for number in os.read(self._pipe, 64):
-                    if number in self._heard and not self._ended.is_set():
-                        self._hear(number)
+                    if number in self._handled and not self._ended.is_set():
+                        self._handle(number)
             if self._ended.is_set():
                 return
             now = time.monotonic()
@@ -182,9 +182,9 @@ class Watch:
 
     def _give_up(self, why: str) -> None:
         # In a thread of its own, as it may hang too: the run's file system may be the cause.
-        telling = threading.Thread(target=self.on_hang, args=(why,), daemon=True)
-        telling.start()
-        telling.join(2.0)
+        reporter = threading.Thread(target=self.on_hang, args=(why,), daemon=True)
+        reporter.start()
+        reporter.join(2.0)
         leave(why, STUCK, stacks=True)
 
     def _count_siblings(self) -> int:
