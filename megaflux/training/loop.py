@@ -52,7 +52,7 @@ def update(trainer: Trainer) -> UpdateResult:
         data_wait += time.perf_counter() - waiting
         # 2. Latents: the frozen VAE's, or cached.
         latents = objective.encode_latents(config, models, batch, number)
-        # 3. The condition as far as nothing trains: hidden states of Qwen2-VL's frozen trunk, or cached.
+        # 3. The frozen part of the condition: hidden states of Qwen2-VL's trunk, or cached.
         condition = objective.encode_condition(config, models, batch, number, trainer.drawn_index(micro))
         # 4. Time and noise, a function of seed, update and sample.
         t, noise = objective.draw_time_and_noise(config.flow, seed, number, batch.keys, times_seen, latents)
