@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import megaflux_kernels  # noqa: F401  (first of all, so that torch's allocator is set before anything imports torch)
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # offered lazily below
     from megaflux.generation.dots.dots import Dot, Weighting
     from megaflux.generation.pipeline import Qwen2VLFluxPipeline
     from megaflux.generation.request import Reference

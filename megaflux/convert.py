@@ -36,7 +36,7 @@ from megaflux.generation.layout import (
 )
 from megaflux.models import sources
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
     from torch import Tensor, nn
 
 CONNECTOR_PT, T5_EMBEDDER_PT = "connector.pt", "t5_embedder.pt"

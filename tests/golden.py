@@ -341,7 +341,7 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, f"{value.dtype} {list(value.shape)} {digest(raw)}"
     elif isinstance(value, dict):
         for name, item in value.items():
-            if name != "_name_or_path":  # where it was read from: the checkout's own folder
+            if name not in CHECKOUT_OWN:
                 yield from leaves(item, f"{key}/{name}")
     elif isinstance(value, list | tuple) and (len(value) <= 32 or isinstance(value[0], dict)):
         for i, item in enumerate(value):
@@ -385,6 +385,8 @@ def file_values(path: Path) -> Iterator[tuple[str, str]]:
 
 
 CALLED_DIR: set[str] = set()
+# The folder that the tiny VAE was read from, and the entry of the file that names it: they tell where the checkout lies.
+CHECKOUT_OWN = ("_name_or_path", "vae/config.json")
 LEFT_OUT = re.compile(r"\.verified.*|\.lock|.*tfevents.*|events\.jsonl|manifest\.json|memory\.json")
 
 

@@ -23,7 +23,7 @@ from megaflux_kernels.bench.machine import attention_backend, default_device, fa
 from megaflux_kernels.bench.report import Parser, Row, add_report_arguments, one_of, open_report, positive, table
 from megaflux_kernels.bench.timing import median, quantile, samples_ms
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
     from megaflux.generation.control.nets import ControlNets
     from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 

@@ -28,7 +28,7 @@ from megaflux.common.errors import UserError
 from megaflux.models.loading_errors import named
 from megaflux.models.scratch import tiny_processor, tokenizer_of, vlm_configuration
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
     from megaflux.config.schema import Config
     from megaflux.models.pretrained import Models
 

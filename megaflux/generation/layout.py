@@ -32,7 +32,7 @@ from megaflux.common.files import write_json
 from megaflux.config.schema import Config, Section
 from megaflux.models.safetensors_files import is_pointer
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
     from torch import Tensor, nn
 
     from megaflux.models.pretrained import Models

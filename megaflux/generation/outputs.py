@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from megaflux.common.errors import UserError
 from megaflux.generation.job import Job, Runtime
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
     from PIL import Image
 
 FORMAT = 1  # of the chunk `megaflux`

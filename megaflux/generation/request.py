@@ -19,7 +19,7 @@ from megaflux.common.errors import UserError
 from megaflux.data.buckets import MULTIPLE, make_buckets
 from megaflux.generation.dots.dots import NEUTRAL, Dot, Weighting
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
     import torch
     from PIL import Image
 

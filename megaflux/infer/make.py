@@ -18,7 +18,7 @@ from megaflux.infer.load import Loaded
 from megaflux.infer.replay import check_same_maps, map_hashes
 from megaflux.infer.request import Output
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
     from PIL import Image
 
 # What torch and libraries below it say of a CPU whose memory was not enough; there is no exception class for it.

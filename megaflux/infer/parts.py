@@ -16,7 +16,7 @@ from megaflux.generation.job import Job, Runtime
 from megaflux.generation.layout import Settings, read_manifest
 from megaflux.generation.request import DETECTED
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
     from torch import nn
 
     from megaflux.config.schema import Model

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megaflux.common.transfer import to_device
 from megaflux.models.positions import causal_mask, length_mask, mrope_position_ids, patch_positions
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
     from transformers import Qwen2VLModel
 
 Mode = Literal["image", "image_text", "text"]
