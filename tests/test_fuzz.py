@@ -266,7 +266,7 @@ def test_an_index(dataset, opened, data):
         assert info is None or info.samples("train") == 12
         samples = refused_or(lambda: list(read_split(dataset, "train", BUCKETS[0])))
         assert samples is None or all(isinstance(sample, dict) for sample in samples)
-        assert not any("\n" in problem for problem in verify_shards(dataset, ["train"], None, World(0, 1)))
+        assert not any("\n" in str(problem) for problem in verify_shards(dataset, ["train"], None, World(0, 1)))
         outside = [file for file in opened if not file.is_relative_to(dataset.resolve())]
         assert not outside
     finally:
@@ -287,7 +287,7 @@ def test_a_description_of_a_dataset(dataset, opened, data):
         refused_or(lambda: verify_dataset(dataset))
         refused_or(lambda: verify_shards(dataset, ["train"], None, World(0, 1)))
         problems = find_problems(config, {"zero_optimization": {"stage": 2}}, 1)
-        assert not any("\n" in problem for problem in problems) and find_notes(config) is not None
+        assert not any("\n" in str(problem) for problem in problems) and find_notes(config) is not None
         assert not [file for file in opened if not file.is_relative_to(dataset.resolve())]
     finally:
         (dataset / "dataset.json").write_bytes(before)

@@ -198,7 +198,7 @@ def test_only_what_an_update_needs_lowers_its_plan(tmp_path, ds, monkeypatch):
         assert plan.updating
     assert not plan.updating and plan.update == 1
     plan.leave(torch.OutOfMemoryError(RAN_OUT))  # in a validation, say
-    assert not (tmp_path / "memory.json").exists() and left[0][1] == 11 and "outside one" in left[0][0]
+    assert not (tmp_path / "memory.json").exists() and left[0][1] == 11 and "outside an update" in left[0][0]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"bytes": [1]}', '{"bytes": {"base": -1}}', '{"bytes": {"base": true}}'])
