@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from megaflux.common.errors import UserError
+from megaflux.common.errors import UserError, one_line
 from megaflux.common.paths import expanded
 from megaflux.generation.job import Runtime
 from megaflux.generation.outputs import check_out
@@ -52,9 +52,9 @@ def interactive(given: dict[str, Any], original: Original | None = None) -> int:
             with explained_out_of_memory():
                 make(loaded, job, opened, request.output)
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", flush=True)
+            print(f"error: {one_line(error, None)}", flush=True)
         except Exception as error:  # one line must not cost the loaded model
-            print(f"error: failed, {type(error).__name__}: {' '.join(str(error).split())}", flush=True)
+            print(f"error: failed, {type(error).__name__}: {one_line(error, None)}", flush=True)
         except SystemExit:  # --help in a line
             continue
         except KeyboardInterrupt:

@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from megaflux.common.errors import is_out_of_memory
+from megaflux.common.errors import is_out_of_memory, one_line
 from megaflux.common.ranks import barrier, gathered
 from megaflux.config.schema import Config
 from megaflux.training import distributed, pictures, validation
@@ -150,7 +150,7 @@ def show_panel(trainer: Trainer) -> None:
         if not (alone and is_out_of_memory(error)):
             raise
         # A panel must not end a run, whose next start would end here as well.
-        made, why = None, f"the panel is left out: {' '.join(str(error).split())[:200]}"
+        made, why = None, f"the panel is left out: {one_line(error)}"
         log.warning("update %d: %s", update, why)
         run.events.fault(Fault.OUT_OF_MEMORY, update, why)
     if made is None and alone:
