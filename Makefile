@@ -25,17 +25,26 @@ STEP := -m megaflux.bench step --text 484
 
 .PHONY: install demo test test-browser test-slow soak lint clean gpu gpu-first gpu-check gpu-bench gpu-train
 
+# Everything, for the tests and the panel.
 install: $(VENV)/.installed
 
-# The stamp is at least as new as setup.py only if setup.py's requirements have been installed.
+# A stamp is at least as new as setup.py only if setup.py's requirements have been installed.
 $(VENV)/.installed: setup.py
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (about 3 GB, two minutes) ..."
-	$(VENV)/bin/python -m pip install --quiet -e ".[demo,test]"
-	@touch $@
+	$(call into_venv,demo test,3 GB)
 
-demo: install
+# What `make demo` needs: neither the panel nor the tests' browser.
+$(VENV)/.installed-demo: setup.py
+	$(call into_venv,demo,2 GB)
+
+define into_venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; make PYTHON=python3.11")'
+	@$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (about $(2), a minute or more) ..."
+	@$(VENV)/bin/python launch/install.py $(1)
+	@touch $@
+endef
+
+demo: $(VENV)/.installed$(if $(wildcard $(VENV)/.installed),,-demo)
 	python launch/demo.py
 
 # Whole training runs take most of the time, so an idle worker takes the next test.

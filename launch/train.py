@@ -7,6 +7,7 @@ override both. --dry-run prints what a run would do and cost, and what is wrong 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -64,8 +65,12 @@ def main(
         raise UserError("; ".join(found))
     # Before the imports, which take seconds: a signal may arrive meanwhile.
     watch = Watch(config.train.hang_timeout, config.train.leave_within)
+    # Libraries make a million objects that all stay: looking for garbage among them costs a tenth of a start.
+    gc.disable()
     from megaflux.training.session import train
 
+    gc.enable()
+    gc.freeze()
     return train(config, ds_config, watch, assumed=assumed, **({} if load is None else {"load": load}))
 
 

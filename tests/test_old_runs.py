@@ -51,7 +51,7 @@ def parse(*argv: object):
 def test_an_old_run_is_resumed_with_its_own_values_to_the_end_that_it_would_have_had(old, name, ranks):
     # Nothing but its folder and where its data now is: no preset, no file, no learning rate.
     run = old / name
-    done = launch("--run.dir", run, "--data.path", old / "data", ranks=ranks)
+    done = launch("--run.dir", run, "--data.path", old / "data", ranks=ranks, with_="forked")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"at update {max(manifest.listed(OLD / name))}" in done.stdout + done.stderr
     # Another processor may round otherwise, so not to the bit.

@@ -31,6 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m megaflux_kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--op", choices=OPS, help="one op (default: all)")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities x 10")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="of kernels that take several")
     parser.add_argument("--json", type=path, metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
@@ -40,7 +41,7 @@ def main() -> int:
         f"{'calls':>7}{'divisions':>11}"
     )
     for op in [args.op] if args.op else OPS:
-        for row in compile_op(op, args.arch):
+        for row in compile_op(op, args.arch, args.dtype):
             rows.append(row)
             print(
                 f"{row['op']:<18}{row['kernel']:<33}{row['dtype']:<7}{row['arch']:>5}{row['registers']:>11}"
@@ -52,15 +53,15 @@ def main() -> int:
     return 0
 
 
-def compile_op(op: str, architectures: list[int]) -> Iterator[dict[str, Any]]:
+def compile_op(op: str, architectures: list[int], chosen: list[str]) -> Iterator[dict[str, Any]]:
     """{"op", "kernel", "constants", "dtype", "arch"} of each kernel of an op, with its `resources` and, in bf16 or where
-    its arguments leave no choice of dtype, its `code`."""
+    its arguments leave no choice of dtype, its `code`. chosen: dtypes; others are left out."""
     module = importlib.import_module(f"megaflux_kernels.{op}.triton_kernels")
     for kernel, arguments, warps, *more in module.AOT:
         stages, dtypes = more[:1], more[1] if len(more) > 1 else DTYPES
         constants = {name: value for name, value in arguments.items() if not isinstance(value, str)}
         typed = any("D" in str(kind).lstrip("*") for kind in arguments.values() if isinstance(kind, str))
-        for dtype in dtypes if typed else ("-",):
+        for dtype in [dtype for dtype in dtypes if dtype in chosen] if typed else ("-",):
             for arch in architectures:
                 cubin, shared = compile_kernel(kernel, arguments, dtype, arch, warps, *stages)
                 row = {"op": op, "kernel": kernel.fn.__name__, "constants": constants, "dtype": dtype, "arch": arch}

@@ -1,4 +1,4 @@
-"""python -m megaflux.bench step|activations|traffic|memory|loader|infer: speed and memory. --help after each lists options.
+"""python -m megaflux.bench step|activations|traffic|memory|loader|infer|start: speed and memory. --help after each lists options.
 
 step         forward and backward of FLUX: diffusers, diffusers compiled, ours
 activations  bytes that the backward pass keeps, counted without a GPU
@@ -6,6 +6,7 @@ traffic      bytes that a block moves beside its matrix products, counted withou
 memory       the memory formulas beside what is counted, without a GPU
 loader       samples per second of the data loader
 infer        seconds per picture of the pipeline
+start        seconds to the first update of a training process
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 
 from megaflux_kernels.bench.report import Parser
 
-BENCHES = ("step", "activations", "traffic", "memory", "loader", "infer")
+BENCHES = ("step", "activations", "traffic", "memory", "loader", "infer", "start")
 MODULES = {"activations": "count"}  # the counting itself is megaflux.bench.activations
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megaflux.common.files import append_line
@@ -46,7 +45,11 @@ class Monitor:
         self.folder, self.warned = Path(config.run.dir), False
         folder = self.folder / "tensorboard"
         # Points after the checkpoint that the run resumes from will be written again: hide the old ones.
-        self.writer = SummaryWriter(folder, purge_step=start_update + 1) if world.is_main else None
+        self.writer = None
+        if world.is_main:
+            from torch.utils.tensorboard import SummaryWriter  # here, because the other ranks start without it
+
+            self.writer = SummaryWriter(folder, purge_step=start_update + 1)
         if self.writer and start_update == 0:
             self.writer.add_text("config", f"```yaml\n{config.to_yaml()}```")
         self.bar = tqdm(

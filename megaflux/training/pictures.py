@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from megaflux.config.schema import Config
-from megaflux.generation.sampling import SamplingRequest, flux_pipeline, generate
 from megaflux.models.pretrained import Models
 from megaflux.training.ds_config import batch_sizes
 from megaflux.training.frozen import vae_at_hand
@@ -31,6 +30,9 @@ def variations(
     """Variations of the references `index`, with seeds seed, seed + 1, ...: uint8 (len(index), per_reference, 3, H, W).
 
     on_step: called after each step of each batch; what it raises ends the sampling."""
+    # Here, because diffusers' pipelines would make every start half a second longer.
+    from megaflux.generation.sampling import SamplingRequest, flux_pipeline, generate
+
     bucket, pictures = references.bucket, []
     chunk = max(1, batch_sizes(config).micro // per_reference)
     with vae_at_hand(models):

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import forked
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "--double",
@@ -54,11 +56,15 @@ def bench(*argv: str, module: str = "megaflux.bench", timeout: float = 240) -> s
 
 
 def start(*argv: str, timeout: float = 240) -> subprocess.CompletedProcess:
-    """A real python process, one thread, with the repository importable."""
+    """A process of its own with one thread and the repository importable."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
     env.pop("TRITON_INTERPRET", None)
-    return subprocess.run([sys.executable, *argv], env=env, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+    if argv[0] == "-c":  # which may hide libraries that a forked process has
+        return subprocess.run(
+            [sys.executable, *argv], env=env, capture_output=True, text=True, timeout=timeout, cwd=ROOT
+        )
+    return forked.run(argv, env, timeout)
 
 
 def read(path: Path) -> dict:

@@ -184,12 +184,20 @@ def test_no_step_begins_after_the_time_is_up(tmp_path):
 # --- the whole, small -----------------------------------------------------------------------------------------------
 
 
-def start(out: Path, work: Path, **options) -> subprocess.Popen:
+def start(out: Path, work: Path, chosen: str, **options) -> subprocess.Popen:
     (out.parent / "site").mkdir(exist_ok=True)
     (out.parent / "site" / "sitecustomize.py").write_text(BLOCKED)
     environment = os.environ | {"PYTHONPATH": str(out.parent / "site")}
     return subprocess.Popen(
-        ["make", "gpu-first", "SMALL=1", f"OUT={out}", f"WORK={work}", f"GPU_PYTHON={sys.executable}"],
+        [
+            "make",
+            "gpu-first",
+            "SMALL=1",
+            f"OUT={out}",
+            f"WORK={work}",
+            f"STEPS={chosen}",
+            f"GPU_PYTHON={sys.executable}",
+        ],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -207,10 +215,12 @@ def of_this_run(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def test_the_whole_at_a_small_size_killed_and_given_again(tmp_path):
+@pytest.mark.parametrize("chosen", ["gate-modulate,loop", pytest.param("", marks=pytest.mark.slow)])
+def test_the_whole_at_a_small_size_killed_and_given_again(tmp_path, chosen):
+    """chosen: steps; "": all of them."""
     out, work = tmp_path / "out", tmp_path / "work"
     facts = Facts(out / "facts.jsonl")
-    process = start(out, work, start_new_session=True)
+    process = start(out, work, chosen, start_new_session=True)
     while not any("megaflux.bench.first.training" in " ".join(other.cmdline()) for other in of_this_run(tmp_path)):
         time.sleep(0.1)
         assert process.poll() is None, process.stdout.read()
@@ -230,31 +240,32 @@ def test_the_whole_at_a_small_size_killed_and_given_again(tmp_path):
         time.sleep(0.1)
     assert not of_this_run(tmp_path)  # no training is left on the GPU
 
-    said = start(out, work)
+    said = start(out, work, chosen)
     text, _ = said.communicate()
     rows = facts.rows()
     assert said.returncode == 0, text
     assert not [row for row in rows if row.error], text
-    assert {row.step for row in rows} == {"session", *steps.names(small=True)}
+    assert {row.step for row in rows} == {"session", *(chosen.split(",") if chosen else steps.names(small=True))}
     assert len([row for row in rows if row.step != "session" and row.fact != FINISHED]) >= 30
     assert len({row.key for row in rows}) == len(rows)  # nothing twice, although a step was cut off
-    assert "ours-none, 64 + 25 tokens: ours over diffusers'" in text and "left out" not in text
+    assert "left out" not in text
     assert sorted(file.name for file in out.iterdir()) == [".lock", "facts.jsonl", "log.txt", "table.txt"]
     assert [file.name for file in work.iterdir()] == [".lock"]  # its runs are cleared away
-    own = [row.value for row in rows if row.fact.endswith("diffusers' own")]
-    assert own and max(own) < 0.1  # or the float32 reference is one of something else
-
     known = values(facts, "loop")
     assert known["trains"] == 5 and known["faults"] == 0
     assert all(
         known[f"update: {step}"] > 0 for step in ("2 latents", "3 condition", "5 forward", "6 backward", "7 optimizer")
     )
     assert known["save: write"] > 0 and known["save: hash"] > 0 and known["save: files"] > 0
-    assert values(facts, "continued")["two continuations are bit-equal"] is True  # a CPU adds in one order
     gates = [row for row in rows if row.step.startswith("gate-") and row.fact != FINISHED and row.step != "gate-blocks"]
-    assert len(gates) >= 4 * 6 and all(0 <= row.value <= 1 for row in gates)
+    assert len(gates) >= 4 and all(0 <= row.value <= 1 for row in gates)
+    if not chosen:
+        own = [row.value for row in rows if row.fact.endswith("diffusers' own")]
+        assert own and max(own) < 0.1  # or the float32 reference is one of something else
+        assert values(facts, "continued")["two continuations are bit-equal"] is True  # a CPU adds in one order
+        assert len(gates) >= 4 * 6 and "ours-none, 64 + 25 tokens: ours over diffusers'" in text
 
-    again = start(out, work)
+    again = start(out, work, chosen)
     text, _ = again.communicate()
     assert again.returncode == 0 and facts.rows() == rows, text
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import file_bytes, picture
 from PIL import Image
-from test_loader import all_keys, free_port, keys_of, prefixes_on, take
+from test_loader import all_keys, keys_of, prefixes_on, take
 
 from megaflux.common.errors import UserError
 from megaflux.common.ranks import World, detect_world
@@ -28,7 +28,9 @@ from megaflux.data.storage.dataset import DatasetInfo, write_dataset
 from megaflux.data.storage.index import read_index
 from megaflux.data.storage.shards import read_split
 from megaflux.data.storage.verdict import VERDICT
+from tests import forked
 from tests.derived import write_bucket
+from tests.training.runs import rank_environments
 
 SEED = 3
 BUCKETS = make_buckets(("1:1", "2:1"), 64)
@@ -479,10 +481,9 @@ def test_two_ranks(without_images, tmp_path, opened):
     alone, _, _ = go_bad(opened, without_images, tmp_path / "x", None, 2 * BATCHES)
     root = shutil.copytree(without_images, tmp_path / "y", ignore=shutil.ignore_patterns("*.mds"))
     (tmp_path / "ranks.py").write_text(TWO_RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--master_port", str(free_port()), "--nproc_per_node=2"]
-    command += [str(tmp_path / "ranks.py"), str(root), str(tmp_path), str(Path(__file__).parent)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run(command, check=True, timeout=80, env=env)
+    command = [str(tmp_path / "ranks.py"), str(root), str(tmp_path), str(Path(__file__).parent)]
+    done = forked.run_ranks(command, rank_environments(2), timeout=80)
+    assert done.returncode == 0, done.stderr
     (first, found, agreed), (second, *same) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert same == [found, agreed]
     assert agreed

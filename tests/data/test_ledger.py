@@ -2,11 +2,7 @@
 
 import itertools
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +15,8 @@ from megaflux.data.reading.options import LoaderOptions
 from megaflux.data.storage.dataset import DatasetInfo, write_dataset
 from megaflux.data.storage.index import write_index
 from megaflux.data.storage.shards import open_writer
+from tests import forked
+from tests.training.runs import rank_environments
 
 WORKER = Path(__file__).with_name("ledger_worker.py")
 TOGETHER = 16  # samples that all ranks draw together
@@ -50,21 +48,8 @@ def numbered_dataset(root: Path, counts: dict[str, int], per_shard: int = 10_000
 
 def segment(dataset: Path, out: Path, ranks: int, seed: int, batches: int, beyond: int) -> np.ndarray:
     """Numbers (batches, TOGETHER) that all ranks took, each row in order; the processes are gone then."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, str(WORKER), str(dataset), str(out), str(TOGETHER), str(seed), str(batches), str(beyond)]
-    env = os.environ | {
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True)
-        for r in range(ranks)
-    ]
+    command = [str(WORKER), str(dataset), str(out), str(TOGETHER), str(seed), str(batches), str(beyond)]
+    processes = [forked.Forked(command, env) for env in rank_environments(ranks)]
     said = [process.communicate()[1] for process in processes]
     assert {process.returncode for process in processes} <= {0, 9}, said
     parts = [np.load(out / f"part-rank{rank}.npy") for rank in range(ranks)]

@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,7 +30,9 @@ from megaflux.data.storage.dataset import DatasetInfo, write_dataset
 from megaflux.data.storage.shards import read_split
 from megaflux.data.writing.build import prepare
 from megaflux.data.writing.options import Options
+from tests import forked
 from tests.derived import write_bucket
+from tests.training.runs import rank_environments
 
 BATCHES = 17  # of 4 in an epoch of the small dataset: 10 square, 6 wide, 1 tall
 
@@ -385,36 +386,15 @@ dist.destroy_process_group()
 """
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_two_ranks_see_the_batches_of_one(build, small_dataset, tmp_path, nodes):
     """Two ranks, on one node or on two, resumed in the middle, against one rank of twice the batch. What stops one of them at
     the start stops both, with one error."""
     alone = keys_of(take(build(micro_batch_size=4), 26))
     (tmp_path / "ranks.py").write_text(RANKS)
-    common = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(free_port()),
-    ]
     script = [str(tmp_path / "ranks.py"), str(small_dataset), str(tmp_path)]
-    launches = [
-        subprocess.Popen(
-            [*common, f"--nnodes={nodes}", f"--node_rank={node}", f"--nproc_per_node={2 // nodes}", *script],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for node in range(nodes)
-    ]
-    assert [launch.wait(timeout=120) for launch in launches] == [0] * nodes
+    done = forked.run_ranks(script, rank_environments(2, nodes), timeout=120)
+    assert done.returncode == 0, done.stderr
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0]["repeats"] == ranks[1]["repeats"] == {"1:1": 3, "2:1": 3, "1:2": 1}
     assert ranks[0]["state"] == ranks[1]["state"]

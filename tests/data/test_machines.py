@@ -1,18 +1,17 @@
 """Machines that share a dataset's folder divide its verification; those with a copy of their own do not."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from test_faults import dataset, flip, stored  # noqa: F401  a fixture
-from test_loader import free_port
 
 from megaflux.common.ranks import World
 from megaflux.data.storage.verdict import VERDICT, verify_shards
+from tests import forked
+from tests.training.runs import rank_environments
 
 MACHINE = """
 import json, os, sys, threading
@@ -39,27 +38,13 @@ dist.destroy_process_group()
 def verified_by(paths, out, ranks=1):
     """What each rank read and found, with a machine for each of `paths`: processes that share no temporary folder."""
     (out / "machine.py").write_text(MACHINE)
-    port, launches = free_port(), []
-    for node in range(len(paths)):
-        (out / f"tmp{node}").mkdir(exist_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--master_addr",
-            "127.0.0.1",
-            "--master_port",
-            str(port),
-            f"--nnodes={len(paths)}",
-            f"--node_rank={node}",
-            f"--nproc_per_node={ranks}",
-            str(out / "machine.py"),
-            json.dumps([str(path) for path in paths]),
-            str(out),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(out / f"tmp{node}")}
-        launches.append(subprocess.Popen(command, env=environment))
-    assert [launch.wait(timeout=90) for launch in launches] == [0] * len(paths)
+    envs = rank_environments(len(paths) * ranks, nodes=len(paths))
+    for rank, env in enumerate(envs):
+        env["TMPDIR"] = str(out / f"tmp{rank // ranks}")
+        Path(env["TMPDIR"]).mkdir(exist_ok=True)
+    command = [str(out / "machine.py"), json.dumps([str(path) for path in paths]), str(out)]
+    done = forked.run_ranks(command, envs, timeout=90)
+    assert done.returncode == 0, done.stderr
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(len(paths) * ranks)]
 
 

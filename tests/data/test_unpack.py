@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from megaflux.data.storage.index import read_index
 from megaflux.data.storage.unpack import UNPACKING, own_folder, remove_abandoned
 from megaflux.data.writing.build import prepare
 from megaflux.data.writing.options import Options
+from tests import forked
 
 TWO = """
 import itertools, json, os, sys, time
@@ -71,14 +71,8 @@ def packed(dataset, path):  # noqa: F811
 def two_at_once(roots, out):
     """What two processes report that read the same folders one after the other, at the same time."""
     out.mkdir()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, json.dumps([str(root) for root in roots]), str(out), str(me)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for me in (0, 1)
-    ]
+    command = ["-c", TWO, json.dumps([str(root) for root in roots]), str(out)]
+    processes = [forked.Forked([*command, str(me)]) for me in (0, 1)]
     return [process.communicate(timeout=80)[0].splitlines() for process in processes]
 
 

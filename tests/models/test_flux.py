@@ -354,17 +354,26 @@ def test_compiled_blocks_on_the_triton_path_are_the_same(monkeypatch):
 # --- what is kept ---
 
 
-@pytest.fixture(scope="module")
-def published():
-    """Bytes and FLOPs of FLUX.1-dev at 1024 px with 512 condition tokens in bfloat16, stage 1, whole blocks."""
-    sizes = dev()["model"]["flux_config"]
-    trainable = activations.trainable_flux(sizes, PUBLISHED_STAGES["stage1"], "block")
-    return {arm: activations.count(sizes, trainable, arm, 4096, 512) for arm in activations.ARMS}
+@pytest.fixture(scope="module", params=[8, pytest.param(1, marks=pytest.mark.slow)])
+def published(request):
+    """Bytes and FLOPs of FLUX.1-dev at 1024 px with 512 condition tokens in bfloat16, stage 1, whole blocks; with every
+    block, or every eighth one of either kind, since blocks of a kind keep the same."""
+    sizes, every = dict(dev()["model"]["flux_config"]), request.param
+    double = sizes["num_layers"]
+    kept = [*range(0, double, every), *range(double, double + sizes["num_single_layers"], every)]
+    stage = [kept.index(block) for block in PUBLISHED_STAGES["stage1"] if block in kept]
+    sizes |= {"num_layers": sum(block < double for block in kept), "num_single_layers": sum(b >= double for b in kept)}
+    trainable = activations.trainable_flux(sizes, stage, "block")
+    return {
+        arm: activations.count(sizes, trainable, arm, 4096, 512, backward=not arm.endswith("-full"))
+        for arm in activations.ARMS
+    } | {"blocks": len(kept)}
 
 
 def test_published_shape_keeps_no_more_than_the_targets(published):
-    kept = {arm: row["saved_bytes"] for arm, row in published.items()}
-    assert kept["diffusers-eager"] == pytest.approx(22.0e9, rel=0.01)  # 23.0e9 by the count that set the targets
+    kept = {arm: row["saved_bytes"] for arm, row in published.items() if arm != "blocks"}
+    if published["blocks"] == 57:
+        assert kept["diffusers-eager"] == pytest.approx(22.0e9, rel=0.01)  # 23.0e9 by the count that set the targets
     assert kept["ours-none"] <= 0.72 * kept["diffusers-eager"]
     assert kept["ours-mlp"] <= 0.42 * kept["diffusers-eager"]
     assert kept["ours-full"] <= 1.01 * kept["diffusers-eager-full"]

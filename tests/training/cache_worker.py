@@ -1,6 +1,6 @@
 """python cache_worker.py CONFIG: caches as a run does when it starts, on the ranks that the environment describes.
 
-FAULT in the environment: slow:RANK: that rank takes a second for each picture. hang:RANK: that rank ends no picture. crawl: every batch takes 0.7 s. full: a write of
+FAULT in the environment: slow:RANK: that rank takes half a second for each picture. hang:RANK: that rank ends no picture. crawl: every batch takes 0.7 s. full: a write of
 more than a few bytes fails. LIMIT: seconds of a collective's time limit. Prints how much it has
 encoded, and the folder that it trains from.
 """
@@ -32,7 +32,7 @@ if "LIMIT" in os.environ:
 def encode(*args, real=latents.encode):
     encoded.append(len(args[1]))
     if kind == "slow" and rank == os.environ["RANK"]:
-        time.sleep(len(args[1]))
+        time.sleep(0.5 * len(args[1]))
     if kind == "hang" and rank == os.environ["RANK"]:
         time.sleep(1000)
     if kind == "crawl":

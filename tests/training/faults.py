@@ -25,9 +25,7 @@ from safetensors.torch import load_file
 
 from megaflux.data.reading.shared_memory import _folders_in
 from megaflux.training.survival.events import NAME, read
-from tests.training.runs import LAUNCH, ROOT, environment, free_port, launch
-
-FAULTY = str(ROOT / "tests" / "training" / "faulty_train.py")
+from tests.training.runs import FAULTY, LAUNCH, ROOT, environment, free_port, launch
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,11 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from tests import forked
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = str(ROOT / "launch" / "train.py")
+FAULTY = str(ROOT / "tests" / "training" / "faulty_train.py")
 
 
 def make_dataset(folder: Path, images: int = 40, square: bool = False, side: int = 64, chunk: int = 1000) -> Path:
@@ -107,7 +110,12 @@ def environment() -> dict[str, str]:
 
 
 def launch(*arguments: object, ranks: int = 1, with_: str = "deepspeed", timeout: float = 300):
-    """Run launch/train.py by a launcher; returns the finished process with its output as text."""
+    """Run launch/train.py; returns the finished process with its output as text.
+
+    with_: deepspeed, torchrun or python, as a user starts it; or "forked": the same processes without a launcher, which
+    need not import anything first (tests/forked.py), for tests of what a run computes."""
+    if with_ == "forked":
+        return forked.run_ranks([LAUNCH, *map(str, arguments)], rank_environments(ranks), timeout)
     starters = {
         "deepspeed": ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())],
         "torchrun": ["torchrun", "--nproc_per_node", str(ranks), "--master_port", str(free_port())],
@@ -115,6 +123,25 @@ def launch(*arguments: object, ranks: int = 1, with_: str = "deepspeed", timeout
     }
     command = [*starters[with_], LAUNCH, *map(str, arguments)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+
+
+def launch_faulty(*arguments: object, fault: str, ranks: int = 2, timeout: float = 300, **env: object):
+    """The same forked, with a fault put in (faulty_train.py); env: more environment variables."""
+    more = {"FAULT": fault} | {name: str(value) for name, value in env.items()}
+    envs = [rank | more for rank in rank_environments(ranks)]
+    return forked.run_ranks([FAULTY, *map(str, arguments)], envs, timeout)
+
+
+def rank_environments(ranks: int, nodes: int = 1) -> list[dict[str, str]]:
+    """The environment that a launcher gives each rank, of as many on each node."""
+    local = ranks // nodes
+    shared = environment() | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(local),
+    }
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank % local)} for rank in range(ranks)]
 
 
 def copy_until(run: Path, to: Path, update: int) -> Path:

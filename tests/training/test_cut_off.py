@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.training.faults import FAULTY, events
-from tests.training.runs import ds_config, environment, make_dataset, small_config, write_config
+from tests.training.faults import events
+from tests.training.runs import ds_config, launch_faulty, make_dataset, small_config, write_config
 
 SLOW = pytest.mark.slow
 
@@ -48,7 +46,7 @@ CUT_OFF = {  # updates -> starts: fault, more, updates that are validated after 
 
 @pytest.mark.parametrize("updates", [2, pytest.param(6, marks=SLOW)])
 def test_what_a_kill_cut_off_after_a_save_is_shown_by_the_next_start(data, tmp_path, updates):
-    """Stages of two updates, killed between a save and what follows it; plain python, one rank."""
+    """Stages of two updates, killed between a save and what follows it; one rank."""
     stages = [{"name": name, "share": 1, "blocks": [0]} for name in "abc"[: updates // 2]]
     values = small_config(
         data, tmp_path / "run", stages=stages, train__updates=updates, train__checkpoint_every=1, validation__every=1
@@ -56,10 +54,7 @@ def test_what_a_kill_cut_off_after_a_save_is_shown_by_the_next_start(data, tmp_p
     config, ds, run = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "fp32"), tmp_path / "run"
 
     def go(fault: str, *more: object) -> str:
-        command = [sys.executable, FAULTY, "--deepspeed", ds, "--config", config, *more]
-        done = subprocess.run(
-            [*map(str, command)], env=environment() | {"FAULT": fault}, capture_output=True, text=True, timeout=120
-        )
+        done = launch_faulty("--deepspeed", ds, "--config", config, *more, fault=fault, ranks=1)
         assert done.returncode == (-signal.SIGKILL if fault.startswith("die") else 0), done.stderr[-2000:]
         return done.stdout + done.stderr
 

@@ -3,13 +3,10 @@ is for tests/training/test_gpu.py."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.training.runs import environment, free_port, launch
+from tests import forked
+from tests.training.runs import launch, rank_environments
 
 CODE = """
 import os, sys
@@ -31,23 +28,10 @@ exit_on_user_error(main)
 
 def start(switch: str, ranks: int = 1, **variables: str) -> list[tuple[int, str, str]]:
     """(exit code, last line of stdout, stderr) of each rank of a process group that is started so."""
-    port, processes = str(free_port()), []
-    for rank in range(ranks):
-        place = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-        env = {k: v for k, v in environment().items() if k != "CUBLAS_WORKSPACE_CONFIG"} | place | variables
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", CODE, switch], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
-        )
+    processes = []
+    for place in rank_environments(ranks):
+        env = {k: v for k, v in place.items() if k != "CUBLAS_WORKSPACE_CONFIG"} | variables
+        processes.append(forked.Forked(["-c", CODE, switch], env))
     done = [process.communicate(timeout=120) for process in processes]
     # DeepSpeed writes to stdout as well, before
     last = [(out.strip().rpartition("\n")[2], err) for out, err in done]
@@ -81,6 +65,6 @@ def test_a_workspace_of_ones_own(given, code):
 def test_training_asks_for_it_where_its_configuration_does(tmp_path, monkeypatch):
     """Seen by what is refused at the start, as on a CPU the bits are the same either way."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    done = launch("--run.dir", tmp_path / "run", "--train.deterministic", "true", with_="python", timeout=90)
+    done = launch("--run.dir", tmp_path / "run", "--train.deterministic", "true", with_="forked", timeout=90)
     assert done.returncode == 2, done.stderr[-3000:]
     assert done.stderr.splitlines()[-1].startswith("error: CUBLAS_WORKSPACE_CONFIG: ':0:0', but train.deterministic")

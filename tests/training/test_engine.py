@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import weakref
 
 import pytest
@@ -18,8 +17,9 @@ from megaflux.training.engine import StageEngine, adam_state
 from megaflux.training.optim import learning_rate
 from megaflux.training.stages import trainable_names
 from megaflux.training.survival.guard import Guard
+from tests import forked
 from tests.training.carry_worker import Toy, toy_config
-from tests.training.runs import ROOT, ds_config, environment, free_port, small_config
+from tests.training.runs import ROOT, ds_config, rank_environments, small_config
 from tests.training.updates import drawn_losses, wake
 
 CARRY = str(ROOT / "tests" / "training" / "carry_worker.py")
@@ -28,17 +28,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 @pytest.mark.parametrize(("precision", "ranks"), [("fp32", 1), ("fp32", 2), ("bf16", 2)])
 def test_survivors_of_a_stage_change_go_on_as_if_nothing_had_happened(tmp_path, precision, ranks):
-    command = [
-        "torchrun",
-        "--nproc_per_node",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-        CARRY,
-        str(ds_config(tmp_path, precision)),
-    ]
-    env = environment() | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = forked.run_ranks([CARRY, str(ds_config(tmp_path, precision))], rank_environments(ranks), timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("carried as expected") == ranks
 

@@ -27,7 +27,7 @@ def train(tmp_path, data, name, precision="fp32", ranks=1, **changes):
     """(loss of every update, the run's folder, its output)."""
     values = small_config(data, tmp_path / name, **changes)
     config = write_config(values, tmp_path / f"{name}.yaml")
-    done = launch("--deepspeed", ds_config(tmp_path, precision), "--config", config, ranks=ranks)
+    done = launch("--deepspeed", ds_config(tmp_path, precision), "--config", config, ranks=ranks, with_="forked")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     events = EventAccumulator(str(tmp_path / name / "tensorboard"))
     events.Reload()
@@ -84,7 +84,7 @@ def test_zero3_runs_on_diffusers_own_path_and_says_so(tmp_path, data):
     values = small_config(data, tmp_path / "run", train__updates=2)
     config = write_config(values, tmp_path / "config.yaml")
     zero3 = ds_config(tmp_path, base="zero3.json")
-    done = launch("--deepspeed", zero3, "--config", config, with_="python")
+    done = launch("--deepspeed", zero3, "--config", config, with_="forked")
     assert done.returncode == 0, done.stderr[-3000:]
     said = done.stdout + done.stderr
     assert "kernels off (diffusers' own path)" in said

@@ -1,4 +1,6 @@
-"""Whole runs through the real launchers: resume is exact, frozen stays frozen, every ZeRO configuration runs."""
+"""Whole runs: resume is exact, frozen stays frozen, every ZeRO configuration runs.
+
+Most are forked (tests/forked.py); test_survival, test_report and the launchers' own test here start them as users do."""
 
 from __future__ import annotations
 
@@ -21,8 +23,17 @@ from megaflux.training.planning import memory
 from megaflux.training.planning.micro_batch import Planner
 from megaflux.training.planning.sizes import Sizes
 from megaflux.training.stages import trainable_names
-from tests.training.faults import assert_same, events, final_state, final_weights, start
-from tests.training.runs import ROOT, copy_until, ds_config, launch, make_dataset, small_config, write_config
+from tests.training.faults import assert_same, events, final_state, final_weights
+from tests.training.runs import (
+    ROOT,
+    copy_until,
+    ds_config,
+    launch,
+    launch_faulty,
+    make_dataset,
+    small_config,
+    write_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +41,8 @@ def data(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data"))
 
 
-def run_ok(*arguments, **kwargs):
-    done = launch(*arguments, **kwargs)
+def run_ok(*arguments, with_="forked", **kwargs):
+    done = launch(*arguments, with_=with_, **kwargs)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -63,9 +74,9 @@ def test_resumed_run_is_bit_equal_to_the_uninterrupted_one(tmp_path, data, preci
 def test_a_run_stopped_at_a_stages_end_goes_on_with_its_moments(tmp_path, data):
     config = write_config(small_config(data, tmp_path / "whole"), tmp_path / "config.yaml")
     ds = ds_config(tmp_path, "fp32")
-    run_ok("--deepspeed", ds, "--config", config, with_="python")
+    run_ok("--deepspeed", ds, "--config", config)
     half = copy_until(tmp_path / "whole", tmp_path / "half", 3)
-    run_ok("--deepspeed", ds, "--config", config, "--run.dir", half, with_="python")
+    run_ok("--deepspeed", ds, "--config", config, "--run.dir", half)
     assert_same(final_weights(tmp_path / "whole"), final_weights(half))
     assert_same(final_state(tmp_path / "whole"), final_state(half))
 
@@ -73,7 +84,7 @@ def test_a_run_stopped_at_a_stages_end_goes_on_with_its_moments(tmp_path, data):
 def test_checkpoint_holds_what_trained_and_all_of_it_changed(tmp_path, data):
     values = small_config(data, tmp_path / "run", train__updates=10)
     config = write_config(values, tmp_path / "config.yaml")
-    run_ok("--deepspeed", ds_config(tmp_path, "fp32"), "--config", config, with_="python")
+    run_ok("--deepspeed", ds_config(tmp_path, "fp32"), "--config", config)
     resolved = build_config(merge(tiny(), values))
     models = load_models(resolved)
     before = dict(models.trainable.named_parameters())
@@ -103,10 +114,10 @@ def test_two_ranks_train_as_one_does(tmp_path, data):
 def test_a_run_reads_a_remote_dataset_into_its_cache(tmp_path, data):
     values = small_config(tmp_path / "cache", tmp_path / "run", data__remote=str(data), train__updates=2)
     config = write_config(values, tmp_path / "config.yaml")
-    run_ok("--deepspeed", ds_config(tmp_path), "--config", config, with_="python")
+    run_ok("--deepspeed", ds_config(tmp_path), "--config", config)
     values = small_config(data, tmp_path / "local", train__updates=2)
     config = write_config(values, tmp_path / "local.yaml")
-    run_ok("--deepspeed", ds_config(tmp_path), "--config", config, with_="python")
+    run_ok("--deepspeed", ds_config(tmp_path), "--config", config)
     assert_same(final_weights(tmp_path / "run"), final_weights(tmp_path / "local"))
 
 
@@ -121,9 +132,7 @@ def test_published_block_lists_run_on_57_blocks(tmp_path, data):
         "joint_attention_dim": 24,
     }
     values = small_config(data, tmp_path / "run", stages=stages, model__flux_config=sizes, train__updates=3)
-    run_ok(
-        "--deepspeed", ds_config(tmp_path), "--config", write_config(values, tmp_path / "config.yaml"), with_="python"
-    )
+    run_ok("--deepspeed", ds_config(tmp_path), "--config", write_config(values, tmp_path / "config.yaml"))
     trained = {name.split(".")[2] for name in final_weights(tmp_path / "run") if ".transformer_blocks." in name}
     single = {int(name.split(".")[2]) + 19 for name in final_weights(tmp_path / "run") if "single_transformer" in name}
     lists = {block for blocks in PUBLISHED_STAGES.values() for block in blocks}
@@ -182,7 +191,7 @@ def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_p
     little = f"less_memory:{limit}:1"
 
     def train(run, *more) -> tuple[list[dict], str]:
-        process = start(
+        done = launch_faulty(
             "--deepspeed",
             ds_config(tmp_path),
             "--config",
@@ -194,8 +203,8 @@ def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_p
             *more,
             fault=little,
         )
-        said = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, said[-3000:]
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said[-3000:]
         return events(run, "ready")[-2:], said
 
     ready, said = train(tmp_path / "run")
@@ -242,7 +251,7 @@ def test_a_run_starts_from_folders_in_the_published_layouts(tmp_path, data, publ
         stages=[{"name": "one", "share": 1, "blocks": [1]}],
     )
     config = write_config(values, tmp_path / "config.yaml")
-    run_ok("--deepspeed", ds_config(tmp_path), "--config", config, with_="python")
+    run_ok("--deepspeed", ds_config(tmp_path), "--config", config)
     source = load_file(published["flux"] / "transformer" / "diffusion_pytorch_model.safetensors")
     trained = final_weights(tmp_path / "run")
     name = "single_transformer_blocks.0.attn.to_q.weight"
@@ -255,9 +264,7 @@ def test_run_shows_itself_in_tensorboard(tmp_path, data):
     values = small_config(
         data, tmp_path / "run", validation__every=2, validation__panel_every=4, train__micro_batch_size=None
     )  # as the preset tiny has it
-    run_ok(
-        "--deepspeed", ds_config(tmp_path), "--config", write_config(values, tmp_path / "config.yaml"), with_="python"
-    )
+    run_ok("--deepspeed", ds_config(tmp_path), "--config", write_config(values, tmp_path / "config.yaml"))
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     scalars = set(events.Tags()["scalars"])
     wanted = {
@@ -300,14 +307,13 @@ def test_a_damaged_or_foreign_checkpoint_stops_the_run_in_one_line(tmp_path, dat
     values = small_config(data, tmp_path / "run", train__updates=2)
     config = write_config(values, tmp_path / "config.yaml")
     ds = ds_config(tmp_path)
-    run_ok("--deepspeed", ds, "--config", config, with_="python")
+    run_ok("--deepspeed", ds, "--config", config)
     checkpoint = tmp_path / "run" / "checkpoints" / "update-0000002"
     pristine = tmp_path / "pristine"
     shutil.copytree(checkpoint, pristine)
 
     def refusal(*arguments, ranks=1):
-        starter = "python" if ranks == 1 else "deepspeed"
-        done = launch("--deepspeed", ds, "--config", config, *arguments, with_=starter, ranks=ranks)
+        done = launch("--deepspeed", ds, "--config", config, *arguments, with_="forked", ranks=ranks)
         assert done.returncode == 2, done.stderr
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1 and "Traceback" not in done.stderr
@@ -315,7 +321,7 @@ def test_a_damaged_or_foreign_checkpoint_stops_the_run_in_one_line(tmp_path, dat
 
     weights = checkpoint / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    back = launch("--deepspeed", ds, "--config", config, with_="python")
+    back = launch("--deepspeed", ds, "--config", config, with_="forked")
     assert back.returncode == 0 and "resuming from update-0000001, the newest complete checkpoint" in back.stderr
     for path in checkpoint.parent.iterdir():
         shutil.rmtree(path)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from megaflux.training.checkpoint import elastic, manifest
 from megaflux.training.checkpoint.state import Checkpoint
 from megaflux.training.checkpoint.write import writer_of
 from tests.training.faults import (
-    FAULTY,
     Reference,
     Terminal,
     assert_same,
@@ -33,7 +30,7 @@ from tests.training.faults import (
     start,
     wait_for,
 )
-from tests.training.runs import copy_until, ds_config, environment, launch, make_dataset, small_config, write_config
+from tests.training.runs import copy_until, ds_config, launch, launch_faulty, make_dataset, small_config, write_config
 
 SLOW = pytest.mark.slow
 NO_REPEATS = 38  # pictures of which 28 train, a multiple of the 4 drawn at a time
@@ -50,14 +47,14 @@ def reference(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("reference")
     values = small_config(data, folder / "run", train__updates=12)
     whole = Reference(folder / "run", ds_config(folder, "bf16"), write_config(values, folder / "config.yaml"), data)
-    done = launch(*whole.started_by, ranks=2)
+    done = launch(*whole.started_by, ranks=2, with_="forked")
     assert done.returncode == 0, done.stderr[-3000:]
     return whole
 
 
 def go_on(reference: Reference, run: Path, *more: object) -> None:
     """The same command again: it ends as the run that nothing disturbed."""
-    done = launch(*reference.started_by, "--run.dir", run, *more, ranks=2)
+    done = launch(*reference.started_by, "--run.dir", run, *more, ranks=2, with_="forked")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     same_end(reference.run, run)
 
@@ -204,9 +201,9 @@ def test_no_rank_outlives_another(reference, tmp_path, kind):
 @pytest.mark.parametrize("part", [pytest.param("forward", marks=SLOW), "backward", pytest.param("step", marks=SLOW)])
 def test_a_rank_out_of_memory_leaves_word_and_the_next_start_plans_with_less(reference, tmp_path, part):
     run, auto = tmp_path / "run", ("--model.activation_checkpointing", "auto")
-    process = start(*reference.started_by, "--run.dir", run, *auto, fault=f"oom_{part}:4:1")
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 11, said[-3000:]
+    done = launch_faulty(*reference.started_by, "--run.dir", run, *auto, fault=f"oom_{part}:4:1")
+    said = done.stdout + done.stderr
+    assert done.returncode == 11, said[-3000:]
     (line,) = [line for line in said.splitlines() if line.startswith("rank 1: out of memory")]
     assert "after update 4" in line and "Tried to allocate 2.00 GiB" in line and "memory.json" in line
     assert "of 3 blocks: 3 full" in line and "Traceback" not in said.partition(line)[0]
@@ -215,9 +212,9 @@ def test_a_rank_out_of_memory_leaves_word_and_the_next_start_plans_with_less(ref
     limits = json.loads((run / "memory.json").read_text())["bytes"]
     assert limits.keys() == {"base"} and not list(run.glob(".memory*"))
 
-    process = start(*reference.started_by, "--run.dir", run, *auto, fault="small_gpu:0:1")
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said[-3000:]
+    done = launch_faulty(*reference.started_by, "--run.dir", run, *auto, fault="small_gpu:0:1")
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-3000:]
     assert said.count(f"planned within {limits['base'] / 1e9:.1f} GB") == 1
     plans = [(event["plan"], event["limit"]) for event in events(run, "ready")]
     full = "of 3 blocks: 3 full"
@@ -230,9 +227,9 @@ def test_a_bad_update_changes_nothing_and_names_its_samples(data, tmp_path):
     # The fifth update, a stage's last: between dropped ones only a stage's end is saved.
     values = small_config(data, tmp_path / "run", train__updates=10, train__checkpoint_every=1, optim__weight_decay=0.5)
     config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "bf16")
-    process = start("--deepspeed", ds, "--config", config, fault="nan:4:1")  # on one rank of two
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said[-2000:]
+    done = launch_faulty("--deepspeed", ds, "--config", config, fault="nan:4:1")  # on one rank of two
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-2000:]
     before, after = (tmp_path / "run" / "checkpoints" / f"update-000000{n}" for n in (4, 5))
     weights = sorted(file.name for file in before.glob("weights-*.safetensors"))
     assert weights == [f"weights-0000{rank}-of-00002.safetensors" for rank in (0, 1)]
@@ -276,14 +273,9 @@ def test_not_a_byte_of_what_is_frozen_changes_in_three_stages_with_kills_between
     )
     config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "bf16")  # two updates a stage
     for at in (*kills, None):
-        env = environment() | {"FAULT": f"die:{at}" if at else "none:-1", "DIGESTS": str(tmp_path / "digests.jsonl")}
-        done = subprocess.run(
-            [sys.executable, FAULTY, "--deepspeed", str(ds), "--config", str(config)],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        digests = tmp_path / "digests.jsonl"
+        fault = f"die:{at}" if at else "none:-1"
+        done = launch_faulty("--deepspeed", ds, "--config", config, fault=fault, ranks=1, DIGESTS=digests)
         assert done.returncode == (-signal.SIGKILL if at else 0), done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "digests.jsonl").read_text().splitlines()]
     assert [(line["when"], line["stage"]) for line in lines][-2:] == [("begin", 2), ("end", 2)]
@@ -304,18 +296,17 @@ def test_not_a_byte_of_what_is_frozen_changes_in_three_stages_with_kills_between
 
 @pytest.mark.slow
 def test_every_rank_takes_what_the_first_one_read(reference, tmp_path):
-    process = start(*reference.started_by, "--run.dir", tmp_path / "run", fault="other_view:0:1")
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said[-2000:]
+    done = launch_faulty(*reference.started_by, "--run.dir", tmp_path / "run", fault="other_view:0:1")
+    assert done.returncode == 0, done.stderr[-2000:]
     same_end(reference.run, tmp_path / "run")
 
 
 def test_divergence_goes_back_to_a_sound_checkpoint_and_leaves_the_data_out(data, tmp_path):
     values = small_config(data, tmp_path / "run", train__bad_updates=2, train__updates=5, train__checkpoint_every=1)
     config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "fp32")
-    process = start("--deepspeed", ds, "--config", config, fault="nan_from:2:1")
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said[-2000:]
+    done = launch_faulty("--deepspeed", ds, "--config", config, fault="nan_from:2:1")
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-2000:]
     back = [fault for fault in events(tmp_path / "run", "fault") if fault["what"] == "rollback"]
     assert len(back) == 1 and back[0]["update"] == 2 and "back to update 2" in said
     position = json.loads((newest(tmp_path / "run") / "manifest.json").read_text())
@@ -331,11 +322,12 @@ def test_other_ranks_go_on_with_the_same_batches(tmp_path):
     square = make_dataset(tmp_path / "square", images=NO_REPEATS, square=True)
     values = small_config(square, tmp_path / "whole", train__updates=8)
     config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "fp32")
-    assert launch("--deepspeed", ds, "--config", config, ranks=2).returncode == 0
+    assert launch("--deepspeed", ds, "--config", config, ranks=2, with_="forked").returncode == 0
     run = copy_until(tmp_path / "whole", tmp_path / "run", 2)
-    one = launch("--deepspeed", ds, "--config", config, "--run.dir", run, "--train.stop_after", "5", ranks=1)
+    again = ("--deepspeed", ds, "--config", config, "--run.dir", run)
+    one = launch(*again, "--train.stop_after", "5", ranks=1, with_="forked")
     assert one.returncode == 0 and "resharded for 1" in one.stderr + one.stdout, one.stderr[-2000:]
-    two = launch("--deepspeed", ds, "--config", config, "--run.dir", run, ranks=2)
+    two = launch(*again, ranks=2, with_="forked")
     assert two.returncode == 0 and "resharded for 2" in two.stderr + two.stdout, two.stderr[-2000:]
     want, got = final_weights(tmp_path / "whole"), final_weights(run)
     difference = max((want[name] - got[name]).abs().max() for name in want)
@@ -370,9 +362,9 @@ def test_ranks_share_what_the_run_draws(small_config, tmp_path, ranks, micro):
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_full_disk_keeps_what_there_is_and_says_so(reference, tmp_path, rank):
     run = tmp_path / "run"  # saves fail on one rank; the other must not wait for it
-    process = start(*reference.started_by, "--run.dir", run, fault=f"full:3:{rank}")
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 2, said[-3000:]
+    done = launch_faulty(*reference.started_by, "--run.dir", run, fault=f"full:3:{rank}")
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said[-3000:]
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "update-0000006: cannot be written" in line and "Traceback" not in said  # the stage's end
     assert "continuing without this checkpoint" in said and "update-0000004: cannot be written" in said

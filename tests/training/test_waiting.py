@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,8 @@ from megaflux.common.ranks import World
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
 from megaflux.training import prepare_data
-from tests.training.runs import environment, free_port
+from tests import forked
+from tests.training.runs import rank_environments
 
 WORKER = str(Path(__file__).with_name("waiting_worker.py"))
 
@@ -27,14 +26,7 @@ WORKER = str(Path(__file__).with_name("waiting_worker.py"))
     ],
 )
 def test_others_wait_for_a_rank_that_works_past_every_time_limit(ends, said, codes):
-    port, ranks = str(free_port()), []
-    for rank in (0, 1):
-        env = environment() | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, WORKER, ends], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
+    ranks = [forked.Forked([WORKER, ends], env) for env in rank_environments(2)]
     found = [process.communicate(timeout=60) for process in ranks]
     assert [out.strip() for out, _ in found] == said, found
     assert [min(1, abs(process.returncode)) for process in ranks] == codes, found
