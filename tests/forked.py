@@ -120,11 +120,18 @@ def run(
     return run_ranks(command, [dict(os.environ if env is None else env)], timeout, cwd)
 
 
+class EndedRanks(subprocess.CompletedProcess[str]):
+    """Several processes: the exit code of the first one that failed, and their outputs one after the other."""
+
+    ranks: list[tuple[str, str]]
+    """stdout and stderr of each."""
+
+
 def run_ranks(
     command: Sequence[str], envs: Sequence[Mapping[str, str]], timeout: float = 300, cwd: Path = ROOT
-) -> subprocess.CompletedProcess[str]:
-    """Run a command (see Forked) once for each environment, all at the same time; returns their outputs one after the other
-    and the exit code of the first one that failed. As launchers do it, five seconds after a failure the others are killed."""
+) -> EndedRanks:
+    """Run a command (see Forked) once for each environment, all at the same time. As launchers do it, five seconds after a
+    failure the others are killed."""
     processes = [Forked(command, env, cwd) for env in envs]
     until, failed, code = time.monotonic() + timeout, None, 0
     try:
@@ -144,7 +151,9 @@ def run_ranks(
     said = [process.communicate() for process in processes]
     codes = [code, *(process.returncode for process in processes)]
     first = next((code for code in codes if code), 0)
-    return subprocess.CompletedProcess(list(command), first, *("".join(texts) for texts in zip(*said)))
+    done = EndedRanks(list(command), first, *("".join(texts) for texts in zip(*said)))
+    done.ranks = said
+    return done
 
 
 def _read(file: int, said: list[bytes]) -> None:

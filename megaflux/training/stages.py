@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -66,6 +66,7 @@ class Place:
         return {"vlm": "vlm", "vlm_norm": "vlm", "connector": "connector"}.get(self.part, "flux")
 
 
+@cache  # a dry run of dev asks half a million times about 1,182 names
 def locate(name: str, num_double: int) -> Place:
     """A parameter's place. num_double: number of FLUX's double blocks, which are numbered before the single ones. Raises
     ValueError for a name that does not match exactly one pattern."""

@@ -1,7 +1,7 @@
 """One update on a fixed global batch, by however many ranks the launcher starts, once for each of DeepSpeed's files given;
 writes gradients, weights and what was sent, by the file's name.
 
-torchrun --nproc_per_node N tests/training/parity_worker.py OUT DS_CONFIG...
+tests/training/parity_worker.py OUT DS_CONFIG...
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,10 @@ import torch
 from megaflux.common.ranks import World
 from megaflux.training.ds_config import FILLED, load_ds_config
 from megaflux.training.engine import StageEngine
+from tests import forked
 from tests.training.carry_worker import Toy, toy_config
 from tests.training.parity_worker import MICROS, update
-from tests.training.runs import ROOT, ds_config, environment, free_port
+from tests.training.runs import ROOT, ds_config, rank_environments
 
 WORKER = str(ROOT / "tests" / "training" / "parity_worker.py")
 
@@ -28,23 +28,10 @@ def variant(folder: Path, name: str, precision: str, **zero) -> Path:
     return path
 
 
-def run_worker(out: Path, configs: list[Path], *nodes: list[str]) -> dict[str, dict]:
+def run_worker(out: Path, configs: list[Path], ranks: int, nodes: int = 1) -> dict[str, dict]:
     """What each of DeepSpeed's files computes, by the file's name; see parity_worker."""
-    env = environment() | {"PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            ["torchrun", *options, WORKER, str(out), *map(str, configs)],
-            env=env,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for options in nodes
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, output[-3000:]
+    done = forked.run_ranks([WORKER, str(out), *map(str, configs)], rank_environments(ranks, nodes))
+    assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
 
 
@@ -60,34 +47,19 @@ def four_ranks(tmp_path_factory):
     """As shipped, and with buckets that hold few parameters and less than the largest."""
     folder = tmp_path_factory.mktemp("four")
     configs = [variant(folder, "fp32", "fp32"), variant(folder, "small buckets", "fp32", reduce_bucket_size=3000)]
-    return run_worker(folder / "out.pt", configs, ["--nproc_per_node", "4", "--master_port", str(free_port())])
+    return run_worker(folder / "out.pt", configs, ranks=4)
 
 
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory):
     """Two nodes of one rank: as shipped, and with all gradients summed on all ranks, which is DeepSpeed's default."""
-    folder, port = tmp_path_factory.mktemp("two"), str(free_port())
+    folder = tmp_path_factory.mktemp("two")
     configs = [
         variant(folder, "fp32", "fp32"),
         variant(folder, "bf16", "bf16"),
         variant(folder, "to all", "bf16", use_multi_rank_bucket_allreduce=True),
     ]
-    nodes = [
-        [
-            "--nnodes",
-            "2",
-            "--node_rank",
-            str(n),
-            "--nproc_per_node",
-            "1",
-            "--master_addr",
-            "127.0.0.1",
-            "--master_port",
-            port,
-        ]
-        for n in (0, 1)
-    ]
-    return run_worker(folder / "out.pt", configs, *nodes)
+    return run_worker(folder / "out.pt", configs, ranks=2, nodes=2)
 
 
 @pytest.mark.parametrize(

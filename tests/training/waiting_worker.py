@@ -14,7 +14,7 @@ from megaflux.common.errors import UserError
 from megaflux.common.ranks import World
 from megaflux.training.distributed import work_while_others_wait
 
-LIMIT = 3.0  # s
+LIMIT = 2.0  # s
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
 rank = int(os.environ["RANK"])

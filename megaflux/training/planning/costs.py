@@ -123,13 +123,14 @@ def training_flops(
     trainable = set(trainable_names(module, stage))
     blocks = len(module.transformer.transformer_blocks) + len(module.transformer.single_transformer_blocks)
     policies = policies or ["none"] * blocks
+    embeds_time = any(name.startswith("transformer.time_text_embed.") for name in trainable)
     linear = dx = dw = 0
     for name, layer in module.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
         cost = 2 * layer.in_features * layer.out_features * _tokens_seen(name, tokens)
         linear += cost
-        dx += cost if _needs_input_gradient(name, trainable) else 0
+        dx += cost if _needs_input_gradient(name, trainable, embeds_time) else 0
         dw += cost if f"{name}.weight" in trainable else 0
     again = recomputation(module, tokens)
     attention = blocks * again.attention + _layer_attention(module, tokens)
@@ -278,9 +279,8 @@ def _tokens_seen(name: str, tokens: Tokens) -> int:
     return tokens.condition if text else tokens.image
 
 
-def _needs_input_gradient(name: str, trainable: set[str]) -> bool:
-    """Whether a trainable parameter is upstream of a linear's input."""
-    embeds_time = any(other.startswith("transformer.time_text_embed.") for other in trainable)
+def _needs_input_gradient(name: str, trainable: set[str], embeds_time: bool) -> bool:
+    """Whether a trainable parameter is upstream of a linear's input. embeds_time: whether one of time_text_embed's trains."""
     if name == "transformer.x_embedder":
         return False
     if ".time_text_embed." in name:
