@@ -53,7 +53,7 @@ def numpys_optional() -> str:
     return " ".join(name for name in __cpu_dispatch__ if __cpu_features__.get(name))
 
 
-def on_other_instructions() -> dict[str, list[str]]:
+def on_other_instructions(names: list[str]) -> dict[str, list[str]]:
     """The lines that a process prints, by the instruction set that torch, numpy and the C library may use."""
     poor = {"NPY_DISABLE_CPU_FEATURES": numpys_optional(), "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-AVX512F"}
     sets = {"default": poor, "avx2": {}} | ({"avx512": {}} if "avx512f" in FLAGS else {})
@@ -67,12 +67,16 @@ def on_other_instructions() -> dict[str, list[str]]:
             env=os.environ | {"ATEN_CPU_CAPABILITY": name, "OMP_NUM_THREADS": "1"} | extra,
         ).stdout.splitlines()
         for name, extra in sets.items()
+        if name in names
     }
 
 
 @pytest.mark.skipif("avx2" not in FLAGS, reason="a CPU with one instruction set only")
-def test_weights_of_a_seed_are_the_same_on_every_instruction_set():
-    drawn = on_other_instructions()
+@pytest.mark.parametrize(
+    "names", [["default", "avx2"], pytest.param(["default", "avx2", "avx512"], marks=pytest.mark.slow)]
+)
+def test_weights_of_a_seed_are_the_same_on_every_instruction_set(names):
+    drawn = on_other_instructions(names)
     portable = {name: lines[:4] for name, lines in drawn.items()}
     assert [line.split()[:2] for line in portable["default"]] == [
         ["portable", name] for name in ("transformer", "vlm", "clip", "connector")

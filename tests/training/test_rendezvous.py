@@ -12,6 +12,7 @@ import pytest
 
 from megaflux.common.errors import STUCK, UserError
 from megaflux.training.survival import rendezvous
+from tests import forked
 from tests.training.runs import LAUNCH, environment, free_port
 
 
@@ -38,18 +39,17 @@ def test_a_port_in_use_is_one_line(taken, tmp_path, launcher):
     numbered = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken)}
     how = {
         "deepspeed": (["deepspeed", "--num_accelerators", "2", "--master_port", str(taken)], {}),
-        "environment": ([sys.executable], {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **numbered}),
-        "srun": ([sys.executable], {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", **numbered}),
+        "environment": ([], {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **numbered}),
+        "srun": ([], {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", **numbered}),
     }
     command, env = how[launcher]
-    done = subprocess.run(
-        [*command, LAUNCH, "--run.dir", str(tmp_path / "run")],
-        env=environment() | env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    training = [LAUNCH, "--run.dir", str(tmp_path / "run")]
+    if command:
+        done = subprocess.run(
+            [*command, *training], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+    else:
+        done = forked.run(training, environment() | env, 120, tmp_path)
     assert done.returncode == 2, done.stderr[-2000:]
     ours = [line for line in done.stderr.splitlines() if not line.startswith("[2")]  # DeepSpeed dates its own
     assert len(ours) == 1, done.stderr
