@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 
+from megaflux.common.errors import FrozenParameterError
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
 from megaflux.models.packing import side_by_side
@@ -98,11 +99,21 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
         shards = sum(flat.nbytes for _, flat in engine._flat_groups())
         assert sum(engine.coming(torch.device("meta"))) == shards
         assert sum(engine.coming(torch.device("cpu"))) == shards * (3 if carried is None else 1)
+        if carried is not None:  # begins with what was handed over, bit for bit
+            begun = engine.carry(set(carried.tensors))
+            assert begun.steps == carried.steps == {0: torch.tensor(1.0)}
+            for name, tensors in carried.tensors.items():
+                assert all(torch.equal(begun.tensors[name][key], value) for key, value in tensors.items()), name
         engine.set_learning_rate(stage)
         engine.backward(drawn_losses(engine, config, models, generator).mean())
-        engine.grad_norms()
+        norms = engine.grad_norms()
         engine.step()
         assert engine.deepspeed.skipped_steps == 0
+        parts = [norms.pop(part) for part in ("flux", "connector", "vlm")]
+        assert torch.tensor(parts).norm().item() == pytest.approx(engine.grad_norm(), rel=1e-3)
+        assert sorted(norms) == [f"block{block:02d}" for block in ((0, 1, 2) if stage == 0 else (0, 2))]
+        of_blocks = torch.tensor(list(norms.values())).norm()
+        assert 0.1 * parts[0] < of_blocks < parts[0]  # the rest is in embedders
         zero = engine.deepspeed.optimizer
         flats = [flat for _, flat in engine._flat_groups()]
         moments = [moment for flat in flats for moment in zero.optimizer.state[flat].values()]
@@ -158,6 +169,27 @@ def test_an_overflow_is_counted_and_changes_nothing(tmp_path):
     engine.backward(engine(1))
     engine.step()
     assert engine.deepspeed.skipped_steps == 1
+    assert not torch.equal(module.connector.weight, before["connector.weight"])
+    engine.close()
+
+
+def test_a_gradient_on_a_frozen_parameter_stops_the_step_and_is_named(tmp_path):
+    """Also one that no hook has seen, as code leaves it that writes .grad itself; at any micro-batch of an update."""
+    module, name = Toy(), "transformer.x_embedder.weight"
+    engine = StageEngine(module, toy_config().for_world(1), json.loads(ds_config(tmp_path).read_text()), 0, 1)
+    engine.cut_into(1)
+    assert engine.accumulation_steps == 2
+    frozen = module.get_parameter(name)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    engine.set_learning_rate(0)
+    for _ in range(2):
+        engine.backward(engine(0))
+        frozen.grad = torch.zeros_like(frozen)
+        with pytest.raises(FrozenParameterError, match=name):
+            engine.step()
+        frozen.grad = None
+        assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+        engine.step()
     assert not torch.equal(module.connector.weight, before["connector.weight"])
     engine.close()
 
