@@ -18,6 +18,7 @@ from megaflux.models import scratch
 from megaflux.models.pretrained import load_models
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.training import objective
+from megaflux.training.distributed import generator_for
 from megaflux.training.objective import Denoising, denoising_loss, draw_mode
 from tests.conftest import small_values
 from tests.training.updates import wake
@@ -65,6 +66,19 @@ def test_time_and_noise_are_drawn_anew(other):
     assert abs(t - other_t) > 1e-3
     assert abs(torch.corrcoef(torch.stack([noise.flatten(), other_noise.flatten()]))[0, 1]) < 0.1
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+
+
+def test_a_run_that_a_newer_version_resumes_draws_what_it_would_have_drawn(models):
+    """Written down once: no later version may name its generators or take their numbers otherwise."""
+    assert generator_for(5, "noise", 7, "a", 0).initial_seed() == 6980754206001151415
+    modes = ConditionModes(image=0.4, image_text=0.3, text=0.3)
+    config, batch = configured(data={"sample_posterior": True}), Batch(["a"], [""], WIDE, pictures(1), None, None)
+    for update in range(8):
+        u = torch.rand((), generator=generator_for(5, "mode", update, 1))
+        assert draw_mode(modes, 5, update, 1) == ("image" if u < 0.4 else "image_text" if u < 0.7 else "text")
+    drawn_by = [generator_for(3, "posterior", 6, "a")]
+    expected = latent_ops.encode(models.vae, batch.pixel_values, drawn_by)
+    assert torch.equal(objective.encode_latents(config, models, batch, 6), expected)
 
 
 def test_t_has_the_configured_density_and_shift():

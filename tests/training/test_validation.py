@@ -20,11 +20,11 @@ from megaflux.models.pretrained import load_models
 from megaflux.training import validation
 from megaflux.training.distributed import generator_for
 from megaflux.training.validation import References, validation_loss
+from tests.stand_in_gpu import GPU, StandInGpu
 from tests.training.runs import make_dataset, small_config
 
 CPU = torch.device("cpu")
 WIDE = Bucket("2:1", 64, 32)
-N = 5
 TIMES = [0.0625, 0.1875, 0.3125, 0.4375, 0.5625, 0.6875, 0.8125, 0.9375]
 
 
@@ -45,13 +45,13 @@ def models(config):
     return load_models(config)
 
 
-def references(models) -> References:
-    """Five pictures whose condition is their number, everywhere."""
-    latents = torch.randn(N, 8, 4, 8, generator=torch.Generator().manual_seed(0))
+def references(models, count: int = 5) -> References:
+    """Pictures whose condition is their number, everywhere."""
+    latents = torch.randn(count, 8, 4, 8, generator=torch.Generator().manual_seed(0))
     tokens = models.trunk.encode(torch.zeros(1, 3, 32, 64, dtype=torch.uint8)).hidden_states
-    hidden_states = torch.arange(float(N))[:, None, None].expand(N, *tokens.shape[1:])
-    pixel_values = torch.zeros(N, 3, 32, 64, dtype=torch.uint8)
-    return References([f"picture {i}" for i in range(N)], pixel_values, latents, hidden_states, WIDE)
+    hidden_states = torch.arange(float(count))[:, None, None].expand(count, *tokens.shape[1:])
+    pixel_values = torch.zeros(count, 3, 32, 64, dtype=torch.uint8)
+    return References([f"picture {i}" for i in range(count)], pixel_values, latents, hidden_states, WIDE)
 
 
 class Reader:
@@ -83,9 +83,9 @@ class Reader:
         return [(((1 - t) * x + t * n) * t + number - (n - x)).square().mean().item() for t in TIMES]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_gap_compares_a_pictures_own_condition_with_another_pictures(config, models, monkeypatch, ranks):
-    shown = references(models)
+@pytest.mark.parametrize(("ranks", "count"), [(1, 2), (1, 5), (2, 5), (4, 5)])
+def test_the_gap_compares_a_pictures_own_condition_with_another_pictures(config, models, monkeypatch, ranks, count):
+    shown = references(models, count)
     model, total, calls, batches = Reader(shown, config.run.seed), 0.0, [], []
 
     def add(sums, world):
@@ -102,24 +102,43 @@ def test_the_gap_compares_a_pictures_own_condition_with_another_pictures(config,
         found = validation_loss(model, config, models, shown, world, lambda moved=moved: moved.append(1))
         calls.append(model.calls - before)
         batches.append(len(moved))
-    share = {1: 5, 2: 3, 4: 2}[ranks]  # the last ranks repeat a picture
+    share = -(-count // ranks)  # the last ranks repeat a picture
     assert calls == [16 * -(-share // 2)] * ranks  # under ZeRO-3 they must call the model equally often
     assert batches == [-(-share // 2)] * ranks  # signs of life, at most a micro-batch of two apart
 
-    assert sorted(model.conditions) == [(picture, t) for picture in range(N) for t in TIMES]
+    assert sorted(model.conditions) == [(picture, t) for picture in range(count) for t in TIMES]
     assert all(picture in sources for (picture, _), sources in model.conditions.items())
-    others = [set(model.conditions[picture, TIMES[0]]) - {picture} for picture in range(N)]
+    others = [set(model.conditions[picture, TIMES[0]]) - {picture} for picture in range(count)]
     assert all(set(sources) - {picture} == others[picture] for (picture, _), sources in model.conditions.items())
-    assert [len(other) for other in others] == [1] * N  # one other picture's
+    assert [len(other) for other in others] == [1] * count  # one other picture's
     shuffled = [other for (other,) in others]
-    assert sorted(shuffled) == list(range(N))  # and a different one's for each
+    assert sorted(shuffled) == list(range(count))  # and a different one's for each
 
-    expected = {"loss": model.losses(list(range(N))), "shuffled": model.losses(shuffled)}
+    expected = {"loss": model.losses(list(range(count))), "shuffled": model.losses(shuffled)}
     for name, by_time in expected.items():
         assert [found[f"{name}_t{j}"] for j in range(8)] == pytest.approx(by_time, rel=1e-5)
         assert found[name] == pytest.approx(sum(by_time) / 8, rel=1e-5)
     assert found["gap"] == pytest.approx(sum(expected["shuffled"]) / sum(expected["loss"]) - 1, rel=1e-4)
     assert len(found) == 3 + 16
+
+
+def test_on_a_gpu_all_that_a_model_is_given_lies_there(config):
+    models = load_models(config)
+
+    def model(condition, x, t, *rest):
+        return x * t[:, None, None] + condition.hidden_states.mean((1, 2))[:, None, None]
+
+    def run(device):
+        return validation_loss(model, config, models, validation.load_references(config, models), World(0, 1, device))
+
+    expected = run(CPU)
+    with StandInGpu() as gpu:
+        for module in (models.trainable, models.trunk.vlm, models.vae):
+            gpu.put(module)
+        models.pooled_projections = gpu.on_gpu(models.pooled_projections)
+        found = run(GPU)
+    assert gpu.mixed == []
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_references_are_the_first_by_hash_of_the_squarest_bucket(config, models, data):
