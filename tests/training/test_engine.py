@@ -92,6 +92,7 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
     before, attributes = hooks_on(module), {name: set(vars(p)) for name, p in module.named_parameters()}
     ds, carried = json.loads(ds_config(tmp_path, base=file).read_text()), None
     generator = torch.Generator().manual_seed(0)
+    wake(models, generator)
     for stage in (0, 1):  # as the loop changes from one to the next
         engine = StageEngine(module, config, ds, stage, 1, carried, guard.judge)
         module.configure(file != "zero3.json", "none")
