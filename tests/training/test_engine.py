@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import weakref
 
@@ -15,10 +16,10 @@ from megaflux.config.presets import tiny
 from megaflux.models.packing import side_by_side
 from megaflux.models.pretrained import load_models
 from megaflux.training import distributed
-from megaflux.training.engine import StageEngine, adam_state
+from megaflux.training.engine import Carried, StageEngine, adam_state
 from megaflux.training.optim import learning_rate
 from megaflux.training.stages import trainable_names
-from megaflux.training.survival.guard import Guard
+from megaflux.training.survival.guard import NOT_FINITE, Guard
 from tests.training.carry_worker import Toy, toy_config
 from tests.training.runs import ROOT, ds_config, environment, free_port, small_config
 from tests.training.updates import drawn_losses, wake
@@ -52,12 +53,17 @@ def test_frozen_parameters_keep_every_bit_over_20_updates_with_weight_decay(tmp_
     models = load_models(config).to("cpu", torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     wake(models, generator)
+    buffers = {name: b.clone() for name, b in models.trainable.named_buffers()}
     engine = StageEngine(models.trainable, config, json.loads(ds_config(tmp_path).read_text()), 0, 1)
     attn = models.trainable.transformer.transformer_blocks[0].attn
     layers = attn.to_q, attn.to_k, attn.to_v
     assert side_by_side([layer.weight for layer in layers])  # in ZeRO's buffer, so that they are one product
     assert side_by_side([layer.bias for layer in layers])
     before = {name: p.detach().clone() for name, p in models.trainable.named_parameters()}
+    now = dict(models.trainable.named_buffers())  # DeepSpeed would have RoPE's frequencies in bfloat16
+    assert buffers and all(now[name].dtype == b.dtype and torch.equal(now[name], b) for name, b in buffers.items())
+    shapes = {name: tuple(p.shape) for name, p in models.trainable.named_parameters() if p.requires_grad}
+    assert engine.shapes() == shapes and engine.num_trainable == sum(map(math.prod, shapes.values()))
     for update in range(20):
         engine.set_learning_rate(update)
         engine.backward(drawn_losses(engine, config, models, generator).mean())
@@ -156,20 +162,24 @@ def test_adams_state_lies_with_its_tensor():
     assert taken == 7 and taken.data_ptr() != step.data_ptr()  # Adam counts on in place
 
 
-def test_an_overflow_is_counted_and_changes_nothing(tmp_path):
-    config = toy_config().for_world(1)
-    module = Toy()
-    engine = StageEngine(module, config, json.loads(ds_config(tmp_path, "bf16").read_text()), 0, 1)
+@pytest.mark.parametrize("guarded", [False, True])
+def test_an_overflow_is_counted_and_changes_nothing(tmp_path, guarded):
+    config, guard = toy_config().for_world(1), Guard(6.0, 128, 10)
+    module, ds = Toy(), json.loads(ds_config(tmp_path, "bf16").read_text())
+    engine = StageEngine(module, config, ds, 0, 1, judge=guard.judge if guarded else None)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     engine.set_learning_rate(0)
     engine.backward(engine(0) * float("inf"))
     engine.step()
     assert engine.deepspeed.skipped_steps == 1
+    assert engine.dropped == NOT_FINITE and math.isnan(engine.grad_norm())
+    assert guard.dropped == (1 if guarded else 0)
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+    assert engine.carry(set(engine.first_stage)) == Carried({}, {}) == Carried()  # no step was taken
     engine.set_learning_rate(1)
     engine.backward(engine(1))
     engine.step()
-    assert engine.deepspeed.skipped_steps == 1
+    assert engine.deepspeed.skipped_steps == 1 and engine.dropped is None and engine.grad_norm() > 0
     assert not torch.equal(module.connector.weight, before["connector.weight"])
     engine.close()
 
@@ -192,6 +202,19 @@ def test_a_gradient_on_a_frozen_parameter_stops_the_step_and_is_named(tmp_path):
         assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
         engine.step()
     assert not torch.equal(module.connector.weight, before["connector.weight"])
+    engine.close()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_blocks_are_labelled_if_the_configuration_says_so(tmp_path, asked):
+    module, config = Toy(), toy_config().for_world(1)
+    config = config.model_copy(update={"monitor": config.monitor.model_copy(update={"label_blocks": asked})})
+    engine = StageEngine(module, config, json.loads(ds_config(tmp_path).read_text()), 0, 1)
+    block = module.transformer.single_transformer_blocks[0]
+    block.forward = lambda: None
+    with torch.profiler.profile() as profile:
+        block()
+    assert [e.name for e in profile.events() if e.name.startswith("flux.")] == ["flux.block1"] * asked
     engine.close()
 
 
