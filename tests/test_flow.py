@@ -34,6 +34,8 @@ def test_ends_of_the_path_are_data_and_noise():
     assert torch.equal(flow.interpolate(data, noise, torch.ones(2)), noise)
     mixed = flow.interpolate(data, noise, torch.tensor([0.0, 1.0]))
     assert torch.equal(mixed[0], data[0]) and torch.equal(mixed[1], noise[1])
+    low = flow.interpolate(data.bfloat16(), noise.bfloat16(), torch.tensor([0.3, 0.8]))
+    assert low.dtype == torch.bfloat16 and low.shape == data.shape  # whatever t is in
 
 
 def test_target_is_the_paths_derivative():

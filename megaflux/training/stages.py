@@ -57,7 +57,7 @@ class Place:
     part: str
     """A row of PATTERNS."""
     component: str
-    block: int | None = None
+    block: int | None
     """Index over all FLUX blocks, double ones first; None outside the blocks."""
 
     @property
@@ -120,7 +120,7 @@ def first_stages(module: nn.Module, stages: Iterable[Stage], upto: int) -> dict[
     Adam's moments are carried over exactly these stages, so parameters with the same value have taken the same number of
     steps. It depends on the configuration alone, so a resumed run groups parameters as the first one did.
     """
-    sets = [set(trainable_names(module, stage)) for stage in list(stages)[: upto + 1]]
+    sets = [set(trainable_names(module, stage)) for stage in list(stages)[:upto]]
     firsts = {}
     for name in trainable_names(module, list(stages)[upto]):
         first = upto
@@ -133,9 +133,9 @@ def first_stages(module: nn.Module, stages: Iterable[Stage], upto: int) -> dict[
 class FreezingHooks:
     """Freezes every parameter of a module except the given ones.
 
-    Three kinds of hook: a forward pre-hook on the module that applies the mask before the first graph is built; a hook on
-    every frozen parameter that raises an error with its name if a gradient reaches it; and, with label_blocks, hooks that
-    label each FLUX block for torch.profiler. `remove()` restores the module as it was.
+    The mask is applied at once, before the first graph is built. A hook on every frozen parameter raises an error with its
+    name if a gradient reaches it; with label_blocks, further hooks label each FLUX block for torch.profiler. `remove()`
+    restores the module as it was.
     """
 
     def __init__(self, module: nn.Module, trainable: Iterable[str], label_blocks: bool = False):
@@ -146,13 +146,11 @@ class FreezingHooks:
         if unknown:
             raise ValueError(f"no parameter named {sorted(unknown)[0]}; freezing patterns must match parameters")
         self.handles: list[Any] = []
-        self.applied = False
         for name, parameter in module.named_parameters():
             if name not in self.trainable:
                 # PyTorch allows hooks only on tensors that require a gradient: register first, then freeze.
                 parameter.requires_grad_(True)
                 self.handles.append(parameter.register_hook(partial(_refuse_gradient, name)))
-        self.handles.append(module.register_forward_pre_hook(self._apply_once))
         if label_blocks:
             self._label_blocks()
         self.apply()
@@ -163,7 +161,6 @@ class FreezingHooks:
             parameter.requires_grad_(name in self.trainable)
             if name not in self.trainable:
                 parameter.grad = None
-        self.applied = True
 
     def check(self) -> None:
         """Call before each optimizer step: raises FrozenParameterError if a frozen parameter has a gradient."""
@@ -178,11 +175,6 @@ class FreezingHooks:
         self.handles.clear()
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(self.found[name])
-
-    def _apply_once(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        # Once per stage: a parameter that is unfrozen later is a bug, which the hooks must report and not hide.
-        if not self.applied:
-            self.apply()
 
     def _label_blocks(self) -> None:
         blocks = [*_blocks(self.module, "transformer_blocks"), *_blocks(self.module, "single_transformer_blocks")]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import weakref
 
 import pytest
 import torch
 
+from megaflux.common.errors import FrozenParameterError
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
 from megaflux.models.packing import side_by_side
 from megaflux.models.pretrained import load_models
 from megaflux.training import distributed
-from megaflux.training.engine import StageEngine, adam_state
+from megaflux.training.engine import Carried, StageEngine, adam_state
 from megaflux.training.optim import learning_rate
 from megaflux.training.stages import trainable_names
-from megaflux.training.survival.guard import Guard
+from megaflux.training.survival.guard import NOT_FINITE, Guard
 from tests import forked
 from tests.training.carry_worker import Toy, toy_config
 from tests.training.runs import ROOT, ds_config, rank_environments, small_config
@@ -41,12 +43,17 @@ def test_frozen_parameters_keep_every_bit_over_20_updates_with_weight_decay(tmp_
     models = load_models(config).to("cpu", torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     wake(models, generator)
+    buffers = {name: b.clone() for name, b in models.trainable.named_buffers()}
     engine = StageEngine(models.trainable, config, json.loads(ds_config(tmp_path).read_text()), 0, 1)
     attn = models.trainable.transformer.transformer_blocks[0].attn
     layers = attn.to_q, attn.to_k, attn.to_v
     assert side_by_side([layer.weight for layer in layers])  # in ZeRO's buffer, so that they are one product
     assert side_by_side([layer.bias for layer in layers])
     before = {name: p.detach().clone() for name, p in models.trainable.named_parameters()}
+    now = dict(models.trainable.named_buffers())  # DeepSpeed would have RoPE's frequencies in bfloat16
+    assert buffers and all(now[name].dtype == b.dtype and torch.equal(now[name], b) for name, b in buffers.items())
+    shapes = {name: tuple(p.shape) for name, p in models.trainable.named_parameters() if p.requires_grad}
+    assert engine.shapes() == shapes and engine.num_trainable == sum(map(math.prod, shapes.values()))
     for update in range(20):
         engine.set_learning_rate(update)
         engine.backward(drawn_losses(engine, config, models, generator).mean())
@@ -81,6 +88,7 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
     before, attributes = hooks_on(module), {name: set(vars(p)) for name, p in module.named_parameters()}
     ds, carried = json.loads(ds_config(tmp_path, base=file).read_text()), None
     generator = torch.Generator().manual_seed(0)
+    wake(models, generator)
     for stage in (0, 1):  # as the loop changes from one to the next
         engine = StageEngine(module, config, ds, stage, 1, carried, guard.judge)
         module.configure(file != "zero3.json", "none")
@@ -88,11 +96,21 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
         shards = sum(flat.nbytes for _, flat in engine._flat_groups())
         assert sum(engine.coming(torch.device("meta"))) == shards
         assert sum(engine.coming(torch.device("cpu"))) == shards * (3 if carried is None else 1)
+        if carried is not None:  # begins with what was handed over, bit for bit
+            begun = engine.carry(set(carried.tensors))
+            assert begun.steps == carried.steps == {0: torch.tensor(1.0)}
+            for name, tensors in carried.tensors.items():
+                assert all(torch.equal(begun.tensors[name][key], value) for key, value in tensors.items()), name
         engine.set_learning_rate(stage)
         engine.backward(drawn_losses(engine, config, models, generator).mean())
-        engine.grad_norms()
+        norms = engine.grad_norms()
         engine.step()
         assert engine.deepspeed.skipped_steps == 0
+        parts = [norms.pop(part) for part in ("flux", "connector", "vlm")]
+        assert torch.tensor(parts).norm().item() == pytest.approx(engine.grad_norm(), rel=1e-3)
+        assert sorted(norms) == [f"block{block:02d}" for block in ((0, 1, 2) if stage == 0 else (0, 2))]
+        of_blocks = torch.tensor(list(norms.values())).norm()
+        assert 0.1 * parts[0] < of_blocks < parts[0]  # the rest is in embedders
         zero = engine.deepspeed.optimizer
         flats = [flat for _, flat in engine._flat_groups()]
         moments = [moment for flat in flats for moment in zero.optimizer.state[flat].values()]
@@ -134,21 +152,59 @@ def test_adams_state_lies_with_its_tensor():
     assert taken == 7 and taken.data_ptr() != step.data_ptr()  # Adam counts on in place
 
 
-def test_an_overflow_is_counted_and_changes_nothing(tmp_path):
-    config = toy_config().for_world(1)
-    module = Toy()
-    engine = StageEngine(module, config, json.loads(ds_config(tmp_path, "bf16").read_text()), 0, 1)
+@pytest.mark.parametrize("guarded", [False, True])
+def test_an_overflow_is_counted_and_changes_nothing(tmp_path, guarded):
+    config, guard = toy_config().for_world(1), Guard(6.0, 128, 10)
+    module, ds = Toy(), json.loads(ds_config(tmp_path, "bf16").read_text())
+    engine = StageEngine(module, config, ds, 0, 1, judge=guard.judge if guarded else None)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     engine.set_learning_rate(0)
     engine.backward(engine(0) * float("inf"))
     engine.step()
     assert engine.deepspeed.skipped_steps == 1
+    assert engine.dropped == NOT_FINITE and math.isnan(engine.grad_norm())
+    assert guard.dropped == (1 if guarded else 0)
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+    assert engine.carry(set(engine.first_stage)) == Carried({}, {}) == Carried()  # no step was taken
     engine.set_learning_rate(1)
     engine.backward(engine(1))
     engine.step()
-    assert engine.deepspeed.skipped_steps == 1
+    assert engine.deepspeed.skipped_steps == 1 and engine.dropped is None and engine.grad_norm() > 0
     assert not torch.equal(module.connector.weight, before["connector.weight"])
+    engine.close()
+
+
+def test_a_gradient_on_a_frozen_parameter_stops_the_step_and_is_named(tmp_path):
+    """Also one that no hook has seen, as code leaves it that writes .grad itself; at any micro-batch of an update."""
+    module, name = Toy(), "transformer.x_embedder.weight"
+    engine = StageEngine(module, toy_config().for_world(1), json.loads(ds_config(tmp_path).read_text()), 0, 1)
+    engine.cut_into(1)
+    assert engine.accumulation_steps == 2
+    frozen = module.get_parameter(name)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    engine.set_learning_rate(0)
+    for _ in range(2):
+        engine.backward(engine(0))
+        frozen.grad = torch.zeros_like(frozen)
+        with pytest.raises(FrozenParameterError, match=name):
+            engine.step()
+        frozen.grad = None
+        assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+        engine.step()
+    assert not torch.equal(module.connector.weight, before["connector.weight"])
+    engine.close()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_blocks_are_labelled_if_the_configuration_says_so(tmp_path, asked):
+    module, config = Toy(), toy_config().for_world(1)
+    config = config.model_copy(update={"monitor": config.monitor.model_copy(update={"label_blocks": asked})})
+    engine = StageEngine(module, config, json.loads(ds_config(tmp_path).read_text()), 0, 1)
+    block = module.transformer.single_transformer_blocks[0]
+    block.forward = lambda: None
+    with torch.profiler.profile() as profile:
+        block()
+    assert [e.name for e in profile.events() if e.name.startswith("flux.")] == ["flux.block1"] * asked
     engine.close()
 
 

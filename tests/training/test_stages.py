@@ -13,6 +13,7 @@ from megaflux.config.schema import Stage
 from megaflux.models import latents as ops
 from megaflux.models.pretrained import load_models
 from megaflux.training import stages
+from tests.training.carry_worker import Toy
 
 PUBLISHED = [Stage(name=name, share=1, blocks=tuple(blocks)) for name, blocks in PUBLISHED_STAGES.items()]
 ALL = Stage(name="base", share=1, blocks="all", components="model")
@@ -53,6 +54,9 @@ def test_every_name_of_dev_has_one_place(dev_meta):
     per_part = Counter(place.part for place in places.values())
     assert per_part["connector"] == per_part["context_embedder"] == 2 and per_part["vlm_norm"] == 1
     assert places["transformer.single_transformer_blocks.0.norm.linear.weight"].block == 19
+    groups = {name.split(".")[0]: place.group for name, place in places.items()}
+    assert groups == {"transformer": "flux", "connector": "connector", "vlm": "vlm"}
+    assert places["vlm.norm.weight"].group == "vlm"  # though it never trains
     assert places["transformer.transformer_blocks.18.attn.to_q.bias"] == stages.Place("double", "attn.to_q.bias", 18)
 
 
@@ -132,6 +136,13 @@ def test_a_block_that_is_not_there_is_named(models):
         stages.trainable_names(models.trainable, Stage(name="late", share=1, blocks=(0, 7)))
 
 
+def test_a_stage_of_all_blocks_needs_some():
+    module = Toy()
+    module.transformer.transformer_blocks = module.transformer.single_transformer_blocks = torch.nn.ModuleList()
+    with pytest.raises(UserError, match="'base': block list matches no parameter"):
+        stages.trainable_names(module, ALL)
+
+
 def test_first_stages_follow_the_overlap(dev_meta):
     module, _ = dev_meta
     first = stages.first_stages(module, PUBLISHED, 1)
@@ -187,13 +198,17 @@ def test_guard_fires_when_a_gradient_is_assigned(models):
 
 def test_applying_drops_gradients_that_frozen_parameters_hold(models):
     velocity(models).square().mean().backward()
-    hooked(models).check()
+    hooks = hooked(models)
+    hooks.check()
+    held = {name for name, parameter in models.trainable.named_parameters() if parameter.grad is not None}
+    assert held == hooks.trainable
 
 
 def test_remove_leaves_the_module_as_found(models):
     module = models.trainable
     frozen_before = dict(module.named_parameters())["connector.bias"]
     frozen_before.requires_grad_(False)
+    dict(module.named_parameters())["vlm.norm.weight"].requires_grad_(False)  # which the stage freezes too
 
     def hook_counts():
         return [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in module.modules()]
@@ -217,14 +232,37 @@ def test_one_stage_after_another(models):
         hooks.remove()
 
 
-def test_blocks_are_labelled_for_the_profiler(models):
-    hooked(models, label_blocks=True)
-    with torch.no_grad(), torch.profiler.profile() as profile:
+def labels(profile) -> list[tuple[str, float, float]]:
+    """(name, start, end) of the blocks' labels and our own, in order."""
+    found = [event for event in profile.events() if event.name.startswith(("flux.", "after"))]
+    return sorted([(e.name, e.time_range.start, e.time_range.end) for e in found], key=lambda label: label[1])
+
+
+@torch.no_grad()
+def test_blocks_are_labelled_for_the_profiler_if_asked(models):
+    hooked(models)
+    with torch.profiler.profile() as profile:
         velocity(models)
-    assert {event.name for event in profile.events() if event.name.startswith("flux.")} == {
-        "flux.block0",
-        "flux.block1",
-    }
+    assert labels(profile) == []
+    hooked(models, label_blocks=True)
+    with torch.profiler.profile() as profile:
+        velocity(models)
+    (first, _, end), (second, start, _) = labels(profile)
+    assert (first, second) == ("flux.block0", "flux.block1") and end <= start
+
+
+@torch.no_grad()
+def test_a_label_ends_where_its_block_fails(models):
+    """As where memory runs out while a plan is tried out."""
+    hooked(models, label_blocks=True)
+    with torch.profiler.profile() as profile:
+        models.trainable.transformer.transformer_blocks[0].forward = lambda *_, **__: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            velocity(models)
+        with torch.profiler.record_function("after"):
+            pass
+    (first, _, end), (second, start, _) = labels(profile)
+    assert (first, second) == ("flux.block0", "after") and end <= start
 
 
 def test_a_misspelt_parameter_is_refused(models):

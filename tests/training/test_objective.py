@@ -1,0 +1,209 @@
+"""The objective: every random number of an update belongs to its seed, update and sample; the model is given what the
+formula says, and its answer is judged by it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megaflux.config.parse import build_config
+from megaflux.config.schema import ConditionModes, Flow
+from megaflux.data.batches import Batch
+from megaflux.data.buckets import Bucket
+from megaflux.models import latents as latent_ops
+from megaflux.models import scratch
+from megaflux.models.pretrained import load_models
+from megaflux.models.qwen2vl_flux import Qwen2VLFlux
+from megaflux.training import objective
+from megaflux.training.distributed import generator_for
+from megaflux.training.objective import Denoising, denoising_loss, draw_mode
+from tests.conftest import small_values
+from tests.training.updates import wake
+
+from diffusers import FluxPipeline  # isort: skip  (after megaflux, whose compat it needs)
+
+WIDE = Bucket("2:1", 64, 32)
+CAPTIONS = ["a cat", "a longer caption than that"]
+
+
+def configured(**sections):
+    values = small_values()
+    for name, changes in sections.items():
+        values.setdefault(name, {}).update(changes)
+    values["run"] = {"dir": "unused", "seed": 3} | sections.get("run", {})
+    return build_config(values).for_world(1)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Read only."""
+    made = load_models(configured())
+    wake(made, torch.Generator().manual_seed(0))
+    return made
+
+
+def pictures(count: int = 2) -> torch.Tensor:
+    shape = count, 3, WIDE.height, WIDE.width
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+# --- what is drawn ---
+
+
+def drawn(config: Flow | None = None, seed: int = 5, update: int = 7, key: str = "a", seen: int = 0, side: int = 16):
+    given = config or Flow(), seed, update, [key], Counter({key: seen}), torch.empty(1, 8, side, side)
+    t, noise = objective.draw_time_and_noise(*given)
+    return t[0], noise[0]
+
+
+@pytest.mark.parametrize("other", [{"seed": 6}, {"update": 8}, {"key": "b"}, {"seen": 1}], ids=str)
+def test_time_and_noise_are_drawn_anew(other):
+    """A picture that met the same noise at the same t in every epoch would be learned by heart."""
+    (t, noise), (other_t, other_noise) = drawn(), drawn(**other)
+    assert abs(t - other_t) > 1e-3
+    assert abs(torch.corrcoef(torch.stack([noise.flatten(), other_noise.flatten()]))[0, 1]) < 0.1
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+
+
+def test_a_run_that_a_newer_version_resumes_draws_what_it_would_have_drawn(models):
+    """Written down once: no later version may name its generators or take their numbers otherwise."""
+    assert generator_for(5, "noise", 7, "a", 0).initial_seed() == 6980754206001151415
+    modes = ConditionModes(image=0.4, image_text=0.3, text=0.3)
+    config, batch = configured(data={"sample_posterior": True}), Batch(["a"], [""], WIDE, pictures(1), None, None)
+    for update in range(8):
+        u = torch.rand((), generator=generator_for(5, "mode", update, 1))
+        assert draw_mode(modes, 5, update, 1) == ("image" if u < 0.4 else "image_text" if u < 0.7 else "text")
+    drawn_by = [generator_for(3, "posterior", 6, "a")]
+    expected = latent_ops.encode(models.vae, batch.pixel_values, drawn_by)
+    assert torch.equal(objective.encode_latents(config, models, batch, 6), expected)
+
+
+def test_t_has_the_configured_density_and_shift():
+    """The same draw, taken through either density and every shift."""
+    plain = {key: drawn(Flow(density="uniform", shift="none"), key=key)[0] for key in "abcdef"}
+    for key, u in plain.items():
+        z = 2**0.5 * torch.erfinv(2 * u - 1)
+        t, _ = drawn(Flow(logit_mean=-0.4, logit_std=1.7, shift="none"), key=key)
+        torch.testing.assert_close(torch.logit(t), -0.4 + 1.7 * z, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(drawn(Flow(density="uniform", shift=3.0), key=key)[0], 3 * u / (1 + 2 * u))
+        for side, mu in ((32, 0.5), (128, 1.15)):  # FLUX's line: 256 tokens of 2 x 2 latents, and 4096
+            shifted, _ = drawn(Flow(density="uniform"), key=key, side=side)
+            torch.testing.assert_close(torch.logit(shifted), torch.logit(u) + mu, rtol=1e-3, atol=1e-3)
+
+
+def test_posterior_latents_are_drawn_anew_and_the_mean_is_not_drawn(models):
+    one = pictures(1).expand(2, -1, -1, -1)  # the same picture under two names
+    batch = Batch(["a", "b"], CAPTIONS, WIDE, one, None, None)
+    sampled = configured(data={"sample_posterior": True})
+    first = objective.encode_latents(sampled, models, batch, 4)
+    for config, update in ((sampled, 5), (configured(data={"sample_posterior": True}, run={"seed": 9}), 4)):
+        other = objective.encode_latents(config, models, batch, update)
+        assert not torch.isclose(first, other).all(0).any()
+    assert not torch.equal(first[0], first[1])
+    swapped = objective.encode_latents(sampled, models, replace(batch, keys=["b", "a"]), 4)
+    assert torch.equal(swapped, first.flip(0))  # a sample's draw is its own, whatever it is computed with
+    mean = objective.encode_latents(configured(), models, batch, 4)
+    assert torch.equal(mean, latent_ops.encode(models.vae, one)) and torch.equal(mean[0], mean[1])
+    assert not torch.isclose(first, mean).all()
+
+
+def test_every_kind_of_condition_comes_as_often_as_configured_and_is_drawn_anew():
+    modes = ConditionModes(image=0.5, image_text=0.3, text=0.2)
+    found = Counter(draw_mode(modes, 1, update, 0) for update in range(1000))
+    assert found["image"] == pytest.approx(500, abs=65)  # four standard deviations
+    assert found["image_text"] == pytest.approx(300, abs=58)
+    assert found["text"] == pytest.approx(200, abs=51)
+    for varied in (
+        ({"seed": i} for i in range(40)),
+        ({"update": i} for i in range(40)),
+        ({"drawn_index": i} for i in range(40)),
+    ):
+        kinds = {draw_mode(modes, **{"seed": 1, "update": 0, "drawn_index": 0} | change) for change in varied}
+        assert kinds == {"image", "image_text", "text"}
+    for kind in ("image", "image_text", "text"):
+        always = ConditionModes(**{"image": 0.0} | {kind: 1.0})
+        assert {draw_mode(always, 1, update, 0) for update in range(40)} == {kind}
+
+
+def test_a_batch_is_conditioned_by_the_kind_that_was_drawn_for_it(models):
+    modes = {"image": 0.4, "image_text": 0.3, "text": 0.3}
+    config = configured(data={"condition": modes})
+    batch = Batch(["a", "b"], CAPTIONS, WIDE, pictures(), None, None)
+    met = Counter()
+    for update in range(3):
+        for drawn_index in range(3):
+            kind = draw_mode(config.data.condition, config.run.seed, update, drawn_index)
+            met[kind] += 1
+            got = objective.encode_condition(config, models, batch, update, drawn_index)
+            expected = models.trunk.encode(batch.pixel_values, CAPTIONS, kind)
+            assert torch.equal(got.hidden_states, expected.hidden_states) and torch.equal(got.select, expected.select)
+    assert len(met) == 3
+
+
+# --- what is cached ---
+
+
+def test_cached_output_is_used_as_it_is(models):
+    """Neither encoded again nor read as another size: the cached run is the run."""
+    pixels = pictures()
+    encoded = models.trunk.encode(pixels)
+    latents = torch.randn(2, 8, 4, 8)  # not what the VAE would give
+    hidden_states = encoded.hidden_states + 1
+    batch = Batch(["a", "b"], CAPTIONS, WIDE, pixels, latents, hidden_states)
+    assert torch.equal(objective.encode_latents(configured(), models, batch, 0), latents)
+    condition = objective.encode_condition(configured(), models, batch, 0, 0)
+    assert torch.equal(condition.hidden_states, hidden_states)
+    assert torch.equal(condition.position_ids, encoded.position_ids) and torch.equal(condition.select, encoded.select)
+
+
+# --- the loss ---
+
+
+def given(models) -> Denoising:
+    generator = torch.Generator().manual_seed(2)
+    latents, noise = torch.randn(2, 2, 8, WIDE.height // 8, WIDE.width // 8, generator=generator)
+    return Denoising(WIDE, latents, models.trunk.encode(pictures()), torch.tensor([0.3, 0.8]), noise)
+
+
+def plain_loss(models, inputs: Denoising, guidance: torch.Tensor | None) -> torch.Tensor:
+    """The formula at the head of objective.py, in diffusers' layout of tokens."""
+    t = inputs.t[:, None, None, None]
+    x_t = (1 - t) * inputs.latents + t * inputs.noise
+    height, width = WIDE.height // 8, WIDE.width // 8
+    velocity = models.trainable(
+        inputs.condition,
+        FluxPipeline._pack_latents(x_t, 2, 8, height, width),
+        inputs.t,
+        FluxPipeline._prepare_latent_image_ids(2, height // 2, width // 2, "cpu", torch.float32),
+        models.pooled_projections.expand(2, -1),
+        guidance,
+    )
+    velocity = FluxPipeline._unpack_latents(velocity, WIDE.height, WIDE.width, 8)
+    return (velocity - (inputs.noise - inputs.latents)).square().mean((1, 2, 3))
+
+
+def test_the_loss_is_that_of_the_velocity_at_x_t_under_the_configured_guidance(models):
+    inputs, losses = given(models), {}
+    with torch.no_grad():
+        for guidance in (2.5, 9.0):
+            config = configured(flow={"guidance": guidance})
+            losses[guidance] = denoising_loss(models.trainable, config, models, inputs)
+            expected = plain_loss(models, inputs, torch.full((2,), guidance))
+            torch.testing.assert_close(losses[guidance], expected, rtol=1e-4, atol=1e-5)
+    assert (losses[2.5] - losses[9.0]).abs().min() > 1e-4  # the model reads it
+
+
+def test_a_flux_without_guidance_is_given_none(models):
+    """As FLUX.1-schnell, whose embedder takes no third input."""
+    flux_config = configured().model.flux_config | {"guidance_embeds": False}
+    transformer = scratch.build_transformer(flux_config, 3)
+    trainable = Qwen2VLFlux(models.trainable.vlm, models.trainable.connector, transformer)
+    plain = replace(models, trainable=trainable)
+    wake(plain, torch.Generator().manual_seed(0))
+    inputs = given(models)
+    with torch.no_grad():
+        losses = denoising_loss(trainable, configured(), plain, inputs)
+        torch.testing.assert_close(losses, plain_loss(plain, inputs, None), rtol=1e-4, atol=1e-5)
