@@ -92,12 +92,11 @@ def test_op_is_its_definition(path, shape, dtype, keep_input):
     assert_within_twice(ours, call(reference.definition, shape), values, douts, dtype)
 
 
-@pytest.mark.parametrize("keep_input", [False, True])
-def test_small_rows_feel_epsilon_as_in_torch(path, keep_input):
-    values, douts = inputs(SHAPES[0], torch.float32)
+def test_small_rows_feel_epsilon_as_in_torch(path):
+    shape = (1, 2, 1, 1, 32)
+    values, douts = inputs(shape, torch.float32)
     values[:2] = [(v.detach() * 1e-3).requires_grad_() for v in values[:2]]
-    ours = call(qk_norm_rope, SHAPES[0], keep_input=keep_input)
-    assert_within_twice(ours, call(reference.definition, SHAPES[0]), values, douts, torch.float32)
+    assert_within_twice(call(qk_norm_rope, shape), call(reference.definition, shape), values, douts, torch.float32)
 
 
 @pytest.mark.parametrize("keep_input", [False, True])
