@@ -76,12 +76,13 @@ def test_a_gradient_of_zero_is_taken():
     assert [guard.judge(0.0) for _ in range(20)] == [None] * 20 and (guard.in_a_row, guard.dropped) == (0, 0)
 
 
-def test_norms_all_but_equal_allow_more_than_half_again():
+@pytest.mark.parametrize("size", [1.0, 4.0, 0.25])
+def test_norms_all_but_equal_allow_more_than_half_again(size):
     guard = Guard(6, 128, 10)
     for _ in range(64):
-        guard.judge(1.0)
-    assert guard.judge(1.6) is None  # the limit itself
-    assert guard.judge(1.8).reason is DropReason.SPIKE
+        guard.judge(size)
+    assert guard.judge(1.6 * size) is None  # the limit itself
+    assert guard.judge(1.8 * size).reason is DropReason.SPIKE
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0])
