@@ -35,6 +35,7 @@ def test_other_ranks_share_the_same_global_micro_batch():
         there = PLACE.for_world(ranks)
         assert there == dataclasses.replace(PLACE, micro_batch_size=each, world_size=ranks)
         assert there.for_world(4) == PLACE
+        assert Position.from_state_dict(json.loads(json.dumps(there.state_dict()))) == there
 
 
 def test_every_setting_that_makes_another_order_is_named():
