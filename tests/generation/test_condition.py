@@ -86,17 +86,18 @@ def test_variety_leaves_out_others_of_each_reference_and_the_same_again():
 
 
 def test_maps_show_the_weights_of_each_reference():
-    encoded, weighting = Encoded([reference(2, 4, 0), reference(3, 3, 1)], None, None, False), Weighting(variety=0.4)
+    references = [reference(2, 4, 0), reference(3, 3, 1), reference(1, 5, 2)]
+    encoded, weighting = Encoded(references, None, None, False), Weighting(variety=0.4)
     for seed in (1, 2):
         maps = weight_maps(encoded, weighting, seed)
-        assert [shown.shape for shown in maps] == [(2, 4), (3, 3)]
+        assert [shown.shape for shown in maps] == [(2, 4), (3, 3), (1, 5)]
         kept = [token_weights(part, weighting, seed, i).numpy() for i, part in enumerate(encoded.references)]
         assert all((shown.ravel() == weights).all() for shown, weights in zip(maps, kept, strict=True))
         # attention: what each kept token was given, 0 where it was left out
         count = prompt_embeds(encoded, weighting, seed).prompt_embeds.shape[1]
         mass = torch.arange(1.0, count + 4)  # of the tokens of a prompt too, which is in no map
         shown = attention_maps(mass, encoded, weighting, seed)
-        assert [(part.shape, part.dtype) for part in shown] == [((2, 4), "float32"), ((3, 3), "float32")]
+        assert [(part.shape, part.dtype) for part in shown] == [(part.shape, "float32") for part in maps]
         assert all(((part.ravel() > 0) == (weights > 0)).all() for part, weights in zip(shown, kept, strict=True))
         assert [value for part in shown for value in part.ravel() if value] == list(range(1, count + 1))
 
