@@ -109,6 +109,8 @@ def test_a_converted_release_is_its_parts(release, pipeline):
         (alone,) = pipeline.encode_all([Reference(picture(*size))]).references
         (beside,) = pipeline.encode_all([Reference(picture(*size))], "a red fox").references
         assert 480 <= alone.hidden_states.shape[1] <= 512 + 32 and 240 <= beside.hidden_states.shape[1] <= 256 + 24
+    (fewer,) = pipeline.encode_all([Reference(picture(1500, 1000))], "a red fox", reference_tokens=100).references
+    assert 80 <= fewer.hidden_states.shape[1] <= 100  # fewer than these weights' least
 
 
 def velocity(pipeline, embeds, controls=None, **kwargs) -> torch.Tensor:
@@ -138,6 +140,9 @@ def test_t5_tokens_pass_their_own_linear_after_the_image_tokens(pipeline, kernel
         embeds = prompt_embeds(encoded, NEUTRAL, 0, t5.embedder)
         n = embeds.num_own_tokens
         assert encoded.t5.shape == (1, 256, JOINT) and embeds.prompt_embeds.shape[1] == n + 256
+        assert (
+            encoded.text is None and n == encoded.references[0].hidden_states.shape[1]
+        )  # Qwen2-VL does not read it too
         raw = prompt_embeds(
             pipeline.encode_all([Reference(picture(64, 64))], "a red fox at night", for_controlnet=True),
             NEUTRAL,

@@ -21,6 +21,16 @@ def test_the_five_ratios(longest_side, sizes):
 
 def test_folders_are_names_without_colons():
     assert [bucket.folder for bucket in make_buckets(ASPECT_RATIOS, 1024)] == ["16x9", "2x1", "2.35x1", "1x1", "1x2"]
+    assert [str(bucket) for bucket in make_buckets(("16:9", "1:2"), 1024)] == ["16:9 (1024x576)", "1:2 (512x1024)"]
+
+
+def test_no_side_is_shorter_than_a_token():
+    assert [bucket.size for bucket in make_buckets(("100:1", "1:100", "1:1"), 128)] == [
+        (128, 16),
+        (16, 128),
+        (128, 128),
+    ]
+    assert [bucket.size for bucket in make_buckets(("1:1",), 16)] == [(16, 16)]
 
 
 def test_two_ratios_of_one_size_are_refused_by_name():
@@ -28,7 +38,10 @@ def test_two_ratios_of_one_size_are_refused_by_name():
         make_buckets(ASPECT_RATIOS, 64)
 
 
-@pytest.mark.parametrize("ratios", [("16x9",), ("0:1",), ("1:0",), ("-1:1",), ("1:1; rm",), ("9" * 5000 + ":1",), ()])
+@pytest.mark.parametrize(
+    "ratios",
+    [("16x9",), ("0:1",), ("1:0",), ("-1:1",), ("1:1; rm",), ("9" * 5000 + ":1",), (), (1.5,), ((16, 9),), (None,)],
+)
 def test_ratios_that_make_no_sense(ratios):
     with pytest.raises(UserError):
         make_buckets(ratios, 128)
@@ -58,3 +71,8 @@ def test_log_aspect_treats_wide_and_tall_alike():
     assert nearest_bucket(140, 100, buckets).name == nearest_bucket(100, 140, buckets).name == "1:1"
     assert nearest_bucket(145, 100, buckets).name == "2:1"
     assert nearest_bucket(100, 145, buckets).name == "1:2"
+
+
+def test_a_tie_goes_to_the_bucket_listed_first():
+    tall, wide = Bucket("1:2", 64, 128), Bucket("2:1", 128, 64)
+    assert nearest_bucket(50, 50, (tall, wide)) is tall and nearest_bucket(50, 50, (wide, tall)) is wide

@@ -206,6 +206,15 @@ def test_depth_that_is_constant_is_black_and_one_that_is_not_finite_is_refused(s
     assert line.startswith("--depth-model") and "not finite" in line
 
 
+def test_depth_of_a_far_scene_is_not_taken_for_constant(sources, tmp_path):
+    shutil.copytree(sources.depth, tmp_path / "far")
+    weights = load_file(tmp_path / "far/model.safetensors")
+    weights["head.conv3.bias"] += 3000 * weights["head.conv3.weight"].abs().sum()
+    save_file(weights, tmp_path / "far/model.safetensors", {"format": "pt"})
+    depth = check_map(Detectors(Sources(str(tmp_path / "far"))).map("depth", picture(40, 30)), (40, 30))
+    assert depth.min() == 0 and depth.max() > 250 and len(np.unique(depth)) > 20
+
+
 def test_depth_of_a_picture_one_pixel_wide(sources):
     check_map(Detectors(sources).map("depth", picture(1, 4)), (1, 4))
 

@@ -11,7 +11,7 @@ from megaflux.common.errors import UserError
 from megaflux.generation.condition import PromptEmbeds, prompt_embeds, token_weights
 from megaflux.generation.dots import griddot
 from megaflux.generation.dots.dots import Dot, Weighting, parse_dot, read_dots
-from megaflux.generation.dots.heat_map import heat_map
+from megaflux.generation.dots.heat_map import attention_picture, heat_map
 from megaflux.generation.request import Reference, check_weighting
 from megaflux.models.latents import image_ids, text_ids
 from megaflux.runs import load_pipeline
@@ -59,9 +59,18 @@ def test_a_dot_alone():
     assert torch.equal(weights, weights.T) and torch.equal(weights, weights.flip(0))
     only = griddot.token_weights([Dot(x=0.1, y=0.1, radius=0.2, weight=1)], (5, 5), background=0)
     assert only[0, 0] == 1 and (only > 0).sum() == 1
-    assert (griddot.token_weights([], (3, 4)) == 1).all()
+    assert torch.equal(griddot.token_weights([], (3, 4)), torch.ones(3, 4, dtype=torch.float64))
+    assert torch.equal(griddot.token_weights([], (3, 4), 0.5), torch.full((3, 4), 0.5, dtype=torch.float64))
     # order and repetition change nothing: it is a maximum
     assert torch.equal(griddot.token_weights(DOTS, (6, 6)), griddot.token_weights(DOTS[::-1] + DOTS, (6, 6)))
+
+
+def test_a_dot_too_small_to_see_leaves_no_nan():
+    """On a token's centre and beside all of them, of the background's own weight and of others."""
+    for x in (0.5, 0.43):
+        for weight in (0.0, 1.0, 3.0):
+            weights = griddot.token_weights([Dot(x=x, y=0.5, radius=5e-324, weight=weight)], (5, 5))
+            assert weights[2, 2] == (weight if x == 0.5 else 1) and (weights == 1).sum() >= 24
 
 
 def test_mass_and_variety():
@@ -72,6 +81,9 @@ def test_mass_and_variety():
     dropped = griddot.drop(ones, 0.7, generator)
     assert (dropped == 0).sum() == 25 and (dropped[dropped > 0] == 1).all()
     assert (griddot.drop(ones, 0.999, generator) > 0).sum() == 1  # one token always stays
+    assert (ones == 1).all()  # not in place
+    again = griddot.drop(ones, 0.7, torch.Generator().manual_seed(3))
+    assert torch.equal(again, dropped) and not torch.equal(griddot.drop(ones, 0.7, generator), dropped)
     few = torch.zeros(6, 6, dtype=torch.float64)
     few[2, 3] = few[4, 4] = 1
     assert (griddot.drop(few, 0.5, generator) > 0).sum() == 1  # a fraction of the positive weights
@@ -194,6 +206,13 @@ def test_downsampling_averages_tokens(pipeline):
     assert torch.allclose(small.hidden_states, whole.hidden_states.mean(1, keepdim=True), atol=1e-12)
 
 
+def test_a_reference_may_have_fewer_tokens_than_trained(pipeline):
+    for most, grid in ((None, (8, 8)), (16, (4, 4)), (4, (2, 2))):
+        encoded = pipeline.encode_all([Reference(picture(256, 256))], reference_tokens=most)
+        assert encoded.references[0].grid == grid and encoded.text is None
+        assert prompt_embeds(encoded, Weighting(), 0).prompt_embeds.shape[1] == grid[0] * grid[1]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -254,8 +273,13 @@ def test_dot_files(tmp_path):
 
 def test_dots_that_leave_nothing_are_refused(double):
     everything = (Dot(x=0.5, y=0.5, radius=100, weight=0),)
-    with pytest.raises(UserError, match="leave no token"):
-        double.encode_all([Reference(picture(64, 64), 1.0, everything)], weighting=Weighting(background=0))
+    references = [Reference(picture(64, 64)), Reference(picture(64, 64), 1.0, everything)]
+    for which, said in ((references[1:], "reference: its dots leave no token"), (references, "reference 2: its dots")):
+        with pytest.raises(UserError, match=f"^{said}"):
+            double.encode_all(which, weighting=Weighting(background=0))
+    with pytest.raises(UserError, match="^reference: its dots leave no token"):
+        griddot.check_weights(torch.zeros(2, 3))
+    assert griddot.check_weights(torch.tensor([[0.0, 1e-9]])).shape == (1, 2)
     for bad, said in (
         ({"background": -1}, "background"),
         ({"variety": 1.0}, "variety"),
@@ -283,3 +307,14 @@ def test_the_heat_map_shows_weights_where_they_are():
     assert shown[right][..., 0].mean() > shown[right][..., 2].mean() + 40  # boosted: orange
     neutral = (slice(3, 17), slice(23, 37))
     assert np.abs(shown[neutral] - plain[neutral]).max() <= 2
+
+
+def test_the_attention_picture_is_bright_where_it_attended():
+    base, mass = picture(80, 40), np.zeros((2, 4))
+    mass[1, 3], mass[0, 0] = 3e-5, 1.5e-5  # small, as a token among thousands has it: the largest counts
+    shown = np.array(attention_picture(base, mass, side=80)).astype(int)
+    plain = np.array(base).astype(int)
+    most, half, none = ((slice(23, 37), slice(63, 77)), (slice(3, 17), slice(3, 17)), (slice(3, 17), slice(63, 77)))
+    assert np.abs(shown[most] - plain[most]).max() <= 2
+    shares = [(shown[part].mean() / plain[part].mean()) for part in (half, none)]
+    assert 0.5 < shares[0] < 0.75 and shares[1] < 0.4

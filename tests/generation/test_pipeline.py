@@ -123,6 +123,14 @@ def test_notes_say_what_was_done_to_the_prompt(pipeline):
         assert pipeline.encode_all([Reference(reference)], nothing or "").notes == []
     notes = pipeline.encode_all([Reference(reference)], "a fox").notes
     assert any("without captions" in note for note in notes)  # the small run trains mode image only
+    two = pipeline.encode_all([Reference(reference), Reference(picture(400, 200))])
+    assert two.notes == ["reference 2: 400x200 scaled down to 64x32"]
+    trunk, prompt = pipeline.models.trunk, "a fox"
+    for spare in (0, -1):  # as many tokens as are read, and one more
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trunk, "max_caption_tokens", trunk.caption_tokens(prompt) + spare)
+            notes = pipeline.encode_all([Reference(reference)], prompt).notes
+        assert any("cut to the first" in note for note in notes) == (spare < 0)
     encoded = pipeline.encode_all([Reference(reference)], "fox " * 25_000)
     assert any("cut to the first 256" in note for note in encoded.notes)
     assert (

@@ -42,6 +42,12 @@ def test_is_gated_residual_and_norm(path, shape, modulated, dtype):
     assert_within_twice(gate_residual, reference.definition, values, douts, dtype)
 
 
+def test_small_rows_feel_epsilon_as_in_torch(path):
+    values, douts = inputs((2, 9, 32), torch.float32, True)
+    values[:2] = [(v.detach() * 1e-3).requires_grad_() for v in values[:2]]
+    assert_within_twice(gate_residual, reference.definition, values, douts, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtypes_of_the_torch_path(dtype, monkeypatch):
     monkeypatch.setattr("megaflux_kernels.dispatch.CHOICE", "torch")

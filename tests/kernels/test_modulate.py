@@ -25,6 +25,12 @@ def test_modulate_is_layer_norm_scale_shift(path, shape, dtype):
     assert_within_twice(modulate, reference.definition, values, douts, dtype)
 
 
+def test_small_rows_feel_epsilon_as_in_torch(path):
+    values, douts = inputs((2, 9, 32), torch.float32)
+    values[0] = (values[0].detach() * 1e-3).requires_grad_()
+    assert_within_twice(modulate, reference.definition, values, douts, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_over_many_tokens_are_not_of_16_bits(dtype):
     """torch's own layer norm adds up its weights' gradients in the input's dtype on a CPU."""

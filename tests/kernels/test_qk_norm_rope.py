@@ -92,6 +92,13 @@ def test_op_is_its_definition(path, shape, dtype, keep_input):
     assert_within_twice(ours, call(reference.definition, shape), values, douts, dtype)
 
 
+def test_small_rows_feel_epsilon_as_in_torch(path):
+    shape = (1, 2, 1, 1, 32)
+    values, douts = inputs(shape, torch.float32)
+    values[:2] = [(v.detach() * 1e-3).requires_grad_() for v in values[:2]]
+    assert_within_twice(call(qk_norm_rope, shape), call(reference.definition, shape), values, douts, torch.float32)
+
+
 @pytest.mark.parametrize("keep_input", [False, True])
 def test_torch_path_in_bfloat16(keep_input):
     if DEVICE == "cpu":

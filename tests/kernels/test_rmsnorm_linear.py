@@ -67,6 +67,12 @@ def test_only_what_is_needed_is_computed(path, which):
     assert [g is not None for g in found] == list(needs)
 
 
+def test_small_rows_feel_epsilon_as_in_torch(path):
+    values, douts = inputs(SHAPES[1], torch.float32)
+    values[0] = (values[0].detach() * 1e-3).requires_grad_()
+    assert_within_twice(rmsnorm_linear, reference.definition, values, douts, torch.float32)
+
+
 def test_large_values_stay_in_float16s_range(path):
     # Qwen's hidden states have outliers: x times the norm's weight would be over 65504 before it is scaled.
     (x, norm_weight, weight, bias), _ = inputs((((4,)), 64, 32), torch.float16)

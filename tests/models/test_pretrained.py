@@ -2,6 +2,7 @@
 refused."""
 
 import hashlib
+import inspect
 import shutil
 from pathlib import Path
 
@@ -201,6 +202,20 @@ def test_meta_models_have_dev_s_sizes_and_no_memory(dev_meta):
     assert count["layer"] == 233_057_792
     # Qwen2-VL-7B's published 8,291,375,616 parameters less its lm_head.
     assert count["trunk"] + count["layer"] + count["norm"] == 8_291_375_616 - 152_064 * 3584
+
+
+def test_devs_sizes_are_the_libraries_defaults_for_these_models():
+    """Heads, axes of positions, patches: what no count of parameters shows."""
+    from diffusers import FluxTransformer2DModel
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+
+    model = dev()["model"]
+    defaults = inspect.signature(FluxTransformer2DModel.__init__).parameters
+    theirs = {name: defaults[name].default for name in model["flux_config"]}
+    flux = {name: tuple(value) if isinstance(value, list) else value for name, value in model["flux_config"].items()}
+    assert flux == theirs | {"guidance_embeds": True}  # FLUX.1-schnell has none
+    vision = model["vlm_config"]["vision_config"]
+    assert vision == {name: getattr(Qwen2VLVisionConfig(), name) for name in vision}
 
 
 def test_meta_models_take_sizes_from_local_folders(published):

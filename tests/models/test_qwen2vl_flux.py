@@ -1,6 +1,7 @@
 """The velocity is what diffusers' and transformers' own components give on the same weights and inputs."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,6 +79,20 @@ def test_velocity_is_the_libraries_own(models, whole_vlm):
         )[0]
     torch.testing.assert_close(ours, theirs, **CLOSE)
     assert ours.std() > 0.05  # a model that answers 0 would agree too
+
+
+def test_the_norm_before_the_connector_has_its_models_epsilon(models):
+    model = copy.deepcopy(models.trainable)
+    model.vlm.norm.variance_epsilon = model.vlm.config.rms_norm_eps = 1e-4  # as of a Qwen2-VL that is not the 7B
+    condition, made = models.trunk.encode(pixels(1)), []
+    with torch.no_grad():
+        for last in (model.vlm.layers[0].self_attn.o_proj, model.vlm.layers[0].mlp.down_proj):
+            last.weight.zero_()
+        small = replace(condition, hidden_states=condition.hidden_states * 1e-2)
+        for kernels in (True, False):
+            model.configure(kernels)
+            made.append(model.encode_condition(small))
+    torch.testing.assert_close(*made, **CLOSE)
 
 
 def test_generate_is_flux_pipeline(models, whole_vlm):

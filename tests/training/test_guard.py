@@ -57,12 +57,32 @@ def test_it_is_silent_while_it_knows_too_little_and_after_a_stage():
     assert Guard(0, 128, 10).judge(1e30) is None and Guard(6, 4, 10).judge(5.0) is None
 
 
-def test_norms_all_but_equal_allow_more_than_half_again():
+@pytest.mark.parametrize("window, known", [(128, 64), (16, 16), (1, 1)])
+def test_it_speaks_from_the_64th_norm_on_or_once_a_smaller_window_is_full(window, known):
+    for norms_before in (known - 1, known):
+        guard = Guard(6, window, 10)
+        for _ in range(norms_before):
+            guard.judge(1.0)
+        assert (guard.judge(1e6) is None) == (norms_before < known)
+
+
+def test_without_a_sigma_no_finite_norm_is_dropped():
+    guard = Guard(0, 16, 10)
+    assert [guard.judge(norm) for norm in [*norms(40), 1e30, 0.0]] == [None] * 42
+
+
+def test_a_gradient_of_zero_is_taken():
+    guard = Guard(6, 16, 10)
+    assert [guard.judge(0.0) for _ in range(20)] == [None] * 20 and (guard.in_a_row, guard.dropped) == (0, 0)
+
+
+@pytest.mark.parametrize("size", [1.0, 4.0, 0.25])
+def test_norms_all_but_equal_allow_more_than_half_again(size):
     guard = Guard(6, 128, 10)
     for _ in range(64):
-        guard.judge(1.0)
-    assert guard.judge(1.59) is None
-    assert guard.judge(1.8).reason is DropReason.SPIKE
+        guard.judge(size)
+    assert guard.judge(1.6 * size) is None  # the limit itself
+    assert guard.judge(1.8 * size).reason is DropReason.SPIKE
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0])
@@ -82,7 +102,9 @@ def test_its_state_survives_a_checkpoint():
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     assert other.state_dict() == one.state_dict()
     assert [one.judge(n) for n in (1.0, 1.3, 9.0)] == [other.judge(n) for n in (1.0, 1.3, 9.0)]
-    other.load_state_dict({})  # of an older checkpoint
+    fresh = Guard(6, 16, 10)
+    fresh.load_state_dict({})  # of an older checkpoint
+    assert fresh.state_dict() == Guard(6, 16, 10).state_dict() and fresh.judge(1.0) is None
 
 
 @pytest.mark.usefixtures("process_group")

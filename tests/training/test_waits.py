@@ -246,6 +246,24 @@ def test_replaced_samples_are_gathered_only_where_there_are_any(tmp_path, monkey
     assert told == [[(2, "one"), (2, "another")]] and shown.replaced == 2 and shown.replacements == []
 
 
+def test_losses_are_shown_by_time_and_a_time_of_1_is_in_the_last_interval(tmp_path, monkeypatch):
+    config = configured(tmp_path)
+    monkeypatch.setattr(monitor.costs, "train_flops_per_image", lambda *_: 0.0)
+    shown = Monitor(config, World(0, 1, torch.device("cpu")), torch.nn.Linear(1, 1), 0, Events(tmp_path, enabled=False))
+    times, losses = torch.tensor([0.0, 0.124, 0.125, 0.5, 1.0]), torch.tensor([1.0, 2.0, 3.0, float("nan"), 5.0])
+    shown._count(MicroBatch([*"abcde"], BUCKET, [], losses, times), 0, 0)
+    assert shown.loss[:, 0].tolist() == [3, 3, 0, 0, 0, 0, 0, 5] and shown.loss[:, 1].tolist() == [
+        2,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+        1,
+    ]
+
+
 def test_noise_is_what_it_was_and_a_function_of_the_sample():
     """Each sample's t, then its noise, from one generator; bit for bit, so that runs resume."""
     config, latents, seen = Flow(), torch.empty(3, 8, 4, 6), Counter()

@@ -1,8 +1,8 @@
 """GridDot: dots mark what matters in a reference. Dots -> a weight per token -> a log-bias per attention key.
 
 Token (j, k) of a reference's H x W grid is centred at ((k + .5) / W, (j + .5) / H) of the picture. With the background
-bg, the dots' weights w_i and f_i = clip(1 - d / (r_i min(pw, ph)), 0, 1), where d is the distance from the dot's centre
-in pixels of the encoder's pw x ph input, the weight of a token is
+bg, the dots' weights w_i and f_i = max(0, 1 - d / (r_i min(pw, ph))), where d is the distance from the dot's centre in
+pixels of the encoder's pw x ph input, the weight of a token is
 
     w = max(0, bg + max_{w_i >= bg} f_i (w_i - bg) - max_{w_i < bg} f_i (bg - w_i))
 
@@ -30,7 +30,7 @@ def token_weights(dots: Sequence[Dot], grid: tuple[int, int], background: float 
     up, down = torch.zeros(rows, columns, dtype=torch.float64), torch.zeros(rows, columns, dtype=torch.float64)
     for dot in dots:  # distances in tokens, which are square
         distance = ((x - dot.x * columns) ** 2 + (y - dot.y * rows) ** 2).sqrt()
-        f = (1 - distance / (dot.radius * min(rows, columns))).clamp(0, 1)
+        f = (1 - distance / (dot.radius * min(rows, columns))).clamp_min(0)
         if dot.weight >= background:
             up = torch.maximum(up, f * (dot.weight - background))
         else:
