@@ -43,7 +43,10 @@ VARIABLES = {
 NEUTRAL = {
     "break-system-packages",
     "cache-dir",
+    "config-file",
     "disable-pip-version-check",
+    "exists-action",
+    "log",
     "no-color",
     "no-input",
     "no-warn-script-location",
