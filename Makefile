@@ -23,6 +23,7 @@ MAIN_ARMS := diffusers-eager,diffusers-eager-full,ours-none,ours-mlp
 # 484 condition tokens, as for a square picture in training.
 STEP := -m megaflux.bench step --text 484
 
+.NOTPARALLEL:
 .PHONY: install demo test test-browser test-slow soak lint clean gpu gpu-first gpu-check gpu-bench gpu-train
 
 # Everything, for the tests and the panel.
@@ -39,6 +40,7 @@ $(VENV)/.installed-demo: setup.py
 define into_venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; make PYTHON=python3.11")'
 	@$(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.installed $(VENV)/.installed-demo
 	@echo "installing into $(VENV) (about $(2), a minute or more) ..."
 	@$(VENV)/bin/python launch/install.py $(1)
 	@touch $@

@@ -2,7 +2,7 @@
 
 uv does it in a fraction of pip's time. It reads neither pip.conf nor PIP_* variables, so it is handed pip's settings; and
 pip itself installs torch first, whose build (CPU, or CUDA of some version) is then fixed, so that the environment is the
-one that pip alone would have made. Without uv, or with a setting of pip's that uv has no word for, pip installs everything.
+one that pip alone would have made. Without uv, or with a setting of pip's that uv has no option for, pip installs everything.
 `make` calls this in .venv. Needs nothing but Python and pip.
 """
 
@@ -30,7 +30,8 @@ OPTIONS = {
     "no-binary": "--no-binary",
     "only-binary": "--only-binary",
 }
-FLAGS = {"no-index": "--no-index", "pre": "--prerelease=allow", "no-cache-dir": "--no-cache"}
+FLAGS = {"no-index": "--no-index", "pre": "--prerelease=allow"}
+PATHS = ("cert", "client-cert", "find-links")  # in which pip expands ~
 # pip's setting -> the variables in which uv looks for it.
 VARIABLES = {
     "cert": ("SSL_CERT_FILE",),
@@ -46,7 +47,9 @@ NEUTRAL = {
     "config-file",
     "disable-pip-version-check",
     "exists-action",
+    "format",
     "log",
+    "no-cache-dir",
     "no-color",
     "no-input",
     "no-warn-script-location",
@@ -83,7 +86,17 @@ def install(requirements: list[str], torch: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         fixed = Path(folder) / "torch.txt"
         fixed.write_text(f"torch=={installed_torch()}\n")
-        command = [uv, "pip", "install", "--quiet", "--python", sys.executable, "--compile-bytecode", *options]
+        command = [
+            uv,
+            "pip",
+            "install",
+            "--quiet",
+            "--no-config",
+            "--python",
+            sys.executable,
+            "--compile-bytecode",
+            *options,
+        ]
         if not run([*command, "--constraint", str(fixed), *requirements], variables):
             return 0
     print("uv failed; installing with pip, which takes some minutes", file=sys.stderr, flush=True)
@@ -96,19 +109,25 @@ class CannotUseUv(Exception):
 
 def pip_settings() -> dict[str, str]:
     """pip's settings for `pip install`, of all its files and variables: {"find-links": "/opt/wheels", ...}."""
-    shown = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
+    # With quiet set anywhere it would list nothing.
+    env = os.environ | {"PIP_QUIET": "0", "PIP_VERBOSE": "0"}
+    shown = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, env=env)
     if shown.returncode:
         raise CannotUseUv("`pip config list` failed")
     by_section: dict[str, dict[str, str]] = {}
     for line in shown.stdout.splitlines():
         name, found, value = line.partition("=")
         section, _, key = name.rpartition(".")
-        if found:
-            by_section.setdefault(section, {})[key] = str(ast.literal_eval(value))
-    # Later sections override earlier ones.
-    return {
-        key: value for section in ("global", "install", ":env:") for key, value in by_section.get(section, {}).items()
-    }
+        try:
+            text = str(ast.literal_eval(value)) if found else ""
+        except (ValueError, SyntaxError):
+            raise CannotUseUv(f"`pip config list` says {line!r}") from None
+        if text.strip():  # an empty value counts as none
+            by_section.setdefault(section, {})[key] = os.path.expanduser(text) if key in PATHS else text
+    merged: dict[str, str] = {}
+    for section in ("global", "install", ":env:"):  # later ones override
+        merged |= by_section.get(section, {})
+    return merged
 
 
 def uv_options(settings: Mapping[str, str]) -> list[str]:
@@ -122,20 +141,22 @@ def _options(settings: Mapping[str, str]) -> Iterator[str]:
             for part in value.split():
                 yield from (OPTIONS[key], part)
         elif key in FLAGS:
-            if switched_on(key, value):
+            if value.strip().lower() in ("1", "y", "yes", "t", "true", "on"):
                 yield FLAGS[key]
         elif key not in VARIABLES and key not in NEUTRAL:
             raise CannotUseUv(f"uv has no option for pip's setting {key}")
 
 
 def uv_variables(settings: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables that tell uv the rest of pip's settings."""
-    return {name: settings[key] for key, names in VARIABLES.items() if key in settings for name in names}
-
-
-def switched_on(key: str, value: str) -> bool:
-    """What pip makes of a yes or no, with its oddity: no-cache-dir's off means that there is a cache."""
-    return value.strip().lower() in ("1", "y", "yes", "t", "true", "on")
+    """Environment variables that tell uv the rest of pip's settings. Without a certificate of pip's own, uv trusts what pip
+    trusts: the bundle of REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE, or the system's store."""
+    found = {name: settings[key] for key, names in VARIABLES.items() if key in settings for name in names}
+    if "UV_HTTP_TIMEOUT" in found:
+        found["UV_HTTP_TIMEOUT"] = found["UV_HTTP_TIMEOUT"].partition(".")[0]  # whole seconds
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    if "SSL_CERT_FILE" not in found:
+        found |= {"SSL_CERT_FILE": bundle} if bundle else {"UV_NATIVE_TLS": "1"}
+    return found
 
 
 def find_uv() -> str:
@@ -163,7 +184,15 @@ def installed_torch() -> str:
 
 
 def run(command: list[str], variables: Mapping[str, str] | None = None) -> int:
-    return subprocess.run(command, env=os.environ | dict(variables or {})).returncode
+    """The exit code of a command; 127 where it cannot be started. Variables of uv's own that choose packages are left out."""
+    inherited = {
+        n: v for n, v in os.environ.items() if not n.startswith("UV_") or n.startswith(("UV_CACHE", "UV_HTTP"))
+    }
+    try:
+        return subprocess.run(command, env=inherited | dict(variables or {})).returncode
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
 
 
 if __name__ == "__main__":

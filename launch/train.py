@@ -67,9 +67,10 @@ def main(
     watch = Watch(config.train.hang_timeout, config.train.leave_within)
     # Libraries make a million objects that all stay: looking for garbage among them costs a tenth of a start.
     gc.disable()
-    from megaflux.training.session import train
-
-    gc.enable()
+    try:
+        from megaflux.training.session import train
+    finally:
+        gc.enable()
     gc.freeze()
     return train(config, ds_config, watch, assumed=assumed, **({} if load is None else {"load": load}))
 

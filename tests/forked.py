@@ -4,7 +4,7 @@ A launch spends most of its time importing torch, DeepSpeed, transformers and di
 run computes start it here; those whose subject is starting, launchers, signals or what outlives a process use the
 launchers themselves (tests/training/runs.py, faults.py).
 
-The process that is forked from has no threads and has run nothing but imports. A forked one has the arguments, working
+All of them have the hash seed of the process that they are forked from, which has no threads and has run only imports. A forked one has the arguments, working
 folder and environment that it is given, runs its script or module as __main__, and ends as any interpreter does.
 """
 
@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import json
 import os
+import random
 import runpy
 import select
 import shutil
@@ -29,9 +30,9 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
-# Libraries only: a forked process imports megaflux itself, so that scripts can replace parts of it before (faulty_train.py).
+# Libraries; a forked process imports megaflux itself, so that scripts can replace parts of it before (faulty_train.py).
 PRELOADED = (
-    "megaflux.common.compat",  # must come before the rest
+    "megaflux.common.compat",  # comes before libraries
     "accelerate",
     "deepspeed",
     "streaming",
@@ -56,6 +57,7 @@ PRELOADED = (
     "transformers.models.qwen2_vl.video_processing_qwen2_vl",
     "transformers.models.t5.modeling_t5",
 )
+ENVIRONMENT = dict(os.environ)  # before any test changes it
 _server: subprocess.Popen | None = None
 _address: Path | None = None
 
@@ -67,8 +69,8 @@ class Forked:
         """command: what follows `python` on a command line (SCRIPT, -m MODULE or -c CODE, and arguments). env: None: this
         process's."""
         self.returncode: int | None = None
-        self._said: tuple[list[bytes], list[bytes]] = ([], [])
-        pipes = [os.pipe() for _ in self._said]
+        self._output: tuple[list[bytes], list[bytes]] = ([], [])
+        pipes = [os.pipe() for _ in self._output]
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(str(_started()))
         asked = {"command": list(command), "env": dict(os.environ if env is None else env), "cwd": str(cwd)}
@@ -76,7 +78,7 @@ class Forked:
         socket.send_fds(self._connection, [len(request).to_bytes(4, "big")], [write for _, write in pipes])
         self._connection.sendall(request)
         self._readers = []
-        for (read, write), said in zip(pipes, self._said):
+        for (read, write), said in zip(pipes, self._output):
             os.close(write)
             self._readers.append(threading.Thread(target=_read, args=(read, said), daemon=True))
             self._readers[-1].start()
@@ -90,10 +92,12 @@ class Forked:
         """stdout and stderr of the process, once it has ended. Raises TimeoutExpired, after killing it."""
         if self._ended(timeout) is None:
             self.send_signal(signal.SIGKILL)
-            raise subprocess.TimeoutExpired("forked", timeout, *map(b"".join, self._said))
+            raise subprocess.TimeoutExpired("forked", timeout, *map(b"".join, self._output))
         for reader in self._readers:
             reader.join(30)
-        out, err = (b"".join(said).decode(errors="replace") for said in self._said)
+            if reader.is_alive():  # some descendant still has stdout or stderr
+                raise subprocess.TimeoutExpired("forked", timeout, *map(b"".join, self._output))
+        out, err = (b"".join(said).decode(errors="replace") for said in self._output)
         return out, err
 
     def send_signal(self, number: int) -> None:
@@ -146,9 +150,9 @@ def run_ranks(
         late = time.monotonic() > until
         for process in processes:
             process.kill()
-    if late:
-        raise subprocess.TimeoutExpired(command, timeout)
     said = [process.communicate() for process in processes]
+    if late:
+        raise subprocess.TimeoutExpired(command, timeout, *("".join(texts) for texts in zip(*said)))
     codes = [code, *(process.returncode for process in processes)]
     first = next((code for code in codes if code), 0)
     done = EndedRanks(list(command), first, *("".join(texts) for texts in zip(*said)))
@@ -168,7 +172,7 @@ def _started() -> Path:
     if _server is None or _server.poll() is not None:
         _address = Path(tempfile.mkdtemp(prefix="forked-")) / "socket"
         paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        env = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_INTERPRET"}
         env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
         _server = subprocess.Popen(
             [sys.executable, "-m", "tests.forked", str(_address)],
@@ -210,6 +214,8 @@ def serve(address: str) -> list[str] | None:
     while True:
         ready = select.select([hidden, sys.stdin], [], [], 0.01 if running else None)[0]
         if sys.stdin in ready:
+            for pid in running:
+                os.kill(pid, signal.SIGKILL)
             return None
         if hidden in ready:
             connection, _ = hidden.accept()
@@ -228,6 +234,8 @@ def serve(address: str) -> list[str] | None:
                 os.environ.update(request["env"])
                 os.chdir(request["cwd"])
                 tempfile.tempdir = None  # it remembers TMPDIR
+                random.seed()  # as different as those of processes that start by themselves
+                sys.modules["numpy"].random.seed()
                 return request["command"]
             for file in files:
                 os.close(file)

@@ -26,15 +26,22 @@ assert {"streaming.text", "streaming.multimodal", "streaming.vision", "streaming
 
 assert issubclass(streaming.text.StreamingC4, streaming.StreamingDataset)
 from streaming.vision import StreamingImageNet
-import streaming.multimodal.webvid
+import streaming.multimodal.webvid as webvid  # the module first, then its package
 assert issubclass(streaming.multimodal.StreamingInsideWebVid, streaming.StreamingDataset)
+assert streaming.multimodal.webvid is webvid
+assert streaming.multimodal.StreamingInsideWebVid is webvid.StreamingInsideWebVid
+assert not isinstance([], streaming.StreamingDataLoader)
+class Own(streaming.StreamingDataLoader):
+    pass
+assert isinstance(Own([1]), torch.utils.data.DataLoader) and isinstance(Own([1]), streaming.StreamingDataLoader)
 loader = streaming.StreamingDataLoader([1, 2, 3], batch_size=3)
 assert isinstance(loader, torch.utils.data.DataLoader) and next(iter(loader)).tolist() == [1, 2, 3]
 if "scipy.stats" in late:
     from scipy import integrate
     import scipy.stats
     assert scipy.stats.norm.cdf(0) == 0.5 and integrate.quad(lambda x: x, 0, 1)[0] == 0.5
-    from scipy.stats import beta
+    from scipy.stats import *
+    assert beta.cdf(1, 2, 3) == 1
 print("as they are")
 """
 

@@ -72,7 +72,7 @@ def measure(
 def imports(checkout: Path) -> float:
     """Seconds that a Python takes to import what training imports, and to end."""
     started = time.perf_counter()
-    _python(checkout, "-c", "import megaflux.training.session")
+    _python(checkout, "-P", "-c", "import megaflux.training.session")
     return time.perf_counter() - started
 
 

@@ -16,6 +16,7 @@ import importlib.util
 import logging
 import os
 import sys
+import threading
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,11 +25,12 @@ from typing import Any
 
 import torch
 
-# The versions whose imports are known; others are imported as they are.
+# Versions whose imports are known; others are imported as they are.
 DEEPSPEED, STREAMING = "0.19.8", "0.13.0"
 # Its datasets of text and pictures for other trainings, which import all of transformers and torchvision.
-STREAMING_DATASETS = ("streaming.text", "streaming.multimodal", "streaming.vision")
+STREAMING_DATASETS = ("text", "multimodal", "vision")
 
+_loading = threading.RLock()
 _library: torch.library.Library | None = None  # kept for the life of the process, or the schemas are dropped again
 
 
@@ -69,65 +71,91 @@ def _hush_torchao() -> None:
 
 
 class Late(ModuleType):
-    """Stands for a module in sys.modules and loads it when one of its attributes is asked for, so nothing is missing."""
+    """Stands for a module in sys.modules and loads it when one of its attributes is asked for."""
 
-    def __init__(self, name: str, package: bool = True):
+    def __init__(self, name: str, path: list[str] | None = None):
+        """path: the folders of a package's modules; None: it is no package."""
         super().__init__(name)
-        self._package = package
         self.__spec__ = ModuleSpec(name, None)  # import reads it, whether or not anything is used
         self.__file__ = None  # inspect asks every module for it
+        if path is not None:
+            self.__path__ = path
 
     def __getattr__(self, name: str) -> Any:
-        # `from ... import` asks for __path__ in any case; a package's says where its modules are.
-        if name.startswith("__") and not (name == "__path__" and self._package):
+        if name.startswith("__") and name != "__all__":
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r} before it is loaded")
         return getattr(load_now(self.__name__), name)
 
 
-def late_class(module: str, name: str) -> type:
-    """Stands for a class of a late module, of which libraries only need to know that nothing is an instance. Calling it
-    loads the module and makes an instance of the class itself."""
+class LateClass:
+    """Stands for a class of a late module, of which libraries ask at first only whether something is an instance. Calling it
+    and deriving from it load the module and use the class itself."""
 
-    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return getattr(load_now(module), name)(*args, **kwargs)
+    def __init__(self, module: str, name: str):
+        self.module, self.name = module, name
 
-    return type(name, (), {"__new__": new, "__module__": module})
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._real()(*args, **kwargs)
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type]:
+        return (self._real(),)
+
+    def __instancecheck__(self, instance: object) -> bool:
+        # Before the module is loaded nothing can be an instance.
+        return not isinstance(sys.modules[self.module], Late) and isinstance(instance, self._real())
+
+    def _real(self) -> type:
+        return getattr(load_now(self.module), self.name)
 
 
 def load_now(name: str) -> ModuleType:
     """The module itself, in the place of the one that stands for it."""
-    if isinstance(sys.modules.get(name), Late):
+    with _loading:
+        late = sys.modules.get(name)
+        if not isinstance(late, Late):
+            return importlib.import_module(name)
         del sys.modules[name]
-    return importlib.import_module(name)
+        module = importlib.import_module(name)
+        for part, inner in vars(late).items():  # modules of a package that were imported before it
+            if isinstance(inner, ModuleType) and not hasattr(module, part):
+                setattr(module, part, inner)
+        return module
 
 
-def _is_version(distribution: str, known: str) -> bool:
+def _put_off_unused_imports() -> None:
+    # diffusers' schedulers import them for sigmas and solvers that FLUX does not use (1.5 s, where scipy is installed).
+    _put_off("scipy", "stats", "integrate")
+    # None: httpx does without its command line, which would load rich and every lexer of pygments.
+    sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]  # documented: None makes an import fail
+    # DeepSpeed asks whether the optimizer is Muon, whose module compiles its kernels when it is imported (1 to 2 s).
+    if _is_version("deepspeed", "deepspeed", DEEPSPEED):
+        _put_off_class("deepspeed.runtime.zero.muon.muon_optimizer", "MuonWithAuxAdam")
+    if _is_version("streaming", "mosaicml-streaming", STREAMING) and "streaming" not in sys.modules:
+        _put_off("streaming", *STREAMING_DATASETS)
+        # streaming's own DataLoader alone imports transformers (3 s).
+        _put_off_class("streaming.base.dataloader", "StreamingDataLoader")
+
+
+def _is_version(package: str, distribution: str, known: str) -> bool:
+    if importlib.util.find_spec(package) is None:
+        return False
     try:
         return version(distribution) == known
     except PackageNotFoundError:
         return False
 
 
-def _put_off_unused_imports() -> None:
-    # diffusers' schedulers import them for sigmas and solvers that FLUX does not use (1.5 s, where scipy is installed).
-    if importlib.util.find_spec("scipy") is not None:
-        for name in ("scipy.stats", "scipy.integrate"):
-            sys.modules.setdefault(name, Late(name))
-    # None: httpx does without its command line, which would load rich and every lexer of pygments.
-    sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]  # documented: None makes an import fail
-    # DeepSpeed asks whether the optimizer is Muon, whose module compiles its kernels when it is imported (1 to 2 s).
-    if _is_version("deepspeed", DEEPSPEED):
-        _put_off_class("deepspeed.runtime.zero.muon.muon_optimizer", "MuonWithAuxAdam")
-    if _is_version("mosaicml-streaming", STREAMING) and "streaming" not in sys.modules:
-        for name in STREAMING_DATASETS:
-            sys.modules.setdefault(name, Late(name))
-        # streaming's own DataLoader alone imports transformers (3 s).
-        _put_off_class("streaming.base.dataloader", "StreamingDataLoader")
+def _put_off(package: str, *names: str) -> None:
+    """Put off packages inside an installed package."""
+    spec = importlib.util.find_spec(package)
+    for name in names if spec is not None and package not in sys.modules else ():
+        folders = [str(Path(folder) / name) for folder in spec.submodule_search_locations or ()]  # type: ignore[union-attr]
+        sys.modules.setdefault(f"{package}.{name}", Late(f"{package}.{name}", folders))
 
 
 def _put_off_class(module: str, name: str) -> None:
-    late = Late(module, package=False)
-    setattr(late, name, late_class(module, name))
+    late = Late(module)
+    setattr(late, name, LateClass(module, name))
     sys.modules.setdefault(module, late)
 
 

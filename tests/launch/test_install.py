@@ -6,6 +6,7 @@ import base64
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_uv_installs_the_builds_that_pip_installs(packages, venv, without, build
     assert list((venv / "lib").rglob("__pycache__/painter*.pyc"))  # compiled: the first start has nothing left to do
 
 
-def test_pip_installs_all_of_it_where_uv_is_not_to_be_had(packages, venv):
+def test_pip_installs_all_of_it_where_uv_is_unavailable(packages, venv):
     (venv / "bin" / "uv").unlink(missing_ok=True)
     builds, said = installed_by(venv, packages, ["-c", SCRIPT])
     assert builds == ["cpu", "new"]
@@ -136,13 +137,61 @@ def test_a_setting_that_uv_does_not_know_is_left_to_pip():
         install.uv_options({"platform": "any"})
 
 
+def test_pips_settings_are_those_of_its_files_and_variables(tmp_path, monkeypatch):
+    """[install] over [global], variables over both; what is empty counts as none; quiet hides nothing."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "pip.conf").write_text(
+        "[global]\nquiet = 1\nindex-url = https://a.example/simple\ncert = ~/ca.pem\nconstraint = c.txt\n"
+        "find-links =\n  /one\n  /two\n[install]\nindex-url = https://b.example/simple\n[list]\nformat = json\n"
+    )
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    monkeypatch.setenv("PIP_CONSTRAINT", "other.txt")
+    monkeypatch.setenv("PIP_INDEX_URL", "")
+    found = install.pip_settings()
+    assert found["index-url"] == "https://b.example/simple"
+    assert found["constraint"] == "other.txt"
+    assert found["find-links"].split() == ["/one", "/two"]
+    assert found["cert"] == os.path.expanduser("~/ca.pem")
+
+
+@pytest.mark.parametrize(
+    ("bundle", "expected"), [("/ca.pem", {"SSL_CERT_FILE": "/ca.pem"}), (None, {"UV_NATIVE_TLS": "1"})]
+)
+def test_uv_trusts_what_pip_trusts(monkeypatch, bundle, expected):
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    if bundle:
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", bundle)
+    assert install.uv_variables({}) == expected
+
+
+def test_make_installs_what_is_asked_for_once(tmp_path):
+    """`make demo` without the tests' packages, nothing twice, and all of it again where setup.py has changed."""
+    for name in ("Makefile", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+
+    def installs(target: str) -> list[str]:
+        said = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        return [line.partition("install.py ")[2] for line in said.splitlines() if "install.py " in line]
+
+    assert (installs("demo"), installs("test")) == (["demo"], ["demo test"])
+    (tmp_path / ".venv" / ".installed-demo").touch()
+    assert (installs("demo"), installs("test")) == ([], ["demo test"])
+    (tmp_path / ".venv" / ".installed").touch()
+    assert (installs("demo"), installs("test")) == ([], [])
+    os.utime(tmp_path / "setup.py", (2e9, 2e9))
+    assert (installs("demo"), installs("test")) == (["demo test"], ["demo test"])
+
+
 def test_pips_settings_are_handed_to_uv():
     settings = {
         "extra-index-url": "https://a.example/simple\nhttps://b.example/simple",
         "no-index": "false",
         "pre": "1",
         "cert": "/ca.pem",
-        "default-timeout": "180",
+        "default-timeout": "180.5",
         "disable-pip-version-check": "1",
     }
     options = install.uv_options(settings)

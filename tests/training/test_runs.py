@@ -56,7 +56,8 @@ def test_resumed_run_is_bit_equal_to_the_uninterrupted_one(tmp_path, data, preci
     ds = ds_config(tmp_path, precision)
     run_ok("--deepspeed", ds, "--config", config, ranks=ranks)
     half = copy_until(tmp_path / "whole", tmp_path / "half", 2)
-    done = run_ok("--deepspeed", ds, "--config", config, "--run.dir", half, ranks=ranks)
+    # By the launcher: processes with other hash seeds than those of the first run.
+    done = run_ok("--deepspeed", ds, "--config", config, "--run.dir", half, ranks=ranks, with_="deepspeed")
     assert "resuming" in done.stdout + done.stderr
     weights, resumed = final_weights(tmp_path / "whole"), final_weights(half)
     assert_same(weights, resumed)
@@ -264,7 +265,10 @@ def test_run_shows_itself_in_tensorboard(tmp_path, data):
     values = small_config(
         data, tmp_path / "run", validation__every=2, validation__panel_every=4, train__micro_batch_size=None
     )  # as the preset tiny has it
-    run_ok("--deepspeed", ds_config(tmp_path), "--config", write_config(values, tmp_path / "config.yaml"))
+    config = write_config(values, tmp_path / "config.yaml")
+    # A Python of its own: it imports what it needs by itself, TensorBoard and the pipelines of the panel among it.
+    done = run_ok("--deepspeed", ds_config(tmp_path), "--config", config, with_="python")
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     scalars = set(events.Tags()["scalars"])
     wanted = {
