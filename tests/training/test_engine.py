@@ -90,6 +90,8 @@ def hooks_on(module: torch.nn.Module) -> dict[str, int]:
 
 @pytest.mark.parametrize("file", ["zero2.json", "zero2_offload.json", "zero3.json"])
 def test_nothing_of_a_closed_engine_lives(tmp_path, file):
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
     values = small_config(None, None, run__dir="unused", data__path="unused")
     values["train"] |= {"global_batch_size": 2, "micro_batch_size": 2}
     config = build_config(merge(tiny(), values))
@@ -149,6 +151,8 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
             else:  # the weights are in parts, and nothing else leads to the engine's buffers
                 assert parameter.ds_tensor.untyped_storage().data_ptr() not in storages
                 assert parameter.ds_tensor.untyped_storage().nbytes() <= 4 * parameter.ds_tensor.numel()
+        assert not [part for part in module.modules() if {"pre_bwd_fn", "post_bwd_fn"} & vars(part).keys()]
+        assert not [part for part in FWD_MODULE_STACK if part is module]
 
 
 def test_adams_state_lies_with_its_tensor():
