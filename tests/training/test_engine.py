@@ -20,7 +20,7 @@ from megaflux.training.optim import learning_rate
 from megaflux.training.stages import trainable_names
 from megaflux.training.survival.guard import NOT_FINITE, Guard
 from tests import forked
-from tests.training.carry_worker import Toy, toy_config
+from tests.training.carry_worker import Toy, gradient, toy_config
 from tests.training.runs import ROOT, ds_config, rank_environments, small_config
 from tests.training.updates import drawn_losses, wake
 
@@ -44,13 +44,14 @@ def test_frozen_parameters_keep_every_bit_over_20_updates_with_weight_decay(tmp_
     generator = torch.Generator().manual_seed(0)
     wake(models, generator)
     buffers = {name: b.clone() for name, b in models.trainable.named_buffers()}
-    engine = StageEngine(models.trainable, config, json.loads(ds_config(tmp_path).read_text()), 0, 1)
+    ds = json.loads(ds_config(tmp_path).read_text()) | {"data_types": {"buffer_dtype": "bf16"}}
+    engine = StageEngine(models.trainable, config, ds, 0, 1)
     attn = models.trainable.transformer.transformer_blocks[0].attn
     layers = attn.to_q, attn.to_k, attn.to_v
     assert side_by_side([layer.weight for layer in layers])  # in ZeRO's buffer, so that they are one product
     assert side_by_side([layer.bias for layer in layers])
     before = {name: p.detach().clone() for name, p in models.trainable.named_parameters()}
-    now = dict(models.trainable.named_buffers())  # DeepSpeed would have RoPE's frequencies in bfloat16
+    now = dict(models.trainable.named_buffers())  # RoPE's frequencies, never in bfloat16
     assert buffers and all(now[name].dtype == b.dtype and torch.equal(now[name], b) for name, b in buffers.items())
     shapes = {name: tuple(p.shape) for name, p in models.trainable.named_parameters() if p.requires_grad}
     assert engine.shapes() == shapes and engine.num_trainable == sum(map(math.prod, shapes.values()))
@@ -79,12 +80,15 @@ def hooks_on(module: torch.nn.Module) -> dict[str, int]:
 
 @pytest.mark.parametrize("file", ["zero2.json", "zero2_offload.json", "zero3.json"])
 def test_nothing_of_a_closed_engine_lives(tmp_path, file):
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
     values = small_config(None, None, run__dir="unused", data__path="unused")
     values["train"] |= {"global_batch_size": 2, "micro_batch_size": 2}
     config = build_config(merge(tiny(), values))
     models = load_models(config).to("cpu", torch.bfloat16)
     module, guard = models.trainable, Guard(6.0, 128, 10)
     module.connector.register_forward_hook(lambda *_: None)  # somebody else's, which stays
+    sizes = {name: p.numel() for name, p in module.named_parameters()}  # ZeRO-3 empties the parameters
     before, attributes = hooks_on(module), {name: set(vars(p)) for name, p in module.named_parameters()}
     ds, carried = json.loads(ds_config(tmp_path, base=file).read_text()), None
     generator = torch.Generator().manual_seed(0)
@@ -92,6 +96,7 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
     for stage in (0, 1):  # as the loop changes from one to the next
         engine = StageEngine(module, config, ds, stage, 1, carried, guard.judge)
         module.configure(file != "zero3.json", "none")
+        assert engine.num_trainable == sum(sizes[name] for name in engine.first_stage)
         # what is still to come on a device: at least the sum of the gradients, which offloading leaves on the GPU
         shards = sum(flat.nbytes for _, flat in engine._flat_groups())
         assert sum(engine.coming(torch.device("meta"))) == shards
@@ -136,6 +141,8 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
             else:  # the weights are in parts, and nothing else leads to the engine's buffers
                 assert parameter.ds_tensor.untyped_storage().data_ptr() not in storages
                 assert parameter.ds_tensor.untyped_storage().nbytes() <= 4 * parameter.ds_tensor.numel()
+        assert not [part for part in module.modules() if {"pre_bwd_fn", "post_bwd_fn"} & vars(part).keys()]
+        assert not [part for part in FWD_MODULE_STACK if part is module]
 
 
 def test_adams_state_lies_with_its_tensor():
@@ -174,10 +181,13 @@ def test_an_overflow_is_counted_and_changes_nothing(tmp_path, guarded):
     engine.close()
 
 
-def test_a_gradient_on_a_frozen_parameter_stops_the_step_and_is_named(tmp_path):
+@pytest.mark.parametrize("base", ["zero2.json", "zero2_offload.json"])
+def test_a_gradient_on_a_frozen_parameter_stops_the_step_and_is_named(tmp_path, base):
     """Also one that no hook has seen, as code leaves it that writes .grad itself; at any micro-batch of an update."""
     module, name = Toy(), "transformer.x_embedder.weight"
-    engine = StageEngine(module, toy_config().for_world(1), json.loads(ds_config(tmp_path).read_text()), 0, 1)
+    engine = StageEngine(
+        module, toy_config().for_world(1), json.loads(ds_config(tmp_path, base=base).read_text()), 0, 1
+    )
     engine.cut_into(1)
     assert engine.accumulation_steps == 2
     frozen = module.get_parameter(name)
@@ -192,6 +202,8 @@ def test_a_gradient_on_a_frozen_parameter_stops_the_step_and_is_named(tmp_path):
         assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
         engine.step()
     assert not torch.equal(module.connector.weight, before["connector.weight"])
+    whole = torch.cat([gradient(name, before[name], 0).flatten() for name in engine.first_stage])
+    assert engine.grad_norm() == pytest.approx(whole.norm().item(), rel=0.01)  # the mean of both micro-batches
     engine.close()
 
 

@@ -122,8 +122,9 @@ def test_the_gap_compares_a_pictures_own_condition_with_another_pictures(config,
     assert len(found) == 3 + 16
 
 
-def test_on_a_gpu_all_that_a_model_is_given_lies_there(config):
-    models = load_models(config)
+def test_on_a_gpu_all_that_a_model_is_given_lies_there_and_what_ranks_sum(config, monkeypatch):
+    models, summed = load_models(config), []
+    monkeypatch.setattr(validation, "sum_over_ranks", lambda x, world: summed.append((x.device, x.dtype)) or x)
 
     def model(condition, x, t, *rest):
         return x * t[:, None, None] + condition.hidden_states.mean((1, 2))[:, None, None]
@@ -138,6 +139,7 @@ def test_on_a_gpu_all_that_a_model_is_given_lies_there(config):
         models.pooled_projections = gpu.on_gpu(models.pooled_projections)
         found = run(GPU)
     assert gpu.mixed == []
+    assert summed == [(CPU, torch.float64), (GPU, torch.float64)]  # NCCL sums nothing on a host
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
