@@ -129,6 +129,8 @@ def test_a_save_takes_nothing_over_from_one_that_failed(tmp_path):
     (partial / "deepspeed-of-before.pt").write_bytes(b"x")
     save(tmp_path, 1)
     assert "deepspeed-of-before.pt" not in manifest.verify(manifest.folder(tmp_path) / manifest.name_of(1))["files"]
+    save(tmp_path, 1)  # nor does the one of its name stay beside it
+    assert [path.name for path in manifest.folder(tmp_path).iterdir()] == ["update-0000001"]
 
 
 def test_files_that_cannot_be_deleted_yet_stop_no_run(tmp_path, monkeypatch):
