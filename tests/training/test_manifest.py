@@ -288,6 +288,7 @@ def test_what_is_deleted_and_what_never_is(tmp_path):
     gone = manifest.prune(tmp_path, 2, milestones={3}, protect={1})
     assert gone == [manifest.folder(tmp_path) / f"update-000000{update}" for update in (2, 4)]
     assert list(manifest.listed(tmp_path)) == [1, 3, 5, 6]
+    assert len([*manifest.folder(tmp_path).iterdir()]) == 5  # and the disk is free again
     assert (manifest.folder(tmp_path) / "update-0000004.bad").is_dir()  # somebody's own
     manifest.prune(tmp_path, 0, milestones=(), protect=())
     assert list(manifest.listed(tmp_path)) == [6]  # never the only one

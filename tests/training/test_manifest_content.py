@@ -30,6 +30,7 @@ def written(folder: Path, sealed: bool = True, **changes) -> Path:
 
 def test_a_checkpoint_of_an_earlier_version_is_whole():
     """Its seal and hashes were made by that version: a change of how they are made would discard every run's updates."""
+    assert manifest.listed(OLD.parents[1]) == {2: OLD}
     content = manifest.verify(OLD)
     assert (content["format"], content["update"], len(content["files"])) == (2, 2, 6)
 
@@ -119,7 +120,17 @@ def test_every_remains_of_a_save_is_put_right_and_said(tmp_path):
     whole = f"{root / 'update-0000002'}: was complete but not renamed yet; renamed"
     assert said == [partials[0], whole, partials[1]]
     manifest.recover(tmp_path / "no run", said.append)
-    assert len(said) == 3
+    assert len(said) == 3 and manifest.listed(tmp_path / "no run") == {}
+
+
+def test_a_save_takes_nothing_over_from_one_that_failed(tmp_path):
+    partial = manifest.partial_of(tmp_path, 1)
+    partial.mkdir(parents=True)
+    (partial / "deepspeed-of-before.pt").write_bytes(b"x")
+    save(tmp_path, 1)
+    assert "deepspeed-of-before.pt" not in manifest.verify(manifest.folder(tmp_path) / manifest.name_of(1))["files"]
+    save(tmp_path, 1)  # nor does the one of its name stay beside it
+    assert [path.name for path in manifest.folder(tmp_path).iterdir()] == ["update-0000001"]
 
 
 def test_files_that_cannot_be_deleted_yet_stop_no_run(tmp_path, monkeypatch):
@@ -131,6 +142,8 @@ def test_files_that_cannot_be_deleted_yet_stop_no_run(tmp_path, monkeypatch):
         shutil.copytree(root / manifest.name_of(1), root / leftover)
         (root / leftover / "manifest.json").unlink()
     (root / manifest.name_of(3) / "weights.safetensors").write_bytes(b"damaged")
+    shutil.copytree(root / manifest.name_of(3), root / ".update-0000002.old")
+    save(tmp_path, 2, keep=9)  # over one of its name, where another was put aside before
 
     def refuse(*args, **kwargs):
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))

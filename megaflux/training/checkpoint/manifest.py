@@ -40,7 +40,7 @@ def folder(run_dir: str | Path) -> Path:
 def listed(run_dir: str | Path) -> dict[int, Path]:
     """Update -> checkpoint folder of a run, oldest first; not verified. Folders with other names, as a checkpoint that
     somebody renamed to update-0000400.bad, are left out."""
-    found = folder(run_dir).glob("update-*") if folder(run_dir).is_dir() else []
+    found = folder(run_dir).glob("update-*")  # none where there is no such folder
     numbered = {path.name.removeprefix("update-"): path for path in found if path.is_dir()}
     return dict(sorted((int(number), path) for number, path in numbered.items() if number.isdigit()))
 
@@ -161,7 +161,7 @@ def recover(run_dir: str | Path, say: Callable[[str], Any]) -> None:
     """Finish interrupted saves: rename checkpoints that are complete under their partial name, and delete all other
     leftovers of saves and deletions. say: logs one line."""
     root = folder(run_dir)
-    for partial in sorted(root.glob(".update-*.partial")) if root.is_dir() else []:
+    for partial in sorted(root.glob(".update-*.partial")):
         final = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
         if (partial / MANIFEST).is_file() and not final.exists():
             with suppress(UserError):
@@ -173,7 +173,7 @@ def recover(run_dir: str | Path, say: Callable[[str], Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         say(f"{partial}: a save that was cut short; deleted")
     for kind in ("old", "deleting"):
-        for leftover in root.glob(f".update-*.{kind}") if root.is_dir() else []:
+        for leftover in root.glob(f".update-*.{kind}"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
