@@ -42,6 +42,7 @@ WORDS = {  # options and fields that hold words and no path
     "--aspect-ratios",
     "--commit",
     "--preset",
+    "--train",
     "--train-blocks",
     "config",
 }
