@@ -3,8 +3,7 @@
 import json
 import pickle
 import shutil
-import subprocess
-import sys
+
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from megaflux.generation.dots.dots import NEUTRAL
 from megaflux.models.latents import image_ids, text_ids
 from megaflux.models.t5 import image_tokens_only, split_context
 from megaflux.runs import load_pipeline
+from tests import forked
 from tests.conftest import picture
 
 JOINT, WIDTH, HIDDEN = 24, 32, 32
@@ -371,9 +371,7 @@ def test_bad_arguments(release, converted, tmp_path):
         convert.main([str(release), str(converted)])
     with pytest.raises(UserError, match="--flux: is for converting an export"):
         convert.main([str(release), str(tmp_path / "out"), "--flux", str(release / "flux")])
-    done = subprocess.run(
-        [sys.executable, "-m", "megaflux.convert", str(tmp_path), str(tmp_path / "out")], capture_output=True, text=True
-    )
+    done = forked.run(["-m", "megaflux.convert", str(tmp_path), str(tmp_path / "out")])
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 

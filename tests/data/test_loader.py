@@ -167,9 +167,9 @@ def test_exact_resume_in_a_new_process(build, small_dataset):
             jobs.append((num_workers, json.loads(json.dumps(loader.state_dict()))))
             loader.close()
     assert (jobs[2][1]["epoch"], jobs[2][1]["batches"]) == (1, 0)
-    command = [sys.executable, "-c", RESUME, str(small_dataset), json.dumps(jobs), "30"]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = json.loads(output.partition("KEYS")[2])
+    done = forked.run(["-c", RESUME, str(small_dataset), json.dumps(jobs), "30"])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.partition("KEYS")[2])
     for (num_workers, _), stop, keys in zip(jobs, stops * 2, found, strict=True):
         assert keys == uninterrupted[stop : stop + 30], (num_workers, stop)
 

@@ -27,6 +27,7 @@ from megaflux.data.storage.dataset import read_dataset_info
 from megaflux.data.storage.index import read_index, stored_file
 from megaflux.data.storage.shards import read_split, verify_dataset
 from megaflux.data.tensors import from_image
+from megaflux.generation import sampling
 from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import load_models, meta_models, weights_fingerprint
 from megaflux.training import cache, frozen, objective, pictures, validation
@@ -142,11 +143,11 @@ def on_an_accelerator(vae, visits: bool = True):
 
 def test_the_vae_comes_for_a_panel_and_leaves_whatever_happens(data, monkeypatch):
     config, vae, seen = configured(data, "latents"), Moved(), []
-    monkeypatch.setattr(pictures, "flux_pipeline", lambda *_: seen.append(list(vae.places)))
+    monkeypatch.setattr(sampling, "flux_pipeline", lambda *_: seen.append(list(vae.places)))
     references = SimpleNamespace(
         bucket=SimpleNamespace(height=64, width=64), condition=lambda *_: SimpleNamespace(repeated=lambda _: None)
     )
-    monkeypatch.setattr(pictures, "generate", lambda *_: torch.zeros(2, 3, 64, 64))
+    monkeypatch.setattr(sampling, "generate", lambda *_: torch.zeros(2, 3, 64, 64))
     pictures.variations(config, on_an_accelerator(vae), references, [0], 2)
     assert (seen, vae.places) == ([["meta"]], ["meta", "cpu"])
     for why in (torch.OutOfMemoryError, InterruptedError):
@@ -155,7 +156,7 @@ def test_the_vae_comes_for_a_panel_and_leaves_whatever_happens(data, monkeypatch
         def fails(*_, why=why):
             raise why
 
-        monkeypatch.setattr(pictures, "generate", fails)
+        monkeypatch.setattr(sampling, "generate", fails)
         with pytest.raises(why):
             pictures.variations(config, on_an_accelerator(vae), references, [0], 2)
         assert vae.places == ["meta", "cpu"]

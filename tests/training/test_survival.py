@@ -68,9 +68,10 @@ def check_kills(kills, points):
             assert kill.stale, kill  # which the next start was not hindered by, and removed
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(reference, tmp_path):
+@pytest.mark.parametrize("seeds", [[39, 29], pytest.param([39, 29, 28], marks=pytest.mark.slow)], ids=len)
+def test_a_killed_run_ends_as_if_it_had_not_been(reference, tmp_path, seeds):
     # one rank in an update, every process in an update, one rank while it starts
-    check_kills(kill_chain(reference, tmp_path / "run", [39, 29, 28], within=0.8), 3)
+    check_kills(kill_chain(reference, tmp_path / "run", seeds, within=0.8), len(seeds))
 
 
 @pytest.mark.slow
