@@ -40,6 +40,8 @@ if "scipy.stats" in late:
     from scipy import integrate
     import scipy.stats
     assert scipy.stats.norm.cdf(0) == 0.5 and integrate.quad(lambda x: x, 0, 1)[0] == 0.5
+    from scipy.optimize import linear_sum_assignment, minimize
+    assert list(linear_sum_assignment([[1, 0], [0, 1]])[1]) == [1, 0]
     from scipy.stats import *
     assert beta.cdf(1, 2, 3) == 1
 print("as they are")

@@ -88,8 +88,8 @@ class Late(ModuleType):
 
 
 class LateClass:
-    """Stands for a class of a late module, of which libraries ask at first only whether something is an instance. Calling it
-    and deriving from it load the module and use the class itself."""
+    """Stands for a class (or function) of a late module, of which libraries ask at first only whether something is an
+    instance. Calling it and deriving from it load the module and use the class itself."""
 
     def __init__(self, module: str, name: str):
         self.module, self.name = module, name
@@ -124,7 +124,10 @@ def load_now(name: str) -> ModuleType:
 
 def _put_off_unused_imports() -> None:
     # diffusers' schedulers import them for sigmas and solvers that FLUX does not use (1.5 s, where scipy is installed).
-    _put_off("scipy", "stats", "integrate")
+    _put_off("scipy", "stats", "integrate", "optimize")
+    # transformers' losses of detection models take it by name.
+    if isinstance(late := sys.modules.get("scipy.optimize"), Late):
+        vars(late)["linear_sum_assignment"] = LateClass("scipy.optimize", "linear_sum_assignment")
     # None: httpx does without its command line, which would load rich and every lexer of pygments.
     sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]  # documented: None makes an import fail
     # DeepSpeed asks whether the optimizer is Muon, whose module compiles its kernels when it is imported (1 to 2 s).
