@@ -4,8 +4,9 @@ A launch spends most of its time importing torch, DeepSpeed, transformers and di
 run computes start it here; those whose subject is starting, launchers, signals or what outlives a process use the
 launchers themselves (tests/training/runs.py, faults.py).
 
-All of them have the hash seed of the process that they are forked from, which has no threads and has run only imports. A forked one has the arguments, working
-folder and environment that it is given, runs its script or module as __main__, and ends as any interpreter does.
+All of them have the hash seed of the process that they are forked from, which has no threads and has run only imports. A
+forked one has the arguments, working folder and environment that it is given, runs its script or module as __main__, and
+ends as any interpreter does.
 """
 
 from __future__ import annotations
@@ -153,9 +154,8 @@ def run_ranks(
     said = [process.communicate() for process in processes]
     if late:
         raise subprocess.TimeoutExpired(command, timeout, *("".join(texts) for texts in zip(*said)))
-    codes = [code, *(process.returncode for process in processes)]
-    first = next((code for code in codes if code), 0)
-    done = EndedRanks(list(command), first, *("".join(texts) for texts in zip(*said)))
+    code = code or next((process.returncode for process in processes if process.returncode), 0)
+    done = EndedRanks(list(command), code, *("".join(texts) for texts in zip(*said)))
     done.ranks = said
     return done
 

@@ -126,8 +126,8 @@ def _put_off_unused_imports() -> None:
     # diffusers' schedulers import them for sigmas and solvers that FLUX does not use (1.5 s, where scipy is installed).
     _put_off("scipy", "stats", "integrate", "optimize")
     # transformers' losses of detection models take it by name.
-    if isinstance(late := sys.modules.get("scipy.optimize"), Late):
-        vars(late)["linear_sum_assignment"] = LateClass("scipy.optimize", "linear_sum_assignment")
+    if "scipy.optimize" in sys.modules:
+        _put_off_class("scipy.optimize", "linear_sum_assignment")
     # None: httpx does without its command line, which would load rich and every lexer of pygments.
     sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]  # documented: None makes an import fail
     # DeepSpeed asks whether the optimizer is Muon, whose module compiles its kernels when it is imported (1 to 2 s).
@@ -157,9 +157,9 @@ def _put_off(package: str, *names: str) -> None:
 
 
 def _put_off_class(module: str, name: str) -> None:
-    late = Late(module)
-    setattr(late, name, LateClass(module, name))
-    sys.modules.setdefault(module, late)
+    late = sys.modules.setdefault(module, Late(module))
+    if isinstance(late, Late):
+        setattr(late, name, LateClass(module, name))
 
 
 _declare_missing_operators()

@@ -310,7 +310,7 @@ class _Before:
 
 
 def _restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
-    # DeepSpeed casts buffers where its file's data_types say so (earlier versions always), and RoPE's inv_freq in bf16 would give
-    # wrong angles.
+    # DeepSpeed casts buffers where its file's data_types say so (earlier versions always), and RoPE's inv_freq in bf16 would
+    # give wrong angles.
     for name, buffer in module.named_buffers():
         buffer.data = buffers[name].to(buffer.device)

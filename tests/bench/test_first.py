@@ -259,7 +259,7 @@ def test_the_whole_at_a_small_size_killed_and_given_again(tmp_path, chosen):
     )
     assert known["save: write"] > 0 and known["save: hash"] > 0 and known["save: files"] > 0
     gates = [row for row in rows if row.step.startswith("gate-") and row.fact != FINISHED and row.step != "gate-blocks"]
-    assert len(gates) >= 3 and all(0 <= row.value <= 1 for row in gates)
+    assert (len(gates) == 3 or not chosen) and all(0 <= row.value <= 1 for row in gates)
     if not chosen:
         own = [row.value for row in rows if row.fact.endswith("diffusers' own")]
         assert own and max(own) < 0.1  # or the float32 reference is one of something else

@@ -65,6 +65,7 @@ def packages(tmp_path_factory) -> dict[str, str]:
     wheel(root / "first" / "painter", "painter", "1.0", "painter", ("torch>=2.10,<2.14", "codec"))
     wheel(root / "second" / "codec", "codec", "2.0", "new")
     wheel(root / "disk", "torch", "2.13.0+cpu", "cpu")
+    wheel(root / "same", "torch", "2.13.0", "on the disk")
     (root / "constraints.txt").write_text("codec<3\n")
     return {
         "PIP_CONFIG_FILE": "/dev/null",
@@ -106,18 +107,21 @@ def installed_by(venv: Path, env: dict[str, str], command: list[str]) -> tuple[l
 
 @needs_uv
 @pytest.mark.parametrize(
-    ("without", "builds"),
+    ("disk", "without", "builds"),
     [
         # The same version of torch lies on the index as a CUDA build, some GB of it.
-        ((), ["cpu", "new"]),
-        (("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT"), ["cuda", "beyond the constraint"]),
+        ("disk", (), ["cpu", "new"]),
+        # The very same version and file name: uv by itself would take the other one.
+        ("same", (), ["cuda", "new"]),
+        ("disk", ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT"), ["cuda", "beyond the constraint"]),
     ],
 )
-def test_uv_installs_the_builds_that_pip_installs(packages, venv, without, builds):
+def test_uv_installs_the_builds_that_pip_installs(packages, venv, disk, without, builds):
     link = venv / "bin" / "uv"
     link.unlink(missing_ok=True)
     link.symlink_to(UV)
-    env = {name: value for name, value in packages.items() if name not in without}
+    links = str(Path(packages["PIP_FIND_LINKS"]).with_name(disk))
+    env = {name: value for name, value in (packages | {"PIP_FIND_LINKS": links}).items() if name not in without}
     by_pip, _ = installed_by(venv, env, ["-m", "pip", "install", "--quiet", "painter"])
     by_uv, said = installed_by(venv, env, ["-c", SCRIPT])
     assert by_uv == by_pip == builds
