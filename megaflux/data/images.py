@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import io
+import logging
 import warnings
 from collections.abc import Iterator
 
@@ -11,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from megaflux.common.errors import one_line
+from megaflux.data import icc, png
 from megaflux.data.buckets import Bucket
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns up to twice as many; more are refused here
@@ -29,14 +33,14 @@ REASONS = {
     "extreme_ratio": f"one side more than {MAX_ASPECT:g} times the other",
     "too_small": "would have to be enlarged",
     "missing_image": "a caption without an image",
-    "bad_caption": "the caption is not UTF-8 text, or its JSON cannot be read",
+    "extra_image": "another image of the same sample is used",
     "duplicate_key": "an earlier item has the same key",
-    "unreadable": "the file cannot be opened",
+    "unreadable": "the file or folder cannot be opened",
 }
 
 
 class BadImage(Exception):
-    """An image (or its caption) that cannot be used. `reason` is one of REASONS, `detail` says more."""
+    """An image that cannot be used. `reason` is one of REASONS, `detail` says more."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         assert reason in REASONS, reason
@@ -65,10 +69,22 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, list
 
 def decode_raw(data: bytes, max_pixels: int = MAX_PIXELS, notes: list[str] | None = None) -> Image.Image:
     """Decode image bytes to a picture as it is stored, in its own mode and not turned. Of several frames the first is
-    taken, and noted in `notes`. Raises BadImage as `decode` does."""
+    taken, and noted in `notes`, as is that metadata were dropped. Raises BadImage as `decode` does."""
     if not data:
         raise BadImage("empty")
     notes = [] if notes is None else notes
+    try:
+        return _decode_raw(data, max_pixels, notes)
+    except BadImage as bad:
+        # Pillow refuses a PNG for its text (over 1 MB), its profile or its animation, whose pixels are good.
+        if bad.reason != "damaged" or (plain := png.without_metadata(data)) == data:
+            raise
+    image = _decode_raw(plain, max_pixels, [])
+    notes[:] = ["metadata_dropped"]
+    return image
+
+
+def _decode_raw(data: bytes, max_pixels: int, notes: list[str]) -> Image.Image:
     with strict_pillow(max_pixels):
         image = _open(data, max_pixels)
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a still and its preview
@@ -91,7 +107,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
-    """A decoded picture, upright and in RGB on white. Adds notes as `decode` returns them."""
+    """A decoded picture, upright and in sRGB (mode RGB) on white. Adds notes as `decode` returns them."""
     return _to_rgb(_upright(image, notes), notes)
 
 
@@ -156,6 +172,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise BadImage("too_many_pixels", str(error)) from None
     except Exception as error:
         raise BadImage("damaged", _short(error)) from None
+    if image.format == "TIFF":
+        _silence_tiff()
     width, height = image.size
     if width * height > max_pixels:
         raise BadImage("too_many_pixels", f"{width}x{height}, the limit is {max_pixels} pixels")
@@ -166,8 +184,10 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
     try:
-        turned = image.getexif().get(0x0112, 1) not in (0, 1)
-        image = ImageOps.exif_transpose(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken EXIF
+            turned = image.getexif().get(0x0112, 1) not in (0, 1)
+            image = ImageOps.exif_transpose(image)
     except Exception:
         return image
     if turned:
@@ -178,14 +198,19 @@ def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
 def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         notes.append("rescaled")
-        return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
+        profile = image.info.get("icc_profile")
+        image = Image.fromarray(_to_8_bit(np.asarray(image)))
+        image.info["icc_profile"] = profile
+    image = icc.to_srgb(image, notes)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         if layer.getchannel("A").getextrema() != (255, 255):
             notes.append("transparent")
         white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(white, layer)
+    image = image.convert("RGB")
+    image.info.pop("icc_profile", None)  # no longer, or never, that of these pixels; Pillow would write it into files
+    return image
 
 
 def _to_8_bit(values: np.ndarray) -> np.ndarray:
@@ -213,3 +238,20 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
 
 def _short(error: Exception) -> str:
     return one_line(error) or type(error).__name__
+
+
+@functools.cache
+def _silence_tiff() -> None:
+    """Keep libtiff from writing its warnings to stderr, between other lines; what matters is raised as an error.
+
+    Pillow has no setting for it, so the handlers of the libtiff that it has loaded are removed (TIFFSetWarningHandler(3)).
+    Nothing is done where the library is not found.
+    """
+    logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
+    with contextlib.suppress(OSError, AttributeError, UnicodeError), open("/proc/self/maps") as maps:
+        for path in {line.split(maxsplit=5)[-1].strip() for line in maps if "libtiff" in line}:
+            library = ctypes.CDLL(path)
+            for name in ("TIFFSetWarningHandler", "TIFFSetErrorHandler"):
+                remove = getattr(library, name)
+                remove.argtypes, remove.restype = [ctypes.c_void_p], ctypes.c_void_p
+                remove(None)

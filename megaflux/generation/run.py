@@ -64,6 +64,8 @@ _NOTES = {
     "rotated": "turned upright as its EXIF says",
     "transparent": "transparent, put on white",
     "rescaled": "more than 8 bits a channel, rescaled",
+    "icc_profile": "converted to sRGB by its colour profile",
+    "icc_invalid": "its colour profile cannot be used and is ignored",
 }
 
 

@@ -262,3 +262,175 @@ def test_encodings(encoding, least_psnr):
     decoded = Image.open(io.BytesIO(data))
     error = np.square(np.asarray(decoded, float) - np.asarray(picture(9), float)).mean()
     assert (np.inf if error == 0 else 10 * np.log10(255**2 / error)) >= least_psnr
+
+
+# ICC profiles. Matrix profiles are written by hand (ICC.1:2022, 7.2 and 8.3): Pillow can only make sRGB's.
+
+P3 = ((0.51512, 0.29198, 0.1571), (0.2412, 0.69225, 0.0666), (-0.00105, 0.04189, 0.78407))  # RGB -> XYZ of D50
+
+
+def icc_tag(values, kind=b"XYZ "):
+    return kind + b"\0" * 4 + b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+
+def icc_profile(space: bytes, tags: dict[bytes, bytes], connection=b"XYZ ", device=b"mntr") -> bytes:
+    tags = {b"wtpt": icc_tag((0.9642, 1, 0.8249)), **tags}
+    table, body, offset = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, data in tags.items():
+        data += b"\0" * (-len(data) % 4)
+        table += name + struct.pack(">II", offset + len(body), len(data))
+        body += data
+    header = struct.pack(">IIBB2x", offset + len(body), 0, 2, 0x40) + device + space + connection
+    header += b"\0" * 12 + b"acsp" + b"\0" * 28 + icc_tag((0.9642, 1, 0.8249))[8:]
+    return header.ljust(128, b"\0") + table + body
+
+
+GAMMA_2_2 = b"curv" + b"\0" * 4 + struct.pack(">IH", 1, round(2.2 * 256)) + b"\0\0"
+SRGB_CURVE = b"para" + struct.pack(
+    ">4xHxx5i", 3, *(round(65536 * v) for v in (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045))
+)
+DISPLAY_P3 = icc_profile(
+    b"RGB ",
+    {name: icc_tag(column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), zip(*P3))}
+    | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), SRGB_CURVE),
+)
+GREY_2_2 = icc_profile(b"GRAY", {b"kTRC": GAMMA_2_2})
+
+
+def cmyk_profile(ink: float) -> bytes:
+    """A printer whose colours are those of 16 corners in Lab: paper white, and with any ink only the lightness `ink`."""
+    corners = [(255, 128, 128) if n == 0 else (round(ink * 255), 128, 128) for n in range(16)]
+    ramp = bytes(range(256))
+    identity = b"".join(struct.pack(">i", 65536 * (n in (0, 4, 8))) for n in range(9))
+    body = b"mft1" + b"\0" * 4 + bytes((4, 3, 2, 0)) + identity + ramp * 4 + bytes(sum(corners, ())) + ramp * 3
+    return icc_profile(b"CMYK", {b"A2B0": body, b"A2B1": body}, b"Lab ", b"prtr")
+
+
+def with_profile(image, encoding, profile):
+    options = (
+        {"quality": 100, "subsampling": 0} if encoding == "JPEG" else {"lossless": True} if encoding == "WEBP" else {}
+    )
+    return file_bytes(image, encoding, icc_profile=profile, **options)
+
+
+PATCH = Image.new("RGB", (64, 64), (200, 80, 60))
+
+
+@pytest.mark.parametrize("encoding", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_display_p3_becomes_srgb(encoding):
+    image, notes = decode(with_profile(PATCH, encoding, DISPLAY_P3))
+    assert np.abs(np.asarray(image, int) - (216, 69, 50)).max() <= 2
+    assert notes == ["icc_profile"]
+    assert "icc_profile" not in image.info
+    assert b"iCCP" not in encode(image, "png", 0)
+
+
+def test_transparency_and_palettes_are_kept_through_a_profile():
+    layer = PATCH.convert("RGBA")
+    layer.putalpha(128)
+    image, notes = decode(with_profile(layer, "PNG", DISPLAY_P3))
+    assert np.abs(np.asarray(image, int) - (235, 162, 152)).max() <= 2  # halfway between (216, 69, 50) and white
+    assert sorted(notes) == ["icc_profile", "transparent"]
+    image, _ = decode(with_profile(PATCH.quantize(4), "PNG", DISPLAY_P3))
+    assert np.abs(np.asarray(image, int) - (216, 69, 50)).max() <= 3
+
+
+def test_grey_profiles():
+    ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (64, 1)))
+    linear = (np.arange(256) / 255) ** 2.2
+    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255
+    image, notes = decode(with_profile(ramp, "PNG", GREY_2_2))
+    assert (np.abs(np.asarray(image)[0, :, 0] - srgb).max() <= 1.5, notes) == (True, ["icc_profile"])
+    image, notes = decode(with_profile(ramp, "PNG", DISPLAY_P3))  # grey is grey in a profile of colours, too
+    assert (np.abs(np.asarray(image)[0, :, 1] - np.arange(256)).max() <= 1, notes) == (True, ["icc_profile"])
+    image, notes = decode(file_bytes(Image.fromarray(RAMP.astype(np.uint16)), "PNG", icc_profile=GREY_2_2))
+    assert notes == ["rescaled", "icc_profile"]
+
+
+@pytest.mark.parametrize("encoding", ["JPEG", "TIFF"])
+def test_cmyk_with_a_profile(encoding):
+    red = Image.new("CMYK", (64, 64), (0, 255, 255, 0))
+    image, notes = decode(with_profile(red, encoding, cmyk_profile(0.4)))
+    assert np.abs(np.asarray(image, int) - 94).max() <= 3  # L* = 40 is sRGB 94: CIE 15, and the curve of sRGB
+    assert notes == ["icc_profile"]
+    white = Image.new("CMYK", (64, 64), 0)
+    assert np.asarray(decode(with_profile(white, encoding, cmyk_profile(0.4)))[0]).min() >= 253
+
+
+def test_the_profile_of_srgb_changes_nothing():
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image, notes = decode(with_profile(picture(3), "PNG", profile))
+    assert np.array_equal(image, picture(3))
+    assert notes == []
+    assert "icc_profile" not in image.info
+
+
+@pytest.mark.parametrize("profile", [b"nonsense", DISPLAY_P3[:200], GREY_2_2, cmyk_profile(0.4), b"\0" * 128])
+def test_a_profile_that_does_not_fit_is_ignored(profile):
+    image, notes = decode(with_profile(picture(3), "PNG", profile))
+    assert np.array_equal(image, picture(3))
+    assert notes == ["icc_invalid"]
+
+
+# PNG metadata
+
+
+def chunk_of_png(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def with_chunk(chunk: bytes, at_end: bool = False) -> bytes:
+    data = file_bytes(picture(6))
+    place = len(data) - 12 if at_end else 33  # before IEND, or behind IHDR
+    return data[:place] + chunk + data[place:]
+
+
+TEXT = b"prompt\0\1\0\0\0" + zlib.compress(b"a" * 1_200_000)
+BOMB = b"prompt\0\1\0\0\0" + zlib.compress(b"a" * 200_000_000, 9)
+LARGE_PROFILE = b"ICC\0\0" + zlib.compress(np.random.default_rng(0).bytes(1_200_000))
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (b"iTXt", TEXT),
+        (b"zTXt", b"prompt\0\0" + zlib.compress(b"a" * 1_200_000)),
+        (b"iTXt", BOMB),
+        (b"iCCP", LARGE_PROFILE),
+        (b"acTL", b"damaged"),
+    ],
+)
+def test_large_or_damaged_metadata_does_not_cost_the_picture(kind, body, at_end):
+    image, notes = decode(with_chunk(chunk_of_png(kind, body), at_end))
+    assert np.array_equal(image, picture(6))
+    assert notes == ["metadata_dropped"]
+
+
+def test_what_is_left_of_large_metadata_is_used():
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = with_profile(PATCH, "PNG", DISPLAY_P3)
+    data = data[:33] + chunk_of_png(b"iTXt", TEXT) + chunk_of_png(b"eXIf", exif.tobytes()[6:]) + data[33:]
+    image, notes = decode(data)
+    assert notes == ["metadata_dropped", "rotated", "icc_profile"]
+    assert np.abs(np.asarray(image, int) - (216, 69, 50)).max() <= 2
+
+
+def test_a_damaged_picture_stays_damaged_whatever_its_metadata():
+    data = with_chunk(chunk_of_png(b"iTXt", TEXT))
+    assert reason_of(data[:-300]) == "damaged"
+    lying = png(30_000, 30_000, 1, 0, b"\0" * 1000)
+    assert reason_of(lying[:33] + chunk_of_png(b"iTXt", TEXT) + lying[33:]) == "too_many_pixels"
+
+
+def test_libtiff_writes_nothing_to_stderr(capfd):
+    data = bytearray(file_bytes(picture(1), "TIFF", compression="tiff_lzw"))
+    start = struct.unpack("<I", data[4:8])[0]
+    (count,) = struct.unpack("<H", data[start : start + 2])
+    entry = start + 2 + 12 * (count - 1)
+    data[entry : entry + 2] = struct.pack("<H", 65000)  # an unknown tag, about which libtiff warns
+    decode(bytes(data))
+    assert capfd.readouterr().err == ""
