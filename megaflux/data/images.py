@@ -87,9 +87,9 @@ def decode_raw(data: bytes, max_pixels: int = MAX_PIXELS, notes: list[str] | Non
 def _decode_raw(data: bytes, max_pixels: int, notes: list[str]) -> Image.Image:
     with strict_pillow(max_pixels):
         image = _open(data, max_pixels)
-        if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a still and its preview
-            notes.append("first_frame")
         try:
+            if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a still and its preview
+                notes.append("first_frame")
             # open() reads the header only: a file that was cut short shows here.
             if "first_frame" in notes:
                 image.seek(0)

@@ -1,8 +1,8 @@
 """Images -> training shards: python -m megaflux.data.prepare SOURCE OUT
 
-SOURCE is a folder of images (captions in .txt or .json files of the same name), of WebDataset .tar files
-or of .parquet files (columns image, caption or text, key), or the word openmoji. OUT becomes the dataset
-described in megaflux.data.storage.dataset. The list of images is cut into chunks of fixed size; each is written
+SOURCE is a folder of images (captions in .txt, .caption or .json files of the same name, or in metadata.jsonl,
+.csv or .parquet), of WebDataset .tar files or of .parquet files (columns image, caption or text, key), or the word
+openmoji. docs/data.md lists all that is read. OUT becomes the dataset described in megaflux.data.storage.dataset. The list of images is cut into chunks of fixed size; each is written
 by one process and appears in one step, so the result does not depend on the number of processes, and a
 killed run continues when the same command is given again.
 
@@ -27,7 +27,7 @@ from megaflux.common.paths import path_option
 from megaflux.data.images import ENCODINGS
 from megaflux.data.writing.build import finish, prepare
 from megaflux.data.writing.merge import TooManyBad
-from megaflux.data.writing.options import OPENMOJI_DEFAULTS, Options
+from megaflux.data.writing.options import OPENMOJI_DEFAULTS, SOURCE_KINDS, Options
 
 
 def _parse_part(text: str) -> tuple[int, int]:
@@ -68,6 +68,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--shard-size", type=int, default=usual.shard_size, metavar="BYTES", help="default %(default)s")
     add("--chunk", type=int, default=usual.chunk, metavar="IMAGES", help="unit of work, default %(default)s")
     add("--canvases", type=float, metavar="N", help="openmoji: per emoji on average, 1 to 5; default 1.25")
+    add("--kind", choices=SOURCE_KINDS, help="which files to read, if SOURCE has several kinds")
+    add("--image-column", metavar="NAME", help="of parquet files; default: recognised")
+    add("--caption-column", metavar="NAME", help="of parquet files, metadata tables and .json; default: recognised")
     add("--max-pixels", type=int, default=usual.max_pixels, help="skip larger images, default %(default)s")
     add(
         "--max-bad",

@@ -32,9 +32,9 @@ from megaflux.data.storage.dataset import SPLITS
 from megaflux.data.storage.shards import read_split, verify_dataset
 from megaflux.data.writing import chunks
 from megaflux.data.writing.build import prepare
-from megaflux.data.writing.chunks import is_held_out
 from megaflux.data.writing.merge import TooManyBad, merge
 from megaflux.data.writing.options import OPENMOJI_DEFAULTS, Options
+from megaflux.data.writing.split import draw, is_held_out
 
 OPTIONS = Options(**SMALL, held_out=0.1)
 BUCKETS = make_buckets(RATIOS, 64)
@@ -83,10 +83,13 @@ def test_contents(whole, capsys):
     assert found["000.png"][1:] == ("1:1", "picture 0")
     assert found["099.png"][1:] == ("1:2", "picture 99")
     assert found["x_photo.jpg"][1:] == ("2:1", "")
+    squares = sorted((key for key, (_, bucket, _) in found.items() if bucket == "1:1"), key=draw)
+    assert sum(is_held_out(key, 0.1) for key in squares) < 8  # so that there are more of them than the share asks for
     for key, (split, _, _) in found.items():
-        assert split == ("held_out" if is_held_out(key, 0.1) else "train")
+        assert split == ("held_out" if is_held_out(key, 0.1) or key in squares[:8] else "train")
+    assert info.settings["validation_bucket"] == "1:1"
     assert info.bad == {"damaged": 1, "empty": 1, "not_an_image": 1, "too_small": 1}
-    assert info.notes == {"first_frame": 1, "transparent": 1}
+    assert info.notes == {"captioned": 100, "first_frame": 1, "transparent": 1}
     assert info.settings["source"]["items"] == 107
     assert (info.longest_side, info.buckets) == (64, BUCKETS)
 
@@ -220,7 +223,7 @@ def test_upscaling_only_when_allowed(tmp_path):
     assert (few.samples("train"), few.bad) == (5 - 2 - few.samples("held_out"), {"too_small": 2})
     options = Options(**SMALL, allow_upscale=True)
     all_five = prepare(str(source), tmp_path / "b", options, workers=1, progress=False)
-    assert (all_five.bad, all_five.notes) == ({}, {"upscaled": 2})
+    assert (all_five.bad, all_five.notes) == ({}, {"captioned": 5, "upscaled": 2})
 
 
 def test_nothing_usable(tmp_path):

@@ -47,6 +47,11 @@ class DatasetInfo:
     notes: dict[str, int] = field(default_factory=dict)
     attribution: str | None = None
 
+    @property
+    def captioned(self) -> int | None:
+        """Samples with a caption; None in datasets of earlier versions, which did not count them."""
+        return self.notes.get("captioned")
+
     def samples(self, split: str) -> int:
         """Samples of one split over all buckets."""
         return sum(self.counts.get(split, {}).values())
@@ -119,8 +124,10 @@ def _is_whole(value: Any, least: int) -> bool:
 
 
 def squarest_bucket(info: DatasetInfo, split: str) -> Bucket | None:
-    """Of the buckets that have samples in the split the one nearest to a square; None without any."""
+    """The bucket chosen for validation when the dataset was prepared; where none was, or it has no samples in the split,
+    of those that have the one nearest to a square; None without any."""
     buckets = [bucket for bucket, _ in info.filled(split)]
+    buckets = [bucket for bucket in buckets if bucket.name == info.settings.get("validation_bucket")] or buckets
     return min(buckets, key=lambda bucket: abs(bucket.width / bucket.height - 1), default=None)
 
 
@@ -161,8 +168,10 @@ def describe(info: DatasetInfo) -> str:
         numbers = "".join(f"{info.counts.get(split, {}).get(bucket.name, 0):>12}" for split in SPLITS)
         lines.append(f"{bucket.name:<10}{f'{bucket.width}x{bucket.height}':>12}{numbers}")
     lines.append(f"{'all':<22}" + "".join(f"{info.samples(split):>12}" for split in SPLITS))
-    if info.notes:
-        lines.append("noted: " + by_reason(info.notes))
+    if info.captioned is not None:
+        lines.append(f"captions: {info.captioned} of {sum(info.samples(split) for split in SPLITS)} images have one")
+    if noted := {name: count for name, count in info.notes.items() if name != "captioned"}:
+        lines.append("noted: " + by_reason(noted))
     if info.bad:
         lines.append("skipped: " + by_reason(info.bad))
     return "\n".join(lines)

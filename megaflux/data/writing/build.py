@@ -48,10 +48,12 @@ def prepare(
     options.check()
     out = Path(out)
     buckets = make_buckets(options.aspect_ratios, options.longest_side)
-    opened = open_source(str(source), buckets, options.canvases)
+    opened, remarks = open_source(str(source), buckets, options)
     items = _mark_duplicates(opened.list_items())
     if not items:
         raise UserError(f"source {source}: no items")
+    if progress:
+        print("\n".join([f"{len(items)} items in {source}, read as {opened.kind}", *opened.remarks(), *remarks]))
     parts = [items[start : start + options.chunk] for start in range(0, len(items), options.chunk)]
     compression = _claim(out, _plan(opened, items, options, len(parts)))
     index, count = part or (1, 1)
@@ -61,7 +63,7 @@ def prepare(
         chunks.remove_unfinished(out, mine)
         todo = [number for number in mine if not chunks.report_path(out, number).exists()]
         done_before = sum(len(parts[number]) for number in mine) - sum(len(parts[number]) for number in todo)
-        job = chunks.Job(opened, out, buckets, options, compression)
+        job = chunks.Job(opened, chunks.Target(out, buckets, options, compression))
         jobs = [(number, parts[number]) for number in todo]
         started = time.monotonic()
         bar = tqdm(
@@ -160,6 +162,8 @@ def _claim(out: Path, plan: dict[str, Any]) -> str | None:
             raise UserError(f"{out}: cannot be written ({error.strerror})") from None
         return plan["compression"]
     begun = {"compression": COMPRESSION, **begun}
+    missing = {name: value for name, value in asdict(Options()).items() if name not in begun["settings"]}
+    begun["settings"] = begun["settings"] | missing  # as they were before there were such options
     if begun | {"compression": plan["compression"]} != plan:
         old, new = {**begun["settings"], **begun["source"]}, {**plan["settings"], **plan["source"]}
         changes = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if old.get(name) != new[name]]

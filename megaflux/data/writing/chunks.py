@@ -2,7 +2,7 @@
 
     OUT/.unfinished/chunk-00012-<process>/     a chunk being written; `exclusive` keeps other starts of its part away
     OUT/<split>/<bucket>/chunk-00012/          its shards, moved here when all are written
-    OUT/chunks/chunk-00012.json                its report; written last, so it marks completeness
+    OUT/chunks/chunk-00012.json                its report, a Report; written last, so it marks completeness
 
 A chunk without a report is unfinished, whatever else is there, and is written again. Unlike the folders of
 storage.unpack and storage.parts, those here need no owner of their own: one lock covers a part with all its workers.
@@ -11,16 +11,21 @@ storage.unpack and storage.parts, those here need no owner of their own: one loc
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import heapq
 import json
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
+
+from megaflux.common import compat  # noqa: F401  before streaming, which imports torchvision
+
+# isort: split
+from streaming import MDSWriter
 
 from megaflux.common.errors import UserError
 from megaflux.common.files import Lock, sync_file, sync_folder, try_lock, write_json
@@ -28,9 +33,10 @@ from megaflux.data.buckets import Bucket, nearest_bucket
 from megaflux.data.images import BadImage, decode, encode, fit
 from megaflux.data.storage.dataset import IMAGE_COLUMNS, SPLITS
 from megaflux.data.storage.index import INDEX, with_prefix
-from megaflux.data.storage.shards import open_writer
+from megaflux.data.storage.shards import open_writer, read_shard
 from megaflux.data.writing.items import Item, Loaded, Source
-from megaflux.data.writing.options import Options
+from megaflux.data.writing.options import HELD_OUT, Options
+from megaflux.data.writing.split import draw, is_held_out
 
 UNFINISHED = ".unfinished"
 PROGRESS_STEP = 16  # images between two calls of `progress`
@@ -38,23 +44,39 @@ LOCK_SECONDS = 5  # to wait for a killed run's workers, which leave within a sec
 
 
 @dataclass(frozen=True)
-class Job:
-    """What all chunks of a dataset share. out: its folder. compression: of its shards, "zstd" or None."""
+class Target:
+    """Where and how chunks are written. out: the dataset's folder. compression: of its shards, "zstd" or None."""
 
-    source: Source
     out: Path
     buckets: tuple[Bucket, ...]
     options: Options
     compression: str | None
 
 
-def is_held_out(split_key: str, fraction: float) -> bool:
-    """Whether items with this split key are kept from training: a fixed draw by SHA-256 of the key.
+@dataclass(frozen=True)
+class Job:
+    """What all chunks of a dataset share."""
 
-    A larger fraction holds out the items of a smaller one, and more.
-    """
-    drawn = int.from_bytes(hashlib.sha256(split_key.encode()).digest()[:8], "big")
-    return drawn < fraction * 2**64
+    source: Source
+    target: Target
+
+
+@dataclass
+class Report:
+    """What became of a chunk's items. items: their number. bad: key, reason and detail of each that was skipped. counts:
+    split -> bucket name -> samples; shards: the same -> index entries. notes: what was done to images -> how many.
+    captioned: samples with a caption, None in reports of earlier versions; bad_captions: key and detail of captions that
+    were not used. candidates: bucket name -> the training samples that a larger held-out share takes first, as (draw,
+    key); items that must stay with others are none; None in reports of earlier versions."""
+
+    items: int
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    bad: list[dict[str, str]] = field(default_factory=list)
+    notes: Mapping[str, int] = field(default_factory=dict)
+    shards: dict[str, dict[str, list]] = field(default_factory=dict)
+    captioned: int | None = 0
+    bad_captions: list[dict[str, str]] = field(default_factory=list)
+    candidates: dict[str, list[tuple[int, str]]] | None = None
 
 
 def make_sample(loaded: Loaded, buckets: Sequence[Bucket], options: Options) -> tuple[Bucket, bytes, list[str]]:
@@ -74,52 +96,107 @@ def make_sample(loaded: Loaded, buckets: Sequence[Bucket], options: Options) -> 
 def write_chunk(job: Job, number: int, items: Sequence[Item], progress: Callable[[int], Any]) -> None:
     """Write the shards and then the report of chunk `number`. progress: called with the number of images done since the
     last call."""
-    name = _name(number)
-    unfinished = job.out / UNFINISHED / f"{name}-{os.getpid()}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    writers: dict[tuple[str, Bucket], Any] = {}
-    bad: list[dict[str, str]] = []
+    report = Report(len(items))
+    candidates: dict[str, list[tuple[int, str]]] = {}
     notes: Counter[str] = Counter()
-    counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
-    since = 0
-    for item, loaded in _read(job.source, items):
-        try:
-            if isinstance(loaded, BadImage):
-                raise loaded
-            bucket, image, found = make_sample(loaded, job.buckets, job.options)
-            split = "held_out" if is_held_out(item.split_key, job.options.held_out) else "train"
-            if (split, bucket) not in writers:
-                folder = unfinished / split / bucket.folder
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                writers[split, bucket] = open_writer(folder, IMAGE_COLUMNS, job.options.shard_size, job.compression)
-            writers[split, bucket].write({"key": item.key, "caption": loaded.caption, "image": image})
-            counts[split][bucket.name] += 1
-            notes.update(found)
-        except BadImage as error:
-            bad.append({"key": item.key, "reason": error.reason, "detail": error.detail})
-        since += 1
-        if since == PROGRESS_STEP:
-            progress(since)
-            since = 0
-    shards: dict[str, dict[str, list]] = {split: {} for split in SPLITS}
-    for (split, bucket), writer in writers.items():
-        writer.finish()
-        shards[split][bucket.name] = [with_prefix(shard, name) for shard in writer.shards]
-        folder = job.out / split / bucket.folder / name
-        written = unfinished / split / bucket.folder
-        (written / INDEX).unlink()  # the report has its contents; the bucket gets one index over all chunks
-        for file in written.iterdir():  # the report below says that they are whole, also after a power cut
-            with open(file, "rb") as shard:
-                sync_file(shard)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        written.rename(folder)
-        sync_folder(folder)
-        sync_folder(folder.parent)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    report = {"items": len(items), "counts": counts, "bad": bad, "notes": notes, "shards": shards}
-    report_path(job.out, number).parent.mkdir(exist_ok=True)
-    write_json(report_path(job.out, number), report)
+    captioned = since = 0
+    target = job.target
+    with _Shards(target, number) as shards:
+        for item, loaded in _read(job.source, items):
+            try:
+                if isinstance(loaded, BadImage):
+                    raise loaded
+                bucket, image, found = make_sample(loaded, target.buckets, target.options)
+                split = "held_out" if is_held_out(item.split_key, target.options.held_out) else "train"
+                caption = loaded.caption
+                shards.write(split, bucket, {"key": item.key, "caption": caption.text, "image": image})
+                notes.update(found)
+                captioned += bool(caption.text)
+                if caption.problem:
+                    report.bad_captions.append({"key": item.key, "detail": caption.problem})
+                if split == "train" and item.key == item.split_key:
+                    candidates.setdefault(bucket.name, []).append((draw(item.key), item.key))
+            except BadImage as error:
+                report.bad.append({"key": item.key, "reason": error.reason, "detail": error.detail})
+            since += 1
+            if since == PROGRESS_STEP:
+                progress(since)
+                since = 0
+        report.notes, report.captioned = notes, captioned
+        report.candidates = {name: heapq.nsmallest(HELD_OUT, drawn) for name, drawn in candidates.items()}
+        shards.publish(report)
     progress(since)
+
+
+def hold_out(target: Target, number: int, keys: Collection[str]) -> None:
+    """Move these training samples of a finished chunk to the held-out ones. Killed on the way it leaves a chunk without a
+    report, which the same command writes again."""
+    report = read_report(target.out, number)
+    with _Shards(target, number) as shards:
+        for split in SPLITS:
+            for bucket in target.buckets:
+                folder = target.out / split / bucket.folder
+                for shard in report.shards[split].get(bucket.name, []):
+                    for sample in read_shard(folder, shard):
+                        shards.write("held_out" if sample["key"] in keys else split, bucket, sample)
+        report_path(target.out, number).unlink()
+        for folder in target.out.glob(f"*/*/{_name(number)}"):
+            shutil.rmtree(folder)
+        kept = {
+            name: [entry for entry in drawn if entry[1] not in keys]
+            for name, drawn in (report.candidates or {}).items()
+        }
+        shards.publish(replace(report, candidates=kept))
+
+
+class _Shards:
+    """The writers of one chunk's shards, in a folder of its own until `publish`."""
+
+    def __init__(self, target: Target, number: int) -> None:
+        self._target, self._number = target, number
+        self._folder = target.out / UNFINISHED / f"{_name(number)}-{os.getpid()}"
+        self._writers: dict[tuple[str, Bucket], MDSWriter] = {}
+        self._counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+
+    def __enter__(self) -> _Shards:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:  # else writers may still be at work; remove_unfinished follows
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def write(self, split: str, bucket: Bucket, sample: dict[str, Any]) -> None:
+        """Add a sample, with the columns IMAGE_COLUMNS."""
+        target = self._target
+        if (split, bucket) not in self._writers:
+            folder = self._folder / split / bucket.folder
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            writer = open_writer(folder, IMAGE_COLUMNS, target.options.shard_size, target.compression)
+            self._writers[split, bucket] = writer
+        self._writers[split, bucket].write(sample)
+        self._counts[split][bucket.name] += 1
+
+    def publish(self, report: Report) -> None:
+        """Make the shards durable, move them to their places and write the report, completed by `counts` and `shards`."""
+        name, out = _name(self._number), self._target.out
+        shards: dict[str, dict[str, list]] = {split: {} for split in SPLITS}
+        for (split, bucket), writer in self._writers.items():
+            writer.finish()
+            shards[split][bucket.name] = [with_prefix(shard, name) for shard in writer.shards]
+            folder = out / split / bucket.folder / name
+            written = self._folder / split / bucket.folder
+            (written / INDEX).unlink()  # the report has its contents; the bucket gets one index over all chunks
+            for file in written.iterdir():  # the report below says that they are whole, also after a power cut
+                with open(file, "rb") as shard:
+                    sync_file(shard)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            written.rename(folder)
+            sync_folder(folder)
+            sync_folder(folder.parent)
+        path = report_path(out, self._number)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, vars(replace(report, counts=self._counts, shards=shards)))
 
 
 def report_path(out: Path, number: int) -> Path:
@@ -127,13 +204,16 @@ def report_path(out: Path, number: int) -> Path:
     return out / "chunks" / f"{_name(number)}.json"
 
 
-def read_report(out: Path, number: int) -> dict[str, Any]:
-    """A finished chunk's report: items, counts, bad, notes, shards."""
+def read_report(out: Path, number: int) -> Report:
+    """A finished chunk's report. Raises UserError if it cannot be read."""
     path = report_path(out, number)
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text())
+        known = {field.name for field in fields(Report)}
+        report = Report(**{"captioned": None, "candidates": None} | {k: v for k, v in content.items() if k in known})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it, and the same command writes it again") from None
+    return report
 
 
 def remove_unfinished(out: Path, numbers: Sequence[int]) -> None:

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from PIL import Image
 
 from megaflux.data.images import BadImage
-
-IMAGE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".jp2",
-    ".ppm",
-    ".tga",
-)
-CAPTION_SUFFIXES = (".txt", ".json")  # the first one found wins
-CAPTION_FIELDS = ("caption", "text")  # in a .json file and in parquet; the first one found wins
+from megaflux.data.writing.captions import Caption
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +35,7 @@ class Loaded:
     """One image as read: the bytes of an image file, or a picture that a source drew itself (mode RGB)."""
 
     image: bytes | Image.Image
-    caption: str
+    caption: Caption = Caption()
 
 
 class Source(Protocol):
@@ -67,32 +51,48 @@ class Source(Protocol):
         """All items in an order that depends on the source's contents only. Decodes nothing."""
         ...
 
+    def remarks(self) -> list[str]:
+        """After `list_items`: what the source has that is not an item, human-readable, one line each."""
+        ...
+
     def read(self, items: Sequence[Item]) -> Iterator[Loaded | BadImage]:
         """The contents of consecutive items, one result for each, in order."""
         ...
 
-
-def parse_caption(data: bytes, suffix: str) -> str:
-    """The caption in the bytes of a .txt or .json file beside an image ("" if the JSON has none).
-
-    Raises BadImage("bad_caption") if it is not UTF-8 text or not a JSON object.
-    """
-    try:
-        text = data.decode("utf-8-sig")
-        if suffix == ".json":
-            fields = json.loads(text)
-            text = next((fields[name] for name in CAPTION_FIELDS if fields.get(name) is not None), "")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise BadImage("bad_caption", str(error)[:200]) from None
-    return check_caption(text)
+    def together(self, item: Item) -> object:
+        """Consecutive items with equal values are read best by one process, in order."""
+        ...
 
 
-def check_caption(caption: object) -> str:
-    """A caption without surrounding white space. Raises BadImage if it is not text that UTF-8 can encode."""
-    if not isinstance(caption, str):
-        raise BadImage("bad_caption", f"a {type(caption).__name__}, not text")
-    try:
-        caption.encode()
-    except UnicodeEncodeError as error:
-        raise BadImage("bad_caption", str(error)) from None
-    return caption.strip()
+@dataclass
+class LeftAside:
+    """Files that are not read, by suffix, and those of them that look like captions, by name."""
+
+    suffixes: Counter[str] = field(default_factory=Counter)
+    caption_like: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    """Lines of another kind."""
+
+    def add(self, name: str) -> None:
+        """Count a file by its suffix; "hidden" for a name that begins with a dot."""
+        file = name.rpartition("/")[2]
+        suffix = os.path.splitext(file)[1].lower()
+        self.suffixes["hidden" if file.startswith(".") else suffix or "without a suffix"] += 1
+
+    def lines(self) -> list[str]:
+        """Human-readable, one line for each kind of remark."""
+        lines = list(self.others)
+        if self.suffixes:
+            counts = ", ".join(f"{count} {suffix}" for suffix, count in self.suffixes.most_common())
+            lines.append(f"left aside: {counts}")
+        if self.suffixes.keys() & {".heic", ".heif"}:
+            lines.append("HEIC pictures are not read: convert them to JPEG, say with heif-convert or sips")
+        if self.caption_like:
+            some = ", ".join(self.caption_like[:5]) + (", ..." if len(self.caption_like) > 5 else "")
+            lines.append(f"not used, though they may hold captions: {len(self.caption_like)} files ({some})")
+        return lines
+
+
+def printable(name: str) -> str:
+    """A file name as a key: bytes that are not UTF-8 are written as \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

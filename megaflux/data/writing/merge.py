@@ -20,7 +20,11 @@ from megaflux.data.storage.dataset import (
     write_dataset,
 )
 from megaflux.data.storage.index import write_index
+from megaflux.data.storage.shards import COMPRESSION
 from megaflux.data.writing import chunks
+from megaflux.data.writing.chunks import Report
+from megaflux.data.writing.held_out import ENOUGH, advice, top_up, validation_shape
+from megaflux.data.writing.options import HELD_OUT, Options
 
 
 class TooManyBad(Exception):
@@ -30,7 +34,9 @@ class TooManyBad(Exception):
 def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> DatasetInfo:
     """Write the indexes and dataset.json over all chunks of `out`, once every part is done.
 
-    max_bad, progress: as build.prepare. Raises UserError if chunks are missing or no image is usable, and TooManyBad.
+    From 100 images on, at least 8 of one shape are held out, the next by hash, unless --held-out is 0; a finished dataset
+    stays as it is. max_bad, progress: as build.prepare. Raises UserError if chunks are missing or no image is usable, and
+    TooManyBad.
     """
     out = Path(out)
     plan = read_plan(out)
@@ -43,30 +49,48 @@ def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> D
             f"{out}: {len(missing)} of {plan['chunks']} chunks are not written yet ({some}); run their parts"
         )
     reports = [chunks.read_report(out, number) for number in range(plan["chunks"])]
-    listing = out / "bad_images.jsonl"
-    with open(listing, "w") as file:
-        for report in reports:
-            file.writelines(json.dumps(entry, sort_keys=True) + "\n" for entry in report["bad"])
+    listing = _write_listing(out / "bad_images.jsonl", [entry for report in reports for entry in report.bad])
     bad, notes = judge(reports, max_bad, str(listing), progress)
+    bad_captions = [entry for report in reports for entry in report.bad_captions]
+    if bad_captions:
+        listing = _write_listing(out / "bad_captions.jsonl", bad_captions)
+        if progress:
+            print(
+                f"{len(bad_captions)} captions could not be used, listed in {listing}; their images are stored without"
+            )
     settings = plan["settings"]
-    buckets = make_buckets(settings["aspect_ratios"], settings["longest_side"])
+    options = Options(**{**settings, "aspect_ratios": tuple(settings["aspect_ratios"])})
+    buckets = make_buckets(options.aspect_ratios, options.longest_side)
+    usable = sum(report.items - len(report.bad) for report in reports)
+    shown: dict[str, Any] = {}
+    if (out / "dataset.json").exists():  # runs may train on it
+        before = read_dataset_info(out).settings
+        shown = {name: before[name] for name in ("validation_bucket",) if name in before}
+    elif options.held_out and (shape := validation_shape(buckets, reports)):
+        shown = {"validation_bucket": shape.bucket.name}
+        if usable >= ENOUGH:
+            target = chunks.Target(out, buckets, options, plan.get("compression", COMPRESSION))
+            for number in top_up(target, shape):
+                reports[number] = chunks.read_report(out, number)
+        elif shape.held < HELD_OUT and progress:
+            print(f"warning: {advice(shape)}")
     counts = {
-        split: {b.name: sum(report["counts"][split].get(b.name, 0) for report in reports) for b in buckets}
+        split: {b.name: sum(report.counts[split].get(b.name, 0) for report in reports) for b in buckets}
         for split in SPLITS
     }
     if not sum(counts["train"].values()):
         raise UserError(f"{out}: no usable training images among {plan['source']['items']} ({by_reason(bad)})")
     for split in SPLITS:
         for bucket in buckets:
-            shards = [shard for report in reports for shard in report["shards"][split].get(bucket.name, [])]
+            shards = [shard for report in reports for shard in report.shards[split].get(bucket.name, [])]
             if shards:
                 write_index(out / split / bucket.folder, shards)
     info = DatasetInfo(
-        longest_side=settings["longest_side"],
+        longest_side=options.longest_side,
         buckets=buckets,
         counts=counts,
         columns=IMAGE_COLUMNS,
-        settings={**settings, "source": plan["source"]},
+        settings={**settings, "source": plan["source"], **shown},
         bad=bad,
         notes=notes,
         attribution=plan["attribution"],
@@ -74,7 +98,17 @@ def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> D
     write_dataset(out, info)
     if progress:
         print(describe(info))
+        if info.captioned == 0 and plan["source"]["kind"] != "openmoji":
+            print(
+                "no image has a caption: fine for training on images alone; docs/data.md lists where captions are found"
+            )
     return read_dataset_info(out)
+
+
+def _write_listing(path: Path, entries: Sequence[dict[str, str]]) -> Path:
+    with open(path, "w") as file:
+        file.writelines(json.dumps(entry, sort_keys=True) + "\n" for entry in entries)
+    return path
 
 
 def read_plan(out: Path) -> dict[str, Any] | None:
@@ -88,16 +122,21 @@ def read_plan(out: Path) -> dict[str, Any] | None:
 
 
 def judge(
-    reports: Sequence[dict[str, Any]], max_bad: float, listing: str, progress: bool
+    reports: Sequence[Report], max_bad: float, listing: str, progress: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Counts over these chunks' reports: reason -> skipped images, and note -> images.
 
     max_bad: how many may be skipped, a fraction of the images if below 1, else a count. listing: the file that lists the
     skipped images, for messages. Raises TooManyBad if more were skipped.
     """
-    bad: Counter[str] = sum((Counter(entry["reason"] for entry in report["bad"]) for report in reports), Counter())
-    notes: Counter[str] = sum((Counter(report["notes"]) for report in reports), Counter())
-    items = sum(report["items"] for report in reports)
+    bad: Counter[str] = sum((Counter(entry["reason"] for entry in report.bad) for report in reports), Counter())
+    notes: Counter[str] = sum((Counter(report.notes) for report in reports), Counter())
+    notes["caption_unusable"] += sum(len(report.bad_captions) for report in reports)
+    noted = {name: count for name, count in notes.items() if count}
+    captioned = [report.captioned for report in reports]
+    if None not in captioned:  # as reports of earlier versions have it
+        noted["captioned"] = sum(count or 0 for count in captioned)
+    items = sum(report.items for report in reports)
     allowed = max_bad * items if max_bad < 1 else max_bad
     if bad.total() > allowed:
         raise TooManyBad(
@@ -106,4 +145,4 @@ def judge(
         )
     if bad and progress:
         print(f"{bad.total()} of {items} images skipped, listed in {listing}")
-    return dict(sorted(bad.items())), dict(sorted(notes.items()))
+    return dict(sorted(bad.items())), dict(sorted(noted.items()))

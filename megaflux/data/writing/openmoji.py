@@ -19,6 +19,7 @@ from PIL import Image
 from megaflux.common.errors import UserError
 from megaflux.data.buckets import Bucket
 from megaflux.data.images import BadImage
+from megaflux.data.writing.captions import Caption
 from megaflux.data.writing.items import Item, Loaded
 
 ATTRIBUTION = "All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
@@ -106,6 +107,14 @@ class OpenMoji:
                 items.append(Item(key, split_key=path.stem, where=(path.stem, bucket.name), size=size))
         return items
 
+    def remarks(self) -> list[str]:
+        """None: the package holds nothing else."""
+        return []
+
+    def together(self, item: Item) -> object:
+        """Each picture is drawn alone."""
+        return item.key
+
     def read(self, items: Sequence[Item]) -> Iterator[Loaded | BadImage]:
         """Draw each item: an RGB picture of exactly its bucket's size, and its caption."""
         for item in items:
@@ -124,4 +133,4 @@ class OpenMoji:
             offset = _draw(item.key, free + 1)
             canvas = Image.new("RGB", bucket.size, "white")
             canvas.paste(emoji, (offset, 0) if bucket.width > bucket.height else (0, offset))
-            yield Loaded(canvas, caption_of(code) or "")
+            yield Loaded(canvas, Caption(caption_of(code) or ""))

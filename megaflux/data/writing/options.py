@@ -11,6 +11,8 @@ from megaflux.data.images import ENCODINGS, MAX_PIXELS
 from megaflux.data.storage.shards import SHARD_SIZE
 
 OPENMOJI_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
+HELD_OUT = 8  # pictures of one shape that validation should have at least
+SOURCE_KINDS = ("images", "tar", "parquet")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class Options:
     chunk: int = 1024  # images per chunk
     canvases: float = 2  # openmoji: canvases on which each emoji is drawn, on average
     max_pixels: int = MAX_PIXELS  # larger images are skipped before decoding
+    kind: str | None = None  # of the files to read, where a folder has several: images, tar or parquet
+    image_column: str | None = None  # of parquet files; None: recognised
+    caption_column: str | None = None  # of parquet files, tables beside images, and .json files; None: recognised
 
     def check(self) -> None:
         """Raises UserError for an invalid value."""
@@ -38,6 +43,7 @@ class Options:
             "--shard-size must be between 64 KiB and 2 GiB": 1 << 16 <= self.shard_size <= 1 << 31,
             "--chunk must be at least 1": self.chunk >= 1,
             "--max-pixels must be at least 1": self.max_pixels >= 1,
+            f"--kind must be one of {', '.join(SOURCE_KINDS)}": self.kind in (None, *SOURCE_KINDS),
         }
         for message, holds in checks.items():
             if not holds:

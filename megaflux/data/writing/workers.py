@@ -24,7 +24,8 @@ def write_chunks(job: chunks.Job, jobs: list[tuple[int, list[Item]]], workers: i
 
     jobs: (number of the chunk, its items). Raises UserError if a worker process dies.
     """
-    if workers <= 1 or len(jobs) <= 1:
+    batches = _read_together(job, jobs)
+    if workers <= 1 or len(batches) <= 1:
         for number, items in jobs:
             chunks.write_chunk(job, number, items, bar.update)
         return
@@ -32,8 +33,8 @@ def write_chunks(job: chunks.Job, jobs: list[tuple[int, list[Item]]], workers: i
     counter, stop = context.Value("q", 0), context.Event()
     shown = 0
     initial = (job, counter, stop, os.getpid())
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, initial) as pool:
-        pending = {pool.submit(_write_in_worker, number, items) for number, items in jobs}
+    with ProcessPoolExecutor(min(workers, len(batches)), context, _start_worker, initial) as pool:
+        pending = {pool.submit(_write_in_worker, batch) for batch in batches}
         try:
             while pending:
                 finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -50,6 +51,18 @@ def write_chunks(job: chunks.Job, jobs: list[tuple[int, list[Item]]], workers: i
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _read_together(job: chunks.Job, jobs: list[tuple[int, list[Item]]]) -> list[list[tuple[int, list[Item]]]]:
+    """The chunks in batches of one process each: those that begin in one part of the source that can only be read from its
+    beginning, as a row group of a parquet file, are a batch."""
+    batches: list[list[tuple[int, list[Item]]]] = []
+    for number, items in jobs:
+        if batches and job.source.together(batches[-1][-1][1][0]) == job.source.together(items[0]):
+            batches[-1].append((number, items))
+        else:
+            batches.append([(number, items)])
+    return batches
 
 
 class _Stopped(Exception):
@@ -80,7 +93,7 @@ def _start_worker(job: chunks.Job, counter: Any, stop: Any, parent: int) -> None
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-def _write_in_worker(number: int, items: list[Item]) -> None:
+def _write_in_worker(batch: list[tuple[int, list[Item]]]) -> None:
     (worker,) = _worker
 
     def count(done: int) -> None:
@@ -89,4 +102,5 @@ def _write_in_worker(number: int, items: list[Item]) -> None:
         with worker.counter.get_lock():
             worker.counter.value += done
 
-    chunks.write_chunk(worker.job, number, items, count)
+    for number, items in batch:
+        chunks.write_chunk(worker.job, number, items, count)

@@ -1,0 +1,216 @@
+"""WebDataset archives: .tar files, whose members with the same base name are one sample."""
+
+from __future__ import annotations
+
+import posixpath
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from megaflux.data.images import BadImage
+from megaflux.data.writing import captions, recognise
+from megaflux.data.writing.captions import Caption
+from megaflux.data.writing.items import Item, LeftAside, Loaded, printable
+from megaflux.data.writing.options import Options
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """An image or caption in an archive. offset, size: of its bytes. problem: a reason of images.REASONS, or None."""
+
+    name: str
+    offset: int
+    size: int
+    problem: str | None = None
+
+    @property
+    def base(self) -> str:
+        """The name up to the first dot: WebDataset's name of a sample."""
+        folder, slash, file = self.name.rpartition("/")
+        return folder + slash + file.partition(".")[0]
+
+    @property
+    def stem(self) -> str:
+        """The name without its suffix: up to the last dot."""
+        folder, slash, file = self.name.rpartition("/")
+        return folder + slash + (file.rpartition(".")[0] or file)
+
+    @property
+    def suffix(self) -> str:
+        return posixpath.splitext(self.name)[1].lower()
+
+
+@dataclass
+class _Group:
+    """The members with one base name, each list in the archive's order."""
+
+    images: list[_Member] = field(default_factory=list)
+    captions: list[_Member] = field(default_factory=list)
+
+
+class TarFiles:
+    """WebDataset archives. key: archive path, ":", base name, which ends at the first dot.
+
+    Where that gives several images one base name, an image is a sample of its own, named up to its last dot, if it has a
+    caption of its own or no image has just the base name ("22.05.png" and "22.06.png"); else it is skipped as another
+    image of the same sample ("a.seg.png" beside "a.jpg"). The listing records the position of each member's bytes, so
+    that reading is a seek; links within an archive are followed.
+    """
+
+    kind = "tar files"
+    attribution = None
+
+    def __init__(self, root: Path, names: Sequence[str], options: Options) -> None:
+        self.root = root
+        self.names = names
+        self.field = options.caption_column
+        self.aside = LeftAside()
+
+    def list_items(self) -> list[Item]:
+        """One item per image member and per caption without an image; those that cannot be used have a `problem`."""
+        self.aside = LeftAside()
+        return [item for name in self.names for item in self._list_archive(name)]
+
+    def remarks(self) -> list[str]:
+        """What `list_items` left aside."""
+        return self.aside.lines()
+
+    def together(self, item: Item) -> object:
+        """Reading an item is a seek, whatever was read before."""
+        return item.key
+
+    def _list_archive(self, name: str) -> Iterator[Item]:
+        path = self.root / name
+        length = path.stat().st_size
+        damaged = length == 0
+        members: list[tarfile.TarInfo] = []
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for info in archive:
+                    members.append(info)
+        except (tarfile.TarError, OSError, EOFError, ValueError):
+            damaged = True
+        damaged |= any(info.isreg() and info.offset_data + info.size > length for info in members)
+        groups, repeated = self._groups(path, members, length)
+        prefix = printable(name)
+        for base, group in groups.items():
+            yield from _samples(name, prefix, base, group)
+        for member_name in repeated:
+            yield Item(f"{prefix}:{printable(member_name)} (again)", prefix, (), 0, "duplicate_key")
+        if damaged:  # members after the damage cannot be counted: one entry represents them
+            yield Item(f"{prefix}:(rest of the archive)", prefix, (), length, "damaged")
+
+    def _groups(
+        self, path: Path, members: Sequence[tarfile.TarInfo], length: int
+    ) -> tuple[dict[str, _Group], list[str]]:
+        """(base name -> images and captions, names that appear again)."""
+        files = {posixpath.normpath(info.name): info for info in members if info.isreg()}
+        groups: dict[str, _Group] = {}
+        seen: set[str] = set()
+        repeated = []
+        for info in members:
+            if not (info.isreg() or info.islnk() or info.issym()):
+                continue
+            file = info.name.rpartition("/")[2]
+            is_caption = file.lower().endswith(captions.SUFFIXES)
+            if file.startswith(".") or not (is_caption or recognise.has_image_suffix(file) or "." not in file):
+                self.aside.add(info.name)
+                continue
+            target = _resolved(info, files)
+            problem = None
+            if target is None or target.issparse():
+                problem = "unreadable"
+            elif target.offset_data + target.size > length:
+                problem = "damaged"
+            if "." not in file and not (target and problem is None and _is_image(path, target)):
+                self.aside.add(info.name)
+                continue
+            member = _Member(info.name, target.offset_data if target else 0, target.size if target else 0, problem)
+            unique = member.base + info.name[len(member.base) :].lower()
+            if unique in seen:
+                repeated.append(info.name)
+                continue
+            seen.add(unique)
+            group = groups.setdefault(member.base, _Group())
+            (group.captions if is_caption else group.images).append(member)
+        return groups, repeated
+
+    def read(self, items: Sequence[Item]) -> Iterator[Loaded | BadImage]:
+        """The members' bytes and captions."""
+        opened: str | None = None
+        file: BinaryIO | None = None
+        try:
+            for item in items:
+                name, image, caption = item.where
+                if file is None or name != opened:
+                    if file:
+                        file.close()
+                    opened, file = name, open(self.root / name, "rb")  # noqa: SIM115  kept over items
+                told = Caption()
+                if caption:
+                    offset, size, suffix = caption
+                    told = captions.of_file(_bytes_at(file, offset, size), suffix, self.field)
+                yield Loaded(_bytes_at(file, *image), told)
+        finally:
+            if file:
+                file.close()
+
+
+def _samples(name: str, prefix: str, base: str, group: _Group) -> Iterator[Item]:
+    """The items of the members with one base name."""
+    if not group.images:
+        key = f"{prefix}:{printable(base)}"
+        yield Item(key, key, (), sum(caption.size for caption in group.captions), "missing_image")
+        return
+    total = sum(member.size for member in (*group.images, *group.captions))
+    own = {image.name: _caption_of(group, image) for image in group.images}
+    main = next((image for image in group.images if image.stem == base), None)
+    if main is None and len(group.images) == 1:
+        main = group.images[0]
+    for image in group.images:
+        if image is main:
+            others = {id(caption) for other, caption in own.items() if other != image.name and caption}
+            free = [caption for caption in group.captions if id(caption) not in others]
+            caption = own[image.name] or _first(free)
+            sample = base
+        else:
+            caption = own[image.name] or next((c for c in group.captions if c.stem == base), None)
+            sample = image.stem
+        key = f"{prefix}:{printable(sample)}"
+        size = total if len(group.images) == 1 else image.size + (caption.size if caption else 0)
+        problem = image.problem
+        if image is not main and main is not None and (own[image.name] is None or image.stem == main.stem):
+            key, caption, problem = f"{prefix}:{printable(image.name)}", None, "extra_image"
+        where = (name, (image.offset, image.size), (caption.offset, caption.size, caption.suffix) if caption else None)
+        yield Item(key, key, where, size, problem)
+
+
+def _caption_of(group: _Group, image: _Member) -> _Member | None:
+    """The caption that has an image's whole name, or that up to its last dot."""
+    stems = (image.stem, image.name)
+    return _first([caption for caption in group.captions if caption.stem in stems and not caption.problem])
+
+
+def _first(found: Sequence[_Member]) -> _Member | None:
+    """Of these captions the one whose suffix comes first in captions.SUFFIXES."""
+    return next((c for suffix in captions.SUFFIXES for c in found if c.suffix == suffix and not c.problem), None)
+
+
+def _resolved(info: tarfile.TarInfo, files: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The member with the bytes of a file or link; None for a link to what is not in the archive."""
+    if info.isreg():
+        return info
+    target = info.linkname if info.islnk() else posixpath.join(posixpath.dirname(info.name), info.linkname)
+    return files.get(posixpath.normpath(target))
+
+
+def _is_image(path: Path, info: tarfile.TarInfo) -> bool:
+    with open(path, "rb") as file:
+        return recognise.starts_like_image(_bytes_at(file, info.offset_data, min(info.size, 32)))
+
+
+def _bytes_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
