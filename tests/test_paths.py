@@ -33,6 +33,8 @@ from tests.conftest import picture, small_values, write_run
 ROOT = Path(__file__).parents[1]
 TAKES_PATHS = {path_option, keyed_path_option, kernels_path}
 WORDS = {  # options and fields that hold words and no path
+    "--image-column",
+    "--caption-column",
     "--prompt",
     "--mask-point",
     "--aspect",

@@ -11,6 +11,7 @@ from megaflux.common.errors import UserError
 from megaflux.common.ranks import World
 from megaflux.config.schema import Config
 from megaflux.training.distributed import work_while_others_wait
+from megaflux.training.planning.dataset_checks import dataset_notes, dataset_problems
 
 log = logging.getLogger("megaflux")
 
@@ -51,3 +52,9 @@ def prepare_data(config: Config, world: World) -> None:
             f"data.longest_side: {data.longest_side}, but {data.path} was prepared with {info.longest_side}; "
             "use that or prepare the data again"
         )
+    description = {**vars(info), "buckets": [vars(bucket) for bucket in info.buckets]}
+    for problem in dataset_problems(data, description):
+        raise UserError(problem, agreed=True)
+    if world.is_main:
+        for note in dataset_notes(data, description):
+            log.warning("%s", note)

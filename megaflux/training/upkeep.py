@@ -118,7 +118,7 @@ def validate(trainer: Trainer) -> None:
             trainer.engine.module, run.config, trainer.models, trainer.references, run.world, run.watch.moved
         )
     monitor.scalars({f"validation/{name}": value for name, value in values.items()}, update)
-    monitor.show(val=f"{values['loss']:.3f}", gap=f"{values['gap']:.2f}")
+    monitor.show(val=f"{values['loss']:.3f}", gap=f"{values['gap']:.2f}" if "gap" in values else "-")
     monitor.write_line("validation.jsonl", {"update": update, **values})
 
 

@@ -60,7 +60,7 @@ def load_references(config: Config, models: Models) -> References:
     """
     bucket = squarest_bucket(read_dataset_info(config.data.path), "held_out")
     if bucket is None:
-        raise UserError(f"{config.data.path}: no held-out pictures; prepare the data with --held-out over 0")
+        raise UserError(f"{config.data.path}: no held-out pictures; prepare the data again with a larger --held-out")
     held_out = read_split(config.data.path, "held_out", bucket)
     rows = heapq.nsmallest(config.validation.samples, held_out, key=lambda row: _hash(row["key"]))
     pixel_values = torch.stack([from_image(row["image"]) for row in rows])
@@ -81,7 +81,8 @@ def validation_loss(
     world: World,
     on_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """{"loss", "shuffled", "gap", "loss_t0".."loss_t7", "shuffled_t0"..}. Collective: each rank computes its share.
+    """{"loss", "shuffled", "gap", "loss_t0".."loss_t7", "shuffled_t0"..}, without the shuffled ones and the gap if there is
+    one reference only. Collective: each rank computes its share.
 
     on_batch: called after each batch."""
     n, device, micro = len(references.keys), world.device, batch_sizes(config).micro
@@ -94,7 +95,7 @@ def validation_loss(
         latents = references.latents[index].to(device)
         noise = torch.stack([_noise(config, references.keys[i], latents.shape[1:]) for i in index]).to(device)
         others = [(i + 1) % n for i in index]
-        for which, source in enumerate((index, others)):
+        for which, source in enumerate((index, others) if n > 1 else (index,)):
             condition = references.condition(models, source)
             for j, t in enumerate(TIMES):
                 times = torch.full((len(index),), t, device=device)
@@ -104,8 +105,8 @@ def validation_loss(
         on_batch()
     sums = sum_over_ranks(sums, world).cpu() / n
     matched, shuffled = sums.mean(1).tolist()
-    result = {"loss": matched, "shuffled": shuffled, "gap": shuffled / matched - 1}
-    names = [f"{name}_t{j}" for name in ("loss", "shuffled") for j in range(len(TIMES))]
+    result = {"loss": matched, "shuffled": shuffled, "gap": shuffled / matched - 1} if n > 1 else {"loss": matched}
+    names = [f"{name}_t{j}" for name in ("loss", "shuffled")[: min(n, 2)] for j in range(len(TIMES))]
     return result | dict(zip(names, sums.flatten().tolist()))
 
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -28,12 +29,13 @@ from megaflux.data.buckets import make_buckets
 from megaflux.data.loader import build_loader
 from megaflux.data.prepare import parse_arguments
 from megaflux.data.reading.options import LoaderOptions
-from megaflux.data.storage.dataset import SPLITS
+from megaflux.data.storage.dataset import SPLITS, squarest_bucket
 from megaflux.data.storage.shards import read_split, verify_dataset
 from megaflux.data.writing import chunks
 from megaflux.data.writing.build import prepare
 from megaflux.data.writing.merge import TooManyBad, merge
 from megaflux.data.writing.options import OPENMOJI_DEFAULTS, Options
+from megaflux.data.writing.sources import open_source
 from megaflux.data.writing.split import draw, is_held_out
 
 OPTIONS = Options(**SMALL, held_out=0.1)
@@ -475,3 +477,122 @@ def test_a_chunk_is_on_the_disk_before_its_report_says_so(source, tmp_path, monk
     monkeypatch.setattr(os, "replace", replace)
     prepare(str(source), tmp_path / "out", OPTIONS, workers=1, progress=False)
     assert not missing
+
+
+# Held-out pictures of one shape, for validation
+
+
+def held_out_of(out, bucket):
+    return [sample["key"] for sample in read_split(out, "held_out", bucket)]
+
+
+def test_a_finished_dataset_keeps_its_held_out_pictures(source, whole, tmp_path, monkeypatch):
+    """As an earlier version left it: a run may be training on the pictures that would now be held out."""
+    from megaflux.data.writing import merge as module
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(module, "validation_shape", lambda buckets, reports: None)
+    prepare(str(source), out, OPTIONS, workers=1, progress=False)
+    before = tree(out)
+    monkeypatch.undo()
+    prepare(str(source), out, OPTIONS, workers=1, progress=False)
+    assert tree(out) == before
+    assert len(held_out_of(out, BUCKETS[0])) < 8 == len(held_out_of(whole, BUCKETS[0]))
+
+
+def test_killed_while_pictures_are_held_out(source, whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    real, calls = chunks.write_json, []
+
+    def killed(path, content):
+        calls.append(path)
+        if path.parent.name == "chunks" and calls.count(path) == 2:  # the new report of a chunk that was changed
+            raise KeyboardInterrupt
+        real(path, content)
+
+    monkeypatch.setattr(chunks, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(source), out, OPTIONS, workers=1, progress=False)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="chunks are not written yet"):
+        merge(out, progress=False)
+    prepare(str(source), out, OPTIONS, workers=1, progress=False)
+    assert tree(out) == tree(whole)
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(30, 0.01), (30, 0), (120, 0)])
+def test_few_pictures_or_none_asked_for(tmp_path, capsys, count, held_out):
+    source = write_folder(tmp_path / "source", {(70, 70): count})
+    info = prepare(str(source), tmp_path / "out", Options(**SMALL, held_out=held_out), workers=1)
+    assert info.samples("held_out") == sum(is_held_out(f"{n:03}.png", held_out) for n in range(count)) == 0
+    said = capsys.readouterr().out
+    if not held_out:
+        assert "warning" not in said
+        return
+    (share,) = re.findall(r"--held-out (0\.\d+) would give 8", said)
+    again = prepare(str(source), tmp_path / "again", Options(**SMALL, held_out=float(share)), workers=1, progress=False)
+    assert again.samples("held_out") == 8
+
+
+def test_the_shape_that_validation_uses(tmp_path):
+    """A few squares among wide pictures are no shape to compare pictures of."""
+    source = write_folder(tmp_path / "source", {(70, 70): 5, (90, 45): 100})
+    info = prepare(str(source), tmp_path / "out", Options(**SMALL, held_out=0.01), workers=1, progress=False)
+    assert info.settings["validation_bucket"] == "2:1"
+    assert info.counts["held_out"]["2:1"] == 8
+    assert squarest_bucket(info, "held_out").name == "2:1"
+
+
+def test_captions_are_counted_and_bad_ones_listed(tmp_path, capsys):
+    source = write_folder(tmp_path / "source", {(70, 70): 6})
+    (source / "000.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    (source / "001.txt").write_bytes("\ufeffcaf\u00e9".encode("utf-16"))
+    (source / "002.txt").write_text(" \n")
+    (source / "003.txt").rename(source / "odd.txt")
+    options = Options(**SMALL | {"chunk": 2}, held_out=0)
+    info = prepare(str(source), tmp_path / "out", options, workers=1)
+    assert (info.captioned, info.bad, info.notes["caption_unusable"]) == (3, {}, 1)
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [
+        f"6 items in {source}, read as images",
+        "not used, though they may hold captions: 1 files (odd.txt)",
+    ]
+    assert f"1 captions could not be used, listed in {tmp_path / 'out' / 'bad_captions.jsonl'}" in "\n".join(said)
+    assert "captions: 3 of 6 images have one" in said
+    assert json.loads((tmp_path / "out" / "bad_captions.jsonl").read_text())["key"] == "000.png"
+
+
+def test_chunks_of_one_row_group_are_read_by_one_process(tmp_path, monkeypatch):
+    from megaflux.data.writing import workers
+
+    images = [file_bytes(picture(n)) for n in range(40)]
+    for name, size in (("a", 40), ("b", 4)):
+        parquet.write_table(arrow.table({"image": images}), tmp_path / f"{name}.parquet", row_group_size=size)
+    options = Options(**SMALL | {"chunk": 8}, held_out=0)
+    opened, _ = open_source(str(tmp_path), BUCKETS, options)
+    items = opened.list_items()
+    jobs = [(number, items[8 * number : 8 * number + 8]) for number in range(10)]
+    job = chunks.Job(opened, chunks.Target(tmp_path / "out", BUCKETS, options, None))
+    batches = workers._read_together(job, jobs)
+    assert [[number for number, _ in batch] for batch in batches] == [[0, 1, 2, 3, 4], [5], [6], [7], [8], [9]]
+    one = prepare(str(tmp_path), tmp_path / "one", options, workers=1, progress=False)
+    two = prepare(str(tmp_path), tmp_path / "two", options, workers=2, progress=False)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    assert one.samples("train") == two.samples("train") == 80
+
+
+def test_a_dataset_begun_before_there_were_kinds_goes_on(source, whole, tmp_path):
+    out = tmp_path / "out"
+    prepare(str(source), out, OPTIONS, workers=1, part=(1, 2), progress=False)
+    plan = json.loads((out / "prepare.json").read_text())
+    for name in ("kind", "image_column", "caption_column"):
+        assert plan["settings"].pop(name) is None
+    (out / "prepare.json").write_text(json.dumps(plan))
+    for report in (out / "chunks").iterdir():  # nor did the reports have these
+        content = json.loads(report.read_text())
+        for name in ("captioned", "candidates", "bad_captions"):
+            del content[name]
+        report.write_text(json.dumps(content))
+    info = prepare(str(source), out, OPTIONS, workers=1, progress=False)
+    assert info.captioned is None
+    assert set(samples_of(out)) == set(samples_of(whole))

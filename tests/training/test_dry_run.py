@@ -204,6 +204,62 @@ def only_problem(config: Config, ranks: int = 8, ds_config=DS_CONFIG) -> str:
     return problem
 
 
+def describe(folder: Path, **fields) -> None:
+    file = folder / "dataset.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def data_notes(config: Config) -> list[str]:
+    return [note for note in find_notes(config) if note.startswith("data.")]
+
+
+FULL = {"train": {"1:1": 900, "2:1": 60}, "held_out": {"1:1": 30, "2:1": 10}}
+MIXED = {"image": 0.7, "image_text": 0.1, "text": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("captioned", "condition", "problems", "notes"),
+    [
+        (0, {"image": 1}, 0, 0),
+        (0, MIXED, 1, 0),
+        (1, MIXED, 0, 1),
+        (899, MIXED, 0, 1),
+        (900, MIXED, 0, 0),
+        (None, MIXED, 0, 0),  # an earlier version's dataset
+    ],
+)
+def test_captions_that_the_data_do_not_have(data, captioned, condition, problems, notes):
+    describe(data, counts=FULL, notes={} if captioned is None else {"captioned": captioned})
+    config = configure(data__path=str(data), data__condition=condition)
+    found = find_problems(config, DS_CONFIG, 8)
+    assert len(found) == problems and all("draws captions for 30% of the batches, but no image" in p for p in found)
+    found = data_notes(config)
+    assert len(found) == notes and all(f"only {captioned} of the 1000 images" in note for note in found)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "chosen", "note"),
+    [
+        ({}, "1:1", None),
+        ({"1:1": 0, "2:1": 0}, None, None),
+        ({"2:1": 1}, "1:1", "1 held-out pictures of the shape that validation uses: no gap can be measured"),
+        ({"1:1": 2, "2:1": 9}, None, "2 held-out pictures of the shape that validation uses; its figures"),
+        ({"1:1": 2, "2:1": 9}, "2:1", ""),
+        ({"1:1": 8}, "1:1", ""),
+    ],
+)
+def test_too_few_held_out_pictures(data, held_out, chosen, note):
+    """Prepared from 30 pictures, say: training used to stop after it had loaded everything."""
+    settings = {"held_out": 0.01} | ({"validation_bucket": chosen} if chosen else {})
+    describe(data, counts={"train": {"1:1": 30}, "held_out": held_out}, settings=settings)
+    config = configure(data__path=str(data))
+    if note is None:
+        assert "has no held-out pictures (--held-out 0.01), which validation needs" in only_problem(config)
+    else:
+        assert find_problems(config, DS_CONFIG, 8) == []
+        assert [note in found for found in data_notes(config)] == [True] * bool(note)
+
+
 def test_presets_pass_where_their_data_is(data, tmp_path):
     assert find_problems(configure(data__path=str(data)), DS_CONFIG, 8) == []
     tiny = configure("tiny", data__path=str(tmp_path / "later"))

@@ -122,6 +122,16 @@ def test_the_gap_compares_a_pictures_own_condition_with_another_pictures(config,
     assert len(found) == 3 + 16
 
 
+def test_one_reference_has_no_gap(config, models):
+    """There is no other picture's condition: 0.0 would say that the reference is not used."""
+    shown = references(models, 1)
+    model = Reader(shown, config.run.seed)
+    found = validation_loss(model, config, models, shown, World(0, 1, CPU))
+    assert sorted(found) == ["loss", *(f"loss_t{j}" for j in range(8))]
+    assert found["loss"] == pytest.approx(sum(model.losses([0])) / 8, rel=1e-5)
+    assert model.calls == 8
+
+
 def test_on_a_gpu_all_that_a_model_is_given_lies_there_and_what_ranks_sum(config, monkeypatch):
     models, summed = load_models(config), []
     monkeypatch.setattr(validation, "sum_over_ranks", lambda x, world: summed.append((x.device, x.dtype)) or x)
@@ -167,5 +177,5 @@ def test_data_without_held_out_pictures_are_refused_with_the_remedy(config, mode
     del info["counts"]["held_out"]
     (tmp_path / "dataset.json").write_text(json.dumps(info))
     without = config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path)})})
-    with pytest.raises(UserError, match="no held-out pictures; prepare the data with --held-out over 0"):
+    with pytest.raises(UserError, match="no held-out pictures; prepare the data again with a larger --held-out"):
         validation.load_references(without, models)

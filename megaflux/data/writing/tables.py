@@ -58,7 +58,7 @@ class Captions:
                     continue
                 named += 1
                 value = captions.of_fields(row, field)
-                if value is None:
+                if value is None or value == "":
                     continue
                 captioned += 1
                 path = posixpath.normpath(posixpath.join(folder, file.replace("\\", "/")))

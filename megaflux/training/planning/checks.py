@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from megaflux.data.buckets import make_buckets
 from megaflux.models.sources import HUB, hub_name, model_problems
 from megaflux.training.checkpoint import manifest
 from megaflux.training.ds_config import batch_problem, uses_kernels, zero_stage
+from megaflux.training.planning.dataset_checks import dataset_notes, dataset_problems
 
 
 def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) -> list[str]:
@@ -37,6 +39,12 @@ def find_notes(config: Config) -> list[str]:
     notes = []
     if _data_will_be_prepared(config):
         notes.append(f"data.path: {config.data.path} is not there yet; it is prepared from {config.data.source}")
+    stored = _read_json(Path(config.data.path) / "dataset.json")
+    if isinstance(stored, dict):
+        with contextlib.suppress(
+            TypeError, KeyError, ZeroDivisionError
+        ):  # a damaged description is a problem of its own
+            notes += dataset_notes(config.data, stored)
     for field in ("flux", "vlm", "vae"):
         source = getattr(config.model, field)
         if source and source != "tiny" and (name := hub_name(source)):
@@ -156,6 +164,10 @@ def _data(config: Config) -> Iterator[str]:
             f"data.aspect_ratios: {','.join(data.aspect_ratios)}, but {root} was prepared with {names}; set them "
             "to those or prepare the data again"
         )
+    try:
+        yield from dataset_problems(data, stored)
+    except (TypeError, KeyError, AttributeError, ZeroDivisionError):
+        yield f"data.path: {description} cannot be read; restore it or prepare the data again"
 
 
 def _validation(config: Config) -> Iterator[str]:
