@@ -581,7 +581,7 @@ def test_chunks_of_one_row_group_are_read_by_one_process(tmp_path, monkeypatch):
     assert one.samples("train") == two.samples("train") == 80
 
 
-def test_a_dataset_begun_before_there_were_kinds_goes_on(source, whole, tmp_path):
+def test_a_dataset_begun_before_there_were_kinds_goes_on(source, whole, tmp_path, caplog):
     out = tmp_path / "out"
     prepare(str(source), out, OPTIONS, workers=1, part=(1, 2), progress=False)
     plan = json.loads((out / "prepare.json").read_text())
@@ -595,4 +595,5 @@ def test_a_dataset_begun_before_there_were_kinds_goes_on(source, whole, tmp_path
         report.write_text(json.dumps(content))
     info = prepare(str(source), out, OPTIONS, workers=1, progress=False)
     assert info.captioned is None
+    assert "was begun by an earlier version, which ignored colour profiles" in caplog.text
     assert set(samples_of(out)) == set(samples_of(whole))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -26,6 +27,8 @@ from megaflux.data.writing.merge import judge, merge, read_plan
 from megaflux.data.writing.options import Options
 from megaflux.data.writing.sources import open_source
 from megaflux.data.writing.workers import write_chunks
+
+log = logging.getLogger("megaflux")
 
 
 def prepare(
@@ -164,11 +167,17 @@ def _claim(out: Path, plan: dict[str, Any]) -> str | None:
     begun = {"compression": COMPRESSION, **begun}
     missing = {name: value for name, value in asdict(Options()).items() if name not in begun["settings"]}
     begun["settings"] = begun["settings"] | missing  # as they were before there were such options
+    if missing:
+        log.warning(
+            "%s: was begun by an earlier version, which ignored colour profiles and found fewer captions; chunks that are "
+            "there stay so (for images treated alike, give a new folder)",
+            out,
+        )
     if begun | {"compression": plan["compression"]} != plan:
         old, new = {**begun["settings"], **begun["source"]}, {**plan["settings"], **plan["source"]}
         changes = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if old.get(name) != new[name]]
         raise UserError(
             f"{out}: was begun from other images or settings ({'; '.join(changes)[:400]}); "
-            "give the same ones, or a new folder"
+            "give the same ones, or a new folder; an earlier version may have listed other files of the same source"
         )
     return begun["compression"]
