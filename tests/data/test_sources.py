@@ -232,7 +232,7 @@ def test_what_cannot_be_recognised(tmp_path):
     with pytest.raises(UserError, match="no images"):
         open_source(tmp_path)
     (tmp_path / "a.tar.gz").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"unpack or recompress"):
+    with pytest.raises(UserError, match=r"among its 1 files; unpack the archives; left aside: 1 .gz"):
         open_source(tmp_path)
     (tmp_path / "a.tar").write_bytes(b"x")
     (tmp_path / "a.png").write_bytes(b"x")

@@ -18,6 +18,7 @@ from megaflux.data.writing.recognise import Tree
 from megaflux.data.writing.tars import TarFiles
 
 KINDS = {"images": ImageFolder.kind, "tar": TarFiles.kind, "parquet": ParquetFiles.kind}  # --kind -> the source's
+PACKED = (".gz", ".tgz", ".zip", ".zst", ".xz", ".bz2", ".7z", ".rar")  # a compressed tar has no positions to seek to
 CLEAR = 0.9  # the share of the bytes that makes a kind the one that is meant
 
 
@@ -39,7 +40,7 @@ def open_source(source: str, buckets: Sequence[Bucket], options: Options) -> tup
     else:
         root, tree = root.parent, Tree(_with_captions(root))
     found = _files_by_kind(root, tree, options)
-    kind = _choose(source, root, found, options, len(tree.files))
+    kind = _choose(source, root, found, options, tree)
     if kind == "images":
         return ImageFolder(root, tree, options), []
     names = found[kind]
@@ -69,18 +70,21 @@ def _files_by_kind(root: Path, tree: Tree, options: Options) -> dict[str, list[s
     }
 
 
-def _choose(source: str, root: Path, found: dict[str, list[str]], options: Options, files: int) -> str:
+def _choose(source: str, root: Path, found: dict[str, list[str]], options: Options, tree: Tree) -> str:
     """The kind that is meant, one of KINDS. Raises UserError if there is none, or if it is not clear."""
     if options.kind is not None:
         if not found[options.kind]:
-            raise UserError(f"source {source}: no {KINDS[options.kind]} among its {files} files; drop --kind")
+            raise UserError(f"source {source}: no {KINDS[options.kind]} among its {len(tree.files)} files; drop --kind")
         return options.kind
     kinds = [kind for kind, names in found.items() if names]
     if not kinds:
-        names = [entry.name for entry in root.iterdir()]
-        hint = "; unpack or recompress .tar.gz" if any(".tar." in name or ".tgz" in name for name in names) else ""
+        there = LeftAside()
+        for name in tree.files:
+            there.add(name)
+        packed = any(name.lower().endswith(PACKED) for name in tree.files)
         raise UserError(
-            f"source {source}: no images, .tar files or .parquet files with images among its {files} files{hint}"
+            f"source {source}: no images, .tar files or .parquet files with images among its {len(tree.files)} files"
+            + f"{'; unpack the archives' * packed}{''.join(f'; {line}' for line in there.lines())}"
         )
     if len(kinds) == 1:
         return kinds[0]
