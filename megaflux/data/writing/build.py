@@ -178,6 +178,7 @@ def _claim(out: Path, plan: dict[str, Any]) -> str | None:
         changes = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if old.get(name) != new[name]]
         raise UserError(
             f"{out}: was begun from other images or settings ({'; '.join(changes)[:400]}); "
-            "give the same ones, or a new folder; an earlier version may have listed other files of the same source"
+            "give the same ones, or a new folder"
+            + "; an earlier version listed fewer files and captions of the same source" * bool(missing)
         )
     return begun["compression"]
