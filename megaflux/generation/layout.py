@@ -71,14 +71,13 @@ class Settings(Section):
     @classmethod
     def of(cls, config: Config) -> Settings:
         """The settings of a run's configuration."""
-        drawn = config.data.condition.model_dump()
         return cls(
             longest_side=config.data.longest_side,
             aspect_ratios=config.data.aspect_ratios,
             guidance=config.flow.guidance,
             vlm_max_tokens=config.model.vlm_max_tokens,
             caption_max_tokens=config.model.caption_max_tokens,
-            modes=tuple(mode for mode, probability in drawn.items() if probability > 0),
+            modes=config.data.condition.drawn,
             attention=config.model.attention,
         )
 
