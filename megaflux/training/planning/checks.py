@@ -12,10 +12,11 @@ from typing import Any
 
 from megaflux.common.errors import UserError
 from megaflux.config.schema import Config
-from megaflux.data.buckets import make_buckets
+from megaflux.data.buckets import make_buckets, overdrawn
+from megaflux.data.storage.dataset import read_dataset_info
 from megaflux.models.sources import HUB, hub_name, model_problems
 from megaflux.training.checkpoint import manifest
-from megaflux.training.ds_config import batch_problem, uses_kernels, zero_stage
+from megaflux.training.ds_config import batch_problem, batch_sizes, uses_kernels, zero_stage
 
 
 def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) -> list[str]:
@@ -32,9 +33,9 @@ def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) ->
     ]
 
 
-def find_notes(config: Config) -> list[str]:
+def find_notes(config: Config, world_size: int) -> list[str]:
     """What the run will do that its user may not expect, one line each."""
-    notes = []
+    notes = [f"data.path: {line}" for line in _overdrawn(config, world_size)]
     if _data_will_be_prepared(config):
         notes.append(f"data.path: {config.data.path} is not there yet; it is prepared from {config.data.source}")
     for field in ("flux", "vlm", "vae"):
@@ -43,6 +44,14 @@ def find_notes(config: Config) -> list[str]:
             why = "hub: asks for it" if source.startswith(HUB) else f"no folder {name.partition('/')[0]} is here"
             notes.append(f"model.{field}: {name} is fetched from the hub ({why}); its files are not looked at before")
     return notes
+
+
+def _overdrawn(config: Config, world_size: int) -> Iterator[str]:
+    try:
+        info = read_dataset_info(config.data.path)
+    except UserError:  # not there yet, or a problem of its own
+        return
+    yield from overdrawn(dict(info.filled("train")), batch_sizes(config.for_world(world_size)).drawn, world_size)
 
 
 def _batch(config: Config, world_size: int) -> Iterator[str]:

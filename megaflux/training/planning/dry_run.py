@@ -48,7 +48,7 @@ def dry_run(
         _check_turns(config)
     except UserError as error:
         problems.append(str(error))
-    notes = find_notes(config)
+    notes = find_notes(config, world_size)
     for note in notes:
         print(f"note: {note}")
     for problem in problems:
