@@ -163,8 +163,6 @@ def test_a_bucket_that_is_mostly_repeats_is_noted(tmp_path, squares, wide, ranks
     if noted:
         own = "one sample fills" if wide == 1 else f"{wide} samples fill"
         assert notes[0].startswith(f"data.path: bucket 2:1 (1024x512): its {own} 32 places of an epoch")
-            f"data.path: bucket 2:1 (1024x512): its {wide} sample{'s' * (wide > 1)} fill 32 places"
-        )
         assert notes[0].endswith("fewer --aspect-ratios, or start the run with a smaller train.drawn_per_rank")
 
 
