@@ -123,6 +123,7 @@ def from_release(source: Path, out: Path) -> list[str]:
             copy(flux / name, partial / ours)
         copy(qwen, partial / "text_encoder", leave=(CONNECTOR_PT, T5_EMBEDDER_PT))
         name_architecture(partial / "text_encoder/config.json")
+        fix_shift(partial / "scheduler/scheduler_config.json")
         write_linear(connector, partial / CONNECTOR)
         if t5_embedder is not None:
             write_linear(t5_embedder, partial / T5_EMBEDDER)
@@ -153,6 +154,7 @@ def to_release(source: Path, out: Path, flux: Path | None = None) -> None:
 
     from megaflux.models import pretrained
     from megaflux.models.strict import load_linear
+    from megaflux.models.vlm_folder import rewrite_as_published
 
     read_manifest(source)
     if flux is not None and not flux.is_dir():
@@ -179,6 +181,7 @@ def to_release(source: Path, out: Path, flux: Path | None = None) -> None:
         for folder, name in copies.items():
             copy(folder, partial / name)
         copy(source / "text_encoder", partial / "qwen2-vl")
+        rewrite_as_published(partial / "qwen2-vl")
         tensors = {f"linear.{name}": p.detach().contiguous() for name, p in connector.named_parameters()}
         torch.save(tensors, partial / "qwen2-vl" / CONNECTOR_PT)
         if t5_embedder is not None:
@@ -223,6 +226,13 @@ def name_architecture(config: Path) -> None:
     if content.get("architectures") not in (["Qwen2VLForConditionalGeneration"], ["Qwen2VLModel"]):
         content["architectures"] = ["Qwen2VLForConditionalGeneration"]
         config.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def fix_shift(config: Path) -> None:
+    """Set a scheduler's `shift` to 1, as the release does when it loads one; with dynamic shifting nothing reads it."""
+    content = json.loads(config.read_text())
+    if content.get("shift") != 1:
+        config.write_text(json.dumps(content | {"shift": 1.0}, indent=2) + "\n")
 
 
 def copy(source: Path, out: Path, leave: Sequence[str] = ()) -> None:

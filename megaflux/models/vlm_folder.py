@@ -7,8 +7,10 @@ processor_config.json; the chat template in a file of its own or in tokenizer_co
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megaflux.common import compat  # noqa: F401  (before transformers)
@@ -19,6 +21,7 @@ from transformers import Qwen2VLConfig, Qwen2VLProcessor
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from megaflux.common.errors import UserError
+from megaflux.common.files import write_json
 from megaflux.models.chat_turn import REMEDY, ChatTurns, Mode
 from megaflux.models.loading_errors import named
 from megaflux.models.sources import opened
@@ -104,3 +107,51 @@ def _template(processor: Any, source: str) -> str:
             f"{source}: no chat template in chat_template.jinja, chat_template.json or tokenizer_config.json; {REMEDY}"
         )
     return found
+
+
+def write_processor(processor: Any, folder: Path) -> None:
+    """A processor's files, with the chat template in chat_template.json too: the only file of it that transformers 4.45
+    reads, which the authors' code pins."""
+    processor.save_pretrained(folder)
+    _write(folder / "chat_template.json", {"chat_template": processor.chat_template})
+
+
+def rewrite_as_published(folder: Path) -> None:
+    """Rewrite the small files of a Qwen2-VL folder as Qwen published them, which is what transformers 4.45 reads: a flat
+    config.json, preprocessor_config.json of the first image processor, chat_template.json. Files that are so already, and
+    weights, stay as they are."""
+    found = open_vlm(str(folder))
+    if not (folder / "chat_template.json").is_file():
+        _write(folder / "chat_template.json", {"chat_template": getattr(found.processor, "chat_template", None)})
+    config = json.loads((folder / "config.json").read_text())
+    if isinstance(config.get("text_config"), dict):
+        _write(folder / "config.json", _flat(config))
+    file = folder / "preprocessor_config.json"
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    if stored.get("image_processor_type") != "Qwen2VLImageProcessor" or stored.get("min_pixels") is None:
+        image_processor: Any = getattr(found.processor, "image_processor", None)
+        given = {name: value for name, value in image_processor.to_dict().items() if value is not None}
+        size = given.pop("size")
+        limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        names = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
+        _write(file, given | limits | names)
+        (folder / "processor_config.json").unlink(missing_ok=True)  # transformers 5's file of the same
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """A nested config.json with the text model's fields beside the others."""
+    text = dict(config["text_config"])
+    rope = text.pop("rope_parameters", None)
+    if rope is not None:
+        text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    scaling = text.get("rope_scaling")
+    if scaling and scaling.get("rope_type", scaling.get("type")) == "default":
+        text["rope_scaling"] = {"type": "mrope", "mrope_section": scaling["mrope_section"]}
+    flat = {name: value for name, value in config.items() if name not in ("text_config", "dtype")}
+    own = {name: value for name, value in text.items() if name not in ("model_type", "layer_types", "dtype")}
+    dtype = config.get("dtype", text.get("dtype"))
+    return own | flat | ({} if dtype is None else {"torch_dtype": dtype})
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    write_json(file, content, indent=2, sort_keys=False)
