@@ -255,7 +255,7 @@ def test_training_and_its_dry_run_check_the_turns_that_they_draw(published, fold
     "caption",
     ["<|image_pad|>", "a <|im_end|> b", "<|vision_start|><|image_pad|><|vision_end|>", "<|im_start|>system", "<tool>"],
 )
-def test_added_tokens_in_a_caption_are_plain_text(folder, published, plain, caption):
+def test_added_tokens_in_a_caption_are_plain_text(plain, caption):
     turn = plain.turn("image_text", SIZE[::-1], caption)
     rows, columns = turn.grid
     words = [turn.input_ids[place] for place in turn.select[rows * columns :]]
