@@ -17,7 +17,7 @@ import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from megaflux.common.command import Parser
 from megaflux.common.errors import UserError, exit_on_user_error, one_line
@@ -44,6 +44,7 @@ CONNECTOR_PT, T5_EMBEDDER_PT = "connector.pt", "t5_embedder.pt"
 FLUX_PARTS = {"transformer": "transformer", "vae": "vae", "scheduler": "scheduler"}
 CLIP_PARTS = {"text_encoder": "text_encoder_clip", "tokenizer": "tokenizer_clip"}
 T5_PARTS = {"text_encoder_2": "text_encoder_2", "tokenizer_2": "tokenizer_2"}
+MODES: tuple[Literal["image"], ...] = ("image",)  # kinds of condition that the release knows
 RELEASE_RATIOS = ("1:1", "16:9", "9:16", "2.4:1", "3:4", "4:3")
 
 
@@ -86,6 +87,7 @@ def from_release(source: Path, out: Path) -> list[str]:
     from safetensors.torch import save_file
 
     from megaflux.models import pretrained
+    from megaflux.models.vlm_folder import open_vlm
 
     flux, qwen = source / "flux", source / "qwen2-vl"
     for folder in (flux, qwen, *(flux / name for name in (*FLUX_PARTS, *CLIP_PARTS))):
@@ -93,6 +95,8 @@ def from_release(source: Path, out: Path) -> list[str]:
             raise UserError(f"{folder}: missing; the released weights have flux/ and qwen2-vl/ with all their parts")
     if found := sources.folder_problems(flux, sources.FLUX) + sources.folder_problems(qwen, {"": sources.VLM}):
         raise UserError("; ".join(found))
+    opened = open_vlm(str(qwen))
+    opened.check_turns(MODES)
     notes = []
     transformer: Any = pretrained.load_transformer(str(flux), torch.bfloat16)  # diffusers declares no attributes
     joint, width = transformer.config.joint_attention_dim, transformer.context_embedder.out_features
@@ -100,7 +104,7 @@ def from_release(source: Path, out: Path) -> list[str]:
     pretrained.load_vae(None, str(flux))
     pretrained.load_scheduler(str(flux))
     pooled = pretrained.empty_prompt_pooled(*pretrained.load_clip(str(flux)))
-    vlm, _ = pretrained.load_vlm(str(qwen))
+    vlm, _ = pretrained.load_vlm(opened)
     hidden = vlm.config.text_config.hidden_size
     del vlm
     connector = read_linear(qwen / CONNECTOR_PT, "linear.", (joint, hidden))
@@ -119,6 +123,7 @@ def from_release(source: Path, out: Path) -> list[str]:
             copy(flux / name, partial / ours)
         copy(qwen, partial / "text_encoder", leave=(CONNECTOR_PT, T5_EMBEDDER_PT))
         name_architecture(partial / "text_encoder/config.json")
+        fix_shift(partial / "scheduler/scheduler_config.json")
         write_linear(connector, partial / CONNECTOR)
         if t5_embedder is not None:
             write_linear(t5_embedder, partial / T5_EMBEDDER)
@@ -130,7 +135,7 @@ def from_release(source: Path, out: Path) -> list[str]:
             vlm_max_tokens=512,
             vlm_min_tokens=512,
             caption_max_tokens=256,
-            modes=("image",),
+            modes=MODES,
             sizes="release",
             text_encoders=("t5",) if t5_embedder is not None and encoder else ("qwen",),
         )
@@ -149,6 +154,7 @@ def to_release(source: Path, out: Path, flux: Path | None = None) -> None:
 
     from megaflux.models import pretrained
     from megaflux.models.strict import load_linear
+    from megaflux.models.vlm_folder import rewrite_as_published
 
     read_manifest(source)
     if flux is not None and not flux.is_dir():
@@ -175,6 +181,7 @@ def to_release(source: Path, out: Path, flux: Path | None = None) -> None:
         for folder, name in copies.items():
             copy(folder, partial / name)
         copy(source / "text_encoder", partial / "qwen2-vl")
+        rewrite_as_published(partial / "qwen2-vl")
         tensors = {f"linear.{name}": p.detach().contiguous() for name, p in connector.named_parameters()}
         torch.save(tensors, partial / "qwen2-vl" / CONNECTOR_PT)
         if t5_embedder is not None:
@@ -219,6 +226,13 @@ def name_architecture(config: Path) -> None:
     if content.get("architectures") not in (["Qwen2VLForConditionalGeneration"], ["Qwen2VLModel"]):
         content["architectures"] = ["Qwen2VLForConditionalGeneration"]
         config.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def fix_shift(config: Path) -> None:
+    """Set a scheduler's `shift` to 1, as the release does when it loads one; with dynamic shifting nothing reads it."""
+    content = json.loads(config.read_text())
+    if content.get("shift") != 1:
+        config.write_text(json.dumps(content | {"shift": 1.0}, indent=2) + "\n")
 
 
 def copy(source: Path, out: Path, leave: Sequence[str] = ()) -> None:

@@ -21,10 +21,13 @@ from megaflux.common.errors import UserError
 from megaflux.generation.condition import prompt_embeds
 from megaflux.generation.dots.dots import NEUTRAL
 from megaflux.models.latents import image_ids, text_ids
+from megaflux.models.pretrained import load_vlm
+from megaflux.models.vlm_folder import open_vlm, rewrite_as_published
 from megaflux.models.t5 import image_tokens_only, split_context
 from megaflux.runs import load_pipeline
 from tests import forked
 from tests.conftest import picture
+from tests.models.test_vlm_folder import edit, flat_config, template_in_json, transformers_5
 
 JOINT, WIDTH, HIDDEN = 24, 32, 32
 
@@ -40,12 +43,25 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
+def files_of_transformers_4_45(folder: Path) -> None:
+    flat_config(folder)
+    edit(folder / "config.json", lambda c: c.update(architectures=["Qwen2VLForConditionalGeneration"]))
+    template_in_json(folder)
+    (folder / "video_preprocessor_config.json").unlink()
+    kept = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "processor_class")
+    stored = json.loads((folder / "preprocessor_config.json").read_text())
+    values = {name: stored[name] for name in kept} | {"min_pixels": 3136, "max_pixels": 12845056}
+    values["image_processor_type"] = "Qwen2VLImageProcessor"
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+
+
 @pytest.fixture(scope="module")
 def release(tmp_path_factory, published) -> Path:
     """flux/ and qwen2-vl/ as the authors ship them, tiny, every tensor random."""
     root = tmp_path_factory.mktemp("release") / "qwen2vl-flux"
     shutil.copytree(published["flux"], root / "flux")
     shutil.copytree(published["qwen"], root / "qwen2-vl")
+    files_of_transformers_4_45(root / "qwen2-vl")
     with torch.random.fork_rng():
         torch.manual_seed(8)
         config = T5Config(vocab_size=11, d_model=JOINT, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
@@ -92,9 +108,16 @@ def test_there_and_back_changes_no_bit(release, converted, tmp_path):
         "qwen2-vl/t5_embedder.pt:weight",
         "qwen2-vl/t5_embedder.pt:bias",
     } <= set(after)
-    for config in release.rglob("*config.json"):
-        again = json.loads((back / config.relative_to(release)).read_text())
-        assert json.loads(config.read_text()).items() <= again.items()
+    for file in release.rglob("*.*"):
+        if file.suffix in (".json", ".txt"):
+            content, again = (
+                json.loads(f.read_text()) if f.suffix == ".json" else f.read_text()
+                for f in (file, back / file.relative_to(release))
+            )
+            if file.name == "scheduler_config.json":  # which the release sets when it loads it
+                assert content["shift"] == 3.0
+                content["shift"] = 1.0
+            assert content == again, file
 
 
 def test_a_converted_release_is_its_parts(release, pipeline):
@@ -266,9 +289,45 @@ def test_an_export_of_our_own_goes_back_with_a_flux_folder(export_folder, publis
     assert convert.main([str(export_folder), str(tmp_path / "out"), "--flux", str(published["flux"])]) == 0
     assert (tmp_path / "out/flux/text_encoder/model.safetensors").is_file()
     assert not (tmp_path / "out/qwen2-vl/t5_embedder.pt").exists()
+    assert "text_config" not in json.loads((tmp_path / "out/qwen2-vl/config.json").read_text())
     ours = load_pipeline(export_folder, dtype=torch.float32, device="cpu")
     weight = torch.load(tmp_path / "out/qwen2-vl/connector.pt", weights_only=True)["linear.weight"]
     assert torch.equal(weight, ours.models.trainable.connector.weight)
+
+
+@pytest.mark.parametrize("dress", [None, transformers_5])
+def test_qwens_files_go_back_as_published(export_folder, release, tmp_path, dress):
+    """Without nested or newer fields: transformers 4.45, which the authors pin, would take its defaults for them."""
+    folder = Path(shutil.copytree(export_folder / "text_encoder", tmp_path / "qwen"))
+    template = json.loads((folder / "chat_template.json").read_text())["chat_template"]  # exports hold it already
+    assert template == (folder / "chat_template.jinja").read_text()
+    if dress is not None:
+        dress(folder)
+        (folder / "chat_template.json").unlink()
+    before = open_vlm(str(folder))
+    rewrite_as_published(folder)
+    config, processor, known = (
+        json.loads((place / f"{name}.json").read_text())
+        for place, name in ((folder, "config"), (folder, "preprocessor_config"), (release / "qwen2-vl", "config"))
+    )
+    later = {"text_config", "rope_parameters", "layer_types", "dtype"}
+    assert known.keys() <= config.keys() and not later & config.keys()
+    assert config["model_type"] == "qwen2_vl" and config["torch_dtype"] == "float32"
+    assert config["rope_scaling"] == known["rope_scaling"] and config["rope_theta"] == known["rope_theta"] == 3.0
+    assert processor["image_processor_type"] == "Qwen2VLImageProcessor" and None not in processor.values()
+    size = before.processor.image_processor.size
+    limits = size["shortest_edge"], size["longest_edge"]
+    assert (processor["min_pixels"], processor["max_pixels"]) == limits and "size" not in processor
+    assert json.loads((folder / "chat_template.json").read_text())["chat_template"] == template
+    after = open_vlm(str(folder))
+    ours, theirs = (load_vlm(f)[0].state_dict() for f in (after, before))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for name in ("hidden_size", "num_hidden_layers", "rope_scaling", "rope_theta", "rms_norm_eps", "vocab_size"):
+        assert getattr(after.config.text_config, name) == getattr(before.config.text_config, name), name
+    assert {name.split(".")[0] for name in load_file(folder / "model.safetensors")} == {"model", "visual"}
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    rewrite_as_published(folder)
+    assert files == {file.name: file.read_bytes() for file in folder.iterdir()}  # there is nothing left to do
 
 
 def test_keys_of_distributed_training_are_read(release, tmp_path):

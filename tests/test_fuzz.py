@@ -287,7 +287,7 @@ def test_a_description_of_a_dataset(dataset, opened, data):
         refused_or(lambda: verify_dataset(dataset))
         refused_or(lambda: verify_shards(dataset, ["train"], None, World(0, 1)))
         problems = find_problems(config, {"zero_optimization": {"stage": 2}}, 1)
-        assert not any("\n" in str(problem) for problem in problems) and find_notes(config) is not None
+        assert not any("\n" in str(problem) for problem in problems) and find_notes(config, 1) is not None
         assert not [file for file in opened if not file.is_relative_to(dataset.resolve())]
     finally:
         (dataset / "dataset.json").write_bytes(before)
@@ -389,7 +389,7 @@ def is_usable(config: Config) -> None:
     assert again.to_yaml() == text and (again == config or ".nan" in text)
     assert sum(config.stage_updates()) == config.train.updates
     json.dumps(config.model_dump(mode="json"))
-    find_notes(config)
+    find_notes(config, 1)
     for problem in find_problems(config, DS_CONFIG, 2):
         assert problem
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from megaflux.common.errors import UserError
 from megaflux.generation import outputs
 from megaflux.infer import __main__ as infer
+from megaflux.infer.interactive import line_options
 from tests.conftest import picture
 from tests.generation.test_modes import controlnet_folder  # noqa: F401  (a fixture)
 
@@ -522,6 +523,51 @@ def test_dry_run_says_what_would_happen(run_folder, export_folder, files, tmp_pa
     assert "gone.png: No such file" in problems[0] and "--depth-model" in problems[1] and "nowhere" in problems[2]
 
 
+CAT = {"reference": ["cat.png"]}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("cat.png a dog's hat --count 1", CAT | {"prompt": "a dog's hat", "count": 1}),
+        ("the cat's and dog's house", {"prompt": "the cat's and dog's house"}),
+        (r"a \ b C:\x 5\" #1 'tis  two", {"prompt": r"a \ b C:\x 5\" #1 'tis  two"}),
+        ('a "red" fox and a "blue" one --count 2', {"prompt": 'a "red" fox and a "blue" one', "count": 2}),
+        ('"red" fox and "blue" cat', {"prompt": '"red" fox and "blue" cat'}),
+        ("'tis the season --count 1", {"prompt": "'tis the season", "count": 1}),
+        ("rock--paper -- scissors --seed 3", {"prompt": "rock--paper -- scissors", "seed": 3}),
+        ("-5 degrees", {"prompt": "-5 degrees"}),
+        ('"a fox --count 2" --count 1', {"prompt": "a fox --count 2", "count": 1}),
+        ("'the cat's house' --count 1", {"prompt": "the cat's house", "count": 1}),
+        (r'cat.png "say \"hi\" "', CAT | {"prompt": 'say "hi" '}),
+        ("'a fox'", {"prompt": "a fox"}),
+        ('cat.png "" --count 1', CAT | {"count": 1}),
+        ("a fox --out 'two words' --mask=m.png", {"prompt": "a fox", "out": "two words", "mask": "m.png"}),
+        ("cat.png --prompt 'x y'", CAT | {"prompt": "x y"}),
+        ('--prompt "it\'s" --count 1', {"prompt": "it's", "count": 1}),
+        ("'my cat.png' a hat", {"reference": ["my cat.png"], "prompt": "a hat"}),
+        ("'my cat.png':0.5 cat.png:2 a hat", {"reference": ["my cat.png:0.5", "cat.png:2"], "prompt": "a hat"}),
+        (r"my\ cat.png dog's.png", {"reference": ["my cat.png", "dog's.png"]}),
+        ("-cat.png", {"reference": ["-cat.png"]}),
+        ("'' a", {"prompt": "'' a"}),
+        ("a fox --prompt 'x", "close the quote"),
+        ("a fox --prompt 'a dog'", "--prompt: the line has words before it"),
+        ("'no cat.png' a fox", "no cat.png: no such picture"),
+        ("cat.pgn:0.5 a fox", "cat.pgn:0.5: no such picture"),
+        ("a --cuont 1", "unrecognized arguments: --cuont"),
+    ],
+)
+def test_a_lines_words_are_kept_letter_by_letter(tmp_path, monkeypatch, line, said):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat.png", "my cat.png", "dog's.png", "-cat.png"):
+        (tmp_path / name).touch()
+    if isinstance(said, dict):
+        assert line_options(line) == said
+    else:
+        with pytest.raises(UserError, match=said):
+            line_options(line)
+
+
 def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_path):
     lines = [
         files["cat"],
@@ -531,7 +577,7 @@ def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_pa
         "a blue fox --count 1",
         f"{files['cat']} --steps 0",
         "--device cuda",
-        "'unclosed",
+        "a fox --prompt 'unclosed",
         "",
         "quit",
         "never",

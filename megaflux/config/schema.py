@@ -119,6 +119,12 @@ class ConditionModes(Section):
             raise ValueError(f"image + image_text + text is {total:g}; make the three add up to 1")
         return self
 
+    @property
+    def drawn(self) -> tuple[Literal["image", "image_text", "text"], ...]:
+        """The kinds of probability above 0."""
+        probability = {"image": self.image, "image_text": self.image_text, "text": self.text}
+        return tuple(mode for mode in ("image", "image_text", "text") if probability[mode] > 0)
+
 
 class Data(Named):
     path: HomePath

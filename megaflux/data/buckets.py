@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -84,3 +84,18 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket
     """The bucket whose aspect ratio is nearest to width / height on a log scale; the earlier one on a tie."""
     aspect = math.log(width / height)
     return min(buckets, key=lambda bucket: abs(math.log(bucket.width / bucket.height) - aspect))
+
+
+def overdrawn(counts: Mapping[Bucket, int], drawn: int, ranks: int) -> Iterator[str]:
+    """A line for each bucket of which an epoch draws more repeats than it has samples. counts: samples of each bucket;
+    drawn: samples that each of the ranks draws at a time, of one bucket."""
+    together = drawn * ranks
+    for bucket, samples in counts.items():
+        total = -(-samples // together) * together
+        if total - samples > samples:
+            own = "one sample fills" if samples == 1 else f"{samples} samples fill"
+            smaller = ", or start the run with a smaller train.drawn_per_rank" if drawn > 1 else ""
+            yield (
+                f"bucket {bucket}: its {own} {total} places of an epoch, since all ranks together draw {together} of a bucket at "
+                f"a time (train.drawn_per_rank {drawn}, ranks {ranks}); prepare the data with fewer --aspect-ratios{smaller}"
+            )

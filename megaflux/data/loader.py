@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from megaflux.common.errors import UserError
 from megaflux.common.ranks import World, as_streaming_sees, raise_first
 from megaflux.data.batches import Batch, collate
+from megaflux.data.buckets import overdrawn
 from megaflux.data.reading import shm_room
 from megaflux.data.reading.opening import Opened, open_dataset, remove_stale_memory
 from megaflux.data.reading.options import LoaderOptions
@@ -98,6 +99,8 @@ class BucketLoader:
         if world.is_main:
             for bucket, n in counts.items():
                 logger.info("bucket %s: %d samples, %d repeats an epoch", bucket, n, self.repeats[bucket.name])
+            for line in overdrawn(counts, options.batch_size, world.size):
+                logger.warning("%s", line)
         self._begin = Position(
             opened.drawn_from.fingerprint, options.split, options.seed, options.shuffle, options.batch_size, world.size
         )

@@ -71,14 +71,13 @@ class Settings(Section):
     @classmethod
     def of(cls, config: Config) -> Settings:
         """The settings of a run's configuration."""
-        drawn = config.data.condition.model_dump()
         return cls(
             longest_side=config.data.longest_side,
             aspect_ratios=config.data.aspect_ratios,
             guidance=config.flow.guidance,
             vlm_max_tokens=config.model.vlm_max_tokens,
             caption_max_tokens=config.model.caption_max_tokens,
-            modes=tuple(mode for mode, probability in drawn.items() if probability > 0),
+            modes=config.data.condition.drawn,
             attention=config.model.attention,
         )
 
@@ -182,6 +181,7 @@ def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
     from torch import nn
     from transformers import PreTrainedModel, Qwen2VLForConditionalGeneration
 
+    from megaflux.models.vlm_folder import write_processor
     from megaflux.models.vlm_parts import join_vlm, split_vlm
 
     # transformers' save_pretrained imports DeepSpeed, which would look for accelerators and report them.
@@ -208,7 +208,7 @@ def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
     write_json(
         folder / "text_encoder/config.json", {"architectures": [architecture], **config}, indent=2, sort_keys=False
     )
-    models.trunk.processor.save_pretrained(folder / "text_encoder")
+    write_processor(models.trunk.processor, folder / "text_encoder")
 
     write_linear(trainable.connector, folder / CONNECTOR)
     save_file({"pooled_prompt_embeds": models.pooled_projections.contiguous()}, folder / POOLED)

@@ -21,6 +21,10 @@ from megaflux.infer.request import to_request
 from megaflux.infer.values import exists, option_of, with_number
 
 PICTURE_LIKE = re.compile(r"(~|\.{0,2}/).*|.+\.[A-Za-z]{3,4}")
+NOT_SPACE = re.compile(r"\S+")
+SHELL_WORD = re.compile(r"""(?:[^\s"'\\]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+(?=\s|$)""")
+QUOTES = ("'", '"')
+OPTION = "--[A-Za-z]"
 SET_AT_START = frozenset(Runtime.model_fields) | {"dry_run", "from_image", "interactive"}
 """Options that a line must not give."""
 
@@ -76,23 +80,63 @@ def _lines() -> Iterator[str]:
 
 
 def line_options(line: str) -> dict[str, Any]:
-    """The options of a line such as `a.png b.png:0.4 a red fox --count 2`, as argparse returns them. UserError for an open
-    quote, a missing picture and invalid options."""
+    """The options of a line such as `a.png b.png:0.4 a dog's hat --count 2`, as argparse returns them.
+
+    Pictures come first, quoted as in a shell where their names hold spaces. Words are taken letter by letter: apostrophes,
+    quotes and backslashes are theirs, except for quotes around all of them. Options begin at the first ` --NAME` and are
+    quoted as in a shell. UserError for an open quote there, a missing picture and invalid options."""
+    pictures, rest = _pictures(line.strip())
+    words, options = _words(rest)
     try:
-        tokens = shlex.split(line)
+        argv = shlex.split(options)
     except ValueError as error:
-        raise UserError(f"line: {error}; close the quote") from None
-    first = next((i for i, token in enumerate(tokens) if token.startswith("--")), len(tokens))
-    bare, argv = tokens[:first], tokens[first:]
-    try:
-        bare = [expanded(token) if token.startswith("~/") else token for token in bare]
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    pictures = 0
-    while pictures < len(bare) and exists(with_number(bare[pictures], "line")[0]):
-        pictures += 1
-    if bare[pictures:] and PICTURE_LIKE.fullmatch(bare[pictures]):
-        raise UserError(f"{bare[pictures]}: no such picture; words that look like a file go into --prompt")
-    words = " ".join(bare[pictures:])
-    argv = [*(["--reference", *bare[:pictures]] if pictures else []), *(["--prompt", words] if words else []), *argv]
-    return vars(build_parser().parse_args(argv))
+        raise UserError(f"line: {options}: {error}; close the quote, or put quotes around all the words") from None
+    for name, _ in _names(rest) if words else ():
+        if PICTURE_LIKE.fullmatch(with_number(name, "line")[0]):
+            raise UserError(f"{name}: no such picture; words that look like a file go into --prompt")
+    given = [f"--reference={picture}" for picture in pictures] + ([f"--prompt={words}"] if words else [])
+    own = vars(build_parser().parse_args([*given, *argv]))
+    if words and own["prompt"] != words:
+        raise UserError("--prompt: the line has words before it, which are the prompt; leave one of them out")
+    return own
+
+
+def _pictures(line: str) -> tuple[list[str], str]:
+    """(the existing pictures that a line begins with, the rest of it)."""
+    pictures = []
+    while line:
+        for name, end in _names(line):
+            if name and exists(with_number(name, "line")[0]):
+                pictures.append(name)
+                line = line[end:].lstrip()
+                break
+        else:
+            break
+    return pictures, line
+
+
+def _names(line: str) -> Iterator[tuple[str, int]]:
+    """(name, end) of what a line begins with: as it stands up to the first space, and as a shell would read it."""
+    raw = NOT_SPACE.match(line)
+    if raw is None:
+        return
+    shell = SHELL_WORD.match(line)
+    for name, found in ((raw[0], raw), (shlex.split(shell[0])[0] if shell else "", shell)):
+        if found is not None:
+            try:
+                yield (expanded(name) if name.startswith("~/") else name), found.end()
+            except ValueError as error:
+                raise UserError(str(error)) from None
+
+
+def _words(line: str) -> tuple[str, str]:
+    """(words, options) of a line without its pictures."""
+    if line.startswith(QUOTES):
+        quote = line[0]
+        # Closed by a quote before the options or the end, with none inside but after a backslash and within a word (cat's).
+        inside = rf"(?:\\{quote}|[^{quote}]|(?<=\w){quote}(?=\w))*"
+        if quoted := re.match(rf"{quote}({inside}){quote}(?=\s+{OPTION}|\s*$)", line):
+            return quoted[1].replace("\\" + quote, quote), line[quoted.end() :].strip()
+    option = re.search(rf"(?<!\S){OPTION}", line)
+    end = option.start() if option else len(line)
+    return line[:end].strip(), line[end:]

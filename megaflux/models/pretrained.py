@@ -43,6 +43,7 @@ from megaflux.models.sources import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, mod
 from megaflux.models.strict import FOLDER_FILES, load_linear, load_strict, silent_libraries
 from megaflux.models.t5 import T5Path
 from megaflux.models.vlm import Trunk
+from megaflux.models.vlm_folder import VlmFolder, open_vlm, read_config
 from megaflux.models.vlm_parts import split_vlm
 
 
@@ -108,6 +109,9 @@ def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch
         raise UserError("; ".join(found))
     model, seed, target = config.model, config.run.seed, Target(device, dtype)
     way = model.seeded
+    folder = open_vlm(model.vlm, model.attention) if model.vlm else None
+    if folder is not None:
+        folder.check_turns(config.data.condition.drawn)
     own = torch.bfloat16 if model.flux else torch.float32  # published weights are bf16; casting up comes later
     if model.flux:
         transformer = load_transformer(model.flux, own, target)
@@ -118,8 +122,8 @@ def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch
         scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
         pooled = empty_prompt_pooled(*build_clip(model.clip_config, seed, way))
     vae = load_vae(model.vae, model.flux)
-    if model.vlm:
-        vlm, processor = load_vlm(model.vlm, model.attention, target=target)
+    if folder is not None:
+        vlm, processor = load_vlm(folder, target=target)
     else:
         vlm, processor = build_vlm(model.vlm_config, seed, way)
     connector = build_connector(
@@ -244,22 +248,20 @@ def load_clip(source: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
 
 
 def load_vlm(
-    source: str, attention: str = "sdpa", dtype: torch.dtype = torch.bfloat16, target: Target | None = None
+    source: str | VlmFolder, attention: str = "sdpa", dtype: torch.dtype = torch.bfloat16, target: Target | None = None
 ) -> tuple[Qwen2VLModel, Qwen2VLProcessor]:
-    """Model and processor of a Qwen2-VL folder or hub name, loaded in `dtype` to where `target` says. lm_head, which
-    nothing uses, is not read."""
-    place = opened(source, FOLDER_FILES)
-    with named(source), silent_libraries():
-        config = Qwen2VLConfig.from_pretrained(place, attn_implementation=attention)
-        _refuse_quantized(source, getattr(config, "quantization_config", None))
-        config.name_or_path = source
+    """Model and processor of a Qwen2-VL folder or hub name, or of one that `open_vlm` has read, loaded in `dtype` to where
+    `target` says. lm_head, which nothing uses, is not read."""
+    folder = open_vlm(source, attention) if isinstance(source, str) else source
+    config, where = folder.config, folder.source
+    with named(where), silent_libraries():
+        _refuse_quantized(where, getattr(config, "quantization_config", None))
         for part in (config, config.text_config, config.vision_config):
             part.dtype = dtype
         with without_weights():
             vlm = Qwen2VLModel(config)
-        fill(vlm, weight_files(place, "", TRANSFORMERS_WEIGHTS), dtype, target or Target(), source, _vlm_name)
-        processor = Qwen2VLProcessor.from_pretrained(place, use_fast=True)
-    return vlm.eval(), processor
+        fill(vlm, weight_files(folder.place, "", TRANSFORMERS_WEIGHTS), dtype, target or Target(), where, _vlm_name)
+    return vlm.eval(), folder.processor
 
 
 def _vlm_name(key: str) -> str | None:
@@ -341,6 +343,6 @@ def _local_config(source: str | None, subfolder: str, default: dict[str, Any]) -
 def _local_vlm_config(source: str | None, default: dict[str, Any]) -> Qwen2VLConfig:
     if source is not None and (Path(source) / "config.json").is_file():
         with named(f"{source}/config.json"):
-            return Qwen2VLConfig.from_pretrained(source)
+            return read_config(source, source)
     tokenizer = None if source else Qwen2TokenizerFast.from_pretrained(TINY / "tokenizer")
     return vlm_configuration(default, tokenizer)

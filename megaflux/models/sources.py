@@ -43,8 +43,9 @@ TRANSFORMERS_WEIGHTS = tuple(f"model{end}" for end in (SAFETENSORS, INDEX))
 _TOKENS = (("tokenizer_config.json",), ("tokenizer.json", "vocab.json+merges.txt"))
 DIFFUSERS_MODEL = Part((("config.json",),), DIFFUSERS_WEIGHTS)
 TRANSFORMERS_MODEL = Part((("config.json",),), TRANSFORMERS_WEIGHTS)
-VLM = Part((("config.json",), ("preprocessor_config.json",), *_TOKENS), TRANSFORMERS_WEIGHTS)
-DETECTOR = Part((("config.json",), ("preprocessor_config.json", "processor_config.json")), TRANSFORMERS_WEIGHTS)
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json")  # the second as transformers 5 writes it
+VLM = Part((("config.json",), _PROCESSOR, *_TOKENS), TRANSFORMERS_WEIGHTS)
+DETECTOR = Part((("config.json",), _PROCESSOR), TRANSFORMERS_WEIGHTS)
 FLUX = {
     "transformer": DIFFUSERS_MODEL,
     "vae": DIFFUSERS_MODEL,

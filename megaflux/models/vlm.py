@@ -9,21 +9,19 @@ Shapes: B batch, S tokens of the cut chat turn, T tokens of the condition (T <= 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from megaflux.common.transfer import to_device
+from megaflux.models.chat_turn import ChatTurns, Mode
 from megaflux.models.positions import causal_mask, length_mask, mrope_position_ids, patch_positions
 
 if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
     from transformers import Qwen2VLModel
 
-Mode = Literal["image", "image_text", "text"]
-QUESTION = "Describe this image."  # the released code's turn without a prompt
 GRIDS_KEPT = 256  # sizes of pictures
-_CAPTION = "\N{WHITE SQUARE}caption\N{WHITE SQUARE}"  # stands in for a caption when the chat template is rendered
 
 
 @dataclass(frozen=True)
@@ -101,11 +99,10 @@ class Trunk:
         self.min_image_tokens, self.max_image_tokens = min_image_tokens, max_image_tokens
         self.merge = vlm.config.vision_config.spatial_merge_size
         self.cell = vlm.config.vision_config.patch_size * self.merge  # pixels per image token, each way
-        self.image_token = self.processor.tokenizer.convert_ids_to_tokens(vlm.config.image_token_id)
+        self.chat = ChatTurns(processor, vlm.config.image_token_id, vlm.config.name_or_path or "Qwen2-VL")
         self.pad_token_id = self.processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
         # Not lru_cache: on a bound method it would hold the trunk, and so all of Qwen2-VL, in a reference cycle.
         self._grids: dict[tuple, tuple[int, int]] = {}
-        self._templates: dict[Mode, tuple[str, str, str]] = {}
 
     @property
     def vlm(self) -> Qwen2VLModel:
@@ -194,15 +191,15 @@ class Trunk:
 
     def caption_tokens(self, caption: str) -> int:
         """Tokens of a caption before it is cut to `max_caption_tokens`; 0: it is blank."""
-        return len(self._ids(self._clean(caption)))
+        return len(self.chat.caption(caption))
 
     def turn(
         self, mode: Mode, size: tuple[int, int] | None = None, caption: str = "", limits: tuple[int, int] | None = None
     ) -> Turn:
         """The cut chat turn of one sample. size: (height, width) of its picture, px, which only mode text does without;
         limits: as in `encode`."""
-        before, between, after = (self._ids(text) for text in self._template(mode))
-        words = self._ids(self._clean(caption))[: self.max_caption_tokens] if mode != "image" else []
+        before, between, after = self.chat.surroundings(mode)
+        words = self.chat.caption(caption)[: self.max_caption_tokens] if mode != "image" else []
         if mode == "text" and not words:
             words = after[:1]  # an empty caption still needs one token: the end of the turn
         if mode == "text":
@@ -260,33 +257,6 @@ class Trunk:
                 self._grids.pop(next(iter(self._grids)))
             self._grids[key] = self._measure_grid(height, width, limits)
         return self._grids[key]
-
-    def _template(self, mode: Mode) -> tuple[str, str, str]:
-        if mode not in self._templates:
-            self._templates[mode] = self._render_template(mode)
-        return self._templates[mode]
-
-    def _render_template(self, mode: Mode) -> tuple[str, str, str]:
-        """Chat text before the caption, between caption and image tokens, and after them."""
-        words, image = {"type": "text", "text": _CAPTION}, {"type": "image"}
-        content = {"image": [image, {"type": "text", "text": QUESTION}], "image_text": [words, image], "text": [words]}
-        text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content[mode]}], tokenize=False, add_generation_prompt=True
-        )
-        before, _, rest = text.partition(_CAPTION) if mode != "image" else ("", "", text)
-        if mode == "text":
-            return before, "", rest
-        between, _, after = rest.partition(self.image_token)
-        return (before, between, after) if mode == "image_text" else (between, "", after)
-
-    def _ids(self, text: str) -> list[int]:
-        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _clean(self, caption: str) -> str:
-        # A caption must not forge the turn's structure, nor merge with the newline before it.
-        for token in self.processor.tokenizer.all_special_tokens:
-            caption = caption.replace(token, " ")
-        return " ".join(caption.encode("utf-8", "replace").decode().replace("\0", " ").split())
 
     @property
     def limits(self) -> dict[str, int]:

@@ -22,7 +22,7 @@ from megaflux.common.paths import path_option
 from megaflux.generation.outputs import check_out
 from megaflux.infer.options import add_checkpoint_options, add_device_options, add_network_options
 from megaflux.infer.request import to_runtime
-from megaflux.panel.serve import HOST, PORT, check_port, quiet_gradio, serve
+from megaflux.panel.serve import HOST, PORT, check_port, give_gradio_a_folder, quiet_gradio, serve, without_proxies
 
 
 def build_parser() -> Parser:
@@ -55,17 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_out(str(out))
     check_port(port)
     quiet_gradio()
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"panel: needs gradio ({error}); pip install 'megaflux[panel]'") from None
-    from megaflux.infer.load import load
-    from megaflux.panel.view import launch_options
-    from megaflux.panel.wiring import build
-    from megaflux.panel.work import Work
+    give_gradio_a_folder()
+    with without_proxies():
+        try:
+            import gradio  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"panel: needs gradio ({error}); pip install 'megaflux[panel]'") from None
+        from megaflux.infer.load import load
+        from megaflux.panel.view import launch_options
+        from megaflux.panel.wiring import build
+        from megaflux.panel.work import Work
 
     print("panel: loading the model ...", flush=True)
-    page = build(Work(load(runtime), out.absolute()))
+    work = Work(load(runtime), out.absolute())
+    with without_proxies():
+        page = build(work)
     serve(page, port, out, launch_options())
     return 0
 

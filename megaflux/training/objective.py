@@ -21,9 +21,10 @@ from megaflux.config.schema import ConditionModes, Config, Flow
 from megaflux.data.batches import Batch
 from megaflux.data.buckets import Bucket
 from megaflux.models import latents as latent_ops
+from megaflux.models.chat_turn import Mode
 from megaflux.models.latents import PACK
 from megaflux.models.pretrained import Models
-from megaflux.models.vlm import Condition, Mode
+from megaflux.models.vlm import Condition
 from megaflux.training.distributed import generator_for
 
 

@@ -52,9 +52,8 @@ def prepare_data(config: Config, world: World) -> None:
             f"data.longest_side: {data.longest_side}, but {data.path} was prepared with {info.longest_side}; "
             "use that or prepare the data again"
         )
-    description = {**vars(info), "buckets": [vars(bucket) for bucket in info.buckets]}
-    for problem in dataset_problems(data, description):
+    for problem in dataset_problems(data, info):
         raise UserError(problem, agreed=True)
     if world.is_main:
-        for note in dataset_notes(data, description):
+        for note in dataset_notes(data, info):
             log.warning("%s", note)

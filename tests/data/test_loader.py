@@ -122,6 +122,8 @@ def test_a_bucket_smaller_than_a_batch_is_repeated_evenly(build, caplog):
     loader = build(micro_batch_size=8)
     assert loader.repeats == {"1:1": 3, "2:1": 3, "1:2": 5}
     assert "bucket 1:2 (32x64): 3 samples, 5 repeats an epoch" in caplog.text
+    (warned,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "bucket 1:2 (32x64): its 3 samples fill 8 places of an epoch" in warned and "fewer --aspect-ratios" in warned
     (tall,) = [b for b in take(loader, loader.batches_per_epoch) if b.bucket.name == "1:2"]
     assert sorted(Counter(tall.keys).values()) == [2, 3, 3]
 

@@ -9,8 +9,8 @@ import torch
 
 from megaflux.generation.sampling import SamplingRequest, flux_pipeline, generate
 from megaflux.models import latents as ops
+from megaflux.models.chat_turn import QUESTION
 from megaflux.models.pretrained import load_models
-from megaflux.models.vlm import QUESTION
 from megaflux.models.vlm_parts import join_vlm
 from tests.conftest import picture
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from megaflux.models.chat_turn import QUESTION, clean
 from megaflux.models.positions import causal_mask, mrope_position_ids, patch_positions
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.models.scratch import build_vlm
 from megaflux.models.tokens import count_tokens
-from megaflux.models.vlm import QUESTION, Condition, Trunk
+from megaflux.models.vlm import Condition, Trunk
 from megaflux.models.vlm_parts import join_vlm, split_vlm
 from tests.conftest import picture
 
@@ -103,16 +104,16 @@ def tokens_of(tail, condition) -> torch.Tensor:
 def test_tokens_are_the_processors_own(parts, caption):
     _, processor, trunk, _ = parts
     image = pixels(1)[0]
-    clean = trunk._clean(caption)
+    words = clean(caption)
     trunk.max_caption_tokens = 10_000
     for mode in ("image", "image_text", "text"):
-        theirs = whole_turn(processor, trunk, mode, clean, image)["input_ids"][0].tolist()
+        theirs = whole_turn(processor, trunk, mode, words, image)["input_ids"][0].tolist()
         turn = trunk.turn(mode, SIZE, caption)
         cut = len(turn.input_ids)
         assert turn.input_ids == theirs[:cut], mode
         assert max(turn.select) == cut - 1 or mode == "image_text"  # nothing after the last token read
     assert processor.tokenizer.decode([turn.input_ids[i] for i in turn.select]) == processor.tokenizer.decode(
-        processor.tokenizer(clean)["input_ids"]
+        processor.tokenizer(words)["input_ids"]
     )
     trunk.max_caption_tokens = 64
 

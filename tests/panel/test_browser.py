@@ -54,8 +54,9 @@ def served(run_folder, tmp_path_factory):
         out / "outputs",
     ]
     log = out / "log"
-    # a proxy must not see the page: gradio asks its own address whether it is up
-    environment = os.environ | {"http_proxy": "http://127.0.0.1:9", "GRADIO_TEMP_DIR": str(out / "gradio")}
+    # A proxy must not see the page: gradio asks its own address whether it is up. Nor must it be understood.
+    environment = os.environ | {"http_proxy": "http://127.0.0.1:9", "ALL_PROXY": "socks5h://127.0.0.1:9"}
+    environment |= {"GRADIO_TEMP_DIR": str(out / "gradio")}
     with log.open("w") as stream:
         process = subprocess.Popen(
             list(map(str, command)), stdout=stream, stderr=subprocess.STDOUT, env=environment, restore_signals=True

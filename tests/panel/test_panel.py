@@ -1,6 +1,7 @@
 """The panel without a browser: acts on dots, jobs, heat-maps, and the page's handlers with a small run."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from megaflux.panel import __main__ as panel
 from megaflux.panel import state
 from megaflux.panel.files import store
 from megaflux.panel.request import in_page_words, job_of
+from megaflux.panel.serve import give_gradio_a_folder
 from megaflux.panel.state import Form, Session, Stored
 from tests.conftest import picture
 from tests.generation.test_modes import controlnet_folder  # noqa: F401  (a fixture)
@@ -198,6 +200,64 @@ def test_bad_command_lines(run_folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"needs gradio .*pip install 'megaflux\[panel\]'"):
         panel.main([*given, "--port", str(free_port())])
     assert not (tmp_path / "out").exists()
+
+
+SERVES_AN_EMPTY_PAGE = """
+import os, signal, sys, threading, urllib.request
+from pathlib import Path
+from megaflux.panel import serve
+
+serve.quiet_gradio()
+serve.give_gradio_a_folder()
+with serve.without_proxies():
+    import gradio
+with serve.without_proxies(), gradio.Blocks(analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+    gradio.Image()
+page.stop_all = lambda: None
+
+def upload():
+    body = b'--x\\r\\nContent-Disposition: form-data; name="files"; filename="a.png"\\r\\n\\r\\n1\\r\\n--x--\\r\\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    address = f"http://127.0.0.1:{sys.argv[1]}/gradio_api/upload"
+    try:
+        print(urllib.request.urlopen(urllib.request.Request(address, body, headers)).read().decode(), os.environ["ALL_PROXY"])
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def when_it_is_up(text, **more):
+    if "Ctrl-C stops" in text:
+        threading.Timer(0.2, upload).start()
+serve.print = when_it_is_up
+serve.serve(page, int(sys.argv[1]), Path(sys.argv[2]), {})
+"""
+
+
+def test_a_socks_proxy_and_anothers_temporary_folder_do_not_matter(tmp_path):
+    """What Gradio alone would do: its clients refuse to be made, and gradio/ in TMPDIR is not ours to write in."""
+    (tmp_path / "gradio").touch()  # a folder of another user cannot be made here; this can be written in as little
+    socks = dict.fromkeys(("ALL_PROXY", "http_proxy", "HTTPS_PROXY"), "socks5h://127.0.0.1:9")
+    env = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", SERVES_AN_EMPTY_PAGE, str(free_port()), str(tmp_path / "out")],
+        env=env | socks | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    (uploaded,) = (line for line in done.stdout.splitlines() if "a.png" in line)
+    assert uploaded.startswith(f'["{tmp_path}/megaflux-panel-') and uploaded.endswith("socks5h://127.0.0.1:9")
+    assert [file.name for file in tmp_path.iterdir()] == ["gradio"]  # and nothing stays
+
+
+def test_a_temporary_folder_of_the_users_is_used_or_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "own"))
+    give_gradio_a_folder()
+    assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path / "own") and (tmp_path / "own").is_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=f"^GRADIO_TEMP_DIR {tmp_path}/file: no file can be written there .File exists"):
+        give_gradio_a_folder()
 
 
 def free_port() -> int:

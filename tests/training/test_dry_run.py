@@ -151,6 +151,21 @@ def test_what_is_said_of_the_gpu_counts(data, tmp_path, capsys):
     assert h100["images_per_second"] > 1.15 * number["images_per_second"]
 
 
+@pytest.mark.parametrize(("squares", "wide", "ranks", "noted"), [(32, 1, 8, 1), (32, 32, 8, 0), (500, 15, 4, 1)])
+def test_a_bucket_that_is_mostly_repeats_is_noted(tmp_path, squares, wide, ranks, noted):
+    data = write_dataset(tmp_path / "data", ("1:1", "2:1"), 1024)
+    info = json.loads((data / "dataset.json").read_text())
+    counts = {"train": {"1:1": squares, "2:1": wide}}
+    (data / "dataset.json").write_text(json.dumps(info | {"format_version": 1, "counts": counts, "columns": {}}))
+    config = configure(data__path=str(data), train__drawn_per_rank=4 if ranks == 8 else 8, train__micro_batch_size=4)
+    notes = [note for note in find_notes(config, ranks) if note.startswith("data.path")]
+    assert len(notes) == noted
+    if noted:
+        own = "one sample fills" if wide == 1 else f"{wide} samples fill"
+        assert notes[0].startswith(f"data.path: bucket 2:1 (1024x512): its {own} 32 places of an epoch")
+        assert notes[0].endswith("fewer --aspect-ratios, or start the run with a smaller train.drawn_per_rank")
+
+
 def test_nothing_is_allocated(data, monkeypatch):
     made = []
     build = sizes.meta_models
@@ -206,11 +221,11 @@ def only_problem(config: Config, ranks: int = 8, ds_config=DS_CONFIG) -> str:
 
 def describe(folder: Path, **fields) -> None:
     file = folder / "dataset.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 1, "columns": {}} | fields))
 
 
 def data_notes(config: Config) -> list[str]:
-    return [note for note in find_notes(config) if note.startswith("data.")]
+    return [note for note in find_notes(config, 8) if note.startswith("data.") and "bucket" not in note]
 
 
 FULL = {"train": {"1:1": 900, "2:1": 60}, "held_out": {"1:1": 30, "2:1": 10}}
@@ -264,7 +279,7 @@ def test_presets_pass_where_their_data_is(data, tmp_path):
     assert find_problems(configure(data__path=str(data)), DS_CONFIG, 8) == []
     tiny = configure("tiny", data__path=str(tmp_path / "later"))
     assert find_problems(tiny, DS_CONFIG, 1) == []
-    assert "prepared from openmoji" in find_notes(tiny)[0]
+    assert "prepared from openmoji" in find_notes(tiny, 1)[0]
 
 
 def test_batch(data):
@@ -335,9 +350,9 @@ def test_model_folders(data, tmp_path, published):
         (folder / "transformer/config.json").write_text(text)
         problem, *_ = find_problems(config(model__vlm=qwen, model__flux=str(folder)), DS_CONFIG, 8)
         assert "gives no number of blocks" in problem
-    assert "is fetched from the hub (no folder black-forest-labs is here)" in find_notes(config())[0]
+    assert "is fetched from the hub (no folder black-forest-labs is here)" in find_notes(config(), 1)[0]
     asked = config(model__flux="hub:black-forest-labs/FLUX.1-dev")
-    assert "is fetched from the hub (hub: asks for it)" in find_notes(asked)[0]
+    assert "is fetched from the hub (hub: asks for it)" in find_notes(asked, 1)[0]
 
 
 def test_all_that_is_wrong_with_weights_is_said_at_once_and_before_a_run(

@@ -179,6 +179,7 @@ def _claim(out: Path, plan: dict[str, Any]) -> str | None:
         raise UserError(
             f"{out}: was begun from other images or settings ({'; '.join(changes)[:400]}); "
             "give the same ones, or a new folder"
-            + "; an earlier version listed fewer files and captions of the same source" * bool(missing)
+            + "; an earlier version listed fewer files and captions of the same source"
+            * bool(missing)
         )
     return begun["compression"]

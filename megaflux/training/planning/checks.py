@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -13,10 +12,11 @@ from typing import Any
 
 from megaflux.common.errors import UserError
 from megaflux.config.schema import Config
-from megaflux.data.buckets import make_buckets
+from megaflux.data.buckets import make_buckets, overdrawn
+from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
 from megaflux.models.sources import HUB, hub_name, model_problems
 from megaflux.training.checkpoint import manifest
-from megaflux.training.ds_config import batch_problem, uses_kernels, zero_stage
+from megaflux.training.ds_config import batch_problem, batch_sizes, uses_kernels, zero_stage
 from megaflux.training.planning.dataset_checks import dataset_notes, dataset_problems
 
 
@@ -34,17 +34,15 @@ def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) ->
     ]
 
 
-def find_notes(config: Config) -> list[str]:
+def find_notes(config: Config, world_size: int) -> list[str]:
     """What the run will do that its user may not expect, one line each."""
     notes = []
     if _data_will_be_prepared(config):
         notes.append(f"data.path: {config.data.path} is not there yet; it is prepared from {config.data.source}")
-    stored = _read_json(Path(config.data.path) / "dataset.json")
-    if isinstance(stored, dict):
-        with contextlib.suppress(
-            TypeError, KeyError, ZeroDivisionError
-        ):  # a damaged description is a problem of its own
-            notes += dataset_notes(config.data, stored)
+    if info := _described(config.data.path):
+        drawn = batch_sizes(config.for_world(world_size)).drawn
+        notes += [f"data.path: {line}" for line in overdrawn(dict(info.filled("train")), drawn, world_size)]
+        notes += dataset_notes(config.data, info)
     for field in ("flux", "vlm", "vae"):
         source = getattr(config.model, field)
         if source and source != "tiny" and (name := hub_name(source)):
@@ -164,10 +162,16 @@ def _data(config: Config) -> Iterator[str]:
             f"data.aspect_ratios: {','.join(data.aspect_ratios)}, but {root} was prepared with {names}; set them "
             "to those or prepare the data again"
         )
+    if info := _described(data.path):
+        yield from dataset_problems(data, info)
+
+
+def _described(path: str) -> DatasetInfo | None:
+    """The description of a dataset; None where there is none yet, or where it cannot be read, which is said elsewhere."""
     try:
-        yield from dataset_problems(data, stored)
-    except (TypeError, KeyError, AttributeError, ZeroDivisionError):
-        yield f"data.path: {description} cannot be read; restore it or prepare the data again"
+        return read_dataset_info(path)
+    except UserError:
+        return None
 
 
 def _validation(config: Config) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megaflux.common.errors import UserError, one_line
 from megaflux.config.schema import Config
+from megaflux.models.sources import hub_name
 from megaflux.training.ds_config import batch_sizes
 from megaflux.training.planning.checks import find_notes, find_problems
 from megaflux.training.planning.dry_run_text import print_estimate
@@ -44,9 +45,10 @@ def dry_run(
         problem = found.memory_problem(choose)
         problems += [problem] if problem else []
         report |= found.as_json()
+        _check_turns(config)
     except UserError as error:
         problems.append(str(error))
-    notes = find_notes(config)
+    notes = find_notes(config, world_size)
     for note in notes:
         print(f"note: {note}")
     for problem in problems:
@@ -55,6 +57,15 @@ def dry_run(
     if json_path:
         write_json_report(json_path, report | {"world_size": world_size, "notes": notes, "problems": problems})
     return 2 if problems else 0
+
+
+def _check_turns(config: Config) -> None:
+    """UserError where the chat template of a local Qwen2-VL folder does not make the turns that the run draws."""
+    source = config.model.vlm
+    if source and hub_name(source) is None:
+        from megaflux.models.vlm_folder import open_vlm  # here, because it imports transformers
+
+        open_vlm(source).check_turns(config.data.condition.drawn)
 
 
 def _estimate(config: Config, ds_config: dict[str, Any], world_size: int, assumed: Assumed, choose: bool) -> Estimate:
