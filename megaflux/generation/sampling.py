@@ -179,12 +179,14 @@ def sample(
         if start.mask is not None:
             arguments["mask_image"] = [start.mask] * B
     if control is not None:
+        maps = len(control.images)
         arguments |= {
             "control_image": control.images,
             "control_mode": control.modes,
             "controlnet_conditioning_scale": control.scales,
-            "control_guidance_start": control.start,
-            "control_guidance_end": control.end,
+            # one for each map: diffusers would repeat a number once for each net, and then ignore a union's further maps
+            "control_guidance_start": [control.start] * maps,
+            "control_guidance_end": [control.end] * maps,
         }
     options: dict[str, Any] = {"context_embedded": True} if prompt.embedded else {}
     num_image_tokens = (request.height // TOKEN_PIXELS) * (request.width // TOKEN_PIXELS)
