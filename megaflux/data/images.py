@@ -95,6 +95,24 @@ def to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     return _to_rgb(_upright(image, notes), notes)
 
 
+def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture, in its own mode, at exactly `size` (width, height): resized (Lanczos) to cover it and cropped around the
+    centre, in one resampling. The same picture if it has that size."""
+    if image.size == tuple(size):
+        return image
+    return image.resize(size, Image.Resampling.LANCZOS, box=crop_box(image.size, size))
+
+
+def crop_box(source: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom), in px of a picture of `source` (width, height): the largest part of it, around its centre,
+    that has the ratio of `size`. It lies within the picture, which Pillow demands, whatever the rounding."""
+    (width, height), (wanted_width, wanted_height) = source, size
+    scale = max(wanted_width / width, wanted_height / height)
+    crop_width, crop_height = wanted_width / scale, wanted_height / scale
+    left, top = (width - crop_width) / 2, (height - crop_height) / 2  # rounding can make it -1e-14
+    return max(left, 0.0), max(top, 0.0), min(left + crop_width, width), min(top + crop_height, height)
+
+
 def fit(image: Image.Image, bucket: Bucket, allow_upscale: bool = False) -> tuple[Image.Image, list[str]]:
     """Resize (Lanczos) to cover the bucket's canvas and crop around the centre.
 
@@ -107,12 +125,7 @@ def fit(image: Image.Image, bucket: Bucket, allow_upscale: bool = False) -> tupl
         raise BadImage("too_small", f"{width}x{height} for {bucket}")
     if (width, height) == bucket.size:
         return image, []
-    # The crop in the source's own coordinates, so that resizing and cropping are one resampling.
-    crop_width, crop_height = bucket.width / scale, bucket.height / scale
-    left, top = (width - crop_width) / 2, (height - crop_height) / 2
-    box = (max(left, 0.0), max(top, 0.0), min(left + crop_width, width), min(top + crop_height, height))
-    resized = image.resize(bucket.size, Image.Resampling.LANCZOS, box=box)
-    return resized, ["upscaled"] if scale > 1 else []
+    return cover(image, bucket.size), ["upscaled"] if scale > 1 else []
 
 
 def encode(image: Image.Image, encoding: str, quality: int) -> bytes:

@@ -33,12 +33,7 @@ def canvas(picture: Image.Image, height: int, width: int, name: str = "image") -
     picture, notes = upright_rgb(picture, name)
     if picture.size != (width, height):
         notes.append(f"{name}: {picture.width}x{picture.height} brought to {width}x{height}")
-        scale = max(width / picture.width, height / picture.height)
-        cut_width, cut_height = width / scale, height / scale
-        left, top = (picture.width - cut_width) / 2, (picture.height - cut_height) / 2
-        box = (left, top, left + cut_width, top + cut_height)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    return picture, notes
+    return images.cover(picture, (width, height)), notes
 
 
 def upright_rgb(picture: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
