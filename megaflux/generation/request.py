@@ -138,6 +138,11 @@ class ConditionRequest:
     """Which model reads the prompt: qwen or t5."""
     reference_tokens: int | None = None
     """Most image tokens of each reference. None: as trained."""
+    as_released: bool = False
+    """Prepare pictures, and a ControlNet's tokens, as the released tool does (release.py)."""
+    control_reads: Image.Image | None = None
+    """With as_released: the picture whose tokens a ControlNet is given instead of the references'; None: it is given
+    the references'."""
 
 
 @dataclass(frozen=True)

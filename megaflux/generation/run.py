@@ -198,6 +198,7 @@ def run(
             batch_size=job.batch_size,
             callback_on_step_end=after_step,
             attention_map=job.attention_map,
+            release_compatible=job.release_compatible,
         ),
     )
     notes = [*opened.notes, *detectors.notes, *output.notes]

@@ -189,6 +189,8 @@ def load(sources: str | dict[str, str], models: Models, device: torch.device, dt
 
 def not_honoured(encoded: Encoded, weighting: Weighting) -> list[str]:
     """Notes about token weights that a ControlNet ignores: diffusers gives its blocks no attention bias."""
+    if encoded.control is not None:  # it is not given the references' tokens at all, as `encode` notes
+        return []
     weighted = any(((r.weights > 0) & (r.weights != 1)).any() or r.strength != 1 for r in encoded.references)
     weighted = weighted or (weighting.preserve_mass and weighting.variety > 0)
     note = "the ControlNet itself sees the tokens that are left without their weights; FLUX sees both"
