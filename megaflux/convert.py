@@ -4,7 +4,8 @@
     SRC/qwen2-vl/   Qwen2-VL and its processor; connector.pt (linear.weight, linear.bias); t5_embedder.pt (weight, bias)
 
 becomes the layout of generation/layout.py, and a folder of that layout becomes the authors'. Every part is loaded once,
-strictly, as a check, and then copied as files, so that all tensors keep their bits. `.pt` files are read with
+strictly, as a check, and then copied as files, so that all tensors keep their bits. Only the scheduler's shift is changed, to
+the 1 that the released tool forces. `.pt` files are read with
 weights_only=True. The folder is written under a temporary name and renamed when it is complete.
 """
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # heavy to import; the functions that need it import it thems
     from torch import Tensor, nn
 
 CONNECTOR_PT, T5_EMBEDDER_PT = "connector.pt", "t5_embedder.pt"
+SCHEDULER_CONFIG = "scheduler_config.json"
 # {folder of the release's flux/: folder of an export}
 FLUX_PARTS = {"transformer": "transformer", "vae": "vae", "scheduler": "scheduler"}
 CLIP_PARTS = {"text_encoder": "text_encoder_clip", "tokenizer": "tokenizer_clip"}
@@ -75,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--flux: is for converting an export; leave it out")
     for note in from_release(source, out):
         print(note)
-    print(f"{out}: give it as --checkpoint to python -m megaflux.infer")
+    print(
+        f"{out}: give it as --checkpoint to python -m megaflux.infer; with --release-compatible it does as the released tool"
+    )
     return 0
 
 
@@ -117,6 +121,7 @@ def from_release(source: Path, out: Path) -> list[str]:
         parts = FLUX_PARTS | CLIP_PARTS | (T5_PARTS if encoder else {})
         for name, ours in parts.items():
             copy(flux / name, partial / ours)
+        without_shift(partial / FLUX_PARTS["scheduler"] / SCHEDULER_CONFIG)
         copy(qwen, partial / "text_encoder", leave=(CONNECTOR_PT, T5_EMBEDDER_PT))
         name_architecture(partial / "text_encoder/config.json")
         write_linear(connector, partial / CONNECTOR)
@@ -219,6 +224,14 @@ def name_architecture(config: Path) -> None:
     if content.get("architectures") not in (["Qwen2VLForConditionalGeneration"], ["Qwen2VLModel"]):
         content["architectures"] = ["Qwen2VLForConditionalGeneration"]
         config.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def without_shift(config: Path) -> None:
+    """Set a scheduler's shift to 1, as the released tool does after it has read the file. Dynamic shifting stays on where it
+    is on, as in FLUX.1-dev, and then ignores the shift."""
+    content = json.loads(config.read_text())
+    content["shift"] = 1.0
+    config.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def copy(source: Path, out: Path, leave: Sequence[str] = ()) -> None:

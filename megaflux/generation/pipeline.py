@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 from megaflux.common.errors import UserError
+from megaflux.data.images import upright
 from megaflux.generation import release
 from megaflux.generation.condition import (
     Encoded,
@@ -347,7 +348,7 @@ class Qwen2VLFluxPipeline:
     def _size(self, height: int | None, width: int | None, image: Image.Image | None) -> tuple[int, int]:
         """(height, width) in px, with what is None taken from the image or the longest side of training."""
         side = self.settings.longest_side
-        own = (side, side) if image is None else matched_size(image, side)
+        own = (side, side) if image is None else matched_size(upright(image), side)
         return own[0] if height is None else height, own[1] if width is None else width
 
     def _control(self, maps: ControlMaps | None, size: tuple[int, int], notes: list[str]) -> Control | None:
@@ -419,7 +420,8 @@ def _start(
     height, width = size
     mask = None
     if mask_image is not None:
-        mask = read_mask(mask_image, image.size)  # judged at the picture's own size
+        # judged at the picture's own size, both as they are seen
+        mask = read_mask(upright(mask_image), upright(image).size, notes)
         if mask.size != (width, height):
             mask = canvas(mask.convert("RGB"), height, width, "mask")[0].convert("L")
             mask = mask.point(lambda value: 255 if value >= 128 else 0)

@@ -166,7 +166,8 @@ def run(
     detectors = detectors or Detectors(Sources(), pipeline.device)
     detectors.notes.clear()  # of an earlier job
     image = opened[job.image] if job.image is not None else None
-    mask = _mask(job, opened, image, detectors)
+    notes = list(opened.notes)
+    mask = _mask(job, opened, image, detectors, notes)
     maps = _control_maps(job, opened, image, detectors)
 
     def after_step(*_: Any) -> dict[str, Any]:
@@ -201,19 +202,21 @@ def run(
             release_compatible=job.release_compatible,
         ),
     )
-    notes = [*opened.notes, *detectors.notes, *output.notes]
+    notes += [*detectors.notes, *output.notes]
     return Result(job, output.images, output, [opened[r] for r in job.references], image, mask, maps, notes)
 
 
-def _mask(job: Job, opened: Opened, image: Image.Image | None, detectors: Detectors) -> Image.Image | None:
-    """The job's mask, of the image's size: mode L, 255 where it is repainted."""
+def _mask(
+    job: Job, opened: Opened, image: Image.Image | None, detectors: Detectors, notes: list[str]
+) -> Image.Image | None:
+    """The job's mask, of the image's size: mode L, 255 where it is repainted. Adds to `notes`."""
     from megaflux.generation.control.detectors import read_mask
 
     if image is None:
         return None
     if job.mask_points:
         return detectors.mask(image, job.mask_points)
-    return read_mask(opened.masks[job.mask.sha256], image.size) if job.mask is not None else None
+    return read_mask(opened.masks[job.mask.sha256], image.size, notes) if job.mask is not None else None
 
 
 def _control_maps(job: Job, opened: Opened, image: Image.Image | None, detectors: Detectors) -> dict[str, Image.Image]:

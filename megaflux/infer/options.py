@@ -83,7 +83,7 @@ def _add_job_options(add: Callable[..., Any]) -> None:
         metavar="IMG",
         help="where img2img, inpaint and control begin (default: the first reference)",
     )
-    add("--mask", type=path_option, metavar="IMG", help="inpaint: white is painted anew; of the image's size")
+    add("--mask", type=path_option, metavar="IMG", help="inpaint: white is painted anew")
     add(
         "--mask-point",
         action="append",

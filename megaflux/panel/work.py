@@ -99,18 +99,13 @@ class Work:
         return _scaled(shrunk(stored.file, stored.sha256).size, VIEW_SIDE)
 
     def begin_view(self, session: Session) -> Image.Image | None:
-        """The start image with the repainted part in red, and its points. UserError for a mask of another size."""
+        """The start image with the repainted part in red, and its points."""
         if session.begin is None:
             return None
         picture = shrunk(session.begin.file, session.begin.sha256)
         picture = picture.resize(self.view_size(session.begin), Image.Resampling.LANCZOS)
         mask = disc_mask(session.discs, picture.size) if session.discs else None
         if session.mask is not None:
-            if session.mask.size != session.begin.size:
-                raise UserError(
-                    f"mask {session.mask.name}: {_by(session.mask.size)} px, the start image has "
-                    f"{_by(session.begin.size)}; give a mask of the same size"
-                )
             mask = shrunk(session.mask.file, session.mask.sha256).convert("L").resize(picture.size)
             mask = mask.point(lambda value: 255 if value >= 128 else 0)
         if mask is not None:
@@ -231,7 +226,3 @@ def ring(picture: Image.Image, dot: Dot) -> None:
 
 def _number(value: float | None, otherwise: float) -> float:
     return otherwise if value is None else value
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]} × {size[1]}"
