@@ -14,7 +14,9 @@ from megaflux.common.errors import one_line
 from megaflux.data.buckets import Bucket
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns up to twice as many; more are refused here
-MAX_ASPECT = 4.0  # beyond it a crop to the widest usual canvas (2.35:1, 1:2) would keep less than half
+MAX_ASPECT = (
+    4.0  # of training pictures; beyond it a crop to the widest usual canvas (2.35:1, 1:2) would keep less than half
+)
 MIN_SIDE = 16  # px; below it there is nothing to learn from, whatever the upscaling
 ENCODINGS = ("png", "jpeg", "webp")
 
@@ -26,7 +28,7 @@ REASONS = {
     "not_an_image": "not an image in a known format",
     "damaged": "cut short or corrupted",
     "too_many_pixels": "more pixels than the limit",
-    "extreme_ratio": f"one side more than {MAX_ASPECT:g} times the other",
+    "extreme_ratio": "too long and narrow",
     "too_small": "would have to be enlarged",
     "missing_image": "a caption without an image",
     "bad_caption": "the caption is not UTF-8 text, or its JSON cannot be read",
@@ -48,29 +50,31 @@ class BadImage(Exception):
         return type(self), (self.reason, self.detail)
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, list[str]]:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = MAX_ASPECT) -> tuple[Image.Image, list[str]]:
     """Decode image bytes to an upright RGB picture on white.
 
     EXIF orientation is applied, CMYK converted, 16 bits rescaled to 8, transparency composited on white, and of several
     frames the first is taken. Returns the picture (mode RGB) and notes on what was done, each one of "first_frame",
     "rotated", "transparent", "rescaled".
 
-    Raises BadImage, with a reason of REASONS, when there is no usable picture in `data`. The header's number of pixels is
+    max_aspect: most times that one side may be the other. Raises BadImage, with a reason of REASONS, when there is no usable picture in `data`. The header's number of pixels is
     checked before anything of that size is allocated.
     """
     notes: list[str] = []
-    image = decode_raw(data, max_pixels, notes)
+    image = decode_raw(data, max_pixels, notes, max_aspect)
     return to_rgb(image, notes), notes
 
 
-def decode_raw(data: bytes, max_pixels: int = MAX_PIXELS, notes: list[str] | None = None) -> Image.Image:
+def decode_raw(
+    data: bytes, max_pixels: int = MAX_PIXELS, notes: list[str] | None = None, max_aspect: float = MAX_ASPECT
+) -> Image.Image:
     """Decode image bytes to a picture as it is stored, in its own mode and not turned. Of several frames the first is
     taken, and noted in `notes`. Raises BadImage as `decode` does."""
     if not data:
         raise BadImage("empty")
     notes = [] if notes is None else notes
     with strict_pillow(max_pixels):
-        image = _open(data, max_pixels)
+        image = _open(data, max_pixels, max_aspect)
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a still and its preview
             notes.append("first_frame")
         try:
@@ -160,7 +164,7 @@ def strict_pillow(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
+def _open(data: bytes, max_pixels: int, max_aspect: float) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -172,8 +176,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise BadImage("too_many_pixels", f"{width}x{height}, the limit is {max_pixels} pixels")
-    if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadImage("extreme_ratio", f"{width}x{height}")
+    if min(width, height) < 1 or max(width, height) > max_aspect * min(width, height):
+        raise BadImage("extreme_ratio", f"{width}x{height}, at most {max_aspect:g}:1 is taken")
     return image
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from megaflux.common.errors import UserError
 from megaflux.generation.job import Input, Job
-from megaflux.generation.request import Reference, matched_size, output_size, pictures_at_once
+from megaflux.generation.request import MAX_ASPECT, Reference, matched_size, output_size, pictures_at_once
 
 if TYPE_CHECKING:  # torch and PIL take seconds to import, and a command line has to answer at once
     from PIL import Image
@@ -117,8 +117,8 @@ def _decoded(data: bytes, where: str, as_mask: bool) -> tuple[Image.Image, list[
 
     try:
         if as_mask:
-            return upright(decode_raw(data)), []
-        picture, notes = decode(data)
+            return upright(decode_raw(data, max_aspect=MAX_ASPECT)), []
+        picture, notes = decode(data, max_aspect=MAX_ASPECT)
     except BadImage as error:
         detail = f" ({error.detail})" if error.detail else ""
         raise UserError(f"{where}: {REASONS[error.reason]}{detail}; give another picture") from None

@@ -21,7 +21,7 @@ from megaflux.generation.condition import ReferenceTokens, t5_limits, token_weig
 from megaflux.generation.dots import griddot
 from megaflux.generation.dots.dots import Dot, Weighting
 from megaflux.generation.dots.heat_map import heat_map
-from megaflux.generation.request import check_weighting
+from megaflux.generation.request import MAX_ASPECT, check_weighting, reference_size
 from megaflux.generation.run import Result, read_inputs, run, steps_taken
 from megaflux.infer.load import Loaded
 from megaflux.infer.make import Written, write
@@ -49,9 +49,7 @@ class Work:
         """(rows, columns) of a reference's tokens before downsampling, as `condition.encode` makes them. UserError where the
         image processor refuses the size."""
         trunk, settings = self.loaded.pipeline.models.trunk, self.loaded.pipeline.settings
-        width, height = reference.size
-        scale = min(1.0, settings.longest_side / max(width, height))
-        height, width = (max(1, round(side * scale)) for side in (height, width))
+        width, height = reference_size(reference.size, settings.longest_side, form.release_compatible)
         reader = form.text_encoder or settings.text_encoders[0]
         limits = t5_limits(trunk) if reader == "t5" and form.prompt.strip() else None
         try:
@@ -195,7 +193,7 @@ def shrunk(file: str, sha256: str) -> Image.Image:
     """A stored picture of at most VIEW_SIDE px, cached, because dragging a slider must not decode 20 megapixels each time.
     sha256: tells a file that has changed from the cached one."""
     try:
-        picture, _ = decode(Path(file).read_bytes())
+        picture, _ = decode(Path(file).read_bytes(), max_aspect=MAX_ASPECT)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; give it again") from None
     return picture.resize(_scaled(picture.size, min(VIEW_SIDE, max(picture.size))), Image.Resampling.LANCZOS)
