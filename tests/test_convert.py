@@ -12,6 +12,7 @@ import torch
 
 from megaflux.common import compat  # noqa: F401  (before diffusers and transformers)
 from diffusers import FluxControlNetModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -109,6 +110,7 @@ def test_a_converted_release_is_its_parts(release, pipeline):
     assert settings.text_encoders == ("t5",) and settings.sizes == "release" and settings.guidance == 3.5
     assert (settings.vlm_min_tokens, settings.vlm_max_tokens) == (512, 512)
     assert pipeline.source["released"] == "qwen2vl-flux"
+    assert pipeline.models.scheduler.config.shift == 1.0  # the folder's is 3, and the released tool sets it
     # the reference has about 512 tokens alone and 256 beside a T5 prompt, whatever its size
     for size in ((64, 64), (1500, 1000)):
         (alone,) = pipeline.encode_all([Reference(picture(*size))]).references
@@ -213,6 +215,18 @@ def test_the_prompt_matters_and_is_cut_at_256(pipeline, converted, tmp_path, cap
     assert (tmp_path / "again/cat-seed0.png").read_bytes()[-200:] == (tmp_path / "out/cat-seed0.png").read_bytes()[
         -200:
     ]
+    # as the release: without a reference the image is one, also beside a prompt; stored, and so replayed
+    picture(600, 60).save(tmp_path / "wide.png")
+    released = ["--image", str(tmp_path / "wide.png"), "--release-compatible", *arguments[:2], *arguments[4:]]
+    assert infer.main(released) == 0
+    file = tmp_path / "out/wide-seed0.png"
+    job = json.loads(Image.open(file).text["megaflux"])["job"]
+    assert job["release_compatible"] and [Path(r["file"]).name for r in job["references"]] == ["wide.png"]
+    assert infer.main(["--from-image", str(file), "--out", str(tmp_path / "again")]) == 0
+    again = ["--from-image", str(file), "--no-release-compatible", "--out", str(tmp_path / "plain")]
+    assert infer.main(again) == 0
+    pixels = [Image.open(tmp_path / folder / "wide-seed0.png").tobytes() for folder in ("out", "again", "plain")]
+    assert pixels[0] == pixels[1] != pixels[2]
     capsys.readouterr()
     assert infer.main([*arguments, "--dry-run"]) == 0
     assert "T5" in capsys.readouterr().out
@@ -293,6 +307,19 @@ def test_release_compatible_latents_are_the_releases(pipeline, by_hand, union, c
     assert (made.images - want).abs().max() < 1e-5 * scale
     if with_control and prompt:
         assert (plain - want).abs().max() > 1e-3 * scale
+
+
+def test_release_compatible_forces_shift_1(pipeline):
+    """Also on an export that was converted before convert wrote it."""
+    given = {"height": 32, "width": 32, "num_inference_steps": 3, "output_type": "latent"}
+    want, own = pipeline(picture(64, 64), **given, release_compatible=True).images, pipeline.models.scheduler
+    pipeline.models.scheduler = type(own).from_config(own.config, shift=3.0)
+    try:
+        assert torch.equal(pipeline(picture(64, 64), **given, release_compatible=True).images, want)
+        asked = pipeline(picture(64, 64), **given, release_compatible=True, shift=3.0).images
+        assert not torch.equal(asked, want) and not torch.equal(pipeline(picture(64, 64), **given).images, want)
+    finally:
+        pipeline.models.scheduler = own
 
 
 def test_release_compatible_control_from_noise_reads_t5(pipeline, union):
