@@ -272,8 +272,8 @@ def test_release_compatible_tokens_are_the_releases(pipeline, by_hand, prompt, s
 
 
 CASES = {
-    "reference, image and prompt": (picture(300, 200, seed=3), "a red fox"),
-    "reference and image": (picture(300, 200, seed=3), ""),
+    "reference, image and prompt": (picture(300, 140, seed=3), "a red fox"),
+    "reference and image": (picture(300, 140, seed=3), ""),
     "image and prompt": (None, "a red fox"),
 }
 

@@ -643,11 +643,7 @@ def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_pa
 def test_bad_input_is_one_line_and_writes_nothing(run_folder, files, tmp_path, arguments, said, controlnet_folder):  # noqa: F811
     Image.new("L", (64, 48)).save(tmp_path / "black.png")
     (tmp_path / "deep.json").write_text("[" * 200_000)
-    extra = {
-        "deep": str(tmp_path / "deep.json"),
-        "black": str(tmp_path / "black.png"),
-        "net": str(controlnet_folder),
-    }
+    extra = {"deep": str(tmp_path / "deep.json"), "black": str(tmp_path / "black.png"), "net": str(controlnet_folder)}
     given = [a.format(**files, **extra) if "{" in a else a for a in arguments]
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=said) as caught:
