@@ -41,7 +41,6 @@ if TYPE_CHECKING:  # heavy to import; the functions that need it import it thems
     from torch import Tensor, nn
 
 CONNECTOR_PT, T5_EMBEDDER_PT = "connector.pt", "t5_embedder.pt"
-SCHEDULER_CONFIG = "scheduler_config.json"
 # {folder of the release's flux/: folder of an export}
 FLUX_PARTS = {"transformer": "transformer", "vae": "vae", "scheduler": "scheduler"}
 CLIP_PARTS = {"text_encoder": "text_encoder_clip", "tokenizer": "tokenizer_clip"}
@@ -121,9 +120,9 @@ def from_release(source: Path, out: Path) -> list[str]:
         parts = FLUX_PARTS | CLIP_PARTS | (T5_PARTS if encoder else {})
         for name, ours in parts.items():
             copy(flux / name, partial / ours)
-        without_shift(partial / FLUX_PARTS["scheduler"] / SCHEDULER_CONFIG)
         copy(qwen, partial / "text_encoder", leave=(CONNECTOR_PT, T5_EMBEDDER_PT))
         name_architecture(partial / "text_encoder/config.json")
+        fix_shift(partial / "scheduler/scheduler_config.json")
         write_linear(connector, partial / CONNECTOR)
         if t5_embedder is not None:
             write_linear(t5_embedder, partial / T5_EMBEDDER)
@@ -226,12 +225,11 @@ def name_architecture(config: Path) -> None:
         config.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def without_shift(config: Path) -> None:
-    """Set a scheduler's shift to 1, as the released tool does after it has read the file. Dynamic shifting stays on where it
-    is on, as in FLUX.1-dev, and then ignores the shift."""
+def fix_shift(config: Path) -> None:
+    """Set a scheduler's `shift` to 1, as the release does when it loads one; with dynamic shifting nothing reads it."""
     content = json.loads(config.read_text())
-    content["shift"] = 1.0
-    config.write_text(json.dumps(content, indent=2) + "\n")
+    if content.get("shift") != 1:
+        config.write_text(json.dumps(content | {"shift": 1.0}, indent=2) + "\n")
 
 
 def copy(source: Path, out: Path, leave: Sequence[str] = ()) -> None:
