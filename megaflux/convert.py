@@ -4,7 +4,8 @@
     SRC/qwen2-vl/   Qwen2-VL and its processor; connector.pt (linear.weight, linear.bias); t5_embedder.pt (weight, bias)
 
 becomes the layout of generation/layout.py, and a folder of that layout becomes the authors'. Every part is loaded once,
-strictly, as a check, and then copied as files, so that all tensors keep their bits. `.pt` files are read with
+strictly, as a check, and then copied as files, so that all tensors keep their bits. Only the scheduler's shift is changed, to
+the 1 that the released tool forces. `.pt` files are read with
 weights_only=True. The folder is written under a temporary name and renamed when it is complete.
 """
 
@@ -76,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--flux: is for converting an export; leave it out")
     for note in from_release(source, out):
         print(note)
-    print(f"{out}: give it as --checkpoint to python -m megaflux.infer")
+    print(
+        f"{out}: give it as --checkpoint to python -m megaflux.infer; with --release-compatible it does as the released tool"
+    )
     return 0
 
 

@@ -12,14 +12,16 @@ import torch
 
 from megaflux.common import compat  # noqa: F401  (before diffusers and transformers)
 from diffusers import FluxControlNetModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from megaflux.infer import __main__ as infer
 from megaflux import Qwen2VLFluxPipeline, Reference, convert
 from megaflux.common.errors import UserError
-from megaflux.generation.condition import prompt_embeds
-from megaflux.generation.dots.dots import NEUTRAL
+from megaflux.generation.condition import encode, prompt_embeds
+from megaflux.generation.dots.dots import NEUTRAL, Weighting
+from megaflux.generation.request import ConditionRequest
 from megaflux.models.latents import image_ids, text_ids
 from megaflux.models.pretrained import load_vlm
 from megaflux.models.vlm_folder import open_vlm, rewrite_as_published
@@ -28,6 +30,7 @@ from megaflux.runs import load_pipeline
 from tests import forked
 from tests.conftest import picture
 from tests.models.test_vlm_folder import edit, flat_config, template_in_json, transformers_5
+from tests.release_by_hand import ByHand
 
 JOINT, WIDTH, HIDDEN = 24, 32, 32
 
@@ -127,6 +130,7 @@ def test_a_converted_release_is_its_parts(release, pipeline):
     assert settings.text_encoders == ("t5",) and settings.sizes == "release" and settings.guidance == 3.5
     assert (settings.vlm_min_tokens, settings.vlm_max_tokens) == (512, 512)
     assert pipeline.source["released"] == "qwen2vl-flux"
+    assert pipeline.models.scheduler.config.shift == 1.0  # the folder's is 3, and the released tool sets it
     # the reference has about 512 tokens alone and 256 beside a T5 prompt, whatever its size
     for size in ((64, 64), (1500, 1000)):
         (alone,) = pipeline.encode_all([Reference(picture(*size))]).references
@@ -231,6 +235,18 @@ def test_the_prompt_matters_and_is_cut_at_256(pipeline, converted, tmp_path, cap
     assert (tmp_path / "again/cat-seed0.png").read_bytes()[-200:] == (tmp_path / "out/cat-seed0.png").read_bytes()[
         -200:
     ]
+    # as the release: without a reference the image is one, also beside a prompt; stored, and so replayed
+    picture(600, 60).save(tmp_path / "wide.png")
+    released = ["--image", str(tmp_path / "wide.png"), "--release-compatible", *arguments[:2], *arguments[4:]]
+    assert infer.main(released) == 0
+    file = tmp_path / "out/wide-seed0.png"
+    job = json.loads(Image.open(file).text["megaflux"])["job"]
+    assert job["release_compatible"] and [Path(r["file"]).name for r in job["references"]] == ["wide.png"]
+    assert infer.main(["--from-image", str(file), "--out", str(tmp_path / "again")]) == 0
+    again = ["--from-image", str(file), "--no-release-compatible", "--out", str(tmp_path / "plain")]
+    assert infer.main(again) == 0
+    pixels = [Image.open(tmp_path / folder / "wide-seed0.png").tobytes() for folder in ("out", "again", "plain")]
+    assert pixels[0] == pixels[1] != pixels[2]
     capsys.readouterr()
     assert infer.main([*arguments, "--dry-run"]) == 0
     assert "T5" in capsys.readouterr().out
@@ -238,16 +254,121 @@ def test_the_prompt_matters_and_is_cut_at_256(pipeline, converted, tmp_path, cap
     assert only.tobytes() != fox.images[0].tobytes()
 
 
-@pytest.mark.parametrize("kernels", [True, False])
-def test_a_controlnet_sees_the_image_tokens_alone(pipeline, small_config, tmp_path, kernels):
+@pytest.fixture(scope="module")
+def by_hand(release) -> ByHand:
+    return ByHand(release)
+
+
+@pytest.fixture(scope="module")
+def union(small_config, tmp_path_factory) -> Path:
+    """A tiny ControlNet-Union, every weight random."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
         net = FluxControlNetModel(**small_config.model.flux_config, num_mode=10)
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.copy_(0.3 * torch.randn_like(parameter))
-    net.save_pretrained(tmp_path / "net")
-    pipeline.load_controlnet(str(tmp_path / "net"))
+    folder = tmp_path_factory.mktemp("union") / "net"
+    net.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sizes"), [("", [(1500, 1000), (4000, 1000), (2400, 300)]), ("a red fox", [(64, 64), (1030, 500)])]
+)
+def test_release_compatible_tokens_are_the_releases(pipeline, by_hand, prompt, sizes):
+    """Its image processor, and no shrinking beforehand: of any size and shape, also beyond 4:1."""
+    for size in sizes:
+        shown, differences = Reference(picture(*size)), []
+        want = by_hand.image_tokens(shown.image, 256 if prompt else 512)
+        for as_released in (True, False):
+            request = ConditionRequest([shown], prompt, text_encoder="t5", as_released=as_released)
+            (tokens,) = encode(pipeline.models, 1024, request).references
+            same = tokens.hidden_states.shape == want.shape
+            differences.append((tokens.hidden_states - want).abs().max() / want.abs().max() if same else np.inf)
+        assert differences[0] < 1e-5
+        if max(size) > 1024:  # as documented; beyond about 2.6:1 the grid is another one
+            assert differences[1] > 1e-3
+
+
+CASES = {
+    "reference, image and prompt": (picture(300, 140, seed=3), "a red fox"),
+    "reference and image": (picture(300, 140, seed=3), ""),
+    "image and prompt": (None, "a red fox"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("with_control", [False, True])
+def test_release_compatible_latents_are_the_releases(pipeline, by_hand, union, case, with_control):
+    reference, prompt = CASES[case]
+    image, line, depth = picture(48, 32, seed=4), picture(48, 32, seed=5), picture(48, 32, seed=6)
+    given = {"image": image, "strength": 0.7, "num_inference_steps": 4, "height": 32, "width": 48, "seed": 5}
+    maps = []
+    pipeline.load_controlnet(str(union))
+    if with_control:
+        given |= {
+            "control_image": [line, depth],
+            "control_mode": ["line", "depth"],
+            "controlnet_conditioning_scale": [0.4, 0.2],
+        }
+        net = pipeline.controlnet.nets[""]
+        maps = [(net, line, 0, 0.4), (net, depth, 2, 0.2)]
+    try:
+        made = pipeline(reference, prompt, **given, release_compatible=True, output_type="latent")
+        # beside a T5 prompt alone, a union has nothing to read by default
+        plain = pipeline(reference or image, prompt, **given, output_type="latent").images
+        pooled = pipeline.models.pooled_projections
+        want = by_hand.sample(reference or image, prompt, image, maps, 0.7, 4, 5, pooled)
+    finally:
+        pipeline.controlnet = None
+    assert made.images.shape == want.shape and made.images.dtype == torch.float64
+    scale = max(1.0, float(want.abs().max()))
+    assert (made.images - want).abs().max() < 1e-5 * scale
+    if with_control and prompt:
+        assert (plain - want).abs().max() > 1e-3 * scale
+
+
+def test_release_compatible_forces_shift_1(pipeline):
+    """Also on an export that was converted before convert wrote it."""
+    given = {"height": 32, "width": 32, "num_inference_steps": 3, "output_type": "latent"}
+    want, own = pipeline(picture(64, 64), **given, release_compatible=True).images, pipeline.models.scheduler
+    pipeline.models.scheduler = type(own).from_config(own.config, shift=3.0)
+    try:
+        assert torch.equal(pipeline(picture(64, 64), **given, release_compatible=True).images, want)
+        asked = pipeline(picture(64, 64), **given, release_compatible=True, shift=3.0).images
+        assert not torch.equal(asked, want) and not torch.equal(pipeline(picture(64, 64), **given).images, want)
+    finally:
+        pipeline.models.scheduler = own
+
+
+def test_release_compatible_control_from_noise_reads_t5(pipeline, union):
+    """Without an image to read, the net is given the reference's tokens, and T5's, in batches too."""
+    net = pipeline.load_controlnet(str(union)).controlnet.nets[""]
+    seen, block = [], net.transformer_blocks[0]
+    hook = block.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["encoder_hidden_states"].shape[:2]), with_kwargs=True
+    )
+    common = {"height": 32, "width": 32, "num_inference_steps": 1, "control_image": picture(32, 32), "control_mode": 0}
+    try:
+        for reference, drop in ((picture(64, 64), 0.25), (None, 0.0)):
+            n = 0
+            if reference is not None:
+                (tokens,) = pipeline.encode_all([Reference(reference)], "at night").references
+                n = tokens.weights.numel() - int(drop * tokens.weights.numel())
+            weighting = Weighting(variety=drop)
+            more = {"num_images_per_prompt": 2, "batch_size": 2, "release_compatible": True, "weighting": weighting}
+            made = pipeline(reference, "at night", **common, **more).images
+            assert seen == [(2, 1 + n + 256)] and made[0].tobytes() != made[1].tobytes()
+            seen.clear()
+    finally:
+        hook.remove()
+        pipeline.controlnet = None
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_controlnet_sees_the_image_tokens_alone(pipeline, union, kernels):
+    pipeline.load_controlnet(str(union))
     loaded, seen = pipeline.controlnet.nets[""], []
     real = loaded.context_embedder.forward
     loaded.context_embedder.forward = lambda x: seen.append(x.shape[1]) or real(x)

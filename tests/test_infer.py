@@ -186,7 +186,7 @@ def test_bad_input_is_one_line_before_any_model(run_folder, cat, tmp_path, no_mo
         ("empty.png", b"", "no bytes"),
         ("page.jpg", b"<!doctype html><html></html>", "not an image"),
         ("bomb.png", bomb(), "pixels"),
-        ("thin.png", None, "more than 4 times"),
+        ("thin.png", None, "too long and narrow"),
         ("cut.png", ..., "cut short"),
     ],
 )

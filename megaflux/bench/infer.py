@@ -145,7 +145,8 @@ def random_controlnet(pipeline: Qwen2VLFluxPipeline) -> ControlNets:
         num_single_layers=min(10, config["num_single_layers"]),
         num_mode=10,
     )
-    nets = ControlNets({"": net.requires_grad_(False).eval()})
+    num_blocks = config["num_layers"], config["num_single_layers"]
+    nets = ControlNets({"": net.requires_grad_(False).eval()}, num_blocks)
     nets.to(pipeline.device, pipeline.dtype)
     return nets
 

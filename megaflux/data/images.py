@@ -18,7 +18,7 @@ from megaflux.data import icc, png
 from megaflux.data.buckets import Bucket
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns up to twice as many; more are refused here
-MAX_ASPECT = 4.0  # beyond it a crop to the widest usual canvas (2.35:1, 1:2) would keep less than half
+MAX_ASPECT = 4.0  # of training pictures; beyond it a crop to the widest usual canvas would keep less than half
 MIN_SIDE = 16  # px; below it there is nothing to learn from, whatever the upscaling
 ENCODINGS = ("png", "jpeg", "webp")
 
@@ -30,7 +30,7 @@ REASONS = {
     "not_an_image": "not an image in a known format",
     "damaged": "cut short or corrupted",
     "too_many_pixels": "more pixels than the limit",
-    "extreme_ratio": f"one side more than {MAX_ASPECT:g} times the other",
+    "extreme_ratio": "too long and narrow",
     "too_small": "would have to be enlarged",
     "missing_image": "a caption without an image",
     "extra_image": "another image of the same sample is used",
@@ -52,41 +52,44 @@ class BadImage(Exception):
         return type(self), (self.reason, self.detail)
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, list[str]]:
-    """Decode image bytes to an upright RGB picture on white.
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = MAX_ASPECT) -> tuple[Image.Image, list[str]]:
+    """Decode image bytes to an upright picture in sRGB on white.
 
-    EXIF orientation is applied, CMYK converted, 16 bits rescaled to 8, transparency composited on white, and of several
-    frames the first is taken. Returns the picture (mode RGB) and notes on what was done, each one of "first_frame",
-    "rotated", "transparent", "rescaled".
+    EXIF orientation is applied, an ICC profile too, CMYK converted, 16 bits rescaled to 8, transparency composited on
+    white, and of several frames the first is taken. Returns the picture (mode RGB) and notes on what was done, each one
+    of "first_frame", "rotated", "transparent", "rescaled", "icc_profile" (converted by it), "icc_invalid" (ignored),
+    "metadata_dropped" (too large or damaged).
 
-    Raises BadImage, with a reason of REASONS, when there is no usable picture in `data`. The header's number of pixels is
-    checked before anything of that size is allocated.
+    max_aspect: most times that one side may be the other. Raises BadImage, with a reason of REASONS, when there is no
+    usable picture in `data`. The header's number of pixels is checked before anything of that size is allocated.
     """
     notes: list[str] = []
-    image = decode_raw(data, max_pixels, notes)
+    image = decode_raw(data, max_pixels, notes, max_aspect)
     return to_rgb(image, notes), notes
 
 
-def decode_raw(data: bytes, max_pixels: int = MAX_PIXELS, notes: list[str] | None = None) -> Image.Image:
+def decode_raw(
+    data: bytes, max_pixels: int = MAX_PIXELS, notes: list[str] | None = None, max_aspect: float = MAX_ASPECT
+) -> Image.Image:
     """Decode image bytes to a picture as it is stored, in its own mode and not turned. Of several frames the first is
     taken, and noted in `notes`, as is that metadata were dropped. Raises BadImage as `decode` does."""
     if not data:
         raise BadImage("empty")
     notes = [] if notes is None else notes
     try:
-        return _decode_raw(data, max_pixels, notes)
+        return _decode_raw(data, max_pixels, max_aspect, notes)
     except BadImage as bad:
         # Pillow refuses a PNG for its text (over 1 MB), its profile or its animation, whose pixels are good.
         if bad.reason != "damaged" or (plain := png.without_metadata(data)) == data:
             raise
-    image = _decode_raw(plain, max_pixels, [])
+    image = _decode_raw(plain, max_pixels, max_aspect, [])
     notes[:] = ["metadata_dropped"]
     return image
 
 
-def _decode_raw(data: bytes, max_pixels: int, notes: list[str]) -> Image.Image:
+def _decode_raw(data: bytes, max_pixels: int, max_aspect: float, notes: list[str]) -> Image.Image:
     with strict_pillow(max_pixels):
-        image = _open(data, max_pixels)
+        image = _open(data, max_pixels, max_aspect)
         try:
             if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a still and its preview
                 notes.append("first_frame")
@@ -111,6 +114,24 @@ def to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     return _to_rgb(_upright(image, notes), notes)
 
 
+def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture, in its own mode, at exactly `size` (width, height): resized (Lanczos) to cover it and cropped around the
+    centre, in one resampling. The same picture if it has that size."""
+    if image.size == tuple(size):
+        return image
+    return image.resize(size, Image.Resampling.LANCZOS, box=crop_box(image.size, size))
+
+
+def crop_box(source: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom), in px of a picture of `source` (width, height): the largest part of it, around its centre,
+    that has the ratio of `size`. It lies within the picture, which Pillow demands, whatever the rounding."""
+    (width, height), (wanted_width, wanted_height) = source, size
+    scale = max(wanted_width / width, wanted_height / height)
+    crop_width, crop_height = wanted_width / scale, wanted_height / scale
+    left, top = (width - crop_width) / 2, (height - crop_height) / 2  # rounding can make it -1e-14
+    return max(left, 0.0), max(top, 0.0), min(left + crop_width, width), min(top + crop_height, height)
+
+
 def fit(image: Image.Image, bucket: Bucket, allow_upscale: bool = False) -> tuple[Image.Image, list[str]]:
     """Resize (Lanczos) to cover the bucket's canvas and crop around the centre.
 
@@ -123,12 +144,7 @@ def fit(image: Image.Image, bucket: Bucket, allow_upscale: bool = False) -> tupl
         raise BadImage("too_small", f"{width}x{height} for {bucket}")
     if (width, height) == bucket.size:
         return image, []
-    # The crop in the source's own coordinates, so that resizing and cropping are one resampling.
-    crop_width, crop_height = bucket.width / scale, bucket.height / scale
-    left, top = (width - crop_width) / 2, (height - crop_height) / 2
-    box = (max(left, 0.0), max(top, 0.0), min(left + crop_width, width), min(top + crop_height, height))
-    resized = image.resize(bucket.size, Image.Resampling.LANCZOS, box=box)
-    return resized, ["upscaled"] if scale > 1 else []
+    return cover(image, bucket.size), ["upscaled"] if scale > 1 else []
 
 
 def encode(image: Image.Image, encoding: str, quality: int) -> bytes:
@@ -163,7 +179,7 @@ def strict_pillow(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
+def _open(data: bytes, max_pixels: int, max_aspect: float) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -177,8 +193,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise BadImage("too_many_pixels", f"{width}x{height}, the limit is {max_pixels} pixels")
-    if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadImage("extreme_ratio", f"{width}x{height}")
+    if min(width, height) < 1 or max(width, height) > max_aspect * min(width, height):
+        raise BadImage("extreme_ratio", f"{width}x{height}, at most {max_aspect:g}:1 is taken")
     return image
 
 

@@ -6,7 +6,7 @@ a factor on its attention: log(weight) is added to the scores of its key. Tokens
 equivalent.
 
 Shapes: B batch, T condition tokens, n = H W tokens of a reference, m tokens of a caption, C width of a token,
-J width of T5's tokens.
+J width of T5's tokens, k image tokens that a ControlNet is given.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from megaflux.common.errors import UserError
+from megaflux.generation import release
 from megaflux.generation.dots import griddot
 from megaflux.generation.dots.dots import Weighting
 from megaflux.generation.inputs import reference_tensor
@@ -60,6 +62,20 @@ class Encoded:
     """Whether `references` and `text` are past FLUX's context_embedder."""
     notes: list[str] = field(default_factory=list)
     """What was done to the inputs, human-readable."""
+    as_released: bool = False
+    """Whether a ControlNet is given T5's tokens as well."""
+    control: Tensor | None = None
+    """(1, k, C): the image tokens that a ControlNet is given; None: the references'."""
+
+
+@dataclass(frozen=True)
+class ControlText:
+    """A ControlNet's own prompt_embeds, where it is not given FLUX's."""
+
+    tokens: Tensor
+    """(B, k + m, J)"""
+    num_own_tokens: int
+    """k: the first tokens are Qwen2-VL's; those from this index on are T5's."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,8 @@ class PromptEmbeds:
     """Whether the tokens are past FLUX's context_embedder."""
     num_own_tokens: int
     """The first tokens are Qwen2-VL's; those from this index on are T5's."""
+    control: ControlText | None = None
+    """What a ControlNet is given. None: the first num_own_tokens of prompt_embeds."""
 
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
@@ -82,7 +100,11 @@ class PromptEmbeds:
         if any(part.bias is not None for part in parts):
             bias = torch.cat([part._bias_or_zeros() for part in parts])
         tokens = torch.cat([part.prompt_embeds for part in parts])
-        return PromptEmbeds(tokens, bias, first.embedded, first.num_own_tokens)
+        control = first.control
+        if control is not None:
+            texts = [part.control.tokens for part in parts if part.control is not None]
+            control = ControlText(torch.cat(texts), control.num_own_tokens)
+        return PromptEmbeds(tokens, bias, first.embedded, first.num_own_tokens, control)
 
     def _bias_or_zeros(self) -> Tensor:
         if self.bias is not None:
@@ -100,8 +122,9 @@ class PromptEmbeds:
 def encode(models: Models, longest_side: int, request: ConditionRequest, embedded: bool = False) -> Encoded:
     """Run Qwen2-VL on each reference and the prompt, or T5 on the prompt.
 
-    longest_side: references are scaled down to it, in px. embedded: apply FLUX's context_embedder, too (megaflux's own
-    path only). UserError for an invalid request, one without reference and prompt, and T5 where the weights have none.
+    longest_side: references are scaled down to it, in px, unless the request is as_released. embedded: apply FLUX's
+    context_embedder, too (megaflux's own path only). UserError for an invalid request, one without reference and prompt,
+    and T5 where the weights have none.
     """
     check_condition(request)
     trunk, weighting, notes = models.trunk, request.weighting, []
@@ -124,17 +147,36 @@ def encode(models: Models, longest_side: int, request: ConditionRequest, embedde
             raise UserError("neither a reference nor a prompt; give at least one of them")
         text = models.trainable.encode_condition(trunk.encode(None, [qwen_prompt], "text"), embedded)
     limits = _token_limits(trunk, request.reference_tokens, t5 is not None)
-    for number, reference in enumerate(request.references, start=1):
-        name = reference_name(number, len(request.references))
-        pixel_values, scaled = reference_tensor(reference.image, longest_side, name)
-        notes += scaled
-        condition, grid = reference_condition(trunk, pixel_values, qwen_prompt if count else "", limits)
+
+    def see(picture: Image.Image, name: str) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """(image tokens (1, n, C), the prompt's tokens (1, m, C), grid) of a picture. Adds to `notes`."""
+        within = limits
+        if request.as_released:
+            pixel_values, within, changes = release.reference_pixels(picture, trunk, limits, name)
+        else:
+            pixel_values, changes = reference_tensor(picture, longest_side, name)
+        notes.extend(changes)
+        condition, grid = reference_condition(trunk, pixel_values, qwen_prompt if count else "", within)
         tokens = models.trainable.encode_condition(condition, embedded)
         own, caption = tokens.split([math.prod(grid), tokens.shape[1] - math.prod(grid)], dim=1)
+        return own, caption, grid
+
+    for number, reference in enumerate(request.references, start=1):
+        name = reference_name(number, len(request.references))
+        own, caption, grid = see(reference.image, name)
         if caption.shape[1] and text is None:
             text = caption
         references.append(_weighted(own, grid, reference, weighting, name))
-    return Encoded(references, text, t5, embedded, notes)
+    control = None
+    if request.control_reads is not None:
+        own, _, grid = see(request.control_reads, "image")
+        control = downsampled(own, grid, weighting.downsample)[0]
+        if len(references) == 1:  # the release gives both the shorter's number; it knows no second reference
+            shorter = min(control.shape[1], references[0].weights.numel())
+            references, control = [_cut(references[0], shorter)], control[:, :shorter]
+        if weighting.variety or any(reference.dots or reference.strength != 1 for reference in request.references):
+            notes.append("the ControlNet reads the image's own tokens: dots, strength and variety act on FLUX alone")
+    return Encoded(references, text, t5, embedded, notes, request.as_released, control)
 
 
 def _token_limits(trunk: Trunk, reference_tokens: int | None, beside_t5: bool) -> tuple[int, int] | None:
@@ -172,6 +214,14 @@ def _weighted(
     return ReferenceTokens(tokens, grid, weights, reference.strength)
 
 
+def _cut(reference: ReferenceTokens, count: int) -> ReferenceTokens:
+    """The reference with its first `count` tokens, in reading order: the others get weight 0, so they are left out.
+    UserError if no token is left."""
+    weights = reference.weights.flatten().clone()
+    weights[count:] = 0
+    return replace(reference, weights=griddot.check_weights(weights).view(reference.grid))
+
+
 def downsampled(tokens: Tensor, grid: tuple[int, int], factor: int) -> tuple[Tensor, tuple[int, int]]:
     """(tokens (1, H W, C) averaged over `factor` x `factor` cells of their grid, the new grid).
 
@@ -203,6 +253,7 @@ def prompt_embeds(
         tokens.append(encoded.text)
         weights.append(torch.ones(encoded.text.shape[1], dtype=torch.float64))
     num_own = sum(part.shape[1] for part in tokens)
+    control = _control_text(encoded, tokens) if encoded.as_released and not encoded.embedded else None
     if encoded.t5 is not None:
         t5 = encoded.t5
         if encoded.embedded:
@@ -211,8 +262,17 @@ def prompt_embeds(
             t5 = t5_embedder(t5)
         tokens.append(t5)
         weights.append(torch.ones(t5.shape[1], dtype=torch.float64))
-    bias = torch.cat(weights).log()[None].to(tokens[0].device)
-    return PromptEmbeds(torch.cat(tokens, dim=1), bias if bool((bias != 0).any()) else None, encoded.embedded, num_own)
+    log_weights = torch.cat(weights).log()[None].to(tokens[0].device)
+    bias = log_weights if bool((log_weights != 0).any()) else None
+    return PromptEmbeds(torch.cat(tokens, dim=1), bias, encoded.embedded, num_own, control)
+
+
+def _control_text(encoded: Encoded, own: Sequence[Tensor]) -> ControlText:
+    """What the released tool gives a ControlNet: image tokens, and T5's. own: FLUX's tokens of Qwen2-VL."""
+    if encoded.control is not None:
+        own = [encoded.control] if encoded.text is None else [encoded.control, encoded.text]
+    t5 = [] if encoded.t5 is None else [encoded.t5]
+    return ControlText(torch.cat([*own, *t5], dim=1), sum(part.shape[1] for part in own))
 
 
 def token_weights(reference: ReferenceTokens, weighting: Weighting, seed: int, number: int = 0) -> Tensor:

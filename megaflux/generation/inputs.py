@@ -8,6 +8,7 @@ from torch import Tensor
 from megaflux.common.errors import UserError
 from megaflux.data import images
 from megaflux.data.tensors import from_picture
+from megaflux.generation.request import MAX_ASPECT, reference_size
 
 
 def reference_tensor(picture: Image.Image, longest_side: int, name: str = "reference") -> tuple[Tensor, list[str]]:
@@ -17,9 +18,8 @@ def reference_tensor(picture: Image.Image, longest_side: int, name: str = "refer
     aspect ratio.
     """
     picture, notes = upright_rgb(picture, name)
-    scale = longest_side / max(picture.size)
-    if scale < 1:
-        width, height = (max(1, round(side * scale)) for side in picture.size)
+    width, height = reference_size(picture.size, longest_side)
+    if picture.size != (width, height):
         notes.append(f"{name}: {picture.width}x{picture.height} scaled down to {width}x{height}")
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     return from_picture(picture)[None], notes
@@ -33,18 +33,16 @@ def canvas(picture: Image.Image, height: int, width: int, name: str = "image") -
     picture, notes = upright_rgb(picture, name)
     if picture.size != (width, height):
         notes.append(f"{name}: {picture.width}x{picture.height} brought to {width}x{height}")
-        scale = max(width / picture.width, height / picture.height)
-        cut_width, cut_height = width / scale, height / scale
-        left, top = (picture.width - cut_width) / 2, (picture.height - cut_height) / 2
-        box = (left, top, left + cut_width, top + cut_height)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    return picture, notes
+    return images.cover(picture, (width, height)), notes
 
 
 def upright_rgb(picture: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
     """(picture: upright, RGB, on white; notes). UserError for an extreme aspect ratio."""
     notes: list[str] = []
     picture = images.to_rgb(picture, notes)
-    if max(picture.size) > images.MAX_ASPECT * min(picture.size):
-        raise UserError(f"{name}: {picture.width}x{picture.height}: {images.REASONS['extreme_ratio']}; crop it")
+    if max(picture.size) > MAX_ASPECT * min(picture.size):
+        raise UserError(
+            f"{name}: {picture.width}x{picture.height}: {images.REASONS['extreme_ratio']}, at most {MAX_ASPECT:g}:1 is "
+            "taken; crop it"
+        )
     return picture, notes

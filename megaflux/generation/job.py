@@ -121,6 +121,8 @@ class Job(Section):
     """Pictures made at once."""
     attention_map: bool = False
     """Also show where each picture attended in each reference."""
+    release_compatible: bool = False
+    """Prepare pictures, and a ControlNet's tokens, as the released tool of Qwen2VL-Flux does (release.py)."""
 
     @property
     def weighting(self) -> Weighting:
@@ -166,7 +168,7 @@ def check(job: Job, name_of: Names = plain_name, dots: Mapping[int, Sequence[Dot
     """The job with the image and the reference that its mode implies. UserError if its parts do not fit each other.
 
     img2img, inpaint and control start from the image, or else from the first reference. Without reference and prompt,
-    the image is the reference, too. dots: by index of these references, instead of those that they had. No file is
+    the image is the reference, too; with release_compatible, also beside a prompt. dots: by index of these references, instead of those that they had. No file is
     opened.
     """
     check_prompt(job.prompt)  # a replay's prompt comes from a file
@@ -251,8 +253,10 @@ def _check_controls(job: Job, name_of: Names) -> None:
 
 
 def _with_reference(job: Job, name_of: Names) -> Job:
-    """The job with its image as its reference, where it has neither a reference nor a prompt."""
-    if job.references or job.prompt.strip():
+    """The job with its image as its reference, where it has neither a reference nor a prompt; in the release, a prompt
+    makes no difference."""
+    alone = job.image is not None and job.release_compatible
+    if job.references or (job.prompt.strip() and not alone):
         return job
     if job.image is None:
         raise UserError(

@@ -20,13 +20,15 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
 from megaflux.common.errors import UserError
+from megaflux.data.images import upright
+from megaflux.generation import release
 from megaflux.generation.condition import (
     Encoded,
     PromptEmbeds,
@@ -72,6 +74,9 @@ from megaflux.models.pretrained import Models
 from megaflux.models.reading import Target
 from megaflux.models.strict import load_linear, read_tensors
 from megaflux.models.vlm import Condition
+
+if TYPE_CHECKING:  # an annotation alone needs it
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 
 @dataclass
@@ -235,6 +240,7 @@ class Qwen2VLFluxPipeline:
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         attention_map: bool = False,
+        release_compatible: bool = False,
         return_dict: bool = True,
     ) -> Qwen2VLFluxPipelineOutput | tuple[Any]:
         """Make one picture per seed, or per generator, or num_images_per_prompt pictures of seeds 0, 1, ...
@@ -246,17 +252,21 @@ class Qwen2VLFluxPipeline:
         None: the image's size, or else square with the longest side of training. guidance_scale None: the value of
         training. shift: a fixed timestep shift; None: the scheduler's own. batch_size: pictures made at once; a picture
         depends on its own seed alone, except for last bits that vary with the batch's size. attention_map: fill the
-        output's `attention`, at the cost of a second softmax per block. return_dict False: return (images,), as
+        output's `attention`, at the cost of a second softmax per block. release_compatible: prepare pictures, and a
+        ControlNet's tokens, as the released tool does (release.py); without a reference, the image is one. return_dict False: return (images,), as
         diffusers does. UserError for invalid arguments.
         """
         draws = as_draws(seed, generator, num_images_per_prompt)
         check_pictures(image=image, mask_image=mask_image, control_image=control_image)
+        references = as_references(reference)
         condition = ConditionRequest(
-            as_references(reference),
+            release.own_reference(references, image) if release_compatible else references,
             check_prompt(prompt),
             weighting,
             text_encoder or self.settings.text_encoders[0],
             reference_tokens,
+            as_released=release_compatible,
+            control_reads=image if release_compatible and control_image is not None else None,
         )
         maps = as_control_maps(
             control_image, control_mode, controlnet_conditioning_scale, control_guidance_start, control_guidance_end
@@ -292,7 +302,10 @@ class Qwen2VLFluxPipeline:
         at_once = pictures_at_once(batch_size, maps is not None, image is not None)
         if at_once < batch_size:
             notes.append("batch size 1: diffusers' ControlNet pipelines that begin at a picture take one at a time")
-        output = self._sample(sampling, shift, encoded, weighting, draws, at_once, attention_map)
+        transformer, scheduler = self.models.trainable.transformer, self.models.scheduler
+        scheduler = release.without_shift(scheduler) if release_compatible else scheduler
+        scheduler = scheduler_like(scheduler, shift, transformer.dtype)
+        output = self._sample(sampling, scheduler, encoded, weighting, draws, at_once, attention_map)
         output.notes = notes
         return output if return_dict else (output.images,)
 
@@ -335,7 +348,7 @@ class Qwen2VLFluxPipeline:
     def _size(self, height: int | None, width: int | None, image: Image.Image | None) -> tuple[int, int]:
         """(height, width) in px, with what is None taken from the image or the longest side of training."""
         side = self.settings.longest_side
-        own = (side, side) if image is None else matched_size(image, side)
+        own = (side, side) if image is None else matched_size(upright(image), side)
         return own[0] if height is None else height, own[1] if width is None else width
 
     def _control(self, maps: ControlMaps | None, size: tuple[int, int], notes: list[str]) -> Control | None:
@@ -355,7 +368,7 @@ class Qwen2VLFluxPipeline:
         """What a ControlNet ignores. UserError for a condition that a union cannot read."""
         if sampling.control is None or self.controlnet is None:
             return []
-        if self.controlnet.union and not encoded.references and encoded.text is None:
+        if self.controlnet.union and not (encoded.references or encoded.as_released) and encoded.text is None:
             raise UserError(
                 "a union ControlNet reads Qwen2-VL's tokens, and a prompt read by T5 has none; give a "
                 "reference, or the text encoder qwen"
@@ -365,7 +378,7 @@ class Qwen2VLFluxPipeline:
     def _sample(
         self,
         sampling: SamplingRequest,
-        shift: float | None,
+        scheduler: FlowMatchEulerDiscreteScheduler,
         encoded: Encoded,
         weighting: Weighting,
         draws: Draws,
@@ -375,7 +388,6 @@ class Qwen2VLFluxPipeline:
         """All pictures, `at_once` at a time."""
         models = self.models
         transformer, t5_embedder = models.trainable.transformer, models.t5.embedder if models.t5 is not None else None
-        scheduler = scheduler_like(models.scheduler, shift, transformer.dtype)
         flux = flux_pipeline(transformer, models.vae, scheduler, sampling.start, sampling.control)
         # decode one at a time: it needs no memory for a batch, and no picture depends on the others
         models.vae.enable_slicing() if at_once > 1 else models.vae.disable_slicing()
@@ -408,7 +420,8 @@ def _start(
     height, width = size
     mask = None
     if mask_image is not None:
-        mask = read_mask(mask_image, image.size)  # judged at the picture's own size
+        # judged at the picture's own size, both as they are seen
+        mask = read_mask(upright(mask_image), upright(image).size, notes)
         if mask.size != (width, height):
             mask = canvas(mask.convert("RGB"), height, width, "mask")[0].convert("L")
             mask = mask.point(lambda value: 255 if value >= 128 else 0)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # heavy to import; the functions that need it import it thems
 
 MAX_SEED = 2**63 - 1
 MAX_COUNT = 100_000  # pictures of a request
+MAX_ASPECT = 100.0
+"""Most times that one side of a picture may be the other. Qwen2-VL refuses more than 200 of the resized picture, and rounding
+to whole tokens can double a ratio."""
 MAX_SIDE = 8192  # px of a picture: four times FLUX's largest trained side; a larger number is a typing error
 DETECTED = ("depth", "line", "canny")
 """Kinds of control map that a detector makes from a picture; maps of other kinds are given as pictures."""
@@ -138,6 +141,11 @@ class ConditionRequest:
     """Which model reads the prompt: qwen or t5."""
     reference_tokens: int | None = None
     """Most image tokens of each reference. None: as trained."""
+    as_released: bool = False
+    """Prepare pictures, and a ControlNet's tokens, as the released tool does (release.py)."""
+    control_reads: Image.Image | None = None
+    """With as_released: the picture whose tokens a ControlNet is given instead of the references'; None: it is given
+    the references'."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +273,16 @@ def matched_size(picture: Image.Image, longest_side: int) -> tuple[int, int]:
     scale = min(1.0, longest_side / max(picture.size))
     width, height = (_to_multiple(side * scale) for side in picture.size)
     return height, width
+
+
+def reference_size(size: tuple[int, int], longest_side: int, as_released: bool = False) -> tuple[int, int]:
+    """(width, height) in px at which a reference goes to Qwen2-VL's processor: scaled down to the longest side of training,
+    never up. as_released: as it is."""
+    scale = longest_side / max(size)
+    if scale >= 1 or as_released:
+        return size
+    width, height = (max(1, round(side * scale)) for side in size)
+    return width, height
 
 
 def _to_multiple(length: float) -> int:

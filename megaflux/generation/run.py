@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from megaflux.common.errors import UserError
 from megaflux.generation.job import Input, Job
-from megaflux.generation.request import Reference, matched_size, output_size, pictures_at_once
+from megaflux.generation.request import MAX_ASPECT, Reference, matched_size, output_size, pictures_at_once
 
 if TYPE_CHECKING:  # torch and PIL take seconds to import, and a command line has to answer at once
     from PIL import Image
@@ -119,8 +119,8 @@ def _decoded(data: bytes, where: str, as_mask: bool) -> tuple[Image.Image, list[
 
     try:
         if as_mask:
-            return upright(decode_raw(data)), []
-        picture, notes = decode(data)
+            return upright(decode_raw(data, max_aspect=MAX_ASPECT)), []
+        picture, notes = decode(data, max_aspect=MAX_ASPECT)
     except BadImage as error:
         detail = f" ({error.detail})" if error.detail else ""
         raise UserError(f"{where}: {REASONS[error.reason]}{detail}; give another picture") from None
@@ -168,7 +168,8 @@ def run(
     detectors = detectors or Detectors(Sources(), pipeline.device)
     detectors.notes.clear()  # of an earlier job
     image = opened[job.image] if job.image is not None else None
-    mask = _mask(job, opened, image, detectors)
+    notes = list(opened.notes)
+    mask = _mask(job, opened, image, detectors, notes)
     maps = _control_maps(job, opened, image, detectors)
 
     def after_step(*_: Any) -> dict[str, Any]:
@@ -200,21 +201,24 @@ def run(
             batch_size=job.batch_size,
             callback_on_step_end=after_step,
             attention_map=job.attention_map,
+            release_compatible=job.release_compatible,
         ),
     )
-    notes = [*opened.notes, *detectors.notes, *output.notes]
+    notes += [*detectors.notes, *output.notes]
     return Result(job, output.images, output, [opened[r] for r in job.references], image, mask, maps, notes)
 
 
-def _mask(job: Job, opened: Opened, image: Image.Image | None, detectors: Detectors) -> Image.Image | None:
-    """The job's mask, of the image's size: mode L, 255 where it is repainted."""
+def _mask(
+    job: Job, opened: Opened, image: Image.Image | None, detectors: Detectors, notes: list[str]
+) -> Image.Image | None:
+    """The job's mask, of the image's size: mode L, 255 where it is repainted. Adds to `notes`."""
     from megaflux.generation.control.detectors import read_mask
 
     if image is None:
         return None
     if job.mask_points:
         return detectors.mask(image, job.mask_points)
-    return read_mask(opened.masks[job.mask.sha256], image.size) if job.mask is not None else None
+    return read_mask(opened.masks[job.mask.sha256], image.size, notes) if job.mask is not None else None
 
 
 def _control_maps(job: Job, opened: Opened, image: Image.Image | None, detectors: Detectors) -> dict[str, Image.Image]:

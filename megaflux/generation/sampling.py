@@ -33,7 +33,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from megaflux.generation.condition import PromptEmbeds
 from megaflux.models.latents import TOKEN_PIXELS, chunk_size
 from megaflux.models.pretrained import Models
-from megaflux.models.t5 import image_tokens_only, split_context
+from megaflux.models.t5 import image_tokens_only, split_context, text_of_its_own
 from megaflux.models.vlm import Condition
 
 
@@ -179,12 +179,14 @@ def sample(
         if start.mask is not None:
             arguments["mask_image"] = [start.mask] * B
     if control is not None:
+        maps = len(control.images)
         arguments |= {
             "control_image": control.images,
             "control_mode": control.modes,
             "controlnet_conditioning_scale": control.scales,
-            "control_guidance_start": control.start,
-            "control_guidance_end": control.end,
+            # one for each map: diffusers would repeat a number once for each net, and then ignore a union's further maps
+            "control_guidance_start": [control.start] * maps,
+            "control_guidance_end": [control.end] * maps,
         }
     options: dict[str, Any] = {"context_embedded": True} if prompt.embedded else {}
     num_image_tokens = (request.height // TOKEN_PIXELS) * (request.width // TOKEN_PIXELS)
@@ -193,7 +195,7 @@ def sample(
     bias = prompt.attention_bias(num_image_tokens, wide if models.trainable.fused else transformer.dtype)
     if bias is not None:
         options["attention_mask"] = bias
-    with _t5_tokens(models, prompt, control):
+    with _texts(models, prompt, control):
         return flux(
             prompt_embeds=prompt.prompt_embeds,
             pooled_prompt_embeds=models.pooled_projections.to(prompt.prompt_embeds).expand(B, -1),
@@ -211,14 +213,19 @@ def sample(
 
 
 @contextmanager
-def _t5_tokens(models: Models, prompt: PromptEmbeds, control: Control | None) -> Iterator[None]:
-    """Inside, diffusers' own path embeds T5's tokens with T5's linear, and a ControlNet does not see them."""
+def _texts(models: Models, prompt: PromptEmbeds, control: Control | None) -> Iterator[None]:
+    """Inside, diffusers' own path embeds T5's tokens with T5's linear, and a ControlNet is given what it is to read: its
+    own text, or else FLUX's without T5's tokens."""
     with ExitStack() as stack:
+        t5_embedder = None
         if models.t5 is not None and prompt.num_own_tokens < prompt.prompt_embeds.shape[1] and not prompt.embedded:
-            transformer = models.trainable.transformer
-            stack.enter_context(split_context(transformer, models.t5.embedder, prompt.num_own_tokens))
-            if control is not None:
-                stack.enter_context(image_tokens_only(control.controlnet, prompt.num_own_tokens))
+            t5_embedder = models.t5.embedder
+            stack.enter_context(split_context(models.trainable.transformer, t5_embedder, prompt.num_own_tokens))
+        if control is not None and prompt.control is not None:
+            text = prompt.control
+            stack.enter_context(text_of_its_own(control.controlnet, text.tokens, text.num_own_tokens, t5_embedder))
+        elif control is not None and t5_embedder is not None:
+            stack.enter_context(image_tokens_only(control.controlnet, prompt.num_own_tokens))
         yield
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megaflux.common.errors import UserError
 from megaflux.generation.job import Job, Runtime
+from megaflux.generation.request import reference_size
 from megaflux.generation.run import Opened, read_inputs, resolve_size, steps_taken
 from megaflux.infer.memory import print_memory
 from megaflux.infer.parts import Facts, extra_parts, facts_of
@@ -62,7 +63,10 @@ def describe(job: Job, opened: Opened, facts: Facts) -> None:
     print(f"steps       {steps_taken(job)} in all")
     for reference in job.references:
         if reference.sha256 in opened.pictures:
-            tokens = reference_tokens(opened[reference].size, facts, job.reference_tokens)
+            size = reference_size(
+                opened[reference].size, facts.settings.longest_side, as_released=job.release_compatible
+            )
+            tokens = reference_tokens(size, facts, job.reference_tokens)
             condition += math.prod(-(-side // job.downsample) for side in tokens)
             print(
                 f"reference   {Path(reference.file).name}: {tokens[0]}x{tokens[1]} = {math.prod(tokens)} tokens, strength "
@@ -75,13 +79,12 @@ def describe(job: Job, opened: Opened, facts: Facts) -> None:
 
 
 def reference_tokens(size: tuple[int, int], facts: Facts, most: int | None) -> tuple[int, int]:
-    """(rows, columns) of the tokens of a reference of (width, height) px, as Qwen2-VL's image processor rounds.
+    """(rows, columns) of the tokens of a reference that goes to Qwen2-VL's image processor at `size` (width, height) px.
 
     most: --reference-tokens; None: as trained.
     """
     from megaflux.models.tokens import condition_grid
 
-    scale = min(1.0, facts.settings.longest_side / max(size))
-    width, height = (max(1, round(side * scale)) for side in size)
+    width, height = size
     most = most or facts.settings.vlm_max_tokens
     return condition_grid(height, width, most, facts.cell, min(most, facts.settings.vlm_min_tokens))

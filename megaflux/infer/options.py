@@ -83,7 +83,7 @@ def _add_job_options(add: Callable[..., Any]) -> None:
         metavar="IMG",
         help="where img2img, inpaint and control begin (default: the first reference)",
     )
-    add("--mask", type=path_option, metavar="IMG", help="inpaint: white is painted anew; of the image's size")
+    add("--mask", type=path_option, metavar="IMG", help="inpaint: white is painted anew")
     add(
         "--mask-point",
         action="append",
@@ -111,6 +111,11 @@ def _add_job_options(add: Callable[..., Any]) -> None:
     add("--match-input-size", action="store_true", help="the size of the image, or of the first reference")
     add("--steps", type=int, metavar="N", help="Euler steps (default 28)")
     add("--guidance", type=float, metavar="X", help="guidance value (default: that of training, usually 3.5)")
+    add(
+        "--release-compatible",
+        action=argparse.BooleanOptionalAction,
+        help="prepare pictures, and a ControlNet's tokens, as the released tool of Qwen2VL-Flux does",
+    )
     add("--shift", type=float, metavar="X", help="fixed timestep shift (default: the scheduler's own)")
 
 

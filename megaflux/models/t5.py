@@ -3,22 +3,22 @@
     prompt -> T5, padded to 256 tokens -> t5_embedder (4096 -> 3072) -> after the context-embedded image tokens
 
 as in the released tool (`erwold/qwen2vl-flux`): padding is attended to, CLIP gets the empty prompt. diffusers' FLUX
-applies context_embedder to all of encoder_hidden_states; `split_context` restricts it to the image tokens.
+applies context_embedder to all of encoder_hidden_states; `split_context` restricts it to the image tokens. A ControlNet
+has a context_embedder of its own; it is given the image tokens alone, or in the release T5's tokens as well.
 
 Shapes: B batch, n image tokens, m T5 tokens, J joint_attention_dim (4096), W FLUX's width (3072).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
-    from diffusers.models import FluxTransformer2DModel
     from transformers import T5EncoderModel
 
 MAX_TOKENS = 256  # the released tool pads and truncates to it
@@ -76,8 +76,14 @@ class SplitContextEmbedder(nn.Module):
         return torch.cat([self.context_embedder(image), self.t5_embedder(text)], dim=1)
 
 
+class HasContextEmbedder(Protocol):
+    """FLUX's transformer or a FluxControlNetModel."""
+
+    context_embedder: Any
+
+
 @contextmanager
-def split_context(transformer: FluxTransformer2DModel, t5_embedder: nn.Linear, num_image_tokens: int) -> Iterator[None]:
+def split_context(transformer: HasContextEmbedder, t5_embedder: nn.Linear, num_image_tokens: int) -> Iterator[None]:
     """Inside, the transformer embeds its first tokens by its own context_embedder and the others by T5's linear."""
     own = transformer.context_embedder
     split: Any = SplitContextEmbedder(own, t5_embedder, num_image_tokens)  # in a Linear's place
@@ -92,14 +98,43 @@ def split_context(transformer: FluxTransformer2DModel, t5_embedder: nn.Linear, n
 def image_tokens_only(controlnet: nn.Module, num_image_tokens: int) -> Iterator[None]:
     """Inside, a FluxControlNetModel or FluxMultiControlNetModel is given only the first tokens: it was trained on them,
     and its own context_embedder cannot read T5's."""
-    forward, n = controlnet.forward, num_image_tokens
+    n = num_image_tokens
 
-    def sliced(*args: Any, encoder_hidden_states: Tensor, txt_ids: Tensor, **kwargs: Any) -> Any:
-        ids = txt_ids[:n] if txt_ids.ndim == 2 else txt_ids[:, :n]
-        return forward(*args, encoder_hidden_states=encoder_hidden_states[:, :n], txt_ids=ids, **kwargs)
+    def sliced(tokens: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return tokens[:, :n], ids[:n] if ids.ndim == 2 else ids[:, :n]
+
+    with _other_text(controlnet, sliced):
+        yield
+
+
+@contextmanager
+def text_of_its_own(
+    controlnet: nn.Module, tokens: Tensor, num_image_tokens: int, t5_embedder: nn.Linear | None
+) -> Iterator[None]:
+    """Inside, a FluxMultiControlNetModel is given `tokens` (B, n + m, J) instead of FLUX's, the first n image tokens.
+
+    Each net embeds those by its own context_embedder, and the m tokens of T5 by T5's linear. t5_embedder: only without
+    tokens of T5 may it be None.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_other_text(controlnet, lambda _, ids: (tokens, ids.new_zeros(tokens.shape[1], 3))))
+        if t5_embedder is not None:
+            for net in controlnet.nets:  # type: ignore[union-attr]  # a ModuleList
+                stack.enter_context(split_context(net, t5_embedder, num_image_tokens))
+        yield
+
+
+@contextmanager
+def _other_text(controlnet: nn.Module, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside, the ControlNet's encoder_hidden_states and txt_ids are what `change` makes of those that it is given."""
+    forward = controlnet.forward
+
+    def changed(*args: Any, encoder_hidden_states: Tensor, txt_ids: Tensor, **kwargs: Any) -> Any:
+        tokens, ids = change(encoder_hidden_states, txt_ids)
+        return forward(*args, encoder_hidden_states=tokens, txt_ids=ids, **kwargs)
 
     patched = "forward" in vars(controlnet)
-    vars(controlnet)["forward"] = sliced
+    vars(controlnet)["forward"] = changed
     try:
         yield
     finally:

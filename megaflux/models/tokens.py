@@ -35,7 +35,7 @@ def count_tokens(height: int, width: int, max_tokens: int = 512, patch: int = 14
 def condition_grid(height: int, width: int, max_tokens: int, cell: int = 28, min_tokens: int = 4) -> tuple[int, int]:
     """Rows and columns of image tokens of a reference of height x width px: Qwen2-VL's `smart_resize` to
     multiples of `cell` px, between min_tokens and max_tokens tokens."""
-    rows, columns = max(1, round(height / cell)), max(1, round(width / cell))
+    rows, columns = round(height / cell), round(width / cell)  # 0 below half a cell: it grows
     if rows * columns > max_tokens:
         shrink = math.sqrt(height * width / (max_tokens * cell**2))
         rows, columns = (max(1, math.floor(side / shrink / cell)) for side in (height, width))

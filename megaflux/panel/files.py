@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megaflux.common.errors import UserError
 from megaflux.generation.outputs import safe_stem
+from megaflux.generation.request import MAX_ASPECT
 from megaflux.panel.state import Stored
 
 
@@ -22,7 +23,7 @@ def store(upload: str | Path, out: Path) -> Stored:
     except OSError as error:
         raise UserError(f"{upload.name}: {error.strerror}; give it again") from None
     try:
-        picture, _ = decode(data)
+        picture, _ = decode(data, max_aspect=MAX_ASPECT)
     except BadImage as error:
         # the detail of "not an image" is the file's first bytes, which help nobody on a page
         detail = f" ({error.detail})" if error.detail and error.reason != "not_an_image" else ""

@@ -174,7 +174,9 @@ class Handlers:
             changes = self.show_parts(session, *values)
         except UserError as error:
             return {box: None} | self.trouble(error)
-        line = status_line(f"{'Start image' if part == 'start' else 'Mask'}: {stored.name}.")
+        resized = part == "mask" and session.begin is not None and stored.size != session.begin.size
+        how = ", resized to the start image's size" if resized else ""
+        line = status_line(f"{'Start image' if part == 'start' else 'Mask'}: {stored.name}{how}.")
         return changes | {box: None, self.c["status"]: line}
 
     def drop_start(self, session: Session, *values: Any) -> dict:

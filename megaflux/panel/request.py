@@ -84,6 +84,7 @@ def job_of(session: Session, form: Form) -> Job:
         seeds=tuple(range(numbers.seed, numbers.seed + numbers.count)),
         batch_size=numbers.batch_size,
         attention_map=form.attention_map and bool(references),
+        release_compatible=form.release_compatible,
     )
     return check(job, page_name)
 

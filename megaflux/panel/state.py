@@ -96,6 +96,7 @@ class Form:
     seed: int | None = 0
     batch_size: int | None = 1
     attention_map: bool = False
+    release_compatible: bool = False
     mask_by: str = "file"
     """How a mask is given: discs, file or points."""
     controls: tuple[tuple[str, float | None], ...] = ()

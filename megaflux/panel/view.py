@@ -224,6 +224,13 @@ def more(settings: Settings, can_map: bool) -> dict[str, Any]:
         elem_id="attention",
         info="also show where each picture looked; slower" if can_map else "not with --kernels off",
     )
+    c["release_compatible"] = gr.Checkbox(
+        False,
+        label="Release compatible",
+        info="pictures prepared as the released tool does",
+        visible=settings.sizes == "release",  # as of converted weights
+        elem_id="release",
+    )
     return c
 
 

@@ -77,7 +77,7 @@ def connect(h: Handlers) -> None:
     on(c["table"].select, h.select_dot)
     for name in ("weight", "radius"):
         on(c[name].input, h.slide(name), c[name], trigger_mode="always_last")
-    for name in ("background", "preserve_mass", "variety", "downsample", "text_encoder"):
+    for name in ("background", "preserve_mass", "variety", "downsample", "text_encoder", "release_compatible"):
         on(c[name].input, h.show_reference, trigger_mode="always_last")
     for name in ("seed", "prompt"):  # the seed draws the variety; with a prompt T5 has fewer tokens for the picture
         on(c[name].change, h.show_reference, trigger_mode="always_last")

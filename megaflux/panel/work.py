@@ -21,7 +21,7 @@ from megaflux.generation.condition import ReferenceTokens, t5_limits, token_weig
 from megaflux.generation.dots import griddot
 from megaflux.generation.dots.dots import Dot, Weighting
 from megaflux.generation.dots.heat_map import heat_map
-from megaflux.generation.request import check_weighting
+from megaflux.generation.request import MAX_ASPECT, check_weighting, reference_size
 from megaflux.generation.run import Result, read_inputs, run, steps_taken
 from megaflux.infer.load import Loaded
 from megaflux.infer.make import Written, write
@@ -49,9 +49,7 @@ class Work:
         """(rows, columns) of a reference's tokens before downsampling, as `condition.encode` makes them. UserError where the
         image processor refuses the size."""
         trunk, settings = self.loaded.pipeline.models.trunk, self.loaded.pipeline.settings
-        width, height = reference.size
-        scale = min(1.0, settings.longest_side / max(width, height))
-        height, width = (max(1, round(side * scale)) for side in (height, width))
+        width, height = reference_size(reference.size, settings.longest_side, form.release_compatible)
         reader = form.text_encoder or settings.text_encoders[0]
         limits = t5_limits(trunk) if reader == "t5" and form.prompt.strip() else None
         try:
@@ -99,18 +97,13 @@ class Work:
         return _scaled(shrunk(stored.file, stored.sha256).size, VIEW_SIDE)
 
     def begin_view(self, session: Session) -> Image.Image | None:
-        """The start image with the repainted part in red, and its points. UserError for a mask of another size."""
+        """The start image with the repainted part in red, and its points."""
         if session.begin is None:
             return None
         picture = shrunk(session.begin.file, session.begin.sha256)
         picture = picture.resize(self.view_size(session.begin), Image.Resampling.LANCZOS)
         mask = disc_mask(session.discs, picture.size) if session.discs else None
         if session.mask is not None:
-            if session.mask.size != session.begin.size:
-                raise UserError(
-                    f"mask {session.mask.name}: {_by(session.mask.size)} px, the start image has "
-                    f"{_by(session.begin.size)}; give a mask of the same size"
-                )
             mask = shrunk(session.mask.file, session.mask.sha256).convert("L").resize(picture.size)
             mask = mask.point(lambda value: 255 if value >= 128 else 0)
         if mask is not None:
@@ -200,7 +193,7 @@ def shrunk(file: str, sha256: str) -> Image.Image:
     """A stored picture of at most VIEW_SIDE px, cached, because dragging a slider must not decode 20 megapixels each time.
     sha256: tells a file that has changed from the cached one."""
     try:
-        picture, _ = decode(Path(file).read_bytes())
+        picture, _ = decode(Path(file).read_bytes(), max_aspect=MAX_ASPECT)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; give it again") from None
     return picture.resize(_scaled(picture.size, min(VIEW_SIDE, max(picture.size))), Image.Resampling.LANCZOS)
@@ -231,7 +224,3 @@ def ring(picture: Image.Image, dot: Dot) -> None:
 
 def _number(value: float | None, otherwise: float) -> float:
     return otherwise if value is None else value
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]} × {size[1]}"

@@ -10,8 +10,8 @@ import pytest
 from conftest import file_bytes, picture
 from PIL import Image, ImageFile, ImageOps
 
-from megaflux.data.buckets import Bucket
-from megaflux.data.images import MAX_PIXELS, BadImage, decode, encode, fit
+from megaflux.data.buckets import ASPECT_RATIOS, Bucket, make_buckets
+from megaflux.data.images import MAX_PIXELS, BadImage, cover, crop_box, decode, encode, fit
 
 
 def png(width, height, depth, color_type, rows: bytes) -> bytes:
@@ -239,6 +239,29 @@ def test_fit_is_the_usual_resampling():
             expected = ImageOps.fit(source, bucket.size, Image.Resampling.LANCZOS)
             difference = np.asarray(fit(source, bucket)[0], int) - np.asarray(expected, int)
             assert np.abs(difference).max() <= 1
+
+
+def test_the_crop_lies_within_pictures_of_every_size():
+    """In floating point the crop of a 3:2 photo began at -1e-14, which Pillow refuses."""
+    canvases = [bucket.size for side in (512, 1024) for bucket in make_buckets(ASPECT_RATIOS, side)]
+    canvases += [(1344, 768), (768, 1344), (1536, 640), (896, 1152), (1024, 688), (688, 1024), (16, 8192)]
+    sizes = [(w, h) for h in range(16, 4400, 97) for w in range(max(16, h // 4), 4 * h, 61)]
+    sizes += [(a * k, b * k) for a, b in ((3, 2), (2, 3), (4, 3), (3, 4), (16, 9), (9, 16)) for k in range(8, 2001)]
+    assert len(sizes) > 15_000
+    outside = 0
+    for width, height in sizes:
+        for canvas in canvases:
+            left, top, right, bottom = crop_box((width, height), canvas)
+            assert 0 <= left < right <= width and 0 <= top < bottom <= height, (width, height, canvas)
+            # the canvas's ratio, and one whole side
+            assert abs((right - left) * canvas[1] - (bottom - top) * canvas[0]) < 1e-9 * width * height * canvas[0]
+            assert right - left > width - 1e-9 or bottom - top > height - 1e-9
+            scale = max(canvas[0] / width, canvas[1] / height)
+            outside += min(width - canvas[0] / scale, height - canvas[1] / scale) < 0
+    assert outside > 1000  # unclamped, that many would be refused
+    for size in ((1500, 1000), (3000, 2000), (2000, 3000)):
+        for canvas in canvases[:7]:
+            assert cover(Image.new("RGB", size), canvas).size == canvas
 
 
 def test_never_enlarged_silently():

@@ -122,7 +122,9 @@ def theirs(pipeline, mode: str, seed: int, output_type: str = "pil", embeds=None
             "control_image": values["control_image"],
             "control_mode": [2, 0],
             "controlnet_conditioning_scale": [0.4, 0.9],
-            "control_guidance_end": 0.8,
+            # of numbers, diffusers makes lists as long as the nets, and ignores the maps beyond
+            "control_guidance_start": [0.0, 0.0],
+            "control_guidance_end": [0.8, 0.8],
         }
     plain = kinds[mode](**parts)
     plain.set_progress_bar_config(disable=True)
@@ -266,6 +268,40 @@ def test_inpainting_changes_only_the_hole_and_img2img_follows_its_strength(pipel
     assert whole.tobytes() == other.tobytes()  # strength 1 starts from noise: the picture does not matter
 
 
+def test_a_photo_of_3_to_2_is_a_start_a_mask_and_a_map(pipeline):
+    """In floating point their crop began at -1e-14, which Pillow refuses."""
+    photo, white = picture(1500, 1000), Image.new("L", (1500, 1000), 255)
+    size = {"height": 144, "width": 48, "num_inference_steps": 1, "strength": 1.0}
+    made = pipeline(picture(64, 48), image=photo, mask_image=white, **size)
+    assert made.images[0].size == (48, 144) and any("1500x1000 brought to 48x144" in note for note in made.notes)
+    assert pipeline(picture(64, 48), control_image=photo, control_mode="line", **size).images[0].size == (48, 144)
+
+
+def test_a_mask_of_another_size_is_the_whole_picture(pipeline):
+    values = given("inpaint")
+    made = pipeline(**values, seed=7)
+    for scale in (2, 8):
+        big = values["mask_image"].resize((scale * WIDTH, scale * HEIGHT), Image.Resampling.NEAREST)
+        other = pipeline(**values | {"mask_image": big}, seed=7)
+        assert other.images[0].tobytes() == made.images[0].tobytes()
+        assert f"mask: {big.width}x{big.height} resized to the picture's 64x48" in other.notes
+    assert not any("resized" in note for note in made.notes)
+
+
+def test_a_photo_turned_by_its_exif_keeps_its_size_and_mask(pipeline):
+    upright, exif = picture(48, 64, seed=2), Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    stored.info["exif"] = exif.tobytes()
+    stored.getexif()[0x0112] = 6
+    mask = Image.new("L", (48, 64))
+    ImageDraw.Draw(mask).rectangle([0, 0, 47, 20], fill=255)
+    common = {"mask_image": mask, "num_inference_steps": 1, "strength": 1.0, "seed": 3}
+    turned = pipeline(picture(64, 48), image=stored, **common)
+    assert turned.images[0].size == (48, 64)
+    assert turned.images[0].tobytes() == pipeline(picture(64, 48), image=upright, **common).images[0].tobytes()
+
+
 def test_control_start_and_end_and_scale(pipeline):
     values = given("controlnet")
     plain = pipeline(**given("variation"), seed=7).images[0].tobytes()
@@ -364,7 +400,6 @@ def test_saving_keeps_the_credit_and_leaves_the_nets_out(pipeline, tmp_path):
         ({"mask_image": hole()}, "mask: without a picture"),
         ({"shift": 0.0}, "shift: 0.0"),
         ({"batch_size": 0}, "batch size"),
-        ({"image": picture(64, 48), "mask_image": Image.new("L", (32, 32), 255)}, "mask: 32x32"),
         ({"image": picture(64, 48), "mask_image": Image.new("L", (64, 48), 0)}, "mask.*nothing"),
         ({"output_type": "jpeg"}, "output type"),
         ({"seed": -1}, "seed: -1"),
@@ -419,15 +454,125 @@ def test_a_controlnet_that_does_not_fit_is_refused(pipeline, small_config, tmp_p
         bare(**given("controlnet"))
 
 
-@pytest.mark.parametrize("mode", ["controlnet", "controlnet-img2img", "controlnet-inpaint"])
-def test_a_net_for_one_kind_is_diffusers_own(pipeline, small_config, tmp_path, mode):
+CONTROLLED = ("controlnet", "controlnet-img2img", "controlnet-inpaint")
+
+
+def random_net(config, folder, seed: int = 3, **changes) -> str:
+    """A folder with a ControlNet of FLUX's sizes with random weights, also in its zero-initialised outputs."""
     with torch.random.fork_rng():
-        torch.manual_seed(3)
-        net = FluxControlNetModel(**small_config.model.flux_config)
+        torch.manual_seed(seed)
+        net = FluxControlNetModel(**config.model.flux_config | changes)
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.copy_(0.3 * torch.randn_like(parameter))
-    net.save_pretrained(tmp_path / "net")
+    net.save_pretrained(folder)
+    return str(folder)
+
+
+def calls_of(flux, run) -> list[dict]:
+    """The keyword arguments of each call of FLUX while `run` runs."""
+    calls = []
+    hook = flux.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    try:
+        run()
+    finally:
+        hook.remove()
+    return calls
+
+
+def spread(samples: list, blocks: int) -> list:
+    """What FLUX adds to each of its blocks, by its own rule."""
+    return [samples[i // -(-blocks // len(samples))] for i in range(blocks)]
+
+
+def check_controls(pipeline, values, nets) -> None:
+    """FLUX's residuals are, at each block and step, sum over k of scale_k keep net_k(x, latents of map k, kind k).
+
+    nets: one for each map. keep: 1 while the step's share is within start and end, else 0.
+    """
+    models = pipeline.models
+    flux, vae = models.trainable.transformer, models.vae
+    steps = calls_of(flux, lambda: pipeline(**values, seed=7))
+    assert len(steps) > 1
+    draws, maps = torch.Generator().manual_seed(7), []
+    for image in values["control_image"]:  # diffusers draws them first, in this order, from the posterior
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        z = (vae.encode(pixels).latent_dist.sample(draws) - vae.config.shift_factor) * vae.config.scaling_factor
+        maps.append(z.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+    kinds = [{"depth": 2, "line": 0}[kind] for kind in values["control_mode"]]
+    for i, call in enumerate(steps):
+        keep = float((i + 1) / len(steps) <= values["control_guidance_end"])
+        given = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids")
+        wanted = {"double": 0, "single": 0}
+        for net, latents, kind, scale in zip(nets, maps, kinds, values["controlnet_conditioning_scale"], strict=True):
+            with torch.no_grad():
+                double, single = net(
+                    **{name: call[name] for name in given},
+                    controlnet_cond=latents,
+                    controlnet_mode=torch.tensor([[kind]]),
+                    guidance=call["guidance"] if net.config.guidance_embeds else None,
+                    return_dict=False,
+                )
+            for name, samples, blocks in (
+                ("double", double, flux.transformer_blocks),
+                ("single", single, flux.single_transformer_blocks),
+            ):
+                if samples is not None:
+                    wanted[name] = wanted[name] + keep * scale * torch.stack(spread(samples, len(blocks)))
+        found = {
+            "double": spread(call["controlnet_block_samples"], len(flux.transformer_blocks)),
+            "single": spread(call["controlnet_single_block_samples"], len(flux.single_transformer_blocks)),
+        }
+        for name, samples in found.items():
+            scale = max(1.0, float(wanted[name].abs().max()))
+            assert (torch.stack(samples) - wanted[name]).abs().max() < 1e-5 * scale
+            assert bool(wanted[name].any()) == bool(keep)
+
+
+@pytest.mark.parametrize("mode", CONTROLLED)
+def test_every_map_of_a_union_counts(pipeline, mode):
+    values = given(mode)
+    net = pipeline.controlnet.nets[""]
+    check_controls(pipeline, values, [net, net])
+    strong = values | {"controlnet_conditioning_scale": [0.4, 50.0]}
+    first, second = values["control_image"]
+    made = [
+        pipeline(**strong | {"control_image": [first, other]}, seed=7).images[0].tobytes()
+        for other in (second, picture(WIDTH, HEIGHT, seed=9))
+    ]
+    assert made[0] != made[1]
+
+
+@pytest.mark.parametrize("mode", CONTROLLED)
+def test_nets_of_any_depth_and_guidance_add_up(pipeline, small_config, tmp_path, mode):
+    """A deep net, one without single blocks and without guidance, and a union beside them."""
+    shallow = {"num_layers": 1, "num_single_layers": 0, "guidance_embeds": False}
+    folders = {
+        "depth": random_net(small_config, tmp_path / "shallow", 4, **shallow),
+        "line": random_net(small_config, tmp_path / "deep", 5, num_mode=10),
+    }
+    both = Qwen2VLFluxPipeline(pipeline.models, pipeline.settings).load_controlnet(folders)
+    values = given(mode)
+    turned = {name: values[name][::-1] for name in values if name.startswith("control") and name[-3:] != "end"}
+    nets = both.controlnet.nets
+    # the net that reads the guidance comes first, and its map is drawn first
+    check_controls(both, values | turned, [nets["line"], nets["depth"]])
+    assert both(**values, seed=7).images[0].tobytes() == both(**values | turned, seed=7).images[0].tobytes()
+
+
+def test_nets_that_read_pixels_and_latents_do_not_mix(pipeline, small_config, tmp_path):
+    folders = {
+        "depth": random_net(small_config, tmp_path / "pixels", 4, conditioning_embedding_channels=4),
+        "line": random_net(small_config, tmp_path / "latents", 5),
+    }
+    both = Qwen2VLFluxPipeline(pipeline.models, pipeline.settings).load_controlnet(folders)
+    with pytest.raises(UserError, match="some of these ControlNets read pixels.*give nets of one sort"):
+        both(**given("controlnet"))
+
+
+@pytest.mark.parametrize("mode", CONTROLLED)
+def test_a_net_for_one_kind_is_diffusers_own(pipeline, small_config, tmp_path, mode):
+    random_net(small_config, tmp_path / "net")
     values = given(mode) | {
         "control_image": picture(WIDTH, HEIGHT, seed=3),
         "control_mode": "depth",
@@ -474,16 +619,7 @@ def test_a_net_for_one_kind_is_diffusers_own(pipeline, small_config, tmp_path, m
 
 def test_nets_for_one_kind_each(pipeline, small_config, tmp_path):
     values = given("controlnet")
-    folders = {}
-    for index, kind in enumerate(("depth", "line")):
-        with torch.random.fork_rng():
-            torch.manual_seed(index)
-            net = FluxControlNetModel(**small_config.model.flux_config)
-            with torch.no_grad():
-                for parameter in net.parameters():
-                    parameter.copy_(0.3 * torch.randn_like(parameter))
-        net.save_pretrained(tmp_path / kind)
-        folders[kind] = str(tmp_path / kind)
+    folders = {kind: random_net(small_config, tmp_path / kind, seed) for seed, kind in enumerate(("depth", "line"))}
     two = Qwen2VLFluxPipeline(pipeline.models, pipeline.settings)
     both = two.load_controlnet(folders)(**values, seed=1).images[0].tobytes()
     one = (

@@ -149,7 +149,7 @@ def test_notes_say_what_was_done_to_the_prompt(pipeline):
         ({"width": 8208, "height": 16}, "width: 8208; use a positive multiple of 16, at most 8192"),
         ({"guidance_scale": float("nan")}, "guidance"),
         ({"guidance_scale": -1.0}, "guidance"),
-        ({"reference": picture(100, 10)}, "100x10"),
+        ({"reference": picture(1010, 10)}, "1010x10: too long and narrow, at most 100:1 is taken; crop it"),
     ],
 )
 def test_invalid_arguments_are_refused(pipeline, change, said):

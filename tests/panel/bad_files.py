@@ -28,7 +28,7 @@ def png(width: int, height: int) -> bytes:
 BAD = {
     "page.jpg": (b"<!DOCTYPE html><html><script>alert(1)</script></html>", "page.jpg: not an image in a known format"),
     "empty.png": (b"", "empty.png: the file has no bytes"),
-    "thread.png": (png(1, 4000), "thread.png: one side more than 4 times the other (1x4000)"),
+    "thread.png": (png(1, 4000), "thread.png: too long and narrow (1x4000, at most 100:1 is taken)"),
     "bomb.png": (bomb(), "bomb.png: more pixels than the limit"),
     "cut.png": (png(300, 300)[:120], "cut.png: cut short or corrupted"),
 }

@@ -116,6 +116,9 @@ def test_a_job_holds_what_its_mode_uses_and_no_more():
     assert job.references[0].dots == full.dots and job.controls[0].image.sha256 == "0" * 64
     assert job_of(full, Form(aspect="16:9")).aspect == "16:9" and job_of(full, Form(aspect="auto")).aspect is None
     assert job_of(full, Form(aspect=state.MATCH)).match_input_size
+    assert (
+        job_of(full, Form(release_compatible=True)).release_compatible and not job_of(full, Form()).release_compatible
+    )
 
 
 @pytest.mark.parametrize(
@@ -436,8 +439,8 @@ def test_start_image_and_mask_by_file(desk, tmp_path):
         image.save(tmp_path / f"{name}.png")
     shown = desk(desk.h.give_start, str(tmp_path / "room.png"))
     assert shown["begin"]["visible"] and "Start image: room.png" in shown["status"]
-    refused = desk(desk.h.give_mask, str(tmp_path / "small.png"))
-    assert "32 × 32 px, the start image has 64 × 48" in refused["status"] and desk.session.mask is None
+    resized = desk(desk.h.give_mask, str(tmp_path / "small.png"))
+    assert "small.png, resized to the start image" in resized["status"] and desk.session.mask is not None
     red = np.asarray(desk(desk.h.give_mask, str(tmp_path / "mask.png"))["begin"]["value"])
     assert (red != np.asarray(shown["begin"]["value"])).any()
     assert "good" in desk.generate()["status"]

@@ -198,18 +198,19 @@ def _point(point: Any, where: str, text: str | None = None) -> tuple[float, floa
     return float(values[0]), float(values[1]), int(values[2])
 
 
-def read_mask(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def read_mask(picture: Image.Image, size: tuple[int, int], notes: list[str] | None = None) -> Image.Image:
     """A picture as a mask: mode L, 255 (repaint) where it is brighter than half of full brightness, else 0.
 
-    size: (width, height) in px of the picture to repaint, which the mask must have. Transparent pixels count as black.
-    UserError for another size, a mask without white, and one whose shape is in the alpha channel alone.
+    size: (width, height) in px of the picture to repaint. A mask of another size is taken to show all of that picture: its
+    brightness is resized (bilinear, so that a small mask has no stairs) before it is cut, and that is noted in `notes`.
+    Transparent pixels count as black. UserError for a mask without white, and one whose shape is in the alpha channel alone.
     """
-    if picture.size != tuple(size):
-        raise UserError(
-            f"mask: {picture.width}x{picture.height} but the picture is {size[0]}x{size[1]};"
-            " give a mask of the picture's size"
-        )
     values, full = _brightness(picture)
+    if picture.size != tuple(size):
+        if notes is not None:
+            notes.append(f"mask: {picture.width}x{picture.height} resized to the picture's {size[0]}x{size[1]}")
+        resized = Image.fromarray(np.asarray(values, np.float32)).resize(size, Image.Resampling.BILINEAR)
+        values = np.asarray(resized)
     white = values > full / 2
     if not white.any():
         brightest = f"its brightest value is {values.max():g} of {full:g}"

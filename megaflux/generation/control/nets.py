@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from megaflux.common import compat  # noqa: F401  (before diffusers)
 
@@ -22,12 +25,75 @@ from megaflux.models.pretrained import Models, move_to, weights_fingerprint
 from megaflux.models.strict import load_strict
 
 
+class SummedControlNets(FluxMultiControlNetModel):
+    """The sum of what ControlNets add to FLUX's blocks: one net for each map, or a single one for all maps.
+
+    diffusers' class adds the nets' outputs pairwise: of nets of unequal depth, it drops the blocks that the shorter lacks and
+    gives FLUX's blocks the wrong ones. Here each net's output is spread over FLUX's blocks first, as it is when it acts alone.
+    """
+
+    def __init__(self, nets: Sequence[FluxControlNetModel], num_blocks: tuple[int, int]):
+        """num_blocks: FLUX's double and single blocks."""
+        super().__init__(nets)
+        self.num_blocks = num_blocks
+
+    def forward(  # type: ignore[override]  # diffusers' pipelines give all by name
+        self,
+        *,
+        controlnet_cond: Sequence[Tensor],
+        controlnet_mode: Sequence[Tensor],
+        conditioning_scale: Sequence[float],
+        guidance: Tensor | None = None,
+        **common: Any,
+    ) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+        """(what is added to the double blocks, to the single blocks): (B, L, W) each; None for a kind of block that no net
+        adds to.
+
+        controlnet_cond, controlnet_mode, conditioning_scale: one for each map: (B, L, C), (B,), a factor. common: as
+        FluxControlNetModel takes them. ValueError unless there is one of each for each map.
+        """
+        nets: list[Any] = [self.nets[0]] * len(controlnet_cond) if len(self.nets) == 1 else list(self.nets)
+        outputs = []
+        for net, image, mode, scale in zip(nets, controlnet_cond, controlnet_mode, conditioning_scale, strict=True):
+            outputs.append(
+                net(
+                    controlnet_cond=image,
+                    controlnet_mode=mode[:, None],
+                    conditioning_scale=scale,
+                    guidance=guidance if net.config.guidance_embeds else None,
+                    **common,
+                )
+            )
+        doubles, singles = zip(*outputs)
+        repeat = nets[0].input_hint_block is not None  # as diffusers' pipelines tell FLUX to spread them
+        return _sum(doubles, self.num_blocks[0], repeat), _sum(singles, self.num_blocks[1], False)
+
+
+def _sum(outputs: Sequence[Sequence[Tensor] | None], num_blocks: int, repeat: bool) -> list[Tensor] | None:
+    """The nets' outputs added; None: no net has any. Those of unequal length are spread over `num_blocks` first.
+
+    repeat: whether FLUX takes them in turn, or each for several blocks in a row.
+    """
+    present = [list(output) for output in outputs if output is not None]
+    if len({len(output) for output in present}) > 1:
+        present = [_spread(output, num_blocks, repeat) for output in present]
+    return [sum(block[1:], block[0]) for block in zip(*present, strict=True)] or None
+
+
+def _spread(samples: list[Tensor], num_blocks: int, repeat: bool) -> list[Tensor]:
+    """What FLUX adds to each of `num_blocks` blocks."""
+    interval = -(-num_blocks // len(samples))
+    return [samples[i % len(samples) if repeat else i // interval] for i in range(num_blocks)]
+
+
 @dataclass
 class ControlNets:
     """Loaded ControlNets."""
 
     nets: dict[str, FluxControlNetModel]
     """One net per kind of map, or under the key "" a single net: a union, or a net that takes any map."""
+    num_blocks: tuple[int, int]
+    """FLUX's double and single blocks."""
 
     @property
     def union(self) -> bool:
@@ -55,11 +121,22 @@ class ControlNets:
                 )
         else:
             nets = [self._net_for(kind) for kind in maps.kinds]
-        if self.union:
-            modes = [_checked_number(number, nets[0].config["num_mode"]) for number in numbers]
-        else:  # such a net does not read the modes, but diffusers' pipelines count the maps by them
-            modes = [0] * len(maps.images)
-        return Control(FluxMultiControlNetModel(nets), maps.images, modes, maps.scales, maps.start, maps.end)
+        readers = nets if len(nets) > 1 else nets * len(maps.images)
+        # a net that is no union does not read the modes, but diffusers' pipelines count the maps by them
+        modes = [
+            _checked_number(number, net.config["num_mode"]) if net.union else 0 for net, number in zip(readers, numbers)
+        ]
+        if len({net.input_hint_block is None for net in nets}) > 1:
+            raise UserError(
+                "control: some of these ControlNets read pixels (XLabs') and others latents, which diffusers cannot "
+                "prepare at once; give nets of one sort"
+            )
+        parts = list(zip(readers, maps.images, modes, maps.scales))
+        # diffusers' pipelines pass the guidance on if the first net reads it
+        parts.sort(key=lambda part: not part[0].config["guidance_embeds"])
+        readers, images, modes, scales = (list(values) for values in zip(*parts))
+        summed = SummedControlNets(readers if len(nets) > 1 else nets, self.num_blocks)
+        return Control(summed, images, modes, scales, maps.start, maps.end)
 
     def _net_for(self, kind: str | int | None) -> FluxControlNetModel:
         if not isinstance(kind, str) or kind not in self.nets:
@@ -105,13 +182,15 @@ def load(sources: str | dict[str, str], models: Models, device: torch.device, dt
                     f"{source}: {name} {net.config[name]}, the transformer has {flux[name]}; use another ControlNet"
                 )
         nets[kind] = net.requires_grad_(False).eval()
-    loaded = ControlNets(nets)
+    loaded = ControlNets(nets, (flux["num_layers"], flux["num_single_layers"]))
     loaded.to(device, dtype)
     return loaded
 
 
 def not_honoured(encoded: Encoded, weighting: Weighting) -> list[str]:
     """Notes about token weights that a ControlNet ignores: diffusers gives its blocks no attention bias."""
+    if encoded.control is not None:  # it is not given the references' tokens at all, as `encode` notes
+        return []
     weighted = any(((r.weights > 0) & (r.weights != 1)).any() or r.strength != 1 for r in encoded.references)
     weighted = weighted or (weighting.preserve_mass and weighting.variety > 0)
     note = "the ControlNet itself sees the tokens that are left without their weights; FLUX sees both"

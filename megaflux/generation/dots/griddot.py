@@ -8,7 +8,8 @@ pixels of the encoder's pw x ph input, the weight of a token is
 
 and attention adds log w to the scores of its key. FLUX gives all condition tokens the same position, so w = 1 changes
 nothing, w = 2 equals the token given twice, and w = 0 equals the token left out (and it is left out). The dot tool of
-Qwen2VL-Flux multiplies tokens before a biased linear instead, and has none of these three properties.
+Qwen2VL-Flux multiplies tokens before a biased linear instead: there, too, w = 1 changes nothing, but w = 2 is another token,
+and w = 0 leaves the linear's bias as a token, which keeps its share of the attention.
 """
 
 from __future__ import annotations
