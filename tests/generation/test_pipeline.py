@@ -21,6 +21,7 @@ from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 from megaflux.generation.request import Reference, output_size
 from megaflux.runs import load_pipeline
 from tests.conftest import picture
+from tests.icc_profiles import DISPLAY_P3
 
 STEPS = 2
 
@@ -78,6 +79,11 @@ def test_any_kind_of_picture_becomes_upright_rgb_on_white():
     assert turned.size == (48, 32)
     tensor, notes = reference_tensor(turned, 64)
     assert np.array_equal(tensor[0].permute(1, 2, 0).numpy(), np.array(upright)) and notes == ["rotated"]
+
+    patch = Image.new("RGB", (16, 16), (200, 80, 60))
+    patch.info["icc_profile"] = DISPLAY_P3
+    wide, notes = reference_tensor(patch, 64)
+    assert (wide[0, :, 0, 0].int() - torch.tensor([216, 69, 50])).abs().max() <= 2 and notes == ["icc_profile"]
 
     clear, _ = reference_tensor(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), 64)
     assert (clear == 255).all()
