@@ -624,3 +624,11 @@ def test_a_large_row_group_is_read_once(tmp_path):
     assert bytes_read() - before < 1.5 * size * rows
     assert first < 0.3 * size * rows
     assert next(iter(source.read([items[3]]))).image == images[3]  # and back again
+
+
+def test_raw_pictures_are_left_aside(tmp_path):
+    picture(1).save(tmp_path / "a.jpg")
+    for suffix in ("NEF", "dng", "cr2", "arw"):
+        picture(1).save(tmp_path / f"a.{suffix}", "TIFF")
+    assert [item.key for item in open_source(tmp_path).list_items()] == ["a.jpg"]
+    assert remarks_of(tmp_path) == ["left aside: 1 .nef, 1 .arw, 1 .cr2, 1 .dng"]
