@@ -632,3 +632,34 @@ def test_raw_pictures_are_left_aside(tmp_path):
         picture(1).save(tmp_path / f"a.{suffix}", "TIFF")
     assert [item.key for item in open_source(tmp_path).list_items()] == ["a.jpg"]
     assert remarks_of(tmp_path) == ["left aside: 1 .nef, 1 .arw, 1 .cr2, 1 .dng"]
+
+
+def test_parquet_with_text_that_is_not_utf8(tmp_path):
+    latin = arrow.array([b"caf\xe9", b"ok"], arrow.binary())
+    text = arrow.Array.from_buffers(arrow.string(), 2, latin.buffers())
+    images = arrow.StructArray.from_arrays([arrow.array([b"0", b"1"]), text], ["bytes", "path"])
+    write_parquet(tmp_path / "a.parquet", image=images, text=text, key=text)
+    assert read_all(open_source(tmp_path)) == [
+        ("a.parquet:caf\\xe9", None, b"0"),
+        ("a.parquet:ok", "ok", b"1"),
+    ]
+
+
+def test_parquet_with_a_damaged_column(tmp_path):
+    images = [file_bytes(picture(n)) for n in range(3)]
+    write_parquet(tmp_path / "a.parquet", picture_of_it=images)
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[4:2000] = b"\xff" * 1996
+    (tmp_path / "a.parquet").write_bytes(data)
+    assert [row[1] for row in read_all(open_source(tmp_path))] == ["damaged"] * 3
+    write_parquet(tmp_path / "a.parquet", key=["x" * 900] * 3, image=images)
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[4:60] = b"\xff" * 56
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(UserError, match="the column key cannot be read"):
+        open_source(tmp_path).list_items()
+
+
+def test_parquet_with_views(tmp_path):
+    write_parquet(tmp_path / "a.parquet", image=arrow.array([b"0"], arrow.binary_view()))
+    assert read_all(open_source(tmp_path)) == [("a.parquet:0", "", b"0")]
