@@ -22,8 +22,9 @@ MAX_ASPECT = 4.0  # of training pictures; beyond it a crop to the widest usual c
 MIN_SIDE = 16  # px; below it there is nothing to learn from, whatever the upscaling
 ENCODINGS = ("png", "jpeg", "webp")
 
-# Raster formats that Pillow decodes itself. Left out on purpose: EPS (runs Ghostscript), WMF, FITS, PDF.
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # what matters is raised as well
+
+# Raster formats that Pillow decodes itself. Left out on purpose: EPS (runs Ghostscript), WMF, FITS, PDF.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 
 REASONS = {

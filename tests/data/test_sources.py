@@ -17,6 +17,7 @@ from megaflux.common.errors import UserError
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.images import BadImage
 from megaflux.data.writing import captions
+from megaflux.data.writing.build import prepare
 from megaflux.data.writing.openmoji import OpenMoji, caption_of
 from megaflux.data.writing.options import Options
 from megaflux.data.writing.sources import open_source as open_with_options
@@ -663,3 +664,16 @@ def test_parquet_with_a_damaged_column(tmp_path):
 def test_parquet_with_views(tmp_path):
     write_parquet(tmp_path / "a.parquet", image=arrow.array([b"0"], arrow.binary_view()))
     assert read_all(open_source(tmp_path)) == [("a.parquet:0", "", b"0")]
+
+
+def test_what_is_left_aside_can_be_printed(tmp_path, capsys):
+    picture(1).save(tmp_path / "a.png")
+    (tmp_path / "b\nc.txt").write_text("x")
+    with open(bytes(tmp_path) + b"/notes.\xff", "wb") as file:
+        file.write(b"x")
+    for number in range(50):
+        (tmp_path / f"scan.{number:04}").write_text("x")
+    prepare(str(tmp_path), tmp_path.parent / f"{tmp_path.name}-out", Options(longest_side=64, held_out=0), workers=1)
+    lines = capsys.readouterr().out.splitlines()  # pytest's stdout is strict, as a terminal's in en_US.UTF-8
+    assert lines[1].startswith("left aside: 1 .") and lines[1].endswith(", 31 with other suffixes")
+    assert lines[2] == "not used, though they may hold captions: 1 files (b c.txt)"
