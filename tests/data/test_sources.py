@@ -677,3 +677,15 @@ def test_what_is_left_aside_can_be_printed(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()  # pytest's stdout is strict, as a terminal's in en_US.UTF-8
     assert lines[1].startswith("left aside: 1 .") and lines[1].endswith(", 31 with other suffixes")
     assert lines[2] == "not used, though they may hold captions: 1 files (b c.txt)"
+
+
+def test_a_table_without_images_beside_those_that_have_some(tmp_path):
+    write_parquet(tmp_path / "data.parquet", image=[b"0"], mask=[b"m"])
+    write_parquet(tmp_path / "urls.parquet", url=["x"])
+    for kind in (None, "parquet"):
+        assert [item.key for item in open_source(tmp_path, kind=kind).list_items()] == ["data.parquet:0"]
+        assert "left aside: 1 .parquet" in remarks_of(tmp_path, kind=kind)
+    with pytest.raises(UserError, match="--kind parquet lists the columns, --image-column names that of the images"):
+        open_source(tmp_path, image_column="picture")
+    with pytest.raises(UserError, match=r"no column picture of bytes, only image, mask"):
+        open_source(tmp_path, kind="parquet", image_column="picture").list_items()
