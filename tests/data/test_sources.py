@@ -640,10 +640,7 @@ def test_parquet_with_text_that_is_not_utf8(tmp_path):
     text = arrow.Array.from_buffers(arrow.string(), 2, latin.buffers())
     images = arrow.StructArray.from_arrays([arrow.array([b"0", b"1"]), text], ["bytes", "path"])
     write_parquet(tmp_path / "a.parquet", image=images, text=text, key=text)
-    assert read_all(open_source(tmp_path)) == [
-        ("a.parquet:caf\\xe9", None, b"0"),
-        ("a.parquet:ok", "ok", b"1"),
-    ]
+    assert read_all(open_source(tmp_path)) == [("a.parquet:caf\\xe9", None, b"0"), ("a.parquet:ok", "ok", b"1")]
 
 
 def test_parquet_with_a_damaged_column(tmp_path):
@@ -673,7 +670,12 @@ def test_what_is_left_aside_can_be_printed(tmp_path, capsys):
         file.write(b"x")
     for number in range(50):
         (tmp_path / f"scan.{number:04}").write_text("x")
-    prepare(str(tmp_path), tmp_path.parent / f"{tmp_path.name}-out", Options(longest_side=64, aspect_ratios=("1:1",), held_out=0), workers=1)
+    prepare(
+        str(tmp_path),
+        tmp_path.parent / f"{tmp_path.name}-out",
+        Options(longest_side=64, aspect_ratios=("1:1",), held_out=0),
+        workers=1,
+    )
     lines = capsys.readouterr().out.splitlines()  # pytest's stdout is strict, as a terminal's in en_US.UTF-8
     assert lines[1].startswith("left aside: 1 .") and lines[1].endswith(", 31 with other suffixes")
     assert lines[2] == "not used, though they may hold captions: 1 files (b c.txt)"

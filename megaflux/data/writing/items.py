@@ -13,7 +13,6 @@ from PIL import Image
 from megaflux.data.images import BadImage
 from megaflux.data.writing.captions import Caption
 
-
 MOST_SUFFIXES = 20  # named of the files left aside; numbered files ("scan.0001") have one each
 
 

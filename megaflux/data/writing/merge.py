@@ -82,7 +82,7 @@ def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> D
         held = sum(counts["held_out"].values())
         raise UserError(
             f"{out}: no usable training images among {plan['source']['items']} "
-            f"({f'{held} held out, lower --held-out; ' * bool(held)}skipped: {by_reason(bad)})"
+            f"({f'{held} held out, lower --held-out; ' * bool(held)}{by_reason(bad)})"
         )
     for split in SPLITS:
         for bucket in buckets:

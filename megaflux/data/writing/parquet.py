@@ -112,7 +112,9 @@ class ParquetFiles:
                 found = keys.cast("binary").to_pylist()
                 return [key if key is None else key.decode("utf-8", "backslashreplace") for key in found]
         except (OSError, ValueError) as error:  # Arrow's errors are of these two
-            raise UserError(f"{self.root / name}: the column {column} cannot be read ({one_line(error, 120)})") from None
+            raise UserError(
+                f"{self.root / name}: the column {column} cannot be read ({one_line(error, 120)})"
+            ) from None
 
     def read(self, items: Sequence[Item]) -> Iterator[Loaded | BadImage]:
         """The rows' bytes and captions. A row group is streamed, a few rows at a time; a call for later rows of the same
