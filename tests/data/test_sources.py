@@ -691,3 +691,17 @@ def test_a_table_without_images_beside_those_that_have_some(tmp_path):
         open_source(tmp_path, image_column="picture")
     with pytest.raises(UserError, match=r"no column picture of bytes, only image, mask"):
         open_source(tmp_path, kind="parquet", image_column="picture").list_items()
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("metadata.csv", b"file_name,text\na.png,caf\xe9\nb.png,ok\n"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "caf\xe9"}\n{"file_name": "b.png", "text": "ok"}\n'),
+    ],
+)
+def test_a_row_that_is_not_utf8_costs_its_own_caption(tmp_path, name, rows):
+    for image in ("a.png", "b.png"):
+        (tmp_path / image).write_bytes(b"image")
+    (tmp_path / name).write_bytes(rows)
+    assert [row[:2] for row in read_all(open_source(tmp_path))] == [("a.png", None), ("b.png", "ok")]
