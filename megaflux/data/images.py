@@ -22,6 +22,8 @@ MAX_ASPECT = 4.0  # of training pictures; beyond it a crop to the widest usual c
 MIN_SIDE = 16  # px; below it there is nothing to learn from, whatever the upscaling
 ENCODINGS = ("png", "jpeg", "webp")
 
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # what matters is raised as well
+
 # Raster formats that Pillow decodes itself. Left out on purpose: EPS (runs Ghostscript), WMF, FITS, PDF.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 
@@ -79,8 +81,9 @@ def decode_raw(
     try:
         return _decode_raw(data, max_pixels, max_aspect, notes)
     except BadImage as bad:
-        # Pillow refuses a PNG for its text (over 1 MB), its profile or its animation, whose pixels are good.
-        if bad.reason != "damaged" or (plain := png.without_metadata(data)) == data:
+        # Pillow refuses a PNG for its text (over 1 MB, or a wrong checksum), its profile or its animation, whose pixels are
+        # good; before the pixels begin, as a file that it does not know.
+        if bad.reason not in ("damaged", "not_an_image") or (plain := png.without_metadata(data)) == data:
             raise
     image = _decode_raw(plain, max_pixels, max_aspect, [])
     notes[:] = ["metadata_dropped"]
@@ -263,7 +266,6 @@ def _silence_tiff() -> None:
     Pillow has no setting for it, so the handlers of the libtiff that it has loaded are removed (TIFFSetWarningHandler(3)).
     Nothing is done where the library is not found.
     """
-    logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
     with contextlib.suppress(OSError, AttributeError, UnicodeError), open("/proc/self/maps") as maps:
         for path in {line.split(maxsplit=5)[-1].strip() for line in maps if "libtiff" in line}:
             library = ctypes.CDLL(path)

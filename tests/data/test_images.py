@@ -418,3 +418,23 @@ def test_libtiff_writes_nothing_to_stderr(capfd):
     data[place + 8 : place + 10] = struct.pack("<H", 50001)  # WebP: libtiff says that it cannot, three times
     assert reason_of(bytes(data)) == "damaged"
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("body", [b"tEXtwrong checksum", b"gAMA\0"])
+def test_png_with_a_damaged_chunk_before_its_pixels(body):
+    data = file_bytes(picture(1))
+    crc = zlib.crc32(body) if body.startswith(b"gAMA") else 0
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", crc)
+    image, notes = decode(data[:33] + chunk + data[33:])
+    assert (image.tobytes(), notes) == (decode(data)[0].tobytes(), ["metadata_dropped"])
+
+
+def test_a_refused_tiff_is_refused_silently(caplog):
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, "TIFF")
+    data = bytearray(buffer.getvalue())
+    place = data.index(struct.pack("<HHI", 277, 3, 1))  # samples per pixel
+    data[place + 8 : place + 10] = struct.pack("<H", 9)
+    with pytest.raises(BadImage, match="not_an_image"):
+        decode(bytes(data))
+    assert caplog.records == []

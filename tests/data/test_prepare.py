@@ -597,3 +597,18 @@ def test_a_dataset_begun_before_there_were_kinds_goes_on(source, whole, tmp_path
     assert info.captioned is None
     assert "was begun by an earlier version, which ignored colour profiles" in caplog.text
     assert set(samples_of(out)) == set(samples_of(whole))
+
+
+@pytest.mark.parametrize(("count", "gives"), [(1, None), (3, 1), (8, 4)])
+def test_the_share_that_is_advised_leaves_pictures_to_train_on(tmp_path, capsys, count, gives):
+    source = write_folder(tmp_path / "source", {(70, 70): count})
+    prepare(str(source), tmp_path / "out", Options(**SMALL, held_out=1e-9), workers=1)
+    said = capsys.readouterr().out
+    if gives is None:
+        assert "there are 1 of it in all, so add more" in said
+        return
+    (share,) = re.findall(rf"--held-out (0\.\d+) would give {gives} ", said)
+    info = prepare(str(source), tmp_path / "again", Options(**SMALL, held_out=float(share)), workers=1, progress=False)
+    assert info.samples("held_out") == gives
+    with pytest.raises(UserError, match=f"{count} held out, lower --held-out; none skipped"):
+        prepare(str(source), tmp_path / "all", Options(**SMALL, held_out=0.9999), workers=1, progress=False)

@@ -17,6 +17,7 @@ from megaflux.common.errors import UserError
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.images import BadImage
 from megaflux.data.writing import captions
+from megaflux.data.writing.build import prepare
 from megaflux.data.writing.openmoji import OpenMoji, caption_of
 from megaflux.data.writing.options import Options
 from megaflux.data.writing.sources import open_source as open_with_options
@@ -624,3 +625,83 @@ def test_a_large_row_group_is_read_once(tmp_path):
     assert bytes_read() - before < 1.5 * size * rows
     assert first < 0.3 * size * rows
     assert next(iter(source.read([items[3]]))).image == images[3]  # and back again
+
+
+def test_raw_pictures_are_left_aside(tmp_path):
+    picture(1).save(tmp_path / "a.jpg")
+    for suffix in ("NEF", "dng", "cr2", "arw"):
+        picture(1).save(tmp_path / f"a.{suffix}", "TIFF")
+    assert [item.key for item in open_source(tmp_path).list_items()] == ["a.jpg"]
+    assert remarks_of(tmp_path) == ["left aside: 1 .nef, 1 .arw, 1 .cr2, 1 .dng"]
+
+
+def test_parquet_with_text_that_is_not_utf8(tmp_path):
+    latin = arrow.array([b"caf\xe9", b"ok"], arrow.binary())
+    text = arrow.Array.from_buffers(arrow.string(), 2, latin.buffers())
+    images = arrow.StructArray.from_arrays([arrow.array([b"0", b"1"]), text], ["bytes", "path"])
+    write_parquet(tmp_path / "a.parquet", image=images, text=text, key=text)
+    assert read_all(open_source(tmp_path)) == [("a.parquet:caf\\xe9", None, b"0"), ("a.parquet:ok", "ok", b"1")]
+
+
+def test_parquet_with_a_damaged_column(tmp_path):
+    images = [file_bytes(picture(n)) for n in range(3)]
+    write_parquet(tmp_path / "a.parquet", picture_of_it=images)
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[4:2000] = b"\xff" * 1996
+    (tmp_path / "a.parquet").write_bytes(data)
+    assert [row[1] for row in read_all(open_source(tmp_path))] == ["damaged"] * 3
+    write_parquet(tmp_path / "a.parquet", key=["x" * 900] * 3, image=images)
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[4:60] = b"\xff" * 56
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(UserError, match="the column key cannot be read"):
+        open_source(tmp_path).list_items()
+
+
+def test_parquet_with_views(tmp_path):
+    write_parquet(tmp_path / "a.parquet", image=arrow.array([b"0"], arrow.binary_view()))
+    assert read_all(open_source(tmp_path)) == [("a.parquet:0", "", b"0")]
+
+
+def test_what_is_left_aside_can_be_printed(tmp_path, capsys):
+    picture(1).save(tmp_path / "a.png")
+    (tmp_path / "b\nc.txt").write_text("x")
+    with open(bytes(tmp_path) + b"/notes.\xff", "wb") as file:
+        file.write(b"x")
+    for number in range(50):
+        (tmp_path / f"scan.{number:04}").write_text("x")
+    prepare(
+        str(tmp_path),
+        tmp_path.parent / f"{tmp_path.name}-out",
+        Options(longest_side=64, aspect_ratios=("1:1",), held_out=0),
+        workers=1,
+    )
+    lines = capsys.readouterr().out.splitlines()  # pytest's stdout is strict, as a terminal's in en_US.UTF-8
+    assert lines[1].startswith("left aside: 1 .") and lines[1].endswith(", 31 with other suffixes")
+    assert lines[2] == "not used, though they may hold captions: 1 files (b c.txt)"
+
+
+def test_a_table_without_images_beside_those_that_have_some(tmp_path):
+    write_parquet(tmp_path / "data.parquet", image=[b"0"], mask=[b"m"])
+    write_parquet(tmp_path / "urls.parquet", url=["x"])
+    for kind in (None, "parquet"):
+        assert [item.key for item in open_source(tmp_path, kind=kind).list_items()] == ["data.parquet:0"]
+        assert "left aside: 1 .parquet" in remarks_of(tmp_path, kind=kind)
+    with pytest.raises(UserError, match="--kind parquet lists the columns, --image-column names that of the images"):
+        open_source(tmp_path, image_column="picture")
+    with pytest.raises(UserError, match=r"no column picture of bytes, only image, mask"):
+        open_source(tmp_path, kind="parquet", image_column="picture").list_items()
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("metadata.csv", b"file_name,text\na.png,caf\xe9\nb.png,ok\n"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "caf\xe9"}\n{"file_name": "b.png", "text": "ok"}\n'),
+    ],
+)
+def test_a_row_that_is_not_utf8_costs_its_own_caption(tmp_path, name, rows):
+    for image in ("a.png", "b.png"):
+        (tmp_path / image).write_bytes(b"image")
+    (tmp_path / name).write_bytes(rows)
+    assert [row[:2] for row in read_all(open_source(tmp_path))] == [("a.png", None), ("b.png", "ok")]

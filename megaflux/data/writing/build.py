@@ -22,7 +22,7 @@ from megaflux.data.buckets import make_buckets
 from megaflux.data.storage.dataset import FORMAT_VERSION, DatasetInfo
 from megaflux.data.storage.shards import COMPRESSION, compression_for
 from megaflux.data.writing import chunks
-from megaflux.data.writing.items import Item, Source
+from megaflux.data.writing.items import Item, Source, printable
 from megaflux.data.writing.merge import judge, merge, read_plan
 from megaflux.data.writing.options import Options
 from megaflux.data.writing.sources import open_source
@@ -56,7 +56,9 @@ def prepare(
     if not items:
         raise UserError(f"source {source}: no items")
     if progress:
-        print("\n".join([f"{len(items)} items in {source}, read as {opened.kind}", *opened.remarks(), *remarks]))
+        lines = [f"{len(items)} items in {source}, read as {opened.kind}", *opened.remarks(), *remarks]
+        # Names of files may have line breaks, and bytes that are not UTF-8, which print refuses.
+        print("\n".join(printable(" ".join(line.splitlines())) for line in lines))
     parts = [items[start : start + options.chunk] for start in range(0, len(items), options.chunk)]
     compression = _claim(out, _plan(opened, items, options, len(parts)))
     index, count = part or (1, 1)

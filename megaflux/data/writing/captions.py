@@ -80,9 +80,9 @@ def field_of(names: Sequence[str], field: str | None = None) -> str | None:
     return next((lowered[name] for name in FIELDS if name in lowered), None)
 
 
-def decoded(data: bytes) -> str:
-    """Text of bytes. Raises ValueError for an unknown encoding."""
+def decoded(data: bytes, errors: str = "strict") -> str:
+    """Text of bytes. errors: as in bytes.decode, for UTF-8 without a mark. Raises ValueError for an unknown encoding."""
     for mark, encoding in _BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
             return data[len(mark) :].decode(encoding)
-    return data.decode()
+    return data.decode(errors=errors)

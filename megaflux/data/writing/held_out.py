@@ -17,10 +17,11 @@ ENOUGH = 100  # images; with fewer, pictures are only held out as --held-out say
 
 @dataclass(frozen=True)
 class Shape:
-    """The bucket whose held-out pictures validation shows. held: their number. candidates: the training samples that a
+    """The bucket whose held-out pictures validation shows. samples: its pictures, held: those held out. candidates: the training samples that a
     larger share takes first, (draw, key, number of the chunk)."""
 
     bucket: Bucket
+    samples: int
     held: int
     candidates: list[tuple[int, str, int]]
 
@@ -41,7 +42,7 @@ def validation_shape(buckets: Sequence[Bucket], reports: Sequence[Report]) -> Sh
         for chunk, report in enumerate(reports)
         for number, key in (report.candidates or {}).get(bucket.name, [])
     ]
-    return Shape(bucket, count(bucket, "held_out"), heapq.nsmallest(HELD_OUT, drawn))
+    return Shape(bucket, sizes[bucket], count(bucket, "held_out"), heapq.nsmallest(HELD_OUT, drawn))
 
 
 def top_up(target: Target, shape: Shape) -> set[int]:
@@ -58,11 +59,12 @@ def top_up(target: Target, shape: Shape) -> set[int]:
 
 def advice(shape: Shape) -> str:
     """One line for a dataset with too few held-out pictures, with a share that would hold out more."""
-    wanted = shape.candidates[: max(0, HELD_OUT - shape.held)]
+    most = min(HELD_OUT, shape.samples // 2)  # at least as many are left to train on
+    wanted = shape.candidates[: max(0, most - shape.held)]
     what = f"{shape.held} held-out pictures of the shape {shape.bucket.name}: validation compares at least 2, better {HELD_OUT}"
     if not wanted:
-        return f"{what}; prepare again with a larger --held-out"
-    share = math.floor(wanted[-1][0] / DRAWS * 1000 + 1) / 1000
+        return f"{what}; there are {shape.samples} of it in all, so add more"
+    share = min(math.floor(wanted[-1][0] / DRAWS * 1000 + 1) / 1000, 0.999)  # --held-out is below 1
     return f"{what}; --held-out {share:g} would give {shape.held + len(wanted)} (prepare again, into a new folder)"
 
 

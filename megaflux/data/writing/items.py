@@ -13,6 +13,8 @@ from PIL import Image
 from megaflux.data.images import BadImage
 from megaflux.data.writing.captions import Caption
 
+MOST_SUFFIXES = 20  # named of the files left aside; numbered files ("scan.0001") have one each
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -83,8 +85,10 @@ class LeftAside:
         """Human-readable, one line for each kind of remark."""
         lines = list(self.others)
         if self.suffixes:
-            counts = ", ".join(f"{count} {suffix}" for suffix, count in self.suffixes.most_common())
-            lines.append(f"left aside: {counts}")
+            common = self.suffixes.most_common(MOST_SUFFIXES)
+            rest = self.suffixes.total() - sum(count for _, count in common)
+            counts = [f"{count} {suffix}" for suffix, count in common] + [f"{rest} with other suffixes"] * bool(rest)
+            lines.append(f"left aside: {', '.join(counts)}")
         if self.suffixes.keys() & {".heic", ".heif"}:
             lines.append("HEIC pictures are not read: convert them to JPEG, say with heif-convert or sips")
         if self.caption_like:

@@ -79,7 +79,11 @@ def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> D
         for split in SPLITS
     }
     if not sum(counts["train"].values()):
-        raise UserError(f"{out}: no usable training images among {plan['source']['items']} ({by_reason(bad)})")
+        held = sum(counts["held_out"].values())
+        raise UserError(
+            f"{out}: no usable training images among {plan['source']['items']} "
+            f"({f'{held} held out, lower --held-out; ' * bool(held)}{by_reason(bad)})"
+        )
     for split in SPLITS:
         for bucket in buckets:
             shards = [shard for report in reports for shard in report.shards[split].get(bucket.name, [])]

@@ -94,7 +94,7 @@ class ParquetFiles:
             metadata = table.metadata.row_group(group)
             keys = None
             if columns.key:
-                keys = table.read_row_group(group, columns=[columns.key])[columns.key].to_pylist()
+                keys = self._keys(name, table, group, columns.key)
             for index in range(metadata.num_rows):
                 if keys is None:
                     key = f"{printable(name)}:{row}"
@@ -102,6 +102,19 @@ class ParquetFiles:
                     key = f"{printable(name)}:{f'row {row}' if keys[index] is None else keys[index]}"
                 yield Item(key, key, (name, group, index), metadata.total_byte_size)
                 row += 1
+
+    def _keys(self, name: str, table: Any, group: int, column: str) -> list[Any]:
+        try:
+            keys = table.read_row_group(group, columns=[column])[column]
+            try:
+                return keys.to_pylist()
+            except UnicodeDecodeError:
+                found = keys.cast("binary").to_pylist()
+                return [key if key is None else key.decode("utf-8", "backslashreplace") for key in found]
+        except (OSError, ValueError) as error:  # Arrow's errors are of these two
+            raise UserError(
+                f"{self.root / name}: the column {column} cannot be read ({one_line(error, 120)})"
+            ) from None
 
     def read(self, items: Sequence[Item]) -> Iterator[Loaded | BadImage]:
         """The rows' bytes and captions. A row group is streamed, a few rows at a time; a call for later rows of the same
@@ -147,9 +160,17 @@ class _Rows:
                 self._damage = BadImage("damaged", one_line(error))
         if self._damage is not None:
             return self._damage
-        row = self._batch.slice(index - self._start, 1).to_pylist()[0]
-        columns = self._columns
-        return _loaded(row[columns.image], captions.of_value(row[columns.caption]) if columns.caption else Caption())
+        row, columns = index - self._start, self._columns
+        image = self._batch.column(columns.image)[row]
+        if hasattr(image, "keys") and image.is_valid:  # a struct, whose path may not be UTF-8
+            image = image["bytes"]
+        caption = Caption()
+        if columns.caption:
+            try:
+                caption = captions.of_value(self._batch.column(columns.caption)[row].as_py())
+            except ValueError as error:  # text that is not UTF-8
+                caption = Caption(problem=one_line(error))
+        return _loaded(image.as_py(), caption)
 
     def close(self) -> None:
         """Close the file."""
@@ -183,7 +204,10 @@ def _image_column(table: Any, wanted: str | None = None) -> str | None:
     if found is not None or len(of_bytes) != 1:
         return found
     (only,) = of_bytes
-    rows: list[dict[str, Any]] = next((batch.to_pylist() for batch in table.iter_batches(8, columns=[only])), [])
+    try:
+        rows: list[dict[str, Any]] = next((batch.to_pylist() for batch in table.iter_batches(8, columns=[only])), [])
+    except (OSError, ValueError):  # damaged, which is said of each row
+        return only
     values = [_bytes_of(row[only]) for row in rows]
     return only if any(isinstance(value, bytes) and starts_like_image(value[:32]) for value in values) else None
 
@@ -193,7 +217,8 @@ def _holds_bytes(kind: Any) -> bool:
 
     if types.is_struct(kind):  # of the datasets library: bytes and path
         return kind.get_field_index("bytes") >= 0
-    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+    views = getattr(types, "is_binary_view", lambda _: False)  # as Polars writes them
+    return views(kind) or types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
 
 
 def _bytes_of(value: object) -> object:

@@ -25,6 +25,25 @@ CAPTION_LIKE = (*captions.SUFFIXES, ".captions", ".text", ".prompt", ".tags", ".
 _OTHER = (
     *CAPTION_LIKE,
     *(".tar", ".gz", ".tgz", ".zip", ".npy", ".npz", ".pt", ".pth", ".safetensors", ".bin", ".pkl", ".cls"),
+    # Raw pictures are TIFF files whose first picture is a thumbnail; .thm is a camera's thumbnail of a video.
+    *(
+        ".3fr",
+        ".arw",
+        ".cr2",
+        ".cr3",
+        ".crw",
+        ".dcr",
+        ".dng",
+        ".erf",
+        ".fff",
+        ".gpr",
+        ".iiq",
+        ".k25",
+        ".kdc",
+        ".mef",
+        ".mos",
+    ),
+    *(".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f", ".thm"),
     *(".md", ".html", ".htm", ".xml", ".yaml", ".yml", ".log", ".py", ".mp4", ".mov", ".mp3", ".wav"),
 )
 # Formats that begin with a mark of their own; those left out (PPM, BMP, TGA) are recognised by their suffix only.

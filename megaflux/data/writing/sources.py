@@ -58,11 +58,16 @@ def _with_captions(file: Path) -> list[str]:
     return sorted([file.name, *(name for name in beside if not recognise.has_image_suffix(name))])
 
 
+def _tables(tree: Tree) -> list[str]:
+    return [name for name in tree.files if name.lower().endswith(".parquet")]
+
+
 def _files_by_kind(root: Path, tree: Tree, options: Options) -> dict[str, list[str]]:
     """The files of each kind of KINDS; parquet files only if they have a column of images."""
-    tables = [name for name in tree.files if name.lower().endswith(".parquet")]
-    if options.kind != "parquet":
-        tables = [name for name in tables if parquet.has_images(root / name, options.image_column)]
+    tables = _tables(tree)
+    with_images = [name for name in tables if parquet.has_images(root / name, options.image_column)]
+    if with_images or options.kind != "parquet":  # else the refusal names the columns of the first one
+        tables = with_images
     return {
         "images": image_names(root, tree.files),
         "tar": [name for name in tree.files if name.lower().endswith(".tar")],
@@ -85,6 +90,7 @@ def _choose(source: str, root: Path, found: dict[str, list[str]], options: Optio
         raise UserError(
             f"source {source}: no images, .tar files or .parquet files with images among its {len(tree.files)} files"
             + f"{'; unpack the archives' * packed}{''.join(f'; {line}' for line in there.lines())}"
+            + "; --kind parquet lists the columns, --image-column names that of the images" * bool(_tables(tree))
         )
     if len(kinds) == 1:
         return kinds[0]

@@ -87,7 +87,7 @@ def _rows(path: Path, field: str | None) -> Iterator[Mapping[str, Any] | None]:
             for batch in table.iter_batches(1024, columns=columns):
                 yield from batch.to_pylist()
         return
-    text = captions.decoded(path.read_bytes())
+    text = captions.decoded(path.read_bytes(), "surrogateescape")  # a row that is not UTF-8 costs its own caption only
     if suffix == ".csv":
         yield from csv.DictReader(io.StringIO(text, newline=""))
         return
