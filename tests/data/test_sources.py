@@ -351,7 +351,37 @@ def test_captions_in_their_usual_dresses(tmp_path):
         "deep/f.jpeg": "f",
         "deep/g.png": "g",
     }
-    assert remarks_of(tmp_path) == ["not used, though they may hold captions: 1 files (deep/g.png.txt)"]
+    (tmp_path / "deep" / "notes.txt").write_text("of no picture")
+    assert remarks_of(tmp_path) == ["not used, though they may hold captions: 1 files (deep/notes.txt)"]
+
+
+def test_a_blank_caption_hides_none(tmp_path):
+    (tmp_path / "in.tar.d").mkdir()
+    for name, data in {
+        "a.png": b"A",
+        "a.txt": b" \n",
+        "a.json": b'{"caption": "", "text": ["from the json"]}',
+        "b.png": b"B",
+        "b.caption": b"caf\xe9",  # not UTF-8
+        "c.png": b"C",
+        "c.txt": b"",
+        "metadata.csv": b"file_name,caption,text\nb.png,,from the table\nc.png,  ,in its second column\n",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    expected = {"a.png": "from the json", "b.png": "from the table", "c.png": "in its second column"}
+    assert {key: caption for key, caption, _ in read_all(open_source(tmp_path))} == expected
+    assert remarks_of(tmp_path) == []
+    write_tar(tmp_path / "in.tar.d/x.tar", [(n, (tmp_path / n).read_bytes()) for n in ("a.png", "a.txt", "a.json")])
+    assert read_all(open_source(tmp_path / "in.tar.d")) == [("x.tar:a", "from the json", b"A")]
+
+
+def test_a_table_of_languages(tmp_path):
+    kind = arrow.map_(arrow.string(), arrow.string())
+    parquet.write_table(
+        arrow.table({"image": [b"I"], "caption": arrow.array([[("en", "a cat"), ("fr", "un chat")]], kind)}),
+        tmp_path / "a.parquet",
+    )
+    assert read_all(open_source(tmp_path)) == [("a.parquet:0", "a cat", b"I")]
 
 
 TABLE = {"file_name": ["a.png", "deep/caf\u00e9.png", "gone.png", "c.png"], "text": ["a", "b", "not here", "not used"]}
@@ -416,6 +446,7 @@ def test_folders_that_are_linked(tmp_path):
     (root / "linked_again").symlink_to(elsewhere)
     (elsewhere / "deep" / "up").symlink_to(elsewhere)  # a circle
     (root / "own" / "self").symlink_to("self")
+    (root / "own" / "above").symlink_to(tmp_path)  # another
     keys = [item.key for item in open_source(root).list_items()]
     assert keys == ["linked/deep/0.png", "linked/deep/1.png", "linked/deep/2.png", "own/x.png"]
 
@@ -488,6 +519,8 @@ def test_every_image_in_a_tar_is_used_or_listed(tmp_path):
         add("._22.05.png", b"\0" * 100)  # macOS's
         add("d/hard.jpg", b"", type=tarfile.LNKTYPE, linkname="22.05.png")
         add("d/soft.jpg", b"", type=tarfile.SYMTYPE, linkname="../22.06.png")
+        add("d/twice.jpg", b"", type=tarfile.SYMTYPE, linkname="soft.jpg")
+        add("d/self.jpg", b"", type=tarfile.SYMTYPE, linkname="self.jpg")
         add("d/lost.jpg", b"", type=tarfile.SYMTYPE, linkname="../gone.png")
         add("e.jpg", b"E")
         add("e.seg.png", b"a mask")
@@ -501,12 +534,20 @@ def test_every_image_in_a_tar_is_used_or_listed(tmp_path):
         add("h.txt", b"without a suffix")
         add("i", b"no image")
         add("j.cls", b"3")
+        add("k\u00e9.png", b"K")
+        add("ke\u0301.txt", b"with an accent")
+        add("l.a.png", b"L")
+        add("l.a.txt", b"l.a")
+        add("l.b.txt", b"of no picture")
+        add("metadata.jsonl", b"{}")
     rows = read_all(open_source(tmp_path))
     assert [row[:2] for row in rows] == [
         ("x.tar:22.05", "caption 22.05"),
         ("x.tar:22.06", "caption 22.06"),
         ("x.tar:d/hard", ""),
         ("x.tar:d/soft", ""),
+        ("x.tar:d/twice", ""),
+        ("x.tar:d/self", "unreadable"),
         ("x.tar:d/lost", "unreadable"),
         ("x.tar:e", "e"),
         ("x.tar:e.seg.png", "extra_image"),
@@ -515,10 +556,20 @@ def test_every_image_in_a_tar_is_used_or_listed(tmp_path):
         ("x.tar:g", ""),
         ("x.tar:g.png", "extra_image"),
         ("x.tar:h", "without a suffix"),
+        ("x.tar:k\u00e9", "with an accent"),
+        ("x.tar:l", "l.a"),
     ]
     contents = {key: image for key, _, image in rows}
     assert (contents["x.tar:d/hard"], contents["x.tar:d/soft"], contents["x.tar:e"]) == (b"22.05", b"22.06", b"E")
-    assert remarks_of(tmp_path) == ["left aside: 1 hidden, 1 without a suffix, 1 .cls"]
+    assert contents["x.tar:d/twice"] == b"22.06"
+    assert remarks_of(tmp_path) == [
+        "2 images share their name up to the first dot, and its caption, with others; each is used",
+        "left aside: 1 hidden, 1 without a suffix, 1 .cls",
+        "not used, though they may hold captions: 2 files (x.tar:metadata.jsonl, x.tar:l.b.txt)",
+    ]
+    split = {item.key: item.split_key for item in open_source(tmp_path).list_items()}
+    assert split["x.tar:f.left"] == split["x.tar:f.right"] == "x.tar:f"  # never one in training, the other held out
+    assert split["x.tar:22.05"] == "x.tar:22.05"
 
 
 # What people bring: tables

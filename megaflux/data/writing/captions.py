@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class Caption:
 
 
 def of_file(data: bytes, suffix: str, field: str | None = None) -> Caption:
-    """The caption in the bytes of a file of one of SUFFIXES. field: of JSON objects, before FIELDS.
+    """The caption in the bytes of a file of one of SUFFIXES. field: of JSON objects, instead of FIELDS.
 
     Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. JSON is an object with one of the fields, a text, or a list,
     whose first entry counts.
@@ -48,6 +48,8 @@ def of_value(value: Any, field: str | None = None) -> Caption:
     for _ in range(4):  # a list in an object in a list: no caption is nested deeper
         if isinstance(value, Mapping):
             value = of_fields(value, field)
+        elif isinstance(value, list) and value and isinstance(value[0], tuple):  # a table's map: (name, value) pairs
+            value = value[0][1]
         elif isinstance(value, list | tuple):
             value = value[0] if value else None
     if value is None:
@@ -65,9 +67,20 @@ def of_value(value: Any, field: str | None = None) -> Caption:
         return Caption(problem=str(error)[:200])
 
 
+def first(found: Iterable[Caption]) -> Caption:
+    """The first of these captions that has text; else the first that could not be used, which says why."""
+    unusable = Caption()
+    for caption in found:
+        if caption.text:
+            return caption
+        if not unusable.problem:
+            unusable = caption
+    return unusable
+
+
 def of_fields(fields: Mapping[str, Any], field: str | None = None) -> Any:
-    """The value of the first caption field that has one: `field` if given, else FIELDS."""
-    name = field_of([name for name, value in fields.items() if value is not None], field)
+    """The value of the first caption field that has one which is not blank: of `field` alone if given, else of FIELDS."""
+    name = field_of([name for name, value in fields.items() if not _is_blank(value)], field)
     return None if name is None else fields[name]
 
 
@@ -78,6 +91,10 @@ def field_of(names: Sequence[str], field: str | None = None) -> str | None:
     lowered = {name.lower(): name for name in reversed(names) if isinstance(name, str)}
     lowered |= {name: name for name in names if name in FIELDS}
     return next((lowered[name] for name in FIELDS if name in lowered), None)
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip()) or value in ([], ())
 
 
 def decoded(data: bytes, errors: str = "strict") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,16 +18,18 @@ from megaflux.data.writing.recognise import Tree
 class ImageFolder:
     """Image files. key: the relative path.
 
-    The caption of a.png is in a.txt, a.caption, a.json, a.png.txt, a.png.caption or a.png.json, the first that is there,
-    else in a metadata.jsonl, metadata.csv or metadata.parquet of a folder above it. Letters with accents may be composed
+    The caption of a.png is in a.txt, a.caption, a.json, a.png.txt, a.png.caption or a.png.json, the first that is not
+    blank, else in a metadata.jsonl, metadata.csv or metadata.parquet of a folder above it. Letters with accents may be composed
     in one name and decomposed in the other, as macOS writes them.
     """
 
     kind = "images"
     attribution = None
 
-    def __init__(self, root: Path, tree: Tree, options: Options) -> None:
+    def __init__(self, root: Path, names: Sequence[str], tree: Tree, options: Options) -> None:
+        """root: the folder. names: its images, as `image_names` finds them. tree: all that is in it."""
         self.root = root
+        self.names = names
         self.tree = tree
         self.field = options.caption_column
         self.aside = LeftAside()
@@ -34,12 +37,11 @@ class ImageFolder:
     def list_items(self) -> list[Item]:
         """One item per image file, in the order of the paths, then the folders that cannot be read."""
         self.aside = LeftAside()
-        names = image_names(self.root, self.tree.files)
-        others = set(self.tree.files).difference(names)
+        others = set(self.tree.files).difference(self.names)
         beside = _CaptionFiles(name for name in others if name.lower().endswith(captions.SUFFIXES))
         in_tables = tables.Captions(self.root, sorted(others), self.field)
-        items = [self._item(name, beside.of(name), in_tables) for name in names]
-        used = {item.where[1] for item in items} | in_tables.files
+        items = [self._item(name, beside.of(name), in_tables) for name in self.names]
+        used = {caption for item in items for caption in item.where[1]} | in_tables.files
         self.aside.others += in_tables.remarks()
         for name in sorted(others - used):
             if name.lower().endswith(recognise.CAPTION_LIKE):
@@ -51,18 +53,16 @@ class ImageFolder:
         items += [Item(key := printable(name), key, (), 0, "unreadable") for name in self.tree.unreadable]
         return items
 
-    def _item(self, name: str, caption: str | None, in_tables: tables.Captions) -> Item:
+    def _item(self, name: str, beside: tuple[str, ...], in_tables: tables.Captions) -> Item:
         key, problem, size = printable(name), None, 0
         told = in_tables.of(folded(name))
         try:
-            size = sum((self.root / path).stat().st_size for path in ([name, caption] if caption else [name]))
+            size = sum((self.root / path).stat().st_size for path in (name, *beside[:1]))
         except OSError:  # a dangling link, say
             problem = "unreadable"
-        if caption is not None:
-            told = None
-        elif told is not None:
+        if told is not None and not beside:
             size += len(told.text.encode())
-        return Item(key, key, (name, caption, told), size, problem)
+        return Item(key, key, (name, beside, told), size, problem)
 
     def remarks(self) -> list[str]:
         """What `list_items` left aside."""
@@ -71,13 +71,14 @@ class ImageFolder:
     def read(self, items: Sequence[Item]) -> Iterator[Loaded | BadImage]:
         """The files' bytes and captions."""
         for item in items:
-            name, caption, told = item.where
+            name, beside, told = item.where
             try:
                 image = (self.root / name).read_bytes()
             except OSError as error:
                 yield BadImage("unreadable", error.strerror or "")
                 continue
-            yield Loaded(image, self._read_caption(caption) if caption else told or Caption())
+            in_files = (self._read_caption(caption) for caption in beside)
+            yield Loaded(image, captions.first(itertools.chain(in_files, [told or Caption()])))
 
     def _read_caption(self, name: str) -> Caption:
         path = self.root / name
@@ -116,14 +117,12 @@ class _CaptionFiles:
             stem, _, suffix = name.rpartition(".")
             self._names.setdefault((folded(stem), f".{suffix.lower()}"), name)
 
-    def of(self, image: str) -> str | None:
-        """The name of an image's caption file, or None."""
+    def of(self, image: str) -> tuple[str, ...]:
+        """The names of an image's caption files, the first one to be read first."""
         if not self._names:
-            return None
+            return ()
         folder, slash, file = image.rpartition("/")
         stem = file.rpartition(".")[0] or file
-        for base in dict.fromkeys((f"{folder}{slash}{stem}", image)):
-            for suffix in captions.SUFFIXES:
-                if found := self._names.get((folded(base), suffix)):
-                    return found
-        return None
+        bases = dict.fromkeys((folded(f"{folder}{slash}{stem}"), folded(image)))
+        found = [self._names.get((base, suffix)) for base in bases for suffix in captions.SUFFIXES]
+        return tuple(name for name in found if name is not None)

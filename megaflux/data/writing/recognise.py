@@ -26,24 +26,9 @@ _OTHER = (
     *CAPTION_LIKE,
     *(".tar", ".gz", ".tgz", ".zip", ".npy", ".npz", ".pt", ".pth", ".safetensors", ".bin", ".pkl", ".cls"),
     # Raw pictures are TIFF files whose first picture is a thumbnail; .thm is a camera's thumbnail of a video.
-    *(
-        ".3fr",
-        ".arw",
-        ".cr2",
-        ".cr3",
-        ".crw",
-        ".dcr",
-        ".dng",
-        ".erf",
-        ".fff",
-        ".gpr",
-        ".iiq",
-        ".k25",
-        ".kdc",
-        ".mef",
-        ".mos",
-    ),
-    *(".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f", ".thm"),
+    *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".gpr", ".iiq", ".k25", ".kdc"),
+    *(".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf"),
+    *(".srw", ".x3f", ".thm"),
     *(".md", ".html", ".htm", ".xml", ".yaml", ".yml", ".log", ".py", ".mp4", ".mov", ".mp3", ".wav"),
 )
 # Formats that begin with a mark of their own; those left out (PPM, BMP, TGA) are recognised by their suffix only.
@@ -62,20 +47,20 @@ class Tree:
 
 def walk(root: Path) -> Tree:
     """All files of a folder and its subfolders. Links to folders are followed, each folder is visited once: under its own
-    name if it is in the tree, else under the first link to it."""
+    name if it is in the tree, else under the first link to it. Links to folders above `root` are circles."""
     tree = Tree()
-    visited: set[tuple[int, int]] = set()
+    visited = {_identity(parent) for parent in root.resolve().parents}
     folders, links = deque([""]), deque[str]()
     while folders or links:
         prefix = folders.popleft() if folders else links.popleft()
         path = root / prefix
         try:
-            status = os.stat(path)
+            identity = _identity(path)
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError:
             tree.unreadable.append(prefix)
             continue
-        if (identity := (status.st_dev, status.st_ino)) in visited:
+        if identity in visited:
             continue
         visited.add(identity)
         for entry in entries:
@@ -88,6 +73,11 @@ def walk(root: Path) -> Tree:
                 (links if entry.is_symlink() else folders).append(name + "/")
     tree.files.sort()
     return tree
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -42,7 +42,7 @@ def open_source(source: str, buckets: Sequence[Bucket], options: Options) -> tup
     found = _files_by_kind(root, tree, options)
     kind = _choose(source, root, found, options, tree)
     if kind == "images":
-        return ImageFolder(root, tree, options), []
+        return ImageFolder(root, found[kind], tree, options), []
     names = found[kind]
     aside = LeftAside()
     for name in sorted({*tree.files, *tree.hidden}.difference(names)):

@@ -25,7 +25,7 @@ class Captions:
 
     def __init__(self, root: Path, files: Sequence[str], field: str | None = None) -> None:
         """root: the folder. files: the relative paths of those of its files that are not images. field: the captions'
-        column, before captions.FIELDS."""
+        column, instead of captions.FIELDS."""
         self.files: set[str] = set()
         self._captions: dict[str, Caption] = {}
         self._used = 0
@@ -58,7 +58,7 @@ class Captions:
                     continue
                 named += 1
                 value = captions.of_fields(row, field)
-                if value is None or value == "":
+                if value is None:
                     continue
                 captioned += 1
                 path = posixpath.normpath(posixpath.join(folder, file.replace("\\", "/")))

@@ -11,9 +11,11 @@ from typing import BinaryIO
 
 from megaflux.data.images import BadImage
 from megaflux.data.writing import captions, recognise
-from megaflux.data.writing.captions import Caption
+from megaflux.data.writing.folder import folded
 from megaflux.data.writing.items import Item, LeftAside, Loaded, printable
 from megaflux.data.writing.options import Options
+
+LINKS = 8  # of which one may lead to the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,17 @@ class TarFiles:
         self.names = names
         self.field = options.caption_column
         self.aside = LeftAside()
+        self._sharing = 0  # images that are samples of their own, without a caption of their own
 
     def list_items(self) -> list[Item]:
         """One item per image member and per caption without an image; those that cannot be used have a `problem`."""
-        self.aside = LeftAside()
-        return [item for name in self.names for item in self._list_archive(name)]
+        self.aside, self._sharing = LeftAside(), 0
+        items = [item for name in self.names for item in self._list_archive(name)]
+        if self._sharing:
+            self.aside.others.append(
+                f"{self._sharing} images share their name up to the first dot, and its caption, with others; each is used"
+            )
+        return items
 
     def remarks(self) -> list[str]:
         """What `list_items` left aside."""
@@ -96,7 +104,7 @@ class TarFiles:
         groups, repeated = self._groups(path, members, length)
         prefix = printable(name)
         for base, group in groups.items():
-            yield from _samples(name, prefix, base, group)
+            yield from self._samples(name, prefix, base, group)
         for member_name in repeated:
             yield Item(f"{prefix}:{printable(member_name)} (again)", prefix, (), 0, "duplicate_key")
         if damaged:  # members after the damage cannot be counted: one entry represents them
@@ -106,7 +114,7 @@ class TarFiles:
         self, path: Path, members: Sequence[tarfile.TarInfo], length: int
     ) -> tuple[dict[str, _Group], list[str]]:
         """(base name -> images and captions, names that appear again)."""
-        files = {posixpath.normpath(info.name): info for info in members if info.isreg()}
+        files = {posixpath.normpath(info.name): info for info in members}
         groups: dict[str, _Group] = {}
         seen: set[str] = set()
         repeated = []
@@ -116,7 +124,10 @@ class TarFiles:
             file = info.name.rpartition("/")[2]
             is_caption = file.lower().endswith(captions.SUFFIXES)
             if file.startswith(".") or not (is_caption or recognise.has_image_suffix(file) or "." not in file):
-                self.aside.add(info.name)
+                if file.lower().endswith(recognise.CAPTION_LIKE) and not file.startswith("."):
+                    self.aside.caption_like.append(printable(f"{path.name}:{info.name}"))
+                else:
+                    self.aside.add(info.name)
                 continue
             target = _resolved(info, files)
             problem = None
@@ -133,9 +144,38 @@ class TarFiles:
                 repeated.append(info.name)
                 continue
             seen.add(unique)
-            group = groups.setdefault(member.base, _Group())
+            group = groups.setdefault(folded(member.base), _Group())
             (group.captions if is_caption else group.images).append(member)
         return groups, repeated
+
+    def _samples(self, name: str, prefix: str, base: str, group: _Group) -> Iterator[Item]:
+        """The items of the members with one base name."""
+        if not group.images:
+            key = f"{prefix}:{printable(base)}"
+            yield Item(key, key, (), sum(caption.size for caption in group.captions), "missing_image")
+            return
+        own = {image.name: _captions_of(group, image) for image in group.images}
+        owned = {caption.name for found in own.values() for caption in found}
+        shared = _in_order([caption for caption in group.captions if caption.name not in owned])
+        main = next((image for image in group.images if image.stem == base), None)
+        if main is None and len(group.images) == 1:
+            main = group.images[0]
+        if len(group.images) > 1 or owned:  # else `a.meta.json` is the only image's
+            self.aside.caption_like += [f"{prefix}:{printable(c.name)}" for c in shared if c.stem != base]
+            shared = [caption for caption in shared if caption.stem == base]
+        total = sum(member.size for member in (*group.images, *group.captions))
+        for image in group.images:
+            found = own[image.name] or shared
+            split_key = key = f"{prefix}:{printable(base if image is main else image.stem)}"
+            problem = image.problem
+            if main is None and not own[image.name]:
+                split_key = f"{prefix}:{printable(base)}"  # views of one thing stay together
+                self._sharing += 1
+            elif image is not main and main is not None and (not own[image.name] or image.stem == main.stem):
+                key, found, problem = f"{prefix}:{printable(image.name)}", [], "extra_image"
+            size = total if len(group.images) == 1 else image.size + sum(caption.size for caption in found[:1])
+            where = (name, (image.offset, image.size), tuple((c.offset, c.size, c.suffix) for c in found))
+            yield Item(key, split_key, where, size, problem)
 
     def read(self, items: Sequence[Item]) -> Iterator[Loaded | BadImage]:
         """The members' bytes and captions."""
@@ -143,67 +183,40 @@ class TarFiles:
         file: BinaryIO | None = None
         try:
             for item in items:
-                name, image, caption = item.where
+                name, image, told = item.where
                 if file is None or name != opened:
                     if file:
                         file.close()
                     opened, file = name, open(self.root / name, "rb")  # noqa: SIM115  kept over items
-                told = Caption()
-                if caption:
-                    offset, size, suffix = caption
-                    told = captions.of_file(_bytes_at(file, offset, size), suffix, self.field)
-                yield Loaded(_bytes_at(file, *image), told)
+                texts = ((_bytes_at(file, offset, size), suffix) for offset, size, suffix in told)
+                caption = captions.first(captions.of_file(data, suffix, self.field) for data, suffix in texts)
+                yield Loaded(_bytes_at(file, *image), caption)
         finally:
             if file:
                 file.close()
 
 
-def _samples(name: str, prefix: str, base: str, group: _Group) -> Iterator[Item]:
-    """The items of the members with one base name."""
-    if not group.images:
-        key = f"{prefix}:{printable(base)}"
-        yield Item(key, key, (), sum(caption.size for caption in group.captions), "missing_image")
-        return
-    total = sum(member.size for member in (*group.images, *group.captions))
-    own = {image.name: _caption_of(group, image) for image in group.images}
-    main = next((image for image in group.images if image.stem == base), None)
-    if main is None and len(group.images) == 1:
-        main = group.images[0]
-    for image in group.images:
-        if image is main:
-            others = {id(caption) for other, caption in own.items() if other != image.name and caption}
-            free = [caption for caption in group.captions if id(caption) not in others]
-            caption = own[image.name] or _first(free)
-            sample = base
-        else:
-            caption = own[image.name] or next((c for c in group.captions if c.stem == base), None)
-            sample = image.stem
-        key = f"{prefix}:{printable(sample)}"
-        size = total if len(group.images) == 1 else image.size + (caption.size if caption else 0)
-        problem = image.problem
-        if image is not main and main is not None and (own[image.name] is None or image.stem == main.stem):
-            key, caption, problem = f"{prefix}:{printable(image.name)}", None, "extra_image"
-        where = (name, (image.offset, image.size), (caption.offset, caption.size, caption.suffix) if caption else None)
-        yield Item(key, key, where, size, problem)
+def _captions_of(group: _Group, image: _Member) -> list[_Member]:
+    """The captions that have an image's whole name, or that up to its last dot, the first one to be read first."""
+    found = [caption for caption in group.captions if folded(caption.stem) in (folded(image.stem), folded(image.name))]
+    return _in_order(found)
 
 
-def _caption_of(group: _Group, image: _Member) -> _Member | None:
-    """The caption that has an image's whole name, or that up to its last dot."""
-    stems = (image.stem, image.name)
-    return _first([caption for caption in group.captions if caption.stem in stems and not caption.problem])
+def _in_order(found: Sequence[_Member]) -> list[_Member]:
+    """These captions without those that cannot be read, in the order of captions.SUFFIXES."""
+    return sorted((c for c in found if not c.problem), key=lambda caption: captions.SUFFIXES.index(caption.suffix))
 
 
-def _first(found: Sequence[_Member]) -> _Member | None:
-    """Of these captions the one whose suffix comes first in captions.SUFFIXES."""
-    return next((c for suffix in captions.SUFFIXES for c in found if c.suffix == suffix and not c.problem), None)
-
-
-def _resolved(info: tarfile.TarInfo, files: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
-    """The member with the bytes of a file or link; None for a link to what is not in the archive."""
-    if info.isreg():
-        return info
-    target = info.linkname if info.islnk() else posixpath.join(posixpath.dirname(info.name), info.linkname)
-    return files.get(posixpath.normpath(target))
+def _resolved(info: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The member with the bytes of a file or link; None for a link to what is not in the archive, or to itself."""
+    found: tarfile.TarInfo | None = info
+    for _ in range(LINKS):
+        if found is None or found.isreg():
+            return found
+        folder = "" if found.islnk() else posixpath.dirname(found.name)
+        target = posixpath.normpath(posixpath.join(folder, found.linkname))
+        found = members.get(target) if found.islnk() or found.issym() else None
+    return None
 
 
 def _is_image(path: Path, info: tarfile.TarInfo) -> bool:
