@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from megaflux.common.errors import UserError
 from megaflux.generation import outputs
+from megaflux.generation.job import Input, Job, JobControl, JobReference
+from megaflux.generation.run import read_inputs
 from megaflux.infer import __main__ as infer
 from megaflux.infer.interactive import line_options
 from tests.conftest import picture
@@ -695,3 +697,17 @@ def test_bad_input_is_one_line_and_writes_nothing(run_folder, files, tmp_path, a
     with pytest.raises(UserError, match=said) as caught:
         infer.main(["--checkpoint", str(run_folder), "--out", str(tmp_path / "out"), "--device", "cpu", *given])
     assert "\n" not in str(caught.value) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_maps_values_are_kept_whatever_its_colour_profile(tmp_path, monkeypatch):
+    """Photoshop writes "Dot Gain 20%" into every grey picture; depth and edges are no colours."""
+    seen = []
+    monkeypatch.setattr("megaflux.data.icc._transform", lambda profile, base: seen.append(base) or "invalid")
+    file = str(tmp_path / "grey.png")
+    grey = picture(64, 48, 3).convert("L")
+    grey.save(file, icc_profile=b"a profile")
+    controls = (JobControl(kind="depth", image=Input(file=file)),)
+    job, opened = read_inputs(Job(references=(JobReference(file=file),), controls=controls))
+    assert seen == ["L"] and opened.notes == ["reference: its colour profile cannot be used and is ignored"]
+    assert job.controls[0].image.sha256 == job.references[0].sha256
+    assert opened.maps[job.controls[0].image.sha256].tobytes() == grey.convert("RGB").tobytes()

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from megaflux.common.errors import UserError
 from megaflux.generation.job import Input, Job
@@ -34,6 +34,8 @@ class Opened:
     """What was done to the pictures, human-readable."""
     masks: dict[str, Image.Image] = field(default_factory=dict)
     """Upright, in their own mode: `read_mask` treats transparency differently."""
+    maps: dict[str, Image.Image] = field(default_factory=dict)
+    """Control maps: as pictures, but their values are kept, because a colour profile says nothing of depth or edges."""
 
     def __getitem__(self, item: Input) -> Image.Image:
         return self.pictures[item.sha256]
@@ -77,7 +79,7 @@ def read_inputs(job: Job, embedded: Mapping[str, bytes] | None = None) -> tuple[
     """
     opened = Opened()
 
-    def read(item: Input, option: str, as_mask: bool = False) -> Input:
+    def read(item: Input, option: str, use: Literal["picture", "mask", "map"] = "picture") -> Input:
         data = _file_bytes(item, option, embedded or {})
         digest = hashlib.sha256(data).hexdigest()
         if item.sha256 and digest != item.sha256:
@@ -85,9 +87,9 @@ def read_inputs(job: Job, embedded: Mapping[str, bytes] | None = None) -> tuple[
                 f"{option} {item.file}: has changed since (SHA-256 {digest[:12]}, not {item.sha256[:12]}); "
                 "restore it, or give another file by the option"
             )
-        pictures = opened.masks if as_mask else opened.pictures
+        pictures = {"picture": opened.pictures, "mask": opened.masks, "map": opened.maps}[use]
         if digest not in pictures:
-            pictures[digest], notes = _decoded(data, f"{option} {item.file}", as_mask)
+            pictures[digest], notes = _decoded(data, f"{option} {item.file}", use)
             opened.data[digest] = data
             opened.notes.extend(f"{option.removeprefix('--')}: {note}" for note in notes)
         return item.model_copy(update={"sha256": digest})
@@ -96,9 +98,9 @@ def read_inputs(job: Job, embedded: Mapping[str, bytes] | None = None) -> tuple[
     if job.image is not None:
         changes["image"] = read(job.image, "--image")
     if job.mask is not None:
-        changes["mask"] = read(job.mask, "--mask", as_mask=True)
+        changes["mask"] = read(job.mask, "--mask", "mask")
     changes["controls"] = tuple(
-        c if c.image is None else c.model_copy(update={"image": read(c.image, f"--control-image {c.kind}")})
+        c if c.image is None else c.model_copy(update={"image": read(c.image, f"--control-image {c.kind}", "map")})
         for c in job.controls
     )
     return job.model_copy(update=changes), opened
@@ -113,14 +115,18 @@ def _file_bytes(item: Input, option: str, embedded: Mapping[str, bytes]) -> byte
         raise UserError(f"{option} {item.file}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _decoded(data: bytes, where: str, as_mask: bool) -> tuple[Image.Image, list[str]]:
+def _decoded(data: bytes, where: str, use: str) -> tuple[Image.Image, list[str]]:
     """(the picture as `Opened` keeps it, notes). UserError naming `where` if it is not a usable picture."""
-    from megaflux.data.images import REASONS, BadImage, decode, decode_raw, upright
+    from megaflux.data.images import REASONS, BadImage, decode_raw, to_rgb, upright
 
+    notes: list[str] = []
     try:
-        if as_mask:
-            return upright(decode_raw(data, max_aspect=MAX_ASPECT)), []
-        picture, notes = decode(data, max_aspect=MAX_ASPECT)
+        picture = decode_raw(data, notes=notes, max_aspect=MAX_ASPECT)
+        if use == "mask":
+            return upright(picture), []
+        if use == "map":
+            picture.info.pop("icc_profile", None)
+        picture = to_rgb(picture, notes)
     except BadImage as error:
         detail = f" ({error.detail})" if error.detail else ""
         raise UserError(f"{where}: {REASONS[error.reason]}{detail}; give another picture") from None
@@ -229,7 +235,7 @@ def _control_maps(job: Job, opened: Opened, image: Image.Image | None, detectors
     maps = {}
     for control in job.controls:
         if control.image is not None:
-            maps[control.kind] = opened[control.image]
+            maps[control.kind] = opened.maps[control.image.sha256]
         elif seen is not None:
             maps[control.kind] = detectors.map(control.kind, seen)
     return maps

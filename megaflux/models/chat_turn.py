@@ -6,6 +6,7 @@ was not trained on, without an error. So the turn is refused unless its picture 
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from megaflux.common.errors import UserError, one_line
@@ -54,6 +55,8 @@ class ChatTurns:
         before, found, rest = text.partition(_CAPTION) if mode != "image" else ("", "", text)
         if mode != "image" and (not found or _CAPTION in rest):
             raise self._invalid(mode, "does not give the caption once")
+        if re.search(r"""['"]type['"]\s*:""", text):  # {{ message.content }} or tojson, of a template for strings
+            raise self._invalid(mode, "writes out the list of a message's parts")
         if mode == "text":
             return before, "", rest
         token = self._image_token()

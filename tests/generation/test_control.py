@@ -618,3 +618,9 @@ def test_bad_masks_have_their_line():
     assert fault(read_mask, Image.new("L", (8, 6), 1), (8, 6)) == (
         "mask: nothing to paint, its brightest value is 1 of 255; make white what is to be repainted"
     )
+    spot = Image.new("L", (300, 200))
+    spot.paste(255, (10, 10, 12, 12))
+    assert fault(read_mask, spot, (8, 6)) == (
+        "mask: nothing to paint, its brightest value is 255 of 255, 0.702 once it is resized from 300x200 to 8x6;"
+        " make white what is to be repainted"
+    )

@@ -174,7 +174,8 @@ ALL = ("image", "image_text", "text")
 @pytest.mark.parametrize(
     ("parts", "good", "said"),
     [
-        ("{{ message['content'] }}", ("text",), "mode image; use the chat template"),
+        ("{{ message['content'] }}", (), "writes out the list of a message's parts in a turn of mode"),
+        ("{{ message['content'] | tojson }}", (), "writes out the list of a message's parts in a turn of mode"),
         (
             WORDS,
             ("text",),

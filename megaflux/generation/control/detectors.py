@@ -206,15 +206,17 @@ def read_mask(picture: Image.Image, size: tuple[int, int], notes: list[str] | No
     Transparent pixels count as black. UserError for a mask without white, and one whose shape is in the alpha channel alone.
     """
     values, full = _brightness(picture)
+    brightest, where = values.max(), ""
     if picture.size != tuple(size):
         if notes is not None:
             notes.append(f"mask: {picture.width}x{picture.height} resized to the picture's {size[0]}x{size[1]}")
         resized = Image.fromarray(np.asarray(values, np.float32)).resize(size, Image.Resampling.BILINEAR)
         values = np.asarray(resized)
+        where = f", {values.max():.3g} once it is resized from {picture.width}x{picture.height} to {size[0]}x{size[1]}"
     white = values > full / 2
     if not white.any():
-        brightest = f"its brightest value is {values.max():g} of {full:g}"
-        raise UserError(f"mask: nothing to paint, {brightest}; make white what is to be repainted")
+        found = f"its brightest value is {brightest:g} of {full:g}{where}"
+        raise UserError(f"mask: nothing to paint, {found}; make white what is to be repainted")
     return Image.fromarray(white.astype(np.uint8) * 255)
 
 
