@@ -126,7 +126,7 @@ def from_release(source: Path, out: Path) -> list[str]:
             copy(flux / name, partial / ours)
         copy(qwen, partial / "text_encoder", leave=(CONNECTOR_PT, T5_EMBEDDER_PT))
         name_architecture(partial / "text_encoder/config.json")
-        fix_shift(partial / "scheduler/scheduler_config.json")
+        notes += fix_shift(partial / "scheduler/scheduler_config.json")
         write_linear(connector, partial / CONNECTOR)
         if t5_embedder is not None:
             write_linear(t5_embedder, partial / T5_EMBEDDER)
@@ -231,11 +231,15 @@ def name_architecture(config: Path) -> None:
         config.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def fix_shift(config: Path) -> None:
-    """Set a scheduler's `shift` to 1, as the release does when it loads one; with dynamic shifting nothing reads it."""
+def fix_shift(config: Path) -> list[str]:
+    """Set a scheduler's `shift` to 1, as the release does when it loads one; with dynamic shifting nothing reads it. Returns a
+    line on that, or none."""
     content = json.loads(config.read_text())
-    if content.get("shift") != 1:
-        config.write_text(json.dumps(content | {"shift": 1.0}, indent=2) + "\n")
+    shift = content.get("shift")
+    if shift == 1:
+        return []
+    config.write_text(json.dumps(content | {"shift": 1.0}, indent=2) + "\n")
+    return [f"scheduler: shift {shift} is written as 1, as the released tool forces it"]
 
 
 def copy(source: Path, out: Path, leave: Sequence[str] = ()) -> None:

@@ -40,6 +40,16 @@ REASONS = {
     "unreadable": "the file or folder cannot be opened",
 }
 
+NOTES = {
+    "first_frame": "several frames, the first is used",
+    "rotated": "turned upright as its EXIF says",
+    "transparent": "transparent, put on white",
+    "rescaled": "more than 8 bits a channel, rescaled",
+    "icc_profile": "converted to sRGB by its colour profile",
+    "icc_invalid": "its colour profile cannot be used and is ignored",
+    "metadata_dropped": "its metadata are damaged or too large and are ignored",
+}
+
 
 class BadImage(Exception):
     """An image that cannot be used. `reason` is one of REASONS, `detail` says more."""
@@ -58,9 +68,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = MAX_AS
     """Decode image bytes to an upright picture in sRGB on white.
 
     EXIF orientation is applied, an ICC profile too, CMYK converted, 16 bits rescaled to 8, transparency composited on
-    white, and of several frames the first is taken. Returns the picture (mode RGB) and notes on what was done, each one
-    of "first_frame", "rotated", "transparent", "rescaled", "icc_profile" (converted by it), "icc_invalid" (ignored),
-    "metadata_dropped" (too large or damaged).
+    white, and of several frames the first is taken. Returns the picture (mode RGB) and notes on what was done, each a key
+    of NOTES.
 
     max_aspect: most times that one side may be the other. Raises BadImage, with a reason of REASONS, when there is no
     usable picture in `data`. The header's number of pixels is checked before anything of that size is allocated.

@@ -173,6 +173,9 @@ def encode(models: Models, longest_side: int, request: ConditionRequest, embedde
         control = downsampled(own, grid, weighting.downsample)[0]
         if len(references) == 1:  # the release gives both the shorter's number; it knows no second reference
             shorter = min(control.shape[1], references[0].weights.numel())
+            if longer := max(control.shape[1], references[0].weights.numel()) - shorter:
+                whose = "reference" if control.shape[1] == shorter else "image"
+                notes.append(f"the {whose}'s last {longer} tokens are cut, to the number of the other picture's")
             references, control = [_cut(references[0], shorter)], control[:, :shorter]
         if weighting.variety or any(reference.dots or reference.strength != 1 for reference in request.references):
             notes.append("the ControlNet reads the image's own tokens: dots, strength and variety act on FLUX alone")
@@ -219,7 +222,12 @@ def _cut(reference: ReferenceTokens, count: int) -> ReferenceTokens:
     UserError if no token is left."""
     weights = reference.weights.flatten().clone()
     weights[count:] = 0
-    return replace(reference, weights=griddot.check_weights(weights).view(reference.grid))
+    if not weights.any():
+        raise UserError(
+            f"reference: all tokens that its dots keep lie behind its first {count}, to which --release-compatible cuts it; "
+            "place a dot higher, or leave --release-compatible out"
+        )
+    return replace(reference, weights=weights.view(reference.grid))
 
 
 def downsampled(tokens: Tensor, grid: tuple[int, int], factor: int) -> tuple[Tensor, tuple[int, int]]:

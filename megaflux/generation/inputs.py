@@ -38,11 +38,11 @@ def canvas(picture: Image.Image, height: int, width: int, name: str = "image") -
 
 def upright_rgb(picture: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
     """(picture: upright, RGB, on white; notes). UserError for an extreme aspect ratio."""
-    notes: list[str] = []
-    picture = images.to_rgb(picture, notes)
+    done: list[str] = []
+    picture = images.to_rgb(picture, done)
     if max(picture.size) > MAX_ASPECT * min(picture.size):
         raise UserError(
             f"{name}: {picture.width}x{picture.height}: {images.REASONS['extreme_ratio']}, at most {MAX_ASPECT:g}:1 is "
             "taken; crop it"
         )
-    return picture, notes
+    return picture, [f"{name}: {images.NOTES[note]}" for note in done]

@@ -359,6 +359,8 @@ class Qwen2VLFluxPipeline:
             raise UserError("control: no ControlNet is loaded; call load_controlnet, or give --controlnet DIR")
         fitted = []
         for picture in maps.images:
+            picture = picture.copy()
+            picture.info.pop("icc_profile", None)  # its values are depths or edges, not colours
             on_canvas, changes = canvas(picture, *size, "control map")
             notes += changes
             fitted.append(on_canvas)

@@ -61,15 +61,6 @@ class Result:
 
 # --- read_inputs ---
 
-_NOTES = {
-    "first_frame": "several frames, the first is used",
-    "rotated": "turned upright as its EXIF says",
-    "transparent": "transparent, put on white",
-    "rescaled": "more than 8 bits a channel, rescaled",
-    "icc_profile": "converted to sRGB by its colour profile",
-    "icc_invalid": "its colour profile cannot be used and is ignored",
-}
-
 
 def read_inputs(job: Job, embedded: Mapping[str, bytes] | None = None) -> tuple[Job, Opened]:
     """(the job with every file's hash, the files' contents).
@@ -117,7 +108,7 @@ def _file_bytes(item: Input, option: str, embedded: Mapping[str, bytes]) -> byte
 
 def _decoded(data: bytes, where: str, use: str) -> tuple[Image.Image, list[str]]:
     """(the picture as `Opened` keeps it, notes). UserError naming `where` if it is not a usable picture."""
-    from megaflux.data.images import REASONS, BadImage, decode_raw, to_rgb, upright
+    from megaflux.data.images import NOTES, REASONS, BadImage, decode_raw, to_rgb, upright
 
     notes: list[str] = []
     try:
@@ -125,12 +116,12 @@ def _decoded(data: bytes, where: str, use: str) -> tuple[Image.Image, list[str]]
         if use == "mask":
             return upright(picture), []
         if use == "map":
-            picture.info.pop("icc_profile", None)
+            picture.info.pop("icc_profile", None)  # its values are depths or edges, not colours
         picture = to_rgb(picture, notes)
     except BadImage as error:
         detail = f" ({error.detail})" if error.detail else ""
         raise UserError(f"{where}: {REASONS[error.reason]}{detail}; give another picture") from None
-    return picture, [_NOTES[note] for note in notes if note in _NOTES]
+    return picture, [NOTES[note] for note in notes]
 
 
 # --- run ---

@@ -26,7 +26,7 @@ def report(job: Job, runtime: Runtime, embedded: Mapping[str, bytes] | None = No
     try:
         job, opened = read_inputs(job, embedded)
         if job.mask is not None and job.image is not None:
-            read_mask(opened.masks[job.mask.sha256], opened[job.image].size)
+            read_mask(opened.masks[job.mask.sha256], opened[job.image].size, opened.notes)
     except UserError as error:
         problems.append(str(error))
     facts = None
@@ -45,6 +45,8 @@ def report(job: Job, runtime: Runtime, embedded: Mapping[str, bytes] | None = No
         except UserError as error:
             problems.append(str(error))
         print_memory([*facts.parts, *extra], job, runtime, facts)
+    for note in opened.notes:
+        print(f"note: {note}")
     for problem in problems:
         print(f"problem: {' '.join(problem.split())}")
     return 2 if problems else 0

@@ -78,12 +78,16 @@ def test_any_kind_of_picture_becomes_upright_rgb_on_white():
     turned = Image.open(io.BytesIO(png(upright.rotate(90, expand=True), exif=exif)))
     assert turned.size == (48, 32)
     tensor, notes = reference_tensor(turned, 64)
-    assert np.array_equal(tensor[0].permute(1, 2, 0).numpy(), np.array(upright)) and notes == ["rotated"]
+    assert np.array_equal(tensor[0].permute(1, 2, 0).numpy(), np.array(upright)) and notes == [
+        "reference: turned upright as its EXIF says"
+    ]
 
     patch = Image.new("RGB", (16, 16), (200, 80, 60))
     patch.info["icc_profile"] = DISPLAY_P3
     wide, notes = reference_tensor(patch, 64)
-    assert (wide[0, :, 0, 0].int() - torch.tensor([216, 69, 50])).abs().max() <= 2 and notes == ["icc_profile"]
+    assert (wide[0, :, 0, 0].int() - torch.tensor([216, 69, 50])).abs().max() <= 2 and notes == [
+        "reference: converted to sRGB by its colour profile"
+    ]
 
     clear, _ = reference_tensor(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), 64)
     assert (clear == 255).all()
