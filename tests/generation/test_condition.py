@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from megaflux.common.errors import UserError
+from megaflux.generation import condition
 from megaflux.generation.condition import (
     Encoded,
     PromptEmbeds,
@@ -114,3 +116,11 @@ def test_downsampling_averages_squares_of_the_grid(grid, factor, new):
     if not grid[0] % factor and not grid[1] % factor:
         squares = given.view(new[0], factor, new[1], factor, WIDTH).mean((1, 3))
         torch.testing.assert_close(made.view(*new, WIDTH), squares)
+
+
+def test_dots_that_release_compatible_cuts_are_named_as_the_cause():
+    """The release cuts the reference's tokens to the image's number; the dots lie in what is cut."""
+    given = ReferenceTokens(torch.zeros(1, 6, 4), (3, 2), torch.tensor([[0, 0], [0, 0], [0, 1]]).double(), 1.0)
+    with pytest.raises(UserError, match="lie behind its first 4, to which --release-compatible cuts it"):
+        condition._cut(given, 4)
+    assert condition._cut(given, 6).weights.tolist() == given.weights.tolist()

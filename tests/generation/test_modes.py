@@ -21,11 +21,13 @@ from PIL import Image, ImageDraw
 from megaflux import Dot, Qwen2VLFluxPipeline, Reference, Weighting
 from megaflux.common.errors import UserError
 from megaflux.generation.condition import prompt_embeds
+from megaflux.generation.request import ControlMaps
 from megaflux.generation.sampling import EulerScheduler, scheduler_like
 from megaflux.models import latents as latent_ops
 from megaflux.models.latents import image_ids, text_ids
 from megaflux.runs import load_pipeline
 from tests.conftest import picture
+from tests.icc_profiles import DISPLAY_P3
 
 STEPS, HEIGHT, WIDTH = 4, 48, 64
 MODES = ("text", "variation", "img2img", "inpaint", "controlnet", "controlnet-img2img", "controlnet-inpaint")
@@ -638,3 +640,17 @@ def test_nets_for_one_kind_each(pipeline, small_config, tmp_path):
     assert both != one
     with pytest.raises(UserError, match="control tile: no ControlNet for it; loaded are depth, line"):
         two(**values | {"control_mode": ["depth", "tile"]})
+
+
+def test_a_maps_values_are_no_colours(pipeline):
+    """A profile, as image editors attach them, would bend the depths of a map given in Python."""
+    plain = picture(WIDTH, HEIGHT)
+    tagged = plain.copy()
+    tagged.info["icc_profile"] = DISPLAY_P3
+    notes: list[str] = []
+    fitted = [
+        pipeline._control(ControlMaps([one], ["depth"], [0.5], 0.0, 1.0), (HEIGHT, WIDTH), notes).images[0]
+        for one in (plain, tagged)
+    ]
+    assert np.array_equal(*map(np.asarray, fitted)) and notes == []
+    assert tagged.info["icc_profile"] == DISPLAY_P3
