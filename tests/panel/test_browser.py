@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from megaflux.infer import __main__ as infer
@@ -57,6 +58,9 @@ def served(run_folder, tmp_path_factory):
     # A proxy must not see the page: gradio asks its own address whether it is up. Nor must it be understood.
     environment = os.environ | {"http_proxy": "http://127.0.0.1:9", "ALL_PROXY": "socks5h://127.0.0.1:9"}
     environment |= {"GRADIO_TEMP_DIR": str(out / "gradio")}
+    environment |= {
+        "OMP_NUM_THREADS": str(torch.get_num_threads())
+    }  # on some processors the sums of two round otherwise
     with log.open("w") as stream:
         process = subprocess.Popen(
             list(map(str, command)), stdout=stream, stderr=subprocess.STDOUT, env=environment, restore_signals=True
