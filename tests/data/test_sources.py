@@ -640,7 +640,7 @@ def test_the_folders_of_usual_downloads(tmp_path):
     assert remarks_of(photos) == ["not used, though they may hold captions: 1 files (index.parquet)"]
 
     write_parquet(table / "data" / "train.parquet", image=[image] * 40, text=["t"] * 40)
-    (table / "assets" / "preview.png").write_bytes(image[:300])
+    (table / "assets" / "preview.png").write_bytes(image * 9)  # no smaller than the table, but one
     (table / "README.md").write_text("# a dataset")
     assert len(open_source(table).list_items()) == 40
     assert remarks_of(table)[1:] == ["left aside: 1 .md, 1 .png"]

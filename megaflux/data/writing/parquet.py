@@ -194,6 +194,13 @@ def has_images(path: Path, column: str | None = None) -> bool:
     return True
 
 
+def number_of_rows(path: Path) -> int:
+    """The rows of a parquet file; 0 for one that cannot be opened."""
+    with contextlib.suppress(UserError), open_table(path) as table:
+        return table.metadata.num_rows
+    return 0
+
+
 def _image_column(table: Any, wanted: str | None = None) -> str | None:
     """The name of a table's column of images, or None. wanted: the user's, if it holds bytes."""
     of_bytes = [column.name for column in table.schema_arrow if _holds_bytes(column.type)]

@@ -19,14 +19,14 @@ from megaflux.data.writing.tars import TarFiles
 
 KINDS = {"images": ImageFolder.kind, "tar": TarFiles.kind, "parquet": ParquetFiles.kind}  # --kind -> the source's
 PACKED = (".gz", ".tgz", ".zip", ".zst", ".xz", ".bz2", ".7z", ".rar")  # a compressed tar has no positions to seek to
-CLEAR = 0.9  # the share of the bytes that makes a kind the one that is meant
+CLEAR = 0.9  # the share of the bytes, or else of the images, that makes a kind the one that is meant
 
 
 def open_source(source: str, buckets: Sequence[Bucket], options: Options) -> tuple[Source, list[str]]:
     """(the source of that name ("openmoji") or at that path, lines about files that it leaves aside).
 
     A folder, searched with its subfolders, may hold images, .tar files or .parquet files. A single file is a source too.
-    If there are several kinds, `options.kind` decides, else the kind with nearly all of the bytes is taken; parquet files
+    If there are several kinds, `options.kind` decides, else the kind with nearly all of the bytes or images is taken; parquet files
     without images do not count. buckets: of openmoji. Raises UserError if the path does not exist, has nothing usable,
     or does not show which kind is meant.
     """
@@ -95,13 +95,16 @@ def _choose(source: str, root: Path, found: dict[str, list[str]], options: Optio
     if len(kinds) == 1:
         return kinds[0]
     sizes = {kind: sum(_size(root / name) for name in found[kind]) for kind in kinds}
-    most = max(kinds, key=lambda kind: sizes[kind])
-    if sizes[most] < CLEAR * sum(sizes.values()):
-        counts = ", ".join(f"{len(found[kind])} {KINDS[kind]} of {sizes[kind] / 1e6:.1f} MB" for kind in kinds)
-        raise UserError(
-            f"source {source}: files of several kinds ({counts}); choose one with --kind {' or '.join(kinds)}"
-        )
-    return most
+    numbers: dict[str, int] = {}
+    if "tar" not in kinds:  # how many images an archive holds shows only when it has been read
+        numbers = {"images": len(found["images"])}
+        numbers["parquet"] = sum(parquet.number_of_rows(root / name) for name in found["parquet"])
+    for measure in (sizes, numbers):
+        for kind, amount in measure.items():
+            if amount >= CLEAR * sum(measure.values()):
+                return kind
+    counts = ", ".join(f"{len(found[kind])} {KINDS[kind]} of {sizes[kind] / 1e6:.1f} MB" for kind in kinds)
+    raise UserError(f"source {source}: files of several kinds ({counts}); choose one with --kind {' or '.join(kinds)}")
 
 
 def _size(path: Path) -> int:
