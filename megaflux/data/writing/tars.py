@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -154,15 +154,18 @@ class TarFiles:
             key = f"{prefix}:{printable(base)}"
             yield Item(key, key, (), sum(caption.size for caption in group.captions), "missing_image")
             return
-        own = {image.name: _captions_of(group, image) for image in group.images}
+        by_stem: dict[str, list[_Member]] = {}
+        for caption in group.captions:
+            by_stem.setdefault(folded(caption.stem), []).append(caption)
+        own = {image.name: _captions_of(by_stem, image) for image in group.images}
         owned = {caption.name for found in own.values() for caption in found}
         shared = _in_order([caption for caption in group.captions if caption.name not in owned])
-        main = next((image for image in group.images if image.stem == base), None)
+        main = next((image for image in group.images if folded(image.stem) == base), None)
         if main is None and len(group.images) == 1:
             main = group.images[0]
         if len(group.images) > 1 or owned:  # else `a.meta.json` is the only image's
-            self.aside.caption_like += [f"{prefix}:{printable(c.name)}" for c in shared if c.stem != base]
-            shared = [caption for caption in shared if caption.stem == base]
+            self.aside.caption_like += [f"{prefix}:{printable(c.name)}" for c in shared if folded(c.stem) != base]
+            shared = [caption for caption in shared if folded(caption.stem) == base]
         total = sum(member.size for member in (*group.images, *group.captions))
         for image in group.images:
             found = own[image.name] or shared
@@ -196,10 +199,10 @@ class TarFiles:
                 file.close()
 
 
-def _captions_of(group: _Group, image: _Member) -> list[_Member]:
+def _captions_of(by_stem: Mapping[str, Sequence[_Member]], image: _Member) -> list[_Member]:
     """The captions that have an image's whole name, or that up to its last dot, the first one to be read first."""
-    found = [caption for caption in group.captions if folded(caption.stem) in (folded(image.stem), folded(image.name))]
-    return _in_order(found)
+    stems = dict.fromkeys((folded(image.stem), folded(image.name)))
+    return _in_order([caption for stem in stems for caption in by_stem.get(stem, ())])
 
 
 def _in_order(found: Sequence[_Member]) -> list[_Member]:
