@@ -61,19 +61,8 @@ def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> D
     settings = plan["settings"]
     options = Options(**{**settings, "aspect_ratios": tuple(settings["aspect_ratios"])})
     buckets = make_buckets(options.aspect_ratios, options.longest_side)
-    usable = sum(report.items - len(report.bad) for report in reports)
-    shown: dict[str, Any] = {}
-    if (out / "dataset.json").exists():  # runs may train on it
-        before = read_dataset_info(out).settings
-        shown = {name: before[name] for name in ("validation_bucket",) if name in before}
-    elif options.held_out and (shape := validation_shape(buckets, reports)):
-        shown = {"validation_bucket": shape.bucket.name}
-        if usable >= ENOUGH:
-            target = chunks.Target(out, buckets, options, plan.get("compression", COMPRESSION))
-            for number in top_up(target, shape):
-                reports[number] = chunks.read_report(out, number)
-        elif shape.held < HELD_OUT and progress:
-            print(f"warning: {advice(shape)}")
+    target = chunks.Target(out, buckets, options, plan.get("compression", COMPRESSION))
+    reports, chosen = _with_validation_bucket(target, reports, progress)
     counts = {
         split: {b.name: sum(report.counts[split].get(b.name, 0) for report in reports) for b in buckets}
         for split in SPLITS
@@ -94,7 +83,7 @@ def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> D
         buckets=buckets,
         counts=counts,
         columns=IMAGE_COLUMNS,
-        settings={**settings, "source": plan["source"], **shown},
+        settings={**settings, "source": plan["source"], **chosen},
         bad=bad,
         notes=notes,
         attribution=plan["attribution"],
@@ -107,6 +96,26 @@ def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> D
                 "no image has a caption: fine for training on images alone; docs/data.md lists where captions are found"
             )
     return read_dataset_info(out)
+
+
+def _with_validation_bucket(
+    target: chunks.Target, reports: list[Report], progress: bool
+) -> tuple[list[Report], dict[str, str]]:
+    """(the chunks' reports, the setting that names the bucket whose held-out pictures validation uses), once that bucket has
+    enough of them if the dataset is large enough. Nothing changes in a finished dataset."""
+    if (target.out / "dataset.json").exists():  # runs may train on it
+        settings = read_dataset_info(target.out).settings
+        return reports, {name: settings[name] for name in ("validation_bucket",) if name in settings}
+    shape = validation_shape(target.buckets, reports) if target.options.held_out else None
+    if shape is None:
+        return reports, {}
+    changed: set[int] = set()
+    if sum(report.items - len(report.bad) for report in reports) >= ENOUGH:
+        changed = top_up(target, shape)
+    elif shape.held < HELD_OUT and progress:
+        print(f"warning: {advice(shape)}")
+    reports = [chunks.read_report(target.out, n) if n in changed else report for n, report in enumerate(reports)]
+    return reports, {"validation_bucket": shape.bucket.name}
 
 
 def _write_listing(path: Path, entries: Sequence[dict[str, str]]) -> Path:
