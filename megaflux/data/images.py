@@ -26,6 +26,7 @@ logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # what matt
 
 # Raster formats that Pillow decodes itself. Left out on purpose: EPS (runs Ghostscript), WMF, FITS, PDF.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+HEIC = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypheim", b"ftypheis", b"ftypmif1")  # how phones' pictures begin
 
 REASONS = {
     "empty": "the file has no bytes",
@@ -195,7 +196,8 @@ def _open(data: bytes, max_pixels: int, max_aspect: float) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise BadImage("not_an_image", f"starts with {data[:12]!r}") from None
+        known = "HEIC; convert it to JPEG" if data[4:12] in HEIC else f"starts with {data[:12]!r}"
+        raise BadImage("not_an_image", known) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("too_many_pixels", str(error)) from None
     except Exception as error:

@@ -52,6 +52,11 @@ def test_html_named_jpg():
     assert reason_of(b"<!DOCTYPE html><html><body>404 Not Found</body></html>") == "not_an_image"
 
 
+def test_a_phones_heic_is_named():
+    with pytest.raises(BadImage, match="not_an_image: HEIC; convert it to JPEG"):
+        decode(b"\0\0\0\x18ftypheic" + b"\0" * 100)
+
+
 @pytest.mark.parametrize("encoding", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_truncated_files_are_refused(encoding):
     data = file_bytes(picture(2, (200, 200)), encoding)
