@@ -20,9 +20,13 @@ from megaflux.export import export
 from megaflux.models.pretrained import load_vae
 from megaflux.training.checkpoint import manifest, saved
 from megaflux.training.ds_config import load_ds_config, with_defaults
+from tests import forked
 from tests.conftest import picture
-from tests.training.runs import ROOT, launch
+from tests.training.runs import LAUNCH, ROOT, rank_environments
 
+# The end was recorded without bfloat16 matrix units, which round otherwise, by 2e-4 of the loss. oneDNN's own switch; a
+# processor that has less uses what it has.
+WITHOUT_AMX = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
 OLD = Path(__file__).parent / "old_runs" / "a9a4819"
 VAE = "diffusion_pytorch_model.safetensors"
 
@@ -51,11 +55,12 @@ def parse(*argv: object):
 def test_an_old_run_is_resumed_with_its_own_values_to_the_end_that_it_would_have_had(old, name, ranks):
     # Nothing but its folder and where its data now is: no preset, no file, no learning rate.
     run = old / name
-    done = launch("--run.dir", run, "--data.path", old / "data", ranks=ranks, with_="forked")
+    envs = [rank | WITHOUT_AMX for rank in rank_environments(ranks)]
+    done = forked.run_ranks([LAUNCH, "--run.dir", str(run), "--data.path", str(old / "data")], envs, 300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"at update {max(manifest.listed(OLD / name))}" in done.stdout + done.stderr
-    # Another processor may round otherwise: one with bfloat16 matrix units (AMX) differs by 2e-4.
-    assert losses(run)[-1] == pytest.approx(json.loads((OLD / "end.json").read_text())[name][-1], rel=1e-3)
+    # Another processor may round otherwise, so not to the bit.
+    assert losses(run)[-1] == pytest.approx(json.loads((OLD / "end.json").read_text())[name][-1], rel=1e-4)
     values = yaml.safe_load((OLD / f"{name}.yaml").read_text())
     assert saved.begun(str(run)).ds_config["zero_optimization"]["use_multi_rank_bucket_allreduce"] is True
     config = saved.load(run)
