@@ -20,17 +20,13 @@ def to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
     """A picture of 8 bits a channel in sRGB, by the ICC profile in its `info`.
 
     Returns the picture itself without a profile and where the profile is sRGB or cannot be used, else a picture of mode
-    RGB, or RGBA if it has transparency. Adds "icc_profile" to `notes` for converted pixels, "icc_invalid" for a profile that cannot be
-    used: unreadable, or of another colour space than the pixels. Relative colorimetric with black point compensation.
+    RGB, or RGBA if it has transparency. Adds "icc_profile" to `notes` for converted pixels, "icc_invalid" for a profile
+    that cannot be used: unreadable, or of another colour space than the pixels. Relative colorimetric with black point
+    compensation.
     """
     profile = image.info.get("icc_profile")
     if not profile:
         return image
-    opaque = image
-    alpha = None
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        opaque, alpha = layer, layer.getchannel("A")
     grey = image.mode in ("1", "L", "LA", "La")
     base = "L" if grey else image.mode if image.mode in ("CMYK", "LAB") else "RGB"
     found = _transform(bytes(profile), base)
@@ -39,9 +35,12 @@ def to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
     if isinstance(found, str):
         return image
     transform, mode = found
-    converted = transform.apply(opaque.convert(mode))
-    if alpha is not None:
-        converted.putalpha(alpha)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        converted = transform.apply(layer.convert(mode))
+        converted.putalpha(layer.getchannel("A"))
+    else:
+        converted = transform.apply(image.convert(mode))
     notes.append(CONVERTED)
     return converted
 

@@ -122,6 +122,13 @@ def upright(image: Image.Image) -> Image.Image:
     return _upright(image, [])
 
 
+def without_profile(image: Image.Image) -> Image.Image:
+    """A copy without its ICC profile: of a control map, whose values are depths or edges, not colours."""
+    image = image.copy()
+    image.info.pop("icc_profile", None)
+    return image
+
+
 def to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     """A decoded picture, upright and in sRGB (mode RGB) on white. Adds notes as `decode` returns them."""
     return _to_rgb(_upright(image, notes), notes)

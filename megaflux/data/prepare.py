@@ -2,9 +2,9 @@
 
 SOURCE is a folder of images (captions in .txt, .caption or .json files of the same name, or in metadata.jsonl,
 .csv or .parquet), of WebDataset .tar files or of .parquet files (columns image, caption or text, key), or the word
-openmoji. docs/data.md lists all that is read. OUT becomes the dataset described in megaflux.data.storage.dataset. The list of images is cut into chunks of fixed size; each is written
-by one process and appears in one step, so the result does not depend on the number of processes, and a
-killed run continues when the same command is given again.
+openmoji. docs/data.md lists all that is read. OUT becomes the dataset described in
+megaflux.data.storage.dataset. The list of images is cut into chunks of fixed size; each appears in one step, so the
+result does not depend on the number of processes, and a killed run continues when the same command is given again.
 
 Several machines: give each the same command and --part 1/4, --part 2/4, ...; with separate disks copy
 their OUT folders into one. Then the same command with --merge.

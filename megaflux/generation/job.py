@@ -168,8 +168,8 @@ def check(job: Job, name_of: Names = plain_name, dots: Mapping[int, Sequence[Dot
     """The job with the image and the reference that its mode implies. UserError if its parts do not fit each other.
 
     img2img, inpaint and control start from the image, or else from the first reference. Without reference and prompt,
-    the image is the reference, too; with release_compatible, also beside a prompt. dots: by index of these references, instead of those that they had. No file is
-    opened.
+    the image is the reference, too; with release_compatible, also beside a prompt. dots: by index of these
+    references, instead of those that they had. No file is opened.
     """
     check_prompt(job.prompt)  # a replay's prompt comes from a file
     check_numbers(vars(job), name_of)

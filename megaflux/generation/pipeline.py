@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from megaflux.common.errors import UserError
-from megaflux.data.images import upright
+from megaflux.data.images import upright, without_profile
 from megaflux.generation import release
 from megaflux.generation.condition import (
     Encoded,
@@ -253,8 +253,8 @@ class Qwen2VLFluxPipeline:
         training. shift: a fixed timestep shift; None: the scheduler's own. batch_size: pictures made at once; a picture
         depends on its own seed alone, except for last bits that vary with the batch's size. attention_map: fill the
         output's `attention`, at the cost of a second softmax per block. release_compatible: prepare pictures, and a
-        ControlNet's tokens, as the released tool does (release.py); without a reference, the image is one. return_dict False: return (images,), as
-        diffusers does. UserError for invalid arguments.
+        ControlNet's tokens, as the released tool does (release.py); without a reference, the image is one. return_dict False: return
+        (images,), as diffusers does. UserError for invalid arguments.
         """
         draws = as_draws(seed, generator, num_images_per_prompt)
         check_pictures(image=image, mask_image=mask_image, control_image=control_image)
@@ -359,9 +359,7 @@ class Qwen2VLFluxPipeline:
             raise UserError("control: no ControlNet is loaded; call load_controlnet, or give --controlnet DIR")
         fitted = []
         for picture in maps.images:
-            picture = picture.copy()
-            picture.info.pop("icc_profile", None)  # its values are depths or edges, not colours
-            on_canvas, changes = canvas(picture, *size, "control map")
+            on_canvas, changes = canvas(without_profile(picture), *size, "control map")
             notes += changes
             fitted.append(on_canvas)
         return self.controlnet.control(ControlMaps(fitted, maps.kinds, maps.scales, maps.start, maps.end))

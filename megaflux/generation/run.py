@@ -108,7 +108,7 @@ def _file_bytes(item: Input, option: str, embedded: Mapping[str, bytes]) -> byte
 
 def _decoded(data: bytes, where: str, use: str) -> tuple[Image.Image, list[str]]:
     """(the picture as `Opened` keeps it, notes). UserError naming `where` if it is not a usable picture."""
-    from megaflux.data.images import NOTES, REASONS, BadImage, decode_raw, to_rgb, upright
+    from megaflux.data.images import NOTES, REASONS, BadImage, decode_raw, to_rgb, upright, without_profile
 
     notes: list[str] = []
     try:
@@ -116,7 +116,7 @@ def _decoded(data: bytes, where: str, use: str) -> tuple[Image.Image, list[str]]
         if use == "mask":
             return upright(picture), []
         if use == "map":
-            picture.info.pop("icc_profile", None)  # its values are depths or edges, not colours
+            picture = without_profile(picture)
         picture = to_rgb(picture, notes)
     except BadImage as error:
         detail = f" ({error.detail})" if error.detail else ""

@@ -20,7 +20,7 @@ from megaflux.common.errors import UserError
 from megaflux.common.ranks import World
 from megaflux.config.schema import Config
 from megaflux.data.buckets import Bucket
-from megaflux.data.storage.dataset import read_dataset_info, squarest_bucket
+from megaflux.data.storage.dataset import read_dataset_info, validation_bucket
 from megaflux.data.storage.shards import read_split
 from megaflux.data.tensors import from_image
 from megaflux.models import latents as latent_ops
@@ -58,7 +58,7 @@ def load_references(config: Config, models: Models) -> References:
 
     UserError if the dataset has no held-out pictures.
     """
-    bucket = squarest_bucket(read_dataset_info(config.data.path), "held_out")
+    bucket = validation_bucket(read_dataset_info(config.data.path), "held_out")
     if bucket is None:
         raise UserError(f"{config.data.path}: no held-out pictures; prepare the data again with a larger --held-out")
     held_out = read_split(config.data.path, "held_out", bucket)

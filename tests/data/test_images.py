@@ -12,7 +12,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from megaflux.data.buckets import ASPECT_RATIOS, Bucket, make_buckets
 from megaflux.data.images import MAX_PIXELS, BadImage, cover, crop_box, decode, encode, fit
-from tests.icc_profiles import DISPLAY_P3, GREY_2_2, cmyk_profile
+from tests.icc_profiles import DISPLAY_P3, GREY_2_2, cmyk_profile, icc_profile
 
 
 def png(width, height, depth, color_type, rows: bytes) -> bytes:
@@ -335,6 +335,15 @@ def test_grey_profiles():
     assert (np.abs(np.asarray(image)[0, :, 1] - np.arange(256)).max() <= 1, notes) == (True, ["icc_profile"])
     image, notes = decode(file_bytes(Image.fromarray(RAMP.astype(np.uint16)), "PNG", icc_profile=GREY_2_2))
     assert notes == ["rescaled", "icc_profile"]
+
+
+def test_black_stays_black():
+    """A profile whose darkest grey reflects a tenth of the light, as paper's does: black point compensation."""
+    curve = b"curv" + struct.pack(">4xIHH", 2, 6554, 65535)
+    ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (64, 1)))
+    image, notes = decode(with_profile(ramp, "PNG", icc_profile(b"GRAY", {b"kTRC": curve})))
+    assert notes == ["icc_profile"]
+    assert np.asarray(image)[0, 0].max() <= 3 and np.asarray(image)[0, 255].min() >= 253
 
 
 @pytest.mark.parametrize("encoding", ["JPEG", "TIFF"])

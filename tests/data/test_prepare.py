@@ -29,7 +29,7 @@ from megaflux.data.buckets import make_buckets
 from megaflux.data.loader import build_loader
 from megaflux.data.prepare import parse_arguments
 from megaflux.data.reading.options import LoaderOptions
-from megaflux.data.storage.dataset import SPLITS, squarest_bucket
+from megaflux.data.storage.dataset import SPLITS, validation_bucket
 from megaflux.data.storage.shards import read_split, verify_dataset
 from megaflux.data.writing import chunks
 from megaflux.data.writing.build import prepare
@@ -540,7 +540,7 @@ def test_the_shape_that_validation_uses(tmp_path):
     info = prepare(str(source), tmp_path / "out", Options(**SMALL, held_out=0.01), workers=1, progress=False)
     assert info.settings["validation_bucket"] == "2:1"
     assert info.counts["held_out"]["2:1"] == 8
-    assert squarest_bucket(info, "held_out").name == "2:1"
+    assert validation_bucket(info, "held_out").name == "2:1"
 
 
 def test_captions_are_counted_and_bad_ones_listed(tmp_path, capsys):

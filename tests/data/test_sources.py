@@ -421,6 +421,13 @@ def test_captions_in_a_table(tmp_path, name):
         assert open_source(tmp_path).list_items() != items
 
 
+@pytest.mark.parametrize("field", ["filename", "file", "image", "image_path", "path"])
+def test_a_table_names_its_images_in_any_of_these_columns(tmp_path, field):
+    (tmp_path / "a.png").write_bytes(b"image")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({field: ".\\a.png", "prompt": "a"}))
+    assert read_all(open_source(tmp_path)) == [("a.png", "a", b"image")]
+
+
 def test_a_table_that_is_damaged_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"image" * 100)
     (tmp_path / "metadata.parquet").write_bytes(b"PAR1 not really")

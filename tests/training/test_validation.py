@@ -19,7 +19,9 @@ from megaflux.models import latents as latent_ops
 from megaflux.models.pretrained import load_models
 from megaflux.training import validation
 from megaflux.training.distributed import generator_for
+from megaflux.training.prepare_data import prepare_data
 from megaflux.training.validation import References, validation_loss
+from tests.conftest import picture
 from tests.stand_in_gpu import GPU, StandInGpu
 from tests.training.runs import make_dataset, small_config
 
@@ -153,7 +155,7 @@ def test_on_a_gpu_all_that_a_model_is_given_lies_there_and_what_ranks_sum(config
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-def test_references_are_the_first_by_hash_of_the_squarest_bucket(config, models, data):
+def test_references_are_the_first_by_hash_of_the_validation_bucket(config, models, data):
     """The same pictures in every run over the data, each with what belongs to it."""
     square = Bucket("1:1", 64, 64)
     found = validation.load_references(config, models)
@@ -179,3 +181,19 @@ def test_data_without_held_out_pictures_are_refused_with_the_remedy(config, mode
     without = config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path)})})
     with pytest.raises(UserError, match="no held-out pictures; prepare the data again with a larger --held-out"):
         validation.load_references(without, models)
+
+
+def test_data_that_a_run_prepares_itself_are_judged_before_any_network_is_loaded(config, tmp_path, caplog):
+    """The dry run cannot see them: they are not there yet."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(12):
+        picture(64, 64, number).save(tmp_path / "pictures" / f"{number}.png")
+    changes = {"path": str(tmp_path / "data"), "source": str(tmp_path / "pictures")}
+    config = config.model_copy(update={"data": config.data.model_copy(update=changes)})
+    with pytest.raises(UserError, match=r"has no held-out pictures \(--held-out 0.01\), which validation needs"):
+        prepare_data(config, World(0, 1, CPU))
+    info = json.loads((tmp_path / "data/dataset.json").read_text())
+    info["counts"]["held_out"] = info["counts"]["train"] | {"1:1": 2}
+    (tmp_path / "data/dataset.json").write_text(json.dumps(info))
+    prepare_data(config, World(0, 1, CPU))
+    assert "2 held-out pictures of the shape that validation uses; its figures depend on them" in caplog.text

@@ -26,6 +26,7 @@ from megaflux.data.storage.index import Problem, inspect_index, raise_problems, 
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "held_out")
+HELD_OUT = 8  # pictures of one shape that validation should have at least; of fewer, its figures change by chance
 IMAGE_COLUMNS = {"key": "str", "caption": "str", "image": "bytes"}
 
 
@@ -123,7 +124,7 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
 
 
-def squarest_bucket(info: DatasetInfo, split: str) -> Bucket | None:
+def validation_bucket(info: DatasetInfo, split: str) -> Bucket | None:
     """The bucket chosen for validation when the dataset was prepared; where none was, or it has no samples in the split,
     of those that have the one nearest to a square; None without any."""
     buckets = [bucket for bucket, _ in info.filled(split)]

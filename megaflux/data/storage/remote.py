@@ -12,7 +12,7 @@ from megaflux.common import compat  # noqa: F401  before streaming, which import
 from streaming.base.storage import CloudDownloader
 
 from megaflux.common.errors import UserError
-from megaflux.data.storage.dataset import read_dataset_info, squarest_bucket
+from megaflux.data.storage.dataset import read_dataset_info, validation_bucket
 from megaflux.data.storage.index import INDEX, read_index, stored_file
 from megaflux.data.storage.unpack import own_folder
 
@@ -37,7 +37,7 @@ def fetch_split(remote: str, cache: Path, split: str) -> None:
     Raises UserError as fetch_indexes does.
     """
     fetch_indexes(remote, cache, split)
-    bucket = squarest_bucket(read_dataset_info(cache), split)
+    bucket = validation_bucket(read_dataset_info(cache), split)
     folder = f"{split}/{bucket.folder}" if bucket else ""
     for shard in read_index(cache / folder, check_files=False) if bucket else []:
         file = stored_file(shard)

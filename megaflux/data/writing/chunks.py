@@ -31,11 +31,11 @@ from megaflux.common.errors import UserError
 from megaflux.common.files import Lock, sync_file, sync_folder, try_lock, write_json
 from megaflux.data.buckets import Bucket, nearest_bucket
 from megaflux.data.images import BadImage, decode, encode, fit
-from megaflux.data.storage.dataset import IMAGE_COLUMNS, SPLITS
+from megaflux.data.storage.dataset import HELD_OUT, IMAGE_COLUMNS, SPLITS
 from megaflux.data.storage.index import INDEX, with_prefix
 from megaflux.data.storage.shards import open_writer, read_shard
 from megaflux.data.writing.items import Item, Loaded, Source
-from megaflux.data.writing.options import HELD_OUT, Options
+from megaflux.data.writing.options import Options
 from megaflux.data.writing.split import draw, is_held_out
 
 UNFINISHED = ".unfinished"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megaflux.data.images import BadImage
 from megaflux.data.writing import captions, recognise, tables
 from megaflux.data.writing.captions import Caption
-from megaflux.data.writing.items import Item, LeftAside, Loaded, printable
+from megaflux.data.writing.items import Item, LeftAside, Loaded, folded, printable
 from megaflux.data.writing.options import Options
 from megaflux.data.writing.recognise import Tree
 
@@ -19,8 +18,8 @@ class ImageFolder:
     """Image files. key: the relative path.
 
     The caption of a.png is in a.txt, a.caption, a.json, a.png.txt, a.png.caption or a.png.json, the first that is not
-    blank, else in a metadata.jsonl, metadata.csv or metadata.parquet of a folder above it. Letters with accents may be composed
-    in one name and decomposed in the other, as macOS writes them.
+    blank, else in a metadata.jsonl, metadata.csv or metadata.parquet of a folder above it. Letters with accents may be
+    composed in one name and decomposed in the other, as macOS writes them.
     """
 
     kind = "images"
@@ -101,11 +100,6 @@ def image_names(root: Path, files: Sequence[str]) -> list[str]:
     # The blobs of a download cache have no suffix, and are what its named files link to.
     linked = {(root / name).resolve() for name in named if (root / name).is_symlink()}
     return sorted([*named, *(name for name in others if (root / name).resolve() not in linked)])
-
-
-def folded(name: str) -> str:
-    """A name with letters and accents composed (Unicode's NFC), for comparison."""
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 class _CaptionFiles:

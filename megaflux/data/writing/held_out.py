@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megaflux.data.buckets import Bucket
+from megaflux.data.storage.dataset import HELD_OUT
 from megaflux.data.writing.chunks import Report, Target, exclusive, hold_out
-from megaflux.data.writing.options import HELD_OUT
 from megaflux.data.writing.split import DRAWS
 
 ENOUGH = 100  # images; with fewer, pictures are only held out as --held-out says
@@ -17,8 +17,8 @@ ENOUGH = 100  # images; with fewer, pictures are only held out as --held-out say
 
 @dataclass(frozen=True)
 class Shape:
-    """The bucket whose held-out pictures validation shows. samples: its pictures, held: those held out. candidates: the training samples that a
-    larger share takes first, (draw, key, number of the chunk)."""
+    """The bucket whose held-out pictures validation shows. samples: its pictures; held: those of them that are held out.
+    candidates: the training samples that a larger share takes first, (draw, key, number of the chunk)."""
 
     bucket: Bucket
     samples: int

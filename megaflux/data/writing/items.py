@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -100,3 +101,8 @@ class LeftAside:
 def printable(name: str) -> str:
     """A file name as a key: bytes that are not UTF-8 are written as \\xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def folded(name: str) -> str:
+    """A name with letters and accents composed (Unicode's NFC), for comparison."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)

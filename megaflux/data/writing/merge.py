@@ -11,6 +11,7 @@ from typing import Any
 from megaflux.common.errors import UserError
 from megaflux.data.buckets import make_buckets
 from megaflux.data.storage.dataset import (
+    HELD_OUT,
     IMAGE_COLUMNS,
     SPLITS,
     DatasetInfo,
@@ -24,7 +25,7 @@ from megaflux.data.storage.shards import COMPRESSION
 from megaflux.data.writing import chunks
 from megaflux.data.writing.chunks import Report
 from megaflux.data.writing.held_out import ENOUGH, advice, top_up, validation_shape
-from megaflux.data.writing.options import HELD_OUT, Options
+from megaflux.data.writing.options import Options
 
 
 class TooManyBad(Exception):

@@ -11,7 +11,6 @@ from megaflux.data.images import ENCODINGS, MAX_PIXELS
 from megaflux.data.storage.shards import SHARD_SIZE
 
 OPENMOJI_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
-HELD_OUT = 8  # pictures of one shape that validation should have at least
 SOURCE_KINDS = ("images", "tar", "parquet")
 
 

@@ -26,9 +26,9 @@ def open_source(source: str, buckets: Sequence[Bucket], options: Options) -> tup
     """(the source of that name ("openmoji") or at that path, lines about files that it leaves aside).
 
     A folder, searched with its subfolders, may hold images, .tar files or .parquet files. A single file is a source too.
-    If there are several kinds, `options.kind` decides, else the kind with nearly all of the bytes or images is taken; parquet files
-    without images do not count. buckets: of openmoji. Raises UserError if the path does not exist, has nothing usable,
-    or does not show which kind is meant.
+    If there are several kinds, `options.kind` decides, else the kind with nearly all of the bytes or images is taken;
+    parquet files without images do not count. buckets: of openmoji. Raises UserError if the path does not exist, has
+    nothing usable, or does not show which kind is meant.
     """
     if source == OpenMoji.kind:
         return OpenMoji(buckets, options.canvases), []

@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import posixpath
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from megaflux.common.errors import one_line
 from megaflux.data.writing import captions
 from megaflux.data.writing.captions import Caption
+from megaflux.data.writing.items import folded
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_FIELDS = ("file_name", "filename", "file", "image", "image_path", "path")  # the first one found wins
@@ -62,7 +62,7 @@ class Captions:
                     continue
                 captioned += 1
                 path = posixpath.normpath(posixpath.join(folder, file.replace("\\", "/")))
-                self._captions.setdefault(unicodedata.normalize("NFC", path), captions.of_value(value, field))
+                self._captions.setdefault(folded(path), captions.of_value(value, field))
         except (OSError, ValueError, csv.Error) as error:  # Arrow's errors are of the first two
             self._remarks.append(f"{name}: cannot be read ({one_line(error)})")
             return

@@ -11,8 +11,7 @@ from typing import BinaryIO
 
 from megaflux.data.images import BadImage
 from megaflux.data.writing import captions, recognise
-from megaflux.data.writing.folder import folded
-from megaflux.data.writing.items import Item, LeftAside, Loaded, printable
+from megaflux.data.writing.items import Item, LeftAside, Loaded, folded, printable
 from megaflux.data.writing.options import Options
 
 LINKS = 8  # of which one may lead to the next

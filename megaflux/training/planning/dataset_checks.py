@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megaflux.config.schema import Data
-from megaflux.data.storage.dataset import SPLITS, DatasetInfo, squarest_bucket
+from megaflux.data.storage.dataset import HELD_OUT, SPLITS, DatasetInfo, validation_bucket
 
 FEW_CAPTIONS = 0.9  # below this share of images with a caption, a run that draws captions is warned
-FEW_HELD_OUT = 8  # references of one shape; below, losses and the gap of two validations differ by chance
 
 
 def dataset_problems(data: Data, info: DatasetInfo) -> Iterator[str]:
@@ -37,13 +36,13 @@ def dataset_notes(data: Data, info: DatasetInfo) -> Iterator[str]:
             f"data.condition: draws captions for {drawn:.0%} of the batches, but only {captioned} of the {samples} images in "
             f"{data.path} have one; the others are trained on an empty caption"
         )
-    bucket = squarest_bucket(info, "held_out")
+    bucket = validation_bucket(info, "held_out")
     held_out = info.counts["held_out"][bucket.name] if bucket else 0
-    if 0 < held_out < FEW_HELD_OUT:
+    if 0 < held_out < HELD_OUT:
         yield (
             f"data.path: {data.path} has {held_out} held-out pictures of the shape that validation uses"
             + (": no gap can be measured" if held_out < 2 else "; its figures depend on them")
-            + f"; better {FEW_HELD_OUT} or more (prepare the data again with a larger --held-out)"
+            + f"; better {HELD_OUT} or more (prepare the data again with a larger --held-out)"
         )
 
 
