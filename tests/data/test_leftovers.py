@@ -150,6 +150,9 @@ def test_a_real_fault_of_the_lock_stays_one(dataset, opened, monkeypatch):  # no
     def broken(file, how):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
+    loader = opened(dataset)
+    take(loader, loader.batches_per_epoch)  # no shard is left to be unpacked, which takes a lock of its own
+    loader.close()
     with monkeypatch.context() as patched, contextlib.ExitStack() as stack:
         patched.setattr(fcntl, "flock", broken)
         stack.enter_context(pytest.raises(OSError, match="Input/output error"))
