@@ -16,9 +16,8 @@ from megaflux.generation.layout import MANIFEST, Settings
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 from megaflux.generation.runtime import device_and_dtype
 from megaflux.models.pretrained import Models, load_models, move_to
+from megaflux.training.checkpoint import identity, saved, weights
 from megaflux.training.checkpoint import manifest as manifests
-from megaflux.training.checkpoint import saved, weights
-from megaflux.training.checkpoint.resume import identity
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
     chosen = found[number]
     weight_files = weights.files_of(manifests.read(chosen), chosen)
     manifest = manifests.verify(chosen, only=weight_files)  # the optimizer's shards are not needed
-    changed = saved.changed(manifest["identity"], manifest["format"], identity(config))
-    if changed:
+    if changed := identity.changed(manifest, config):
         raise UserError(
             f"{root}/config.yaml: {', '.join(changed)} is not what {chosen.name} was trained with; restore it"
         )

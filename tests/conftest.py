@@ -58,8 +58,8 @@ def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype
     from megaflux.config.parse import build_config
     from megaflux.models.pretrained import load_models
     from megaflux.training.checkpoint import manifest
-    from megaflux.training.checkpoint import resume as checkpoint
     from megaflux.training.checkpoint import weights as trained
+    from megaflux.training.checkpoint.identity import identity
 
     config = build_config(values | {"run": {"dir": str(root), "seed": 3}})
     root.mkdir(parents=True)
@@ -84,7 +84,7 @@ def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype
             "stage_name": config.stages[stage].name,
             "world_size": 1,
             "data": {},
-            "identity": checkpoint.identity(config),
+            "identity": identity(config),
             "files": manifest.inventory(folder),
             "base": models.base,
             "deepspeed": {"zero_stage": 2, "bf16": True},

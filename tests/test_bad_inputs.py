@@ -42,6 +42,7 @@ from megaflux.panel.files import store
 from megaflux.panel.work import settings_text
 from megaflux.training.checkpoint import manifest
 from megaflux.training.checkpoint import resume as checkpoint
+from megaflux.training.checkpoint.identity import identity
 from megaflux.training.ds_config import sharding
 from tests.conftest import picture, small_values
 
@@ -87,7 +88,7 @@ def save(folder: Path, update: int, ds_config: dict = DS_CONFIG, **changes) -> P
         "stage_name": "base",
         "world_size": 1,
         "data": {},
-        "identity": checkpoint.identity(config),
+        "identity": identity(config),
         "base": "b",
         "deepspeed": sharding(ds_config),
         "guard": {},

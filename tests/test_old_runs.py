@@ -177,6 +177,17 @@ def test_a_field_that_is_added_raises_the_format():
         3: ["train.drawn_per_rank"],
         4: ["model.seeded", "train.deterministic"],
         5: [],
+        6: [
+            "model.init",
+            "model.vlm_layers",
+            "optim.schedule",
+            "stages.*.connector",
+            "stages.*.lr",
+            "stages.*.vlm_layers",
+            "stages.*.weight_decay",
+            "train.ended_at",
+            "train.stage_ends",
+        ],
     }
     assert max(saved.ADDED) == manifest.FORMAT
 
@@ -190,16 +201,12 @@ def test_fields_are_filled_in_by_the_format_that_they_came_with(monkeypatch):
             4: {"stages.*.weight": 1.0, "flow.new": {"a": 1}, "deepspeed.new": "x"},
         },
     )
-    identity = {"train.updates": 6, "stages": [{"name": "a"}, {"name": "b"}], "flow": {"shift": 3.0}, "run.seed": 0}
-    now = identity | {
-        "stages": [{"name": "a", "weight": 1.0}, {"name": "b", "weight": 1.0}],
-        "flow": {"shift": 3.0, "new": {"a": 1}},
-    }
-    assert saved.changed(identity, 2, now) == saved.changed(identity, 3, now) == []
-    assert saved.changed(identity, 4, now) == ["stages", "flow"]  # a manifest of that format lacks nothing by age
-    assert saved.changed(identity, 2, now | {"run.seed": 1}) == ["run.seed"]
-    assert saved.changed(identity, 2, now | {"stages": now["stages"][:1]}) == ["stages"]
-    assert saved.changed({"deepspeed": {"zero_stage": 2}}, 2, {"deepspeed": {"zero_stage": 2, "new": "x"}}) == []
+    old = {"train.micro_batch_size": 6, "stages": [{"name": "a"}, {"name": "b"}], "flow": {"shift": 3.0}, "run.seed": 0}
+    new = {"name": "a", "weight": 1.0}, {"name": "b", "weight": 1.0}
+    found = saved.completed(old, 2)
+    assert found["stages"] == list(new) and found["flow"] == {"shift": 3.0, "new": {"a": 1}}
+    assert saved.at(found, "train.drawn_per_rank") == 6 and saved.at(found, "run.seed") == 0
+    assert saved.completed(old, 4)["flow"] == {"shift": 3.0}  # a manifest of that format lacks nothing by age
 
 
 def test_a_configuration_that_cannot_be_read_is_named(old):

@@ -243,12 +243,10 @@ def rms_norm_of_gpus() -> Iterator[None]:
 
 def trainable_flux(flux_config: dict[str, Any], blocks: Sequence[int], components: str) -> set[str]:
     """Names of FLUX's parameters that a stage with these blocks and this component set trains."""
-    from types import SimpleNamespace
-
-    from megaflux.training.stages import trainable_names
+    from megaflux.training.stages import PlainStage, trainable_names
 
     with torch.device("meta"):
         module = nn.Module()
         module.add_module("transformer", FluxTransformer2DModel(**flux_config))
-    stage: Any = SimpleNamespace(name="bench", blocks=tuple(blocks), components=components)
+    stage = PlainStage(tuple(blocks), components)
     return {name.removeprefix("transformer.") for name in trainable_names(module, stage)}

@@ -123,7 +123,7 @@ def zero_peak(config: Config, module: Qwen2VLFlux, stage: int, ds_config: dict[s
     with LiveMemory() as memory:
         engine = StageEngine(module, config, ds_config, stage, 1)
         for update in range(2):
-            engine.set_learning_rate(update)
+            engine.set_learning_rates(update)
             for _ in range(accumulation_steps(config, 1)):
                 memory.peak = memory.live
                 engine.backward(engine())

@@ -16,7 +16,11 @@ from megaflux.common.errors import UserError
 from megaflux.common.paths import expanded, path_option
 from megaflux.config.parse import build_config, load_yaml, merge, nearest, set_dotted, shortened
 from megaflux.config.presets import PRESETS
+from megaflux.config.recipe import BY_PART
 from megaflux.config.schema import Config, field_paths
+
+INNER = ("--stages.", *(f"--optim.{field}." for field in BY_PART))
+"""Beginnings of options for parts of a field."""
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,14 +82,14 @@ def parse_config(
 
 
 def _stage_overrides(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    """{dotted field: text} of options such as --stages.1.share=2. UserError for any other word."""
+    """{dotted field: text} of options such as --stages.1.share=2 or --optim.lr.vlm=1e-5. UserError for any other word."""
     overrides = {}
     for word in words:
         option, equals, value = word.partition("=")
-        option = option if option.startswith("--stages.") else shortened(option)
+        option = option if option.startswith(INNER) else shortened(option)
         if not option.startswith("-"):
             raise UserError(f"{option}: not expected here; every option has the form --name VALUE")
-        if not option.startswith("--stages."):
+        if not option.startswith(INNER):
             raise UserError(f"{option}: unknown option, {nearest(option, known)}")
         if not equals:
             raise UserError(f"{option}: needs a value")
@@ -123,7 +127,7 @@ def _join_values(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[s
     while words:
         word = words.pop(0)
         option, equals, _ = word.partition("=")
-        if option in valued or option.startswith("--stages."):
+        if option in valued or option.startswith(INNER):
             name = valued.get(option, option)
             if name in seen:
                 raise UserError(f"{shortened(option)}: given twice; give it once")

@@ -1,10 +1,11 @@
-"""Types of fields: numbers within limits, and paths."""
+"""Sections of a configuration, and types of fields: numbers within limits, and paths."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from megaflux.common.paths import expanded
 
@@ -32,3 +33,23 @@ HOME = AfterValidator(_home)
 """Marks a field that holds a path (or a name that may stand in its place): a `~` at its beginning is expanded."""
 HomePath = Annotated[str, HOME]
 HomePathOrNone = Annotated[str | None, HOME]
+
+
+class Section(BaseModel):
+    """Frozen, and without unknown keys; a docstring under a field is its description."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
+    )
+
+
+class Named(Section):
+    """A section whose texts may be names of files: no NUL and no half of a surrogate pair in them."""
+
+    @field_validator("*")
+    @classmethod
+    def _no_strange_characters(cls, value: Any) -> Any:
+        if isinstance(value, str) and (bad := re.search("[\0\ud800-\udfff]", value)):
+            what = "NUL" if bad[0] == "\0" else "half a surrogate pair, so not valid UTF-8"
+            raise ValueError(f"character {bad.start() + 1} is {what}; take it out")
+        return value

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from megaflux.common.errors import UserError, one_line
 from megaflux.config import plain_yaml
+from megaflux.config.recipe import BY_PART, by_part
 from megaflux.config.schema import Config, Stage, field_paths, is_section
 
 
@@ -58,10 +59,12 @@ def load_yaml(path: str, option: str = "") -> dict[str, Any]:
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`base` with the values of `over`, section by section: a list replaces the whole list, an empty section changes
-    nothing. Neither argument is changed."""
+    nothing, and values for some parts leave a number below them to the other parts. Neither argument is changed."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
+        if key in BY_PART and isinstance(value, dict):
+            below = by_part(below)
         if isinstance(below, dict) and isinstance(value, dict | None):
             merged[key] = merge(below, value or {})
         else:
@@ -133,6 +136,8 @@ def _step(at: Any, key: str, path: str) -> Any:
             raise UserError(f"--{shortened(path)}: {shortened(key)!r} {there}")
         return at[int(key)]
     if isinstance(at, dict):
+        if key in BY_PART:
+            at[key] = by_part(at.get(key)) or {}
         return at.setdefault(key, {})
     raise UserError(f"--{path}: no such field")
 
@@ -184,8 +189,11 @@ def _either(problems: list[str]) -> str:
     return "; ".join(dict.fromkeys(problems))
 
 
+_UNION_BRANCHES = ("constrained-float", "float", "str", "tuple", "Rates", "Decays", "SomeRates", "SomeDecays")
+
+
 def _is_union_branch(part: Any) -> bool:
-    return isinstance(part, str) and ("[" in part or part in ("constrained-float", "float", "str", "tuple"))
+    return isinstance(part, str) and ("[" in part or part in _UNION_BRANCHES)
 
 
 def _siblings(location: tuple[Any, ...]) -> list[str]:

@@ -7,50 +7,31 @@ Where its values come from: megaflux/config/command_line.py.
 from __future__ import annotations
 
 import math
-import re
+from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from megaflux.config import plain_yaml
 from megaflux.config.fields import (
     HOME,
     MOST,
-    MOST_SHARE,
-    NUMBER,
     Count,
     CountOrZero,
     Fraction,
     HomePath,
     HomePathOrNone,
+    Named,
     NonNegative,
     Positive,
+    Section,
 )
+from megaflux.config.recipe import Optim, Stage
 
 
 def _policy(value: Any) -> Any:
     """activation_checkpointing as older configurations wrote it, true or false."""
     return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
-
-
-class Section(BaseModel):
-    """Frozen, and without unknown keys; a docstring under a field is its description."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
-    )
-
-
-class Named(Section):
-    """A section whose texts may be names of files: no NUL and no half of a surrogate pair in them."""
-
-    @field_validator("*")
-    @classmethod
-    def _no_strange_characters(cls, value: Any) -> Any:
-        if isinstance(value, str) and (bad := re.search("[\0\ud800-\udfff]", value)):
-            what = "NUL" if bad[0] == "\0" else "half a surrogate pair, so not valid UTF-8"
-            raise ValueError(f"character {bad.start() + 1} is {what}; take it out")
-        return value
 
 
 class Run(Named):
@@ -79,6 +60,13 @@ class Model(Named):
     """`text_config` and `vision_config` of transformers' Qwen2VLConfig, used likewise."""
     clip_config: dict[str, Any]
     """Arguments of transformers' CLIPTextConfig, used likewise."""
+    init: HomePathOrNone = None
+    """What training begins from: an export, a converted release or a run (its newest whole checkpoint), whose transformer,
+    connector and Qwen layers replace those of the sources above; copied into the run's folder when it begins. None: the
+    sources as they are, with a connector drawn from the seed."""
+    vlm_layers: CountOrZero | None = None
+    """How many of Qwen2-VL's last layers are apart from the frozen trunk, so that stages may train them; fixed when a run
+    begins. None: the most that any stage trains."""
     seeded: Literal["portable", "torch"] = "portable"
     """How weights that are not loaded are drawn from the seed: portable, the same bits on every CPU (the connector's always
     are); torch, with torch's own kernels, whose last bits depend on the CPU's instruction set (runs that are older than this
@@ -152,34 +140,14 @@ class Data(Named):
     """Draw latents from the VAE's posterior instead of taking its mean; not with cached latents."""
 
 
-class Stage(Named):
-    name: str
-    """Name in logs and checkpoints."""
-    share: Annotated[float, NUMBER, Field(gt=0, le=MOST_SHARE, allow_inf_nan=False)]
-    """Part of the updates, relative to the other stages' shares; where the shares add up to train.updates, the number of
-    updates."""
-    blocks: tuple[CountOrZero, ...] | Literal["all"]
-    """FLUX blocks that train: double blocks first, then single ones, counted from 0; or all."""
-    components: Literal["attention", "block", "model"] = "attention"
-    """The trainable parts of a listed block: attention (the released code's list) or block (all of it), both with
-    context_embedder. model: all of FLUX, embedders and proj_out included."""
-
-    @model_validator(mode="after")
-    def _blocks_are_a_set(self) -> Stage:
-        if self.blocks != "all":
-            if not self.blocks:
-                raise ValueError(f"stage {self.name!r} lists no blocks; list some or say all")
-            twice = sorted({b for b in self.blocks if self.blocks.count(b) > 1})
-            if twice:
-                raise ValueError(f"stage {self.name!r} lists block {twice[0]} twice; list it once")
-        if self.components == "model" and self.blocks != "all":
-            raise ValueError(f"stage {self.name!r}: components model trains all of FLUX; set blocks to all")
-        return self
-
-
 class Train(Section):
     updates: Count
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. More of them may be given to a run that is resumed: the running stage gets them, the
+    last one if all are finished, or stages that are appended."""
+    stage_ends: tuple[Count, ...] | None = None
+    """Updates of the run at each stage's end. None: by the stages' shares. Set by a run that was given more updates."""
+    ended_at: tuple[Count, ...] = ()
+    """Updates at which the run had ended before it was given more; their checkpoints stay. Set by the run."""
     global_batch_size: Count
     """Images per update over all ranks; a multiple of what all ranks draw at a time."""
     drawn_per_rank: Count | None = None
@@ -215,31 +183,6 @@ class Train(Section):
     def given_micro_batch(self) -> int | None:
         """micro_batch_size if it is a number, else None."""
         return None if self.micro_batch_size == "auto" else self.micro_batch_size
-
-
-class Optim(Section):
-    lr: Positive = 1e-5
-    """Peak learning rate, the same for FLUX, connector and Qwen layer."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.1
-    warmup_fraction: Fraction = 0.01
-    """Part of all updates (n) over which the rate rises linearly from lr / n to lr."""
-    plateau_fraction: Fraction = 0.0
-    """Part of all updates at lr; the rate then falls linearly to 0 at the end of the run, across stages."""
-    spike_sigma: NonNegative = 6.0
-    """An update is dropped on all ranks if its gradient norm is this many standard deviations above the mean of the
-    previous norms; 0: never. An update whose norm is not finite is always dropped."""
-    spike_window: Count = 128
-    """Number of norms in that mean. It is used from 64 norms on, and is reset at each stage."""
-    max_grad_norm: NonNegative = 1.0
-    """Gradients are scaled down to this norm; 0: never."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Optim:
-        if self.warmup_fraction + self.plateau_fraction > 1:
-            raise ValueError("warmup_fraction + plateau_fraction is over 1; the whole run is 1")
-        return self
 
 
 class Flow(Section):
@@ -296,12 +239,19 @@ class Config(Section):
             raise ValueError("stages: no stage; list at least one")
         num_blocks = sum(self._number_of_blocks(name) for name in ("num_layers", "num_single_layers"))
         for i, stage in enumerate(self.stages):
-            out = [b for b in stage.blocks if b >= num_blocks] if stage.blocks != "all" else []
+            out = [b for b in stage.blocks if b >= num_blocks] if isinstance(stage.blocks, tuple) else []
             if out:
                 raise ValueError(f"stages.{i}.blocks: {out[0]} is out of range; blocks are 0 to {num_blocks - 1}")
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError("stages: two stages have the same name; give each its own")
+        if ends := self.train.stage_ends:
+            in_order = all(start < end for start, end in pairwise(ends))
+            if len(ends) != len(names) or ends[-1] != self.train.updates or not in_order:
+                raise ValueError(
+                    f"train.stage_ends: {list(ends)} must rise to train.updates ({self.train.updates}), one number for each "
+                    f"of {len(names)} stages; leave it out, and the stages' shares count"
+                )
         if min(self.stage_updates()) < 1:
             shares = [stage.share for stage in self.stages]
             enough = math.fsum(shares) / min(shares)
@@ -316,6 +266,19 @@ class Config(Section):
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             raise ValueError(f"model.flux_config.{name}: must be a whole number of blocks, got {count!r}")
         return count
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> Config:
+        most, text = max(stage.vlm_layers for stage in self.stages), self.model.vlm_config.get("text_config")
+        if self.model.vlm_layers is not None and self.model.vlm_layers < most:
+            raise ValueError(
+                f"model.vlm_layers: {self.model.vlm_layers}, but a stage trains {most} of Qwen2-VL's last layers; raise it, "
+                "or lower the stage's vlm_layers (a run that has begun keeps its model.vlm_layers)"
+            )
+        there = text.get("num_hidden_layers") if isinstance(text, dict) else None
+        if isinstance(there, int) and self.vlm_layers > there:
+            raise ValueError(f"vlm_layers: {self.vlm_layers} of Qwen2-VL's last layers, but it has {there}")
+        return self
 
     @model_validator(mode="after")
     def _cache_fits(self) -> Config:
@@ -338,8 +301,21 @@ class Config(Section):
         sizes = {"drawn_per_rank": drawn_per_rank, "micro_batch_size": micro_batch_size}
         return self.model_copy(update={"train": self.train.model_copy(update=sizes)})
 
+    @property
+    def vlm_layers(self) -> int:
+        """Number of Qwen2-VL's last layers that are apart from the frozen trunk."""
+        most = max(stage.vlm_layers for stage in self.stages)
+        return most if self.model.vlm_layers is None else self.model.vlm_layers
+
+    @property
+    def rates_by_part(self) -> bool:
+        """Whether the parts' learning rates or weight decays differ in any stage, so that each is a group of its own."""
+        return any(len(set(self.optim.peaks(stage).values())) > 1 for stage in self.stages)
+
     def stage_ends(self) -> list[int]:
         """Updates of the run at each stage's end; the last is train.updates."""
+        if self.train.stage_ends is not None:
+            return list(self.train.stage_ends)
         total = math.fsum(stage.share for stage in self.stages)
         ends, reached = [], 0.0
         for stage in self.stages:

@@ -3,7 +3,7 @@
 Written by `save_pretrained`, python -m megaflux.export and python -m megaflux.convert; read by `from_pretrained`.
 
 transformer/ vae/ scheduler/          diffusers' layout
-text_encoder/                         Qwen2-VL with the trained last layer, and its processor's files
+text_encoder/                         Qwen2-VL with the trained last layers, and its processor's files
 connector/                            config.json, model.safetensors (weight, bias)
 pooled_prompt_embeds.safetensors      (1, P): CLIP's pooled vector of the empty prompt
 text_encoder_2/ tokenizer_2/          T5, if the weights have the T5 text path
@@ -174,7 +174,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
     """Write all weights and their config.json. lm_head: Qwen2-VL's; None: leave it out.
 
-    Qwen2-VL's trunk and last layer are joined for this and split again: `models` then holds new modules for both.
+    Qwen2-VL's trunk and last layers are joined for this and split again: `models` then holds new modules for both.
     """
     import torch
     from safetensors.torch import save_file
@@ -191,6 +191,7 @@ def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
     models.vae.save_pretrained(folder / "vae")
     models.scheduler.save_pretrained(folder / "scheduler")
 
+    layers = len(trainable.vlm.layers)
     whole = join_vlm(models.trunk.vlm, trainable.vlm)
     text_encoder: PreTrainedModel = whole
     try:
@@ -202,7 +203,7 @@ def write_parts(models: Models, lm_head: Tensor | None, folder: Path) -> None:
         text_encoder.save_pretrained(folder / "text_encoder")
         architecture = type(text_encoder).__name__
     finally:
-        models.trunk.vlm, trainable.vlm = split_vlm(whole)
+        models.trunk.vlm, trainable.vlm = split_vlm(whole, layers)
     config = json.loads((folder / "text_encoder/config.json").read_text())
     # transformers 4 writes Qwen2-VL's class name into text_config only; loaders expect it at the top level.
     write_json(

@@ -130,7 +130,7 @@ def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch
         vlm.config.text_config.hidden_size, transformer.config["joint_attention_dim"], seed, way
     )
     parts = Parts(transformer, connector.to(own), vlm, processor, vae, scheduler, pooled)
-    models = assemble(parts, model.vlm_max_tokens, model.caption_max_tokens)
+    models = assemble(parts, model.vlm_max_tokens, model.caption_max_tokens, config.vlm_layers)
     models.base = weights_fingerprint(models.trainable, models.trunk.vlm, models.vae, samples=target.samples)
     return models if target.mapped else models.to(device, dtype)
 
@@ -166,10 +166,10 @@ class Parts:
     """(1, P): CLIP's pooled vector of the empty prompt."""
 
 
-def assemble(parts: Parts, max_image_tokens: int, max_caption_tokens: int) -> Models:
+def assemble(parts: Parts, max_image_tokens: int, max_caption_tokens: int, vlm_layers: int = 1) -> Models:
     """The models made of these parts. UserError where the parts do not fit each other.
 
-    max_image_tokens, max_caption_tokens: of a condition (`Trunk`)."""
+    max_image_tokens, max_caption_tokens: of a condition (`Trunk`). vlm_layers: of Qwen2-VL, apart from the trunk."""
     flux, vae, connector, pooled = parts.transformer.config, parts.vae, parts.connector, parts.pooled_projections
     packed = vae.config["latent_channels"] * 4
     if packed != flux["in_channels"]:
@@ -188,7 +188,7 @@ def assemble(parts: Parts, max_image_tokens: int, max_caption_tokens: int) -> Mo
             f"connector: {connector.in_features} -> {connector.out_features} channels, but Qwen2-VL gives "
             f"{ends[0]} and the transformer reads {ends[1]}"
         )
-    trunk_model, tail = split_vlm(parts.vlm)
+    trunk_model, tail = split_vlm(parts.vlm, vlm_layers)
     trunk = Trunk(trunk_model, parts.processor, max_image_tokens, max_caption_tokens)
     vae.requires_grad_(False).eval()
     return Models(Qwen2VLFlux(tail, connector, parts.transformer), trunk, vae, parts.scheduler, pooled.detach())
@@ -328,7 +328,7 @@ def meta_models(config: Config) -> tuple[Qwen2VLFlux, Qwen2VLModel]:
         vlm = Qwen2VLModel(_local_vlm_config(model.vlm, model.vlm_config))
         width = vlm.config.text_config.hidden_size
         connector = build_connector(width, transformer.config["joint_attention_dim"], config.run.seed)
-    trunk, tail = split_vlm(vlm)
+    trunk, tail = split_vlm(vlm, config.vlm_layers)
     return Qwen2VLFlux(tail, connector, transformer), trunk
 
 

@@ -1,4 +1,4 @@
-"""Qwen2VLFlux: all that is trained, in one module: Qwen2-VL's last layer -> connector -> FLUX.
+"""Qwen2VLFlux: all that is trained, in one module: Qwen2-VL's last layers -> connector -> FLUX.
 
 Shapes: B batch, S chat tokens, T condition tokens, L image tokens, C packed latent channels, D Qwen's width.
 """
@@ -30,7 +30,7 @@ class Qwen2VLFlux(nn.Module):
     """Conditions and noisy latents -> velocity. Each part is called once per forward, as ZeRO needs it (DeepSpeed #8224)."""
 
     vlm: Qwen2VLTextModel
-    """Qwen2-VL's last layer and its final norm (`split_vlm`)."""
+    """Qwen2-VL's last layers, or none, and its final norm (`split_vlm`)."""
     connector: nn.Linear
     transformer: FluxTransformer2DModel
 
@@ -50,7 +50,7 @@ class Qwen2VLFlux(nn.Module):
         """Choose the path, megaflux_kernels or diffusers' own, and the policy of each FLUX block: what its backward pass
         computes again (see models.flux; one for all blocks, or one per block).
 
-        The Qwen layer is computed again where any block's policy is full. ValueError for invalid policies; without
+        The Qwen layers are computed again where any block's policy is full. ValueError for invalid policies; without
         kernels that is all but "none" or "full" for all blocks.
         """
         chosen: set[str] = {policies} if isinstance(policies, str) else set(policies)
@@ -66,6 +66,8 @@ class Qwen2VLFlux(nn.Module):
             else:
                 self.transformer.disable_gradient_checkpointing()
         defer_norm(self.vlm, kernels)
+        if not self.vlm.layers:
+            return
         if "full" in chosen:
             # Reentrant checkpointing gives no gradients where no input needs one, and the trunk's output needs none.
             self.vlm.gradient_checkpointing_enable({"use_reentrant": False})

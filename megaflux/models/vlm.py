@@ -1,4 +1,5 @@
-"""Qwen2-VL as the condition's encoder: a frozen trunk, then one trainable last layer and the frozen final norm.
+"""Qwen2-VL as the condition's encoder: a frozen trunk, then its last layers, which may train, and the frozen final
+norm.
 
 A chat turn is cut after the last token that the condition reads. Qwen's attention is causal: what would follow (the
 question, the generation prompt) cannot change those tokens, so the cut is exact.
@@ -26,7 +27,7 @@ GRIDS_KEPT = 256  # sizes of pictures
 
 @dataclass(frozen=True)
 class Condition:
-    """Trunk output of a batch and what the last layer and FLUX need to read it."""
+    """Trunk output of a batch and what the last layers and FLUX need to read it."""
 
     hidden_states: Tensor
     """(B, S, D): output of the frozen trunk."""
@@ -88,7 +89,7 @@ class Trunk:
         max_caption_tokens: int = 256,
         min_image_tokens: int = 4,
     ):
-        """vlm: without its last layer (`split_vlm`). processor: a Qwen2VLProcessor, whose type does not tell its tokenizer
+        """vlm: without its last layers (`split_vlm`). processor: a Qwen2VLProcessor, whose type does not tell its tokenizer
         and image processor. min_image_tokens: a smaller picture is enlarged to about this many
         tokens (the released weights: 512)."""
         self._vlm: Qwen2VLModel | None = vlm
@@ -106,7 +107,7 @@ class Trunk:
 
     @property
     def vlm(self) -> Qwen2VLModel:
-        """Qwen2VLModel without its last layer. RuntimeError after `release`."""
+        """Qwen2VLModel without its last layers. RuntimeError after `release`."""
         if self._vlm is None:
             raise RuntimeError(
                 "Qwen2-VL's trunk was released, because its output is cached (data.cache holds trunk): its weights are gone, "

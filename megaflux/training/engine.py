@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megaflux.config.recipe import Part
 from megaflux.config.schema import Config
-from megaflux.training import optim, stages
+from megaflux.training import optim, schedule, stages
 from megaflux.training.ds_config import resolve_ds_config, sharding
 from megaflux.training.survival.guard import NOT_FINITE, Drop
 
@@ -56,7 +57,10 @@ class StageEngine:
         self.module, self.stage, self.config = module, stage, config
         self.first_stage = stages.first_stages(module, config.stages, stage)
         self.hooks = stages.FreezingHooks(module, self.first_stage, config.monitor.label_blocks)
-        optimizer = optim.build_optimizer(optim.parameter_groups(module, self.first_stage), config.optim)
+        self.by_part = config.rates_by_part
+        groups = optim.parameter_groups(module, self.first_stage, self.by_part)
+        self.groups = [(group["first_stage"], group["part"]) for group in groups]
+        optimizer = optim.build_optimizer(groups, config.optim, config.stages[stage])
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         self._before = _Before(module)
         self.deepspeed: Any
@@ -113,9 +117,20 @@ class StageEngine:
         """Name -> shape of every parameter that trains."""
         return {name: tuple(p.shape) for name, p in self.module.named_parameters() if name in self.first_stage}
 
-    def set_learning_rate(self, update: int) -> float:
-        """Set the learning rate of an update, counted from 0; returns it."""
-        return optim.set_learning_rate(self.deepspeed.optimizer, update, self.config)
+    def set_learning_rates(self, update: int) -> dict[Part, float]:
+        """Set each part's learning rate of an update, counted from 0; returns them."""
+        rates = schedule.learning_rates(self.config, self.stage, update)
+        optim.set_learning_rates(self.deepspeed.optimizer, rates)
+        return rates
+
+    def configure_optimizer(self) -> None:
+        """Set what the configuration says of every group and of clipping. Call it after DeepSpeed has loaded a checkpoint: it
+        brings back the values of the start that saved it."""
+        zero = self.deepspeed.optimizer
+        for group, (first_stage, part) in zip(zero.param_groups, self.groups, strict=True):
+            group |= {"first_stage": first_stage, "part": part}
+        optim.configure(zero, self.config.optim, self.config.stages[self.stage])
+        zero.clip_grad = self.config.optim.max_grad_norm
 
     def grad_norm(self) -> float:
         """Global norm of the last step's gradient before clipping; nan if that step was dropped."""

@@ -2,7 +2,7 @@
 `train_stages` goes through the run's stages.
 
     batch -> VAE latents -> Qwen2-VL's frozen trunk -> x_t at t
-          -> Qwen's last layer, connector, FLUX -> velocity loss -> engine.backward -> engine.step
+          -> Qwen's last layers, connector, FLUX -> velocity loss -> engine.backward -> engine.step
 
     pixel_values  uint8 (B, 3, H, W)         latents   (B, 16, H / 8, W / 8)
     condition     (B, tokens, 3584)          t         (B,), 0 is data, 1 is noise
@@ -41,7 +41,7 @@ def update(trainer: Trainer) -> UpdateResult:
     """One update of the active stage: every rank computes its micro-batches, then all take the same step. Collective."""
     config, models, engine = trainer.run.config, trainer.models, trainer.engine
     number, seed, device = trainer.updates_done, config.run.seed, trainer.run.world.device  # number: from 0
-    learning_rate = engine.set_learning_rate(number)
+    learning_rates = engine.set_learning_rates(number)
     computed: list[MicroBatch] = []
     times_seen: Counter[str] = Counter()
     data_wait, grad_norms = 0.0, {}
@@ -56,7 +56,7 @@ def update(trainer: Trainer) -> UpdateResult:
         condition = objective.encode_condition(config, models, batch, number, trainer.drawn_index(micro))
         # 4. Time and noise, a function of seed, update and sample.
         t, noise = objective.draw_time_and_noise(config.flow, seed, number, batch.keys, times_seen, latents)
-        # 5. Qwen's last layer, connector and FLUX predict the velocity at x_t.
+        # 5. Qwen's last layers, connector and FLUX predict the velocity at x_t.
         inputs = Denoising(batch.bucket, latents, condition, t, noise)
         losses = objective.denoising_loss(engine, config, models, inputs)
         del inputs, latents, condition, noise  # freed before the next micro-batch is encoded
@@ -67,7 +67,7 @@ def update(trainer: Trainer) -> UpdateResult:
         # 7. Called after every backward; the last call of an update clips and steps, or drops the gradient.
         engine.step()
         computed.append(MicroBatch(batch.keys, batch.bucket, batch.replaced, losses.detach(), t))
-    return UpdateResult(learning_rate, engine.grad_norm(), engine.dropped, computed, data_wait, grad_norms)
+    return UpdateResult(learning_rates, engine.grad_norm(), engine.dropped, computed, data_wait, grad_norms)
 
 
 def train_stage(trainer: Trainer, upkeep: Upkeep) -> Verdict:

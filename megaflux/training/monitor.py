@@ -133,6 +133,8 @@ class Monitor:
             "speed/mfu": self.flops / seconds / self.peak,
             "memory/peak_gb": peak_memory_gb(self.world),
         }
+        if self.config.rates_by_part:
+            scalars |= {f"train/learning_rate_{part}": rate for part, rate in result.learning_rates.items()}
         scalars |= allocator_scalars(allocators)
         scalars |= {f"train/loss_t{j}": (s / n).item() for j, (s, n) in enumerate(sums) if n > 0}
         self.scalars(scalars, update)

@@ -2,7 +2,7 @@
 
 A parameter's name decides, by exactly one row of PATTERNS. A name that matches no row or several is an error, and so is a
 stage that matches no parameter. Names are those of Qwen2VLFlux: transformer.* (diffusers' FLUX), connector.*, vlm.*
-(Qwen2-VL's last layer and final norm).
+(Qwen2-VL's last layers and final norm).
 """
 
 from __future__ import annotations
@@ -11,43 +11,70 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from megaflux.common.errors import FrozenParameterError, UserError
+from megaflux.training import components
+
+if TYPE_CHECKING:  # needs pydantic, which benches do without
+    from megaflux.config.recipe import Part
 
 
 class Stage(Protocol):
-    """What this file reads of `config.Stage`. Benches pass a stand-in on machines without pydantic."""
+    """What this file reads of `config.recipe.Stage`."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def blocks(self) -> tuple[int, ...] | Literal["all"]: ...
+    def blocks(self) -> tuple[int, ...] | Literal["all", "none"]: ...
 
     @property
-    def components(self) -> Literal["attention", "block", "model"]: ...
+    def components(self) -> str | tuple[str, ...]: ...
+
+    @property
+    def connector(self) -> bool: ...
+
+    @property
+    def vlm_layers(self) -> int: ...
+
+    @property
+    def trained(self) -> tuple[Any, ...]: ...
+
+    def lists(self, block: int) -> bool: ...
+
+
+@dataclass(frozen=True)
+class PlainStage:
+    """A Stage for benches of FLUX alone, on machines without pydantic."""
+
+    blocks: tuple[int, ...] | Literal["all", "none"]
+    components: str | tuple[str, ...]
+    name: str = "bench"
+    connector: bool = True
+    vlm_layers: int = 0
+
+    @property
+    def trained(self) -> tuple[Any, ...]:
+        return self.blocks, self.components, self.connector, self.vlm_layers
+
+    def lists(self, block: int) -> bool:
+        return self.blocks == "all" or (self.blocks != "none" and block in self.blocks)
 
 
 # (part, pattern): the part a parameter belongs to. Ordered for the reader; the patterns are mutually exclusive.
 PATTERNS: tuple[tuple[str, str], ...] = (
-    ("vlm", r"vlm\.layers\.0\.(?P<component>.+)"),  # trains in every stage
+    ("vlm", r"vlm\.layers\.(?P<layer>\d+)\.(?P<component>.+)"),  # the last ones, as many as the stage says
     ("vlm_norm", r"vlm\.norm\.(?P<component>.+)"),  # never trains
-    ("connector", r"connector\.(?P<component>.+)"),  # trains in every stage
+    ("connector", r"connector\.(?P<component>.+)"),
     ("double", r"transformer\.transformer_blocks\.(?P<block>\d+)\.(?P<component>.+)"),
     ("single", r"transformer\.single_transformer_blocks\.(?P<block>\d+)\.(?P<component>.+)"),
-    ("context_embedder", r"transformer\.context_embedder\.(?P<component>.+)"),  # trains in every component set
+    ("context_embedder", r"transformer\.(?P<component>context_embedder\..+)"),
     ("embedder", r"transformer\.(?P<component>(x_embedder|time_text_embed|norm_out|proj_out)\..+)"),  # set model only
 )
-
-# The component set `attention`: the released code's list, narrower than whole blocks.
-ATTENTION = {
-    "double": re.compile(r"(attn\.(to_q|to_k|to_v|to_out\.0)|norm1\.linear|norm1_context\.linear)\.(weight|bias)"),
-    "single": re.compile(r"(attn\.(to_q|to_k|to_v)|norm\.linear)\.(weight|bias)"),
-}
 
 
 @dataclass(frozen=True)
@@ -59,11 +86,14 @@ class Place:
     component: str
     block: int | None
     """Index over all FLUX blocks, double ones first; None outside the blocks."""
+    layer: int | None = None
+    """Index over Qwen2-VL's layers in the module; None outside them."""
 
     @property
-    def group(self) -> str:
-        """The part named in tables and TensorBoard: flux, connector or vlm."""
-        return {"vlm": "vlm", "vlm_norm": "vlm", "connector": "connector"}.get(self.part, "flux")
+    def group(self) -> Part:
+        """The part named in tables and TensorBoard, and by learning rates: flux, connector or vlm."""
+        groups: dict[str, Part] = {"vlm": "vlm", "vlm_norm": "vlm", "connector": "connector"}
+        return groups.get(self.part, "flux")
 
 
 @cache  # a dry run of dev asks half a million times about 1,182 names
@@ -74,9 +104,9 @@ def locate(name: str, num_double: int) -> Place:
     if len(found) != 1:
         raise ValueError(f"parameter {name} matches {len(found)} freezing patterns; it must match exactly one")
     part, match = found[0]
-    number = match.groupdict().get("block")
+    number, layer = (match.groupdict().get(name) for name in ("block", "layer"))
     block = None if number is None else int(number) + (num_double if part == "single" else 0)
-    return Place(part, match["component"], block)
+    return Place(part, match["component"], block, None if layer is None else int(layer))
 
 
 def count_double(module: nn.Module) -> int:
@@ -88,29 +118,45 @@ def _blocks(module: nn.Module, name: str) -> nn.ModuleList:
     return cast(nn.ModuleList, module.get_submodule(f"transformer.{name}"))
 
 
-def trains(place: Place, stage: Stage) -> bool:
-    """Whether a parameter trains in a stage."""
-    if place.part in ("vlm", "connector", "context_embedder"):
-        return True
-    if place.block is None:
-        return place.part == "embedder" and stage.components == "model"
-    if stage.blocks != "all" and place.block not in stage.blocks:
+def trains(place: Place, stage: Stage, layers: int) -> bool:
+    """Whether a parameter trains in a stage. layers: how many of Qwen2-VL's layers are in the module."""
+    if place.part == "connector":
+        return stage.connector
+    if place.layer is not None:
+        return place.layer >= layers - stage.vlm_layers
+    if place.part == "vlm_norm" or stage.blocks == "none":
         return False
-    return stage.components != "attention" or bool(ATTENTION[place.part].fullmatch(place.component))
+    if place.part == "embedder":
+        return stage.components == "model"
+    if place.block is not None and not stage.lists(place.block):
+        return False
+    return components.holds(stage.components, cast(components.Kind, place.part), place.component)
 
 
 def trainable_names(module: nn.Module, stage: Stage) -> list[str]:
     """Names of the parameters of a Qwen2VLFlux that a stage trains, in the module's order.
 
-    Raises UserError if a listed block, or the whole list, matches no parameter.
+    Raises UserError if a listed block, or the whole list, matches no parameter, if `components` lists a name that is not
+    there or a parameter twice, and if the module holds fewer of Qwen2-VL's layers than the stage trains.
     """
     num_double = count_double(module)
     places = {name: locate(name, num_double) for name, _ in module.named_parameters()}
-    names = [name for name, place in places.items() if trains(place, stage)]
+    layers = len({place.layer for place in places.values()} - {None})
+    if stage.vlm_layers > layers and hasattr(module, "vlm"):  # benches have FLUX alone
+        raise UserError(
+            f"stage {stage.name!r}: trains {stage.vlm_layers} of Qwen2-VL's last layers, and {layers} are apart from the "
+            "frozen trunk; raise model.vlm_layers"
+        )
+    names = [name for name, place in places.items() if trains(place, stage, layers)]
     matched = {places[name].block for name in names}
-    missing = [b for b in stage.blocks if b not in matched] if stage.blocks != "all" else []
-    if missing or (stage.blocks == "all" and matched == {None}):
-        raise UserError(f"stage {stage.name!r}: block {missing[0] if missing else 'list'} matches no parameter")
+    if isinstance(stage.blocks, tuple) and (missing := [b for b in stage.blocks if b not in matched]):
+        raise UserError(f"stage {stage.name!r}: block {missing[0]} matches no parameter")
+    if stage.blocks == "all" and matched <= {None}:
+        raise UserError(f"stage {stage.name!r}: block list matches no parameter")
+    listed = {place.part for place in places.values() if place.block is not None and stage.lists(place.block)}
+    kinds = [kind for kind in ("double", "single") if kind in listed]
+    if kinds and (problem := components.list_problem(stage.components, cast(list[components.Kind], kinds))):
+        raise UserError(f"stage {stage.name!r}: components: {problem}")
     return names
 
 

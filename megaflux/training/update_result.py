@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megaflux.config.recipe import Part
 from megaflux.data.buckets import Bucket
 from megaflux.training.survival.guard import Drop
 
@@ -29,7 +30,8 @@ class MicroBatch:
 class UpdateResult:
     """What an update did."""
 
-    learning_rate: float
+    learning_rates: dict[Part, float]
+    """Of each part, whether or not it trains in the stage."""
     grad_norm: float
     """Global norm before clipping; nan if the update was dropped."""
     drop: Drop | None
@@ -39,6 +41,11 @@ class UpdateResult:
     """Seconds that this rank waited for batches."""
     grad_norms: dict[str, float]
     """Norms by part and FLUX block before clipping; {} where they are not due (monitor.grad_norms_every)."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest of them."""
+        return max(self.learning_rates.values())
 
     @property
     def keys(self) -> list[str]:

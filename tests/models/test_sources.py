@@ -21,7 +21,6 @@ from megaflux.infer.load import check_sources, load
 from megaflux.models import pretrained
 from megaflux.models.safetensors_files import read_header
 from megaflux.models.sources import FLUX, VLM, folder_problems, hub_name, model_problems, opened, problem
-from megaflux.training.checkpoint import resume as checkpoint
 from tests.conftest import small_values
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 23\n"
@@ -178,14 +177,6 @@ def test_conversion_names_pointers(tmp_path, flux, published):
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="is a git-lfs pointer, not the file; fetch it with `git lfs pull`"):
         pretrained.load_transformer(str(tmp_path / "released/flux"), torch.float32)
-
-
-def test_the_hubs_prefix_is_no_other_run(here, flux):
-    values = small_values()
-    values["model"] |= {"flux": "owner/flux"}
-    plain = checkpoint.identity(build_config(values))
-    values["model"] |= {"flux": "hub:owner/flux"}
-    assert checkpoint.identity(build_config(values)) == plain and plain["model.vlm"] is None
 
 
 def test_the_hub_is_meant_even_beside_a_folder_of_that_name(here, flux, published):

@@ -86,7 +86,7 @@ def main(path: str) -> None:
                 [expected[name]], betas=config.optim.betas, eps=config.optim.eps, weight_decay=0.1, fused=True
             )
         for _ in range(4):
-            rate = engine.set_learning_rate(update)
+            rate = engine.set_learning_rates(update)["flux"]
             engine.backward(engine(update))
             engine.step()
             for name, optimizer in optimizers.items():

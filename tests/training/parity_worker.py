@@ -79,7 +79,7 @@ def update(world: World, out: str, ds_config: dict[str, Any]) -> dict[str, Any]:
     gradients = {
         name: safe_get_full_grad(p).clone() for name, p in models.trainable.named_parameters() if p.requires_grad
     }
-    engine.set_learning_rate(0)
+    engine.set_learning_rates(0)
     with sent:
         engine.step()
     weights = {name: p.detach().clone() for name, p in models.trainable.named_parameters()}

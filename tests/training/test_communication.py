@@ -122,7 +122,7 @@ def test_no_timer_waits_for_the_device_and_buckets_fit_what_trains(tmp_path, mon
     assert engine.deepspeed.optimizer.reduce_bucket_size == FILLED["reduce_bucket_size"][0]
     monkeypatch.setattr(get_accelerator(), "synchronize", lambda *device: waits.append(device))
     for number in range(4):  # the timer lets two updates pass before its first wait
-        engine.set_learning_rate(number)
+        engine.set_learning_rates(number)
         engine.backward(engine(number))
         engine.step()
     monkeypatch.undo()

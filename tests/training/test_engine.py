@@ -16,7 +16,7 @@ from megaflux.models.packing import side_by_side
 from megaflux.models.pretrained import load_models
 from megaflux.training import distributed
 from megaflux.training.engine import Carried, StageEngine, adam_state
-from megaflux.training.optim import learning_rate
+from megaflux.training.schedule import learning_rate
 from megaflux.training.stages import trainable_names
 from megaflux.training.survival.guard import NOT_FINITE, Guard
 from tests import forked
@@ -56,7 +56,7 @@ def test_frozen_parameters_keep_every_bit_over_20_updates_with_weight_decay(tmp_
     shapes = {name: tuple(p.shape) for name, p in models.trainable.named_parameters() if p.requires_grad}
     assert engine.shapes() == shapes and engine.num_trainable == sum(map(math.prod, shapes.values()))
     for update in range(20):
-        engine.set_learning_rate(update)
+        engine.set_learning_rates(update)
         engine.backward(drawn_losses(engine, config, models, generator).mean())
         engine.step()
     assert engine.deepspeed.skipped_steps == 0
@@ -106,7 +106,7 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
             assert begun.steps == carried.steps == {0: torch.tensor(1.0)}
             for name, tensors in carried.tensors.items():
                 assert all(torch.equal(begun.tensors[name][key], value) for key, value in tensors.items()), name
-        engine.set_learning_rate(stage)
+        engine.set_learning_rates(stage)
         engine.backward(drawn_losses(engine, config, models, generator).mean())
         norms = engine.grad_norms()
         engine.step()
@@ -165,7 +165,7 @@ def test_an_overflow_is_counted_and_changes_nothing(tmp_path, guarded):
     module, ds = Toy(), json.loads(ds_config(tmp_path, "bf16").read_text())
     engine = StageEngine(module, config, ds, 0, 1, judge=guard.judge if guarded else None)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    engine.set_learning_rate(0)
+    engine.set_learning_rates(0)
     engine.backward(engine(0) * float("inf"))
     engine.step()
     assert engine.deepspeed.skipped_steps == 1
@@ -173,7 +173,7 @@ def test_an_overflow_is_counted_and_changes_nothing(tmp_path, guarded):
     assert guard.dropped == (1 if guarded else 0)
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
     assert engine.carry(set(engine.first_stage)) == Carried({}, {}) == Carried()  # no step was taken
-    engine.set_learning_rate(1)
+    engine.set_learning_rates(1)
     engine.backward(engine(1))
     engine.step()
     assert engine.deepspeed.skipped_steps == 1 and engine.dropped is None and engine.grad_norm() > 0
@@ -192,7 +192,7 @@ def test_a_gradient_on_a_frozen_parameter_stops_the_step_and_is_named(tmp_path, 
     assert engine.accumulation_steps == 2
     frozen = module.get_parameter(name)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    engine.set_learning_rate(0)
+    engine.set_learning_rates(0)
     for _ in range(2):
         engine.backward(engine(0))
         frozen.grad = torch.zeros_like(frozen)
@@ -222,7 +222,7 @@ def test_blocks_are_labelled_if_the_configuration_says_so(tmp_path, asked):
 
 def test_learning_rate_is_a_trapezoid_over_all_stages():
     optim = toy_config(warmup_fraction=0.1, plateau_fraction=0.2, lr=1.0).optim
-    rates = [learning_rate(update, 100, optim) for update in range(100)]
+    rates = [learning_rate(optim.lr, update, 100, optim) for update in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])  # linear, and not 0 at first
     assert rates[10:31] == pytest.approx([1.0] * 21)
     steps = [a - b for a, b in zip(rates[30:], rates[31:])]

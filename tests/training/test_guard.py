@@ -132,7 +132,7 @@ def test_a_refused_step_changes_not_a_byte(tmp_path, base):
 
     seen = []
     for update in range(3):
-        engine.set_learning_rate(update)
+        engine.set_learning_rates(update)
         engine.backward(engine(update))
         engine.step()
         seen.append(state())

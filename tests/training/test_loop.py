@@ -16,7 +16,7 @@ from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import load_models
 from megaflux.training import loop, objective
 from megaflux.training.engine import StageEngine
-from megaflux.training.optim import learning_rate
+from megaflux.training.schedule import learning_rate
 from megaflux.training.trainer import Trainer
 from tests.conftest import small_values
 from tests.training.runs import ds_config
@@ -55,7 +55,7 @@ def test_an_update_trains_on_what_is_drawn_for_it_alone(tmp_path, monkeypatch):
 
     times, losses = [], []
     for update, result in enumerate(found):
-        assert result.learning_rate == learning_rate(update, config.train.updates, config.optim)
+        assert result.learning_rate == learning_rate(config.optim.lr, update, config.train.updates, config.optim)
         assert result.keys == ["a", "b"] * 2 and result.drop is None and result.grad_norm > 0
         latents, seen = objective.encode_latents(config, models, batch, update), Counter()
         for micro in result.micro_batches:  # the second one meets the same pictures again, and draws anew

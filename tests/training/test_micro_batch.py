@@ -164,7 +164,7 @@ def test_an_engine_cut_into_other_micro_batches_trains_as_one_built_for_them(tmp
         engine.cut_into(2)
         assert engine.accumulation_steps == 2
         for update in range(2):
-            engine.set_learning_rate(update)
+            engine.set_learning_rates(update)
             for _ in range(2):
                 engine.backward(drawn_losses(engine, config, models, generator).mean())
                 engine.step()

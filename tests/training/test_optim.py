@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megaflux.config.schema import Stage
 from megaflux.training import optim
+from megaflux.training.schedule import learning_rate, learning_rates
 from tests.training.carry_worker import Toy, toy_config
+
+STAGE = Stage(name="one", share=1, blocks="all")
 
 
 def test_its_steps_are_adamws_with_the_configured_values():
@@ -14,7 +18,7 @@ def test_its_steps_are_adamws_with_the_configured_values():
     lr, betas, eps, decay = 0.05, (0.6, 0.7), 0.3, 0.4
     config = toy_config(lr=lr, betas=list(betas), eps=eps, weight_decay=decay).optim
     parameter = torch.nn.Parameter(torch.linspace(-1, 1, 7))
-    optimizer = optim.build_optimizer([{"params": [parameter]}], config)
+    optimizer = optim.build_optimizer([{"params": [parameter], "part": None}], config, STAGE)
     expected = parameter.detach().double()
     first, second = torch.zeros(7).double(), torch.zeros(7).double()
     generator = torch.Generator().manual_seed(0)
@@ -52,10 +56,12 @@ def test_the_rate_of_an_update_reaches_every_group():
     config = toy_config(lr=2e-3, warmup_fraction=0.5)
     module = Toy()
     first_stage = {"connector.weight": 0, "connector.bias": 1}
-    optimizer = optim.build_optimizer(optim.parameter_groups(module, first_stage), config.optim)
+    optimizer = optim.build_optimizer(optim.parameter_groups(module, first_stage), config.optim, config.stages[0])
     for update in range(config.train.updates):
-        rate = optim.set_learning_rate(optimizer, update, config)
-        assert rate == optim.learning_rate(update, config.train.updates, config.optim)
+        rates = learning_rates(config, 0, update)
+        optim.set_learning_rates(optimizer, rates)
+        rate = learning_rate(2e-3, update, config.train.updates, config.optim)
+        assert set(rates.values()) == {rate}
         assert [group["lr"] for group in optimizer.param_groups] == [rate, rate]
 
 
@@ -71,5 +77,5 @@ def test_the_rate_of_an_update_reaches_every_group():
 )
 def test_the_rate_with_and_without_its_ends(warmup, plateau, expected):
     config = toy_config(lr=8e-3, warmup_fraction=warmup, plateau_fraction=plateau).optim
-    rates = [optim.learning_rate(update, 8, config) for update in range(8)]
+    rates = [learning_rate(8e-3, update, 8, config) for update in range(8)]
     assert rates == pytest.approx([rate / 1000 for rate in expected])

@@ -69,7 +69,7 @@ def one_update(config, ds, tmp_path, tried_out: bool) -> dict[str, torch.Tensor]
     assert all(p.grad is None for p in models.trainable.parameters())
     assert (engine.deepspeed.micro_steps, engine.deepspeed.global_steps) == (0, 0)
     models.trainable.configure(True, "mlp")  # of both alike
-    engine.set_learning_rate(0)
+    engine.set_learning_rates(0)
     engine.backward(drawn_losses(engine, config, models, generator).mean())
     engine.step()
     norm, weights = engine.grad_norm(), {n: p.detach().clone() for n, p in models.trainable.named_parameters()}

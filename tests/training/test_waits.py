@@ -206,7 +206,7 @@ def test_an_update_waits_four_times_at_most(tmp_path):
     with gpu:
         shown = monitored(config, models, GPU, size=2)
     for update in range(2):
-        engine.set_learning_rate(update)
+        engine.set_learning_rates(update)
         losses, t = micro_batch(engine, config, models, a_batch(), torch.device("cpu"))
         with gpu:
             gpu.waits.clear()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 
@@ -22,6 +20,7 @@ from megaflux.bench.first.settings import Setting, grid
 from megaflux.bench.live_memory import LiveMemory
 from megaflux.models.flux import Policy, fuse
 from megaflux.training.planning.activations import flux_bytes
+from megaflux.training.stages import PlainStage
 
 POINTS: tuple[tuple[int, Policy], ...] = ((1, "none"), (2, "mlp"), (4, "mlp"), (8, "full"))
 MIXED = 2  # images; two thirds of the blocks in policy none, the others in mlp
@@ -45,7 +44,7 @@ def run(recorder: Recorder, setting: Setting) -> None:
             transformer(**given, return_dict=False)[0].float().square().mean().backward()
 
     def law(batch: int, policies: list[Policy]) -> float:
-        stage: Any = SimpleNamespace(blocks=sizes.train_blocks, components=sizes.components)
+        stage = PlainStage(sizes.train_blocks, sizes.components)
         kept = (
             flux_bytes(transformer, stage, tokens, setting.dtype.itemsize, policies, True) for _, tokens in pictures
         )

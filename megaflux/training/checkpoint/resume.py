@@ -12,9 +12,8 @@ from megaflux.common.errors import UserError
 from megaflux.common.ranks import World
 from megaflux.config.schema import Config
 from megaflux.models.loading_errors import named
-from megaflux.models.sources import HUB
 from megaflux.training import distributed
-from megaflux.training.checkpoint import manifest, reshard, saved
+from megaflux.training.checkpoint import identity, manifest, reshard
 from megaflux.training.checkpoint.state import Checkpoint
 from megaflux.training.ds_config import sharding
 from megaflux.training.engine import StageEngine
@@ -98,7 +97,7 @@ def _check_same_run(
             f"{path}: an earlier megaflux began this run, and its optimizer shards have another order; "
             "finish the run with that version, or give another --run.dir"
         )
-    if saved.changed({"deepspeed": content["deepspeed"]}, content["format"], {"deepspeed": sharding(ds_config)}):
+    if content["deepspeed"] != sharding(ds_config):
         raise UserError(
             f"--deepspeed: {path} was saved with {content['deepspeed']}, this file says "
             f"{sharding(ds_config)}; give the one the run began with"
@@ -108,8 +107,12 @@ def _check_same_run(
             f"{path}: saved by {content['world_size']} ranks, this run has {world_size}, and ZeRO-3's shards "
             f"cannot be resharded; start it with {content['world_size']}"
         )
-    changed = saved.changed(content["identity"], content["format"], identity(config))
-    if changed:
+    if content["deepspeed"]["zero_stage"] == 3 and content.get("groups_by_part", False) != config.rates_by_part:
+        raise UserError(
+            f"optim: {path} was saved with {'rates by part' if content.get('groups_by_part') else 'one rate for all parts'}, "
+            "and ZeRO-3's shards cannot be grouped anew; leave optim and the stages' lr and weight_decay as they were"
+        )
+    if changed := identity.changed(content, config):
         raise UserError(
             f"run.dir: {config.run.dir} holds a run with other {', '.join(changed)}; restore the old values "
             f"(they are in {config.run.dir}/config.yaml) or give another --run.dir"
@@ -119,27 +122,19 @@ def _check_same_run(
 def load_training_state(checkpoint: Checkpoint, engine: StageEngine, world: World) -> None:
     """Load optimizer and random state into an engine of the same stage. Collective."""
     saved_by, name = checkpoint.world_size, checkpoint.path.name
-    if saved_by != world.size:  # resharded by name; the random state of other ranks is of no use here
+    regrouped = checkpoint.manifest.get("groups_by_part", False) != engine.by_part
+    if saved_by != world.size or regrouped:  # by name
         engine.take_over(reshard.read(checkpoint.path / "deepspeed", saved_by, engine.shapes()))
+    if saved_by != world.size:
         log.info("%s was saved by %d ranks; its optimizer state is resharded for %d", name, saved_by, world.size)
-        return
-    path, _ = engine.deepspeed.load_checkpoint(
-        str(checkpoint.path), tag="deepspeed", load_module_strict=False, load_lr_scheduler_states=False
-    )
-    if path is None:  # DeepSpeed found nothing to load
-        raise UserError(f"{checkpoint.path}/deepspeed: cannot be loaded; move {name} away")
+        return  # the random state of other ranks is of no use here
+    if not regrouped:
+        path, _ = engine.deepspeed.load_checkpoint(
+            str(checkpoint.path), tag="deepspeed", load_module_strict=False, load_lr_scheduler_states=False
+        )
+        if path is None:  # DeepSpeed found nothing to load
+            raise UserError(f"{checkpoint.path}/deepspeed: cannot be loaded; move {name} away")
+        engine.configure_optimizer()
     file = checkpoint.path / f"rng-rank{world.rank:04d}.pt"
     with named(str(file)):
         distributed.set_rng_state(torch.load(file, weights_only=True))
-
-
-def identity(config: Config) -> dict[str, Any]:
-    """Settings that must be equal to resume a run from a checkpoint, as plain data."""
-    values = config.model_dump(mode="json")
-    same_result = ("activation_checkpointing", "kernels")  # change only the rounding, so they may change
-    kept = {f"model.{key}": value for key, value in values["model"].items() if key not in same_result}
-    for name in ("model.flux", "model.vlm", "model.vae"):  # `hub:` says where the weights are, not what they are
-        kept[name] = kept[name] and kept[name].removeprefix(HUB)
-    kept |= {f"data.{key}": values["data"][key] for key in ("longest_side", "aspect_ratios", "condition")}
-    kept |= {f"train.{key}": values["train"][key] for key in ("updates", "global_batch_size")}
-    return kept | {"stages": values["stages"], "run.seed": values["run"]["seed"], "flow": values["flow"]}

@@ -12,9 +12,12 @@ log = logging.getLogger("megaflux")
 
 
 def milestones(config: Config) -> set[int]:
-    """Updates whose checkpoints are never deleted: each stage's last, and every `keep_every`-th."""
+    """Updates whose checkpoints are never deleted: each stage's last, the run's last before it was given more, and every
+    `keep_every`-th."""
     every = config.train.keep_every
-    return set(config.stage_ends()) | (set(range(every, config.train.updates + 1, every)) if every else set())
+    return {*config.stage_ends(), *config.train.ended_at} | (
+        set(range(every, config.train.updates + 1, every)) if every else set()
+    )
 
 
 def most_at_once(config: Config, update: int) -> int:

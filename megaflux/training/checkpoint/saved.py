@@ -23,7 +23,7 @@ from megaflux.common.errors import UserError
 from megaflux.common.paths import literal
 from megaflux.config import plain_yaml
 from megaflux.config.parse import build_config, load_yaml
-from megaflux.config.schema import PATHS, Config
+from megaflux.config.schema import PATHS, Config, Train
 from megaflux.training.checkpoint import manifest
 
 NAME, DS_NAME = "config.yaml", "ds_config.json"
@@ -31,6 +31,17 @@ ADDED: dict[int, dict[str, Any]] = {
     3: {"train.drawn_per_rank": lambda values: values["train"].get("micro_batch_size")},
     4: {"model.seeded": "torch", "train.deterministic": False},
     5: {},  # no new field, but a new value: train.micro_batch_size may be `auto`, which earlier versions cannot read
+    6: {
+        "stages.*.connector": True,
+        "stages.*.vlm_layers": 1,
+        "stages.*.lr": None,
+        "stages.*.weight_decay": None,
+        "model.vlm_layers": 1,
+        "model.init": None,
+        "optim.schedule": "run",
+        "train.stage_ends": None,
+        "train.ended_at": [],
+    },
 }
 """Format of a manifest -> {dotted field that it introduced: its value where it is missing, or a function that gets the whole
 configuration as plain data and returns it}. `*` stands for every element of a list: `stages.*.name`."""
@@ -82,6 +93,12 @@ class Begun:
     """Its configuration without PER_START, as plain nested data; None: unknown (config.yaml is missing)."""
     ds_config: dict[str, Any]
     """DeepSpeed's configuration; {}: unknown."""
+    config: Config | None = None
+    """The same as `values`, with everything that they leave out; None: unknown, or no checkpoint is valid."""
+    stage: int = 0
+    """Index of the newest checkpoint's stage."""
+    update: int = 0
+    """Updates done at the newest checkpoint."""
 
 
 def begun(run_dir: str) -> Begun | None:
@@ -111,7 +128,11 @@ def begun(run_dir: str) -> Begun | None:
         section, _, name = path.partition(".")
         del values[section][name]
     values["run"]["dir"] = run_dir
-    return Begun(values, ds_config)
+    for name in ("stage_ends", "ended_at"):  # extend.py decides on them anew
+        values["train"][name] = Train.model_fields[name].default
+    if "stage" not in content:
+        return Begun(values, ds_config)
+    return Begun(values, ds_config, config, content["stage"], content["update"])
 
 
 def snapshot(run_dir: str | Path) -> dict[str, Any]:
@@ -158,19 +179,19 @@ def describe(run_dir: str, kept: dict[str, Any]) -> str:
     return f"resuming {run_dir} with its own values, where none is given now and the preset has others: {shown}"
 
 
-def changed(identity: dict[str, Any], format: int, now: dict[str, Any]) -> list[str]:
-    """The keys of `now`, a run's identity (`resume.identity`), whose values differ from those in a manifest of a format."""
-    nested = literal(filled(_nested(identity), format), PATHS)
-    return [key for key, value in now.items() if _at(nested, key) != value]
+def completed(identity: dict[str, Any], format: int) -> dict[str, Any]:
+    """A manifest's identity ({dotted field: value}) as nested plain data, with the fields that are later than its format."""
+    return literal(filled(_nested(identity), format), PATHS)
 
 
 _NOTHING = object()
 
 
-def _at(values: Any, path: str) -> Any:
+def at(values: Any, path: str, default: Any = _NOTHING) -> Any:
+    """The value at a dotted path of nested plain data; default: what to return where it is absent."""
     for key in path.split("."):
         if not isinstance(values, dict) or key not in values:
-            return _NOTHING
+            return default
         values = values[key]
     return values
 

@@ -16,7 +16,7 @@ from megaflux.common.ranks import World, first_problem, gathered
 from megaflux.config.schema import Config
 from megaflux.training import distributed
 from megaflux.training.checkpoint import manifest, retention, saved, weights
-from megaflux.training.checkpoint.resume import identity
+from megaflux.training.checkpoint.identity import identity
 from megaflux.training.checkpoint.space import NoRoom
 from megaflux.training.checkpoint.state import Progress
 from megaflux.training.engine import StageEngine
@@ -64,6 +64,7 @@ def write_checkpoint(
                 "identity": identity(config),
                 "base": base,
                 "deepspeed": engine.sharding,
+                "groups_by_part": engine.by_part,
                 "guard": progress.guard,
                 "plan": progress.plan,
                 "started_with": saved.snapshot(config.run.dir),

@@ -93,7 +93,7 @@ def _backward_units(transformer: Any, stage: Stage, index: int, unit: float, pol
 
 def _components(stage: Stage, index: int) -> str:
     """What trains in a FLUX block: "frozen", "attention" or "block"; the set `model` counts as "block"."""
-    if stage.blocks != "all" and index not in stage.blocks:
+    if not stage.lists(index):
         return "frozen"
     return "attention" if stage.components == "attention" else "block"
 

@@ -16,6 +16,7 @@ from megaflux.data.buckets import make_buckets, overdrawn
 from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
 from megaflux.models.sources import HUB, hub_name, model_problems
 from megaflux.training.checkpoint import manifest
+from megaflux.training.components import NAMES, Kind, holds, list_problem
 from megaflux.training.ds_config import batch_problem, batch_sizes, uses_kernels, zero_stage
 from megaflux.training.planning.dataset_checks import dataset_notes, dataset_problems
 
@@ -26,6 +27,7 @@ def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) ->
         *_batch(config, world_size),
         *_sharding(config, ds_config),
         *_sizes(config),
+        *_stages(config),
         *_run_folder(config),
         *_models(config),
         *_kernels(config, ds_config),
@@ -89,10 +91,31 @@ def _sizes(config: Config) -> Iterator[str]:
             return
         blocks = sum(counts)
         for i, stage in enumerate(config.stages):
-            out = [b for b in stage.blocks if b >= blocks] if stage.blocks != "all" else []
+            out = [b for b in stage.blocks if b >= blocks] if isinstance(stage.blocks, tuple) else []
             if out:
                 last = blocks - 1
                 yield f"stages.{i}.blocks: {out[0]} is out of range; {model.flux} has blocks 0 to {last}"
+
+
+def _stages(config: Config) -> Iterator[str]:
+    """Names that a stage lists and FLUX's blocks have not, or have twice: found now, not when the stage begins."""
+    num_double = config.model.flux_config["num_layers"]
+    blocks = range(num_double + config.model.flux_config["num_single_layers"])
+    for i, stage in enumerate(config.stages):
+        listed = [block for block in blocks if stage.lists(block)]
+        kinds: dict[Kind, bool] = {
+            "double": any(b < num_double for b in listed),
+            "single": any(b >= num_double for b in listed),
+        }
+        there = [kind for kind, found in kinds.items() if found]
+        if there and (problem := list_problem(stage.components, there)):
+            yield f"stages.{i}.components: {problem}"
+        if isinstance(stage.blocks, tuple):
+            for block in stage.blocks:
+                kind: Kind = "double" if block < num_double else "single"
+                if not any(holds(stage.components, kind, name) for name in NAMES[kind]):
+                    yield f"stages.{i}.blocks: nothing of block {block}, a {kind} one, is in components; leave it out"
+                    break
 
 
 def _run_folder(config: Config) -> Iterator[str]:

@@ -98,7 +98,9 @@ def stage_table(config: Config, module: Any) -> list[StageCosts]:
         trainable = dict.fromkeys(("flux", "connector", "vlm"), 0)
         for name in trainable_names(module, stage):
             trainable[locate(name, num_double).group] += sizes[name]
-        blocks = list(range(num_blocks)) if stage.blocks == "all" else list(stage.blocks)
+        blocks = (
+            list(stage.blocks) if isinstance(stage.blocks, tuple) else [b for b in range(num_blocks) if stage.lists(b)]
+        )
         table.append(StageCosts(stage.name, updates, blocks, trainable))
     return table
 
@@ -254,7 +256,7 @@ def train_flops_per_image(
     it is cheap to call for every micro-batch."""
     stage = config.stages[stage] if isinstance(stage, int) else stage
     known = _counted.setdefault(module, {})
-    key = (stage.blocks, stage.components, bucket.size, config.data.cache, config.model.vlm_max_tokens)
+    key = (stage.trained, bucket.size, config.data.cache, config.model.vlm_max_tokens)
     if key not in known:
         if trunk is None and "trunk" not in config.data.cache:
             if module not in _trunks:  # half a second for `dev`: not again for each stage and bucket

@@ -39,7 +39,7 @@ def _print_stages(found: Estimate) -> None:
             f"{row.name:<10}{row.updates:>9}  {stage.components:<10}{counts['flux']:>15,}"
             f"{counts['connector']:>13,}{counts['vlm']:>13,}{_si(mean):>13}"
         )
-        print(f"{'':<10}blocks: {'all' if stage.blocks == 'all' else ' '.join(map(str, row.blocks))}")
+        print(f"{'':<10}blocks: {stage.blocks if isinstance(stage.blocks, str) else ' '.join(map(str, row.blocks))}")
 
 
 def _print_flops(found: Estimate) -> None:

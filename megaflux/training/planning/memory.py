@@ -263,7 +263,7 @@ def zero_bytes(
 
 def trained_sizes(module: nn.Module, stage: Stage) -> list[int]:
     """Number of values in each parameter that a stage trains. Cached per module, as planning asks for it hundreds of times."""
-    known, key = _trained.setdefault(module, {}), (stage.blocks, stage.components)
+    known, key = _trained.setdefault(module, {}), stage.trained
     if key not in known:
         names = set(trainable_names(module, stage))
         known[key] = [parameter.numel() for name, parameter in module.named_parameters() if name in names]

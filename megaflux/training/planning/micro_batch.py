@@ -94,7 +94,7 @@ class Planner:
         )
 
     def _work(self, stage: Stage, bucket: Bucket, policies: Sequence[Policy]) -> Work:
-        key = (stage.blocks, stage.components, bucket)
+        key = (stage.trained, bucket)
         if key not in self._known:
             sizes = self.sizes
             tokens = costs.token_counts(sizes.config, bucket)
