@@ -167,10 +167,7 @@ class StageEngine:
                 steps[first_stage] = inner.state[flat]["step"].detach().cpu().clone()
         if not steps:  # no step was taken (all were dropped): nothing to carry
             return Carried()
-        if (
-            self.zero_stage < 3
-        ):  # done by the first step, which an engine that is resumed at its stage's end never takes
-            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+        self._link_state()
         for name, parameter in self.module.named_parameters():
             if name in names and name in self.first_stage:
                 tensors = {"master": safe_get_full_fp32_param(parameter)}
@@ -244,8 +241,7 @@ class StageEngine:
         # torch creates Adam's state at the first step; create it now, to load values into it.
         for first_stage, flat in self._flat_groups():
             zero.optimizer.state[flat] = adam_state(flat, carried.steps.get(first_stage))
-        if self.zero_stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+        self._link_state()
         for name, parameter in self.module.named_parameters():
             if name in carried.tensors:
                 for key in ("master", *MOMENTS):
@@ -255,6 +251,14 @@ class StageEngine:
             len(carried.tensors),
             self.config.stages[self.stage].name,
         )
+
+    def _link_state(self) -> None:
+        """Let DeepSpeed find each parameter's part of Adam's state. By itself it does so after the first step of the first
+        group, when the other groups have none yet, and not at all in an engine that is resumed at its stage's end."""
+        if self.zero_stage < 3:
+            zero = self.deepspeed.optimizer
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
 
     def _set_state(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         """Load this rank's part of a whole tensor into the optimizer's state. key: of MOMENTS; None: the fp32 master."""

@@ -147,16 +147,16 @@ def trainable_names(module: nn.Module, stage: Stage) -> list[str]:
             f"stage {stage.name!r}: trains {stage.vlm_layers} of Qwen2-VL's last layers, and {layers} are apart from the "
             "frozen trunk; raise model.vlm_layers"
         )
+    listed = {place.part for place in places.values() if place.block is not None and stage.lists(place.block)}
+    kinds = [kind for kind in ("double", "single") if kind in listed]
+    if kinds and (problem := components.list_problem(stage.components, cast(list[components.Kind], kinds))):
+        raise UserError(f"stage {stage.name!r}: components: {problem}")
     names = [name for name, place in places.items() if trains(place, stage, layers)]
     matched = {places[name].block for name in names}
     if isinstance(stage.blocks, tuple) and (missing := [b for b in stage.blocks if b not in matched]):
         raise UserError(f"stage {stage.name!r}: block {missing[0]} matches no parameter")
     if stage.blocks == "all" and matched <= {None}:
         raise UserError(f"stage {stage.name!r}: block list matches no parameter")
-    listed = {place.part for place in places.values() if place.block is not None and stage.lists(place.block)}
-    kinds = [kind for kind in ("double", "single") if kind in listed]
-    if kinds and (problem := components.list_problem(stage.components, cast(list[components.Kind], kinds))):
-        raise UserError(f"stage {stage.name!r}: components: {problem}")
     return names
 
 

@@ -1,6 +1,6 @@
 """Three stages whose gradients are known, against optimizers that nothing interrupts: what the change of engine carries.
 
-torchrun --nproc_per_node N tests/training/carry_worker.py DS_CONFIG
+torchrun --nproc_per_node N tests/training/carry_worker.py DS_CONFIG [by_part]
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,11 +66,35 @@ def toy_config(**optim) -> Config:
     return build_config(merge(tiny(), values))
 
 
-def main(path: str) -> None:
+BY_PART = {
+    "lr": {"flux": 0.01, "connector": 0.03, "vlm": 0.002},
+    "weight_decay": {"flux": 0.1, "connector": 0.0, "vlm": 0.2},
+}
+STAGES: list[dict[str, Any]] = [
+    {},
+    {"lr": {"connector": 0.05}, "weight_decay": 0.3, "vlm_layers": 0},  # the Qwen layer starts afresh after it
+    {"lr": 0.004, "weight_decay": {"vlm": 0.0}},
+]
+
+
+def values_of(stage: int, part: str) -> tuple[float, float]:
+    """(peak rate, weight decay) of a part in a stage with BY_PART and STAGES, by hand."""
+    found = []
+    for key, whole in BY_PART.items():
+        own = STAGES[stage].get(key, {})
+        found.append(own.get(part, whole[part]) if isinstance(own, dict) else own)
+    return found[0], found[1]
+
+
+def main(path: str, by_part: str = "") -> None:
     world = distributed.start()
     ds_config = json.loads(Path(path).read_text())
     dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
     config = toy_config(weight_decay=0.1).for_world(world.size)
+    if by_part:
+        values = toy_config(**BY_PART).model_dump()
+        values["stages"] = [stage | own for stage, own in zip(values["stages"], STAGES, strict=True)]
+        config = build_config(values).for_world(world.size)
     module, reference = Toy(), Toy().to(dtype).float()
     # The reference never changes its optimizer: one AdamW per parameter, stepped while its stage lists it; a parameter
     # that a stage leaves out starts afresh, from the weight it was left with, when it comes back.
@@ -86,12 +111,18 @@ def main(path: str) -> None:
                 [expected[name]], betas=config.optim.betas, eps=config.optim.eps, weight_decay=0.1, fused=True
             )
         for _ in range(4):
-            rate = engine.set_learning_rates(update)["flux"]
+            rates = engine.set_learning_rates(update)
             engine.backward(engine(update))
             engine.step()
             for name, optimizer in optimizers.items():
                 expected[name].grad = gradient(name, expected[name], update).to(dtype).float()
-                optimizer.param_groups[0]["lr"] = rate
+                part = {"c": "connector", "v": "vlm"}.get(name[0], "flux")
+                peak, decay = values_of(stage, part) if by_part else (0.01, 0.1)
+                rate = peak * min(
+                    1, (12 - update) / 6
+                )  # tiny's: no warm-up, as round(12 x 0.03) is 0, and a plateau of half
+                assert abs(rates[part] - rate) < 1e-12
+                optimizer.param_groups[0] |= {"lr": rate, "weight_decay": decay}
                 optimizer.step()
             update += 1
         everything = engine.carry(names)

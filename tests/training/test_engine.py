@@ -28,9 +28,13 @@ CARRY = str(ROOT / "tests" / "training" / "carry_worker.py")
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
-@pytest.mark.parametrize(("precision", "ranks"), [("fp32", 1), ("fp32", 2), ("bf16", 2)])
-def test_survivors_of_a_stage_change_go_on_as_if_nothing_had_happened(tmp_path, precision, ranks):
-    done = forked.run_ranks([CARRY, str(ds_config(tmp_path, precision))], rank_environments(ranks), timeout=200)
+@pytest.mark.parametrize(
+    ("precision", "ranks", "rates"), [("fp32", 1, ""), ("fp32", 2, "by_part"), ("bf16", 2, "by_part")]
+)
+def test_survivors_of_a_stage_change_go_on_as_if_nothing_had_happened(tmp_path, precision, ranks, rates):
+    """Also where the parts, and the stages, have rates and weight decays of their own."""
+    command = [CARRY, str(ds_config(tmp_path, precision)), *filter(None, [rates])]
+    done = forked.run_ranks(command, rank_environments(ranks), timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("carried as expected") == ranks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megaflux.config.parse import build_config
 from megaflux.config.schema import Stage
 from megaflux.training import optim
 from megaflux.training.schedule import learning_rate, learning_rates
@@ -79,3 +80,45 @@ def test_the_rate_with_and_without_its_ends(warmup, plateau, expected):
     config = toy_config(lr=8e-3, warmup_fraction=warmup, plateau_fraction=plateau).optim
     rates = [learning_rate(8e-3, update, 8, config) for update in range(8)]
     assert rates == pytest.approx([rate / 1000 for rate in expected])
+
+
+def test_each_part_has_its_own_rate_and_weight_decay():
+    """And each stage may have its own for some or all of them."""
+    config = build_config(
+        toy_config(lr={"flux": 1e-3, "connector": 2e-2, "vlm": 3e-4}, weight_decay=0.2).model_dump()
+        | {
+            "stages": [
+                {"name": "a", "share": 1, "blocks": [0], "lr": {"connector": 5e-2}},
+                {"name": "b", "share": 1, "blocks": [0], "lr": 4e-3, "weight_decay": {"vlm": 0.0}},
+            ]
+        }
+    )
+    assert config.rates_by_part and not toy_config(lr=1e-3).rates_by_part
+    parts = ("flux", "connector", "vlm")
+    for stage, lrs, decays in ((0, (1e-3, 5e-2, 3e-4), (0.2,) * 3), (1, (4e-3,) * 3, (0.2, 0.2, 0.0))):
+        peaks = config.optim.peaks(config.stages[stage])
+        assert [tuple(peaks[part]) for part in parts] == list(zip(lrs, decays, strict=True))
+    module = Toy()
+    first_stage = dict.fromkeys(("connector.weight", "vlm.layers.0.weight", "transformer.context_embedder.weight"), 0)
+    first_stage["transformer.transformer_blocks.0.attn.to_q.weight"] = 1
+    groups = optim.parameter_groups(module, first_stage, by_part=True)
+    assert [(g["first_stage"], g["part"]) for g in groups] == [(0, "connector"), (0, "flux"), (0, "vlm"), (1, "flux")]
+    optimizer = optim.build_optimizer(groups, config.optim, config.stages[1])
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.2, 0.2, 0.0, 0.2]
+    optim.set_learning_rates(optimizer, learning_rates(config, 0, 0))
+    warmth = learning_rate(1.0, 0, config.train.updates, config.optim)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([lr * warmth for lr in (5e-2, 1e-3, 3e-4, 1e-3)])
+
+
+def test_a_schedule_per_stage_begins_again_in_each():
+    """Two stages of 4 and 8 updates: a warm-up of a quarter, a plateau of half, and down to 0 after the last."""
+    config = build_config(
+        toy_config(lr=8e-3, schedule="per_stage", warmup_fraction=0.25, plateau_fraction=0.5).model_dump()
+        | {"stages": [{"name": "a", "share": 1, "blocks": [0]}, {"name": "b", "share": 2, "blocks": [0], "lr": 4e-3}]}
+    )
+    assert config.stage_ends() == [4, 12]
+    rates = [learning_rates(config, 0 if update < 4 else 1, update)["vlm"] for update in range(12)]
+    assert rates[:4] == pytest.approx(
+        [8e-3] * 4
+    )  # one update of warm-up, two of plateau, and one that falls to 8 after it
+    assert rates[4:] == pytest.approx([2e-3, 4e-3, 4e-3, 4e-3, 4e-3, 4e-3, 4e-3, 2e-3])

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from megaflux.common.errors import FrozenParameterError, UserError
-from megaflux.config.presets import PUBLISHED_STAGES
+from megaflux.config.parse import build_config
+from megaflux.config.presets import PUBLISHED_STAGES, dev
 from megaflux.config.schema import Stage
 from megaflux.models import latents as ops
-from megaflux.models.pretrained import load_models
-from megaflux.training import stages
+from megaflux.models.pretrained import load_models, meta_models
+from megaflux.training import components, stages
+from megaflux.training.planning.checks import find_problems
 from tests.training.carry_worker import Toy
 
 PUBLISHED = [Stage(name=name, share=1, blocks=tuple(blocks)) for name, blocks in PUBLISHED_STAGES.items()]
@@ -124,6 +126,81 @@ def test_attention_is_the_released_codes_list(dev_meta):
         ("single", "attn.to_v"),
         ("single", "norm.linear"),
     }
+
+
+def test_every_parameter_of_a_block_has_a_name_in_the_lists(dev_meta):
+    """components.NAMES, which lists are checked against before anything is loaded, are diffusers'."""
+    found = {"double": set(), "single": set(), "context_embedder": set()}
+    for name, _ in dev_meta[0].named_parameters():
+        place = stages.locate(name, 19)
+        if place.part in found:
+            found[place.part].add(place.component)
+    assert {kind: set(names) for kind, names in components.NAMES.items()} == found
+    assert all(len(set(names)) == len(names) for names in components.NAMES.values())
+
+
+W, MLP = 3072, 4 * 3072
+LINEAR, MODULATION = W * W + W, 6 * W * W + 6 * W
+IMAGE_BRANCH = 19 * (MODULATION + 4 * LINEAR + 2 * 128 + (W * MLP + MLP) + (MLP * W + W))
+NORMS = 19 * (2 * MODULATION + 4 * 128) + 38 * (3 * W * W + 3 * W + 2 * 128)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "chosen", "flux"),
+    [
+        ("none", "attention", 0),
+        ("all", "image_branch", IMAGE_BRANCH),
+        ("all", "norms", NORMS),
+        ((18, 19), ("attn.to_q",), 2 * LINEAR),
+        ((18, 19), (r"attn\.to_[qkv]\.weight", "norm1"), 6 * W * W + MODULATION),
+        ((18,), ("ff.net.2.bias", "context_embedder"), W + 4096 * W + W),
+    ],
+)
+def test_other_sets_and_lists_train_what_they_name(dev_meta, blocks, chosen, flux):
+    module = dev_meta[0]
+    stage = Stage(name="mine", share=1, blocks=blocks, components=chosen, vlm_layers=0)
+    names = stages.trainable_names(module, stage)
+    assert numel(module, names, "flux") == flux
+    assert (numel(module, names, "connector"), numel(module, names, "vlm")) == (14_684_160, 0)
+    text = [n for n in names if any(part in n for part in ("context", "added", ".add_", "to_add"))]
+    assert chosen != "image_branch" or (not text and {stages.locate(n, 19).block for n in names} == {None, *range(19)})
+    still = stages.trainable_names(module, stage.model_copy(update={"connector": False, "vlm_layers": 1}))
+    assert numel(module, still, "connector") == 0 and numel(module, still, "vlm") == 233_057_792
+    assert numel(module, still, "flux") == flux
+
+
+def test_the_last_qwen_layers_train(small_config):
+    values = small_config.model_dump()
+    values["stages"] = [
+        {"name": str(layers), "share": 1, "blocks": "none", "vlm_layers": layers} for layers in (0, 1, 2)
+    ]
+    config = build_config(values)
+    module, trunk = meta_models(config)
+    assert len(module.vlm.layers) == config.vlm_layers == 2 and len(trunk.language_model.layers) == 0
+    for layers, stage in enumerate(config.stages):
+        names = [name for name in stages.trainable_names(module, stage) if name.startswith("vlm.")]
+        assert {stages.locate(name, 1).layer for name in names} == set(range(2 - layers, 2))
+        assert "vlm.norm.weight" not in names
+
+
+@pytest.mark.parametrize(
+    ("blocks", "chosen", "problem"),
+    [
+        ((0,), ("attn.to_x",), "'attn.to_x' matches no parameter of the stage's blocks (names are as attn.to_q"),
+        ((30,), ("ff",), "'ff' matches no parameter of the stage's blocks (the stage lists no double block)"),
+        ("all", ("attn.to_q", r".*to_q\.bias"), "attn.to_q.bias is named twice, by 'attn.to_q' and by '.*to_q"),
+        ((3, 30), "image_branch", "block 30"),
+        ((30, 3), ("norm1",), "block 30"),
+    ],
+)
+def test_a_list_that_names_nothing_or_something_twice_is_an_error(dev_meta, blocks, chosen, problem):
+    """Before anything is loaded, and not when the stage begins, which may be weeks later."""
+    values = dev() | {"stages": [{"name": "mine", "share": 1, "blocks": blocks, "components": chosen}]}
+    config = build_config(values)
+    with pytest.raises(UserError) as caught:
+        stages.trainable_names(dev_meta[0], config.stages[0])
+    (found,) = [line for line in find_problems(config, {"zero_optimization": {"stage": 2}}, 8) if "stages.0" in line]
+    assert "'mine'" in str(caught.value) and problem in str(caught.value) and problem in found
 
 
 def test_set_model_trains_all_but_the_final_norm(models):

@@ -110,7 +110,7 @@ def _stages(config: Config) -> Iterator[str]:
         there = [kind for kind, found in kinds.items() if found]
         if there and (problem := list_problem(stage.components, there)):
             yield f"stages.{i}.components: {problem}"
-        if isinstance(stage.blocks, tuple):
+        elif isinstance(stage.blocks, tuple):
             for block in stage.blocks:
                 kind: Kind = "double" if block < num_double else "single"
                 if not any(holds(stage.components, kind, name) for name in NAMES[kind]):
