@@ -18,6 +18,8 @@ from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import PUBLISHED_STAGES, tiny
 from megaflux.config.schema import ConditionModes
 from megaflux.models.pretrained import load_models
+from megaflux.training.checkpoint import manifest, saved
+from megaflux.training.checkpoint.identity import NO_EFFECT
 from megaflux.training.objective import draw_mode
 from megaflux.training.planning import memory
 from megaflux.training.planning.micro_batch import Planner
@@ -72,14 +74,87 @@ def test_resumed_run_is_bit_equal_to_the_uninterrupted_one(tmp_path, data, preci
         assert_same(*states)
 
 
+WITHOUT_EFFECT = {
+    "run.resume": "must",
+    "data.num_workers": 1,
+    "data.source": "somewhere else",
+    "train.checkpoint_every": 1,
+    "train.keep_checkpoints": 2,
+    "train.keep_every": 2,
+    "train.hang_timeout": 900,
+    "train.leave_within": 20,
+    "train.deterministic": "true",  # a run on a CPU always is
+    "model.activation_checkpointing": "full",
+    "validation.every": 1,
+    "validation.samples": 2,
+    "validation.panel_every": 2,
+    "validation.panel_samples": 1,
+    "validation.steps": 1,
+    "monitor.every": 2,
+    "monitor.grad_norms_every": 1,
+    "monitor.peak_tflops": 0.2,
+    "monitor.label_blocks": "true",
+}
+TESTED_ELSEWHERE = {
+    *(
+        "run.dir",
+        "data.path",
+        "model.flux",
+        "model.vlm",
+        "model.vae",
+        "model.init",
+    ),  # where to look: folders that moved
+    *("model.kernels", "train.micro_batch_size"),  # they round otherwise
+    *("data.cache", "data.remote", "data.cache_limit"),  # test_cache, and the remote dataset below
+}
+
+
 def test_a_run_stopped_at_a_stages_end_goes_on_with_its_moments(tmp_path, data):
+    """Also with other values of everything that has no effect on what is learned, and with its data in another folder."""
+    assert set(NO_EFFECT) == {*WITHOUT_EFFECT, *TESTED_ELSEWHERE} and not TESTED_ELSEWHERE & set(WITHOUT_EFFECT)
     config = write_config(small_config(data, tmp_path / "whole"), tmp_path / "config.yaml")
     ds = ds_config(tmp_path, "fp32")
     run_ok("--deepspeed", ds, "--config", config)
     half = copy_until(tmp_path / "whole", tmp_path / "half", 3)
-    run_ok("--deepspeed", ds, "--config", config, "--run.dir", half)
+    shutil.copytree(data, tmp_path / "moved")
+    changed = [word for field, value in WITHOUT_EFFECT.items() for word in (f"--{field}", value)]
+    run_ok("--deepspeed", ds, "--run.dir", half, "--data.path", tmp_path / "moved", *changed)
     assert_same(final_weights(tmp_path / "whole"), final_weights(half))
     assert_same(final_state(tmp_path / "whole"), final_state(half))
+
+
+def test_a_run_that_is_given_more_updates_twice_follows_the_new_trapezoids(tmp_path, data):
+    """First while its last stage runs, then, finished, by a stage that is appended."""
+    run = tmp_path / "run"
+    values = small_config(
+        data, run, optim__lr={"flux": 1e-3, "connector": 4e-3, "vlm": 1e-3}, train__keep_checkpoints=2
+    )
+    values["optim"] |= {"warmup_fraction": 0.2, "plateau_fraction": 0.0}
+    ds, config = ds_config(tmp_path, "fp32"), write_config(values, tmp_path / "config.yaml")
+    run_ok("--deepspeed", ds, "--config", config, "--train.stop_after", 5)
+    done = run_ok("--deepspeed", ds, "--config", config, "--train.updates", 8)
+    assert "train.updates: 6 -> 8; the learning rate of update 6 goes" in done.stderr
+    values["stages"].append({"name": "two", "share": 0.1, "blocks": "none", "vlm_layers": 0, "lr": {"connector": 2e-2}})
+    write_config(values, config)
+    run_ok("--deepspeed", ds, "--config", config, "--train.updates", 11)
+
+    def trapezoid(peak: float, update: int, updates: int) -> float:
+        warmup = round(0.2 * updates)
+        return peak * ((update + 1) / warmup if update < warmup else (updates - update) / (updates - warmup))
+
+    lengths = [6] * 5 + [8] * 3 + [11] * 3
+    shown = EventAccumulator(str(run / "tensorboard")).Reload()
+    for part, peaks in {"flux": [1e-3] * 11, "connector": [4e-3] * 8 + [2e-2] * 3}.items():
+        rates = [event.value for event in shown.Scalars(f"train/learning_rate_{part}")]
+        wanted = [trapezoid(peak, i, length) for i, (peak, length) in enumerate(zip(peaks, lengths, strict=True))]
+        assert rates == pytest.approx(wanted)
+    found = saved.load(run)
+    assert found.stage_ends() == [3, 8, 11] and found.train.ended_at == (8,)
+    there = manifest.listed(run)
+    assert {3, 8, 11} <= set(there) and 6 not in there  # the ends of its stages; 6 was never one
+    before, after = (load_file(there[update] / "weights.safetensors") for update in (8, 11))
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved == {"connector.weight", "connector.bias"}  # nothing of FLUX, nothing of Qwen
 
 
 def test_checkpoint_holds_what_trained_and_all_of_it_changed(tmp_path, data):

@@ -58,9 +58,10 @@ def _check(config: Config, old: Config, begun: Begun) -> None:
             f"stages.{len(old.stages)}: appended to a run of {old.train.updates} updates, all of which other stages have; "
             "raise train.updates by those of the new stages"
         )
-    given = config.train.stage_ends
-    if given is not None and list(given) != old.stage_ends():
-        raise UserError(f"train.stage_ends: {where} holds a run with {old.stage_ends()}; leave it out")
+    for name, kept in (("stage_ends", old.stage_ends()), ("ended_at", list(old.train.ended_at))):
+        given = getattr(config.train, name)
+        if given and list(given) != kept:
+            raise UserError(f"train.{name}: {where} holds a run with {kept}; leave it out")
 
 
 def _divided(stages: Sequence[Stage], start: int, updates: int) -> list[int]:
