@@ -216,6 +216,10 @@ def test_other_ranks_go_on_under_zero_2_and_are_refused_under_zero_3(tmp_path):
     assert resolve(tmp_path / "two", size=2) == 4
     save(tmp_path / "three", 4, ZERO3)
     assert "saved by 1 ranks, this run has 2" in refusal(tmp_path / "three", ZERO3, 2)
+    assert resolve(tmp_path / "three", ZERO3, optim__lr=3e-4) == 4
+    rates = {"flux": 1e-6, "connector": 1e-3, "vlm": 1e-5}
+    assert "ZeRO-3's shards cannot be grouped anew" in refusal(tmp_path / "three", ZERO3, optim__lr=rates)
+    assert resolve(tmp_path / "two", optim__lr=rates) == 4
 
 
 def test_all_ranks_hear_what_the_first_found(tmp_path):
