@@ -45,6 +45,17 @@ def yaml_file(tmp_path):
         (["--optim.lr", "inf"], ["optim.lr", "finite"]),
         (["--optim.lr", "-1e-5"], ["optim.lr", "greater than 0", "-1e-05"]),
         (["--optim.lr=-1"], ["optim.lr", "greater than 0"]),
+        (["--optim.lr", "{flux: 1e-6}"], ["optim.lr.connector: is missing", "optim.lr.vlm: is missing"]),
+        (["--optim.lr.conector", "1e-3"], ["optim.lr.conector: unknown key"]),
+        (["--optim.lr.vlm", "0"], ["optim.lr.vlm: must be greater than 0, got 0"]),
+        (["--optim.weight_decay.vlm", "x"], ["optim.weight_decay.vlm", "valid number", "'x'"]),
+        (["--stages.0.lr", "{conector: 1}"], ["stages.0.lr.conector: unknown key"]),
+        (["--stages.0.vlm_layers", "4"], ["vlm_layers: 4 of Qwen2-VL's last layers, but it has 3"]),
+        (["--model.vlm_layers", "0"], ["model.vlm_layers: 0, but a stage trains 1", "raise it"]),
+        (["--stages.1.components", "[a, a]"], ["stages.1.components", "lists 'a' twice"]),
+        (["--stages.1.components", "attn.("], ["stages.1.components", "neither a name nor a regular expression"]),
+        (["--stages.1.blocks", "none", "--stages.1.connector=false", "--stages.1.vlm_layers=0"], ["trains nothing"]),
+        (["--train.stage_ends", "[1, 2]"], ["train.stage_ends", "leave it out"]),
         (["--train.updates", "0"], ["train.updates", "at least 1, got 0"]),
         (["--train.updates", "abc"], ["train.updates", "valid integer", "'abc'"]),
         (["--train.updates", "1.5"], ["train.updates", "valid integer", "1.5"]),
@@ -159,6 +170,22 @@ def test_layers_preset_then_file_then_command_line(yaml_file):
     assert [stage.share for stage in config.stages] == [1, 2, 1]
     assert config.train.updates == 100_000  # a section left empty changes nothing
     assert parse("--config", path, "--preset", "tiny").preset == "tiny"
+
+
+def test_a_rate_for_one_part_leaves_the_others_theirs(yaml_file):
+    """Over a number, in a file and on the command line; and a stage's over those."""
+    given = parse("--preset", "dev", "--optim.lr.connector", "1e-3", "--optim.weight_decay.vlm", "0").optim
+    assert given.lr.model_dump() == {"flux": 1e-5, "connector": 1e-3, "vlm": 1e-5}
+    assert given.weight_decay.model_dump() == {"flux": 0.1, "connector": 0.1, "vlm": 0.0}
+    text = "preset: dev\noptim: {lr: {vlm: 3e-6}}\nstages: [{name: a, share: 1, blocks: none, lr: {connector: 2e-3}}]\n"
+    config = parse("--config", yaml_file(text), "--optim.lr.flux=2e-6", "--stages.0.components", "attn.to_q")
+    assert config.optim.lr.model_dump() == {"flux": 2e-6, "connector": 1e-5, "vlm": 3e-6}
+    assert [peak.lr for peak in config.optim.peaks(config.stages[0]).values()] == [2e-6, 2e-3, 3e-6]
+    assert config.stages[0].components == ("attn.to_q",)
+    number = parse("--config", yaml_file(text), "--optim.lr", "1e-4").optim.lr
+    assert number == 1e-4
+    assert plain_yaml.load(config.to_yaml())["optim"]["lr"]["connector"] == 1e-5
+    assert build_config(plain_yaml.load(config.to_yaml())) == config
 
 
 @pytest.mark.parametrize(

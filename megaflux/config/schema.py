@@ -227,6 +227,8 @@ class Config(Section):
     model: Model
     data: Data
     stages: tuple[Stage, ...]
+    """List of stages, each with name, share, blocks, components, connector, vlm_layers, lr and weight_decay
+    (docs/recipes.md)."""
     train: Train
     optim: Optim = Optim()
     flow: Flow = Flow()
