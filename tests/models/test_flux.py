@@ -32,6 +32,14 @@ SIZES = {
 }
 # name -> (blocks, component set): all of FLUX, the released code's list, whole blocks; both kinds of block in each
 STAGES = {"model": ((0, 1, 2, 3, 4), "model"), "attention": ((0, 3), "attention"), "block": ((1, 2, 4), "block")}
+OTHERS: dict[str, tuple[tuple[int, ...], str | tuple[str, ...]]] = {
+    "image_branch": ((0, 1), "image_branch"),
+    "norms": ((0, 3), "norms"),
+    "queries": ((1, 3), ("attn.to_q",)),
+    "key norm": ((1, 4), ("attn.norm_k",)),
+    "outputs": ((0, 2), (r"attn\.to_add_out", "proj_out", "ff_context.net.2.bias")),
+    "mlp": ((1, 3), (r"ff.*net\.0\.proj", "proj_mlp.weight")),
+}
 IMAGE, TEXT = 21, 9
 
 
@@ -63,19 +71,20 @@ def given(flux, batch=2, image=IMAGE, text=TEXT):
 
 
 def freeze(flux, stage):
-    blocks, components = STAGES[stage]
+    blocks, components = (STAGES | OTHERS)[stage]
     names = activations.trainable_flux(dict(flux.config), blocks, components)
     activations.freeze(flux, names)
 
 
-def step(flux, arguments):
-    """{"velocity", "condition" (gradient of encoder_hidden_states), each trainable parameter's gradient}."""
+def step(flux, arguments, conditioned=True):
+    """{"velocity", "condition" (gradient of encoder_hidden_states, if conditioned), each trainable parameter's gradient}."""
     flux.zero_grad()
-    arguments = arguments | {"encoder_hidden_states": arguments["encoder_hidden_states"].detach().requires_grad_()}
+    hidden_states = arguments["encoder_hidden_states"].detach().requires_grad_(conditioned)
+    arguments = arguments | {"encoder_hidden_states": hidden_states}
     velocity = flux(**arguments, return_dict=False)[0]
     weights = torch.randn(velocity.shape, generator=torch.Generator().manual_seed(5)).to(velocity)
     (velocity * weights).sum().backward()
-    found = {"velocity": velocity.detach(), "condition": arguments["encoder_hidden_states"].grad}
+    found = {"velocity": velocity.detach()} | ({"condition": hidden_states.grad} if conditioned else {})
     return found | {name: p.grad for name, p in flux.named_parameters() if p.requires_grad}
 
 
@@ -109,6 +118,22 @@ def test_fused_flux_is_diffusers_flux_in_float32(stage, batch):
     unfuse(flux)
     again = step(flux, arguments)
     assert [n for n in plain if not same(again[n], plain[n])] == []
+
+
+@pytest.mark.parametrize("stage", OTHERS)
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_any_part_of_a_block_gets_diffusers_gradients_and_no_other_part_any(stage, conditioned):
+    """conditioned: whether anything before FLUX trains; otherwise the first blocks have no backward pass."""
+    flux = build().train()
+    freeze(flux, stage)
+    arguments = given(flux)
+    plain = step(flux, arguments, conditioned)
+    assert all(gradient is not None and gradient.any() for gradient in plain.values())
+    for policy in POLICIES:
+        fuse(flux, policy)
+        found = step(flux, arguments, conditioned)
+        assert {n: relative(found[n], plain[n]) for n in plain if relative(found[n], plain[n]) > 1e-5} == {}
+        assert [n for n, p in flux.named_parameters() if p.grad is not None and not p.requires_grad] == []
 
 
 class GradientLayouts(TorchDispatchMode):
