@@ -1,0 +1,113 @@
+"""Stages other than the published ones: what a dry run counts and shows, for any combination."""
+
+import copy
+import json
+import random
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaflux.common.errors import UserError
+from megaflux.config.parse import build_config
+from megaflux.config.presets import PRESETS
+from megaflux.models.pretrained import meta_models
+from megaflux.training.planning import costs, memory
+from megaflux.training.planning.dry_run import dry_run
+from megaflux.training.planning.gpus import Assumed
+from megaflux.training.planning.sizes import Sizes
+
+ROOT = Path(__file__).parents[2]
+DS_CONFIGS = {name: json.loads((ROOT / f"ds_configs/{name}.json").read_text()) for name in ("zero2", "zero3")}
+
+
+@lru_cache(maxsize=1)
+def dev_values() -> dict[str, Any]:
+    return PRESETS["dev"]()
+
+
+def with_stages(preset: str, *stages: dict[str, Any], **sections: dict[str, Any]):
+    values = copy.deepcopy(PRESETS[preset]())
+    values["stages"] = [{"name": f"s{i}", "share": 1} | stage for i, stage in enumerate(stages)]
+    for name, changes in sections.items():
+        values[name] = values.get(name, {}) | changes
+    return build_config(values)
+
+
+def test_stages_that_train_nothing_of_flux_count_as_published():
+    both = {"blocks": "none", "vlm_layers": 2}
+    table = {"flux": 0, "connector": 14_684_160}
+    for stage, vlm in (({"blocks": "none", "vlm_layers": 0}, 0), (both, 466_115_584)):
+        config = with_stages("dev", stage)
+        module, trunk = meta_models(config)
+        (row,) = costs.stage_table(config, module)
+        assert row.trainable == table | {"vlm": vlm}
+        assert len(module.vlm.layers) == stage["vlm_layers"] == 28 - len(trunk.language_model.layers)
+        sizes = Sizes(config, DS_CONFIGS["zero2"], 8, module, trunk)
+        found = memory.stage_memory(sizes, config.stages[0], sizes.buckets[0])
+        assert found.optimizer == 16 * (14_684_160 + vlm) // 8
+    cut = with_stages(
+        "dev", {"blocks": "none", "vlm_layers": 0}, both
+    )  # two layers are apart, and the first stage trains none
+    assert [row.trainable["vlm"] for row in costs.stage_table(cut, meta_models(cut)[0])] == [0, 466_115_584]
+
+
+def test_the_table_of_stages_stays_readable(capsys):
+    stages = (
+        {"name": "connector", "blocks": "none", "vlm_layers": 0, "lr": {"connector": 1e-3}},
+        {"name": "a-name-that-is-long", "blocks": [0, 3], "components": ["attn.to_q", "norm1.linear"], "vlm_layers": 0},
+        {"name": "c", "blocks": "all", "components": "image_branch", "weight_decay": 0, "lr": 1e-6},
+    )
+    optim = {"lr": {"flux": 1e-6, "connector": 1e-5, "vlm": 1e-5}}
+    dry_run(with_stages("tiny", *stages, optim=optim), DS_CONFIGS["zero2"], 1)
+    out = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(out) if line.startswith("stage  "))
+    cut = [" ".join(line.split()) for line in out[start : start + 12]]
+    assert cut[1].split()[:5] == ["connector", *cut[1].split()[1:2], "none", "0", cut[1].split()[4]]
+    assert cut[2:4] == ["blocks: none", "lr: 0.001; weight decay: 0.1"]
+    assert cut[4].split()[2:4] == ["a", "list"]
+    assert cut[5:8] == [
+        "blocks: 0 3",
+        "components: attn.to_q, norm1.linear",
+        "lr: flux 1e-06, connector 1e-05; weight decay: 0.1",
+    ]
+    assert cut[8].split()[2] == "image_branch"
+    assert cut[9:11] == ["blocks: all", "lr: 1e-06; weight decay: 0"]
+    assert len({len(line) for line in out[start : start + 12] if line.endswith((" T", " G", " M", "FLOP/image"))}) == 1
+
+
+LISTED = ("attn.to_q", "attn.to_[kv]", r"norm1?\.linear", r"ff\..+", "proj_out", "context_embedder.bias", "nothing")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_dry_run_of_any_stages_ends_with_an_answer(seed, tmp_path):
+    draw = random.Random(seed)
+
+    def stage() -> dict[str, Any]:
+        components = ("attention", "block", "model", "image_branch", "norms", draw.sample(LISTED, draw.choice([1, 2])))
+        return {
+            "blocks": draw.choice(["all", "none", [0], [3], [5, 2, 0]]),
+            "components": draw.choice(components),
+            "connector": draw.random() < 0.5,
+            "vlm_layers": draw.choice([0, 1, 2]),
+            "lr": draw.choice([None, 1e-5, {"vlm": 1e-3, "connector": 1e-4}]),
+        }
+
+    answers = 0
+    for _ in range(4):
+        kernels, policy = draw.choice(["on", "off"]), draw.choice(["auto", "none", "mlp", "full"])
+        model = {"kernels": kernels, "activation_checkpointing": policy}
+        model |= {"vlm_layers": draw.choice([None, 2])}
+        try:
+            config = with_stages(
+                "tiny", *(stage() for _ in range(draw.choice([1, 3]))), model=PRESETS["tiny"]()["model"] | model
+            )
+        except UserError:
+            continue
+        gpu = Assumed("h100", memory_gb=draw.choice([None, 3]))
+        code = dry_run(config, DS_CONFIGS[draw.choice(list(DS_CONFIGS))], draw.choice([1, 2]), str(tmp_path / "j"), gpu)
+        problems = json.loads((tmp_path / "j").read_text())["problems"]
+        assert code == (2 if problems else 0)
+        answers += 1
+    assert answers
