@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import build_config
+from megaflux.config.parse import build_config, load_yaml, merge
 from megaflux.config.presets import PRESETS
+from megaflux.config.recipe import PARTS
+from megaflux.config.schema import Config
 from megaflux.models.pretrained import meta_models
 from megaflux.training.planning import costs, memory
 from megaflux.training.planning.dry_run import dry_run
+from megaflux.training.planning.estimate import Estimate, estimate
 from megaflux.training.planning.gpus import Assumed
 from megaflux.training.planning.sizes import Sizes
 
@@ -111,3 +114,67 @@ def test_a_dry_run_of_any_stages_ends_with_an_answer(seed, tmp_path):
         assert code == (2 if problems else 0)
         answers += 1
     assert answers
+
+
+# --- the recipes that are shipped ---
+
+RECIPES = ("published", "connector-first", "image-branch", "all-of-flux", "frozen-qwen")
+
+
+def recipe(name: str) -> dict[str, Any]:
+    return load_yaml(str(ROOT / f"recipes/{name}.yaml"))
+
+
+def configured(name: str) -> Config:
+    return build_config(merge(dev_values(), recipe(name)))
+
+
+@lru_cache(maxsize=1)
+def estimates() -> dict[str, Estimate]:
+    """Of each recipe, as `--preset dev --config recipes/NAME.yaml --dry-run --world-size 8 --gpu a100` makes them."""
+    found = {}
+    for name in RECIPES:
+        sizes = Sizes.of(configured(name), DS_CONFIGS["zero2"], 8)
+        found[name] = estimate(sizes, Assumed("a100"), True)
+    return found
+
+
+def recipe_row(name: str) -> str:
+    """A recipe's row of docs/recipes.md."""
+    found = estimates()[name]
+    counts = [max(row.trainable[part] for row in found.table) for part in PARTS]
+    at_one = max(line.choice.bytes for line in found.lines if line.choice.micro_batch_size == 1 and not line.cache)
+    cells = [
+        f"[{name}](../recipes/{name}.yaml)",
+        *(f"{count:,}" for count in counts),
+        f"{found.memory.total / 1e9:.1f}",
+        f"{at_one / 1e9:.1f}",
+        f"{found.seconds / 86400:.1f}",
+        f"{max(found.checkpoints) / 1e9:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_table_in_the_docs_is_the_dry_runs():
+    rows = [line for line in (ROOT / "docs/recipes.md").read_text().splitlines() if line.startswith("| [")]
+    assert rows == [recipe_row(name) for name in RECIPES]
+    assert {path.stem for path in (ROOT / "recipes").iterdir()} == set(RECIPES)
+
+
+def test_the_published_recipe_is_the_preset_and_the_others_name_what_differs():
+    assert configured("published") == build_config(dev_values())
+    for name in RECIPES:
+        assert set(recipe(name)) <= {"stages", "optim", "flow"}
+        assert configured(name).model.vlm_layers is None
+    first, then = configured("connector-first").stages
+    assert first.trained[0] == "none"
+    peaks = configured("connector-first").optim.peaks
+    assert (peaks(first)["connector"].lr, peaks(then)["connector"].lr, peaks(then)["flux"].lr) == (1e-3, 1e-6, 1e-6)
+    assert configured("connector-first").vlm_layers == configured("frozen-qwen").vlm_layers == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_the_gpus_that_its_row_is_for(name):
+    found = estimates()[name]
+    assert found.memory_problem(True) is None
+    assert all(choice.fits for choice in found.chosen)
