@@ -20,6 +20,8 @@ from megaflux.training.planning.dry_run import dry_run
 from megaflux.training.planning.estimate import Estimate, estimate
 from megaflux.training.planning.gpus import Assumed
 from megaflux.training.planning.sizes import Sizes
+from megaflux.training.stages import trainable_names
+from tests.training.runs import ds_config, launch_faulty, make_dataset, small_config, write_config
 
 ROOT = Path(__file__).parents[2]
 DS_CONFIGS = {name: json.loads((ROOT / f"ds_configs/{name}.json").read_text()) for name in ("zero2", "zero3")}
@@ -119,6 +121,8 @@ def test_a_dry_run_of_any_stages_ends_with_an_answer(seed, tmp_path):
 # --- the recipes that are shipped ---
 
 RECIPES = ("published", "connector-first", "image-branch", "all-of-flux", "frozen-qwen")
+SLOW = ("published", "image-branch", "all-of-flux")
+"""Whose real runs cover what others' cover too."""
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -178,3 +182,56 @@ def test_a_recipe_fits_the_gpus_that_its_row_is_for(name):
     found = estimates()[name]
     assert found.memory_problem(True) is None
     assert all(choice.fits for choice in found.chosen)
+
+
+# --- the recipes run, small ---
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"), 12)
+
+
+def mapped(name: str) -> dict[str, Any]:
+    """A recipe for a FLUX of one double and one single block: the published lists overlap, and each leaves some out."""
+    values = recipe(name)
+    for stage, blocks in zip(values["stages"], ([0], [0, 1], [1])):
+        if isinstance(stage["blocks"], list):
+            stage["blocks"] = blocks
+    return values
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RECIPES]
+)
+def test_a_recipe_trains_what_it_names_and_nothing_else(name, tmp_path, data, published):
+    """Every parameter's bytes at the beginning and end of each stage of a real run of few updates."""
+    values = small_config(data, tmp_path / "run", **mapped(name))
+    updates = 2 * len(values["stages"])
+    values["model"] = {"flux": str(published["flux"]), "vlm": str(published["qwen"])}
+    values["train"] |= {"updates": updates, "checkpoint_every": updates}
+    config = write_config(values, tmp_path / "config.yaml")
+    done = launch_faulty(
+        "--deepspeed",
+        ds_config(tmp_path, "fp32"),
+        "--config",
+        config,
+        fault="none:0",
+        ranks=1,
+        DIGESTS=tmp_path / "digests",
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "digests").read_text().splitlines()]
+    assert [(line["when"], line["stage"]) for line in lines] == [
+        (when, stage) for stage in range(len(values["stages"])) for when in ("begin", "end")
+    ]
+    resolved = build_config(merge(PRESETS["tiny"](), values))
+    module = meta_models(resolved)[0]
+    assert len(module.vlm.layers) == resolved.vlm_layers
+    for begun, ended in zip(lines[::2], lines[1::2], strict=True):
+        named = set(trainable_names(module, resolved.stages[begun["stage"]]))
+        changed = {name for name, digest in begun["sha256"].items() if ended["sha256"][name] != digest}
+        assert set(begun["trains"]) == named and set(begun["sha256"]) == {n for n, _ in module.named_parameters()}
+        assert changed == named
+    if len(lines) > 2:  # between stages nothing moves
+        assert lines[1]["sha256"] == lines[2]["sha256"]
