@@ -1,4 +1,4 @@
-"""python -m megaflux.bench step|activations|traffic|memory|loader|infer|start: speed and memory. --help after each lists options.
+"""python -m megaflux.bench step|activations|traffic|memory|loader|infer|start|recipes: speed and memory. --help after each lists options.
 
 step         forward and backward of FLUX: diffusers, diffusers compiled, ours
 activations  bytes that the backward pass keeps, counted without a GPU
@@ -7,6 +7,7 @@ memory       the memory formulas beside what is counted, without a GPU
 loader       samples per second of the data loader
 infer        seconds per picture of the pipeline
 start        seconds to the first update of a training process
+recipes      updates that the tiny preset needs with the connector trained first, or all at once
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 
 from megaflux_kernels.bench.report import Parser
 
-BENCHES = ("step", "activations", "traffic", "memory", "loader", "infer", "start")
+BENCHES = ("step", "activations", "traffic", "memory", "loader", "infer", "start", "recipes")
 MODULES = {"activations": "count"}  # the counting itself is megaflux.bench.activations
 
 

@@ -107,17 +107,23 @@ def freeze(transformer: FluxTransformer2DModel, trainable: set[str]) -> None:
 
 
 def inputs(
-    config: Any, batch: int, image_tokens: int, text_tokens: int, dtype: torch.dtype, device: str = "cpu"
+    config: Any,
+    batch: int,
+    image_tokens: int,
+    text_tokens: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    upstream: bool = True,
 ) -> dict[str, Any]:
-    """Arguments of FluxTransformer2DModel.forward, normal numbers; encoder_hidden_states requires its gradient, since the
-    connector upstream is trained."""
+    """Arguments of FluxTransformer2DModel.forward, normal numbers. upstream: whether encoder_hidden_states requires its
+    gradient, as where the connector or a Qwen layer is trained."""
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
 
     return {
         "hidden_states": randn(batch, image_tokens, config.in_channels),
-        "encoder_hidden_states": randn(batch, text_tokens, config.joint_attention_dim).requires_grad_(),
+        "encoder_hidden_states": randn(batch, text_tokens, config.joint_attention_dim).requires_grad_(upstream),
         "pooled_projections": randn(batch, config.pooled_projection_dim),
         "timestep": torch.full((batch,), 0.5, dtype=dtype, device=device),
         # 1, whose thousandfold bfloat16 represents: for 3.5 FLUX would embed 3504 in bfloat16 and 3500 in float32
@@ -172,9 +178,11 @@ def count(
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     backward: bool = True,
+    upstream: bool = True,
 ) -> dict[str, int]:
     """{"saved_bytes", "flops"} of an arm at these sizes, nothing allocated. flops: matrix products of forward and
-    backward, recomputation included (0 without backward). trainable: names of FLUX's parameters that train.
+    backward, recomputation included (0 without backward). trainable: names of FLUX's parameters that train;
+    upstream: whether any that is upstream of FLUX does.
 
     Attention is counted as a fused kernel's: it keeps q, k, v, its output and the log-sum-exp. torch's RMSNorm, which
     diffusers' path calls, is counted as the GPU's: it keeps its input and a statistic per row, while that of CPUs keeps
@@ -185,7 +193,7 @@ def count(
         freeze(transformer, trainable)
         set_arm(transformer, arm)
         assume_even_norms(transformer)
-        given = inputs(transformer.config, batch, image_tokens, text_tokens, dtype)
+        given = inputs(transformer.config, batch, image_tokens, text_tokens, dtype, upstream=upstream)
         counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
         with counter if backward else nullcontext():
             saved, output = saved_bytes(
@@ -241,7 +249,7 @@ def rms_norm_of_gpus() -> Iterator[None]:
         vars(F)["rms_norm"] = plain
 
 
-def trainable_flux(flux_config: dict[str, Any], blocks: Sequence[int], components: str) -> set[str]:
+def trainable_flux(flux_config: dict[str, Any], blocks: Sequence[int], components: str | tuple[str, ...]) -> set[str]:
     """Names of FLUX's parameters that a stage with these blocks and this component set trains."""
     from megaflux.training.stages import PlainStage, trainable_names
 

@@ -1,6 +1,6 @@
 """Peak memory of training, counted: an update, DeepSpeed's ZeRO, the VAE.
 
-The update is Qwen2-VL's last layer, connector and FLUX, forward and backward, by the real objective on fake tensors, so
+The update is Qwen2-VL's last layers, connector and FLUX, forward and backward, by the real objective on fake tensors, so
 that FLUX.1-dev is counted on a laptop. A gradient is dropped as soon as it is complete, as DeepSpeed moves it into its
 bucket. The ops are counted as their Triton kernels (which allocate only partial sums inside), attention as a flash kernel.
 ZeRO is counted on the real tensors of a small engine.

@@ -75,6 +75,40 @@ def test_an_update_holds_what_the_formula_says(components, policies, bucket, fus
     assert formula == pytest.approx(counted, rel=0.05)
 
 
+CONNECTOR_ALONE = {"blocks": "none", "vlm_layers": 0}
+TWO_LAYERS = {"blocks": "none", "connector": False, "vlm_layers": 2}
+IMAGE_BRANCH = {"blocks": [1], "components": "image_branch", "connector": False, "vlm_layers": 0}
+WITH_CONNECTOR = {"blocks": [0, 1], "components": "image_branch", "vlm_layers": 0}
+NORMS = {"blocks": "all", "components": "norms", "connector": False, "vlm_layers": 0}
+A_LIST = {"blocks": [1, 4], "components": ["attn.to_[qkv]", "proj_out"], "connector": False, "vlm_layers": 0}
+
+
+@pytest.mark.parametrize(
+    ("stage", "policy", "fused"),
+    [
+        (CONNECTOR_ALONE, "none", True),
+        (CONNECTOR_ALONE, "full", True),
+        (TWO_LAYERS, "none", True),
+        (TWO_LAYERS, "full", True),
+        (IMAGE_BRANCH, "none", True),
+        (IMAGE_BRANCH, "mlp", True),
+        (IMAGE_BRANCH, "full", True),
+        (IMAGE_BRANCH, "none", False),
+        (WITH_CONNECTOR, "mlp", True),
+        (NORMS, "none", True),
+        (NORMS, "none", False),
+        (A_LIST, "mlp", True),
+        (A_LIST, "none", False),
+    ],
+)
+def test_an_update_of_another_recipe_holds_what_the_formula_says(stage, policy, fused):
+    config = dev(2, double=2, single=3, **stage)
+    counted, formula = counted_and_formula(config, 0, SQUARE, 2, [policy] * 5, fused)
+    if stage is A_LIST and fused:  # proj_out's gradient on its way, which zero_bytes counts
+        formula += 2 * 5 * 3072**2
+    assert formula == pytest.approx(counted, rel=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize("batch", [1, 2, 8])

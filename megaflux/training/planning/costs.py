@@ -7,14 +7,18 @@ are not counted. All numbers are for conditions of mode `image`.
 A training step of one image (Qwen2VLFlux: Qwen layer -> connector -> FLUX):
 - forward: 2 in out tokens for every linear, 4 (T + L)^2 W for each FLUX block's attention, 4 S^2 D for
   Qwen's.
-- dX, the gradient of inputs: as much as the linear's forward. It is needed in all of FLUX, since the Qwen layer and the
-  connector are upstream of every block and train in every stage, except where no trainable parameter is upstream:
-  `x_embedder`, the modulation linears while `time_text_embed` is frozen, the first block's image q, k, v while that
-  block's modulation and `x_embedder` are frozen.
-- dW, the gradient of weights: as much again, for trainable linears only.
-- attention backward: twice its forward (dQ, dK, dV, dP). A flash kernel recomputes QK^T, half a forward more.
+- dX, the gradient of inputs: as much as the linear's forward, where a trainable parameter is upstream of the input
+  (planning/gradients.py). In the published stages that is all of FLUX, since the Qwen layer and the connector are upstream of
+  every block, but not `x_embedder`, the modulation linears while `time_text_embed` is frozen, the first block's image q, k,
+  v while that block's modulation and `x_embedder` are frozen. Of Qwen's layers those that train, as the others come first.
+- dW, the gradient of weights: as much again, for trainable linears only. With kernels q, k and v are one product, so a list
+  of components that names only one or two of them costs the dW of all three there; and to_out.0 and to_add_out are one
+  operation, so where one trains and nothing is upstream of either, the other's stream has a backward pass as well. Neither
+  is counted.
+- attention backward: twice its forward (dQ, dK, dV, dP), where any of q, k and v has a gradient. A flash kernel recomputes
+  QK^T, half a forward more.
   A block in activation policy `mlp` recomputes its MLP's first product, one in `full` its whole forward, and then the
-  Qwen layer is recomputed too. All this is `recompute`, which counts as hardware FLOPs but not for MFU.
+  Qwen layers that train are recomputed too; a block that has no backward pass recomputes nothing. All this is `recompute`, which counts as hardware FLOPs but not for MFU.
 - frozen: the forward of the trunk and the VAE's encoder, unless data.cache has their output. Causal attention counts in
   full, as in torch's FlopCounterMode.
 """
@@ -42,10 +46,10 @@ from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import AutoencoderKL, meta_models
 from megaflux.models.scratch import TINY
 from megaflux.models.tokens import Tokens, count_tokens
+from megaflux.training.planning.gradients import flux_gradients
 from megaflux.training.stages import locate, trainable_names
 
 MODULATION = re.compile(r"transformer\.(.*\.(norm1|norm1_context|norm)|norm_out)\.linear")
-FIRST_IMAGE_QKV = re.compile(r"transformer\.transformer_blocks\.0\.attn\.to_[qkv]")
 
 
 @dataclass(frozen=True)
@@ -122,74 +126,90 @@ def training_flops(
 
     module: Qwen2VLFlux, on any device, meta included. frozen: FLOPs of the frozen networks (`frozen_flops`). policies: none,
     mlp or full for each FLUX block, double ones first; None: nothing is recomputed."""
-    trainable = set(trainable_names(module, stage))
-    blocks = len(module.transformer.transformer_blocks) + len(module.transformer.single_transformer_blocks)
-    policies = policies or ["none"] * blocks
-    embeds_time = any(name.startswith("transformer.time_text_embed.") for name in trainable)
+    trainable, found = set(trainable_names(module, stage)), flux_gradients(module.transformer, stage)
+    policies = policies or ["none"] * len(found.blocks)
     linear = dx = dw = 0
     for name, layer in module.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
         cost = 2 * layer.in_features * layer.out_features * _tokens_seen(name, tokens)
         linear += cost
-        dx += cost if _needs_input_gradient(name, trainable, embeds_time) else 0
+        dx += cost if _needs_input_gradient(name, module, stage, found.inputs) else 0
         dw += cost if f"{name}.weight" in trainable else 0
-    again = recomputation(module, tokens)
-    attention = blocks * again.attention + _layer_attention(module, tokens)
-    return Flops(linear, attention, dx, dw, 2 * attention, frozen, attention // 2 + again.of(policies))
+    block, layers = _block_attention(module, tokens), len(module.vlm.layers)
+    forward = len(found.blocks) * block + _layers_attention(module, tokens, layers)
+    backward = sum(b.attention for b in found.blocks) * block + _layers_attention(module, tokens, stage.vlm_layers)
+    again = recomputation(module, stage, tokens).of(policies)
+    return Flops(linear, forward, dx, dw, 2 * backward, frozen, backward // 2 + again)
 
 
 @dataclass(frozen=True)
 class Recomputation:
-    """FLOPs of one image that the backward pass recomputes, by activation policy; the same in every stage."""
+    """FLOPs of one image that a stage's backward pass recomputes, by activation policy."""
 
     mlp: list[int]
     """Of each block in policy mlp, double ones first."""
     full: list[int]
     """Of each block in policy full."""
-    layer: int
-    """Of Qwen's last layer, if any block's policy is full."""
-    attention: int
-    """One block's attention, forward; included in full."""
+    layers: int
+    """Of Qwen's layers that train, if any block's policy is full."""
 
     def of(self, policies: Sequence[str]) -> int:
         """Total with one policy per block."""
         chosen = {"none": [0] * len(self.mlp), "mlp": self.mlp, "full": self.full}
         total = sum(chosen[policy][block] for block, policy in enumerate(policies))
-        return total + (self.layer if "full" in policies else 0)
+        return total + (self.layers if "full" in policies else 0)
 
 
-def recomputation(module: Any, tokens: Tokens) -> Recomputation:
-    """The cost of each policy for each block. module: Qwen2VLFlux, on any device, meta included."""
+def recomputation(module: Any, stage: Stage, tokens: Tokens) -> Recomputation:
+    """The cost of each policy for each block in a stage. module: Qwen2VLFlux, on any device, meta included."""
     transformer = module.transformer
     num_double = len(transformer.transformer_blocks)
-    attention = 4 * (tokens.condition + tokens.image) ** 2 * transformer.inner_dim
-    full = [attention] * (num_double + len(transformer.single_transformer_blocks))
-    mlp, again = [0] * len(full), _layer_attention(module, tokens)
+    blocks = flux_gradients(transformer, stage).blocks
+    attention = _block_attention(module, tokens)
+    full = [attention * block.backward for block in blocks]
+    mlp, again = [0] * len(full), _layers_attention(module, tokens, stage.vlm_layers)
+    frozen_layers = len(module.vlm.layers) - stage.vlm_layers
     for name, layer in module.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
         cost = 2 * layer.in_features * layer.out_features * _tokens_seen(name, tokens)
-        block = re.match(r"transformer\.(single_)?transformer_blocks\.(\d+)\.(.+)", name)
-        if block is None:
-            # Checkpointing stops at the last tensor that the backward pass reads, before the layer's last linear.
-            again += cost if name.startswith("vlm.") and not name.endswith("down_proj") else 0
+        place = re.match(r"transformer\.(single_)?transformer_blocks\.(\d+)\.(.+)", name)
+        if place is None:
+            # Checkpointing stops at the last tensor that the backward pass reads, before a layer's last linear.
+            trains = name.startswith("vlm.") and _layer(name) >= frozen_layers
+            again += cost if trains and not name.endswith("down_proj") else 0
             continue
-        index = int(block[2]) + (num_double if block[1] else 0)
-        full[index] += cost
-        mlp[index] += cost if block[3] in ("proj_mlp", "ff.net.0.proj", "ff_context.net.0.proj") else 0
-    return Recomputation(mlp, full, again, attention)
+        index = int(place[2]) + (num_double if place[1] else 0)
+        block = blocks[index]
+        full[index] += cost * block.backward
+        stream = block.streams[-1 if place[3] != "ff_context.net.0.proj" else 0]
+        mlp[index] += cost if place[3] in MLP_IN and stream.mlp else 0
+    return Recomputation(mlp, full, again)
 
 
-def _layer_attention(module: Any, tokens: Tokens) -> int:
-    """FLOPs of the attention of Qwen's last layer, forward."""
-    return 4 * len(module.vlm.layers) * tokens.turn**2 * module.vlm.config.hidden_size
+MLP_IN = ("proj_mlp", "ff.net.0.proj", "ff_context.net.0.proj")
+
+
+def _block_attention(module: Any, tokens: Tokens) -> int:
+    """FLOPs of the attention of a FLUX block, forward."""
+    return 4 * (tokens.condition + tokens.image) ** 2 * module.transformer.inner_dim
+
+
+def _layers_attention(module: Any, tokens: Tokens, layers: int) -> int:
+    """FLOPs of the attention of so many of Qwen's layers, forward."""
+    return 4 * layers * tokens.turn**2 * module.vlm.config.hidden_size
+
+
+def _layer(name: str) -> int:
+    """Index of the layer of a linear of `vlm`."""
+    return int(name.split(".")[2])
 
 
 def frozen_flops(config: Config, trunk: nn.Module | None, bucket: Bucket) -> int:
     """FLOPs of the forward of the trunk and the VAE's encoder for one image, without what data.cache has.
 
-    trunk: Qwen2VLModel without its last layer, on any device, meta included; None: built from the configuration if needed."""
+    trunk: Qwen2VLModel without its last layers, on any device, meta included; None: built from the configuration if needed."""
     return sum(frozen_parts(config, trunk, bucket))
 
 
@@ -281,15 +301,10 @@ def _tokens_seen(name: str, tokens: Tokens) -> int:
     return tokens.condition if text else tokens.image
 
 
-def _needs_input_gradient(name: str, trainable: set[str], embeds_time: bool) -> bool:
-    """Whether a trainable parameter is upstream of a linear's input. embeds_time: whether one of time_text_embed's trains."""
-    if name == "transformer.x_embedder":
-        return False
-    if ".time_text_embed." in name:
-        return embeds_time and name.endswith("linear_2")
-    if MODULATION.fullmatch(name):
-        return embeds_time
-    if FIRST_IMAGE_QKV.fullmatch(name):
-        upstream = ("transformer.x_embedder.weight", "transformer.transformer_blocks.0.norm1.linear.weight")
-        return not trainable.isdisjoint(upstream)
-    return True
+def _needs_input_gradient(name: str, module: Any, stage: Stage, of_flux: frozenset[str]) -> bool:
+    """Whether a trainable parameter is upstream of a linear's input. of_flux: FLUX's linears where one is."""
+    if name.startswith("vlm."):  # of the first layer that trains: its norms
+        return _layer(name) >= len(module.vlm.layers) - stage.vlm_layers
+    if name == "connector":
+        return stage.vlm_layers > 0
+    return name.removeprefix("transformer.") in of_flux

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from megaflux.config.recipe import PARTS, Part, Stage
+from megaflux.config.schema import Config
 from megaflux.training.checkpoint.retention import most_at_once
 from megaflux.training.ds_config import uses_bf16, zero_stage
 from megaflux.training.planning.costs import token_counts
@@ -32,14 +36,52 @@ def print_estimate(found: Estimate, choose: bool) -> None:
 
 
 def _print_stages(found: Estimate) -> None:
-    print(f"{'stage':<10}{'updates':>9}  {'set':<10}{'FLUX':>15}{'connector':>13}{'Qwen2-VL':>13}{'FLOP/image':>13}")
-    for stage, row, mean in zip(found.sizes.config.stages, found.table, found.mean_flops, strict=True):
+    config = found.sizes.config
+    wide, names = _width(config), [_set_name(stage) for stage in config.stages]
+    most = max(10, *(len(name) + 1 for name in names))
+    print(
+        f"{'stage':<{wide}}{'updates':>9}  {'set':<{most}}{'FLUX':>15}{'connector':>13}{'Qwen2-VL':>13}{'FLOP/image':>13}"
+    )
+    for stage, name, row, mean in zip(config.stages, names, found.table, found.mean_flops, strict=True):
         counts = row.trainable
         print(
-            f"{row.name:<10}{row.updates:>9}  {stage.components:<10}{counts['flux']:>15,}"
+            f"{row.name:<{wide}}{row.updates:>9}  {name:<{most}}{counts['flux']:>15,}"
             f"{counts['connector']:>13,}{counts['vlm']:>13,}{_si(mean):>13}"
         )
-        print(f"{'':<10}blocks: {stage.blocks if isinstance(stage.blocks, str) else ' '.join(map(str, row.blocks))}")
+        blocks = stage.blocks if isinstance(stage.blocks, str) else " ".join(map(str, row.blocks))
+        print(f"{'':<{wide}}blocks: {blocks}")
+        if name == "a list":
+            print(f"{'':<{wide}}components: {', '.join(stage.components)}")
+        if line := _rates(config, stage, [part for part in PARTS if counts[part]]):
+            print(f"{'':<{wide}}{line}")
+
+
+def _set_name(stage: Stage) -> str:
+    """What the table calls a stage's components."""
+    if stage.blocks == "none":
+        return "none"
+    return stage.components if isinstance(stage.components, str) else "a list"
+
+
+def _width(config: Config) -> int:
+    """Of a column of stages' names."""
+    return max(10, *(len(stage.name) + 1 for stage in config.stages))
+
+
+def _rates(config: Config, stage: Stage, parts: Sequence[Part]) -> str:
+    """The peak rates and weight decays of the parts that train in a stage, on one line, each where it differs between parts
+    or stages; empty where none does."""
+    everywhere = [peak for other in config.stages for peak in config.optim.peaks(other).values()]
+    peaks, shown = config.optim.peaks(stage), []
+    for name, field in (("lr", "lr"), ("weight decay", "weight_decay")):
+        if len({getattr(peak, field) for peak in everywhere}) > 1:
+            values = {part: getattr(peaks[part], field) for part in parts}
+            one = len(set(values.values())) == 1
+            texts = (
+                [f"{value:g}" for value in values.values()][:1] if one else [f"{p} {v:g}" for p, v in values.items()]
+            )
+            shown.append(f"{name}: {', '.join(texts)}")
+    return "; ".join(shown)
 
 
 def _print_flops(found: Estimate) -> None:
@@ -47,7 +89,8 @@ def _print_flops(found: Estimate) -> None:
     print("\nFLOP per image; model: forward, dX, dW, attention's backward, frozen networks if not cached; hardware:")
     print("with recomputation. The mean above weighs all buckets equally.")
     head = ("forward", "dX", "dW", "attn bwd", "frozen", "model", "hardware")
-    print(f"{'stage':<10}{'bucket':<20}{'tokens':>12}" + "".join(f"{name:>10}" for name in head))
+    wide = _width(config)
+    print(f"{'stage':<{wide}}{'bucket':<20}{'tokens':>12}" + "".join(f"{name:>10}" for name in head))
     for stage, row in zip(config.stages, found.flops, strict=True):
         for bucket in found.buckets:
             f, tokens = row[bucket], token_counts(config, bucket)
@@ -61,7 +104,7 @@ def _print_flops(found: Estimate) -> None:
                 f.hardware,
             )
             lengths = f"{tokens.image}+{tokens.condition}"
-            print(f"{stage.name:<10}{bucket!s:<20}{lengths:>12}" + "".join(f"{_si(v):>10}" for v in values))
+            print(f"{stage.name:<{wide}}{bucket!s:<20}{lengths:>12}" + "".join(f"{_si(v):>10}" for v in values))
 
 
 def _print_memory(found: Estimate) -> None:
@@ -94,7 +137,7 @@ def _print_policies(found: Estimate) -> None:
         f"{config.model.activation_checkpointing}):"
     )
     for stage, choice in zip(config.stages, found.chosen, strict=True):
-        print(f"  {stage.name:<10}micro-batch {choice.micro_batch_size}: {counted(choice.policies)}")
+        print(f"  {stage.name:<{_width(config)}}micro-batch {choice.micro_batch_size}: {counted(choice.policies)}")
 
 
 def _print_checkpoints(found: Estimate) -> None:

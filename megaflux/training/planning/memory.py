@@ -5,8 +5,8 @@ P parameters that train, L the largest of them, N all of a part, R ranks, E redu
 bfloat16, 4 in float32). DeepSpeed 0.19.8, read in runtime/zero/stage_1_and_2.py and stage3.py.
 
 - weights: w N for FLUX, all of Qwen2-VL (no lm_head), connector and VAE on every GPU. If data.cache has trunk, only the last
-  layer of Qwen2-VL; if it has latents, no VAE (training/frozen.py). Parameters that train are moved into ZeRO's buffer, not
-  copied. ZeRO-3 shards the modules in the engine (FLUX, connector, Qwen's last layer) over R, and gathers at most
+  layers of Qwen2-VL that are apart from it (`Config.vlm_layers`); if it has latents, no VAE (training/frozen.py). Parameters that train are moved into ZeRO's buffer, not
+  copied. ZeRO-3 shards the modules in the engine (FLUX, connector, Qwen's last layers) over R, and gathers at most
   stage3_max_live_parameters at a time.
 - optimizer: 16 P / R: float32 master, Adam's two moments, and the float32 sum of the gradients of the rank's own part, from
   an update's first reduction to its step; in float32 the sum takes 8 P / R. The step works in place. With offload_optimizer
@@ -47,6 +47,7 @@ from megaflux.training.distributed import min_over_ranks
 from megaflux.training.ds_config import bucket_elements, sent_bytes, zero_stage
 from megaflux.training.planning.activations import activation_bytes, block_units
 from megaflux.training.planning.costs import vae_config
+from megaflux.training.planning.gradients import flux_gradients
 from megaflux.training.planning.sizes import Sizes
 from megaflux.training.stages import trainable_names
 
@@ -89,7 +90,7 @@ def policies_for(sizes: Sizes, stage: Stage, limit: int) -> list[Policy]:
     """The activation policy of each FLUX block in a stage, double blocks first, as in model.activation_checkpointing;
     auto: the least recomputation that fits in `limit` bytes at every bucket.
 
-    auto starts with full everywhere and spends memory first on the blocks that save most FLOPs per byte: full -> mlp in
+    auto starts with full in every block that has a backward pass and spends memory first on the blocks that save most FLOPs per byte: full -> mlp in
     the last block and in those that keep least, then mlp -> none. Without kernels it is none or full for all blocks.
     """
     blocks, wanted = sizes.blocks, sizes.config.model.activation_checkpointing
@@ -109,17 +110,22 @@ def policies_for(sizes: Sizes, stage: Stage, limit: int) -> list[Policy]:
     if not sizes.fused:
         return ["none"] * blocks if fits(["none"] * blocks) else ["full"] * blocks
     tokens = sizes.longest_tokens(sizes.buckets[0])
-    kept = block_units(sizes.module.transformer, stage, tokens, True, sizes.uneven)
+    transformer = sizes.module.transformer
+    kept = block_units(transformer, stage, tokens, True, sizes.uneven)
     # The last block first: what it recomputes would be added while all others' activations are still kept.
-    order = sorted(range(blocks), key=lambda block: (block < blocks - 1, kept[block], -block))
+    gradients = flux_gradients(transformer, stage).blocks
+    order = sorted(
+        (b for b in range(blocks) if gradients[b].backward), key=lambda block: (block < blocks - 1, kept[block], -block)
+    )
     upgrades: tuple[Policy, ...] = ("mlp", "none")
     steps = [(block, policy) for policy in upgrades for block in order]
+    idle: list[tuple[int, Policy]] = [(block, "none") for block in range(blocks) if not gradients[block].backward]
     # More steps take more memory (apart from the first step's transient), so bisect for the last that fits.
     low, high = 0, len(steps)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(_after(steps[:middle], blocks)) else (low, middle - 1)
-    return _after(steps[:low], blocks)
+        low, high = (middle, high) if fits(_after(idle + steps[:middle], blocks)) else (low, middle - 1)
+    return _after(idle + steps[:low], blocks)
 
 
 def usable(gpu_bytes: float) -> int:

@@ -16,6 +16,7 @@ from megaflux.config.schema import Stage
 from megaflux.data.buckets import Bucket
 from megaflux.models.flux import POLICIES, Policy
 from megaflux.training.planning import costs, memory
+from megaflux.training.planning.gradients import flux_gradients
 from megaflux.training.planning.sizes import Sizes
 from megaflux.training.planning.throughput import (
     BLOCK_LAUNCHES,
@@ -84,7 +85,7 @@ class Planner:
         choice = self.with_needs(stage, micro_batch_size, policies, limit)
         if cluster is None:
             return choice
-        moved, launches = self._traffic(stage), self._launches()
+        moved, launches = self._traffic(stage), self._launches(stage)
         work = {bucket: self._work(stage, bucket, policies) for bucket in self.sizes.buckets}
         images = self.sizes.config.train.global_batch_size
         return replace(
@@ -100,7 +101,7 @@ class Planner:
             tokens = costs.token_counts(sizes.config, bucket)
             trunk, vae = costs.frozen_parts(sizes.config, sizes.trunk, bucket)
             flops = costs.training_flops(sizes.module, stage, tokens).hardware
-            self._known[key] = Work(flops, trunk, vae), costs.recomputation(sizes.module, tokens)
+            self._known[key] = Work(flops, trunk, vae), costs.recomputation(sizes.module, stage, tokens)
         work, again = self._known[key]
         return replace(work, flux=work.flux + again.of(policies))
 
@@ -109,10 +110,17 @@ class Planner:
         in_engine = sum(parameter.numel() for parameter in sizes.module.parameters())
         return traffic(sizes.ds_config, sizes.ranks, sum(memory.trained_sizes(sizes.module, stage)), in_engine)
 
-    def _launches(self) -> Launches:
-        trunk = self.sizes.trunk
+    def _launches(self, stage: Stage) -> Launches:
+        trunk, module = self.sizes.trunk, self.sizes.module
+        each, blocks = BLOCK_LAUNCHES[self.sizes.fused], flux_gradients(module.transformer, stage).blocks
+        flux = sum(each if block.backward else each // 3 for block in blocks)
         layers = len(trunk.language_model.layers) + len(trunk.visual.blocks)
-        return Launches(self.sizes.blocks * BLOCK_LAUNCHES[self.sizes.fused], layers * LAYER_LAUNCHES)
+        return Launches(flux + _layer_launches(len(module.vlm.layers), stage.vlm_layers), layers * LAYER_LAUNCHES)
+
+
+def _layer_launches(layers: int, trained: int) -> int:
+    """Of the Qwen layers that are apart from the trunk; the published recipe's one is a small part that is left out."""
+    return LAYER_LAUNCHES * (max(0, layers - 1) + 2 * max(0, trained - 1))
 
 
 def best_of(choices: Sequence[Choice]) -> Choice:

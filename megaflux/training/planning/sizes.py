@@ -26,7 +26,7 @@ class Sizes:
     module: Any
     """Qwen2VLFlux on the meta device (`meta_models`), whose libraries' types a type checker does not see."""
     trunk: Any
-    """Qwen2VLModel without its last layer, on the meta device."""
+    """Qwen2VLModel without the last layers that are in `module`, on the meta device."""
     uneven: Sequence[bool] | None = None
     """Of each FLUX block, whether it also keeps its q, k, v product (`flux.uneven_norms`); None: none does."""
 

@@ -2,7 +2,8 @@
 
     time of a micro-batch = VAE + trunk + FLUX + gradients sent
         each network: the larger of FLOPs / (its fraction of the peak) and launches x 30 us, as eager Python launches one
-        kernel after the other; FLUX includes Qwen's last layer, forward, backward and recomputation
+        kernel after the other; FLUX includes Qwen's last layers that are apart from the trunk, forward, backward and
+        recomputation
         gradients: bytes that a rank sends for each trained parameter, in communication_data_type, over the rate
     time of an update = global batch / (ranks x micro-batch) of these + trained weights gathered + the optimizer's bytes
 
@@ -33,7 +34,7 @@ class Work:
     """Hardware FLOPs of one image in one step."""
 
     flux: int
-    """FLUX, connector and Qwen's last layer, with recomputation."""
+    """FLUX, connector and Qwen's last layers, with recomputation."""
     trunk: int
     vae: int
 
