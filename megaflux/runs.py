@@ -12,7 +12,7 @@ import torch
 
 from megaflux.common.errors import UserError
 from megaflux.config.schema import Config
-from megaflux.generation.layout import MANIFEST, Settings
+from megaflux.generation.layout import MANIFEST, Settings, is_export
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 from megaflux.generation.runtime import device_and_dtype
 from megaflux.models.pretrained import Models, load_models, move_to
@@ -108,11 +108,6 @@ def load_pipeline(
     return Qwen2VLFluxPipeline(
         load(run, device, dtype), Settings.of(run.config), run.source, kernels, attribution(run.config)
     )
-
-
-def is_export(path: str | Path) -> bool:
-    """Whether a folder looks like an export, complete or not."""
-    return any((Path(path) / name).is_file() for name in (MANIFEST, "model_index.json"))
 
 
 def attribution(config: Config) -> str | None:

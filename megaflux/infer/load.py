@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megaflux.common.errors import UserError
 from megaflux.generation.job import Runtime
+from megaflux.generation.layout import is_export
 from megaflux.infer.values import option_of
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and bad input do not wait for it
@@ -35,7 +36,7 @@ def load(runtime: Runtime) -> Loaded:
     from megaflux.generation import runtime as fitting
     from megaflux.generation.control.detectors import Detectors, Sources
     from megaflux.generation.runtime import device_and_dtype
-    from megaflux.runs import is_export, load_pipeline
+    from megaflux.runs import load_pipeline
 
     quiet_libraries()
     check_sources(runtime)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaflux.common.errors import UserError
 from megaflux.generation.job import Job, Runtime
-from megaflux.generation.layout import Settings, read_manifest
+from megaflux.generation.layout import Settings, is_export, read_manifest
 from megaflux.generation.request import DETECTED
 
 if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
@@ -46,8 +46,6 @@ class Facts:
 
 def facts_of(runtime: Runtime) -> Facts:
     """Of the runtime's checkpoint or export. UserError where it is missing or not complete."""
-    from megaflux.runs import is_export
-
     return _export_facts(runtime) if is_export(runtime.checkpoint) else _run_facts(runtime)
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from megaflux.common.errors import UserError
 from megaflux.config.parse import build_config
 from megaflux.models import pretrained, scratch
+from megaflux.models.parameters import weights_fingerprint
 from megaflux.models.vlm_parts import split_vlm
 from megaflux.training.checkpoint import weights as trained
 from tests.conftest import small_values
@@ -195,7 +196,7 @@ def test_the_fingerprint_is_of_the_weights_as_they_were_loaded(published, small_
     trunk, tail = split_vlm(vlm)
     loaded = pretrained.load_models(config)
     whole = pretrained.Qwen2VLFlux(tail, loaded.trainable.connector, transformer)
-    expected = pretrained.weights_fingerprint(whole, trunk, vae)
+    expected = weights_fingerprint(whole, trunk, vae)
     targets = [("cpu", None), ("cpu", torch.bfloat16), ("cpu", torch.float32), ("meta", torch.bfloat16)]
     assert {pretrained.load_models(config, *target).base for target in targets} == {expected}
     built = {pretrained.load_models(small_config, *target).base for target in targets}
