@@ -16,7 +16,7 @@ from megaflux.generation.layout import MANIFEST, Settings, is_export
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 from megaflux.generation.runtime import device_and_dtype
 from megaflux.models.pretrained import Models, load_models, move_to
-from megaflux.training.checkpoint import identity, saved, weights
+from megaflux.training.checkpoint import identity, init_folder, init_weights, saved, weights
 from megaflux.training.checkpoint import manifest as manifests
 
 
@@ -27,6 +27,11 @@ class TrainedRun:
     config: Config
     checkpoint: Path
     manifest: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The run's own."""
+        return self.checkpoint.parent.parent
 
     @property
     def source(self) -> dict[str, Any]:
@@ -66,6 +71,8 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
     chosen = found[number]
     weight_files = weights.files_of(manifests.read(chosen), chosen)
     manifest = manifests.verify(chosen, only=weight_files)  # the optimizer's shards are not needed
+    if manifest.get("init") is not None:
+        init_folder.verify(root, manifest["init"])
     if changed := identity.changed(manifest, config):
         raise UserError(
             f"{root}/config.yaml: {', '.join(changed)} is not what {chosen.name} was trained with; restore it"
@@ -83,6 +90,10 @@ def load(run: TrainedRun, device: torch.device | str = "cpu", dtype: torch.dtype
     # Cast before loading: float32 weights would lose bits if copied into bfloat16 parameters.
     if dtype is None and weights.any_float32(run.manifest, run.checkpoint):
         move_to(models.trainable, device, torch.float32)
+    if (began_from := run.manifest.get("init")) is not None:
+        if dtype is None:
+            init_weights.widen(models, run.folder)
+        init_weights.lay_over(models, run.folder, began_from)
     weights.load_weights(run.checkpoint, run.manifest, run.config, models)
     return models
 

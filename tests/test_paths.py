@@ -235,7 +235,7 @@ def test_an_old_runs_own_paths_stay_what_they_were(tmp_path, monkeypatch):
     assert saved.load(run).data.path == "./~/openmoji"
     assert saved.begun(str(run)).values["data"]["path"] == "./~/openmoji"
     started = {"config": (run / "config.yaml").read_text()}  # as manifests hold it from format 3 on
-    monkeypatch.setattr(saved, "_newest", lambda run_dir: {"format": 3, "data": {}, "started_with": started})
+    monkeypatch.setattr(saved, "newest", lambda run_dir: {"format": 3, "data": {}, "started_with": started})
     assert saved.begun(str(run)).values["data"]["path"] == "./~/openmoji"
 
 
