@@ -70,13 +70,11 @@ def _export_facts(runtime: Runtime) -> Facts:
 def _run_facts(runtime: Runtime) -> Facts:
     """From a run's configuration, and its modules on the meta device."""
     from megaflux.models.pretrained import meta_models
-    from megaflux.models.sources import model_problems
-    from megaflux.runs import find
+    from megaflux.runs import Folders, check_sources, find
 
-    run = find(runtime.checkpoint, runtime.update)
+    run = find(runtime.checkpoint, runtime.update, Folders(runtime.flux, runtime.vlm, runtime.vae))
+    check_sources(run)
     model = run.config.model
-    if found := list(model_problems(model)):
-        raise UserError("; ".join(found))
     trainable, trunk = meta_models(run.config)
     weights = f"update {run.manifest['update']} over {model.flux or 'weights from the seed'}"
     parts = [

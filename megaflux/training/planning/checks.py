@@ -167,7 +167,12 @@ def _data(config: Config) -> Iterator[str]:
     if not isfile(description):
         if not data.remote and not _data_will_be_prepared(config):
             what = "is not a prepared dataset (no dataset.json)" if exists(root) else "does not exist"
-            yield f"data.path: {root} {what}; make it with python -m megaflux.data.prepare SOURCE {root}"
+            mend = f"make it with python -m megaflux.data.prepare SOURCE {root}"
+            if os.path.isdir(manifest.folder(config.run.dir)) and manifest.listed(config.run.dir):
+                mend = (
+                    f"the run in {config.run.dir} was trained on it: give --data.path with the folder where it is now"
+                )
+            yield f"data.path: {root} {what}; {mend}"
         return
     stored = _read_json(description)
     try:
