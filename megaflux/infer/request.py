@@ -102,7 +102,7 @@ def to_runtime(given: Mapping[str, Any], base: Runtime | None = None) -> Runtime
     for name in ("depth_model", "line_model", "sam_model", *FOLDERS):
         if name in changes and (name, changes[name]) != ("vae", "tiny"):
             changes[name] = values.model_source(changes[name], values.option_of(name))
-    if "checkpoint" in changes:  # a replayed picture's belong to its own checkpoint
+    if "checkpoint" in changes:  # those of a replayed picture belong to its own checkpoint
         changes = dict.fromkeys(FOLDERS) | changes
     if base is None and "checkpoint" not in changes:
         raise UserError("--checkpoint: missing; give a run's folder or an export's")
@@ -111,10 +111,13 @@ def to_runtime(given: Mapping[str, Any], base: Runtime | None = None) -> Runtime
         what = "not a folder" if values.exists(runtime.checkpoint) else "no such folder"
         raise UserError(f"--checkpoint {runtime.checkpoint}: {what}; give a run's folder or an export's")
     runtime = runtime.model_copy(update={"checkpoint": str(Path(runtime.checkpoint).absolute())})
-    if moved := [name for name in FOLDERS if name in given and is_export(runtime.checkpoint)]:
-        raise UserError(
-            f"{values.option_of(moved[0])}: {runtime.checkpoint} is an export, which holds all its weights; leave it out"
-        )
+    if is_export(runtime.checkpoint):
+        if moved := [name for name in FOLDERS if name in given]:
+            raise UserError(
+                f"{values.option_of(moved[0])}: {runtime.checkpoint} is an export, which holds all its weights; leave it out"
+            )
+        if "update" not in given:  # a replayed picture's is of the run that is exported here
+            runtime = runtime.model_copy(update={"update": None})
     if runtime.quantize and runtime.offload == "sequential":
         raise UserError(
             "--quantize with --offload sequential: torchao's weights cannot be moved layer by layer; use model"

@@ -144,7 +144,7 @@ def refuse_other_base(where: str, content: Mapping[str, Any], models: Models) ->
         which = options_of(other_parts(content, models.base_parts))
         raise UserError(
             f"{where}: was trained on other base weights than {which} now names (or than this version of megaflux builds); give "
-            "those that the run began with, wherever they are now (in generation and export, --model.flux is --flux)"
+            f"those that the run began with, by {_given_by(which)}"
         )
 
 
@@ -161,6 +161,13 @@ def options_of(parts: Sequence[str]) -> str:
         field for part, field in fields.items() if part in parts and (part != "connector" or parts == ["connector"])
     ]
     return ", ".join(chosen)
+
+
+def _given_by(fields: str) -> str:
+    """The options for fields of `options_of`."""
+    names = [field.removeprefix("model.") for field in fields.split(", ") if field.startswith("model.")]
+    training = " ".join(f"--model.{name} DIR" for name in names) or "--run.seed"
+    return f"{training} (in generation and export {' '.join(f'--{name} DIR' for name in names)})" if names else training
 
 
 def _umask() -> int:
