@@ -25,11 +25,12 @@ from megaflux.models.parameters import weights_fingerprint
 from megaflux.models.pretrained import Models, load_models
 from megaflux.models.writing import write_tensors
 from megaflux.training import cache
-from megaflux.training.checkpoint import init_folder, init_weights, manifest
+from megaflux.training.checkpoint import init_folder, init_weights, manifest, saved
 from megaflux.training.checkpoint.state import Checkpoint
 from megaflux.training.planning.checks import find_problems
+from tests import forked
 from tests.conftest import picture, small_values, write_run
-from tests.training.runs import ds_config, launch, make_dataset, small_config, write_config
+from tests.training.runs import LAUNCH, ROOT, ds_config, make_dataset, rank_environments, small_config, write_config
 
 ALONE = World(0, 1, torch.device("cpu"))
 NO_QWEN = {"name": "flux", "share": 1, "blocks": "all", "vlm_layers": 0}
@@ -335,37 +336,57 @@ def test_what_a_resumed_run_began_from_must_be_there_and_its_own(run_folder, tmp
     refused("init: missing, and it holds what the run began from .model.init.; restore the folder")
 
 
-def test_a_run_trains_on_from_an_export_that_is_gone_and_is_exported(tmp_path):
-    """By real starts: two updates of a new run, whose source is deleted then; resumed to the end, exported."""
-    data = make_dataset(tmp_path / "data")
-    values = small_config(data, tmp_path / "first", train__updates=2, train__checkpoint_every=1)
-    full = merge(tiny(), values)
+def test_a_run_trains_on_from_an_export_that_is_gone_in_folders_that_were_moved(tmp_path):
+    """By real starts: a new run on two ranks with nothing of Qwen2-VL in the engine, given relative paths. Its source is deleted,
+    its folder and its data's are renamed; resumed from another working directory on one rank, and exported."""
+    data = make_dataset(tmp_path / "made")
+    data.rename(tmp_path / "data")
+    values = small_config(Path("data"), Path("run"), train__updates=2, train__checkpoint_every=1, data__cache=["trunk"])
+    values |= {"run": {"dir": "run", "seed": 3}, "optim": {"lr": 1e-9}}
+    full = merge(tiny(), values | {"stages": [{"name": "base", "share": 1, "blocks": "all", "components": "model"}]})
     source = write_run(tmp_path / "source", {k: v for k, v in full.items() if k != "run"}, updates=(2,))
     export(runs.find(source), tmp_path / "export")
     wanted = pictures(runs.load_pipeline(tmp_path / "export", dtype=torch.float32, device="cpu"))
-    run, ds = tmp_path / "run", ds_config(tmp_path, "fp32")
-    values |= {"run": {"dir": str(run), "seed": 3}, "optim": {"lr": 1e-9}}
-    values["stages"] = [{"name": "c", "share": 1, "blocks": "none"}]
-    values["validation"] |= {"every": 2}
-    config = write_config(values, tmp_path / "config.yaml")
+    values["stages"] = [{"name": "c", "share": 1, "blocks": "none", "vlm_layers": 0}]
+    config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "fp32")
 
-    def start(*more: object, code: int = 0) -> str:
-        done = launch("--deepspeed", ds, "--config", config, *more, with_="forked", ranks=2)
+    def start(*arguments: object, ranks: int = 1, code: int = 0, cwd: Path = ROOT) -> str:
+        command = [LAUNCH, "--deepspeed", str(ds), *map(str, arguments)]
+        done = forked.run_ranks(command, rank_environments(ranks), 300, cwd)
         assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stderr
 
-    start("--model.init", tmp_path / "export", "--train.stop_after", 1)
+    given = ["--config", config, "--model.init", "export", "--train.stop_after", 1]
+    start(*given, ranks=2, cwd=tmp_path)
     shutil.rmtree(tmp_path / "export")
     shutil.rmtree(source)
-    said = start("--model.init", tmp_path / "else", "--train.stop_after", 2)
+    (tmp_path / "data").rename(tmp_path / "renamed")
+    run = (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert f"data.path: {tmp_path}/data does not exist" in start("--run.dir", run, code=2)
+    said = start("--run.dir", run, "--data.path", tmp_path / "renamed", "--model.init", tmp_path / "else")
     assert f"model.init: {tmp_path}/else has no effect: {run} began from {tmp_path}/export, which is copied" in said
     found = runs.find(run)
     assert found.manifest["init"] == init_folder.read(run)["fingerprint"] and found.manifest["update"] == 2
-    assert found.config.model.init == str(tmp_path / "export")
+    assert (found.config.model.init, found.config.data.path) == (f"{tmp_path}/export", f"{tmp_path}/renamed")
+    assert found.source["run"] == str(run)
     pipeline = runs.load_pipeline(run, dtype=torch.float32, device="cpu")
+    assert len(pipeline.models.trainable.vlm.layers) == 0
     assert torch.allclose(pictures(pipeline), wanted, atol=1e-3)  # two updates of 1e-9 later
+    assert not torch.allclose(of(load_models(found.config), found.config), wanted, atol=1e-3)
     export(found, tmp_path / "exported")
     again = runs.load_pipeline(tmp_path / "exported", dtype=torch.float32, device="cpu")
     assert torch.equal(pictures(pipeline), pictures(again))
     shutil.rmtree(init_folder.folder(run))
-    assert "error: " + str(run / "init") in start(code=2)
+    assert f"error: {run}/init: missing" in start("--run.dir", run, code=2)
+
+
+def test_a_run_that_began_without_one_is_given_none(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    begun_with = saved.begun(str(run))
+    config = begun_with.config.model_copy(update={"run": begun_with.config.run.model_copy(update={"dir": str(run)})})
+    assert init_folder.settled(config, begun_with) is config
+    given = config.model_copy(update={"model": config.model.model_copy(update={"init": "x"})})
+    with pytest.raises(
+        UserError, match="model.init: x, but .*run holds a run that began without one; leave it out, or"
+    ):
+        init_folder.settled(given, begun_with)
