@@ -23,7 +23,7 @@ from megaflux.common.command import Parser, count, positive, share
 from megaflux.common.paths import path_option
 from megaflux.config.command_line import add_config_arguments, parse_config
 from megaflux.config.schema import Config
-from megaflux.training.checkpoint import extend, saved
+from megaflux.training.checkpoint import extend, init_folder, saved
 from megaflux.training.ds_config import load_ds_config, with_defaults
 from megaflux.training.planning.checks import find_problems
 from megaflux.training.planning.gpus import GPUS, Assumed, find_gpu
@@ -45,14 +45,14 @@ def main(
     ranks) -> one line for each thing that would stop the run. parser: None: build_parser().
     """
     args, config = parse_config(parser or build_parser(), saved=saved_values)
-    ds_config = load_ds_config(args.deepspeed)
+    ds_config, given_init = load_ds_config(args.deepspeed), config.model.init
     resumed = saved.begun(config.run.dir)
     if resumed is not None and resumed.values is not None:
         saved.refuse_changes(config, resumed.values)
-        config = extend.extended(config, resumed)
+        config = extend.extended(init_folder.settled(config, resumed), resumed)
     ds_config = with_defaults(ds_config, None if resumed is None else resumed.ds_config)
     if os.environ.get("RANK", "0") == "0":
-        tell_of_resuming(config, resumed, args.kept)
+        tell_of_resuming(config, resumed, args.kept, given_init)
     assumed = Assumed(args.gpu, args.gpu_memory, args.peak_tflops, args.mfu)
     if args.dry_run:
         if os.environ.get("RANK", "0") != "0":
@@ -77,16 +77,19 @@ def main(
     return train(config, ds_config, watch, assumed=assumed, **({} if load is None else {"load": load}))
 
 
-def tell_of_resuming(config: Config, resumed: saved.Begun | None, kept: dict[str, Any]) -> None:
-    """Say on stderr which values a resumed run keeps, that its configuration is lost, and which updates it is given. kept:
-    {dotted field: value}."""
+def tell_of_resuming(
+    config: Config, resumed: saved.Begun | None, kept: dict[str, Any], given_init: str | None = None
+) -> None:
+    """Say on stderr which values a resumed run keeps, that its configuration is lost, which updates it is given, and that it
+    began from something else than is named now. kept: {dotted field: value}. given_init: model.init as given."""
     run_dir = config.run.dir
     if resumed is not None and resumed.values is None:
         print(f"{run_dir}: config.yaml is missing; what is not given is this version's default", file=sys.stderr)
     if kept:
         print(saved.describe(run_dir, kept), file=sys.stderr)
-    if resumed is not None and (line := extend.describe(config, resumed)):
-        print(line, file=sys.stderr)
+    for line in () if resumed is None else (extend.describe(config, resumed), init_folder.describe(config, given_init)):
+        if line:
+            print(line, file=sys.stderr)
 
 
 def saved_values(run_dir: str) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ def main() -> int | None:
 def problems(config: Config, ds_config: dict[str, Any], ranks: int) -> list[str]:
     """What would stop the run, one line each: the checks of launch/train.py without those of weights, which are not read."""
     model, found = config.model, []
-    for field, source in (("flux", model.flux), ("vlm", model.vlm)):
+    for field, source in (("flux", model.flux), ("vlm", model.vlm), ("init", model.init)):
         if source:
             found.append(
                 f"model.{field}: {source}, but launch/train_random.py reads no weights; set model.{field} to null, or "
@@ -39,7 +39,7 @@ def problems(config: Config, ds_config: dict[str, Any], ranks: int) -> list[str]
         found.append(
             f"model.vae: {model.vae} holds no config.json; give a folder with one, tiny, or null for FLUX.1's VAE"
         )
-    unread = model.model_copy(update={"flux": None, "vlm": None, "vae": "tiny"})
+    unread = model.model_copy(update={"flux": None, "vlm": None, "vae": "tiny", "init": None})
     return [*found, *find_problems(config.model_copy(update={"model": unread}), ds_config, ranks)]
 
 

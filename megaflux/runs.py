@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,23 @@ import torch
 
 from megaflux.common.errors import UserError
 from megaflux.config.schema import Config
-from megaflux.generation.layout import MANIFEST, Settings
+from megaflux.generation.layout import MANIFEST, Settings, is_export
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 from megaflux.generation.runtime import device_and_dtype
 from megaflux.models.pretrained import Models, load_models, move_to
-from megaflux.training.checkpoint import identity, saved, weights
+from megaflux.models.sources import hub_name, model_problems
+from megaflux.training.checkpoint import identity, init_folder, init_weights, saved, weights
 from megaflux.training.checkpoint import manifest as manifests
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a run's base weights are now, as folders or names of the hub; None: where they were when it was trained. Other
+    weights than those are refused when they are loaded."""
+
+    flux: str | None = None
+    vlm: str | None = None
+    vae: str | None = None
 
 
 @dataclass(frozen=True)
@@ -25,8 +36,14 @@ class TrainedRun:
     """One complete checkpoint of a run, its weight files verified against the manifest; nothing is loaded."""
 
     config: Config
+    """As saved, with the folders of today."""
     checkpoint: Path
     manifest: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The run's own."""
+        return self.checkpoint.parent.parent
 
     @property
     def source(self) -> dict[str, Any]:
@@ -39,8 +56,8 @@ class TrainedRun:
         }
 
 
-def find(path: str | Path, update: int | None = None) -> TrainedRun:
-    """A run's newest checkpoint, or the one after `update` updates.
+def find(path: str | Path, update: int | None = None, folders: Folders = Folders()) -> TrainedRun:
+    """A run's newest checkpoint, or the one after `update` updates. folders: of base weights that were moved.
 
     UserError, naming the file, where it is missing, not complete, or of another configuration than the run's: an older
     checkpoint is never used instead.
@@ -54,7 +71,7 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
         raise UserError(f"{root}: one checkpoint of a run; give the run's folder and --update {at}")
     if not (root / "config.yaml").is_file():
         raise UserError(f"{root}: neither a run (no config.yaml) nor an export (no {MANIFEST})")
-    config = saved.load(root)
+    config = _as_it_is_now(saved.load(root), root, folders)
     folder = manifests.folder(root)
     found = manifests.listed(root)
     if not found:
@@ -66,11 +83,34 @@ def find(path: str | Path, update: int | None = None) -> TrainedRun:
     chosen = found[number]
     weight_files = weights.files_of(manifests.read(chosen), chosen)
     manifest = manifests.verify(chosen, only=weight_files)  # the optimizer's shards are not needed
+    if manifest.get("init") is not None:
+        init_folder.verify(root, manifest["init"])
     if changed := identity.changed(manifest, config):
         raise UserError(
             f"{root}/config.yaml: {', '.join(changed)} is not what {chosen.name} was trained with; restore it"
         )
     return TrainedRun(config, chosen, manifest)
+
+
+def _as_it_is_now(config: Config, root: Path, folders: Folders) -> Config:
+    moved = {name: value for name, value in asdict(folders).items() if value is not None}
+    run = config.run.model_copy(update={"dir": str(root.absolute())})
+    return config.model_copy(update={"run": run, "model": config.model.model_copy(update=moved)})
+
+
+def check_sources(run: TrainedRun) -> None:
+    """UserError for base weights that are missing or not complete, with the option to give where a folder was moved."""
+    model = run.config.model
+    lines = []
+    for line in model_problems(model):
+        field = line.partition(":")[0].removeprefix("model.")
+        source = getattr(model, field)
+        gone = hub_name(source) is None and not os.path.isdir(source)
+        lines.append(
+            f"model.{field}: {source} is gone; give --{field} with the folder where it is now" if gone else line
+        )
+    if lines:
+        raise UserError("; ".join(lines))
 
 
 def load(run: TrainedRun, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Models:
@@ -79,10 +119,15 @@ def load(run: TrainedRun, device: torch.device | str = "cpu", dtype: torch.dtype
     dtype None: each part's own, and float32 for the trainable parts if the checkpoint holds float32. UserError where a
     trained weight is missing or does not fit.
     """
+    check_sources(run)
     models = load_models(run.config, device, dtype)
     # Cast before loading: float32 weights would lose bits if copied into bfloat16 parameters.
     if dtype is None and weights.any_float32(run.manifest, run.checkpoint):
         move_to(models.trainable, device, torch.float32)
+    if (began_from := run.manifest.get("init")) is not None:
+        if dtype is None:
+            init_weights.widen(models, run.folder, device)
+        init_weights.lay_over(models, run.folder, began_from)
     weights.load_weights(run.checkpoint, run.manifest, run.config, models)
     return models
 
@@ -93,26 +138,25 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     kernels: bool = True,
+    folders: Folders = Folders(),
 ) -> Qwen2VLFluxPipeline:
     """The pipeline of a run folder (its newest checkpoint, or the one after `update` updates) or an export folder.
 
     dtype None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if there is one. kernels False: diffusers'
-    own path. UserError for a folder that is neither, or not complete.
+    own path. folders: where the base weights of a run are now, if they were moved; an export holds its own. UserError for a
+    folder that is neither, or not complete.
     """
     if is_export(path):
         if update is not None:
             raise UserError(f"--update {update}: {path} is an export and holds one set of weights; leave it out")
+        if folders != Folders():
+            raise UserError(f"folders: {path} is an export, which holds all its weights; leave them out")
         return Qwen2VLFluxPipeline.from_pretrained(path, dtype, device, kernels)
-    run = find(path, update)
+    run = find(path, update, folders)
     device, dtype = device_and_dtype(device, dtype)
     return Qwen2VLFluxPipeline(
         load(run, device, dtype), Settings.of(run.config), run.source, kernels, attribution(run.config)
     )
-
-
-def is_export(path: str | Path) -> bool:
-    """Whether a folder looks like an export, complete or not."""
-    return any((Path(path) / name).is_file() for name in (MANIFEST, "model_index.json"))
 
 
 def attribution(config: Config) -> str | None:

@@ -86,7 +86,7 @@ def write_run(root: Path, values: dict, updates: tuple[int, ...] = (4, 8), dtype
             "data": {},
             "identity": identity(config),
             "files": manifest.inventory(folder),
-            "base": models.base,
+            **models.origin,
             "deepspeed": {"zero_stage": 2, "bf16": True},
         }
         (folder / "manifest.json").write_text(json.dumps(manifest.sealed(content)))

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from megaflux.infer import __main__ as infer
 from megaflux import Qwen2VLFluxPipeline, Reference, convert
 from megaflux.common.errors import UserError
+from megaflux.config.parse import build_config
 from megaflux.generation.condition import encode, prompt_embeds
 from megaflux.generation.dots.dots import NEUTRAL, Weighting
 from megaflux.generation.request import ConditionRequest
@@ -28,9 +29,10 @@ from megaflux.models.vlm_folder import open_vlm, rewrite_as_published
 from megaflux.models.t5 import image_tokens_only, split_context
 from megaflux.runs import load_pipeline
 from tests import forked
-from tests.conftest import picture
+from tests.conftest import picture, small_values
 from tests.models.test_vlm_folder import edit, flat_config, template_in_json, transformers_5
 from tests.release_by_hand import ByHand
+from tests.training.test_init import begun
 
 JOINT, WIDTH, HIDDEN = 24, 32, 32
 
@@ -563,3 +565,25 @@ def test_without_t5_it_is_left_out_and_said(release, tmp_path, capsys):
     loaded = load_pipeline(tmp_path / "out", dtype=torch.float32, device="cpu")
     assert loaded.models.t5 is None and loaded.settings.text_encoders == ("qwen",)
     assert np.array(loaded(picture(64, 64), None, 32, 32, 1).images[0]).shape == (32, 32, 3)
+
+
+def test_a_run_begins_from_a_converted_release(converted, published, tmp_path):
+    """model.init: over a FLUX.1 with other weights, the release's own; its pictures at the first update."""
+    flux = shutil.copytree(published["flux"], tmp_path / "flux")
+    file = flux / "transformer/diffusion_pytorch_model.safetensors"
+    changed = load_file(file)
+    changed["proj_out.weight"] += 1
+    save_file(changed, file, {"format": "pt"})
+    values = small_values() | {"run": {"dir": str(tmp_path / "run"), "seed": 1}}
+    values["model"] |= {"flux": str(flux), "vlm": str(published["qwen"]), "vae": None, "init": str(converted)}
+    config = build_config(values)
+    theirs = Qwen2VLFluxPipeline.from_pretrained(converted, torch.float32, "cpu")
+    models = begun(config)
+    stored = {name for part in (tmp_path / "run/init").glob("*.safetensors") for name in load_file(part)}
+    # This FLUX.1 is stored in float32, which the release's pictures see and a run's base does not; its Qwen2-VL in bfloat16.
+    assert {"transformer.proj_out.weight", "connector.bias"} < stored and not any(n.startswith("vlm.") for n in stored)
+    models.trunk.min_image_tokens, models.trunk.max_image_tokens = 512, 512  # its settings, not its weights
+    models.scheduler = theirs.models.scheduler  # as are the scheduler's
+    ours = Qwen2VLFluxPipeline(models, theirs.settings)
+    made = [p(picture(64, 64), None, 64, 64, 2, seed=3, output_type="pt").images for p in (ours, theirs)]
+    assert torch.equal(*made)

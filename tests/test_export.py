@@ -145,6 +145,25 @@ def test_a_run_on_published_models_keeps_lm_head_and_dtype(published, tmp_path):
     assert made[0] == made[1] and made[2] == made[3]
 
 
+@pytest.mark.parametrize("layers", [0, 2])
+def test_a_run_that_trained_none_or_all_of_qwens_layers(tmp_path, layers):
+    values = small_values()
+    values["stages"] = [{"name": "one", "share": 1, "blocks": [1], "vlm_layers": layers}]
+    root = write_run(tmp_path / "run", values, updates=(8,))
+    exporting.export(runs.find(root), tmp_path / "export")
+    run, exported = (runs.load_pipeline(path, dtype=torch.float32) for path in (root, tmp_path / "export"))
+    assert len(run.models.trainable.vlm.layers) == layers
+    exported.save_pretrained(tmp_path / "again")
+    made = [
+        p(picture(64, 64), num_inference_steps=2).images[0].tobytes()
+        for p in (run, exported, runs.load_pipeline(tmp_path / "again", dtype=torch.float32))
+    ]
+    assert made[0] == made[1] == made[2]
+    run.save_pretrained(tmp_path / "of the run")
+    ours, theirs = (load_file(tmp_path / name / "text_encoder/model.safetensors") for name in ("of the run", "export"))
+    same(ours, theirs)
+
+
 def test_weights_trained_in_float32_on_a_bfloat16_base_keep_their_bits(published, tmp_path):
     values = small_values()
     values["model"] |= {"flux": str(published["flux"]), "vlm": str(published["qwen"]), "vae": None}

@@ -18,8 +18,10 @@ from megaflux.bench.__main__ import BENCHES
 from megaflux.common.command import Parser
 from megaflux.common.errors import UserError
 from megaflux.common.paths import expanded, keyed_path_option, literal, path_option
+from megaflux.common.ranks import World
 from megaflux.config import plain_yaml
 from megaflux.config.command_line import add_config_arguments, parse_config
+from megaflux.config.located import located
 from megaflux.config.parse import build_config
 from megaflux.config.presets import PRESETS
 from megaflux.config.schema import PATHS, Config, field_paths
@@ -235,7 +237,7 @@ def test_an_old_runs_own_paths_stay_what_they_were(tmp_path, monkeypatch):
     assert saved.load(run).data.path == "./~/openmoji"
     assert saved.begun(str(run)).values["data"]["path"] == "./~/openmoji"
     started = {"config": (run / "config.yaml").read_text()}  # as manifests hold it from format 3 on
-    monkeypatch.setattr(saved, "_newest", lambda run_dir: {"format": 3, "data": {}, "started_with": started})
+    monkeypatch.setattr(saved, "newest", lambda run_dir: {"format": 3, "data": {}, "started_with": started})
     assert saved.begun(str(run)).values["data"]["path"] == "./~/openmoji"
 
 
@@ -288,3 +290,51 @@ def test_a_bad_home_on_any_command_line_is_one_line(capsys):
 def test_presets_name_no_home():
     for preset in PRESETS.values():
         assert all(not str(at(build_config(preset()), path)).startswith("~") for path in PATHS)
+
+
+# --- known by what they are ---
+
+
+def test_what_a_run_saves_is_absolute_and_names_stay(home, tmp_path):
+    (Path("weights") / "flux").mkdir(parents=True)
+    Path("tiny").mkdir()
+    Path("pictures").mkdir()
+    here = Path.cwd()
+    given = [
+        "--run.dir=../run",
+        "--data.path=data",
+        "--model.flux=weights/flux",
+        "--model.vlm=Qwen/Qwen2-VL-7B-Instruct",
+    ]
+    config = located(parse(*given, "--data.source=pictures", "--model.init=~"))
+    assert (config.run.dir, config.data.path) == (f"{here}/../run", f"{here}/data")
+    assert (config.model.flux, config.model.vlm) == (f"{here}/weights/flux", "Qwen/Qwen2-VL-7B-Instruct")
+    assert (config.model.vae, config.data.source) == ("tiny", f"{here}/pictures") and config.model.init is None
+    Path("hub:a").mkdir()
+    (Path("hub:a") / "b").mkdir()
+    config = located(
+        parse("--model.flux=hub:a/b", "--model.vlm=nowhere", "--data.remote=s3://b/x", "--data.source=gone")
+    )
+    assert (config.model.flux, config.model.vlm, config.model.vae) == ("hub:a/b", "nowhere", "tiny")
+    assert (config.data.remote, config.data.source) == ("s3://b/x", "gone")
+    assert located(parse()).data.source == "openmoji" and located(config) == config
+
+
+def test_absolute_paths_of_a_run_are_no_values_that_it_keeps(tmp_path, monkeypatch):
+    from megaflux.training.run_folder import write_configuration
+
+    run = write_run(tmp_path / "run", small_values(), updates=(4,))
+    write_configuration(saved.load(run), {}, World(0, 1))
+    assert saved.load(run).data.path == f"{Path.cwd()}/{PRESETS['tiny']()['data']['path']}"
+    parser = Parser()
+    add_config_arguments(parser)
+
+    def kept() -> set[str]:
+        return set(
+            parse_config(parser, [f"--run.dir={run}"], saved=lambda run_dir: saved.begun(run_dir).values)[0].kept
+        )
+
+    assert not kept() & set(PATHS)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert kept() & set(PATHS) == {"data.path"}  # the preset's would be here

@@ -103,7 +103,8 @@ def random_models(config: Config, device: torch.device | str = "cpu", dtype: tor
     (1, pooled_projection_dim) is random too. UserError where the configuration names weights, or the sizes don't fit each other.
     """
     from megaflux.models.connector import build_connector
-    from megaflux.models.pretrained import Parts, assemble, weights_fingerprint
+    from megaflux.models.parameters import base_fingerprints
+    from megaflux.models.pretrained import Parts, assemble
     from megaflux.training.planning.costs import vae_config
 
     model, seed = config.model, config.run.seed
@@ -125,8 +126,8 @@ def random_models(config: Config, device: torch.device | str = "cpu", dtype: tor
     pooled = torch.randn(1, flux["pooled_projection_dim"], generator=generator, device=device)
     scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
     parts = Parts(transformer, connector.to(device, dtype), vlm, processor, vae, scheduler, pooled)
-    models = assemble(parts, model.vlm_max_tokens, model.caption_max_tokens)
-    models.base = weights_fingerprint(models.trainable, models.trunk.vlm, models.vae)
+    models = assemble(parts, model.vlm_max_tokens, model.caption_max_tokens, config.vlm_layers)
+    models.base, models.base_parts = base_fingerprints(models.trainable, models.trunk.vlm, models.vae)
     return models.to(device, dtype)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megaflux.common.errors import UserError
+from megaflux.common.paths import path_option
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,6 +27,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").replace("expected one argument", "needs a value")
         raise UserError(f"{message}; {self.hint}")
+
+
+def add_folder_options(add: Callable[..., Any]) -> None:
+    """--flux, --vlm and --vae of programs that read a run. add: a parser's add_argument."""
+    for name, what in (("flux", "FLUX.1"), ("vlm", "Qwen2-VL"), ("vae", "VAE")):
+        add(
+            f"--{name}",
+            type=path_option,
+            metavar="DIR",
+            help=f"where the {what} folder that the run began with is now (default: where it was then)",
+        )
 
 
 def count(text: str) -> int:

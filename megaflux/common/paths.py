@@ -12,6 +12,9 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+HUB = "hub:"
+"""Begins the name of a source that is the hub's, whatever folders exist."""
+
 
 def expanded(text: str) -> str:
     """The path with `~` or `~user` at its beginning replaced by that home; any other text as it is.

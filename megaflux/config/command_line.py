@@ -14,6 +14,7 @@ from typing import Any
 
 from megaflux.common.errors import UserError
 from megaflux.common.paths import expanded, path_option
+from megaflux.config.located import located
 from megaflux.config.parse import build_config, load_yaml, merge, nearest, set_dotted, shortened
 from megaflux.config.presets import PRESETS
 from megaflux.config.recipe import BY_PART
@@ -113,7 +114,8 @@ def _run_dir(overrides: dict[str, str], from_file: dict[str, Any], preset: str) 
 
 def _differences(config: Config, other: Config) -> dict[str, Any]:
     """{dotted field: value} of the fields in which a configuration differs from another one."""
-    pairs = {path: [reduce(getattr, path.split("."), c) for c in (config, other)] for path in field_paths()}
+    located_ones = located(config), located(other)  # what a run saves is absolute
+    pairs = {path: [reduce(getattr, path.split("."), c) for c in located_ones] for path in field_paths()}
     return {path: mine for path, (mine, theirs) in pairs.items() if mine != theirs}
 
 

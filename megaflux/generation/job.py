@@ -148,6 +148,10 @@ class Runtime(Section):
     """Folder of a run or an export."""
     update: int | None = None
     """Number of a run's checkpoint; None: the newest."""
+    flux: str | None = None
+    """Where a run's FLUX.1 folder is now; None: where it was when the run was trained. The next two likewise."""
+    vlm: str | None = None
+    vae: str | None = None
     controlnet: dict[str, str] = Field(default_factory=dict)
     """Folder or hub name by kind of map; the kind "": any map."""
     depth_model: str | None = None

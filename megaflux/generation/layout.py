@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # heavy to import; the functions that need it import it thems
     from megaflux.models.pretrained import Models
 
 FORMAT = 1
-MANIFEST = "megaflux.json"
+MANIFEST, INDEX = "megaflux.json", "model_index.json"
 CONNECTOR = "connector/model.safetensors"
 T5_EMBEDDER = "t5_embedder/model.safetensors"
 POOLED = "pooled_prompt_embeds.safetensors"
@@ -102,6 +102,11 @@ class Manifest(BaseModel):
     """Of megaflux and the libraries that wrote the folder."""
     files: dict[str, FileInfo]
     """Every other file of the folder, by its path in it."""
+
+
+def is_export(path: str | Path) -> bool:
+    """Whether a folder looks like an export, complete or not."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in (MANIFEST, INDEX))
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -243,7 +248,7 @@ def write_indexes(folder: Path, settings: Settings, source: dict[str, Any], attr
 
     architecture = json.loads((folder / "text_encoder/config.json").read_text())["architectures"][0]
     write_json(
-        folder / "model_index.json",
+        folder / INDEX,
         {
             "_class_name": "Qwen2VLFluxPipeline",
             "_diffusers_version": diffusers.__version__,

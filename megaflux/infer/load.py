@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megaflux.common.errors import UserError
 from megaflux.generation.job import Runtime
+from megaflux.generation.layout import is_export
 from megaflux.infer.values import option_of
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and bad input do not wait for it
@@ -35,7 +36,7 @@ def load(runtime: Runtime) -> Loaded:
     from megaflux.generation import runtime as fitting
     from megaflux.generation.control.detectors import Detectors, Sources
     from megaflux.generation.runtime import device_and_dtype
-    from megaflux.runs import is_export, load_pipeline
+    from megaflux.runs import Folders, load_pipeline
 
     quiet_libraries()
     check_sources(runtime)
@@ -44,7 +45,8 @@ def load(runtime: Runtime) -> Loaded:
         raise UserError("--offload: keeps weights off a GPU, and there is none here; leave it out")
     dtype = {"auto": default, "bfloat16": torch.bfloat16, "float32": torch.float32}[runtime.dtype]
     load_on = "cpu" if runtime.offload else device
-    pipeline = load_pipeline(runtime.checkpoint, runtime.update, dtype, load_on, runtime.kernels == "on")
+    folders = Folders(runtime.flux, runtime.vlm, runtime.vae)
+    pipeline = load_pipeline(runtime.checkpoint, runtime.update, dtype, load_on, runtime.kernels == "on", folders)
     if runtime.controlnet:
         nets = runtime.controlnet
         pipeline.load_controlnet(nets[""] if set(nets) == {""} else nets)

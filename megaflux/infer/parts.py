@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaflux.common.errors import UserError
 from megaflux.generation.job import Job, Runtime
-from megaflux.generation.layout import Settings, read_manifest
+from megaflux.generation.layout import Settings, is_export, read_manifest
 from megaflux.generation.request import DETECTED
 
 if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
@@ -46,8 +46,6 @@ class Facts:
 
 def facts_of(runtime: Runtime) -> Facts:
     """Of the runtime's checkpoint or export. UserError where it is missing or not complete."""
-    from megaflux.runs import is_export
-
     return _export_facts(runtime) if is_export(runtime.checkpoint) else _run_facts(runtime)
 
 
@@ -72,13 +70,11 @@ def _export_facts(runtime: Runtime) -> Facts:
 def _run_facts(runtime: Runtime) -> Facts:
     """From a run's configuration, and its modules on the meta device."""
     from megaflux.models.pretrained import meta_models
-    from megaflux.models.sources import model_problems
-    from megaflux.runs import find
+    from megaflux.runs import Folders, check_sources, find
 
-    run = find(runtime.checkpoint, runtime.update)
+    run = find(runtime.checkpoint, runtime.update, Folders(runtime.flux, runtime.vlm, runtime.vae))
+    check_sources(run)
     model = run.config.model
-    if found := list(model_problems(model)):
-        raise UserError("; ".join(found))
     trainable, trunk = meta_models(run.config)
     weights = f"update {run.manifest['update']} over {model.flux or 'weights from the seed'}"
     parts = [

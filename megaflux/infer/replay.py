@@ -62,6 +62,8 @@ def check_same_weights(original: Original, source: Mapping[str, Any], given: Col
     changed on purpose.
     """
     before, now = dict(original.settings["source"]), dict(source)
+    for where in (before, now):
+        where.pop("run", None)  # a run is known by its weights: its folder may have been moved, or named otherwise
     nets_before, nets_now = before.pop("controlnet", None), now.pop("controlnet", None)
     if nets_before is not None and nets_before != nets_now and "controlnet" not in given:
         raise UserError(

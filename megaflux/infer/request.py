@@ -16,9 +16,12 @@ from pydantic import BaseModel, ValidationError
 from megaflux.common.errors import UserError
 from megaflux.generation.dots import dots as dotting
 from megaflux.generation.job import Input, Job, JobReference, Mode, Runtime, check
+from megaflux.generation.layout import is_export
 from megaflux.generation.request import check_numbers, check_prompt, check_seeds
 from megaflux.infer import values
 
+FOLDERS = ("flux", "vlm", "vae")
+"""Fields of a Runtime that say where a run's base weights are now."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -96,9 +99,11 @@ def to_runtime(given: Mapping[str, Any], base: Runtime | None = None) -> Runtime
     changes = {name: given[name] for name in Runtime.model_fields if name in given}
     if "controlnet" in changes:
         changes["controlnet"] = dict(values.controlnet(text) for text in changes["controlnet"])
-    for name in ("depth_model", "line_model", "sam_model"):
-        if name in changes:
+    for name in ("depth_model", "line_model", "sam_model", *FOLDERS):
+        if name in changes and (name, changes[name]) != ("vae", "tiny"):
             changes[name] = values.model_source(changes[name], values.option_of(name))
+    if "checkpoint" in changes:  # those of a replayed picture belong to its own checkpoint
+        changes = dict.fromkeys(FOLDERS) | changes
     if base is None and "checkpoint" not in changes:
         raise UserError("--checkpoint: missing; give a run's folder or an export's")
     runtime = _validated(Runtime, ({} if base is None else base.model_dump()) | changes)
@@ -106,6 +111,13 @@ def to_runtime(given: Mapping[str, Any], base: Runtime | None = None) -> Runtime
         what = "not a folder" if values.exists(runtime.checkpoint) else "no such folder"
         raise UserError(f"--checkpoint {runtime.checkpoint}: {what}; give a run's folder or an export's")
     runtime = runtime.model_copy(update={"checkpoint": str(Path(runtime.checkpoint).absolute())})
+    if is_export(runtime.checkpoint):
+        if moved := [name for name in FOLDERS if name in given]:
+            raise UserError(
+                f"{values.option_of(moved[0])}: {runtime.checkpoint} is an export, which holds all its weights; leave it out"
+            )
+        if "update" not in given:  # a replayed picture's is of the run that is exported here
+            runtime = runtime.model_copy(update={"update": None})
     if runtime.quantize and runtime.offload == "sequential":
         raise UserError(
             "--quantize with --offload sequential: torchao's weights cannot be moved layer by layer; use model"

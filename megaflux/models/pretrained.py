@@ -7,9 +7,7 @@ where they are used (reading.py); CLIP, VAE and the rest of generation by the li
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,8 @@ from megaflux.config.schema import Config
 from megaflux.models.connector import build_connector
 from megaflux.models.loading_errors import named
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
-from megaflux.models.reading import Target, fill, sampled, shapes, tensors, weight_files, without_weights
+from megaflux.models.parameters import base_fingerprints
+from megaflux.models.reading import Target, fill, shapes, tensors, weight_files, without_weights
 from megaflux.models.scratch import TINY, build_clip, build_transformer, build_vlm, vlm_configuration
 from megaflux.models.sources import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, model_problems, opened
 from megaflux.models.strict import FOLDER_FILES, load_linear, load_strict, silent_libraries
@@ -58,11 +57,20 @@ class Models:
     pooled_projections: Tensor
     """(1, P): CLIP's pooled vector of the empty prompt."""
     base: str = ""
-    """Fingerprint of all weights as they were loaded or built, before any training."""
+    """Fingerprint of all weights as they were loaded or built, before any training and without `init`."""
+    base_parts: dict[str, str] = field(default_factory=dict)
+    """The same of each part: flux, vlm, vae, connector."""
+    init: str | None = None
+    """Fingerprint of what the run began with in their place (training/checkpoint/init_folder.py); None: they themselves."""
     t5: T5Path | None = None
     """The released weights' text path; None in training."""
     vae_visits: bool = False
     """Whether the VAE is on the device only while it works (training/frozen.py)."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the weights began from, as plain data that checkpoints store: base, base_parts, init."""
+        return {"base": self.base, "base_parts": self.base_parts, "init": self.init}
 
     def resident(self) -> tuple[nn.Module, ...]:
         """The modules whose weights stay on the device all the time."""
@@ -131,24 +139,10 @@ def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch
     )
     parts = Parts(transformer, connector.to(own), vlm, processor, vae, scheduler, pooled)
     models = assemble(parts, model.vlm_max_tokens, model.caption_max_tokens, config.vlm_layers)
-    models.base = weights_fingerprint(models.trainable, models.trunk.vlm, models.vae, samples=target.samples)
+    models.base, models.base_parts = base_fingerprints(
+        models.trainable, models.trunk.vlm, models.vae, samples=target.samples
+    )
     return models if target.mapped else models.to(device, dtype)
-
-
-def weights_fingerprint(
-    *modules: nn.Module, dtype: torch.dtype = torch.float32, samples: Mapping[nn.Parameter, Tensor] | None = None
-) -> str:
-    """Hash of every parameter's name, shape and evenly spaced values: cheap at 12 B, and different for any two trainings.
-
-    dtype: what values are rounded to first; bfloat16 gives one hash to weights loaded in any dtype. samples: `sampled`
-    values of parameters that were cast since they were read."""
-    digest, samples = hashlib.sha256(), samples or {}
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            values = samples[parameter] if parameter in samples else sampled(parameter)
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            digest.update(values.to(dtype).float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -260,11 +254,11 @@ def load_vlm(
             part.dtype = dtype
         with without_weights():
             vlm = Qwen2VLModel(config)
-        fill(vlm, weight_files(folder.place, "", TRANSFORMERS_WEIGHTS), dtype, target or Target(), where, _vlm_name)
+        fill(vlm, weight_files(folder.place, "", TRANSFORMERS_WEIGHTS), dtype, target or Target(), where, vlm_name)
     return vlm.eval(), folder.processor
 
 
-def _vlm_name(key: str) -> str | None:
+def vlm_name(key: str) -> str | None:
     """Qwen2VLModel's name of a stored key. Keys are as published (model.*, visual.*), as newer libraries save them
     (model.language_model.*, model.visual.*), or the model's own. None: lm_head."""
     if key == "lm_head.weight":

@@ -79,6 +79,12 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
 
 
+def dtypes(file: Path) -> dict[str, str]:
+    """Name and dtype (safetensors' name: F32, BF16) of every tensor of a safetensors file, from its header."""
+    with safe_open(file, "pt") as opened:
+        return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+
+
 def weight_files(source: str, subfolder: str, names: Iterable[str]) -> list[Path]:
     """The safetensors files of a local folder or hub name (`sources.opened`). OSError or ValueError where one is missing.
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from megaflux.common.errors import UserError
+from megaflux.common.paths import HUB
 from megaflux.models.loading_errors import named
 from megaflux.models.safetensors_files import INDEX, SAFETENSORS, is_pointer, read_header, read_index, read_json
 
-HUB = "hub:"
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 SHOWN = 5  # names in a message
 

@@ -18,6 +18,9 @@ RUNTIME_OPTIONS = (
     "sam-model",
     "kernels",
     "checkpoint",
+    "flux",
+    "vlm",
+    "vae",
     "offload",
     "quantize",
 )

@@ -32,7 +32,8 @@ from megaflux.data.storage.index import stored_file
 from megaflux.data.storage.parts import Part, Writing, all_parts, complete, missing, remove_leftovers
 from megaflux.data.tensors import from_stored_image
 from megaflux.models import latents as latent_ops
-from megaflux.models.pretrained import Models, weights_fingerprint
+from megaflux.models.parameters import weights_fingerprint
+from megaflux.models.pretrained import Models
 from megaflux.training.distributed import from_main
 from megaflux.training.planning.cache_size import CacheSize, check_room, size_of_run
 from megaflux.training.survival.watch import leave

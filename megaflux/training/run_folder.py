@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from megaflux.common.errors import UserError
 from megaflux.common.ranks import World
+from megaflux.config.located import located
 from megaflux.config.schema import Config
 from megaflux.training.checkpoint.manifest import write_durably
 from megaflux.training.distributed import from_main
@@ -64,12 +65,15 @@ def _lock(file: Path) -> str | None:
 
 
 def write_configuration(config: Config, ds_config: dict[str, Any], world: World) -> None:
-    """Save the resolved configuration in the run's folder. UserError, the same on all ranks, if it cannot be written.
+    """Save the resolved configuration, its paths absolute, in the run's folder. UserError, the same on all ranks, if it cannot be written.
     Collective."""
     root, problem = Path(config.run.dir), None
     if world.is_main:
         try:
-            for name, text in (("config.yaml", config.to_yaml()), ("ds_config.json", json.dumps(ds_config, indent=2))):
+            for name, text in (
+                ("config.yaml", located(config).to_yaml()),
+                ("ds_config.json", json.dumps(ds_config, indent=2)),
+            ):
                 write_durably(root / f".{name}", text)
                 (root / f".{name}").replace(root / name)  # a kill leaves the old one or the new one
         except OSError as error:

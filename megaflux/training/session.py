@@ -20,7 +20,7 @@ from megaflux.data.reading.position import Position
 from megaflux.models.pretrained import Models, load_models
 from megaflux.training import distributed, frozen, upkeep, validation
 from megaflux.training.cache import cached_dataset
-from megaflux.training.checkpoint import elastic, resume, space, weights
+from megaflux.training.checkpoint import elastic, init_weights, resume, space, weights
 from megaflux.training.checkpoint.state import Checkpoint
 from megaflux.training.ds_config import batch_sizes, compute_dtype
 from megaflux.training.engine import release_memory
@@ -66,6 +66,7 @@ def train(
     record_start(events, resumed, world.size)
     watch.on_hang = lambda why: events.fault(Fault.HANG, -1, why)
     prepare_data(config, world)
+    init_weights.prepare(config, resumed, load, world)
     plan = Plan(config, ds_config, world, choose_micro_batch, assumed)
     run = Run(config, ds_config, world, events, watch, plan)
     try:  # failures before this leave no `stop` event, only their line on stderr
@@ -127,6 +128,7 @@ def begin(run: Run, resumed: Checkpoint | None, divergence: Divergence | None, l
     config, world = run.config, run.world
     distributed.seed_everything(config.run.seed + world.rank)
     models = load(config, world.device, compute_dtype(run.ds_config))
+    init_weights.lay_over(models, config.run.dir, init_weights.expected(config, resumed))
     models.trainable.train()  # transformers recomputes activations in training mode only
     references = validation.load_references(config, models)
     dataset = cached_dataset(config, models, world)

@@ -89,7 +89,7 @@ def save_checkpoint(trainer: Trainer, must: bool) -> bool:
         trained = weights.count_trained(run.config, engine.module, engine.stage)
         space.check(run.config, engine, trained, run.world, at_once=None)
         with trainer.monitor.timed(Kind.SAVE, update):
-            write_checkpoint(run.config, engine, trainer.progress, trainer.models.base, run.world, resumed_from)
+            write_checkpoint(run.config, engine, trainer.progress, trainer.models.origin, run.world, resumed_from)
     except space.NoRoom as error:
         if must:
             raise

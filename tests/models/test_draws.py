@@ -25,7 +25,7 @@ import hashlib, sys
 from megaflux.config.parse import build_config
 from megaflux.models import scratch
 from megaflux.models.connector import build_connector
-from megaflux.models.pretrained import weights_fingerprint
+from megaflux.models.parameters import weights_fingerprint
 from megaflux.config.presets import tiny
 
 model = build_config(tiny()).model

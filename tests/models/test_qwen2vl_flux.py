@@ -11,7 +11,9 @@ from megaflux.generation.sampling import SamplingRequest, flux_pipeline, generat
 from megaflux.models import latents as ops
 from megaflux.models.chat_turn import QUESTION
 from megaflux.models.pretrained import load_models
-from megaflux.models.vlm_parts import join_vlm
+from megaflux.models.qwen2vl_flux import Qwen2VLFlux
+from megaflux.models.vlm import Trunk
+from megaflux.models.vlm_parts import join_vlm, split_vlm
 from tests.conftest import picture
 
 from diffusers import FluxPipeline  # isort: skip  (after megaflux, whose compat it needs)
@@ -182,3 +184,41 @@ def test_neither_kernels_nor_computing_again_changes_a_gradient(models, captions
     assert [name for name, gradient in gradients[0].items() if gradient is None or not gradient.any()] == []
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name, rtol=1e-4, atol=1e-6)
+
+
+def test_the_condition_is_the_same_wherever_qwen_is_cut(models, whole_vlm):
+    """At none of its layers, at the last one, at all of them; without kernels, with them, and with context_embedder applied."""
+    made = []
+    for layers in (0, 1, 2):
+        trunk_model, tail = split_vlm(copy.deepcopy(whole_vlm), layers)
+        assert (len(trunk_model.language_model.layers), len(tail.layers)) == (2 - layers, layers)
+        trunk = Trunk(trunk_model, models.trunk.processor, models.trunk.max_image_tokens)
+        cut = Qwen2VLFlux(tail, models.trainable.connector, models.trainable.transformer)
+        with torch.no_grad():
+            for captions, mode in ((None, "image"), (["a cat", "a much longer text"], "image_text")):
+                condition = trunk.encode(pixels(2), captions, mode)
+                cut.configure(False)
+                plain = cut.encode_condition(condition)
+                cut.configure(True)
+                fused = cut.encode_condition(condition)
+                embedded = cut.encode_condition(condition, embedded=True)
+                assert torch.allclose(plain, fused, **CLOSE)
+                assert torch.allclose(models.trainable.transformer.context_embedder(plain), embedded, **CLOSE)
+                made.append((plain, embedded))
+        cut.configure(False)
+    for one, other in zip(made[:2] * 2, made[2:], strict=True):
+        assert all(torch.allclose(a, b, **CLOSE) for a, b in zip(one, other))
+    whole = plain_prompt_embeds(models, whole_vlm, pixels(2))
+    assert torch.allclose(made[0][0], whole, **CLOSE)
+
+
+def test_base_weights_have_one_fingerprint_wherever_qwen_is_cut(small_config):
+    found = [
+        small_config.model_copy(update={"model": small_config.model.model_copy(update={"vlm_layers": 2})}),
+        small_config,
+    ]
+    stages = tuple(stage.model_copy(update={"vlm_layers": 0}) for stage in small_config.stages)
+    found = [load_models(config) for config in (*found, small_config.model_copy(update={"stages": stages}))]
+    assert [len(made.trainable.vlm.layers) for made in found] == [2, 1, 0]
+    assert len({made.base for made in found}) == 1 and len({str(made.base_parts) for made in found}) == 1
+    assert set(found[0].base_parts) == {"flux", "vlm", "vae", "connector"}

@@ -15,11 +15,14 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.config.parse import build_config
 from megaflux.models import pretrained, scratch
+from megaflux.models.parameters import weights_fingerprint
 from megaflux.models.vlm_parts import split_vlm
+from megaflux.training.checkpoint import init_weights
 from megaflux.training.checkpoint import weights as trained
-from tests.conftest import small_values
+from tests.conftest import small_values, write_run
 
 from diffusers import AutoencoderKL, FluxTransformer2DModel  # isort: skip
 from transformers import Qwen2VLForConditionalGeneration  # isort: skip
@@ -153,6 +156,20 @@ def test_a_checkpoint_s_weights_are_read_one_by_one(large, tmp_path):
     assert all(torch.equal(p, wanted[name]) for name, p in models.trainable.named_parameters())
 
 
+def test_what_a_run_begins_from_is_copied_and_laid_over_one_by_one(large, tmp_path):
+    source = write_run(tmp_path / "source", large.model_dump(), updates=(8,), dtype=torch.bfloat16)
+    values = large.model_dump() | {"run": {"dir": str(tmp_path / "run"), "seed": 3}}
+    config = build_config(values | {"model": values["model"] | {"init": str(source)}})
+    (tmp_path / "run").mkdir()
+    models = pretrained.load_models(config, "cpu", torch.bfloat16)
+    alone = World(0, 1)
+    rose, _ = rise(lambda: init_weights.prepare(config, None, pretrained.load_models, alone))
+    assert sum(file.stat().st_size for file in (tmp_path / "run/init").iterdir()) > 1.3 * SLACK
+    assert rose < size(models) + SLACK  # pages of the base's files, which the system may discard
+    rose, _ = rise(lambda: init_weights.lay_over(models, tmp_path / "run", init_weights.expected(config, None)))
+    assert rose < SLACK
+
+
 def by_the_libraries(config) -> tuple[FluxTransformer2DModel, torch.nn.Module, AutoencoderKL]:
     flux = config.model.flux
     return (
@@ -195,7 +212,7 @@ def test_the_fingerprint_is_of_the_weights_as_they_were_loaded(published, small_
     trunk, tail = split_vlm(vlm)
     loaded = pretrained.load_models(config)
     whole = pretrained.Qwen2VLFlux(tail, loaded.trainable.connector, transformer)
-    expected = pretrained.weights_fingerprint(whole, trunk, vae)
+    expected = weights_fingerprint(whole, trunk, vae)
     targets = [("cpu", None), ("cpu", torch.bfloat16), ("cpu", torch.float32), ("meta", torch.bfloat16)]
     assert {pretrained.load_models(config, *target).base for target in targets} == {expected}
     built = {pretrained.load_models(small_config, *target).base for target in targets}

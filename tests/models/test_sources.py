@@ -190,7 +190,7 @@ def test_the_hub_is_meant_even_beside_a_folder_of_that_name(here, flux, publishe
         (cached.with_name(f"models--owner--{name}") / "refs/main").write_text(commit)
     code = (
         "import sys, torch; from megaflux.models import pretrained as p\n"
-        "from megaflux.models.pretrained import weights_fingerprint as f\n"
+        "from megaflux.models.parameters import weights_fingerprint as f\n"
         "for s in sys.argv[1:]:\n"
         "    t = p.load_transformer(s, torch.float32); v = p.load_vae(None, s); c, _ = p.load_clip(s); p.load_scheduler(s)\n"
         "    print(f(t, v, c))\n"

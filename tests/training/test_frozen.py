@@ -29,7 +29,8 @@ from megaflux.data.storage.shards import read_split, verify_dataset
 from megaflux.data.tensors import from_image
 from megaflux.generation import sampling
 from megaflux.models import latents as latent_ops
-from megaflux.models.pretrained import load_models, meta_models, weights_fingerprint
+from megaflux.models.parameters import weights_fingerprint
+from megaflux.models.pretrained import load_models, meta_models
 from megaflux.training import cache, frozen, objective, pictures, validation
 from megaflux.training.planning import cache_size, memory, trial
 from megaflux.training.planning.dry_run import dry_run

@@ -21,7 +21,8 @@ from megaflux.generation.control.detectors import UNION_MODES
 from megaflux.generation.dots.dots import Weighting
 from megaflux.generation.request import ControlMaps
 from megaflux.generation.sampling import Control
-from megaflux.models.pretrained import Models, move_to, weights_fingerprint
+from megaflux.models.parameters import weights_fingerprint
+from megaflux.models.pretrained import Models, move_to
 from megaflux.models.strict import load_strict
 
 

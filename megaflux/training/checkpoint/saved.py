@@ -108,7 +108,7 @@ def begun(run_dir: str) -> Begun | None:
     before format 3) and cannot be read."""
     if not os.path.isdir(manifest.folder(run_dir)):  # Path's own raises where a name is too long
         return None
-    content = _newest(run_dir)
+    content = newest(run_dir)
     if content is None:
         return None
     snapshot = content.get("started_with", {})
@@ -159,7 +159,7 @@ def refuse_changes(config: Config, saved: dict[str, Any]) -> None:
             raise UserError(f"{path}: {wanted}, but {config.run.dir} holds a run begun with {kept}; {remedy}")
 
 
-def _newest(run_dir: str) -> dict[str, Any] | None:
+def newest(run_dir: str) -> dict[str, Any] | None:
     """The newest valid manifest of a run; one without content, {"data": {}}, if no checkpoint has a valid one; None if there
     is no checkpoint."""
     interrupted = sorted(manifest.folder(run_dir).glob(".update-*.partial"))  # may be complete but not renamed

@@ -12,13 +12,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -103,8 +102,8 @@ def sha256(manifest: Mapping[str, Any], path: Path) -> str:
 def any_float32(manifest: Mapping[str, Any], path: Path) -> bool:
     """Whether any of a checkpoint's weights is stored in float32."""
     for name in files_of(manifest, path):
-        with named(str(path / name)), safe_open(path / name, "pt") as file:
-            if any(file.get_slice(key).get_dtype() == "F32" for key in file.keys()):
+        with named(str(path / name)):
+            if "F32" in reading.dtypes(path / name).values():
                 return True
     return False
 
@@ -114,10 +113,10 @@ def load_weights(path: Path, manifest: dict[str, Any], config: Config, models: M
 
     Raises UserError if the run started from other base weights, or if a parameter is missing or has another shape.
     """
-    if manifest["base"] != models.base:
+    refuse_other_base(str(path), manifest, models)
+    if manifest.get("init") != models.init:
         raise UserError(
-            f"{path}: was trained on other base weights than model.* names now (or than this version of megaflux "
-            "builds); give those it started from"
+            f"{path}: its run began from another init (model.init) than is in its folder; restore the folder's init/"
         )
     parameters = dict(models.trainable.named_parameters())
     stored: dict[Path, dict[str, tuple[int, ...]]] = {}
@@ -137,6 +136,38 @@ def load_weights(path: Path, manifest: dict[str, Any], config: Config, models: M
         with named(str(file)), torch.no_grad():
             for name, tensor in reading.tensors(file, shapes):
                 parameters[name].copy_(tensor)
+
+
+def refuse_other_base(where: str, content: Mapping[str, Any], models: Models) -> None:
+    """UserError, naming the options to look at, where a manifest's base weights are not the models'. where: what was trained."""
+    if content["base"] != models.base:
+        which = options_of(other_parts(content, models.base_parts))
+        raise UserError(
+            f"{where}: was trained on other base weights than {which} now names (or than this version of megaflux builds); give "
+            f"those that the run began with, by {_given_by(which)}"
+        )
+
+
+def other_parts(content: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
+    """The parts of the base weights that differ between a manifest and now (`Models.base_parts`): all, where it does not tell."""
+    then = content.get("base_parts") or {}
+    return [part for part, digest in now.items() if then.get(part) != digest] or list(now)
+
+
+def options_of(parts: Sequence[str]) -> str:
+    """The fields that name these parts' weights."""
+    fields = {"flux": "model.flux", "vlm": "model.vlm", "vae": "model.vae", "connector": "run.seed (of the connector)"}
+    chosen = [
+        field for part, field in fields.items() if part in parts and (part != "connector" or parts == ["connector"])
+    ]
+    return ", ".join(chosen)
+
+
+def _given_by(fields: str) -> str:
+    """The options for fields of `options_of`."""
+    names = [field.removeprefix("model.") for field in fields.split(", ") if field.startswith("model.")]
+    training = " ".join(f"--model.{name} DIR" for name in names) or "--run.seed"
+    return f"{training} (in generation and export {' '.join(f'--{name} DIR' for name in names)})" if names else training
 
 
 def _umask() -> int:

@@ -23,11 +23,16 @@ from megaflux.training.engine import StageEngine
 
 
 def write_checkpoint(
-    config: Config, engine: StageEngine, progress: Progress, base: str, world: World, resumed_from: int | None = None
+    config: Config,
+    engine: StageEngine,
+    progress: Progress,
+    origin: dict[str, Any],
+    world: World,
+    resumed_from: int | None = None,
 ) -> Path:
     """Write a checkpoint and delete those no longer kept; returns its folder. Collective.
 
-    base: fingerprint of the weights that the run started from (`Models.base`). resumed_from: update of the checkpoint that
+    origin: fingerprints of the weights that the run began from (`Models.origin`). resumed_from: update of the checkpoint that
     this process started from, which is kept. UserError, the same on all ranks, if the disk refuses; earlier checkpoints
     stay.
     """
@@ -62,7 +67,7 @@ def write_checkpoint(
                 "world_size": world.size,
                 "data": progress.data,
                 "identity": identity(config),
-                "base": base,
+                **origin,
                 "deepspeed": engine.sharding,
                 "groups_by_part": engine.by_part,
                 "guard": progress.guard,

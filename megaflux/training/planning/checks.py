@@ -15,7 +15,7 @@ from megaflux.config.schema import Config
 from megaflux.data.buckets import make_buckets, overdrawn
 from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
 from megaflux.models.sources import HUB, hub_name, model_problems
-from megaflux.training.checkpoint import manifest
+from megaflux.training.checkpoint import init_folder, manifest
 from megaflux.training.components import NAMES, Kind, holds, list_problem
 from megaflux.training.ds_config import batch_problem, batch_sizes, uses_kernels, zero_stage
 from megaflux.training.planning.dataset_checks import dataset_notes, dataset_problems
@@ -139,6 +139,8 @@ def _models(config: Config) -> Iterator[str]:
     if model.flux is None and model.vae is None:
         yield "model.vae: a model built from nothing needs a VAE; set it to a folder or to tiny"
     yield from model_problems(model)
+    if wrong := init_folder.problem(config):
+        yield wrong
 
 
 def _kernels(config: Config, ds_config: dict[str, Any]) -> Iterator[str]:
@@ -165,7 +167,12 @@ def _data(config: Config) -> Iterator[str]:
     if not isfile(description):
         if not data.remote and not _data_will_be_prepared(config):
             what = "is not a prepared dataset (no dataset.json)" if exists(root) else "does not exist"
-            yield f"data.path: {root} {what}; make it with python -m megaflux.data.prepare SOURCE {root}"
+            mend = f"make it with python -m megaflux.data.prepare SOURCE {root}"
+            if os.path.isdir(manifest.folder(config.run.dir)) and manifest.listed(config.run.dir):
+                mend = (
+                    f"the run in {config.run.dir} was trained on it: give --data.path with the folder where it is now"
+                )
+            yield f"data.path: {root} {what}; {mend}"
         return
     stored = _read_json(description)
     try:
