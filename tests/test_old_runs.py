@@ -14,11 +14,13 @@ import yaml
 from megaflux import runs
 from megaflux.common.command import Parser
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.config.command_line import add_config_arguments, parse_config
+from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import PRESETS
 from megaflux.export import export
-from megaflux.models.pretrained import load_vae
-from megaflux.training.checkpoint import manifest, saved
+from megaflux.models.pretrained import load_models, load_vae
+from megaflux.training.checkpoint import init_weights, manifest, saved
 from megaflux.training.ds_config import load_ds_config, with_defaults
 from tests import forked
 from tests.conftest import picture
@@ -213,3 +215,30 @@ def test_a_configuration_that_cannot_be_read_is_named(old):
     (old / "small/config.yaml").write_text("train: [")
     with pytest.raises(UserError, match=r"^/.*small/config.yaml line"):  # no word of --config, which nobody gave
         parse("--run.dir", old / "small")
+
+
+def test_a_new_run_begins_from_an_old_one(old, tmp_path):
+    """It drew its weights another way, which a new run has to be told; its last Qwen layer is found by number."""
+    values = runs.find(old / "tiny").config.model_dump() | {"run": {"dir": str(tmp_path / "new"), "seed": 1}}
+    values["model"] |= {"init": str(old / "tiny"), "seeded": "portable", "vlm_layers": 2}
+    (tmp_path / "new").mkdir()
+    alone = World(0, 1)
+
+    def begin(**changes):
+        config = build_config(merge(values, changes))
+        init_weights.prepare(config, None, load_models, alone)
+        models = load_models(config)
+        init_weights.lay_over(models, config.run.dir, init_weights.expected(config, None))
+        return models
+
+    seed = runs.find(old / "tiny").config.run.seed
+    with pytest.raises(
+        UserError, match=f"model.init: .*tiny: began from other .* --run.seed {seed} --model.seeded torch"
+    ):
+        begin()
+    models, theirs = begin(run={"seed": seed}, model={"seeded": "torch"}), runs.load(runs.find(old / "tiny"))
+    for name, parameter in models.trainable.transformer.named_parameters():
+        assert torch.equal(parameter, theirs.trainable.transformer.get_parameter(name)), name
+    assert torch.equal(models.trainable.connector.weight, theirs.trainable.connector.weight)
+    last, there = models.trainable.vlm.layers[-1], theirs.trainable.vlm.layers[-1]
+    assert all(torch.equal(p, there.get_parameter(name)) for name, p in last.named_parameters())

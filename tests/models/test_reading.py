@@ -15,12 +15,14 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.config.parse import build_config
 from megaflux.models import pretrained, scratch
 from megaflux.models.parameters import weights_fingerprint
 from megaflux.models.vlm_parts import split_vlm
+from megaflux.training.checkpoint import init_weights
 from megaflux.training.checkpoint import weights as trained
-from tests.conftest import small_values
+from tests.conftest import small_values, write_run
 
 from diffusers import AutoencoderKL, FluxTransformer2DModel  # isort: skip
 from transformers import Qwen2VLForConditionalGeneration  # isort: skip
@@ -152,6 +154,20 @@ def test_a_checkpoint_s_weights_are_read_one_by_one(large, tmp_path):
     rose, _ = rise(lambda: trained.load_weights(tmp_path, manifest, large, models))
     assert rose < SLACK
     assert all(torch.equal(p, wanted[name]) for name, p in models.trainable.named_parameters())
+
+
+def test_what_a_run_begins_from_is_copied_and_laid_over_one_by_one(large, tmp_path):
+    source = write_run(tmp_path / "source", large.model_dump(), updates=(8,), dtype=torch.bfloat16)
+    values = large.model_dump() | {"run": {"dir": str(tmp_path / "run"), "seed": 3}}
+    config = build_config(values | {"model": values["model"] | {"init": str(source)}})
+    (tmp_path / "run").mkdir()
+    models = pretrained.load_models(large, "cpu", torch.bfloat16)
+    alone = World(0, 1)
+    rose, _ = rise(lambda: init_weights.prepare(config, None, pretrained.load_models, alone))
+    assert sum(file.stat().st_size for file in (tmp_path / "run/init").iterdir()) > 1.3 * SLACK
+    assert rose < size(models) + SLACK  # pages of the base's files, which the system may discard
+    rose, _ = rise(lambda: init_weights.lay_over(models, tmp_path / "run", init_weights.expected(config, None)))
+    assert rose < SLACK
 
 
 def by_the_libraries(config) -> tuple[FluxTransformer2DModel, torch.nn.Module, AutoencoderKL]:

@@ -25,6 +25,7 @@ from megaflux.models.parameters import weights_fingerprint
 from megaflux.models.pretrained import Models, load_models
 from megaflux.models.writing import write_tensors
 from megaflux.training import cache
+from megaflux.training.checkpoint import __main__ as checkpoints
 from megaflux.training.checkpoint import init_folder, init_weights, manifest, saved
 from megaflux.training.checkpoint.state import Checkpoint
 from megaflux.training.planning.checks import find_problems
@@ -256,7 +257,7 @@ def test_other_base_weights_are_refused_and_another_seed_of_published_ones_is_no
     assert torch.equal(models.trainable.connector.weight, runs.load(runs.find(held)).trainable.connector.weight)
     with pytest.raises(
         UserError,
-        match=r"small: began from other base weights than this run's model.flux, model.vlm; give those, or --run.seed 3 ",
+        match=r"small: began from other base weights than this run's model.flux, model.vlm; give those, or, of what is drawn, --run.seed 3$",
     ):
         begun(
             build_config(
@@ -299,13 +300,14 @@ def write_run_from(config, tmp_path: Path) -> Path:
     return root
 
 
-def test_what_a_resumed_run_began_from_must_be_there_and_its_own(run_folder, tmp_path):
+def test_what_a_resumed_run_began_from_must_be_there_and_its_own(run_folder, tmp_path, capsys):
     config = configured(tmp_path / "first", run_folder)
     begun(config)
     root = write_run_from(config, tmp_path)
     path = manifest.listed(root)[7]
     resumed, folder = Checkpoint(path, manifest.read(path)), init_folder.folder(root)
     init_weights.prepare(config, resumed, load_models, ALONE)
+    assert checkpoints.main(["verify", str(root)]) == 0 and "init: whole" in capsys.readouterr().out
     (file,) = folder.glob("*.safetensors")
     data, text = file.read_bytes(), (folder / "manifest.json").read_text()
 
@@ -333,6 +335,7 @@ def test_what_a_resumed_run_began_from_must_be_there_and_its_own(run_folder, tmp
     shutil.copytree(init_folder.folder(tmp_path / "other"), folder)
     refused("init: is not what this run began from .model.init. but another run's")
     shutil.rmtree(folder)
+    assert checkpoints.main(["verify", str(root)]) == 2 and "init: missing" in capsys.readouterr().out
     refused("init: missing, and it holds what the run began from .model.init.; restore the folder")
 
 
@@ -386,6 +389,8 @@ def test_a_run_that_began_without_one_is_given_none(run_folder, tmp_path):
     config = begun_with.config.model_copy(update={"run": begun_with.config.run.model_copy(update={"dir": str(run)})})
     assert init_folder.settled(config, begun_with) is config
     given = config.model_copy(update={"model": config.model.model_copy(update={"init": "x"})})
+    began_from = given.model_copy(update={"model": config.model.model_copy(update={"init": str(Path("x").absolute())})})
+    assert init_folder.describe(began_from, "x") is None is init_folder.describe(config, None)  # the same command again
     with pytest.raises(
         UserError, match="model.init: x, but .*run holds a run that began without one; leave it out, or"
     ):

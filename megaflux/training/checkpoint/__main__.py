@@ -59,7 +59,8 @@ def ls(found: Mapping[int, Path]) -> int:
 
 
 def verify(found: Mapping[int, Path]) -> int:
-    """Compare every file with its manifest, and print which checkpoint a run resumes from; returns 2 if one is damaged."""
+    """Compare every file with its manifest, those of what the run began from (RUN/init) too, and print which checkpoint a run
+    resumes from; returns 2 if one is damaged."""
     whole = []
     for path in found.values():
         try:
@@ -69,7 +70,19 @@ def verify(found: Mapping[int, Path]) -> int:
         else:
             whole.append(path)
             print(f"{path.name}: whole")
-    print(f"a run resumes from {whole[-1].name}" if whole else "no checkpoint is whole: a run stops and says why")
+    if not whole:
+        print("no checkpoint is whole: a run stops and says why")
+        return 2
+    if (began_from := manifest.read(whole[-1]).get("init")) is not None:
+        from megaflux.training.checkpoint import init_folder  # here: `ls` need not wait for pydantic
+
+        try:
+            init_folder.verify(whole[-1].parent.parent, began_from)
+        except UserError as error:
+            print(f"init: {error}")
+            return 2
+        print("init: whole")
+    print(f"a run resumes from {whole[-1].name}")
     return 0 if len(whole) == len(found) else 2
 
 

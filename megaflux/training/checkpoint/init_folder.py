@@ -109,7 +109,7 @@ def settled(config: Config, begun: Begun) -> Config:
     values, given = begun.values, config.model.init
     if values is None or values["model"]["init"] == given:
         return config
-    if values["model"]["init"] is None:
+    if given is not None and values["model"]["init"] is None:
         raise UserError(
             f"model.init: {given}, but {config.run.dir} holds a run that began without one; leave it out, or give another "
             "--run.dir"
@@ -120,7 +120,8 @@ def settled(config: Config, begun: Begun) -> Config:
 
 def describe(config: Config, given: str | None) -> str | None:
     """One line where a resumed run is given another `model.init` than it began from. config: `settled`."""
-    if given == config.model.init:
+    began_from = config.model.init
+    if given == began_from or (given and began_from and Path(given).absolute() == Path(began_from)):
         return None
     return (
         f"model.init: {given} has no effect: {config.run.dir} began from {config.model.init}, which is copied into "
@@ -182,6 +183,8 @@ def find(path: str | Path, whole: bool = True) -> Source:
     for checkpoint in reversed(manifest.listed(root).values()):
         try:
             content = _checked(root, checkpoint, whole)
+        except manifest.NewerFormat:
+            raise
         except UserError as error:
             skipped.append(str(error))
         else:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megaflux.common.errors import UserError
+from megaflux.config.schema import Config
 from megaflux.generation import layout
 from megaflux.models import pretrained, reading
 from megaflux.models.connector import build_connector
@@ -76,7 +77,7 @@ class Values:
 # --- a run as a source ----------------------------------------------------------------------------------------------
 
 
-def of_run(source: Source, base: Models, seed_now: int) -> Values:
+def of_run(source: Source, base: Models, config: Config) -> Values:
     """What a run changed: what it began from itself, and its checkpoint's weights over that."""
     content, checkpoint, wanted = source.content, source.checkpoint, beginnings(base.trainable, base.trunk.vlm)
     assert checkpoint is not None
@@ -101,11 +102,13 @@ def of_run(source: Source, base: Models, seed_now: int) -> Values:
     # Whatever the seed, if the weights are published ones: only the connector is drawn, and the source brings its own.
     same, parts = base_fingerprints(base.trainable, base.trunk.vlm, base.vae, connector=connector)
     if content["base"] != same:
-        named_parts = weights.other_parts(content, parts)
-        drawn = "" if seed_now == seed else f", or --run.seed {seed} for what is drawn"
+        which = weights.options_of(weights.other_parts(content, parts))
+        draws = [f"--run.seed {seed}"] * (config.run.seed != seed) + [f"--model.seeded {way}"] * (
+            config.model.seeded != way
+        )
+        drawn = f", or, of what is drawn, {' '.join(draws)}" if draws else ""
         raise UserError(
-            f"model.init: {source.path}: began from other base weights than this run's {weights.options_of(named_parts)}; give "
-            f"those{drawn}"
+            f"model.init: {source.path}: began from other base weights than this run's {which}; give those{drawn}"
         )
     return values
 

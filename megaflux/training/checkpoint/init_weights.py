@@ -124,7 +124,7 @@ def widen(models: Models, run_dir: str | Path) -> None:
 def make(config: Config, source: Source, load: LoadModels) -> None:
     """Write RUN/init: what of the source differs from the run's base weights. UserError as for `prepare`."""
     base = load(config, torch.device("cpu"), None)  # published weights stay mapped from their files
-    values = of_export(source, base) if source.kind == "export" else of_run(source, base, config.run.seed)
+    values = of_export(source, base) if source.kind == "export" else of_run(source, base, config)
     wanted = beginnings(base.trainable, base.trunk.vlm)
     entries = [(n, t.dtype, tuple(t.shape)) for n, t in values.each() if not _same(t, wanted[n])]
     run_dir, partial_folder = Path(config.run.dir), init_folder.partial_of(config.run.dir)
