@@ -161,7 +161,7 @@ def test_what_a_run_begins_from_is_copied_and_laid_over_one_by_one(large, tmp_pa
     values = large.model_dump() | {"run": {"dir": str(tmp_path / "run"), "seed": 3}}
     config = build_config(values | {"model": values["model"] | {"init": str(source)}})
     (tmp_path / "run").mkdir()
-    models = pretrained.load_models(large, "cpu", torch.bfloat16)
+    models = pretrained.load_models(config, "cpu", torch.bfloat16)
     alone = World(0, 1)
     rose, _ = rise(lambda: init_weights.prepare(config, None, pretrained.load_models, alone))
     assert sum(file.stat().st_size for file in (tmp_path / "run/init").iterdir()) > 1.3 * SLACK

@@ -158,8 +158,10 @@ def make(config: Config, source: Source, load: LoadModels) -> None:
 
 def _same(tensor: Tensor, base: Tensor) -> bool:
     """Whether two tensors are the same numbers, to the bit."""
-    bits = [values.detach().float().view(torch.int32) for values in (tensor, base)]
-    return torch.equal(*bits)
+    if tensor.dtype != base.dtype:
+        return torch.equal(tensor.float().view(torch.int32), base.detach().float().view(torch.int32))
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[base.dtype.itemsize]
+    return torch.equal(tensor.view(bits), base.detach().view(bits))
 
 
 def _write(folder: Path, entries: list[Entry], values: Values) -> dict[str, dict[str, Any]]:
