@@ -126,7 +126,7 @@ def load(run: TrainedRun, device: torch.device | str = "cpu", dtype: torch.dtype
         move_to(models.trainable, device, torch.float32)
     if (began_from := run.manifest.get("init")) is not None:
         if dtype is None:
-            init_weights.widen(models, run.folder)
+            init_weights.widen(models, run.folder, device)
         init_weights.lay_over(models, run.folder, began_from)
     weights.load_weights(run.checkpoint, run.manifest, run.config, models)
     return models

@@ -14,7 +14,9 @@ from megaflux import export as exporting
 from megaflux import runs
 from megaflux.common.errors import UserError
 from megaflux.config.parse import build_config, merge
+from megaflux.generation.job import Job, Runtime
 from megaflux.infer import __main__ as infer
+from megaflux.infer.replay import Original, check_same_weights
 from megaflux.infer.request import to_runtime
 from megaflux.panel import __main__ as panel
 from megaflux.training.checkpoint import weights
@@ -113,3 +115,14 @@ def test_a_resumed_run_says_which_folder_is_gone(home):
     ):
         assert [line for line in found if re.search(words, line)], (words, found)
     assert runs.attribution(config) is None
+
+
+def test_a_run_is_known_by_its_weights_and_not_by_the_name_of_its_folder():
+    """Pictures of earlier versions hold it as it was given: runs/demo."""
+    source = {"run": "runs/demo", "update": 8, "stage": "one", "weights_sha256": "0" * 64}
+    original = Original(Job(), Runtime(checkpoint="runs/demo"), {"source": source}, {})
+    check_same_weights(original, source | {"run": "/home/me/runs/demo"}, set())
+    with pytest.raises(
+        UserError, match="the picture was made with update 8, weights 000000000000, the folder now holds"
+    ):
+        check_same_weights(original, source | {"weights_sha256": "1" * 64}, set())

@@ -285,11 +285,10 @@ def test_an_init_of_an_init_and_the_cache_of_its_trunk(run_folder, tmp_path):
     assert not torch.equal(of(theirs, first), of(runs.load(runs.find(run_folder)), first))
 
 
-def write_run_from(config, tmp_path: Path) -> Path:
+def write_run_from(config, tmp_path: Path, dtype=torch.float32, **stage) -> Path:
     """The run of a configuration that has begun: one checkpoint, which trained less than what it began from."""
-    made = write_run(
-        tmp_path / "made", small_values() | {"stages": [{"name": "c", "share": 1, "blocks": "none"}]}, (7,)
-    )
+    stages = [{"name": "c", "share": 1, "blocks": "none"} | stage]
+    made = write_run(tmp_path / "made", config.model_dump() | {"stages": stages}, (7,), dtype)
     root = Path(config.run.dir)
     shutil.copytree(made, root, dirs_exist_ok=True)
     path = root / "checkpoints/update-0000007"
@@ -298,6 +297,26 @@ def write_run_from(config, tmp_path: Path) -> Path:
     del content["seal"]
     (path / "manifest.json").write_text(json.dumps(manifest.sealed(content)))
     return root
+
+
+def test_what_was_trained_in_float32_keeps_its_bits_over_a_bfloat16_base(published, tmp_path):
+    """In the export of a run that trained in bfloat16; the layer that the first run trained is in the second one's trunk."""
+    values = small_values()
+    values["model"] |= {"flux": str(published["flux"]), "vlm": str(published["qwen"]), "vae": None}
+    source = write_run(tmp_path / "source", values, updates=(8,))
+    changes = {"run": {"dir": str(tmp_path / "new"), "seed": 3}, "model": {"init": str(source)}, "stages": [NO_QWEN]}
+    config = build_config(merge(values, changes))
+    begun(config)
+    export(runs.find(write_run_from(config, tmp_path, torch.bfloat16, vlm_layers=0)), tmp_path / "export")
+    first = load_file(source / "checkpoints/update-0000008/weights.safetensors")
+    flux, text = (
+        load_file(tmp_path / "export" / name)
+        for name in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
+    )
+    assert all(torch.equal(flux[name], first[f"transformer.{name}"]) for name in flux)
+    layer = {name.removeprefix("vlm.layers.0."): t for name, t in first.items() if name.startswith("vlm.layers.")}
+    assert layer and all(torch.equal(text[f"model.layers.1.{name}"], tensor) for name, tensor in layer.items())
+    assert text["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
 
 
 def test_what_a_resumed_run_began_from_must_be_there_and_its_own(run_folder, tmp_path, capsys):

@@ -23,7 +23,7 @@ from megaflux.config.schema import Config
 from megaflux.models import reading
 from megaflux.models.loading_errors import named
 from megaflux.models.parameters import beginnings
-from megaflux.models.pretrained import Models
+from megaflux.models.pretrained import Models, move_to
 from megaflux.models.writing import Entry, size_of, write_tensors
 from megaflux.training.checkpoint import init_folder, manifest, weights
 from megaflux.training.checkpoint.init_folder import Source
@@ -109,13 +109,21 @@ def lay_over(models: Models, run_dir: str | Path, known: str | None) -> None:
     models.init = known
 
 
-def widen(models: Models, run_dir: str | Path) -> None:
-    """Give each parameter the dtype of float32 that has it in RUN/init, so that `lay_over` rounds nothing."""
-    parameters, root = beginnings(models.trainable, models.trunk.vlm), init_folder.folder(run_dir)
-    for name in init_folder.read(run_dir)["files"]:
-        for key, dtype in reading.dtypes(root / name).items():
-            if dtype == "F32":
-                parameters[key].data = parameters[key].data.float()
+def widen(models: Models, run_dir: str | Path, device: torch.device | str) -> None:
+    """Cast to float32 what RUN/init holds in it, so that `lay_over` rounds nothing: all that may train, as for a checkpoint, and
+    decoder layers of the trunk."""
+    root, layers = init_folder.folder(run_dir), models.trunk.vlm.language_model.layers
+    stored = {
+        key: kind for name in init_folder.read(run_dir)["files"] for key, kind in reading.dtypes(root / name).items()
+    }
+    wide = {key for key, kind in stored.items() if kind == "F32"}
+    for i, layer in enumerate(layers):
+        inside = {key for key in wide if key.startswith(f"vlm.layers.{i}.")}
+        if inside:
+            move_to(layer, device, torch.float32)
+        wide -= inside
+    if wide:
+        move_to(models.trainable, device, torch.float32)
 
 
 # --- making it ------------------------------------------------------------------------------------------------------
