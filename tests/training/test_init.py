@@ -390,7 +390,7 @@ def test_a_run_trains_on_from_an_export_that_is_gone_in_folders_that_were_moved(
     found = runs.find(run)
     assert found.manifest["init"] == init_folder.read(run)["fingerprint"] and found.manifest["update"] == 2
     assert (found.config.model.init, found.config.data.path) == (f"{tmp_path}/export", f"{tmp_path}/renamed")
-    assert found.source["run"] == str(run)
+    assert (found.source["run"], found.source["init"]) == (str(run), found.manifest["init"])
     pipeline = runs.load_pipeline(run, dtype=torch.float32, device="cpu")
     assert len(pipeline.models.trainable.vlm.layers) == 0
     assert torch.allclose(pictures(pipeline), wanted, atol=1e-3)  # two updates of 1e-9 later
