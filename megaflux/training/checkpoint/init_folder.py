@@ -212,14 +212,14 @@ def _checked(run_dir: Path, checkpoint: Path, whole: bool) -> dict[str, Any]:
 
 def problem(config: Config) -> str | None:
     """What is wrong with the beginning of a run, one line; None: nothing. Sizes are compared, no weight is read."""
+    has_begun = os.path.isdir(manifest.folder(config.run.dir)) and bool(manifest.listed(config.run.dir))
     try:
-        if os.path.isdir(manifest.folder(config.run.dir)) and manifest.listed(config.run.dir):
+        if has_begun:
             content = saved.newest(config.run.dir) or {}
             if content.get("init") is not None:
                 read(config.run.dir, content["init"])
         elif config.model.init is not None:
             find(config.model.init, whole=False)
     except UserError as error:
-        line = str(error)
-        return line if line.startswith(str(folder(config.run.dir))) else f"model.init: {line}"
+        return str(error) if has_begun else f"model.init: {error}"
     return None
