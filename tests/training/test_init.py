@@ -412,3 +412,6 @@ def test_a_run_that_began_without_one_is_given_none(run_folder, tmp_path):
         UserError, match="model.init: x, but .*run holds a run that began without one; leave it out, or"
     ):
         init_folder.settled(given, begun_with)
+    path = manifest.listed(run)[8]
+    with pytest.raises(UserError, match="model.init: x, but .* began without one"):  # nor where config.yaml is lost
+        init_weights.prepare(given, Checkpoint(path, manifest.read(path)), load_models, ALONE)

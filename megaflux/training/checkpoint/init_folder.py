@@ -110,12 +110,17 @@ def settled(config: Config, begun: Begun) -> Config:
     if values is None or values["model"]["init"] == given:
         return config
     if given is not None and values["model"]["init"] is None:
-        raise UserError(
-            f"model.init: {given}, but {config.run.dir} holds a run that began without one; leave it out, or give another "
-            "--run.dir"
-        )
+        raise began_without(config)
     model = config.model.model_copy(update={"init": values["model"]["init"]})
     return config.model_copy(update={"model": model})
+
+
+def began_without(config: Config) -> UserError:
+    """For a `model.init` that is given to a run which began without one."""
+    return UserError(
+        f"model.init: {config.model.init}, but {config.run.dir} holds a run that began without one; leave it out, or give "
+        "another --run.dir"
+    )
 
 
 def describe(config: Config, given: str | None) -> str | None:

@@ -70,8 +70,9 @@ def _prepare(config: Config, resumed: Checkpoint | None, load: LoadModels) -> No
             run_dir, everything=resumed is None
         )  # of a start that saved nothing, perhaps from something else
         if resumed is not None:
-            if (known := resumed.manifest.get("init")) is not None:
-                init_folder.verify(run_dir, known)
+            if (known := resumed.manifest.get("init")) is None:
+                raise init_folder.began_without(config)
+            init_folder.verify(run_dir, known)
             return
         assert config.model.init is not None
         try:
