@@ -48,11 +48,13 @@ class TrainedRun:
     @property
     def source(self) -> dict[str, Any]:
         """Where the weights come from, as plain data that exports and pictures store."""
+        init = self.manifest.get("init")
         return {
             "run": self.config.run.dir,
             "update": self.manifest["update"],
             "stage": self.manifest["stage_name"],
             "weights_sha256": weights.sha256(self.manifest, self.checkpoint),
+            **({} if init is None else {"init": init}),
         }
 
 

@@ -109,7 +109,9 @@ def test_it_is_copied_in_files_of_limited_size_and_only_where_it_differs(run_fol
     assert all(torch.equal(load_file(tmp_path / "one.safetensors")[name], t) for (name, *_), t in zip(entries, tensors))
 
 
-def test_a_killed_copy_leaves_nothing_and_a_whole_one_is_not_made_again(run_folder, tmp_path, monkeypatch):
+def test_a_killed_copy_leaves_nothing_and_one_of_a_start_that_saved_nothing_is_made_anew(
+    run_folder, tmp_path, monkeypatch
+):
     config = configured(tmp_path / "new", run_folder)
     partial = init_folder.partial_of(config.run.dir)
     partial.mkdir(parents=True)
@@ -126,14 +128,10 @@ def test_a_killed_copy_leaves_nothing_and_a_whole_one_is_not_made_again(run_fold
     assert os.listdir(config.run.dir) == []
     monkeypatch.setattr(init_weights, "write_tensors", real)
     begun(config)
-    monkeypatch.setattr(init_weights, "make", lambda *_: pytest.fail("made again"))
-    begun(config)
-    with monkeypatch.context() as patched:  # another source, before the first checkpoint
-        patched.setattr(init_weights, "make", lambda *_: (_ for _ in ()).throw(UserError("made anew")))
-        begun_from_older = shutil.copytree(run_folder, tmp_path / "older")
-        shutil.rmtree(begun_from_older / "checkpoints/update-0000008")
-        with pytest.raises(UserError, match="made anew"):
-            begun(configured(tmp_path / "new", begun_from_older))
+    older = shutil.copytree(run_folder, tmp_path / "older")
+    shutil.rmtree(older / "checkpoints/update-0000008")
+    begun(configured(tmp_path / "new", older))  # another source, before there is a checkpoint
+    assert init_folder.read(config.run.dir)["source"]["update"] == 4
     begun(configured(tmp_path / "new", None))  # nor is it left where the run begins without one
     assert os.listdir(config.run.dir) == []
 
@@ -390,7 +388,7 @@ def test_a_run_trains_on_from_an_export_that_is_gone_in_folders_that_were_moved(
     found = runs.find(run)
     assert found.manifest["init"] == init_folder.read(run)["fingerprint"] and found.manifest["update"] == 2
     assert (found.config.model.init, found.config.data.path) == (f"{tmp_path}/export", f"{tmp_path}/renamed")
-    assert found.source["run"] == str(run)
+    assert (found.source["run"], found.source["init"]) == (str(run), found.manifest["init"])
     pipeline = runs.load_pipeline(run, dtype=torch.float32, device="cpu")
     assert len(pipeline.models.trainable.vlm.layers) == 0
     assert torch.allclose(pictures(pipeline), wanted, atol=1e-3)  # two updates of 1e-9 later
@@ -414,3 +412,6 @@ def test_a_run_that_began_without_one_is_given_none(run_folder, tmp_path):
         UserError, match="model.init: x, but .*run holds a run that began without one; leave it out, or"
     ):
         init_folder.settled(given, begun_with)
+    path = manifest.listed(run)[8]
+    with pytest.raises(UserError, match="model.init: x, but .* began without one"):  # nor where config.yaml is lost
+        init_weights.prepare(given, Checkpoint(path, manifest.read(path)), load_models, ALONE)

@@ -66,8 +66,9 @@ class DrawnFrom:
             if saved == self._stored:
                 return self._stored_order
             raise UserError(
-                f"the saved data position is of dataset {saved!r}, {self.path} is {self.fingerprint!r}; resume with what the "
-                "run began with (where an earlier version began it with a cache, that very cache), or start a new run"
+                f"the saved data position is of dataset {saved!r}, {self.path} is {self.fingerprint!r}; give "
+                "--data.path with what the run began with, wherever it is now (where an earlier version began it with a cache, that "
+                "very cache), or start a new run"
             )
         if position.order is None:
             return self.order

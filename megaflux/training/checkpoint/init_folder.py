@@ -110,12 +110,17 @@ def settled(config: Config, begun: Begun) -> Config:
     if values is None or values["model"]["init"] == given:
         return config
     if given is not None and values["model"]["init"] is None:
-        raise UserError(
-            f"model.init: {given}, but {config.run.dir} holds a run that began without one; leave it out, or give another "
-            "--run.dir"
-        )
+        raise began_without(config)
     model = config.model.model_copy(update={"init": values["model"]["init"]})
     return config.model_copy(update={"model": model})
+
+
+def began_without(config: Config) -> UserError:
+    """For a `model.init` that is given to a run which began without one."""
+    return UserError(
+        f"model.init: {config.model.init}, but {config.run.dir} holds a run that began without one; leave it out, or give "
+        "another --run.dir"
+    )
 
 
 def describe(config: Config, given: str | None) -> str | None:
@@ -212,14 +217,14 @@ def _checked(run_dir: Path, checkpoint: Path, whole: bool) -> dict[str, Any]:
 
 def problem(config: Config) -> str | None:
     """What is wrong with the beginning of a run, one line; None: nothing. Sizes are compared, no weight is read."""
+    has_begun = os.path.isdir(manifest.folder(config.run.dir)) and bool(manifest.listed(config.run.dir))
     try:
-        if os.path.isdir(manifest.folder(config.run.dir)) and manifest.listed(config.run.dir):
+        if has_begun:
             content = saved.newest(config.run.dir) or {}
             if content.get("init") is not None:
                 read(config.run.dir, content["init"])
         elif config.model.init is not None:
             find(config.model.init, whole=False)
     except UserError as error:
-        line = str(error)
-        return line if line.startswith(str(folder(config.run.dir))) else f"model.init: {line}"
+        return str(error) if has_begun else f"model.init: {error}"
     return None

@@ -31,6 +31,7 @@ from megaflux.training.checkpoint.init_sources import Values, of_export, of_run
 from megaflux.training.checkpoint.space import NoRoom
 from megaflux.training.checkpoint.state import Checkpoint
 from megaflux.training.distributed import work_while_others_wait
+from megaflux.training.engine import release_memory
 
 log = logging.getLogger("megaflux")
 LoadModels = Callable[..., Models]
@@ -65,10 +66,13 @@ def expected(config: Config, resumed: Checkpoint | None) -> str | None:
 def _prepare(config: Config, resumed: Checkpoint | None, load: LoadModels) -> None:
     run_dir = config.run.dir
     try:
-        init_folder.clear(run_dir)
+        init_folder.clear(
+            run_dir, everything=resumed is None
+        )  # of a start that saved nothing, perhaps from something else
         if resumed is not None:
-            if (known := resumed.manifest.get("init")) is not None:
-                init_folder.verify(run_dir, known)
+            if (known := resumed.manifest.get("init")) is None:
+                raise init_folder.began_without(config)
+            init_folder.verify(run_dir, known)
             return
         assert config.model.init is not None
         try:
@@ -77,19 +81,10 @@ def _prepare(config: Config, resumed: Checkpoint | None, load: LoadModels) -> No
             raise UserError(f"model.init: {error}") from None
         for line in source.skipped:
             log.warning("%s; beginning from an older checkpoint", line)
-        if not _is_there(run_dir, source):
-            make(config, source, load)
+        make(config, source, load)
+        release_memory()  # of the base weights, which are loaded to their device next
     except OSError as error:
         raise UserError(f"{error.filename or init_folder.folder(run_dir)}: {error.strerror or error}") from None
-
-
-def _is_there(run_dir: str, source: Source) -> bool:
-    """Whether an earlier start, which saved nothing else, has copied the same source whole."""
-    try:
-        content = init_folder.read(run_dir)
-        return content["source"] == source.identity and bool(init_folder.verify(run_dir, content["fingerprint"]))
-    except UserError:
-        return False
 
 
 def lay_over(models: Models, run_dir: str | Path, known: str | None) -> None:
@@ -151,10 +146,7 @@ def make(config: Config, source: Source, load: LoadModels) -> None:
         }
         manifest.write_durably(partial_folder / manifest.MANIFEST, json.dumps(manifest.sealed(content), indent=1))
         sync_folder(partial_folder)
-        final = init_folder.folder(run_dir)
-        if final.exists():  # of an earlier start from something else, which saved nothing
-            shutil.rmtree(final)
-        partial_folder.rename(final)
+        partial_folder.rename(init_folder.folder(run_dir))
         sync_folder(run_dir)
     except OSError as error:
         shutil.rmtree(partial_folder, ignore_errors=True)
