@@ -52,8 +52,8 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", type=path_option, required=True, metavar="DIR", help="where everything is written")
-    parser.add_argument("--base-updates", type=positive, default=600, metavar="N", help="of base (default 600)")
-    parser.add_argument("--updates", type=positive, default=400, metavar="N", help="of each other run (default 400)")
+    parser.add_argument("--base-updates", type=positive, default=400, metavar="N", help="of base (default 400)")
+    parser.add_argument("--updates", type=positive, default=320, metavar="N", help="of each other run (default 320)")
     parser.add_argument("--every", type=positive, default=20, metavar="N", help="updates between validations (20)")
     parser.add_argument("--seed", type=positive, default=1, metavar="N", help="of the new connector and Qwen (1)")
     parser.add_argument("--config", type=path_option, metavar="FILE", help="YAML over the tiny preset, for all runs")
