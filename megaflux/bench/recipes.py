@@ -13,7 +13,7 @@ the connector's is base's own, as UniWorld-V1 trains its connector at a rate far
 
 The result is the number of updates after which the gap of validation (the loss with another picture's condition, divided by
 the loss with its own, minus 1) first reaches a threshold. DIR/recipes.json holds it and the curves. Run again after a kill, the
-same command goes on: a finished run is kept, an unfinished one resumes at its last checkpoint. Thirty minutes on two CPU cores.
+same command goes on: a finished run is kept, an unfinished one resumes at its last checkpoint. Half an hour on two CPU cores.
 """
 
 from __future__ import annotations
