@@ -83,6 +83,7 @@ def yaml_file(tmp_path):
             ["--stages.1.components", "atention"],
             ["stages.1.components", "'attention', 'block', 'model', 'image_branch' or 'norms' or a list"],
         ),
+        (["--stages.1.components", "(?i)ff"], ["stages.1.components", "'(?i)ff' is neither a name nor a regular"]),
         (["--stages", "[]"], ["stages: no stage"]),
         (["--stages", "3"], ["stages: must be a list"]),
         (["--stages", "[{"], ["--stages"]),
@@ -170,6 +171,17 @@ def test_layers_preset_then_file_then_command_line(yaml_file):
     assert [stage.share for stage in config.stages] == [1, 2, 1]
     assert config.train.updates == 100_000  # a section left empty changes nothing
     assert parse("--config", path, "--preset", "tiny").preset == "tiny"
+
+
+def test_a_stages_whole_value_comes_before_its_parts():
+    """Whichever is typed first, and as it is for `optim`."""
+    parts, whole = ["--stages.1.lr.connector", "1e-3"], ["--stages.1.lr", "1e-4"]
+    for given in (parts + whole, whole + parts):
+        assert parse(*given).stages[1].lr.model_dump() == {"flux": 1e-4, "connector": 1e-3, "vlm": 1e-4}
+
+
+def test_no_blocks_whatever_the_components():
+    assert parse("--stages.0.blocks", "none").stages[0].components == "model"
 
 
 def test_a_rate_for_one_part_leaves_the_others_theirs(yaml_file):

@@ -95,7 +95,7 @@ def _stage_overrides(words: Sequence[str], known: Sequence[str]) -> dict[str, st
         if not equals:
             raise UserError(f"{option}: needs a value")
         overrides[option[2:]] = value
-    return overrides
+    return dict(sorted(overrides.items(), key=lambda one: one[0].count(".")))  # --stages.0.lr before --stages.0.lr.vlm
 
 
 def _known_preset(name: Any) -> str:

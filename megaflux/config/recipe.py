@@ -106,7 +106,7 @@ class Stage(Named):
                         f"lists {expression!r} twice; list it once" if expression else "lists an empty name"
                     )
                 try:
-                    re.compile(expression)
+                    re.compile(f"(?:{expression})")  # as it is used: (?i) and the like may stand at the beginning only
                 except (re.error, RecursionError, OverflowError) as error:
                     raise ValueError(f"{expression!r} is neither a name nor a regular expression ({error})") from None
         return value
@@ -119,7 +119,7 @@ class Stage(Named):
             twice = sorted({b for b in self.blocks if self.blocks.count(b) > 1})
             if twice:
                 raise ValueError(f"stage {self.name!r} lists block {twice[0]} twice; list it once")
-        if self.components == "model" and self.blocks != "all":
+        if self.components == "model" and isinstance(self.blocks, tuple):
             raise ValueError(f"stage {self.name!r}: components model trains all of FLUX; set blocks to all")
         if self.blocks == "none" and not self.connector and not self.vlm_layers:
             raise ValueError(f"stage {self.name!r} trains nothing; list blocks, or let connector or vlm_layers train")

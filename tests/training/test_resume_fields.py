@@ -225,6 +225,23 @@ def test_a_run_is_not_given_less(given, message):
         extended(**given)
 
 
+@pytest.mark.parametrize("layers", [0, 2])
+def test_a_run_keeps_how_many_qwen_layers_are_apart_from_its_trunk(layers):
+    """Where model.vlm_layers followed from stages that have not begun."""
+    stages = [{"name": name, "share": 1, "blocks": [0], "vlm_layers": 1} for name in "ab"]
+    values = toy_config().model_dump() | {"stages": stages}
+    old = build_config(values)
+    values["stages"][1]["vlm_layers"] = layers
+    begun = saved.Begun({}, {}, old, 0, 1)
+    if layers:
+        with pytest.raises(UserError, match="stages.1.vlm_layers: 2, but .* a run begun with 1 of Qwen2-VL's"):
+            extend.extended(build_config(values), begun)
+    else:
+        values["stages"][0]["vlm_layers"] = 0
+        found = extend.extended(build_config(values), begun)
+        assert found.vlm_layers == 1 and [stage.vlm_layers for stage in found.stages] == [0, 0]
+
+
 def test_one_line_says_what_more_updates_do():
     old = toy_config(lr={"flux": 1.0, "connector": 2.0, "vlm": 1.0}, plateau_fraction=0.0)
     begun = saved.Begun({}, {}, old, 1, 6)

@@ -1,6 +1,7 @@
 """Every parameter has one place; the published lists train what is published; nothing else can move
 unnoticed."""
 
+import json
 import re
 from collections import Counter
 
@@ -201,6 +202,19 @@ def test_a_list_that_names_nothing_or_something_twice_is_an_error(dev_meta, bloc
         stages.trainable_names(dev_meta[0], config.stages[0])
     (found,) = [line for line in find_problems(config, {"zero_optimization": {"stage": 2}}, 8) if "stages.0" in line]
     assert "'mine'" in str(caught.value) and problem in str(caught.value) and problem in found
+
+
+def test_names_are_looked_for_in_the_blocks_of_the_folder_that_is_loaded(tmp_path):
+    """A pruned FLUX (8 + 38 blocks): block 10 is a single one there, and a double one in the preset's sizes."""
+    sizes = dev()["model"]["flux_config"] | {"num_layers": 8}
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(sizes))
+    stage = {"name": "mine", "share": 1, "blocks": [10]}
+    for chosen, wrong in (("proj_mlp", False), ("ff", True)):
+        values = dev() | {"stages": [stage | {"components": [chosen]}]}
+        values["model"] |= {"flux": str(tmp_path)}
+        found = find_problems(build_config(values), {"zero_optimization": {"stage": 2}}, 8)
+        assert any(line.startswith("stages.0.") for line in found) == wrong
 
 
 def test_set_model_trains_all_but_the_final_norm(models):

@@ -23,6 +23,7 @@ def extended(config: Config, begun: Begun) -> Config:
     if old is None:
         return config
     _check(config, old, begun)
+    config = _with_layers(config, old)
     added, appended = config.train.updates - old.train.updates, config.stages[len(old.stages) :]
     if not added:
         return _with_ends(config, old.train.stage_ends, old.train.ended_at)
@@ -62,6 +63,22 @@ def _check(config: Config, old: Config, begun: Begun) -> None:
         given = getattr(config.train, name)
         if given and list(given) != kept:
             raise UserError(f"train.{name}: {where} holds a run with {kept}; leave it out")
+
+
+def _with_layers(config: Config, old: Config) -> Config:
+    """With as many of Qwen2-VL's layers apart from the trunk as when the run began, where that followed from its stages.
+    UserError if a stage now trains more."""
+    if config.vlm_layers == old.vlm_layers or config.model.vlm_layers is not None:
+        return config
+    for i, stage in enumerate(config.stages):
+        if stage.vlm_layers > old.vlm_layers:
+            raise UserError(
+                f"stages.{i}.vlm_layers: {stage.vlm_layers}, but {config.run.dir} holds a run begun with {old.vlm_layers} of "
+                "Qwen2-VL's last layers apart from the frozen trunk; lower it to that, or begin a new run (from this one: "
+                "model.init)"
+            )
+    model = config.model.model_copy(update={"vlm_layers": old.vlm_layers})
+    return config.model_copy(update={"model": model})
 
 
 def _divided(stages: Sequence[Stage], start: int, updates: int) -> list[int]:

@@ -99,8 +99,13 @@ def _sizes(config: Config) -> Iterator[str]:
 
 def _stages(config: Config) -> Iterator[str]:
     """Names that a stage lists and FLUX's blocks have not, or have twice: found now, not when the stage begins."""
-    num_double = config.model.flux_config["num_layers"]
-    blocks = range(num_double + config.model.flux_config["num_single_layers"])
+    model = config.model
+    stored = _read_json(Path(model.flux) / "transformer/config.json") if model.flux else None
+    counts = stored if isinstance(stored, dict) else model.flux_config  # a folder may hold a FLUX of other depth
+    num_double, num_single = (counts.get(name) for name in ("num_layers", "num_single_layers"))
+    if not isinstance(num_double, int) or not isinstance(num_single, int):
+        return  # `_sizes` says so
+    blocks = range(num_double + num_single)
     for i, stage in enumerate(config.stages):
         listed = [block for block in blocks if stage.lists(block)]
         kinds: dict[Kind, bool] = {
