@@ -45,12 +45,14 @@ def yaml_file(tmp_path):
         (["--optim.lr", "inf"], ["optim.lr", "finite"]),
         (["--optim.lr", "-1e-5"], ["optim.lr", "greater than 0", "-1e-05"]),
         (["--optim.lr=-1"], ["optim.lr", "greater than 0"]),
-        (["--optim.lr", "{flux: 1e-6}"], ["optim.lr.connector: is missing", "optim.lr.vlm: is missing"]),
+        (["--optim.lr.vlmm", "1"], ["optim.lr.vlmm: unknown key, did you mean optim.lr.vlm?"]),
+        (["--stages.0.lr.qwen", "1"], ["stages.0.lr.qwen: unknown key, did you mean stages.0.lr."]),
+        (["--optim.lr.vlm", "none"], ["optim.lr.vlm"]),
         (["--optim.lr.conector", "1e-3"], ["optim.lr.conector: unknown key"]),
         (["--optim.lr.vlm", "0"], ["optim.lr.vlm: must be greater than 0, got 0"]),
         (["--optim.weight_decay.vlm", "x"], ["optim.weight_decay.vlm", "valid number", "'x'"]),
         (["--stages.0.lr", "{conector: 1}"], ["stages.0.lr.conector: unknown key"]),
-        (["--stages.0.vlm_layers", "4"], ["vlm_layers: 4 of Qwen2-VL's last layers, but it has 3"]),
+        (["--stages.0.vlm_layers", "4"], ["stages.0.vlm_layers: 4, but Qwen2-VL has 3 layers; lower it"]),
         (["--model.vlm_layers", "0"], ["model.vlm_layers: 0, but a stage trains 1", "raise it"]),
         (["--stages.1.components", "[a, a]"], ["stages.1.components", "lists 'a' twice"]),
         (["--stages.1.components", "attn.("], ["stages.1.components", "neither a name nor a regular expression"]),
@@ -80,7 +82,7 @@ def yaml_file(tmp_path):
         (["--stages.1.blocks", "some"], ["stages.1.blocks: must be a list or 'all' or 'none', got 'some'"]),
         (["--stages.1.blocks", "[]"], ["stages.1", "lists no blocks"]),
         (
-            ["--stages.1.components", "atention"],
+            ["--stages.1.components", "3"],
             ["stages.1.components", "'attention', 'block', 'model', 'image_branch' or 'norms' or a list"],
         ),
         (["--stages.1.components", "(?i)ff"], ["stages.1.components", "'(?i)ff' is neither a name nor a regular"]),
@@ -194,6 +196,10 @@ def test_a_rate_for_one_part_leaves_the_others_theirs(yaml_file):
     assert config.optim.lr.model_dump() == {"flux": 2e-6, "connector": 1e-5, "vlm": 3e-6}
     assert [peak.lr for peak in config.optim.peaks(config.stages[0]).values()] == [2e-6, 2e-3, 3e-6]
     assert config.stages[0].components == ("attn.to_q",)
+    some = parse("--preset", "dev", "--optim.lr", "{vlm: 2e-6}", "--stages.0.lr.flux", "none")
+    assert some.optim.lr.model_dump() == {"flux": 1e-5, "connector": 1e-5, "vlm": 2e-6}
+    assert some.optim.peaks(some.stages[0])["flux"].lr == 1e-5
+    assert parse("--stages.0.components", "attn.to_q, ff.net.2").stages[0].components == ("attn.to_q", "ff.net.2")
     number = parse("--config", yaml_file(text), "--optim.lr", "1e-4").optim.lr
     assert number == 1e-4
     assert plain_yaml.load(config.to_yaml())["optim"]["lr"]["connector"] == 1e-5

@@ -112,7 +112,9 @@ def train(name: str, config: Config, out: Path) -> None:
     text = config.to_yaml()
     if file.exists() and file.read_text() != text:
         raise UserError(f"--out {out}: {name} was begun with other options; give another folder, or delete this one")
-    file.write_text(text)
+    unfinished = file.with_suffix(".new")
+    unfinished.write_text(text)
+    unfinished.replace(file)  # a kill leaves the old one or the new one
     if finished(Path(config.run.dir), config.train.updates):
         print(f"{name}: done before", flush=True)
         return

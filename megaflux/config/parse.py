@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from megaflux.common.errors import UserError, one_line
 from megaflux.config import plain_yaml
-from megaflux.config.recipe import BY_PART, by_part
+from megaflux.config.recipe import BY_PART, PARTS, by_part
 from megaflux.config.schema import Config, Stage, field_paths, is_section
 
 
@@ -86,7 +86,10 @@ def set_dotted(values: dict[str, Any], path: str, text: str) -> None:
         _step(at, last, path)
         at[int(last)] = _parse_text(path, text)
     elif isinstance(at, dict):
-        at[last] = _parse_text(path, text)
+        value = _parse_text(path, text)
+        if last in BY_PART and isinstance(value, dict):
+            value = (by_part(at.get(last)) or {}) | value
+        at[last] = value
     else:
         raise UserError(f"--{path}: no such field")
 
@@ -113,6 +116,8 @@ def _kinds(path: str) -> set[Any]:
     keys = path.split(".")
     if keys[0] == "stages" and len(keys) > 1:
         section, keys = Stage, keys[2:]
+    if keys[:-1] and keys[-2] in BY_PART:
+        return {type(None), float} if path.startswith("stages.") else {float}  # a stage may leave a part to optim
     for key in keys[:-1]:
         field = section.model_fields.get(key)
         section = field.annotation if field else None
@@ -197,6 +202,8 @@ def _is_union_branch(part: Any) -> bool:
 
 
 def _siblings(location: tuple[Any, ...]) -> list[str]:
+    if (whole := [i for i, part in enumerate(location) if part in BY_PART]) and whole[0] < len(location) - 1:
+        return [".".join(map(str, (*location[: whole[0] + 1], part))) for part in PARTS]
     if len(location) > 1 and location[0] == "stages":
         return [f"stages.{location[1]}.{name}" for name in Stage.model_fields]
     return list(field_paths()) + [name for name in Config.model_fields if name not in field_paths()]

@@ -65,9 +65,9 @@ class Peak(NamedTuple):
 
 
 def _listed(value: Any) -> Any:
-    """One name or expression is a list of one; a plain word that is no set stays, to be refused as one."""
-    if isinstance(value, str) and value not in get_args(ComponentSet) and re.search(r"[^a-z_]", value):
-        return (value,)
+    """A text that is no set is a list, with commas between its names and expressions."""
+    if isinstance(value, str) and value not in get_args(ComponentSet):
+        return (value,) if "{" in value else tuple(part.strip() for part in value.split(","))
     return value
 
 
@@ -128,6 +128,12 @@ class Stage(Named):
     def lists(self, block: int) -> bool:
         """Whether anything of a FLUX block may train."""
         return self.blocks == "all" or (self.blocks != "none" and block in self.blocks)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of which anything trains."""
+        trains = {"flux": self.blocks != "none", "connector": self.connector, "vlm": self.vlm_layers > 0}
+        return tuple(part for part in PARTS if trains[part])
 
     @property
     def trained(self) -> tuple[Any, ...]:

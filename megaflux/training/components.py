@@ -5,6 +5,7 @@ Names are diffusers' (FluxTransformerBlock, FluxSingleTransformerBlock), relativ
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -76,9 +77,10 @@ def list_problem(components: str | tuple[str, ...], kinds: Sequence[Kind]) -> st
     for entry in components:
         if not any(_matches(entry, name) for name in names):
             elsewhere = [kind for kind in ("double", "single") if any(_matches(entry, name) for name in NAMES[kind])]
-            why = (
-                f"the stage lists no {elsewhere[0]} block" if elsewhere else "names are as attn.to_q or ff.net.2.weight"
-            )
+            alike = difflib.get_close_matches(entry.lower(), SETS, n=1)
+            why = f"did you mean the set {alike[0]}?" if alike else "names are as attn.to_q or ff.net.2.weight"
+            if elsewhere:
+                why = f"the stage lists no {elsewhere[0]} block"
             return f"{entry!r} matches no parameter of the stage's blocks ({why})"
     for name in names:
         twice = [entry for entry in components if _matches(entry, name)]

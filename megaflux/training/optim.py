@@ -47,6 +47,7 @@ def configure(optimizer: Any, optim: Optim, stage: Stage) -> None:
 
 
 def set_learning_rates(optimizer: Any, rates: dict[Part, float]) -> None:
-    """Set each part's learning rate in every group of torch's or DeepSpeed's optimizer."""
+    """Set each part's learning rate in every group of torch's or DeepSpeed's optimizer. rates: of the parts that train; all
+    the same where a group holds several."""
     for group in optimizer.param_groups:
-        group["lr"] = rates[group["part"] or "flux"]
+        group["lr"] = rates[group["part"]] if group["part"] else max(rates.values())

@@ -21,10 +21,11 @@ def learning_rate(peak: float, update: int, updates: int, optim: Optim) -> float
 
 
 def learning_rates(config: Config, stage: int, update: int) -> dict[Part, float]:
-    """Learning rate of each part at an update of the run, counted from 0, in a stage (an index)."""
+    """Learning rate of each part that trains in a stage (an index), at an update of the run, counted from 0."""
     start, end = 0, config.train.updates
     if config.optim.schedule == "per_stage":
         ends = config.stage_ends()
         start, end = ends[stage - 1] if stage else 0, ends[stage]
     peaks = config.optim.peaks(config.stages[stage])
-    return {part: learning_rate(peak.lr, update - start, end - start, config.optim) for part, peak in peaks.items()}
+    parts = config.stages[stage].parts
+    return {part: learning_rate(peaks[part].lr, update - start, end - start, config.optim) for part in parts}

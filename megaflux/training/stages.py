@@ -155,7 +155,8 @@ def trainable_names(module: nn.Module, stage: Stage) -> list[str]:
     matched = {places[name].block for name in names}
     if isinstance(stage.blocks, tuple) and (missing := [b for b in stage.blocks if b not in matched]):
         raise UserError(f"stage {stage.name!r}: block {missing[0]} matches no parameter")
-    if stage.blocks == "all" and matched <= {None}:
+    embeds = isinstance(stage.components, tuple) and any(places[name].part == "context_embedder" for name in names)
+    if stage.blocks == "all" and matched <= {None} and not embeds:
         raise UserError(f"stage {stage.name!r}: block list matches no parameter")
     return names
 

@@ -31,7 +31,7 @@ class UpdateResult:
     """What an update did."""
 
     learning_rates: dict[Part, float]
-    """Of each part, whether or not it trains in the stage."""
+    """Of each part that trains in the stage."""
     grad_norm: float
     """Global norm before clipping; nan if the update was dropped."""
     drop: Drop | None

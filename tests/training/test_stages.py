@@ -155,6 +155,7 @@ NORMS = 19 * (2 * MODULATION + 4 * 128) + 38 * (3 * W * W + 3 * W + 2 * 128)
         ((18, 19), ("attn.to_q",), 2 * LINEAR),
         ((18, 19), (r"attn\.to_[qkv]\.weight", "norm1"), 6 * W * W + MODULATION),
         ((18,), ("ff.net.2.bias", "context_embedder"), W + 4096 * W + W),
+        ("all", ("context_embedder",), 4096 * W + W),
     ],
 )
 def test_other_sets_and_lists_train_what_they_name(dev_meta, blocks, chosen, flux):
@@ -187,6 +188,8 @@ def test_the_last_qwen_layers_train(small_config):
 @pytest.mark.parametrize(
     ("blocks", "chosen", "problem"),
     [
+        ((0,), "atention", "'atention' matches no parameter of the stage's blocks (did you mean the set attention?)"),
+        ((0,), "image-branch", "(did you mean the set image_branch?)"),
         ((0,), ("attn.to_x",), "'attn.to_x' matches no parameter of the stage's blocks (names are as attn.to_q"),
         ((30,), ("ff",), "'ff' matches no parameter of the stage's blocks (the stage lists no double block)"),
         ("all", ("attn.to_q", r".*to_q\.bias"), "attn.to_q.bias is named twice, by 'attn.to_q' and by '.*to_q"),

@@ -11,7 +11,7 @@ from megaflux.data.reading import shm_room
 from megaflux.data.reading.options import PREFETCH_FACTOR
 from megaflux.training.checkpoint import space
 from megaflux.training.checkpoint.weights import count_trained
-from megaflux.training.ds_config import compute_dtype
+from megaflux.training.ds_config import compute_dtype, zero_stage
 from megaflux.training.planning.cache_size import CacheSize, size_of_config
 from megaflux.training.planning.costs import Flops, StageCosts, frozen_flops, stage_table, token_counts, training_flops
 from megaflux.training.planning.dry_run_table import Line, assumptions, gpus_of, micro_batch_lines
@@ -83,7 +83,7 @@ class Estimate:
         remedies = [] if choose else ["lower train.micro_batch_size or set it to auto"]
         if self.sizes.config.model.activation_checkpointing not in ("auto", "full"):
             remedies.append("set model.activation_checkpointing to auto")
-        remedies.append("use more GPUs or zero3.json")
+        remedies.append("use more GPUs" + " or zero3.json" * (zero_stage(self.sizes.ds_config) < 3))
         total = self.memory.total / GIGA
         return f"memory: {total:.1f} GB per GPU is more than {self.gpu.memory_gb:g} GB; {', '.join(remedies)}"
 
