@@ -13,10 +13,11 @@ from PIL import Image
 from megaflux import export as exporting
 from megaflux import runs
 from megaflux.common.errors import UserError
+from megaflux.config.located import located
 from megaflux.config.parse import build_config, merge
 from megaflux.generation.job import Job, Runtime
 from megaflux.infer import __main__ as infer
-from megaflux.infer.replay import Original, check_same_weights
+from megaflux.infer.replay import Original, check_same_weights, expected_maps
 from megaflux.infer.request import to_runtime
 from megaflux.panel import __main__ as panel
 from megaflux.training.checkpoint import weights
@@ -126,3 +127,14 @@ def test_a_run_is_known_by_its_weights_and_not_by_the_name_of_its_folder():
         UserError, match="the picture was made with update 8, weights 000000000000, the folder now holds"
     ):
         check_same_weights(original, source | {"weights_sha256": "1" * 64}, set())
+    asked = Original(Job(), Runtime(checkpoint="runs/demo"), {"source": source, "maps": {"line": "1"}}, {})
+    assert expected_maps(asked, {"checkpoint", "flux", "vlm", "vae"}) == {"line": "1"}  # where the weights are now
+    assert expected_maps(asked, {"line_model"}) == {}
+
+
+def test_a_bucket_that_is_a_folder_is_saved_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = small_values()
+    for remote, saved in (("bucket", str(tmp_path / "bucket")), ("s3://bucket/x", "s3://bucket/x"), (None, None)):
+        config = build_config(merge(values, {"data": {"path": "cache", "remote": remote}}))
+        assert located(config).data.remote == saved

@@ -17,6 +17,9 @@ def located(config: Config) -> Config:
     source = config.data.source
     if source is not None and source != "openmoji" and os.path.exists(source):
         data["source"] = _absolute(source)
+    remote = config.data.remote
+    if remote is not None and "://" not in remote:
+        data["remote"] = _absolute(remote)
     model: dict[str, Any] = {}
     for field in ("flux", "vlm", "vae", "init"):
         source = getattr(config.model, field)

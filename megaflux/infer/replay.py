@@ -12,7 +12,21 @@ from megaflux.generation.job import Job, Runtime
 from megaflux.generation.outputs import batch_of, read_settings
 from megaflux.generation.run import Result
 
-KEEP_MAPS = frozenset({"out", "no_metadata", "embed_inputs", "save_control", "checkpoint", "update", "seed", "count"})
+KEEP_MAPS = frozenset(
+    {
+        "out",
+        "no_metadata",
+        "embed_inputs",
+        "save_control",
+        "checkpoint",
+        "update",
+        "flux",
+        "vlm",
+        "vae",
+        "seed",
+        "count",
+    }
+)
 """Options beside --from-image that change no control map."""
 
 

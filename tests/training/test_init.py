@@ -136,6 +136,22 @@ def test_a_killed_copy_leaves_nothing_and_one_of_a_start_that_saved_nothing_is_m
     assert os.listdir(config.run.dir) == []
 
 
+def test_a_folder_named_init_that_is_the_users_is_kept(export_folder, tmp_path):
+    """Whether a new run begins with model.init, even from that very folder, or without."""
+    run = tmp_path / "new"
+    shutil.copytree(export_folder, run / "init")
+    begun(configured(run, None))
+    for init in (export_folder, run / "init"):
+        config = configured(run, init)
+        assert any("new/init: is there, and the run would write" in line for line in find_problems(config, {}, 1))
+        with pytest.raises(UserError, match="new/init: is there, .* move it away, or give another --run.dir"):
+            begun(config)
+    (run / "init").rename(tmp_path / "mine")
+    (run / "init").symlink_to(tmp_path / "mine")
+    begun(configured(run, None))
+    assert (tmp_path / "mine/megaflux.json").is_file()
+
+
 def test_a_full_disk_is_said_before_anything_is_written(run_folder, tmp_path, monkeypatch):
     statvfs = os.statvfs
 

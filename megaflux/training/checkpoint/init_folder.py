@@ -97,10 +97,31 @@ def verify(run_dir: str | Path, expected: str) -> dict[str, Any]:
 
 
 def clear(run_dir: str | Path, everything: bool = False) -> None:
-    """Delete what an interrupted start left; everything: the whole copy too, of a run that has no checkpoint yet."""
+    """Delete what an interrupted start left; everything: the whole copy too, of a run that has no checkpoint yet. A folder of
+    that name which is no such copy is the user's, and stays."""
     for path in (partial_of(run_dir), *([folder(run_dir)] if everything else [])):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink() and (path == partial_of(run_dir) or _is_copy(path)):
             shutil.rmtree(path)
+
+
+def _is_copy(root: Path) -> bool:
+    """Whether a folder holds what a run began from, whole or damaged."""
+    try:
+        content = json.loads((root / manifest.MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and set(content) >= _KEYS
+
+
+def in_the_way(run_dir: str | Path) -> str | None:
+    """One line where RUN/init, which a new run is to write, is something else; None: it is not."""
+    root = folder(run_dir)
+    if not os.path.lexists(root) or (not root.is_symlink() and _is_copy(root)):
+        return None
+    return (
+        f"{root}: is there, and the run would write what it begins from (model.init) under that name; move it away, or give "
+        "another --run.dir"
+    )
 
 
 def settled(config: Config, begun: Begun) -> Config:
@@ -224,6 +245,8 @@ def problem(config: Config) -> str | None:
             if content.get("init") is not None:
                 read(config.run.dir, content["init"])
         elif config.model.init is not None:
+            if found := in_the_way(config.run.dir):
+                return found
             find(config.model.init, whole=False)
     except UserError as error:
         return str(error) if has_begun else f"model.init: {error}"

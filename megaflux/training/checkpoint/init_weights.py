@@ -75,6 +75,8 @@ def _prepare(config: Config, resumed: Checkpoint | None, load: LoadModels) -> No
             init_folder.verify(run_dir, known)
             return
         assert config.model.init is not None
+        if found := init_folder.in_the_way(run_dir):
+            raise UserError(found)
         try:
             source = init_folder.find(config.model.init)
         except UserError as error:
