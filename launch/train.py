@@ -53,18 +53,23 @@ def main(
     ds_config = with_defaults(ds_config, None if resumed is None else resumed.ds_config)
     if os.environ.get("RANK", "0") == "0":
         tell_of_resuming(config, resumed, args.kept, given_init)
+    more_updates = None if resumed is None else extend.describe(config, resumed)
     assumed = Assumed(args.gpu, args.gpu_memory, args.peak_tflops, args.mfu)
     if args.dry_run:
         if os.environ.get("RANK", "0") != "0":
             return 0  # a launcher started several: one report is enough
         from megaflux.training.planning.dry_run import dry_run
 
+        if more_updates:
+            print(more_updates, file=sys.stderr)
         return dry_run(config, ds_config, args.world_size or visible_ranks(), args.json, assumed)
     if args.json or args.world_size:
         raise UserError(f"--{'json' if args.json else 'world-size'}: only with --dry-run; add it or drop this")
     ranks = started_ranks() or 1
     if found := problems(config, ds_config, ranks):
         raise UserError("; ".join(found))
+    if more_updates and os.environ.get("RANK", "0") == "0":
+        print(more_updates, file=sys.stderr)
     # Before the imports, which take seconds: a signal may arrive meanwhile.
     watch = Watch(config.train.hang_timeout, config.train.leave_within)
     # Libraries make a million objects that all stay: looking for garbage among them costs a tenth of a start.
@@ -80,16 +85,15 @@ def main(
 def tell_of_resuming(
     config: Config, resumed: saved.Begun | None, kept: dict[str, Any], given_init: str | None = None
 ) -> None:
-    """Say on stderr which values a resumed run keeps, that its configuration is lost, which updates it is given, and that it
-    began from something else than is named now. kept: {dotted field: value}. given_init: model.init as given."""
+    """Say on stderr which values a resumed run keeps, that its configuration is lost, and that it began from something else
+    than is named now. kept: {dotted field: value}. given_init: model.init as given."""
     run_dir = config.run.dir
     if resumed is not None and resumed.values is None:
         print(f"{run_dir}: config.yaml is missing; what is not given is this version's default", file=sys.stderr)
     if kept:
         print(saved.describe(run_dir, kept), file=sys.stderr)
-    for line in () if resumed is None else (extend.describe(config, resumed), init_folder.describe(config, given_init)):
-        if line:
-            print(line, file=sys.stderr)
+    if resumed is not None and (line := init_folder.describe(config, given_init)):
+        print(line, file=sys.stderr)
 
 
 def saved_values(run_dir: str) -> dict[str, Any] | None:

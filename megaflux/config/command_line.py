@@ -62,11 +62,11 @@ def parse_config(
     named = args.preset or from_file.get("preset")
     preset = _known_preset(named or "tiny")
 
-    def resolved(base: dict[str, Any]) -> Config:
+    def resolved(base: dict[str, Any], resumed: bool = False) -> Config:
         values = merge(base, from_file) | {"preset": base["preset"]}
         for path, text in overrides.items():
             set_dotted(values, path, text)
-        return build_config(values)
+        return build_config(values, resumed)
 
     args.kept = {}
     try:
@@ -75,7 +75,7 @@ def parse_config(
         raise UserError(f"run.dir: {error}") from None
     if base is None or named not in (None, base["preset"]):
         return args, resolved(PRESETS[preset]())
-    config = resolved(base)
+    config = resolved(base, resumed=True)
     if base["preset"] in PRESETS:  # it may have been renamed since
         with suppress(UserError):  # the options may not fit the preset: it may have fewer stages than the run
             args.kept = _differences(config, resolved(PRESETS[base["preset"]]()))

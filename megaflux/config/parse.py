@@ -147,10 +147,11 @@ def _step(at: Any, key: str, path: str) -> Any:
     raise UserError(f"--{path}: no such field")
 
 
-def build_config(values: dict[str, Any]) -> Config:
-    """The configuration of nested values. UserError, one line that names each invalid field."""
+def build_config(values: dict[str, Any], resumed: bool = False) -> Config:
+    """The configuration of nested values. resumed: of a run that is resumed, whose stages' ends are looked at later. UserError,
+    one line that names each invalid field."""
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(values, context={"resumed": resumed})
     except ValidationError as error:
         found: dict[str, list[str]] = {}
         for item in error.errors():

@@ -10,7 +10,7 @@ import math
 from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, model_validator
 
 from megaflux.config import plain_yaml
 from megaflux.config.fields import (
@@ -236,7 +236,7 @@ class Config(Section):
     monitor: Monitor = Monitor()
 
     @model_validator(mode="after")
-    def _stages_fit(self) -> Config:
+    def _stages_fit(self, info: ValidationInfo) -> Config:
         if not self.stages:
             raise ValueError("stages: no stage; list at least one")
         num_blocks = sum(self._number_of_blocks(name) for name in ("num_layers", "num_single_layers"))
@@ -254,7 +254,8 @@ class Config(Section):
                     f"train.stage_ends: {list(ends)} must rise to train.updates ({self.train.updates}), one number for each "
                     f"of {len(names)} stages; leave it out, and the stages' shares count"
                 )
-        if min(self.stage_updates()) < 1:
+        # Where a run that is resumed has its ends is decided later (training/checkpoint/extend.py).
+        if min(self.stage_updates()) < 1 and not (info.context or {}).get("resumed"):
             shares = [stage.share for stage in self.stages]
             enough = math.fsum(shares) / min(shares)
             remedy = (

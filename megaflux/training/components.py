@@ -77,7 +77,7 @@ def list_problem(components: str | tuple[str, ...], kinds: Sequence[Kind]) -> st
     for entry in components:
         if not any(_matches(entry, name) for name in names):
             elsewhere = [kind for kind in ("double", "single") if any(_matches(entry, name) for name in NAMES[kind])]
-            alike = difflib.get_close_matches(entry.lower(), SETS, n=1)
+            alike = difflib.get_close_matches(entry.lower(), SETS, n=1) if re.fullmatch(r"[A-Za-z_-]+", entry) else []
             why = f"did you mean the set {alike[0]}?" if alike else "names are as attn.to_q or ff.net.2.weight"
             if elsewhere:
                 why = f"the stage lists no {elsewhere[0]} block"

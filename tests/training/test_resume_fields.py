@@ -17,9 +17,11 @@ from megaflux.config.parse import build_config, merge
 from megaflux.config.schema import Stage, field_paths
 from megaflux.training import distributed
 from megaflux.training.checkpoint import extend, identity, manifest, resume, saved
+from megaflux.training.checkpoint.retention import milestones
 from megaflux.training.checkpoint.state import Checkpoint
 from megaflux.training.ds_config import sharding
 from megaflux.training.engine import StageEngine
+from megaflux.training.planning.checks import find_problems
 from megaflux.training.survival.guard import Guard
 from tests.training.carry_worker import Toy, gradient, toy_config
 from tests.training.runs import ROOT, ds_config
@@ -209,6 +211,28 @@ def test_added_updates_go_to_the_running_stage_the_last_one_or_the_appended_ones
     assert extended(stage=1, at=9, updates=10, old_updates=10, **again) == ([6, 10], (8,))
     assert extended(("a", "b", "c", "d"), updates=16, stage=0, at=3) == ([4, 8, 10, 16], ())
     assert extended(("a", "b", "c", "d"), updates=10, stage=1, at=8) == ([4, 8, 9, 10], (8,))
+
+
+def test_the_checkpoint_at_a_former_end_stays():
+    values = toy_config().model_dump()
+    values["train"] |= {"stage_ends": [4, 8, 12], "ended_at": [6]}
+    assert milestones(build_config(values)) == {4, 6, 8, 12}
+
+
+def test_an_appended_stage_may_be_small_and_a_dry_run_says_what_a_resume_refuses(run_folder, tmp_path):
+    values = saved.load(run_folder).model_dump(mode="json")
+    stages = [*values["stages"], {"name": "more", "share": 0.001, "blocks": "none", "vlm_layers": 0}]
+    file = tmp_path / "over.yaml"
+    file.write_text(yaml.safe_dump({"stages": stages, "train": {"updates": 11}}))
+    parser = Parser(prog="test")
+    add_config_arguments(parser)
+    argv = ["--run.dir", str(run_folder), "--config", str(file)]
+    _, config = parse_config(parser, argv, saved=lambda run_dir: saved.begun(run_dir).values)
+    config = extend.extended(config, saved.begun(str(run_folder)))
+    assert config.stage_ends() == [4, 8, 11]
+    assert not [line for line in find_problems(config, DS, 1) if "run.dir" in line]
+    other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 9})})
+    assert [line for line in find_problems(other, DS, 1) if "run.dir" in line and "other run.seed" in line]
 
 
 @pytest.mark.parametrize(

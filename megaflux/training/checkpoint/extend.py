@@ -108,6 +108,7 @@ def describe(config: Config, begun: Begun) -> str | None:
     before = learning_rates(old, min(stage, len(old.stages) - 1), at) if at < old.train.updates else {}
     now = learning_rates(config, stage, at)
     parts = [(part, before.get(part, 0.0), rate) for part, rate in now.items()]
+    ended = " (it had ended)" if not before else ""
     if len({(then, rate) for _, then, rate in parts}) == 1:
         rates = f"from {parts[0][1]:.3g} to {parts[0][2]:.3g}"
     else:
@@ -116,6 +117,6 @@ def describe(config: Config, begun: Begun) -> str | None:
         f"{s.name} {start + 1} to {end}" for s, (start, end) in zip(config.stages, pairwise([0, *ends])) if end > at
     ]
     return (
-        f"train.updates: {old.train.updates} -> {config.train.updates}; the learning rate of update {at + 1} goes {rates}; "
+        f"train.updates: {old.train.updates} -> {config.train.updates}; the learning rate of update {at + 1} goes {rates}{ended}; "
         f"updates by stage from here: {', '.join(taken)}"
     )

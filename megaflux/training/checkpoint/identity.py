@@ -62,6 +62,14 @@ def identity(config: Config) -> dict[str, Any]:
     return kept | {"stages": [{name: stage[name] for name in _STAGE} for stage in values["stages"]]}
 
 
+def refusal(run_dir: str, fields: list[str]) -> str:
+    """One line on a run that is resumed with other values of these fields."""
+    return (
+        f"run.dir: {run_dir} holds a run with other {', '.join(fields)}; restore the old values (they are in "
+        f"{run_dir}/config.yaml) or give another --run.dir"
+    )
+
+
 _ENDS = ("train.stage_ends", "train.ended_at")  # extend.py
 _STAGE = [path.rpartition(".")[2] for path in OF_BEGUN_STAGES]
 

@@ -30,7 +30,7 @@ from megaflux.training.checkpoint.init_folder import Source
 from megaflux.training.checkpoint.init_sources import Values, of_export, of_run
 from megaflux.training.checkpoint.space import NoRoom
 from megaflux.training.checkpoint.state import Checkpoint
-from megaflux.training.distributed import work_while_others_wait
+from megaflux.training.distributed import from_main, work_while_others_wait
 from megaflux.training.engine import release_memory
 
 log = logging.getLogger("megaflux")
@@ -50,8 +50,14 @@ def prepare(config: Config, resumed: Checkpoint | None, load: LoadModels, world:
     load: (config, device, dtype) -> the base weights. UserError, the same on all ranks: a source that is missing, does not fit
     or has other base weights, no room, and a RUN/init that is missing, damaged or another run's."""
     if config.model.init is None and expected(config, resumed) is None:
+        problem = None
         if world.is_main:
-            init_folder.clear(config.run.dir, everything=resumed is None)
+            try:
+                init_folder.clear(config.run.dir, everything=resumed is None)
+            except OSError as error:
+                problem = f"{error.filename}: {error.strerror}; delete what an earlier start left there"
+        if problem := from_main(problem, world):
+            raise UserError(problem, agreed=True)
         return
     work_while_others_wait(partial(_prepare, config, resumed, load) if world.is_main else None, world)
 

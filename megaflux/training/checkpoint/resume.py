@@ -21,7 +21,7 @@ from megaflux.training.engine import StageEngine
 log = logging.getLogger("megaflux")
 WAYS_OUT = (
     "Three ways out: restore the named file from a copy and start again; or start a new run with another --run.dir; "
-    "or move {root} away, which discards what it holds, and start a new run here"
+    "or move {root} away (and init/ beside it, if there is one), which discards what it holds, and start a new run here"
 )
 
 
@@ -113,10 +113,7 @@ def _check_same_run(
             "and ZeRO-3's shards cannot be grouped anew; leave optim and the stages' lr and weight_decay as they were"
         )
     if changed := identity.changed(content, config):
-        raise UserError(
-            f"run.dir: {config.run.dir} holds a run with other {', '.join(changed)}; restore the old values "
-            f"(they are in {config.run.dir}/config.yaml) or give another --run.dir"
-        )
+        raise UserError(identity.refusal(config.run.dir, changed))
 
 
 def load_training_state(checkpoint: Checkpoint, engine: StageEngine, world: World) -> None:

@@ -15,7 +15,7 @@ from megaflux.config.schema import Config
 from megaflux.data.buckets import make_buckets, overdrawn
 from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
 from megaflux.models.sources import HUB, hub_name, model_problems
-from megaflux.training.checkpoint import init_folder, manifest
+from megaflux.training.checkpoint import identity, init_folder, manifest, saved
 from megaflux.training.components import NAMES, Kind, holds, list_problem
 from megaflux.training.ds_config import batch_problem, batch_sizes, uses_kernels, zero_stage
 from megaflux.training.planning.dataset_checks import dataset_notes, dataset_problems
@@ -45,6 +45,8 @@ def find_notes(config: Config, world_size: int) -> list[str]:
         drawn = batch_sizes(config.for_world(world_size)).drawn
         notes += [f"data.path: {line}" for line in overdrawn(dict(info.filled("train")), drawn, world_size)]
         notes += dataset_notes(config.data, info)
+    if config.model.init is not None:
+        notes.append(f"model.init: the run begins with the weights of {config.model.init}")
     for field in ("flux", "vlm", "vae"):
         source = getattr(config.model, field)
         if source and source != "tiny" and (name := hub_name(source)):
@@ -136,7 +138,15 @@ def _run_folder(config: Config) -> Iterator[str]:
                 yield f"run.dir: {place} is a file; give a folder"
             elif not os.access(place, os.W_OK | os.X_OK):
                 yield f"run.dir: {place} cannot be written; give another folder or change its permissions"
+            elif place == path and (fields := _other_than_the_runs(config)):
+                yield identity.refusal(config.run.dir, fields)
             return
+
+
+def _other_than_the_runs(config: Config) -> list[str]:
+    """Fields of a resumed run's configuration that may not differ from its newest checkpoint's, and do."""
+    content = saved.newest(config.run.dir)
+    return identity.changed(content, config) if content is not None and "identity" in content else []
 
 
 def _models(config: Config) -> Iterator[str]:
