@@ -1,4 +1,4 @@
-"""python -m megaflux.bench step|activations|traffic|memory|loader|infer|start|recipes: speed and memory. --help after each lists options.
+"""python -m megaflux.bench step|activations|traffic|memory|loader|infer|start|recipes: speed and memory; --help after each.
 
 step         forward and backward of FLUX: diffusers, diffusers compiled, ours
 activations  bytes that the backward pass keeps, counted without a GPU

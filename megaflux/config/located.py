@@ -11,8 +11,8 @@ from megaflux.config.schema import Config
 
 
 def located(config: Config) -> Config:
-    """The configuration with absolute paths: the run's folder and the data's; what exists here of data.source and of the sources of
-    weights. Names stay: the hub's, `tiny`, `openmoji`, and addresses of remote data."""
+    """The configuration with absolute paths: the run's folder and the data's; what exists here of data.source and of the
+    sources of weights. Names stay: the hub's, `tiny`, `openmoji`, and addresses of remote data."""
     data: dict[str, Any] = {"path": _absolute(config.data.path)}
     source = config.data.source
     if source is not None and source != "openmoji" and os.path.exists(source):

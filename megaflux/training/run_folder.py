@@ -65,8 +65,8 @@ def _lock(file: Path) -> str | None:
 
 
 def write_configuration(config: Config, ds_config: dict[str, Any], world: World) -> None:
-    """Save the resolved configuration, its paths absolute, in the run's folder. UserError, the same on all ranks, if it cannot be written.
-    Collective."""
+    """Save the resolved configuration, its paths absolute, in the run's folder. UserError, the same on all ranks, if it
+    cannot be written. Collective."""
     root, problem = Path(config.run.dir), None
     if world.is_main:
         try:

@@ -18,7 +18,8 @@ A training step of one image (Qwen2VLFlux: Qwen layer -> connector -> FLUX):
 - attention backward: twice its forward (dQ, dK, dV, dP), where any of q, k and v has a gradient. A flash kernel recomputes
   QK^T, half a forward more.
   A block in activation policy `mlp` recomputes its MLP's first product, one in `full` its whole forward, and then the
-  Qwen layers that train are recomputed too; a block that has no backward pass recomputes nothing. All this is `recompute`, which counts as hardware FLOPs but not for MFU.
+  Qwen layers that train are recomputed too; a block that has no backward pass recomputes nothing. All this is `recompute`,
+  which counts as hardware FLOPs but not for MFU.
 - frozen: the forward of the trunk and the VAE's encoder, unless data.cache has their output. Causal attention counts in
   full, as in torch's FlopCounterMode.
 """

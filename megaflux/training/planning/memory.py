@@ -4,10 +4,10 @@
 P parameters that train, L the largest of them, N all of a part, R ranks, E reduce_bucket_size, w bytes per weight (2 in
 bfloat16, 4 in float32). DeepSpeed 0.19.8, read in runtime/zero/stage_1_and_2.py and stage3.py.
 
-- weights: w N for FLUX, all of Qwen2-VL (no lm_head), connector and VAE on every GPU. If data.cache has trunk, only the last
-  layers of Qwen2-VL that are apart from it (`Config.vlm_layers`); if it has latents, no VAE (training/frozen.py). Parameters that train are moved into ZeRO's buffer, not
-  copied. ZeRO-3 shards the modules in the engine (FLUX, connector, Qwen's last layers) over R, and gathers at most
-  stage3_max_live_parameters at a time.
+- weights: w N for FLUX, all of Qwen2-VL (no lm_head), connector and VAE on every GPU. If data.cache has trunk, of Qwen2-VL
+  only the layers apart from it (`Config.vlm_layers`); if it has latents, no VAE (training/frozen.py). Parameters that train
+  are moved into ZeRO's buffer, not copied. ZeRO-3 shards the modules in the engine (FLUX, connector, Qwen's last layers)
+  over R, and gathers at most stage3_max_live_parameters at a time.
 - optimizer: 16 P / R: float32 master, Adam's two moments, and the float32 sum of the gradients of the rank's own part, from
   an update's first reduction to its step; in float32 the sum takes 8 P / R. The step works in place. With offload_optimizer
   masters and moments are on the host, as are a second gradient and a copy in w bytes; the GPU keeps ZeRO-2's sum,
@@ -90,7 +90,8 @@ def policies_for(sizes: Sizes, stage: Stage, limit: int) -> list[Policy]:
     """The activation policy of each FLUX block in a stage, double blocks first, as in model.activation_checkpointing;
     auto: the least recomputation that fits in `limit` bytes at every bucket.
 
-    auto starts with full in every block that has a backward pass and spends memory first on the blocks that save most FLOPs per byte: full -> mlp in
+    auto starts with full in every block that has a backward pass and spends memory first on the blocks that save most
+    FLOPs per byte: full -> mlp in
     the last block and in those that keep least, then mlp -> none. Without kernels it is none or full for all blocks.
     """
     blocks, wanted = sizes.blocks, sizes.config.model.activation_checkpointing
