@@ -15,5 +15,6 @@ def test_the_first_step_is_adams_with_the_configured_epsilon(eps):
     gradient = torch.tensor([1.0, 1e-6, -1e-7, 1e-8])
     weight = torch.nn.Parameter(torch.zeros(4))
     weight.grad = gradient.clone()
-    build_optimizer([{"params": [weight]}], build_config(values).optim).step()
+    config = build_config(values)
+    build_optimizer([{"params": [weight], "part": None}], config.optim, config.stages[0]).step()
     torch.testing.assert_close(weight.detach(), -0.5 * gradient / (gradient.abs() + eps), rtol=1e-4, atol=0)
