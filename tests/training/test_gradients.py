@@ -14,6 +14,9 @@ from megaflux.models.vlm import Condition
 from megaflux.training import stages
 from megaflux.training.planning.activations import block_units, saved_by_mlp
 from megaflux.training.planning.costs import training_flops
+from megaflux.training.planning.micro_batch import Planner
+from megaflux.training.planning.sizes import Sizes
+from megaflux.training.planning.throughput import BLOCK_LAUNCHES
 from tests.training.test_costs import small
 
 STAGES: dict[str, dict] = {
@@ -112,3 +115,14 @@ def test_autograd_keeps_what_the_formula_says(stage):
             saved = saved_by_mlp(module.transformer, spec, tokens) if arm == "ours-mlp" else []
             measured = kept["saved_bytes"] / (2 * batch * 512 * 1536)
             assert measured == pytest.approx(sum(units) - sum(saved) + 2, rel=0.03, abs=2.5), (arm, batch)
+
+
+def test_a_block_without_a_backward_pass_is_launched_forward_only():
+    """image branch: block 1 of 6 trains and nothing is upstream of it, so that block 0 has no backward pass."""
+    found = {}
+    for connector in (False, True):
+        config = one_stage("image branch")
+        stage = config.stages[0].model_copy(update={"connector": connector})
+        sizes = Sizes.of(config.model_copy(update={"stages": (stage,)}), {"zero_optimization": {"stage": 2}}, 1)
+        found[connector] = Planner(sizes)._launches(stage).flux
+    assert found[True] == 6 * BLOCK_LAUNCHES[True] and found[True] - found[False] == 31 - 10
