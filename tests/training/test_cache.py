@@ -130,6 +130,37 @@ def test_a_killed_cache_goes_on_and_two_at_once_share_what_is_left(data):
     assert sorted(path.name for path in root.iterdir()) == ["dataset.json", "index.json", "train"]
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_damaged_part_that_another_process_removes_first_or_writes_anew(data, models, monkeypatch, anew):
+    root = Path(cache.cached_dataset(configured(data, "latents"), models, ALONE))
+    all_parts = parts_module.all_parts(data, read_dataset_info(root))
+    part, *others = all_parts
+    folder = part.folder(root)
+    whole = shutil.copytree(folder, data / "whole")
+    file = next(folder.glob("shard.*"))
+    file.write_bytes(file.read_bytes()[:-1])
+    real = parts_module.inspect_index
+
+    def inspected(path, **options):
+        found = real(path, **options)
+        if path == folder and found[1]:  # between this process's look and what it does about it
+            shutil.rmtree(folder)
+            if anew:
+                whole.rename(folder)
+        return found
+
+    monkeypatch.setattr(parts_module, "inspect_index", inspected)
+    assert parts_module.missing(root, all_parts) == [part]
+    monkeypatch.undo()
+    with parts_module.Writing(root) as writing:
+        writing.remove_damaged(part)  # as where another process is faster by even less
+    assert part.is_sound(root) is anew and all(other.is_sound(root) for other in others)
+    assert not (root / ".unfinished").exists()
+    (root / "dataset.json").unlink()
+    cache.cached_dataset(configured(data, "latents"), models, ALONE)
+    verify_dataset(root)
+
+
 def test_one_rank_on_a_full_disk_ends_all_with_its_line(data):
     done = ended(start(data, ranks=2, fault="full:1"))
     assert [code for code, *_ in done] == [2, 2], done

@@ -62,6 +62,10 @@ class Part:
         """Whether it is finished."""
         return (self.folder(root) / INDEX).is_file()
 
+    def is_sound(self, root: Path) -> bool:
+        """Whether it is finished and its files agree with its index."""
+        return not inspect_index(self.folder(root), expected_samples=self.shard["samples"])[1]
+
     def samples(self, original: Path) -> Iterator[dict[str, Any]]:
         """The original shard's samples, as read_split yields them. Raises UserError where it is damaged."""
         return read_shard(original / SPLIT / self.bucket.folder, self.shard)
@@ -81,14 +85,11 @@ def all_parts(original: Path, info: DatasetInfo) -> list[Part]:
 
 def missing(root: Path, parts: Iterable[Part]) -> list[Part]:
     """The unfinished parts, the largest first. Parts whose files contradict their index are removed."""
-    wanted = []
-    for part in parts:
-        folder = part.folder(root)
-        if folder.exists():
-            if not inspect_index(folder, expected_samples=part.shard["samples"])[1]:
-                continue
-            shutil.rmtree(folder)
-        wanted.append(part)
+    wanted = [part for part in parts if not part.is_sound(root)]
+    if damaged := [part for part in wanted if part.folder(root).exists()]:
+        with Writing(root) as writing:
+            for part in damaged:
+                writing.remove_damaged(part)
     return sorted(wanted, key=lambda part: -part.shard["samples"] * part.bucket.width * part.bucket.height)
 
 
@@ -158,6 +159,20 @@ class Writing:
             if not part.is_there(self.root):
                 raise
         shutil.rmtree(claim)
+
+    def remove_damaged(self, part: Part) -> None:
+        """Remove a part that was found damaged. Another process may remove it too, or have written it anew meanwhile: then
+        the new one stays. Raises OSError."""
+        taken = self.folder / part.name
+        try:
+            part.folder(self.root).rename(taken)  # in one step: a half-removed part would look finished to others
+        except FileNotFoundError:
+            return
+        if not inspect_index(taken, expected_samples=part.shard["samples"])[1]:
+            with contextlib.suppress(OSError):  # written a second time
+                taken.rename(part.folder(self.root))
+                return
+        shutil.rmtree(taken)
 
     def _busy(self) -> Collection[str]:
         """What other living processes are writing."""
