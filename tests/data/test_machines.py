@@ -31,7 +31,7 @@ verdict._check = spy
 problems = list(map(str, verdict.verify_shards(path, ["train"], None, world)))
 (out / f"{world.rank}.json").write_text(json.dumps([sorted(read), problems]))
 dist.barrier()
-dist.destroy_process_group()
+os._exit(0)  # a normal exit under gloo's threads aborts now and then (exit code -6)
 """
 
 

@@ -33,4 +33,5 @@ try:
     print("went on")
 except UserError as error:
     print(f"refused: {error}, agreed {error.agreed}")
-dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # a normal exit under gloo's threads aborts now and then (exit code -6)
