@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from safetensors.torch import save_file
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning from processes that fork
 torch.set_num_threads(1)  # the tests run side by side
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started by a script's &; what the tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter, chosen before anything imports them
     os.environ["TRITON_INTERPRET"] = "1"
 

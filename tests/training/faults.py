@@ -59,6 +59,12 @@ def start(*arguments: object, ranks: int = 2, fault: str | None = None, mark: Pa
     )
 
 
+def _take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):  # which nohup, or a script's &, has the tests ignore
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Terminal:
     """The deepspeed launcher under a shell in a terminal of its own, as a person starts it: `type` types, `close` closes the
     window. Stands for the process where the helpers below take one."""
@@ -79,7 +85,7 @@ class Terminal:
             stderr=theirs,
             start_new_session=True,
             env=environment() | {"FAULT": fault, "MARK": str(mark), "TYPED": typed},
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_take_terminal,
         )
         os.close(theirs)
         self.pid, self._own, self._said = self.process.pid, own, []
