@@ -109,7 +109,7 @@ def check_sources(run: TrainedRun) -> None:
         source = getattr(model, field)
         gone = hub_name(source) is None and not os.path.isdir(source)
         lines.append(
-            f"model.{field}: {source} is gone; give --{field} with the folder where it is now" if gone else line
+            f"model.{field}: {source}: no such folder; give --{field} with the folder where it is now" if gone else line
         )
     if lines:
         raise UserError("; ".join(lines))

@@ -60,7 +60,7 @@ def now(root: Path) -> list[object]:
 def test_pictures_replays_and_exports_of_a_run_whose_folders_are_elsewhere(home, capsys):
     run = ["--checkpoint", home / "renamed"]
     for name in ("flux", "vlm", "vae"):
-        with pytest.raises(UserError, match=f"model.{name}: .*/old/.* is gone; give --{name} with the folder"):
+        with pytest.raises(UserError, match=f"model.{name}: .*/old/.*: no such folder; give --{name} with the folder"):
             made(home, "x", *run, "--reference", home / "cat.png")
     assert infer.main([*map(str, [*run, "--reference", home / "cat.png"]), "--dry-run"]) == 2
     assert "give --vlm with the folder where it is now" in capsys.readouterr().out

@@ -35,7 +35,7 @@ from megaflux.config.schema import Config
 from megaflux.models.connector import build_connector
 from megaflux.models.loading_errors import named
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
-from megaflux.models.parameters import base_fingerprints
+from megaflux.models.parameters import base_fingerprints, weights_fingerprint
 from megaflux.models.reading import Target, fill, shapes, tensors, weight_files, without_weights
 from megaflux.models.scratch import TINY, build_clip, build_transformer, build_vlm, vlm_configuration
 from megaflux.models.sources import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, model_problems, opened
@@ -59,7 +59,8 @@ class Models:
     base: str = ""
     """Fingerprint of all weights as they were loaded or built, before any training and without `init`."""
     base_parts: dict[str, str] = field(default_factory=dict)
-    """The same of each part: flux, vlm, vae, connector."""
+    """The same of each part: flux, vlm, vae, connector; and of CLIP, of which only the pooled vector is kept, and which `base`
+    does not cover (nor does it in older checkpoints). Without CLIP where that vector was drawn (bench/random_models.py)."""
     init: str | None = None
     """Fingerprint of what the run began with in their place (training/checkpoint/init_folder.py); None: they themselves."""
     t5: T5Path | None = None
@@ -124,11 +125,12 @@ def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch
     if model.flux:
         transformer = load_transformer(model.flux, own, target)
         scheduler = load_scheduler(model.flux)
-        pooled = empty_prompt_pooled(*load_clip(model.flux))
+        clip, clip_tokenizer = load_clip(model.flux)
     else:
         transformer = build_transformer(model.flux_config, seed, way)
         scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-        pooled = empty_prompt_pooled(*build_clip(model.clip_config, seed, way))
+        clip, clip_tokenizer = build_clip(model.clip_config, seed, way)
+    pooled = empty_prompt_pooled(clip, clip_tokenizer)
     vae = load_vae(model.vae, model.flux)
     if folder is not None:
         vlm, processor = load_vlm(folder, target=target)
@@ -142,6 +144,7 @@ def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch
     models.base, models.base_parts = base_fingerprints(
         models.trainable, models.trunk.vlm, models.vae, samples=target.samples
     )
+    models.base_parts["clip"] = weights_fingerprint(clip)
     return models if target.mapped else models.to(device, dtype)
 
 

@@ -164,14 +164,19 @@ class Writing:
         """Remove a part that was found damaged. Another process may remove it too, or have written it anew meanwhile: then
         the new one stays. Raises OSError."""
         taken = self.folder / part.name
+        if part.is_sound(self.root):
+            return
         try:
             part.folder(self.root).rename(taken)  # in one step: a half-removed part would look finished to others
         except FileNotFoundError:
             return
-        if not inspect_index(taken, expected_samples=part.shard["samples"])[1]:
-            with contextlib.suppress(OSError):  # written a second time
+        if not inspect_index(taken, expected_samples=part.shard["samples"])[1]:  # written anew at that very moment
+            try:
                 taken.rename(part.folder(self.root))
                 return
+            except OSError:
+                if not part.is_there(self.root):  # a second time
+                    raise
         shutil.rmtree(taken)
 
     def _busy(self) -> Collection[str]:

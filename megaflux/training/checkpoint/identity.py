@@ -79,6 +79,13 @@ def changed(manifest: dict[str, Any], config: Config) -> list[str]:
     now = identity(config)
     then = saved.completed(manifest["identity"], manifest["format"])
     differing = [path for path in now if path != "stages" and saved.at(then, path, now[path]) != now[path]]
+    if "started_with" not in manifest and config.train.stage_ends is None:
+        # Before format 3. `extended` compares these with config.yaml, which may be edited or lost; this cannot.
+        if saved.at(then, "train.updates", config.train.updates) != config.train.updates:
+            differing.append("train.updates")
+        for i, (stage, now_stage) in enumerate(zip(then["stages"], config.stages)):
+            if stage.get("share", now_stage.share) != now_stage.share:
+                differing.append(f"stages.{i}.share")
     for i, stage in enumerate(then["stages"][: manifest["stage"] + 1]):
         if i >= len(now["stages"]):
             return [*differing, f"stages.{i} (it is missing)"]

@@ -6,7 +6,8 @@
     RUN/init/manifest.json                        format, source, fingerprints; size and SHA-256 of each file
 
 Written when the run begins (init_weights.py), under another name and renamed when it is whole. From then on the run needs it,
-and the source no more: every checkpoint's manifest holds its fingerprint (`init`).
+and the source no more: every checkpoint's manifest holds its fingerprint (`init`). Until the first checkpoint each start makes
+it anew, as the source may be another one now; where the source is gone, the copy stays.
 """
 
 from __future__ import annotations
@@ -99,9 +100,12 @@ def verify(run_dir: str | Path, expected: str) -> dict[str, Any]:
 def clear(run_dir: str | Path, everything: bool = False) -> None:
     """Delete what an interrupted start left; everything: the whole copy too, of a run that has no checkpoint yet. A folder of
     that name which is no such copy is the user's, and stays."""
-    for path in (partial_of(run_dir), *([folder(run_dir)] if everything else [])):
-        if path.is_dir() and not path.is_symlink() and (path == partial_of(run_dir) or _is_copy(path)):
-            shutil.rmtree(path)
+    partial, copy = partial_of(run_dir), folder(run_dir)
+    for path in (partial, copy) if everything else (partial,):
+        if path.is_dir() and not path.is_symlink() and (path == partial or _is_copy(path)):
+            if path == copy:
+                copy.rename(partial)  # a kill half way must not leave a rest that looks like the user's own
+            shutil.rmtree(partial)
 
 
 def _is_copy(root: Path) -> bool:
@@ -111,6 +115,18 @@ def _is_copy(root: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and set(content) >= _KEYS
+
+
+def kept(run_dir: str | Path, source: str) -> dict[str, Any] | None:
+    """The manifest of RUN/init where an earlier start made it from `source`, which is gone by now; None: it did not, or the
+    source is there, or the copy is not whole."""
+    if os.path.lexists(source):
+        return None
+    try:
+        content = read(run_dir)
+    except UserError:
+        return None
+    return content if content["source"]["path"] == str(Path(source).absolute()) else None
 
 
 def in_the_way(run_dir: str | Path) -> str | None:
@@ -238,7 +254,7 @@ def _checked(run_dir: Path, checkpoint: Path, whole: bool) -> dict[str, Any]:
 
 def problem(config: Config) -> str | None:
     """What is wrong with the beginning of a run, one line; None: nothing. Sizes are compared, no weight is read."""
-    has_begun = os.path.isdir(manifest.folder(config.run.dir)) and bool(manifest.listed(config.run.dir))
+    has_begun = saved.has_begun(config.run.dir)
     try:
         if has_begun:
             content = saved.newest(config.run.dir) or {}
@@ -247,7 +263,8 @@ def problem(config: Config) -> str | None:
         elif config.model.init is not None:
             if found := in_the_way(config.run.dir):
                 return found
-            find(config.model.init, whole=False)
+            if kept(config.run.dir, config.model.init) is None:
+                find(config.model.init, whole=False)
     except UserError as error:
         return str(error) if has_begun else f"model.init: {error}"
     return None

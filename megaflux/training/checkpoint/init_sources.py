@@ -101,7 +101,8 @@ def of_run(source: Source, base: Models, config: Config) -> Values:
     values.add([checkpoint / name for name in weights.files_of(content, checkpoint)], absolute, wanted)
     # Whatever the seed, if the weights are published ones: only the connector is drawn, and the source brings its own.
     same, parts = base_fingerprints(base.trainable, base.trunk.vlm, base.vae, connector=connector)
-    if content["base"] != same:
+    parts |= {"clip": base.base_parts["clip"]} if "clip" in base.base_parts else {}
+    if content["base"] != same or weights.other_clip(content, parts):
         which = weights.options_of(weights.other_parts(content, parts))
         draws = [f"--run.seed {seed}"] * (config.run.seed != seed) + [f"--model.seeded {way}"] * (
             config.model.seeded != way

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ log = logging.getLogger("megaflux")
 LoadModels = Callable[..., Models]
 MOST_BYTES = 5_000_000_000
 """Of one file of RUN/init."""
+APPEARING = 60.0  # s until a network file system shows what another machine has renamed
 MARGIN = 1.01  # headers, rounding up to blocks
 
 
@@ -60,6 +62,10 @@ def prepare(config: Config, resumed: Checkpoint | None, load: LoadModels, world:
             raise UserError(problem, agreed=True)
         return
     work_while_others_wait(partial(_prepare, config, resumed, load) if world.is_main else None, world)
+    until = time.monotonic() + APPEARING
+    while not (init_folder.folder(config.run.dir) / manifest.MANIFEST).is_file() and time.monotonic() < until:
+        os.listdir(config.run.dir)  # network file systems look again
+        time.sleep(0.5)
 
 
 def expected(config: Config, resumed: Checkpoint | None) -> str | None:
@@ -72,10 +78,8 @@ def expected(config: Config, resumed: Checkpoint | None) -> str | None:
 def _prepare(config: Config, resumed: Checkpoint | None, load: LoadModels) -> None:
     run_dir = config.run.dir
     try:
-        init_folder.clear(
-            run_dir, everything=resumed is None
-        )  # of a start that saved nothing, perhaps from something else
         if resumed is not None:
+            init_folder.clear(run_dir)
             if (known := resumed.manifest.get("init")) is None:
                 raise init_folder.began_without(config)
             init_folder.verify(run_dir, known)
@@ -83,10 +87,15 @@ def _prepare(config: Config, resumed: Checkpoint | None, load: LoadModels) -> No
         assert config.model.init is not None
         if found := init_folder.in_the_way(run_dir):
             raise UserError(found)
+        if copy := init_folder.kept(run_dir, config.model.init):
+            log.warning("model.init: %s is gone; beginning from the copy of it in %s", config.model.init, run_dir)
+            init_folder.verify(run_dir, copy["fingerprint"])
+            return
         try:
             source = init_folder.find(config.model.init)
         except UserError as error:
             raise UserError(f"model.init: {error}") from None
+        init_folder.clear(run_dir, everything=True)  # of a start that saved nothing, perhaps from something else
         for line in source.skipped:
             log.warning("%s; beginning from an older checkpoint", line)
         make(config, source, load)

@@ -173,6 +173,11 @@ def newest(run_dir: str) -> dict[str, Any] | None:
     return {"data": {}} if manifest.listed(run_dir) else None
 
 
+def has_begun(run_dir: str) -> bool:
+    """Whether a start in a run's folder resumes: it holds a checkpoint, perhaps one that is complete but not renamed yet."""
+    return os.path.isdir(manifest.folder(run_dir)) and newest(run_dir) is not None  # Path's own raises for a long name
+
+
 def describe(run_dir: str, kept: dict[str, Any]) -> str:
     """One line on the values that a run keeps although the preset now has others. kept: dotted field -> value."""
     shown = ", ".join(f"{path} {str(value)[:60]}" for path, value in kept.items())

@@ -140,27 +140,35 @@ def load_weights(path: Path, manifest: dict[str, Any], config: Config, models: M
 
 def refuse_other_base(where: str, content: Mapping[str, Any], models: Models) -> None:
     """UserError, naming the options to look at, where a manifest's base weights are not the models'. where: what was trained."""
-    if content["base"] != models.base:
-        which = options_of(other_parts(content, models.base_parts))
+    if content["base"] != models.base or other_clip(content, models.base_parts):
+        parts = other_parts(content, models.base_parts)
+        which = options_of(parts)
+        what = "with another CLIP (text_encoder)" if parts == ["clip"] else "on other base weights"
         raise UserError(
-            f"{where}: was trained on other base weights than {which} now names (or than this version of megaflux builds); give "
-            f"those that the run began with, by {_given_by(which)}"
+            f"{where}: was trained {what} than {which} now names (or than this version of megaflux builds); give what the "
+            f"run began with, by {_given_by(which)}"
         )
 
 
 def other_parts(content: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
     """The parts of the base weights that differ between a manifest and now (`Models.base_parts`): all, where it does not tell."""
     then = content.get("base_parts") or {}
-    return [part for part, digest in now.items() if then.get(part) != digest] or list(now)
+    return [part for part, digest in now.items() if then.get(part, digest) != digest] or list(now)
+
+
+def other_clip(content: Mapping[str, Any], now: Mapping[str, str]) -> bool:
+    """Whether CLIP, whose pooled vector enters every step, differs: it is not in `base`, and old manifests do not tell."""
+    then = (content.get("base_parts") or {}).get("clip")
+    return then is not None and then != now.get("clip", then)
 
 
 def options_of(parts: Sequence[str]) -> str:
     """The fields that name these parts' weights."""
-    fields = {"flux": "model.flux", "vlm": "model.vlm", "vae": "model.vae", "connector": "run.seed (of the connector)"}
+    fields = {"flux": "model.flux", "clip": "model.flux", "vlm": "model.vlm", "vae": "model.vae", "connector": "run.seed (of the connector)"}
     chosen = [
         field for part, field in fields.items() if part in parts and (part != "connector" or parts == ["connector"])
     ]
-    return ", ".join(chosen)
+    return ", ".join(dict.fromkeys(chosen))
 
 
 def _given_by(fields: str) -> str:

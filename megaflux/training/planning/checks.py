@@ -15,7 +15,7 @@ from megaflux.config.schema import Config
 from megaflux.data.buckets import make_buckets, overdrawn
 from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
 from megaflux.models.sources import HUB, hub_name, model_problems
-from megaflux.training.checkpoint import identity, init_folder, manifest, saved
+from megaflux.training.checkpoint import identity, init_folder, saved
 from megaflux.training.components import NAMES, Kind, holds, list_problem
 from megaflux.training.ds_config import batch_problem, batch_sizes, uses_kernels, zero_stage
 from megaflux.training.planning.dataset_checks import dataset_notes, dataset_problems
@@ -45,7 +45,7 @@ def find_notes(config: Config, world_size: int) -> list[str]:
         drawn = batch_sizes(config.for_world(world_size)).drawn
         notes += [f"data.path: {line}" for line in overdrawn(dict(info.filled("train")), drawn, world_size)]
         notes += dataset_notes(config.data, info)
-    if config.model.init is not None:
+    if config.model.init is not None and not saved.has_begun(config.run.dir):
         notes.append(f"model.init: the run begins with the weights of {config.model.init}")
     for field in ("flux", "vlm", "vae"):
         source = getattr(config.model, field)
@@ -56,7 +56,7 @@ def find_notes(config: Config, world_size: int) -> list[str]:
 
 
 def _batch(config: Config, world_size: int) -> Iterator[str]:
-    if os.path.isdir(manifest.folder(config.run.dir)) and manifest.listed(config.run.dir):
+    if saved.has_begun(config.run.dir):
         return  # a resumed run divides its batches among the ranks itself (checkpoint.elastic)
     problem = batch_problem(config, world_size)
     if problem:
@@ -183,7 +183,7 @@ def _data(config: Config) -> Iterator[str]:
         if not data.remote and not _data_will_be_prepared(config):
             what = "is not a prepared dataset (no dataset.json)" if exists(root) else "does not exist"
             mend = f"make it with python -m megaflux.data.prepare SOURCE {root}"
-            if os.path.isdir(manifest.folder(config.run.dir)) and manifest.listed(config.run.dir):
+            if saved.has_begun(config.run.dir):
                 mend = (
                     f"the run in {config.run.dir} was trained on it: give --data.path with the folder where it is now"
                 )
