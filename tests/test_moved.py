@@ -100,9 +100,20 @@ def test_other_weights_there_are_refused_by_the_option_that_names_them(home, tmp
         UserError, match="update-0000008: was trained on other base weights than model.vlm now names .*--vlm"
     ):
         runs.load(run)
+    # CLIP is read for its pooled vector only, and is none of the weights that `base` covers.
+    flux = shutil.copytree(home / "new/flux", tmp_path / "flux")
+    tensors = load_file(flux / "text_encoder/model.safetensors")
+    tensors["text_model.final_layer_norm.weight"] += 1
+    save_file(tensors, flux / "text_encoder/model.safetensors", {"format": "pt"})
+    folders = runs.Folders(str(flux), str(home / "new/qwen"), str(home / "new/flux/vae"))
+    with pytest.raises(
+        UserError, match=r"with another CLIP .text_encoder. than model.flux now names .*--model.flux DIR .*--flux DIR"
+    ):
+        runs.load(runs.find(home / "renamed", folders=folders))
     assert weights.options_of(["flux", "vae", "connector"]) == "model.flux, model.vae"
     assert weights.options_of(["connector"]).startswith("run.seed")
     assert weights.other_parts({}, {"flux": "1", "vae": "2"}) == ["flux", "vae"]  # an old manifest does not tell
+    assert weights.other_parts({"base_parts": {"flux": "1"}}, {"flux": "2", "clip": "3"}) == ["flux"]
 
 
 def test_a_resumed_run_says_which_folder_is_gone(home):

@@ -20,7 +20,7 @@ from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import PRESETS
 from megaflux.export import export
 from megaflux.models.pretrained import load_models, load_vae
-from megaflux.training.checkpoint import init_weights, manifest, saved
+from megaflux.training.checkpoint import extend, identity, init_weights, manifest, saved
 from megaflux.training.ds_config import load_ds_config, with_defaults
 from tests import forked
 from tests.conftest import picture
@@ -138,6 +138,28 @@ def test_a_preset_that_is_gone_is_no_hindrance(old, monkeypatch):
     monkeypatch.delitem(PRESETS, "dev")
     args, config = parse("--run.dir", old / "small")
     assert config.preset == "dev" and args.kept == {}
+
+
+def test_an_old_run_holds_its_updates_and_shares_though_config_yaml_is_lost_or_edited(old):
+    """Before format 3 the manifest holds these, and not the whole configuration."""
+    root = old / "tiny"
+    content = manifest.read(manifest.listed(root)[max(manifest.listed(root))])
+    assert "started_with" not in content
+    config = parse("--run.dir", root)[1]
+    assert identity.changed(content, config) == []
+    more = extend.extended(parse("--run.dir", root, "--train.updates", 40)[1], saved.begun(str(root)))
+    assert identity.changed(content, more) == []  # more updates may be given where the old ones are known
+    file = root / "config.yaml"
+    text = file.read_text()
+    file.write_text(text.replace(f"updates: {config.train.updates}", "updates: 40"))
+    edited = extend.extended(parse("--run.dir", root)[1], saved.begun(str(root)))
+    assert identity.changed(content, edited) == ["train.updates"]
+    values = config.model_dump()
+    file.unlink()
+    values["train"]["updates"] = 40
+    values["stages"][0]["share"] = 3.0
+    assert saved.begun(str(root)).config is None
+    assert identity.changed(content, build_config(values)) == ["train.updates", "stages.0.share"]
 
 
 def test_a_start_that_saved_nothing_leaves_nothing(old):

@@ -22,7 +22,7 @@ from megaflux.export import export
 from megaflux.generation.layout import Settings
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 from megaflux.models.parameters import weights_fingerprint
-from megaflux.models.pretrained import Models, load_models
+from megaflux.models.pretrained import Models, load_models, load_vae
 from megaflux.models.writing import write_tensors
 from megaflux.training import cache
 from megaflux.training.checkpoint import __main__ as checkpoints
@@ -134,6 +134,54 @@ def test_a_killed_copy_leaves_nothing_and_one_of_a_start_that_saved_nothing_is_m
     assert init_folder.read(config.run.dir)["source"]["update"] == 4
     begun(configured(tmp_path / "new", None))  # nor is it left where the run begins without one
     assert os.listdir(config.run.dir) == []
+
+
+def test_a_kill_while_a_copy_is_deleted_leaves_nothing_that_looks_like_the_users(run_folder, tmp_path, monkeypatch):
+    config = configured(tmp_path / "new", run_folder)
+    begun(config)
+    real, unlinked = os.unlink, []
+
+    def killed(path, **options):
+        if unlinked:
+            raise KeyboardInterrupt
+        unlinked.append(path)
+        real(path, **options)
+
+    monkeypatch.setattr(os, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        init_folder.clear(config.run.dir, everything=True)
+    monkeypatch.setattr(os, "unlink", real)
+    assert os.listdir(config.run.dir) == [".init.partial"]
+    assert not [line for line in find_problems(config, {}, 1) if "init" in line]
+    begun(configured(tmp_path / "new", None))
+    assert os.listdir(config.run.dir) == []
+
+
+def test_before_the_first_checkpoint_the_source_may_be_gone_and_a_bad_one_costs_no_copy(
+    export_folder, tmp_path, caplog
+):
+    source = shutil.copytree(export_folder, tmp_path / "export")
+    config = configured(tmp_path / "new", source)
+    before, kept = of(begun(config), config), init_folder.read(config.run.dir)
+    manifest_file = source / "megaflux.json"
+    whole = manifest_file.read_text()
+    manifest_file.write_text("{")
+    with pytest.raises(UserError, match="model.init: .*megaflux.json"):
+        begun(config)
+    assert init_folder.read(config.run.dir) == kept
+    manifest_file.write_text(whole)
+    source.rename(tmp_path / "gone")
+    assert not [line for line in find_problems(config, {}, 1) if "init" in line]
+    assert torch.equal(of(begun(config), config), before)
+    assert f"model.init: {source} is gone; beginning from the copy of it in {config.run.dir}" in caplog.text
+    other = configured(tmp_path / "new", tmp_path / "another")  # of which there is no copy
+    with pytest.raises(UserError, match="model.init: .*another: no such folder"):
+        begun(other)
+    assert [line for line in find_problems(other, {}, 1) if "another: no such folder" in line]
+    (file,) = init_folder.folder(config.run.dir).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="init-00001-of-00001.safetensors: damaged"):
+        begun(config)
 
 
 def test_a_folder_named_init_that_is_the_users_is_kept(export_folder, tmp_path):
@@ -248,7 +296,6 @@ def test_what_does_not_fit_names_the_file_and_the_key(run_folder, export_folder,
     content["files"]["transformer/config.json"]["bytes"] = (turned / "transformer/config.json").stat().st_size
     (turned / "megaflux.json").write_text(json.dumps(content))
     refused(turned, "transformer/config.json: axes_dims_rope is .6, 4, 6., the run's model.flux has .*4, 6, 6")
-    # In bfloat16, as another machine may have exported it: the same parts.
     assert not os.path.exists(init_folder.folder(tmp_path / "new"))
 
 
@@ -259,6 +306,14 @@ def test_other_base_weights_are_refused_and_another_seed_of_published_ones_is_no
     new = build_config(
         merge(values, {"run": {"dir": str(tmp_path / "new"), "seed": 77}, "model": {"init": str(source)}})
     )
+    assert "clip" in load_models(new).base_parts
+    path = manifest.listed(source)[8] / "manifest.json"
+    content = manifest.read(path.parent)
+    other = content | {"base_parts": content["base_parts"] | {"clip": "0" * 64}}
+    path.write_text(json.dumps(manifest.sealed({k: v for k, v in other.items() if k != "seal"})))
+    with pytest.raises(UserError, match="began from other base weights than this run's model.flux; give those"):
+        begun(new, None)
+    path.write_text(json.dumps(content))
     models, theirs = begun(new, None), runs.load(runs.find(source))
     for ours, there in zip(models.trainable.parameters(), theirs.trainable.parameters(), strict=True):
         assert torch.equal(ours, there)
@@ -374,7 +429,7 @@ def test_what_a_resumed_run_began_from_must_be_there_and_its_own(run_folder, tmp
 
 def test_a_run_trains_on_from_an_export_that_is_gone_in_folders_that_were_moved(tmp_path):
     """By real starts: a new run on two ranks with nothing of Qwen2-VL in the engine, given relative paths. Its source is deleted,
-    its folder and its data's are renamed; resumed from another working directory on one rank, and exported."""
+    its folder, its data's and its VAE's are renamed; resumed from another working directory on one rank, and exported."""
     data = make_dataset(tmp_path / "made")
     data.rename(tmp_path / "data")
     values = small_config(Path("data"), Path("run"), train__updates=2, train__checkpoint_every=1, data__cache=["trunk"])
@@ -383,6 +438,8 @@ def test_a_run_trains_on_from_an_export_that_is_gone_in_folders_that_were_moved(
     source = write_run(tmp_path / "source", {k: v for k, v in full.items() if k != "run"}, updates=(2,))
     export(runs.find(source), tmp_path / "export")
     wanted = pictures(runs.load_pipeline(tmp_path / "export", dtype=torch.float32, device="cpu"))
+    load_vae("tiny", None).save_pretrained(tmp_path / "vae")
+    values["model"] |= {"vae": "vae"}
     values["stages"] = [{"name": "c", "share": 1, "blocks": "none", "vlm_layers": 0}]
     config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "fp32")
 
@@ -398,12 +455,16 @@ def test_a_run_trains_on_from_an_export_that_is_gone_in_folders_that_were_moved(
     shutil.rmtree(source)
     (tmp_path / "data").rename(tmp_path / "renamed")
     run = (tmp_path / "run").rename(tmp_path / "elsewhere")
-    assert f"data.path: {tmp_path}/data does not exist" in start("--run.dir", run, code=2)
-    said = start("--run.dir", run, "--data.path", tmp_path / "renamed", "--model.init", tmp_path / "else")
+    vae = (tmp_path / "vae").rename(tmp_path / "other vae")
+    said = start("--run.dir", run, code=2)
+    assert f"data.path: {tmp_path}/data does not exist" in said and f"model.vae: {tmp_path}/vae does not exist" in said
+    new = ["--run.dir", run, "--data.path", tmp_path / "renamed", "--model.vae", vae]
+    said = start(*new, "--model.init", tmp_path / "else")
     assert f"model.init: {tmp_path}/else has no effect: {run} began from {tmp_path}/export, which is copied" in said
     found = runs.find(run)
     assert found.manifest["init"] == init_folder.read(run)["fingerprint"] and found.manifest["update"] == 2
     assert (found.config.model.init, found.config.data.path) == (f"{tmp_path}/export", f"{tmp_path}/renamed")
+    assert found.config.model.vae == str(vae)
     assert (found.source["run"], found.source["init"]) == (str(run), found.manifest["init"])
     pipeline = runs.load_pipeline(run, dtype=torch.float32, device="cpu")
     assert len(pipeline.models.trainable.vlm.layers) == 0
@@ -413,7 +474,7 @@ def test_a_run_trains_on_from_an_export_that_is_gone_in_folders_that_were_moved(
     again = runs.load_pipeline(tmp_path / "exported", dtype=torch.float32, device="cpu")
     assert torch.equal(pictures(pipeline), pictures(again))
     shutil.rmtree(init_folder.folder(run))
-    assert f"error: {run}/init: missing" in start("--run.dir", run, code=2)
+    assert f"error: {run}/init: missing" in start(*new, code=2)
 
 
 def test_a_run_that_began_without_one_is_given_none(run_folder, tmp_path):

@@ -67,6 +67,7 @@ def test_every_field_is_in_one_list():
     fields = {path for path in field_paths() if path != "stages" and not path.startswith("data.condition.")}
     assert sorted(listed) == sorted({*fields, "data.condition", *(f"stages.*.{name}" for name in Stage.model_fields)})
     assert set(OTHER) == {*identity.REFUSED, *identity.OF_BEGUN_STAGES}
+    assert set(identity.APPLIED) == {*CHANGES, *APPLIED_ELSEWHERE}
 
 
 def resumed(run, tmp_path, field: str, value: object, update: int, stage: int = 1) -> None:
@@ -123,6 +124,14 @@ CHANGES = {
     "optim.max_grad_norm": 0.05,
     "stages.*.lr": {"connector": 0.5},  # also a change from one group to one for each part
     "stages.*.weight_decay": 0.7,
+}
+APPLIED_ELSEWHERE = {
+    "train.updates": "below, and test_runs.py: test_a_run_given_more_updates_twice",
+    "train.stop_after": "test_runs.py, by every run that is stopped and resumed",
+    "train.bad_updates": "below: test_the_guards_values_are_those_of_the_start",
+    "optim.spike_sigma": "the same",
+    "optim.spike_window": "the same",
+    "data.sample_posterior": "test_objective.py: a function of the configuration and the update alone",
 }
 
 

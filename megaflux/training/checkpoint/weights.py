@@ -164,7 +164,13 @@ def other_clip(content: Mapping[str, Any], now: Mapping[str, str]) -> bool:
 
 def options_of(parts: Sequence[str]) -> str:
     """The fields that name these parts' weights."""
-    fields = {"flux": "model.flux", "clip": "model.flux", "vlm": "model.vlm", "vae": "model.vae", "connector": "run.seed (of the connector)"}
+    fields = {
+        "flux": "model.flux",
+        "clip": "model.flux",
+        "vlm": "model.vlm",
+        "vae": "model.vae",
+        "connector": "run.seed (of the connector)",
+    }
     chosen = [
         field for part, field in fields.items() if part in parts and (part != "connector" or parts == ["connector"])
     ]
