@@ -121,7 +121,7 @@ def test_a_resumed_run_says_which_folder_is_gone(home):
     config = build_config(merge(config.model_dump(), {"data": {"path": str(home / "no"), "source": None}}))
     found = find_problems(config, {}, 1)
     for words in (
-        r"model.flux: .*old/flux does not exist; give a folder",
+        r"model.flux: .*old/flux does not exist; the run in .*renamed began with it: give --model.flux with the folder where",
         r"model.vlm: .*old/qwen does not exist",
         r"data.path: .*no does not exist; the run in .*renamed was trained on it: give --data.path with the folder",
     ):

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from megaflux.common.errors import UserError
-from megaflux.config.parse import build_config
+from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import PRESETS
 from megaflux.config.schema import Config
 from megaflux.data.buckets import make_buckets
@@ -16,6 +17,7 @@ from megaflux.training.planning import sizes
 from megaflux.training.planning.checks import find_notes, find_problems
 from megaflux.training.planning.dry_run import dry_run
 from megaflux.training.planning.gpus import Assumed
+from tests.conftest import small_values
 
 DS_CONFIG = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero2.json").read_text())
 
@@ -396,3 +398,40 @@ def test_sizes_that_do_not_fit_each_other():
 def test_panel_larger_than_the_held_out_set(data):
     config = configure(data__path=str(data), validation__panel_samples=100)
     assert "validation.panel_samples: 100" in only_problem(config)
+
+
+def problems_of(values, capsys) -> list[str]:
+    dry_run(build_config(values), DS_CONFIG, 1)
+    out = capsys.readouterr().out
+    return [line for line in out.splitlines() if line.startswith(("problem: ", "note: "))]
+
+
+@pytest.fixture
+def small(tmp_path) -> dict:
+    """The models of tests/conftest.py."""
+    folder = write_dataset(tmp_path / "small", ("16:9", "1:1", "1:2"), 64)
+    return merge(small_values(), {"data": {"path": str(folder)}, "run": {"dir": str(tmp_path / "new"), "seed": 3}})
+
+
+def test_what_a_run_is_to_begin_with_is_compared_by_names_and_shapes(small, run_folder, export_folder, capsys):
+    """Before any weight is read, from the headers of the source's files."""
+    for source in (run_folder, export_folder):
+        values = merge(small, {"model": {"init": str(source)}})
+        assert not [line for line in problems_of(values, capsys) if line.startswith("problem")]
+        values = merge(values, {"model": {"flux_config": {"joint_attention_dim": 40}}})
+        (line,) = [line for line in problems_of(values, capsys) if line.startswith("problem")]
+        assert re.search(r"model.init: .*safetensors: wrong shape .*24.*, the run's models have .*40", line)
+        values = merge(small, {"model": {"init": str(source), "flux_config": {"num_single_layers": 0}}})
+        values["stages"] = values["stages"][:1]
+        (line,) = [line for line in problems_of(values, capsys) if line.startswith("problem")]
+        assert "unexpected key" in line and "single_transformer_blocks.0" in line
+
+
+def test_one_mistake_is_one_problem_and_a_rate_without_effect_is_noted(small, tmp_path, capsys):
+    values = merge(small, {"model": {"vlm": str(tmp_path / "none")}})
+    assert len([line for line in problems_of(values, capsys) if "/none" in line]) == 1
+    stages = [small["stages"][0], small["stages"][1] | {"components": ["attn.to_q", r"attn\.to_[qk]"]}]
+    assert len([line for line in problems_of(small | {"stages": stages}, capsys) if "components" in line]) == 1
+    stages[1] = {"name": "one", "share": 1, "blocks": [1], "connector": False, "lr": {"connector": 5, "vlm": 1}}
+    noted = [line for line in problems_of(small | {"stages": stages}, capsys) if ".lr." in line]
+    assert noted == ["note: stages.1.lr.connector: has no effect, because this stage trains nothing of connector"]

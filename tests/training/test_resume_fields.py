@@ -4,6 +4,7 @@ Those without effect: test_runs.py, test_a_run_stopped_at_a_stages_end_goes_on_w
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -91,7 +92,8 @@ def resumed(run, tmp_path, field: str, value: object, update: int, stage: int = 
     saved.refuse_changes(config, begun.values)
     config = extend.extended(config, begun)
     path = manifest.listed(run)[update]
-    resume._check_same_run(path, manifest.read(path) | {"deepspeed": sharding(DS)}, config, DS, 1)
+    if problem := identity.problem(path, manifest.read(path) | {"deepspeed": sharding(DS)}, config, DS, 1):
+        raise UserError(problem)
 
 
 @pytest.mark.parametrize("field", OTHER)
@@ -228,20 +230,60 @@ def test_the_checkpoint_at_a_former_end_stays():
     assert milestones(build_config(values)) == {4, 6, 8, 12}
 
 
-def test_an_appended_stage_may_be_small_and_a_dry_run_says_what_a_resume_refuses(run_folder, tmp_path):
-    values = saved.load(run_folder).model_dump(mode="json")
+@pytest.fixture
+def resumable(run_folder, tmp_path):
+    """A copy whose newest manifest says of DeepSpeed what training writes, with ZeRO-2 in bf16."""
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    file = manifest.listed(run)[8] / manifest.MANIFEST
+    content = {k: v for k, v in json.loads(file.read_text()).items() if k != "seal"}
+    file.write_text(json.dumps(manifest.sealed(content | {"deepspeed": sharding(DS)})))
+    return run
+
+
+def parsed(run, *arguments: object):
+    parser = Parser(prog="test")
+    add_config_arguments(parser)
+    argv = ["--run.dir", str(run), *map(str, arguments)]
+    _, config = parse_config(parser, argv, saved=lambda run_dir: saved.begun(run_dir).values)
+    return extend.extended(config, saved.begun(str(run)))
+
+
+def test_an_appended_stage_may_be_small_and_a_dry_run_says_what_a_resume_refuses(resumable, tmp_path):
+    values = saved.load(resumable).model_dump(mode="json")
     stages = [*values["stages"], {"name": "more", "share": 0.001, "blocks": "none", "vlm_layers": 0}]
     file = tmp_path / "over.yaml"
     file.write_text(yaml.safe_dump({"stages": stages, "train": {"updates": 11}}))
-    parser = Parser(prog="test")
-    add_config_arguments(parser)
-    argv = ["--run.dir", str(run_folder), "--config", str(file)]
-    _, config = parse_config(parser, argv, saved=lambda run_dir: saved.begun(run_dir).values)
-    config = extend.extended(config, saved.begun(str(run_folder)))
+    config = parsed(resumable, "--config", file)
     assert config.stage_ends() == [4, 8, 11]
-    assert not [line for line in find_problems(config, DS, 1) if "run.dir" in line]
-    other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 9})})
-    assert [line for line in find_problems(other, DS, 1) if "run.dir" in line and "other run.seed" in line]
+
+    def found(ds=DS, ranks=1, **run):
+        given = config.model_copy(update={"run": config.run.model_copy(update=run)})
+        return [line for line in find_problems(given, ds, ranks) if not line.startswith("data.")]
+
+    zero3 = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    assert found() == found(ranks=2) == []
+    for lines, words in (
+        (found(seed=9), "holds a run with other run.seed; restore"),
+        (found(zero3), "update-0000008 was saved with {'zero_stage': 2"),
+        (found(DS | {"bf16": {"enabled": False}}), "this file says {'zero_stage': 2, 'bf16': False"),
+        (found(resume="never"), "holds checkpoints and run.resume is never"),
+        (found(dir=str(tmp_path), resume="must"), "holds no checkpoint and run.resume is must"),
+    ):
+        assert len(lines) == 1 and words in lines[0], lines
+    file = manifest.listed(resumable)[8] / manifest.MANIFEST
+    content = {k: v for k, v in json.loads(file.read_text()).items() if k != "seal"}
+    file.write_text(json.dumps(manifest.sealed(content | {"deepspeed": sharding(zero3)})))
+    assert "saved by 1 ranks, this run has 2, and ZeRO-3" in found(zero3, 2)[0]
+    config = parsed(resumable, "--optim.lr.vlm", 1e-3)
+    assert "one rate for all parts, and ZeRO-3's shards cannot be grouped anew; leave lr and" in found(zero3)[0]
+
+
+def test_single_fields_of_a_resumed_runs_stages_are_set_by_options(resumable):
+    config = parsed(resumable, "--stages.1.lr", 1e-4, "--stages.0.weight_decay.vlm", 0.5)
+    assert config.stages[1].lr == 1e-4 and config.stages[0].weight_decay.vlm == 0.5
+    assert [stage.share for stage in config.stages] == [0.5, 0.5]
+    whole = parsed(resumable, "--stages.1", "{name: stage1, share: 0.5, blocks: [1], lr: 2e-4}")
+    assert whole.stages[1].lr == 2e-4
 
 
 @pytest.mark.parametrize(

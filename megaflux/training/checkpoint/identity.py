@@ -6,10 +6,12 @@ weights (`base`) and of the data (in `data`), so that folders may be moved and r
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from megaflux.config.schema import Config
 from megaflux.training.checkpoint import saved
+from megaflux.training.ds_config import sharding
 
 REFUSED = (
     "preset",
@@ -60,6 +62,35 @@ def identity(config: Config) -> dict[str, Any]:
     fixed = [path for path in REFUSED if "*" not in path and path not in ("train.drawn_per_rank", *_ENDS)]
     kept = {path: saved.at(values, path) for path in fixed}
     return kept | {"stages": [{name: stage[name] for name in _STAGE} for stage in values["stages"]]}
+
+
+def problem(
+    path: Path, content: dict[str, Any], config: Config, ds_config: dict[str, Any], world_size: int
+) -> str | None:
+    """Why a run cannot be resumed from a checkpoint, one line with the remedy; None: it can. path: the checkpoint's folder;
+    content: its manifest."""
+    then, by_part = content["deepspeed"], content.get("groups_by_part", False)
+    if "parameter_order" not in then:
+        return (
+            f"{path}: an earlier megaflux began this run, and its optimizer shards have another order; "
+            "finish the run with that version, or give another --run.dir"
+        )
+    if then != sharding(ds_config):
+        return f"--deepspeed: {path} was saved with {then}, this file says {sharding(ds_config)}; give the one the run began with"
+    if content["world_size"] != world_size and then["zero_stage"] != 2:
+        return (
+            f"{path}: saved by {content['world_size']} ranks, this run has {world_size}, and ZeRO-3's shards "
+            f"cannot be resharded; start it with {content['world_size']}"
+        )
+    if then["zero_stage"] == 3 and by_part != config.rates_by_part:
+        rates = "as they were" if by_part else "one number each, not by part"
+        return (
+            f"optim: {path} was saved with {'rates by part' if by_part else 'one rate for all parts'}, and ZeRO-3's shards cannot "
+            f"be grouped anew; leave lr and weight_decay in optim and in every stage {rates}, or begin a new run from this one "
+            "(model.init)"
+        )
+    changes = changed(content, config)
+    return refusal(config.run.dir, changes) if changes else None
 
 
 def refusal(run_dir: str, fields: list[str]) -> str:

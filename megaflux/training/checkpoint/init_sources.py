@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,25 @@ from megaflux.generation import layout
 from megaflux.models import pretrained, reading
 from megaflux.models.connector import build_connector
 from megaflux.models.loading_errors import named
-from megaflux.models.parameters import LAYERS, base_fingerprints, beginnings, fingerprint, weights_fingerprint
+from megaflux.models.parameters import (
+    LAYERS,
+    base_fingerprints,
+    beginnings,
+    decoder_layers,
+    fingerprint,
+    weights_fingerprint,
+)
 from megaflux.models.pretrained import Models
 from megaflux.models.sources import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS
 from megaflux.models.strict import read_tensors
 from megaflux.models.vlm_folder import read_config
 from megaflux.training.checkpoint import init_folder, saved, weights
 from megaflux.training.checkpoint.init_folder import Source
+
+if TYPE_CHECKING:
+    from transformers import Qwen2VLModel
+
+    from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 
 QWEN_FIELDS = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "hidden_act", "rope_theta", "rope_scaling")
 """Of Qwen2-VL's configuration: what changes its output and is not seen in the shapes of its weights."""
@@ -58,7 +70,6 @@ class Values:
                         f"{list(wanted[name].shape)}; give the sizes that it was trained with"
                     )
                 self.stored[name] = file, key
-                self.drawn.pop(name, None)
 
     def each(self, only: set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of all, or of these, file by file and always in the same order."""
@@ -74,20 +85,47 @@ class Values:
         yield from ((name, t) for name, t in sorted(self.drawn.items()) if only is None or name in only)
 
 
+def stored(source: Source, trainable: Qwen2VLFlux, trunk: Qwen2VLModel) -> Values:
+    """Where a source's tensors are, for a run of these models, of which only names and shapes are read: they may be on the meta
+    device. UserError naming the file and the key of what does not fit."""
+    wanted = beginnings(trainable, trunk)
+    if source.kind == "run":
+        return _of_runs_files(source, wanted, len(decoder_layers(trainable, trunk)))
+    return _of_exports_files(source.path, wanted)
+
+
 # --- a run as a source ----------------------------------------------------------------------------------------------
 
 
 def of_run(source: Source, base: Models, config: Config) -> Values:
     """What a run changed: what it began from itself, and its checkpoint's weights over that."""
-    content, checkpoint, wanted = source.content, source.checkpoint, beginnings(base.trainable, base.trunk.vlm)
-    assert checkpoint is not None
+    content, values = source.content, stored(source, base.trainable, base.trunk.vlm)
     theirs = saved.completed(content["identity"], content["format"])
-    layers = len(base.trunk.vlm.language_model.layers) + len(base.trainable.vlm.layers)
-    first = layers - int(saved.at(theirs, "model.vlm_layers"))
     seed, way = saved.at(theirs, "run.seed"), saved.at(theirs, "model.seeded")
     old = base.trainable.connector
     connector = build_connector(old.in_features, old.out_features, seed, way).to(old.weight.dtype)
-    values = Values(drawn={f"connector.{name}": p.detach() for name, p in connector.named_parameters()})
+    drawn = {f"connector.{name}": p.detach() for name, p in connector.named_parameters()}
+    values.drawn = {name: p for name, p in drawn.items() if name not in values.stored}
+    # Whatever the seed, if the weights are published ones: only the connector is drawn, and the source brings its own.
+    same, parts = base_fingerprints(base.trainable, base.trunk.vlm, base.vae, connector=connector)
+    parts |= {"clip": base.base_parts["clip"]} if "clip" in base.base_parts else {}
+    if content["base"] != same or weights.other_clip(content, parts):
+        which = weights.options_of(weights.other_parts(content, parts))
+        draws = [f"--run.seed {seed}"] * (config.run.seed != seed) + [f"--model.seeded {way}"] * (
+            config.model.seeded != way
+        )
+        else_ = f", or, of what is drawn, {' '.join(draws)}" if draws else ""
+        raise UserError(
+            f"model.init: {source.path}: began from other base weights than this run's {which}; give those{else_}"
+        )
+    return values
+
+
+def _of_runs_files(source: Source, wanted: Mapping[str, nn.Parameter], layers: int) -> Values:
+    """layers: of Qwen2-VL, whose last ones a checkpoint numbers from 0."""
+    content, checkpoint, values = source.content, source.checkpoint, Values()
+    assert checkpoint is not None
+    first = layers - int(saved.at(saved.completed(content["identity"], content["format"]), "model.vlm_layers"))
     if content.get("init") is not None:
         root = init_folder.folder(source.path)
         values.add([root / name for name in init_folder.read(source.path)["files"]], lambda key: key, wanted)
@@ -99,18 +137,6 @@ def of_run(source: Source, base: Models, config: Config) -> Values:
         return f"vlm.layers.{first + int(number)}.{rest}"
 
     values.add([checkpoint / name for name in weights.files_of(content, checkpoint)], absolute, wanted)
-    # Whatever the seed, if the weights are published ones: only the connector is drawn, and the source brings its own.
-    same, parts = base_fingerprints(base.trainable, base.trunk.vlm, base.vae, connector=connector)
-    parts |= {"clip": base.base_parts["clip"]} if "clip" in base.base_parts else {}
-    if content["base"] != same or weights.other_clip(content, parts):
-        which = weights.options_of(weights.other_parts(content, parts))
-        draws = [f"--run.seed {seed}"] * (config.run.seed != seed) + [f"--model.seeded {way}"] * (
-            config.model.seeded != way
-        )
-        drawn = f", or, of what is drawn, {' '.join(draws)}" if draws else ""
-        raise UserError(
-            f"model.init: {source.path}: began from other base weights than this run's {which}; give those{drawn}"
-        )
     return values
 
 
@@ -119,25 +145,31 @@ def of_run(source: Source, base: Models, config: Config) -> Values:
 
 def of_export(source: Source, base: Models) -> Values:
     """An export's transformer, connector and decoder layers; its other parts must be the run's."""
-    root, wanted, values = source.path, beginnings(base.trainable, base.trunk.vlm), Values()
-    files: dict[str, list[Path]] = {}
-    for part, names in (("transformer", DIFFUSERS_WEIGHTS), ("text_encoder", TRANSFORMERS_WEIGHTS)):
-        with named(str(root / part)):
-            files[part] = reading.weight_files(str(root), part, names)
+    root, values = source.path, stored(source, base.trainable, base.trunk.vlm)
     others = {
         pretrained.vlm_name(key) or "": (file, key)
-        for file in files["text_encoder"]
+        for file in _files(root, "text_encoder", TRANSFORMERS_WEIGHTS)
         for key in reading.shapes(file)
         if not (pretrained.vlm_name(key) or "").startswith(LAYERS)
     }
-    values.add(files["transformer"], lambda key: f"transformer.{key}", wanted)
-    values.add(files["text_encoder"], _layer_name, wanted)
-    values.add([root / layout.CONNECTOR], lambda key: f"connector.{key}", wanted)
-    if missing := sorted(set(wanted) - set(values.stored)):
-        raise UserError(f"model.init: {root}: missing key {missing[0]} (of {len(missing)}); export again")
     _check_fields(root, base)
     _check_same(root, base, others)
     return values
+
+
+def _of_exports_files(root: Path, wanted: Mapping[str, nn.Parameter]) -> Values:
+    values = Values()
+    values.add(_files(root, "transformer", DIFFUSERS_WEIGHTS), lambda key: f"transformer.{key}", wanted)
+    values.add(_files(root, "text_encoder", TRANSFORMERS_WEIGHTS), _layer_name, wanted)
+    values.add([root / layout.CONNECTOR], lambda key: f"connector.{key}", wanted)
+    if missing := sorted(set(wanted) - set(values.stored)):
+        raise UserError(f"model.init: {root}: missing key {missing[0]} (of {len(missing)}); export again")
+    return values
+
+
+def _files(root: Path, part: str, names: tuple[str, ...]) -> list[Path]:
+    with named(str(root / part)):
+        return reading.weight_files(str(root), part, names)
 
 
 def _layer_name(key: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from megaflux.models.loading_errors import named
 from megaflux.training import distributed
 from megaflux.training.checkpoint import identity, manifest, reshard
 from megaflux.training.checkpoint.state import Checkpoint
-from megaflux.training.ds_config import sharding
 from megaflux.training.engine import StageEngine
 
 log = logging.getLogger("megaflux")
@@ -77,7 +75,8 @@ def _resolve(config: Config, ds_config: dict[str, Any], world_size: int, sound: 
             continue
         if sound and content.get("guard", {}).get("in_a_row"):
             continue
-        _check_same_run(path, content, config, ds_config, world_size)
+        if problem := identity.problem(path, content, config, ds_config, world_size):
+            raise UserError(problem)
         for line in refused:
             log.warning("%s; resuming from %s, the newest complete checkpoint", line, path.name)
         return Checkpoint(path, content, refused)
@@ -86,34 +85,6 @@ def _resolve(config: Config, ds_config: dict[str, Any], world_size: int, sound: 
     raise UserError(
         f"{refused[0]}; and none of the {len(found)} checkpoints is complete. " + WAYS_OUT.format(root=root)
     )
-
-
-def _check_same_run(
-    path: Path, content: dict[str, Any], config: Config, ds_config: dict[str, Any], world_size: int
-) -> None:
-    """UserError if a complete checkpoint belongs to another run."""
-    if "parameter_order" not in content["deepspeed"]:
-        raise UserError(
-            f"{path}: an earlier megaflux began this run, and its optimizer shards have another order; "
-            "finish the run with that version, or give another --run.dir"
-        )
-    if content["deepspeed"] != sharding(ds_config):
-        raise UserError(
-            f"--deepspeed: {path} was saved with {content['deepspeed']}, this file says "
-            f"{sharding(ds_config)}; give the one the run began with"
-        )
-    if content["world_size"] != world_size and content["deepspeed"]["zero_stage"] != 2:
-        raise UserError(
-            f"{path}: saved by {content['world_size']} ranks, this run has {world_size}, and ZeRO-3's shards "
-            f"cannot be resharded; start it with {content['world_size']}"
-        )
-    if content["deepspeed"]["zero_stage"] == 3 and content.get("groups_by_part", False) != config.rates_by_part:
-        raise UserError(
-            f"optim: {path} was saved with {'rates by part' if content.get('groups_by_part') else 'one rate for all parts'}, "
-            "and ZeRO-3's shards cannot be grouped anew; leave optim and the stages' lr and weight_decay as they were"
-        )
-    if changed := identity.changed(content, config):
-        raise UserError(identity.refusal(config.run.dir, changed))
 
 
 def load_training_state(checkpoint: Checkpoint, engine: StageEngine, world: World) -> None:

@@ -123,7 +123,7 @@ def begun(run_dir: str) -> Begun | None:
         config, ds_config = _built(values, Path(run_dir) / NAME), _read_json(Path(run_dir) / DS_NAME)
     else:
         return Begun(None, _read_json(Path(run_dir) / DS_NAME))
-    values = config.model_dump()
+    values = _with_lists(config.model_dump())
     for path in PER_START:
         section, _, name = path.partition(".")
         del values[section][name]
@@ -133,6 +133,13 @@ def begun(run_dir: str) -> Begun | None:
     if "stage" not in content:
         return Begun(values, ds_config)
     return Begun(values, ds_config, config, content["stage"], content["update"])
+
+
+def _with_lists(values: Any) -> Any:
+    """Nested values with lists in the place of tuples, as a file has them: options set single elements (--stages.1.lr)."""
+    if isinstance(values, dict):
+        return {key: _with_lists(value) for key, value in values.items()}
+    return [_with_lists(value) for value in values] if isinstance(values, list | tuple) else values
 
 
 def snapshot(run_dir: str | Path) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megaflux.common.errors import UserError
+from megaflux.config.fields import Section
+from megaflux.config.recipe import BY_PART, PARTS
 from megaflux.config.schema import Config
 from megaflux.data.buckets import make_buckets, overdrawn
 from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
 from megaflux.models.sources import HUB, hub_name, model_problems
-from megaflux.training.checkpoint import identity, init_folder, saved
+from megaflux.training.checkpoint import identity, init_folder, manifest, saved
 from megaflux.training.components import NAMES, Kind, holds, list_problem
 from megaflux.training.ds_config import batch_problem, batch_sizes, uses_kernels, zero_stage
 from megaflux.training.planning.dataset_checks import dataset_notes, dataset_problems
@@ -28,7 +30,7 @@ def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) ->
         *_sharding(config, ds_config),
         *_sizes(config),
         *_stages(config),
-        *_run_folder(config),
+        *_run_folder(config, ds_config, world_size),
         *_models(config),
         *_kernels(config, ds_config),
         *_data(config),
@@ -47,6 +49,14 @@ def find_notes(config: Config, world_size: int) -> list[str]:
         notes += dataset_notes(config.data, info)
     if config.model.init is not None and not saved.has_begun(config.run.dir):
         notes.append(f"model.init: the run begins with the weights of {config.model.init}")
+    for i, stage in enumerate(config.stages):
+        for field in BY_PART:
+            rates = getattr(stage, field)
+            for part in PARTS if isinstance(rates, Section) else ():
+                if getattr(rates, part) is not None and part not in stage.parts:
+                    notes.append(
+                        f"stages.{i}.{field}.{part}: has no effect, because this stage trains nothing of {part}"
+                    )
     for field in ("flux", "vlm", "vae"):
         source = getattr(config.model, field)
         if source and source != "tiny" and (name := hub_name(source)):
@@ -125,7 +135,7 @@ def _stages(config: Config) -> Iterator[str]:
                     break
 
 
-def _run_folder(config: Config) -> Iterator[str]:
+def _run_folder(config: Config, ds_config: dict[str, Any], world_size: int) -> Iterator[str]:
     path = Path(config.run.dir)
     try:
         path.exists()
@@ -138,22 +148,35 @@ def _run_folder(config: Config) -> Iterator[str]:
                 yield f"run.dir: {place} is a file; give a folder"
             elif not os.access(place, os.W_OK | os.X_OK):
                 yield f"run.dir: {place} cannot be written; give another folder or change its permissions"
-            elif place == path and (fields := _other_than_the_runs(config)):
-                yield identity.refusal(config.run.dir, fields)
+            elif place == path:
+                yield from _resuming(config, ds_config, world_size)
             return
 
 
-def _other_than_the_runs(config: Config) -> list[str]:
-    """Fields of a resumed run's configuration that may not differ from its newest checkpoint's, and do."""
-    content = saved.newest(config.run.dir)
-    return identity.changed(content, config) if content is not None and "identity" in content else []
+def _resuming(config: Config, ds_config: dict[str, Any], world_size: int) -> Iterator[str]:
+    """Why the run in the folder cannot be resumed, as far as its newest manifest tells: its files are looked at later."""
+    begun, folder = saved.has_begun(config.run.dir), config.run.dir
+    if begun and config.run.resume == "never":
+        yield f"run.dir: {folder} holds checkpoints and run.resume is never; give another --run.dir"
+    elif not begun and config.run.resume == "must":
+        yield f"run.dir: {folder} holds no checkpoint and run.resume is must"
+    content = saved.newest(folder) if begun else None
+    if content is not None and "identity" in content:
+        path = manifest.folder(folder) / manifest.name_of(content["update"])
+        if problem := identity.problem(path, content, config, ds_config, world_size):
+            yield problem
 
 
 def _models(config: Config) -> Iterator[str]:
     model = config.model
     if model.flux is None and model.vae is None:
         yield "model.vae: a model built from nothing needs a VAE; set it to a folder or to tiny"
-    yield from model_problems(model)
+    for line in model_problems(model):
+        name, _, rest = line.partition(": ")
+        if " does not exist" in rest and saved.has_begun(config.run.dir):
+            what = rest.partition(" does not exist")[0]
+            line = f"{name}: {what} does not exist; the run in {config.run.dir} began with it: give --{name} with the folder where it is now"
+        yield line
     if wrong := init_folder.problem(config):
         yield wrong
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from megaflux.common.errors import UserError, one_line
 from megaflux.config.schema import Config
 from megaflux.models.sources import hub_name
+from megaflux.training.checkpoint import init_folder, saved
 from megaflux.training.ds_config import batch_sizes
 from megaflux.training.planning.checks import find_notes, find_problems
 from megaflux.training.planning.dry_run_text import print_estimate
@@ -46,8 +48,10 @@ def dry_run(
         problems += [problem] if problem else []
         report |= found.as_json()
         _check_turns(config)
+        _check_init(config)
     except UserError as error:
-        problems.append(str(error))
+        if not any(_says(problem, str(error)) for problem in problems):
+            problems.append(str(error))
     notes = find_notes(config, world_size)
     for note in notes:
         print(f"note: {note}")
@@ -57,6 +61,22 @@ def dry_run(
     if json_path:
         write_json_report(json_path, report | {"world_size": world_size, "notes": notes, "problems": problems})
     return 2 if problems else 0
+
+
+def _says(problem: str, error: str) -> bool:
+    """Whether an error repeats a problem that was found, under another name of the field."""
+    return problem.partition(": ")[2].replace(":", "") in error.replace(":", "")
+
+
+def _check_init(config: Config) -> None:
+    """UserError where the weights that a new run is to begin with have other names or shapes than its models."""
+    run_dir, source = config.run.dir, config.model.init
+    if source is None or not os.path.isdir(source) or saved.has_begun(run_dir):
+        return
+    from megaflux.models.pretrained import meta_models  # here, because it imports transformers
+    from megaflux.training.checkpoint import init_sources
+
+    init_sources.stored(init_folder.find(source, whole=False), *meta_models(config))
 
 
 def _check_turns(config: Config) -> None:
