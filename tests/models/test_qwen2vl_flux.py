@@ -221,4 +221,4 @@ def test_base_weights_have_one_fingerprint_wherever_qwen_is_cut(small_config):
     found = [load_models(config) for config in (*found, small_config.model_copy(update={"stages": stages}))]
     assert [len(made.trainable.vlm.layers) for made in found] == [2, 1, 0]
     assert len({made.base for made in found}) == 1 and len({str(made.base_parts) for made in found}) == 1
-    assert set(found[0].base_parts) == {"flux", "vlm", "vae", "connector"}
+    assert set(found[0].base_parts) == {"flux", "vlm", "vae", "connector", "clip"}

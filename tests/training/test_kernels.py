@@ -92,6 +92,8 @@ def test_zero3_runs_on_diffusers_own_path_and_says_so(tmp_path, data):
     resolved = build_config(merge(tiny(), values))
     (problem,) = find_problems(resolved, load_ds_config(zero3), 1)
     assert "mlp needs kernels, but ZeRO-3 runs diffusers' own path" in problem
+    values["run"] = {"dir": str(tmp_path / "new")}
+    resolved = build_config(merge(tiny(), values))
     assert find_problems(resolved, load_ds_config(ds_config(tmp_path)), 1) == []
 
 
