@@ -16,7 +16,7 @@ from megaflux.generation.layout import MANIFEST, Settings, is_export
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline
 from megaflux.generation.runtime import device_and_dtype
 from megaflux.models.pretrained import Models, load_models, move_to
-from megaflux.models.sources import hub_name, model_problems
+from megaflux.models.sources import model_problems
 from megaflux.training.checkpoint import identity, init_folder, init_weights, saved, weights
 from megaflux.training.checkpoint import manifest as manifests
 
@@ -102,15 +102,7 @@ def _as_it_is_now(config: Config, root: Path, folders: Folders) -> Config:
 
 def check_sources(run: TrainedRun) -> None:
     """UserError for base weights that are missing or not complete, with the option to give where a folder was moved."""
-    model = run.config.model
-    lines = []
-    for line in model_problems(model):
-        field = line.partition(":")[0].removeprefix("model.")
-        source = getattr(model, field)
-        gone = hub_name(source) is None and not os.path.isdir(source)
-        lines.append(
-            f"model.{field}: {source}: no such folder; give --{field} with the folder where it is now" if gone else line
-        )
+    lines = list(model_problems(run.config.model, "--"))
     if lines:
         raise UserError("; ".join(lines))
 

@@ -60,7 +60,7 @@ def now(root: Path) -> list[object]:
 def test_pictures_replays_and_exports_of_a_run_whose_folders_are_elsewhere(home, capsys):
     run = ["--checkpoint", home / "renamed"]
     for name in ("flux", "vlm", "vae"):
-        with pytest.raises(UserError, match=f"model.{name}: .*/old/.*: no such folder; give --{name} with the folder"):
+        with pytest.raises(UserError, match=f"model.{name}: .*/old/.* does not exist; give --{name} with the folder"):
             made(home, "x", *run, "--reference", home / "cat.png")
     assert infer.main([*map(str, [*run, "--reference", home / "cat.png"]), "--dry-run"]) == 2
     assert "give --vlm with the folder where it is now" in capsys.readouterr().out
@@ -121,7 +121,7 @@ def test_a_resumed_run_says_which_folder_is_gone(home):
     config = build_config(merge(config.model_dump(), {"data": {"path": str(home / "no"), "source": None}}))
     found = find_problems(config, {}, 1)
     for words in (
-        r"model.flux: .*old/flux does not exist; the run in .*renamed began with it: give --model.flux with the folder where",
+        r"model.flux: .*old/flux does not exist; give --model.flux with the folder where it is now",
         r"model.vlm: .*old/qwen does not exist",
         r"data.path: .*no does not exist; the run in .*renamed was trained on it: give --data.path with the folder",
     ):

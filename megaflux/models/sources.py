@@ -106,9 +106,10 @@ def opened(source: str, patterns: Iterable[str]) -> str:
 # --- a folder's files -----------------------------------------------------------------------------------------------
 
 
-def model_problems(model: Any) -> Iterator[str]:
+def model_problems(model: Any, moved: str | None = None) -> Iterator[str]:
     """What is wrong with the sources of a configuration's `model` section (flux, vlm, vae), a line per source and kind of
-    fault."""
+    fault. moved: how the options begin that say where a folder is now, of a run that has begun (`--model.`); None: of a new one.
+    """
     parts = {name: part for name, part in FLUX.items() if name != "vae" or not model.vae}
     vae = None if model.vae == "tiny" else model.vae
     for key, source, needed in (
@@ -116,7 +117,9 @@ def model_problems(model: Any) -> Iterator[str]:
         ("vlm", model.vlm, {"": VLM}),
         ("vae", vae, {"": DIFFUSERS_MODEL}),
     ):
-        if source is not None:
+        if source is not None and moved and hub_name(source) is None and not os.path.exists(source):
+            yield f"model.{key}: {source} does not exist; give {moved}{key} with the folder where it is now"
+        elif source is not None:
             for line in source_problems(source, needed):
                 yield f"model.{key}: {line}"
 

@@ -146,7 +146,10 @@ def test_a_run_that_is_given_more_updates_twice_follows_the_new_trapezoids(tmp_p
     shown = EventAccumulator(str(run / "tensorboard")).Reload()
     for part, peaks in {"flux": [1e-3] * 8, "connector": [4e-3] * 8 + [2e-2] * 3}.items():
         rates = [event.value for event in shown.Scalars(f"train/learning_rate_{part}")]
-        wanted = [trapezoid(peak, i, length) for i, (peak, length) in enumerate(zip(peaks, lengths))]
+        wanted = [
+            trapezoid(peak, i, length)
+            for i, (peak, length) in enumerate(zip(peaks, lengths[: len(peaks)], strict=True))
+        ]
         assert rates == pytest.approx(wanted)
     found = saved.load(run)
     assert found.stage_ends() == [3, 8, 11] and found.train.ended_at == (8,)

@@ -254,10 +254,9 @@ def _checked(run_dir: Path, checkpoint: Path, whole: bool) -> dict[str, Any]:
 
 def problem(config: Config) -> str | None:
     """What is wrong with the beginning of a run, one line; None: nothing. Sizes are compared, no weight is read."""
-    has_begun = saved.has_begun(config.run.dir)
+    content = saved.newest(config.run.dir)
     try:
-        if has_begun:
-            content = saved.newest(config.run.dir) or {}
+        if content is not None:
             if content.get("init") is not None:
                 read(config.run.dir, content["init"])
         elif config.model.init is not None:
@@ -266,5 +265,5 @@ def problem(config: Config) -> str | None:
             if kept(config.run.dir, config.model.init) is None:
                 find(config.model.init, whole=False)
     except UserError as error:
-        return str(error) if has_begun else f"model.init: {error}"
+        return str(error) if content is not None else f"model.init: {error}"
     return None

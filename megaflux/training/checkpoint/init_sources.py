@@ -108,15 +108,15 @@ def of_run(source: Source, base: Models, config: Config) -> Values:
     values.drawn = {name: p for name, p in drawn.items() if name not in values.stored}
     # Whatever the seed, if the weights are published ones: only the connector is drawn, and the source brings its own.
     same, parts = base_fingerprints(base.trainable, base.trunk.vlm, base.vae, connector=connector)
-    parts |= {"clip": base.base_parts["clip"]} if "clip" in base.base_parts else {}
+    parts = base.base_parts | parts  # and CLIP's
     if content["base"] != same or weights.other_clip(content, parts):
         which = weights.options_of(weights.other_parts(content, parts))
         draws = [f"--run.seed {seed}"] * (config.run.seed != seed) + [f"--model.seeded {way}"] * (
             config.model.seeded != way
         )
-        else_ = f", or, of what is drawn, {' '.join(draws)}" if draws else ""
+        redraw = f", or, of what is drawn, {' '.join(draws)}" if draws else ""
         raise UserError(
-            f"model.init: {source.path}: began from other base weights than this run's {which}; give those{else_}"
+            f"model.init: {source.path}: began from other base weights than this run's {which}; give those{redraw}"
         )
     return values
 

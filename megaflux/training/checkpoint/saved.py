@@ -106,8 +106,6 @@ def begun(run_dir: str) -> Begun | None:
 
     A start that ended before its first save leaves no trace. Raises UserError if RUN/config.yaml is needed (checkpoints
     before format 3) and cannot be read."""
-    if not os.path.isdir(manifest.folder(run_dir)):  # Path's own raises where a name is too long
-        return None
     content = newest(run_dir)
     if content is None:
         return None
@@ -169,6 +167,8 @@ def refuse_changes(config: Config, saved: dict[str, Any]) -> None:
 def newest(run_dir: str) -> dict[str, Any] | None:
     """The newest valid manifest of a run; one without content, {"data": {}}, if no checkpoint has a valid one; None if there
     is no checkpoint."""
+    if not os.path.isdir(manifest.folder(run_dir)):  # Path's own raises where a name is too long
+        return None
     interrupted = sorted(manifest.folder(run_dir).glob(".update-*.partial"))  # may be complete but not renamed
     found = [*reversed(interrupted), *reversed(manifest.listed(run_dir).values())]
     for path in found:
@@ -182,7 +182,7 @@ def newest(run_dir: str) -> dict[str, Any] | None:
 
 def has_begun(run_dir: str) -> bool:
     """Whether a start in a run's folder resumes: it holds a checkpoint, perhaps one that is complete but not renamed yet."""
-    return os.path.isdir(manifest.folder(run_dir)) and newest(run_dir) is not None  # Path's own raises for a long name
+    return newest(run_dir) is not None
 
 
 def describe(run_dir: str, kept: dict[str, Any]) -> str:

@@ -155,12 +155,11 @@ def _run_folder(config: Config, ds_config: dict[str, Any], world_size: int) -> I
 
 def _resuming(config: Config, ds_config: dict[str, Any], world_size: int) -> Iterator[str]:
     """Why the run in the folder cannot be resumed, as far as its newest manifest tells: its files are looked at later."""
-    begun, folder = saved.has_begun(config.run.dir), config.run.dir
-    if begun and config.run.resume == "never":
+    folder, content = config.run.dir, saved.newest(config.run.dir)
+    if content is not None and config.run.resume == "never":
         yield f"run.dir: {folder} holds checkpoints and run.resume is never; give another --run.dir"
-    elif not begun and config.run.resume == "must":
+    elif content is None and config.run.resume == "must":
         yield f"run.dir: {folder} holds no checkpoint and run.resume is must"
-    content = saved.newest(folder) if begun else None
     if content is not None and "identity" in content:
         path = manifest.folder(folder) / manifest.name_of(content["update"])
         if problem := identity.problem(path, content, config, ds_config, world_size):
@@ -171,12 +170,7 @@ def _models(config: Config) -> Iterator[str]:
     model = config.model
     if model.flux is None and model.vae is None:
         yield "model.vae: a model built from nothing needs a VAE; set it to a folder or to tiny"
-    for line in model_problems(model):
-        name, _, rest = line.partition(": ")
-        if " does not exist" in rest and saved.has_begun(config.run.dir):
-            what = rest.partition(" does not exist")[0]
-            line = f"{name}: {what} does not exist; the run in {config.run.dir} began with it: give --{name} with the folder where it is now"
-        yield line
+    yield from model_problems(model, "--model." if saved.has_begun(config.run.dir) else None)
     if wrong := init_folder.problem(config):
         yield wrong
 

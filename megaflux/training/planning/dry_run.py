@@ -65,7 +65,8 @@ def dry_run(
 
 def _says(problem: str, error: str) -> bool:
     """Whether an error repeats a problem that was found, under another name of the field."""
-    return problem.partition(": ")[2].replace(":", "") in error.replace(":", "")
+    said = problem.partition(": ")[2].replace(":", "")
+    return bool(said) and said in error.replace(":", "")
 
 
 def _check_init(config: Config) -> None:
