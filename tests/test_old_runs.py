@@ -212,6 +212,14 @@ def test_a_field_that_is_added_raises_the_format():
             "train.ended_at",
             "train.stage_ends",
         ],
+        7: [
+            "data.caption_weights",
+            "data.condition.none",
+            "flow.guidance",
+            "optim.ema_decay",
+            "optim.large_gradient",
+            "optim.large_gradient_share",
+        ],
     }
     assert max(saved.ADDED) == manifest.FORMAT
 

@@ -74,8 +74,8 @@ def update_peak(
             shape = batch, channels, bucket.height // latents.VAE_SCALE, bucket.width // latents.VAE_SCALE
             condition = _condition(config, module, bucket, batch, dtype)
             x, noise = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-            given = Denoising(bucket, x, condition, torch.empty(batch), noise)
-            losses = denoising_loss(module, config, models, given)
+            given = Denoising(bucket, x, condition, torch.empty(batch), noise, torch.empty(batch))
+            losses = denoising_loss(module, models, given)
             losses.mean().backward()
             return memory.peak
 

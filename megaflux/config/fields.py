@@ -20,6 +20,10 @@ def _home(value: str | None) -> str | None:
     return None if value is None else expanded(value)
 
 
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) and "," in value else value
+
+
 MOST = 2**53  # of a count: up to there a float holds every whole number
 MOST_SHARE = 1e12
 
@@ -29,6 +33,8 @@ Positive = Annotated[float, NUMBER, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, NUMBER, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, NUMBER, Field(ge=1, le=MOST)]
 CountOrZero = Annotated[int, NUMBER, Field(ge=0, le=MOST)]
+COMMAS = BeforeValidator(_split)
+"""Marks a field of several numbers, which a command line may write as 1,4."""
 HOME = AfterValidator(_home)
 """Marks a field that holds a path (or a name that may stand in its place): a `~` at its beginning is expanded."""
 HomePath = Annotated[str, HOME]

@@ -160,8 +160,16 @@ class Optim(Section):
     previous norms; 0: never. An update whose norm is not finite is always dropped."""
     spike_window: Count = 128
     """Number of norms in that mean. It is used from 64 norms on, and is reset at each stage."""
+    large_gradient: Positive = 1e-3
+    """Size of a gradient value, before clipping, from which on it counts as large."""
+    large_gradient_share: Fraction | None = None
+    """An update is dropped on all ranks if more than this share of its gradient's values is larger than `large_gradient`.
+    None: never; the share is logged."""
     max_grad_norm: NonNegative = 1.0
     """Gradients are scaled down to this norm; 0: never."""
+    ema_decay: Annotated[float, NUMBER, Field(ge=0, lt=1)] = 0.0
+    """An average of the weights is kept beside them (an exponential moving average): after the n-th update that was taken it
+    moves by 1 - min(ema_decay, (1 + n) / (10 + n)) of the way to them. 0: none."""
 
     @model_validator(mode="after")
     def _fits(self) -> Optim:

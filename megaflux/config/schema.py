@@ -10,15 +10,16 @@ import math
 from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from megaflux.config import plain_yaml
+from megaflux.config.data import Data
 from megaflux.config.fields import (
+    COMMAS,
     HOME,
     MOST,
     Count,
     CountOrZero,
-    Fraction,
     HomePath,
     HomePathOrNone,
     Named,
@@ -27,6 +28,9 @@ from megaflux.config.fields import (
     Section,
 )
 from megaflux.config.recipe import Optim, Stage
+
+GENERATION_GUIDANCE = 3.5
+"""What FLUX's guidance embedding gets in generation unless told otherwise: the value that FLUX.1-dev is used with."""
 
 
 def _policy(value: Any) -> Any:
@@ -90,56 +94,6 @@ class Model(Named):
     """Captions are cut after this many tokens."""
 
 
-class ConditionModes(Section):
-    """Probability of each kind of condition; drawn once for all ranks per global micro-batch."""
-
-    image: Fraction = 1.0
-    """Reference image only."""
-    image_text: Fraction = 0.0
-    """Reference image with its caption before it in the chat turn, caption tokens appended."""
-    text: Fraction = 0.0
-    """Caption only."""
-
-    @model_validator(mode="after")
-    def _sum_to_one(self) -> ConditionModes:
-        total = self.image + self.image_text + self.text
-        if abs(total - 1) > 1e-6:
-            raise ValueError(f"image + image_text + text is {total:g}; make the three add up to 1")
-        return self
-
-    @property
-    def drawn(self) -> tuple[Literal["image", "image_text", "text"], ...]:
-        """The kinds of probability above 0."""
-        probability = {"image": self.image, "image_text": self.image_text, "text": self.text}
-        return tuple(mode for mode in ("image", "image_text", "text") if probability[mode] > 0)
-
-
-class Data(Named):
-    path: HomePath
-    """Folder of MDS shards as `python -m megaflux.data.prepare` writes them; with `remote`, the local
-    cache."""
-    remote: HomePathOrNone = None
-    """Where the shards lie (s3://, gs://, ...; anything mosaicml-streaming reads). None: they are in
-    `path`."""
-    cache_limit: str | None = None
-    """Most disk for shards fetched from `remote`, e.g. "500gb". None: no limit."""
-    source: HomePathOrNone = None
-    """What to prepare `path` from when it does not exist (an argument of megaflux.data.prepare). None: an
-    error."""
-    longest_side: Annotated[int, Field(ge=16, le=MOST)]
-    """Longest side of a training image, px; must be what the shards were prepared with."""
-    aspect_ratios: tuple[str, ...] = ("16:9", "2:1", "2.35:1", "1:1", "1:2")
-    """Width : height of each bucket."""
-    cache: tuple[Literal["latents", "trunk"], ...] = ()
-    """Compute VAE latents and/or the frozen trunk's output once and train from those shards; e.g.
-    latents,trunk."""
-    num_workers: CountOrZero = 0
-    """Loader processes per rank; 0: the images are decoded in the training process."""
-    condition: ConditionModes = ConditionModes()
-    sample_posterior: bool = False
-    """Draw latents from the VAE's posterior instead of taking its mean; not with cached latents."""
-
-
 class Train(Section):
     updates: Count
     """Optimizer steps of the whole run. More of them may be given to a run that is resumed: the running stage gets them, the
@@ -192,8 +146,20 @@ class Flow(Section):
     logit_std: Positive = 1.0
     shift: Literal["resolution", "none"] | Positive = "resolution"
     """Shift of t towards noise: resolution (FLUX's, by the number of image tokens), a factor, or none."""
-    guidance: NonNegative = 3.5
-    """Value fed to FLUX's guidance embedding in training and validation."""
+    guidance: Annotated[NonNegative | tuple[NonNegative, NonNegative], COMMAS] = 1.0
+    """Value fed to FLUX's guidance embedding in training, or two numbers: drawn uniformly between them for each sample."""
+
+    @field_validator("guidance")
+    @classmethod
+    def _rises(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"{value[0]:g} is above {value[1]:g}; give the smaller number first")
+        return value
+
+    @property
+    def middle_guidance(self) -> float:
+        """The guidance value of training, or the middle of its range."""
+        return sum(self.guidance) / 2 if isinstance(self.guidance, tuple) else self.guidance
 
 
 class Validation(Section):
@@ -288,8 +254,10 @@ class Config(Section):
     def _cache_fits(self) -> Config:
         if "latents" in self.data.cache and self.data.sample_posterior:
             raise ValueError("data.cache: cached latents are the posterior's mean; set data.sample_posterior false")
-        if "trunk" in self.data.cache and self.data.condition.image < 1:
-            raise ValueError("data.cache: a cached trunk holds the image condition only; set data.condition.image 1")
+        if "trunk" in self.data.cache and set(self.data.condition.drawn) - {"image", "none"}:
+            raise ValueError(
+                "data.cache: a cached trunk holds the image condition only; set data.condition.image_text and text 0"
+            )
         return self
 
     def for_world(self, world_size: int) -> Config:

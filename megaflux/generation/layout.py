@@ -29,7 +29,7 @@ from pydantic import BaseModel, ValidationError
 
 from megaflux.common.errors import UserError
 from megaflux.common.files import write_json
-from megaflux.config.schema import Config, Section
+from megaflux.config.schema import GENERATION_GUIDANCE, Config, Section
 from megaflux.models.safetensors_files import is_pointer
 
 if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
@@ -52,13 +52,13 @@ class Settings(Section):
     aspect_ratios: tuple[str, ...]
     """WIDTH:HEIGHT of the trained sizes."""
     guidance: float
-    """Value that FLUX's guidance embedding got in training."""
+    """Value that FLUX's guidance embedding gets where a request names none."""
     vlm_max_tokens: int
     """Most image tokens of a reference."""
     caption_max_tokens: int
     """Prompts are cut after this many tokens."""
     modes: tuple[str, ...]
-    """Kinds of condition seen in training: image, image_text, text."""
+    """Kinds of condition seen in training: image, image_text, text, none (empty)."""
     attention: str = "sdpa"
     """Attention implementation of Qwen2-VL, by transformers' name."""
     vlm_min_tokens: int = 4
@@ -74,7 +74,7 @@ class Settings(Section):
         return cls(
             longest_side=config.data.longest_side,
             aspect_ratios=config.data.aspect_ratios,
-            guidance=config.flow.guidance,
+            guidance=GENERATION_GUIDANCE,
             vlm_max_tokens=config.model.vlm_max_tokens,
             caption_max_tokens=config.model.caption_max_tokens,
             modes=config.data.condition.drawn,

@@ -120,7 +120,7 @@ def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch
     way = model.seeded
     folder = open_vlm(model.vlm, model.attention) if model.vlm else None
     if folder is not None:
-        folder.check_turns(config.data.condition.drawn)
+        folder.check_turns(config.data.condition.chat_modes)
     own = torch.bfloat16 if model.flux else torch.float32  # published weights are bf16; casting up comes later
     if model.flux:
         transformer = load_transformer(model.flux, own, target)

@@ -95,6 +95,7 @@ class Trunk:
         self._vlm: Qwen2VLModel | None = vlm
         self.config = vlm.config
         self._released: tuple[torch.device, torch.dtype] | None = None
+        self._empty: Condition | None = None
         self.processor = processor
         self.max_caption_tokens = max_caption_tokens
         self.min_image_tokens, self.max_image_tokens = min_image_tokens, max_image_tokens
@@ -117,7 +118,7 @@ class Trunk:
 
     @vlm.setter
     def vlm(self, vlm: Qwen2VLModel) -> None:
-        self._vlm, self._released = vlm, None
+        self._vlm, self._released, self._empty = vlm, None, None
 
     @property
     def released(self) -> bool:
@@ -189,6 +190,14 @@ class Trunk:
         """A Condition of mode image around trunk output (B, S, D) computed before, for pictures of height x width px."""
         _, layout = self.collate([self.turn("image", (height, width))] * hidden_states.shape[0])
         return Condition(hidden_states.to(self.device), **layout)
+
+    def empty(self, batch: int) -> Condition:
+        """The empty condition, `batch` times: mode text with the caption "", one token, the end of the turn. Computed when it is
+        first asked for, which must be before `release`, and of one turn, so that its bits do not depend on the batch."""
+        kept = self._empty
+        if kept is None or (kept.hidden_states.device, kept.hidden_states.dtype) != (self.device, self.dtype):
+            kept = self._empty = self.encode(None, [""], "text")
+        return kept.repeated(batch)
 
     def caption_tokens(self, caption: str) -> int:
         """Tokens of a caption before it is cut to `max_caption_tokens`; 0: it is blank."""

@@ -25,6 +25,8 @@ def send_away(config: Config, models: Models) -> None:
     """Free the device of networks whose outputs are cached. Call it after the cache is computed and
     `validation.load_references` is done."""
     if "trunk" in config.data.cache:
+        if "none" in config.data.condition.drawn:
+            models.trunk.empty(1)  # kept from here on
         models.trunk.release()
         log.info("data.cache holds trunk: the trunk's weights are discarded")
     if "latents" in config.data.cache:

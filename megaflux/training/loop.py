@@ -50,15 +50,17 @@ def update(trainer: Trainer) -> UpdateResult:
         waiting = time.perf_counter()
         batch = next(trainer.batches).to(device)
         data_wait += time.perf_counter() - waiting
+        samples = objective.count_up(batch.keys, times_seen)
         # 2. Latents: the frozen VAE's, or cached.
         latents = objective.encode_latents(config, models, batch, number)
         # 3. The frozen part of the condition: hidden states of Qwen2-VL's trunk, or cached.
         condition = objective.encode_condition(config, models, batch, number, trainer.drawn_index(micro))
-        # 4. Time and noise, a function of seed, update and sample.
-        t, noise = objective.draw_time_and_noise(config.flow, seed, number, batch.keys, times_seen, latents)
+        # 4. Time, noise and guidance value, functions of seed, update and sample.
+        t, noise = objective.draw_time_and_noise(config.flow, seed, number, samples, latents)
+        guidance = objective.draw_guidance(config.flow, seed, number, samples, device)
         # 5. Qwen's last layers, connector and FLUX predict the velocity at x_t.
-        inputs = Denoising(batch.bucket, latents, condition, t, noise)
-        losses = objective.denoising_loss(engine, config, models, inputs)
+        inputs = Denoising(batch.bucket, latents, condition, t, noise, guidance)
+        losses = objective.denoising_loss(engine, models, inputs)
         del inputs, latents, condition, noise  # freed before the next micro-batch is encoded
         # 6. Gradients of the mean over all micro-batches and ranks.
         engine.backward(losses.mean())

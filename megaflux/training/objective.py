@@ -3,7 +3,9 @@
     x_t = (1 - t) latents + t noise     the model's input; t = 0 is data, t = 1 is noise
     loss = mean((velocity(x_t, t, condition) - (noise - latents))^2)     per sample
 
-What is drawn (t, noise, the kind of condition) is a function of the run's seed, the update and the sample's key.
+What is drawn (t, noise, the guidance value, the kind of condition, which caption) is a function of the run's seed, the update and
+the sample, which is its key and how often the rank has met it before in the same update: a bucket that is smaller than a batch
+repeats samples.
 """
 
 from __future__ import annotations
@@ -11,17 +13,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megaflux import flow
 from megaflux.common.transfer import pins, to_device
-from megaflux.config.schema import ConditionModes, Config, Flow
+from megaflux.config.data import ConditionModes, Kind
+from megaflux.config.schema import Config, Flow
 from megaflux.data.batches import Batch
 from megaflux.data.buckets import Bucket
 from megaflux.models import latents as latent_ops
-from megaflux.models.chat_turn import Mode
 from megaflux.models.latents import PACK
 from megaflux.models.pretrained import Models
 from megaflux.models.vlm import Condition
@@ -40,16 +43,35 @@ class Denoising:
     """(B,) in [0, 1]; 0 is data."""
     noise: Tensor
     """(B, C, h, w)."""
+    guidance: Tensor | float
+    """(B,), or one value for all: for FLUX's guidance embedding; ignored where it has none."""
 
 
-def denoising_loss(model: Callable[..., Tensor], config: Config, models: Models, inputs: Denoising) -> Tensor:
+class Sample(NamedTuple):
+    """A sample of an update."""
+
+    key: str
+    nth: int
+    """How often this rank has met the key before in this update."""
+
+
+def count_up(keys: list[str], times_seen: Counter[str]) -> list[Sample]:
+    """The samples of a micro-batch. times_seen: by key, in this update; counted up here."""
+    samples = []
+    for key in keys:
+        samples.append(Sample(key, times_seen[key]))
+        times_seen[key] += 1
+    return samples
+
+
+def denoising_loss(model: Callable[..., Tensor], models: Models, inputs: Denoising) -> Tensor:
     """Mean squared velocity error per sample (B,), float32. model: Qwen2VLFlux, or the engine around it."""
     # Rounded once, as the model's input.
     x, n = latent_ops.pack(inputs.latents.float()), latent_ops.pack(inputs.noise.float())
     B, dtype = x.shape[0], models.trainable.connector.weight.dtype
     guidance = None
     if models.trainable.transformer.config["guidance_embeds"]:
-        guidance = torch.full((B,), config.flow.guidance, device=x.device)
+        guidance = torch.as_tensor(inputs.guidance, dtype=torch.float32, device=x.device).expand(B)
     velocity = model(
         inputs.condition,
         flow.interpolate(x, n, inputs.t).to(dtype),
@@ -76,27 +98,27 @@ def encode_condition(config: Config, models: Models, batch: Batch, update: int, 
     """The frozen trunk's hidden states of a batch: from the cache, or of its pictures and captions by Qwen2-VL.
 
     drawn_index: which of the update's drawn batches this micro-batch was cut from. The kind of condition (image,
-    image and text, text) is drawn once for each, the same on all ranks and however it is cut."""
+    image and text, text, none) is drawn once for each, the same on all ranks and however it is cut."""
+    kind = draw_kind(config.data.condition, config.run.seed, update, drawn_index)
+    if kind == "none":
+        return models.trunk.empty(len(batch.keys))
     if batch.hidden_states is not None:
         return models.trunk.from_cache(batch.hidden_states, batch.bucket.height, batch.bucket.width)
-    mode = draw_mode(config.data.condition, config.run.seed, update, drawn_index)
-    return models.trunk.encode(batch.pixel_values, batch.captions, mode)
+    return models.trunk.encode(batch.pixel_values, batch.captions, kind)
 
 
 def draw_time_and_noise(
-    config: Flow, seed: int, update: int, keys: list[str], times_seen: Counter[str], latents: Tensor
+    config: Flow, seed: int, update: int, samples: list[Sample], latents: Tensor
 ) -> tuple[Tensor, Tensor]:
     """t (B,) and noise like latents (B, C, h, w), float32 on latents' device, one generator per sample.
 
-    keys: the samples' names. times_seen: how often this rank has met each key in this update, counted up here, so that a
-    repeated one (a bucket smaller than a batch) gets other draws. The resolution shift goes by the image tokens, h w / 4.
-    Only the shape of latents is read, so the host draws while a GPU still computes them.
+    The resolution shift goes by the image tokens, h w / 4. Only the shape of latents is read, so the host draws while a GPU
+    still computes them.
     """
-    z = torch.empty(len(keys))
-    noise = torch.empty(len(keys), *latents.shape[1:], pin_memory=pins(latents.device))
-    for i, key in enumerate(keys):
-        generator = generator_for(seed, "noise", update, key, times_seen[key])
-        times_seen[key] += 1
+    z = torch.empty(len(samples))
+    noise = torch.empty(len(samples), *latents.shape[1:], pin_memory=pins(latents.device))
+    for i, sample in enumerate(samples):
+        generator = generator_for(seed, "noise", update, *sample)
         z[i].normal_(generator=generator)
         noise[i].normal_(generator=generator)
     t = flow.time_from_normal(z, config.density, config.logit_mean, config.logit_std)
@@ -105,9 +127,21 @@ def draw_time_and_noise(
     return to_device(t, latents.device), noise.to(latents.device, non_blocking=True)
 
 
-def draw_mode(modes: ConditionModes, seed: int, update: int, drawn_index: int) -> Mode:
+def draw_guidance(config: Flow, seed: int, update: int, samples: list[Sample], device: torch.device) -> Tensor | float:
+    """The guidance value of training, or (B,) float32 on the device: one drawn from its range for each sample."""
+    if not isinstance(config.guidance, tuple):
+        return config.guidance
+    least, most = config.guidance
+    u = [torch.rand((), generator=generator_for(seed, "guidance", update, *sample)) for sample in samples]
+    return to_device(least + (most - least) * torch.stack(u), device)
+
+
+def draw_kind(modes: ConditionModes, seed: int, update: int, drawn_index: int) -> Kind:
     """The kind of condition of one global batch as it was drawn, the same on all ranks, so that no rank skips a parameter."""
     u = torch.rand((), generator=generator_for(seed, "mode", update, drawn_index)).item()
-    if u < modes.image:
-        return "image"
-    return "image_text" if u < modes.image + modes.image_text else "text"
+    reached = 0.0
+    for kind in modes.drawn[:-1]:
+        reached += modes.probabilities[kind]
+        if u < reached:
+            return kind
+    return modes.drawn[-1]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megaflux.config.schema import Config
+from megaflux.config.schema import GENERATION_GUIDANCE, Config
 from megaflux.models.pretrained import Models
 from megaflux.training.ds_config import batch_sizes
 from megaflux.training.frozen import vae_at_hand
@@ -36,7 +36,7 @@ def variations(
     bucket, pictures = references.bucket, []
     chunk = max(1, batch_sizes(config).micro // per_reference)
     with vae_at_hand(models):
-        request = SamplingRequest(bucket.height, bucket.width, config.validation.steps, config.flow.guidance)
+        request = SamplingRequest(bucket.height, bucket.width, config.validation.steps, GENERATION_GUIDANCE)
         pipeline = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
         for start in range(0, len(index), chunk):
             part = list(index[start : start + chunk])

@@ -3,22 +3,25 @@
 Mean squared velocity error at t = (i + 0.5) / 8, i = 0..7, with noise seeded per picture, on latents of unit variance;
 once with each picture's own condition (matched) and once with another picture's (shuffled). gap = shuffled / matched - 1
 says how much the model uses its reference: 0 is not at all.
+
+Both at the guidance value of training (the middle of its range), and matched once more at generation's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megaflux.common.errors import UserError
 from megaflux.common.ranks import World
-from megaflux.config.schema import Config
+from megaflux.config.schema import GENERATION_GUIDANCE, Config
 from megaflux.data.buckets import Bucket
 from megaflux.data.storage.dataset import read_dataset_info, validation_bucket
 from megaflux.data.storage.shards import read_split
@@ -32,6 +35,7 @@ from megaflux.training.ds_config import batch_sizes
 from megaflux.training.objective import Denoising
 
 TIMES = [(i + 0.5) / 8 for i in range(8)]
+AT_GENERATIONS = f"loss_guidance_{GENERATION_GUIDANCE:g}"
 
 
 @dataclass
@@ -81,12 +85,14 @@ def validation_loss(
     world: World,
     on_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """{"loss", "shuffled", "gap", "loss_t0".."loss_t7", "shuffled_t0"..}, without the shuffled ones and the gap if there is
-    one reference only. Collective: each rank computes its share.
+    """{"loss", "shuffled", "gap", "loss_guidance_3.5", "loss_t0".."loss_t7", "shuffled_t0"..}, without the shuffled ones and the
+    gap if there is one reference only, and without loss_guidance_3.5 for a FLUX without guidance embedding. Collective: each rank
+    computes its share.
 
     on_batch: called after each batch."""
     n, device, micro = len(references.keys), world.device, batch_sizes(config).micro
-    sums = torch.zeros(2, len(TIMES), dtype=torch.float64, device=device)
+    passes = _passes(config, n > 1, models.trainable.transformer.config["guidance_embeds"])
+    sums = torch.zeros(len(passes), len(TIMES), dtype=torch.float64, device=device)
     # Under ZeRO-3 all ranks must call the model equally often: the last ones repeat a picture with weight 0.
     share = -(-n // world.size)
     mine = [(i % n, float(i < n)) for i in range(world.rank * share, (world.rank + 1) * share)]
@@ -94,20 +100,42 @@ def validation_loss(
         index, weights = [i for i, _ in chunk], torch.tensor([w for _, w in chunk], device=device)
         latents = references.latents[index].to(device)
         noise = torch.stack([_noise(config, references.keys[i], latents.shape[1:]) for i in index]).to(device)
-        others = [(i + 1) % n for i in index]
-        for which, source in enumerate((index, others) if n > 1 else (index,)):
-            condition = references.condition(models, source)
+        for which, each in enumerate(passes):
+            condition = references.condition(models, [(i + each.shift) % n for i in index])
             for j, t in enumerate(TIMES):
                 times = torch.full((len(index),), t, device=device)
-                given = Denoising(references.bucket, latents, condition, times, noise)
-                loss = objective.denoising_loss(model, config, models, given)
+                given = Denoising(references.bucket, latents, condition, times, noise, each.guidance)
+                loss = objective.denoising_loss(model, models, given)
                 sums[which, j] += (loss * weights).double().sum()
         on_batch()
-    sums = sum_over_ranks(sums, world).cpu() / n
-    matched, shuffled = sums.mean(1).tolist()
-    result = {"loss": matched, "shuffled": shuffled, "gap": shuffled / matched - 1} if n > 1 else {"loss": matched}
-    names = [f"{name}_t{j}" for name in ("loss", "shuffled")[: min(n, 2)] for j in range(len(TIMES))]
-    return result | dict(zip(names, sums.flatten().tolist()))
+    by_time = dict(zip((each.name for each in passes), (sum_over_ranks(sums, world).cpu() / n).tolist(), strict=True))
+    result = {name: math.fsum(losses) / len(TIMES) for name, losses in by_time.items()}
+    if "shuffled" in result:
+        result["gap"] = result["shuffled"] / result["loss"] - 1
+    if models.trainable.transformer.config["guidance_embeds"]:
+        result.setdefault(AT_GENERATIONS, result["loss"])
+    names = ("loss", "shuffled")
+    return result | {f"{name}_t{j}": loss for name in names for j, loss in enumerate(by_time.get(name, ()))}
+
+
+class _Pass(NamedTuple):
+    """One loss of every picture."""
+
+    name: str
+    shift: int
+    """A picture gets the condition of the one so many places after it."""
+    guidance: float
+
+
+def _passes(config: Config, shuffled: bool, guided: bool) -> list[_Pass]:
+    """shuffled: whether there is another picture's condition. guided: whether FLUX embeds a guidance value."""
+    middle = config.flow.middle_guidance
+    passes = [_Pass("loss", 0, middle)]
+    if shuffled:
+        passes.append(_Pass("shuffled", 1, middle))
+    if guided and middle != GENERATION_GUIDANCE:
+        passes.append(_Pass(AT_GENERATIONS, 0, GENERATION_GUIDANCE))
+    return passes
 
 
 def _noise(config: Config, key: str, shape: tuple[int, ...]) -> Tensor:

@@ -36,8 +36,8 @@ from megaflux.training import objective  # noqa: E402
 real, calls, cured, now = objective.draw_time_and_noise, set(), [], [-1]
 
 
-def draw(config, seed, at, keys, seen, latents):
-    t, n = real(config, seed, at, keys, seen, latents)
+def draw(config, seed, at, samples, latents):
+    t, n = real(config, seed, at, samples, latents)
     if calls and at < max(calls):
         cured.append(at)
     calls.add(at)

@@ -71,8 +71,8 @@ def update(world: World, out: str, ds_config: dict[str, Any]) -> dict[str, Any]:
         mine = slice(world.rank * GLOBAL // world.size, (world.rank + 1) * GLOBAL // world.size)
         condition = models.trunk.encode(pixel_values[mine])
         with sent:
-            given = Denoising(bucket, latents[mine], condition, t[mine], noise[mine])
-            losses = denoising_loss(engine, config, models, given)
+            given = Denoising(bucket, latents[mine], condition, t[mine], noise[mine], config.flow.middle_guidance)
+            losses = denoising_loss(engine, models, given)
             engine.backward(losses.mean())
             if micro < MICROS - 1:
                 engine.step()

@@ -204,8 +204,8 @@ def test_losses_and_pictures_are_those_of_before_and_a_try_out_takes_what_the_ru
     def results():
         latents, condition = given()
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-        denoising = objective.Denoising(bucket, latents, condition, t, noise)
-        losses = objective.denoising_loss(models.trainable, config, models, denoising)
+        denoising = objective.Denoising(bucket, latents, condition, t, noise, 1.0)
+        losses = objective.denoising_loss(models.trainable, models, denoising)
         shown = validation.validation_loss(models.trainable, config, models, references, ALONE)
         return losses.detach(), shown, pictures.variations(config, models, references, [0], 2)
 

@@ -64,7 +64,7 @@ def update(engine, config, models, micro: int = 2) -> None:
     latents, noise = torch.randn(2, micro, 8, 8, 8, device="cuda")
     t = torch.linspace(0.2, 0.8, micro, device="cuda")
     engine.set_learning_rates(0)
-    engine.backward(denoising_loss(engine, config, models, Denoising(BUCKET, latents, condition, t, noise)).mean())
+    engine.backward(denoising_loss(engine, models, Denoising(BUCKET, latents, condition, t, noise, 1.0)).mean())
     engine.step()
     assert engine.dropped is None and engine.grad_norm() > 0
 

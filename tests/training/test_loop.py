@@ -59,11 +59,13 @@ def test_an_update_trains_on_what_is_drawn_for_it_alone(tmp_path, monkeypatch):
         assert result.keys == ["a", "b"] * 2 and result.drop is None and result.grad_norm > 0
         latents, seen = objective.encode_latents(config, models, batch, update), Counter()
         for micro in result.micro_batches:  # the second one meets the same pictures again, and draws anew
-            t, noise = objective.draw_time_and_noise(config.flow, 3, update, batch.keys, seen, latents)
+            t, noise = objective.draw_time_and_noise(
+                config.flow, 3, update, objective.count_up(batch.keys, seen), latents
+            )
             assert torch.equal(micro.t, t)
             torch.testing.assert_close(micro.losses, (noise - latents).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-4)
             times += micro.t.tolist()
             losses += micro.losses.tolist()
     assert len(set(times)) == len(set(losses)) == 4 * UPDATES
-    drawn = [objective.draw_mode(config.data.condition, 3, u, index) for u in range(UPDATES) for index in range(2)]
+    drawn = [objective.draw_kind(config.data.condition, 3, u, index) for u in range(UPDATES) for index in range(2)]
     assert kinds == drawn and len(set(drawn)) == 2

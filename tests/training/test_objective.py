@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megaflux.config.data import ConditionModes
 from megaflux.config.parse import build_config
-from megaflux.config.schema import ConditionModes, Flow
+from megaflux.config.schema import Flow
 from megaflux.data.batches import Batch
 from megaflux.data.buckets import Bucket
 from megaflux.models import latents as latent_ops
@@ -19,7 +20,7 @@ from megaflux.models.pretrained import load_models
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.training import objective
 from megaflux.training.distributed import generator_for
-from megaflux.training.objective import Denoising, denoising_loss, draw_mode
+from megaflux.training.objective import Denoising, Sample, denoising_loss, draw_kind
 from tests.conftest import small_values
 from tests.training.updates import wake
 
@@ -54,7 +55,7 @@ def pictures(count: int = 2) -> torch.Tensor:
 
 
 def drawn(config: Flow | None = None, seed: int = 5, update: int = 7, key: str = "a", seen: int = 0, side: int = 16):
-    given = config or Flow(), seed, update, [key], Counter({key: seen}), torch.empty(1, 8, side, side)
+    given = config or Flow(), seed, update, [Sample(key, seen)], torch.empty(1, 8, side, side)
     t, noise = objective.draw_time_and_noise(*given)
     return t[0], noise[0]
 
@@ -75,7 +76,7 @@ def test_a_run_that_a_newer_version_resumes_draws_what_it_would_have_drawn(model
     config, batch = configured(data={"sample_posterior": True}), Batch(["a"], [""], WIDE, pictures(1), None, None)
     for update in range(8):
         u = torch.rand((), generator=generator_for(5, "mode", update, 1))
-        assert draw_mode(modes, 5, update, 1) == ("image" if u < 0.4 else "image_text" if u < 0.7 else "text")
+        assert draw_kind(modes, 5, update, 1) == ("image" if u < 0.4 else "image_text" if u < 0.7 else "text")
     drawn_by = [generator_for(3, "posterior", 6, "a")]
     expected = latent_ops.encode(models.vae, batch.pixel_values, drawn_by)
     assert torch.equal(objective.encode_latents(config, models, batch, 6), expected)
@@ -112,7 +113,7 @@ def test_posterior_latents_are_drawn_anew_and_the_mean_is_not_drawn(models):
 
 def test_every_kind_of_condition_comes_as_often_as_configured_and_is_drawn_anew():
     modes = ConditionModes(image=0.5, image_text=0.3, text=0.2)
-    found = Counter(draw_mode(modes, 1, update, 0) for update in range(1000))
+    found = Counter(draw_kind(modes, 1, update, 0) for update in range(1000))
     assert found["image"] == pytest.approx(500, abs=65)  # four standard deviations
     assert found["image_text"] == pytest.approx(300, abs=58)
     assert found["text"] == pytest.approx(200, abs=51)
@@ -121,11 +122,11 @@ def test_every_kind_of_condition_comes_as_often_as_configured_and_is_drawn_anew(
         ({"update": i} for i in range(40)),
         ({"drawn_index": i} for i in range(40)),
     ):
-        kinds = {draw_mode(modes, **{"seed": 1, "update": 0, "drawn_index": 0} | change) for change in varied}
+        kinds = {draw_kind(modes, **{"seed": 1, "update": 0, "drawn_index": 0} | change) for change in varied}
         assert kinds == {"image", "image_text", "text"}
     for kind in ("image", "image_text", "text"):
         always = ConditionModes(**{"image": 0.0} | {kind: 1.0})
-        assert {draw_mode(always, 1, update, 0) for update in range(40)} == {kind}
+        assert {draw_kind(always, 1, update, 0) for update in range(40)} == {kind}
 
 
 def test_a_batch_is_conditioned_by_the_kind_that_was_drawn_for_it(models):
@@ -135,7 +136,7 @@ def test_a_batch_is_conditioned_by_the_kind_that_was_drawn_for_it(models):
     met = Counter()
     for update in range(3):
         for drawn_index in range(3):
-            kind = draw_mode(config.data.condition, config.run.seed, update, drawn_index)
+            kind = draw_kind(config.data.condition, config.run.seed, update, drawn_index)
             met[kind] += 1
             got = objective.encode_condition(config, models, batch, update, drawn_index)
             expected = models.trunk.encode(batch.pixel_values, CAPTIONS, kind)
@@ -165,7 +166,7 @@ def test_cached_output_is_used_as_it_is(models):
 def given(models) -> Denoising:
     generator = torch.Generator().manual_seed(2)
     latents, noise = torch.randn(2, 2, 8, WIDE.height // 8, WIDE.width // 8, generator=generator)
-    return Denoising(WIDE, latents, models.trunk.encode(pictures()), torch.tensor([0.3, 0.8]), noise)
+    return Denoising(WIDE, latents, models.trunk.encode(pictures()), torch.tensor([0.3, 0.8]), noise, 1.0)
 
 
 def plain_loss(models, inputs: Denoising, guidance: torch.Tensor | None) -> torch.Tensor:
@@ -189,8 +190,7 @@ def test_the_loss_is_that_of_the_velocity_at_x_t_under_the_configured_guidance(m
     inputs, losses = given(models), {}
     with torch.no_grad():
         for guidance in (2.5, 9.0):
-            config = configured(flow={"guidance": guidance})
-            losses[guidance] = denoising_loss(models.trainable, config, models, inputs)
+            losses[guidance] = denoising_loss(models.trainable, models, replace(inputs, guidance=guidance))
             expected = plain_loss(models, inputs, torch.full((2,), guidance))
             torch.testing.assert_close(losses[guidance], expected, rtol=1e-4, atol=1e-5)
     assert (losses[2.5] - losses[9.0]).abs().min() > 1e-4  # the model reads it
@@ -205,5 +205,5 @@ def test_a_flux_without_guidance_is_given_none(models):
     wake(plain, torch.Generator().manual_seed(0))
     inputs = given(models)
     with torch.no_grad():
-        losses = denoising_loss(trainable, configured(), plain, inputs)
+        losses = denoising_loss(trainable, plain, inputs)
         torch.testing.assert_close(losses, plain_loss(plain, inputs, None), rtol=1e-4, atol=1e-5)

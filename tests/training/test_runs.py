@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megaflux.config.data import ConditionModes
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import PUBLISHED_STAGES, tiny
-from megaflux.config.schema import ConditionModes
 from megaflux.models.pretrained import load_models
 from megaflux.training.checkpoint import manifest, saved
 from megaflux.training.checkpoint.identity import NO_EFFECT
-from megaflux.training.objective import draw_mode
+from megaflux.training.objective import draw_kind
 from megaflux.training.planning import memory
 from megaflux.training.planning.micro_batch import Planner
 from megaflux.training.planning.sizes import Sizes
@@ -293,7 +293,7 @@ def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_p
     assert [(e.step, e.value) for e in curves.Scalars("plan/micro_batch_size")] == [(0, 1.0), (3, 2.0)]
     seed = resolved.run.seed
     modes = ConditionModes(**values["data"]["condition"])
-    assert {draw_mode(modes, seed, update, 0) for update in range(6)} == {"image", "image_text", "text"}
+    assert {draw_kind(modes, seed, update, 0) for update in range(6)} == {"image", "image_text", "text"}
     manifest = json.loads((tmp_path / "run/checkpoints/update-0000006/manifest.json").read_text())
     position = manifest["data"]
     assert (position["micro_batch_size"], position["world_size"]) == (2, 2)  # drawn by twos, however they are cut

@@ -27,6 +27,7 @@ from tests.training.runs import make_dataset, small_config
 
 CPU = torch.device("cpu")
 WIDE = Bucket("2:1", 64, 32)
+TRAINED_AT = 1.5
 TIMES = [0.0625, 0.1875, 0.3125, 0.4375, 0.5625, 0.6875, 0.8125, 0.9375]
 
 
@@ -37,7 +38,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(data):
-    values = small_config(data, data.parent / "run", run__seed=11, validation__samples=3)
+    values = small_config(data, data.parent / "run", run__seed=11, validation__samples=3, flow__guidance=[1.0, 2.0])
     return build_config(merge(tiny(), values)).for_world(1)
 
 
@@ -57,8 +58,8 @@ def references(models, count: int = 5) -> References:
 
 
 class Reader:
-    """A model whose velocity is x_t t + the number of the picture that its condition shows. It notes which picture was
-    given with which condition: {(picture, t): conditions}."""
+    """A model whose velocity is x_t t + the number of the picture that its condition shows + what guidance is above training's.
+    It notes which picture was given with which condition: {(picture, t): conditions}."""
 
     def __init__(self, shown: References, seed: int):
         self.latents = latent_ops.pack(shown.latents)
@@ -67,8 +68,10 @@ class Reader:
         self.calls = 0
         self.conditions: dict[tuple[int, float], list[int]] = {}
 
-    def __call__(self, condition, x, t, *rest):
+    def __call__(self, condition, x, t, ids, pooled, guidance):
         self.calls += 1
+        above = guidance - TRAINED_AT
+        assert set(guidance.tolist()) in ({TRAINED_AT}, {3.5})
         sources = condition.hidden_states[:, 0, 0]
         for x_t, time, source in zip(x, t, sources, strict=True):
             path = (1 - time) * self.latents + time * self.noise
@@ -76,9 +79,9 @@ class Reader:
             picture = int(distances.argmin())
             assert distances[picture] < 1e-5  # each picture goes with its own noise, at the time that the model is told
             self.conditions.setdefault((picture, time.item()), []).append(int(source))
-        return x * t[:, None, None] + sources[:, None, None]
+        return x * t[:, None, None] + (sources + above)[:, None, None]
 
-    def losses(self, sources: list[int]) -> list[float]:
+    def losses(self, sources: list[float]) -> list[float]:
         """By time: the mean over all pictures, in float64, if picture i is shown sources[i]."""
         x, n = self.latents.double(), self.noise.double()
         number = torch.tensor(sources)[:, None, None]
@@ -105,7 +108,7 @@ def test_the_gap_compares_a_pictures_own_condition_with_another_pictures(config,
         calls.append(model.calls - before)
         batches.append(len(moved))
     share = -(-count // ranks)  # the last ranks repeat a picture
-    assert calls == [16 * -(-share // 2)] * ranks  # under ZeRO-3 they must call the model equally often
+    assert calls == [24 * -(-share // 2)] * ranks  # under ZeRO-3 they must call the model equally often
     assert batches == [-(-share // 2)] * ranks  # signs of life, at most a micro-batch of two apart
 
     assert sorted(model.conditions) == [(picture, t) for picture in range(count) for t in TIMES]
@@ -121,7 +124,10 @@ def test_the_gap_compares_a_pictures_own_condition_with_another_pictures(config,
         assert [found[f"{name}_t{j}"] for j in range(8)] == pytest.approx(by_time, rel=1e-5)
         assert found[name] == pytest.approx(sum(by_time) / 8, rel=1e-5)
     assert found["gap"] == pytest.approx(sum(expected["shuffled"]) / sum(expected["loss"]) - 1, rel=1e-4)
-    assert len(found) == 3 + 16
+    assert len(found) == 4 + 16
+    # A model's guidance value is no matter of the data: its own loss at generation's.
+    at_generations = model.losses([picture + 3.5 - TRAINED_AT for picture in range(count)])
+    assert found["loss_guidance_3.5"] == pytest.approx(sum(at_generations) / 8, rel=1e-5)
 
 
 def test_one_reference_has_no_gap(config, models):
@@ -129,9 +135,17 @@ def test_one_reference_has_no_gap(config, models):
     shown = references(models, 1)
     model = Reader(shown, config.run.seed)
     found = validation_loss(model, config, models, shown, World(0, 1, CPU))
-    assert sorted(found) == ["loss", *(f"loss_t{j}" for j in range(8))]
+    assert sorted(found) == ["loss", "loss_guidance_3.5", *(f"loss_t{j}" for j in range(8))]
     assert found["loss"] == pytest.approx(sum(model.losses([0])) / 8, rel=1e-5)
-    assert model.calls == 8
+    assert model.calls == 16
+
+
+def test_a_run_that_trains_at_generations_guidance_computes_its_loss_once(config, models):
+    shown = references(models, 2)
+    model = Reader(shown, config.run.seed)
+    at = config.model_copy(update={"flow": config.flow.model_copy(update={"guidance": (2.0, 5.0)})})  # 3.5 is the middle
+    found = validation_loss(model, at, models, shown, World(0, 1, CPU))
+    assert found["loss_guidance_3.5"] == found["loss"] and model.calls == 16
 
 
 def test_on_a_gpu_all_that_a_model_is_given_lies_there_and_what_ranks_sum(config, monkeypatch):

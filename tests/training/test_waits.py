@@ -66,8 +66,10 @@ def micro_batch(model, config: Config, models: Models, batch: Batch, device: tor
     batch = batch.to(device)
     latents = objective.encode_latents(config, models, batch, 0)
     condition = objective.encode_condition(config, models, batch, 0, 0)
-    t, n = objective.draw_time_and_noise(config.flow, config.run.seed, 0, batch.keys, Counter(), latents)
-    return objective.denoising_loss(model, config, models, Denoising(batch.bucket, latents, condition, t, n)), t
+    samples = objective.count_up(batch.keys, Counter())
+    t, n = objective.draw_time_and_noise(config.flow, config.run.seed, 0, samples, latents)
+    guidance = objective.draw_guidance(config.flow, config.run.seed, 0, samples, latents.device)
+    return objective.denoising_loss(model, models, Denoising(batch.bucket, latents, condition, t, n, guidance)), t
 
 
 def monitored(config: Config, models: Models, device: torch.device, size: int = 1) -> Monitor:
@@ -267,7 +269,7 @@ def test_losses_are_shown_by_time_and_a_time_of_1_is_in_the_last_interval(tmp_pa
 def test_noise_is_what_it_was_and_a_function_of_the_sample():
     """Each sample's t, then its noise, from one generator; bit for bit, so that runs resume."""
     config, latents, seen = Flow(), torch.empty(3, 8, 4, 6), Counter()
-    t, n = objective.draw_time_and_noise(config, 5, 7, ["a", "b", "a"], seen, latents)
+    t, n = objective.draw_time_and_noise(config, 5, 7, objective.count_up(["a", "b", "a"], seen), latents)
     z = []
     for i, (key, time) in enumerate([("a", 0), ("b", 0), ("a", 1)]):
         generator = generator_for(5, "noise", 7, key, time)

@@ -24,5 +24,5 @@ def drawn_losses(engine: StageEngine, config: Config, models: Models, generator:
     condition = models.trunk.encode(torch.randint(0, 256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8))
     latents, noise = torch.randn(2, 2, 8, 8, 8, generator=generator)
     t = torch.tensor([0.3, 0.8])
-    given = Denoising(Bucket("1:1", 64, 64), latents, condition, t, noise)
-    return denoising_loss(engine, config, models, given)
+    given = Denoising(Bucket("1:1", 64, 64), latents, condition, t, noise, config.flow.middle_guidance)
+    return denoising_loss(engine, models, given)

@@ -21,7 +21,7 @@ REFUSED = (
         for name in ("flux_config", "vlm_config", "clip_config", "seeded", "latent_channels", "attention")
     ),
     *("model.vlm_max_tokens", "model.caption_max_tokens", "model.vlm_layers"),
-    *("data.longest_side", "data.aspect_ratios", "data.condition"),
+    *("data.longest_side", "data.aspect_ratios", "data.condition", "data.caption_weights"),
     *("train.global_batch_size", "train.drawn_per_rank", "train.stage_ends", "train.ended_at"),
     *(f"flow.{name}" for name in ("density", "logit_mean", "logit_std", "shift", "guidance")),
     "stages.*.share",
@@ -37,6 +37,7 @@ APPLIED = (
         for name in ("lr", "betas", "eps", "weight_decay", "schedule", "warmup_fraction", "plateau_fraction")
     ),
     *("optim.spike_sigma", "optim.spike_window", "optim.max_grad_norm"),
+    *("optim.large_gradient", "optim.large_gradient_share", "optim.ema_decay"),
     *("stages.*.lr", "stages.*.weight_decay"),
 )
 """Take effect from the next update on."""

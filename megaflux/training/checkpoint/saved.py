@@ -42,6 +42,14 @@ ADDED: dict[int, dict[str, Any]] = {
         "train.stage_ends": None,
         "train.ended_at": [],
     },
+    7: {
+        "flow.guidance": 3.5,  # its default before; it was always written out
+        "data.condition.none": 0.0,
+        "data.caption_weights": None,
+        "optim.large_gradient": 1e-3,
+        "optim.large_gradient_share": None,
+        "optim.ema_decay": 0.0,
+    },
 }
 """Format of a manifest -> {dotted field that it introduced: its value where it is missing, or a function that gets the whole
 configuration as plain data and returns it}. `*` stands for every element of a list: `stages.*.name`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megaflux.config.schema import Data
+from megaflux.config.data import Data
 from megaflux.data.storage.dataset import HELD_OUT, SPLITS, DatasetInfo, validation_bucket
 
 FEW_CAPTIONS = 0.9  # below this share of images with a caption, a run that draws captions is warned

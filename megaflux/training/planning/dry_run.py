@@ -86,7 +86,7 @@ def _check_turns(config: Config) -> None:
     if source and hub_name(source) is None:
         from megaflux.models.vlm_folder import open_vlm  # here, because it imports transformers
 
-        open_vlm(source).check_turns(config.data.condition.drawn)
+        open_vlm(source).check_turns(config.data.condition.chat_modes)
 
 
 def _estimate(config: Config, ds_config: dict[str, Any], world_size: int, assumed: Assumed, choose: bool) -> Estimate:

@@ -84,7 +84,9 @@ def micro_batch_lines(sizes: Sizes, gpus: Sequence[Gpu], choose: bool) -> list[L
 
 def _caches(config: Config) -> list[tuple[str, ...]]:
     own, both = config.data.cache, ("latents", "trunk")
-    allowed = config.data.condition.image == 1 and not config.data.sample_posterior  # as schema.Config requires
+    allowed = (
+        set(config.data.condition.drawn) <= {"image", "none"} and not config.data.sample_posterior
+    )  # as schema.Config requires
     return [own, both] if allowed and set(own) != set(both) else [own]
 
 

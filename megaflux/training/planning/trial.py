@@ -57,8 +57,8 @@ def forward_and_backward(config: Config, models: Models, bucket: Bucket) -> None
     batch, device = batch_sizes(config).micro, models.trunk.device
     latents, condition = _blank(config, models, bucket, batch, device)
     t = torch.linspace(0.1, 0.9, batch, device=device)
-    given = Denoising(bucket, latents, condition, t, torch.zeros_like(latents))
-    losses = objective.denoising_loss(models.trainable.forward, config, models, given)
+    given = Denoising(bucket, latents, condition, t, torch.zeros_like(latents), 1.0)
+    losses = objective.denoising_loss(models.trainable.forward, models, given)
     trained = [parameter for parameter in models.trainable.parameters() if parameter.requires_grad]
     torch.autograd.grad(losses.mean(), trained, allow_unused=True)
 
