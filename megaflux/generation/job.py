@@ -148,6 +148,8 @@ class Runtime(Section):
     """Folder of a run or an export."""
     update: int | None = None
     """Number of a run's checkpoint; None: the newest."""
+    ema: bool = False
+    """The averages of a run's weights instead of the weights."""
     flux: str | None = None
     """Where a run's FLUX.1 folder is now; None: where it was when the run was trained. The next two likewise."""
     vlm: str | None = None

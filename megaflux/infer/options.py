@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from megaflux.common.command import Parser, add_folder_options
+from megaflux.common.command import EMA_HELP, Parser, add_folder_options
 from megaflux.common.paths import keyed_path_option, path_option
 from megaflux.generation.job import MODES
 
@@ -24,9 +24,10 @@ it, with the changes that other options name.
 
 
 def add_checkpoint_options(add: Callable[..., Any]) -> None:
-    """--checkpoint, --update, --flux, --vlm and --vae. add: a parser's add_argument, here and below."""
+    """--checkpoint, --update, --ema, --flux, --vlm and --vae. add: a parser's add_argument, here and below."""
     add("--checkpoint", type=path_option, metavar="DIR", help="a run's folder, or an export's")
     add("--update", type=int, metavar="N", help="the run's checkpoint after N updates (default: the newest)")
+    add("--ema", action=argparse.BooleanOptionalAction, help=EMA_HELP)
     add_folder_options(add)
 
 

@@ -116,8 +116,9 @@ def to_runtime(given: Mapping[str, Any], base: Runtime | None = None) -> Runtime
             raise UserError(
                 f"{values.option_of(moved[0])}: {runtime.checkpoint} is an export, which holds all its weights; leave it out"
             )
-        if "update" not in given:  # a replayed picture's is of the run that is exported here
-            runtime = runtime.model_copy(update={"update": None})
+        # a replayed picture's are of the run that is exported here
+        unset = {"update": None, "ema": False}
+        runtime = runtime.model_copy(update={name: value for name, value in unset.items() if name not in given})
     if runtime.quantize and runtime.offload == "sequential":
         raise UserError(
             "--quantize with --offload sequential: torchao's weights cannot be moved layer by layer; use model"

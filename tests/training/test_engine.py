@@ -102,7 +102,7 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
         module.configure(file != "zero3.json", "none")
         assert engine.num_trainable == sum(sizes[name] for name in engine.first_stage)
         # what is still to come on a device: at least the sum of the gradients, which offloading leaves on the GPU
-        shards = sum(flat.nbytes for _, flat in engine._flat_groups())
+        shards = sum(flat.nbytes for _, flat in engine.flat_groups())
         assert sum(engine.coming(torch.device("meta"))) == shards
         assert sum(engine.coming(torch.device("cpu"))) == shards * (3 if carried is None else 1)
         if carried is not None:  # begins with what was handed over, bit for bit
@@ -121,7 +121,7 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
         of_blocks = torch.tensor(list(norms.values())).norm()
         assert 0.1 * parts[0] < of_blocks < parts[0]  # the rest is in embedders
         zero = engine.deepspeed.optimizer
-        flats = [flat for _, flat in engine._flat_groups()]
+        flats = [flat for _, flat in engine.flat_groups()]
         moments = [moment for flat in flats for moment in zero.optimizer.state[flat].values()]
         low = zero.bit16_groups_flat if engine.zero_stage < 3 else zero.lp_param_buffer
         low = low if isinstance(low, list) else [low]
