@@ -77,7 +77,7 @@ def monitored(config: Config, models: Models, device: torch.device, size: int = 
 
 
 def result_of(micro_batches=(), grad_norm: float = 1.0, grad_norms=None) -> UpdateResult:
-    return UpdateResult({"flux": 0.1}, grad_norm, None, list(micro_batches), 0.0, grad_norms or {})
+    return UpdateResult({"flux": 0.1}, grad_norm, 0.0, None, list(micro_batches), 0.0, grad_norms or {})
 
 
 def trained(config: Config, models: Models, device: torch.device, shown: Monitor, batch: Batch):
