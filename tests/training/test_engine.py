@@ -185,6 +185,33 @@ def test_an_overflow_is_counted_and_changes_nothing(tmp_path, guarded):
     engine.close()
 
 
+@pytest.mark.parametrize("base", ["zero2.json", "zero2_offload.json", "zero3.json"])
+def test_an_update_with_too_many_large_gradient_values_is_dropped(tmp_path, base):
+    """Counted before clipping, in whatever memory the gradients are, over several micro-batches."""
+    import deepspeed
+
+    guard, module = Guard(0, 128, 10, most_large=0.3), Toy()
+    if "zero3" in base:  # the toy reads its layers' weights without calling them
+        for parameter in module.parameters():
+            deepspeed.zero.register_external_parameter(module, parameter)
+    config = toy_config(max_grad_norm=1e-3, large_gradient=0.75).for_world(1)
+    engine = StageEngine(
+        module, config, json.loads(ds_config(tmp_path, base=base).read_text()), 0, 1, judge=guard.judge
+    )
+    engine.cut_into(1)
+    for update, scale in enumerate((0.5, 2.0, 0.5)):
+        engine.set_learning_rates(update)
+        for _ in range(2):
+            engine.backward(engine(update) * scale)
+            engine.step()
+        values = torch.cat([gradient(n, torch.empty(s), update).flatten() for n, s in engine.shapes().items()])
+        expected = ((values.bfloat16() * scale).abs() > 0.75).float().mean().item()
+        assert engine.large_gradient_share == pytest.approx(expected, abs=0.01)  # bf16 sums
+        assert (engine.dropped is None) == (scale < 1) == (expected <= 0.3)
+    assert guard.dropped == engine.deepspeed.skipped_steps == 1
+    engine.close()
+
+
 @pytest.mark.parametrize("base", ["zero2.json", "zero2_offload.json"])
 def test_a_gradient_on_a_frozen_parameter_stops_the_step_and_is_named(tmp_path, base):
     """Also one that no hook has seen, as code leaves it that writes .grad itself; at any micro-batch of an update."""
