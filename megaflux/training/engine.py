@@ -115,6 +115,8 @@ class StageEngine:
             self.dropped, before = None, self.deepspeed.skipped_steps
             self.large_gradient_share = float("nan")
             self.deepspeed.step()
+            if self.deepspeed.skipped_steps > before:
+                self._forget_gradient()
             if self.deepspeed.skipped_steps > before and self.dropped is None:  # found before a norm was taken
                 self.dropped = self.judge(float("nan"), float("nan")) if self.judge else NOT_FINITE
         else:
@@ -223,8 +225,10 @@ class StageEngine:
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
             norms = real(*args, **kwargs)
-            self.large_gradient_share = self._count_large() / self.num_trainable
-            self._norm = float(norms if self.zero_stage < 3 else combine_grad_norm_groups(norms))
+            norm, large = norms if self.zero_stage < 3 else combine_grad_norm_groups(norms), self._count_large()
+            both = [torch.as_tensor(norm, device=large.device).double(), large.double()]
+            self._norm, large_values = torch.stack(both).tolist()  # one wait for the GPU
+            self.large_gradient_share = large_values / self.num_trainable
             self.dropped = self.judge(self._norm, self.large_gradient_share) if self.judge else None
             if self.dropped is None:
                 return norms
@@ -233,11 +237,20 @@ class StageEngine:
 
         setattr(zero, name, judged)
 
-    def _count_large(self) -> int:
+    def _forget_gradient(self) -> None:
+        """Discard the gradient of a dropped update. With an offloaded optimizer DeepSpeed (0.19.8) keeps the accumulated float32
+        gradient where it drops a step, and would add the next update's to it."""
+        zero = self.deepspeed.optimizer
+        if self.zero_stage < 3 and zero.cpu_offload:
+            for group in zero.averaged_gradients:
+                zero.averaged_gradients[group] = None
+
+    def _count_large(self) -> Tensor:
         """How many values of the gradient of an update, averaged over ranks and micro-batches and not yet clipped, are larger than
-        optim.large_gradient. Each rank counts its own part. Collective."""
+        optim.large_gradient: 0-dim, on the device. Each rank counts its own part. Collective."""
         zero, threshold = self.deepspeed.optimizer, self.config.optim.large_gradient
-        if zero.cpu_offload if self.zero_stage < 3 else zero.offload_optimizer:
+        offloaded = zero.cpu_offload if self.zero_stage < 3 else zero.offload_optimizer
+        if offloaded:
             parts: list[Tensor] = [flat.grad for _, flat in self.flat_groups() if flat.grad is not None]
         else:
             parts = [part for parts in zero.averaged_gradients.values() for part in parts]
@@ -245,9 +258,10 @@ class StageEngine:
         for part in parts:
             for piece in part.detach().flatten().split(SLICE):
                 count += torch.count_nonzero(piece.float().abs() > threshold)
-        count = count.to(self.deepspeed.device)
+        if offloaded:
+            count = count.to(self.deepspeed.device)
         torch.distributed.all_reduce(count)
-        return int(count)
+        return count
 
     def flat_groups(self) -> list[tuple[int, Tensor]]:
         """(first stage of the group, this rank's fp32 partition) of each tensor that the inner optimizer updates."""

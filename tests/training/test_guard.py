@@ -119,7 +119,7 @@ def test_too_many_large_gradient_values_are_a_reason_to_drop():
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("base", ["zero2.json", "zero3.json"])
+@pytest.mark.parametrize("base", ["zero2.json", "zero2_offload.json", "zero3.json"])
 def test_a_refused_step_changes_not_a_byte(tmp_path, base):
     heard: list[float] = []
 

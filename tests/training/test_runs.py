@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megaflux import runs
 from megaflux.common.ranks import World
-from megaflux.config.data import ConditionModes
+from megaflux.config.data import KINDS, ConditionModes
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import PUBLISHED_STAGES, tiny
 from megaflux.models.pretrained import load_models
@@ -276,7 +276,8 @@ def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_p
     values = small_config(
         data,
         tmp_path / "run",
-        data__condition={"image": 0.3, "image_text": 0.4, "text": 0.3},
+        data__condition={"image": 0.3, "image_text": 0.2, "text": 0.2, "none": 0.3},
+        flow__guidance=[1.0, 4.0],
         data__num_workers=1,
         model__activation_checkpointing=True,
         train__drawn_per_rank=2,
@@ -319,7 +320,7 @@ def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_p
     assert [(e.step, e.value) for e in curves.Scalars("plan/micro_batch_size")] == [(0, 1.0), (3, 2.0)]
     seed = resolved.run.seed
     modes = ConditionModes(**values["data"]["condition"])
-    assert {draw_kind(modes, seed, update, 0) for update in range(6)} == {"image", "image_text", "text"}
+    assert {draw_kind(modes, seed, update, 0) for update in range(6)} == set(KINDS)
     manifest = json.loads((tmp_path / "run/checkpoints/update-0000006/manifest.json").read_text())
     position = manifest["data"]
     assert (position["micro_batch_size"], position["world_size"]) == (2, 2)  # drawn by twos, however they are cut

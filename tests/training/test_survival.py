@@ -50,7 +50,7 @@ def data(tmp_path_factory):
 def reference(tmp_path_factory, data):
     """12 updates on two ranks over a stage boundary, never disturbed."""
     folder = tmp_path_factory.mktemp("reference")
-    values = small_config(data, folder / "run", train__updates=12, optim__ema_decay=0.7)
+    values = small_config(data, folder / "run", train__updates=12, optim__ema_decay=0.7, flow__guidance=[1.0, 4.0])
     whole = Reference(folder / "run", ds_config(folder, "bf16"), write_config(values, folder / "config.yaml"), data)
     done = launch(*whole.started_by, ranks=2, with_="forked")
     assert done.returncode == 0, done.stderr[-3000:]
