@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from megaflux.bench import recipes
+from megaflux.bench import recipes, small_runs
 from megaflux.bench.__main__ import main
 from megaflux.training.checkpoint import manifest
 from tests import forked
@@ -30,7 +30,7 @@ def trained(monkeypatch):
         (folder / "validation.jsonl").write_text(text + '{"update": 6')  # torn
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(recipes.subprocess, "run", run)
+    monkeypatch.setattr(small_runs.subprocess, "run", run)
     monkeypatch.setattr(recipes, "write_flux", lambda run, folder: folder.mkdir())
     monkeypatch.setattr(manifest, "listed", lambda root: {60: root, 40: root})
     return started
@@ -77,7 +77,7 @@ def test_a_small_comparison_from_a_written_flux(tmp_path, monkeypatch):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done
 
-    monkeypatch.setattr(recipes.subprocess, "run", run)
+    monkeypatch.setattr(small_runs.subprocess, "run", run)
     out = tmp_path / "out"
     options = ["--out", str(out), "--base-updates", "2", "--updates", "4", "--every", "2"]
     assert main(["recipes", *options, "--config", str(tmp_path / "small.yaml")]) == 0
