@@ -18,6 +18,7 @@ RUNTIME_OPTIONS = (
     "sam-model",
     "kernels",
     "checkpoint",
+    "ema",
     "flux",
     "vlm",
     "vae",
