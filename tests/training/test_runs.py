@@ -23,6 +23,7 @@ from megaflux.models.pretrained import load_models
 from megaflux.training import validation
 from megaflux.training.checkpoint import manifest, saved
 from megaflux.training.checkpoint.identity import NO_EFFECT
+from megaflux.training.engine import MOMENTS
 from megaflux.training.objective import draw_kind
 from megaflux.training.planning import memory
 from megaflux.training.planning.micro_batch import Planner
@@ -127,6 +128,11 @@ def test_a_run_stopped_at_a_stages_end_goes_on_with_its_moments(tmp_path, data):
     assert_same(final_weights(tmp_path / "whole"), final_weights(half))
     assert_same(final_averages(tmp_path / "whole"), final_averages(half))
     assert_same(final_state(tmp_path / "whole"), final_state(half))
+    for of_rank in final_state(half):  # averages are in files of their own, once
+        assert {key for of_group in of_rank["base_optimizer_state"]["state"].values() for key in of_group} == {
+            "step",
+            *MOMENTS,
+        }
     first, *_, last = map(json.loads, (tmp_path / "whole" / "validation.jsonl").read_text().splitlines())
     assert first["ema_loss"] == first["loss"] and first["ema_gap"] == first["gap"]
     averaged = runs.load(runs.find(tmp_path / "whole", ema=True))  # what export and generation load
