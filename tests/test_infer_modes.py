@@ -282,7 +282,7 @@ def test_true_guidance_is_stored_added_and_turned_off_again(run_folder, files, t
     empty = again("empty", tmp_path / "guided/cat-seed0.png", "--negative", " ")
     said = capsys.readouterr().out
     assert "--negative is empty: with --cfg, the empty condition is used" in said
-    assert "true cfg: these weights never saw an empty condition" in said
+    assert "true CFG: these weights never saw an empty condition" in said
     assert empty.tobytes() not in (plain.tobytes(), guided.tobytes())
     off = again("off", tmp_path / "guided/cat-seed0.png", "--cfg", "1")
     assert off.tobytes() == plain.tobytes() and json.loads(off.text["megaflux"])["job"]["negative"] == ""

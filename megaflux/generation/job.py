@@ -115,7 +115,7 @@ class Job(Section):
     """px"""
     steps: Annotated[int, _within("steps")] = 28
     guidance: Annotated[float, _within("guidance")] | None = None
-    """None: the value of training."""
+    """None: the weights' default."""
     cfg: Annotated[float, _within("cfg")] = 1.0
     """Scale of true classifier-free guidance (true_cfg.py), which runs FLUX twice a step; 1: off."""
     shift: float | None = None

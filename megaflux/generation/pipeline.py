@@ -254,8 +254,8 @@ class Qwen2VLFluxPipeline:
         t5 (None: the weights' default). image: the picture that img2img, inpaint and a ControlNet run start from, with
         strength, the fraction of steps taken (1: from noise); mask_image: white is repainted. control_image: ready
         maps, with control_mode, their kinds (`control.detectors.UNION_MODES`). height, width: px, multiples of 16;
-        None: the image's size, or else square with the longest side of training. guidance_scale None: the value of
-        training. shift: a fixed timestep shift; None: the scheduler's own. batch_size: pictures made at once; a picture
+        None: the image's size, or else square with the longest side of training. guidance_scale None: the weights'
+        default. shift: a fixed timestep shift; None: the scheduler's own. batch_size: pictures made at once; a picture
         depends on its own seed alone, except for last bits that vary with the batch's size. attention_map: fill the
         output's `attention`, at the cost of a second softmax per block. release_compatible: prepare pictures, and a
         ControlNet's tokens, as the released tool does (release.py); without a reference, the image is one. true_cfg_scale: not 1: run

@@ -111,7 +111,7 @@ Names = Callable[[str], str]
 """What messages call an argument, as `plain_name` does."""
 
 
-PLAIN_NAMES = {"cfg": "true cfg scale", "negative": "negative prompt"}
+PLAIN_NAMES = {"cfg": "true CFG scale", "negative": "negative prompt"}
 
 
 def plain_name(name: str) -> str:

@@ -62,7 +62,7 @@ def encode_negative(
         encoded, notes = Encoded([], empty, None, embedded), []
         if "none" not in settings.modes:
             notes.append(
-                "true cfg: these weights never saw an empty condition (data.condition.none), so it may do little or harm; a "
+                "true CFG: these weights never saw an empty condition (data.condition.none), so it may do little or harm; a "
                 "negative prompt may do better"
             )
     return prompt_embeds(encoded, NEUTRAL, 0, _linear(models)), notes

@@ -112,7 +112,7 @@ def _add_job_options(add: Callable[..., Any]) -> None:
     add("--height", type=int, metavar="PX")
     add("--match-input-size", action="store_true", help="the size of the image, or of the first reference")
     add("--steps", type=int, metavar="N", help="Euler steps (default 28)")
-    add("--guidance", type=float, metavar="X", help="guidance value (default: that of training, usually 3.5)")
+    add("--guidance", type=float, metavar="X", help="guidance value (default: the weights', usually 3.5)")
     add(
         "--cfg",
         type=float,

@@ -127,10 +127,14 @@ def test_every_mode_has_it(pipeline, mode):  # noqa: F811
     if mode != "text":
         values["reference"] = Reference(values["reference"], 1.0, DOTS[:1])
     guidance = {"negative_prompt": "rain at night", "true_cfg_scale": SCALE}
+    flux, made, passes = pipeline.models.trainable.transformer, [], []
+    hook = flux.x_embedder.register_forward_hook(lambda *_: passes.append(1))
     plain = pipeline(**values).images
-    assert torch.equal(pipeline(**values, true_cfg_scale=1.0).images, plain)
-    flux, made = pipeline.models.trainable.transformer, []
+    once = len(passes)
+    assert torch.equal(pipeline(**values, true_cfg_scale=1.0).images, plain) and len(passes) == 2 * once
     steps = steps_of(flux, lambda: made.append(pipeline(**values, **guidance).images))
+    hook.remove()
+    assert len(steps) == once and len(passes) == 4 * once
     assert (made[0] - plain).abs().max() > 0.01 and "forward" in vars(flux)
     assert torch.equal(pipeline(**values).images, plain)  # FLUX is left as it was
     away, sigmas = embeds_of(pipeline, "rain at night"), []
@@ -189,7 +193,7 @@ def test_what_is_noted(pipeline):  # noqa: F811
 
     for nothing in (None, "", "  \n"):
         (note,) = notes(nothing)
-        assert note.startswith("true cfg: these weights never saw an empty condition (data.condition.none)")
+        assert note.startswith("true CFG: these weights never saw an empty condition (data.condition.none)")
         assert notes(nothing, "none") == notes(nothing, scale=1.0) == []
     assert notes("rain", "text") == []
     assert notes("rain") == [
@@ -204,11 +208,11 @@ def test_what_is_noted(pipeline):  # noqa: F811
     [
         (
             {"negative_prompt": "rain"},
-            "^negative prompt: without effect at true cfg scale 1; give true cfg scale another",
+            "^negative prompt: without effect at true CFG scale 1; give true CFG scale another",
         ),
-        ({"true_cfg_scale": -1.0}, r"^true cfg scale: -1.0; use 0 to 100 \(1 is off\)$"),
-        ({"true_cfg_scale": float("nan")}, "^true cfg scale: nan"),
-        ({"true_cfg_scale": 1000.0}, "^true cfg scale: 1000"),
+        ({"true_cfg_scale": -1.0}, r"^true CFG scale: -1.0; use 0 to 100 \(1 is off\)$"),
+        ({"true_cfg_scale": float("nan")}, "^true CFG scale: nan"),
+        ({"true_cfg_scale": 1000.0}, "^true CFG scale: 1000"),
         ({"true_cfg_scale": 3.0, "negative_prompt": ["a"]}, "^negative prompt: a list; use one text"),
         ({"true_cfg_scale": 3.0, "negative_prompt": "a\0"}, "^negative prompt: character 2 is NUL"),
         ({"true_cfg_scale": 3.0, "negative_prompt": "a", "text_encoder": "t5"}, "these weights have no T5"),

@@ -140,9 +140,9 @@ def test_a_job_holds_what_its_mode_uses_and_no_more():
         (dotted(), {"variety": 1.0}, "variety: 1.0"),
         (dotted(), {"guidance": -1.0}, "^guidance: -1.0"),
         (dotted(), {"background": -1.0}, "background: -1.0"),
-        (dotted(), {"cfg": None}, "^true cfg scale: empty; give a number"),
-        (dotted(), {"cfg": 101.0}, "^true cfg scale: 101.0; use 0 to 100"),
-        (dotted(), {"negative": "rain"}, "^negative prompt: without effect at true cfg scale 1; give true cfg scale"),
+        (dotted(), {"cfg": None}, "^true CFG scale: empty; give a number"),
+        (dotted(), {"cfg": 101.0}, "^true CFG scale: 101.0; use 0 to 100"),
+        (dotted(), {"negative": "rain"}, "^negative prompt: without effect at true CFG scale 1; give true CFG scale"),
         (dotted(), {"cfg": 3.0, "negative": "a\0"}, "^negative prompt: character 2 is NUL"),
     ],
 )
