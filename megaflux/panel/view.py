@@ -220,6 +220,7 @@ def more(settings: Settings, can_map: bool) -> dict[str, Any]:
         c["negative"] = gr.Textbox(
             label="Negative prompt",
             info="with true CFG, which takes twice the time",
+            placeholder="none: the empty condition",
             lines=1,
             max_lines=4,
             min_width=200,
