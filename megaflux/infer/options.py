@@ -73,10 +73,11 @@ def _add_job_options(add: Callable[..., Any]) -> None:
         help="one or more pictures; strength 1 is as trained, 0.5 counts half",
     )
     add("--prompt", metavar="TEXT", help="words beside the references, or alone")
+    add("--negative", metavar="TEXT", help="with --cfg: words to lead away from (default: the empty condition)")
     add(
         "--text-encoder",
         choices=("qwen", "t5"),
-        help="who reads the prompt (default: what the weights were trained with)",
+        help="who reads the prompts (default: what the weights were trained with)",
     )
     add("--reference-tokens", type=int, metavar="N", help="most tokens of a reference (default: as trained)")
     add(
@@ -112,7 +113,14 @@ def _add_job_options(add: Callable[..., Any]) -> None:
     add("--height", type=int, metavar="PX")
     add("--match-input-size", action="store_true", help="the size of the image, or of the first reference")
     add("--steps", type=int, metavar="N", help="Euler steps (default 28)")
-    add("--guidance", type=float, metavar="X", help="value of FLUX's guidance embedding (default 3.5)")
+    add("--guidance", type=float, metavar="X", help="guidance value (default: the weights', usually 3.5)")
+    add(
+        "--cfg",
+        type=float,
+        metavar="S",
+        help="true classifier-free guidance, which takes twice the time (default 1: off); for weights trained with "
+        "data.condition.none",
+    )
     add(
         "--release-compatible",
         action=argparse.BooleanOptionalAction,
