@@ -67,11 +67,11 @@ def test_runs_differ_in_nothing_but_their_recipe_and_are_done_once(tmp_path, tra
 def test_guidance_is_all_that_its_runs_differ_in_and_nothing_is_measured_twice(tmp_path, trained, capsys, monkeypatch):
     asked = []
 
-    def measure(run, ema, guidance):
-        asked.append((run.name, ema, guidance))
+    def measure(run, which, guidance):
+        asked.append((run.name, which, guidance))
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return {"loss": 0.5, "gap": guidance, "retrieval": 1.0 - ema}
+        return {"loss": 0.5, "gap": guidance, "retrieval": float(which == "weights")}
 
     monkeypatch.setattr(guidance, "measure", measure)
     options = ["guidance", "--out", str(tmp_path), "--updates", "60", "--seed", "3"]
@@ -83,11 +83,12 @@ def test_guidance_is_all_that_its_runs_differ_in_and_nothing_is_measured_twice(t
     assert Path(one["run"].pop("dir")).name == "guidance-1" and Path(other["run"].pop("dir")).name == "guidance-3.5"
     assert one == other and (one["optim"]["ema_decay"], one["run"]["seed"]) == (0.99, 3)
     names = ("guidance-1", "guidance-3.5")
-    assert sorted(asked[:2] + asked[3:]) == [(n, e, g) for n in names for e in (False, True) for g in (1.0, 3.5)]
+    wanted = [(name, which, value) for name in names for which in sorted(guidance.WEIGHTS) for value in (1.0, 3.5)]
+    assert sorted(asked[:2] + asked[3:]) == wanted
     out = capsys.readouterr().out
     assert "| guidance-3.5 | average | 1 | 0.5000 | 1.00 | 0.00 |" in out and "| 60 | 1.0000 |" in out
     found = json.loads((tmp_path / "guidance.json").read_text())
-    assert [at["update"] for at in found["runs"]["guidance-1"]] == [0, 20, 40, 60] and len(found["measured"]) == 8
+    assert [at["update"] for at in found["runs"]["guidance-1"]] == [0, 20, 40, 60] and len(found["measured"]) == 12
 
 
 @pytest.mark.slow

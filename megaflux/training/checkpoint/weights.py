@@ -137,13 +137,13 @@ def load_weights(path: Path, manifest: dict[str, Any], config: Config, models: M
             parameters[name].copy_(tensor)
 
 
-def load_averages(path: Path, manifest: dict[str, Any], models: Models) -> None:
+def load_averages(path: Path, manifest: dict[str, Any], models: Models, only: Container[str] | None = None) -> None:
     """Put a checkpoint's averages in the place of its weights, which `load_weights` has loaded; those that it has no average of
-    stay. UserError as there."""
+    stay. only: of these names. UserError as there."""
     parameters = dict(models.trainable.named_parameters())
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     with torch.no_grad():
-        for name, tensor in stored(path, manifest, shapes, AVERAGE):
+        for name, tensor in stored(path, manifest, shapes, AVERAGE, only):
             parameters[name].copy_(tensor)
 
 
