@@ -28,6 +28,7 @@ from diffusers import FluxPipeline  # isort: skip  (after megaflux, whose compat
 
 WIDE = Bucket("2:1", 64, 32)
 CAPTIONS = ["a cat", "a longer caption than that"]
+SAMPLES = [Sample("a", 0), Sample("b", 0)]
 
 
 def configured(**sections):
@@ -138,7 +139,7 @@ def test_a_batch_is_conditioned_by_the_kind_that_was_drawn_for_it(models):
         for drawn_index in range(3):
             kind = draw_kind(config.data.condition, config.run.seed, update, drawn_index)
             met[kind] += 1
-            got = objective.encode_condition(config, models, batch, update, drawn_index)
+            got = objective.encode_condition(config, models, batch, SAMPLES, update, drawn_index)
             expected = models.trunk.encode(batch.pixel_values, CAPTIONS, kind)
             assert torch.equal(got.hidden_states, expected.hidden_states) and torch.equal(got.select, expected.select)
     assert len(met) == 3
@@ -155,7 +156,7 @@ def test_cached_output_is_used_as_it_is(models):
     hidden_states = encoded.hidden_states + 1
     batch = Batch(["a", "b"], CAPTIONS, WIDE, pixels, latents, hidden_states)
     assert torch.equal(objective.encode_latents(configured(), models, batch, 0), latents)
-    condition = objective.encode_condition(configured(), models, batch, 0, 0)
+    condition = objective.encode_condition(configured(), models, batch, SAMPLES, 0, 0)
     assert torch.equal(condition.hidden_states, hidden_states)
     assert torch.equal(condition.position_ids, encoded.position_ids) and torch.equal(condition.select, encoded.select)
 

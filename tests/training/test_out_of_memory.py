@@ -243,7 +243,7 @@ def test_the_allocators_of_all_ranks_are_seen(tmp_path, monkeypatch):
         )
         monkeypatch.setattr(monitor, "allocator_state", lambda world: [gpu, other][world.rank])
         shown.replacements = [(0, "a")] * rank
-        _, replaced, states = shown._sum_over_ranks()
+        _, replaced, _, states = shown._sum_over_ranks()
     assert (replaced, states) == (1, [gpu, other])
 
 

@@ -64,9 +64,9 @@ def a_batch() -> Batch:
 def micro_batch(model, config: Config, models: Models, batch: Batch, device: torch.device):
     """Steps 1 to 5 of loop.update: losses (B,) and times (B,)."""
     batch = batch.to(device)
-    latents = objective.encode_latents(config, models, batch, 0)
-    condition = objective.encode_condition(config, models, batch, 0, 0)
     samples = objective.count_up(batch.keys, Counter())
+    latents = objective.encode_latents(config, models, batch, 0)
+    condition = objective.encode_condition(config, models, batch, samples, 0, 0)
     t, n = objective.draw_time_and_noise(config.flow, config.run.seed, 0, samples, latents)
     guidance = objective.draw_guidance(config.flow, config.run.seed, 0, samples, latents.device)
     return objective.denoising_loss(model, models, Denoising(batch.bucket, latents, condition, t, n, guidance)), t
