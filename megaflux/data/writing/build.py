@@ -158,7 +158,7 @@ def _as_begun(out: Path, options: Options) -> Options:
     """The options under which a dataset is continued that an earlier version began, which stored one caption of an image.
 
     Half of its images would have one caption and half all of them, so it is finished as it was begun."""
-    begun = read_plan(out)
+    begun = read_plan(out) if os.path.isdir(out) else None
     if begun is None or "captions" in begun.get("settings", {}) or options.captions != captions.ALL:
         return options
     return replace(options, captions=captions.FIRST)
