@@ -108,9 +108,9 @@ def encode_condition(
         return models.trunk.empty(len(batch.keys))
     if batch.hidden_states is not None:
         return models.trunk.from_cache(batch.hidden_states, batch.bucket.height, batch.bucket.width)
-    if kind == "image":
-        return models.trunk.encode(batch.pixel_values)
-    captions = draw_captions(config.data.caption_weights, config.run.seed, update, samples, batch.captions)
+    captions = batch.captions
+    if kind != "image":
+        captions = draw_captions(config.data.caption_weights, config.run.seed, update, samples, captions)
     return models.trunk.encode(batch.pixel_values, captions, kind)
 
 

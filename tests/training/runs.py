@@ -36,7 +36,7 @@ def make_dataset(
         height = side if i % 2 or square else side // 2
         picture = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(picture).resize((side, height), Image.Resampling.BICUBIC).save(source / f"{i:03d}.png")
-        texts = [f"picture number {i}", *(f"picture number {i}, again {n}" for n in range(1, captions))]
+        texts = [f"picture number {i}", *(f"{n} times picture number {i}" for n in range(1, captions))]
         (source / f"{i:03d}.txt").write_text("\n".join(texts[: None if i % 2 else 1]))
     options = Options(longest_side=side, aspect_ratios=("1:1", "2:1"), held_out=0.25, encoding="png", chunk=chunk)
     options = replace(options, captions="lines" if captions > 1 else options.captions)
