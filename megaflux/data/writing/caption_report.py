@@ -55,14 +55,14 @@ def _in_tokens(target: Target, reports: Sequence[Report], counter: TokenCounter 
     missing = []
     for number, kept in there.items():
         if kept is not None and kept.fingerprint == counter.fingerprint:
-            counts += kept.lengths
+            counts.update(kept.lengths)
         else:
             missing.append(number)
     if len(missing) > READ_AGAIN:
         missing = [missing[i * len(missing) // READ_AGAIN] for i in range(READ_AGAIN)]
     for number in missing:
         for stored in _stored(target, reports[number]):
-            counts += counter.lengths(split(stored))
+            counts.update(counter.lengths(split(stored)))
     return measured(counts, "tokens", counter.name, counter.limit)
 
 
@@ -75,7 +75,9 @@ def _of_earlier(target: Target, there: Sequence[Counted | None]) -> Lengths | No
     counted = [one for one in there if one is not None]
     if len(counted) < len(there) or len({one.fingerprint for one in counted}) != 1:
         return None
-    total: Counter[int] = sum((one.lengths for one in counted), Counter())
+    total: Counter[int] = Counter()
+    for one in counted:
+        total.update(one.lengths)
     return measured(total, "tokens", counted[0].name, counted[0].limit)
 
 

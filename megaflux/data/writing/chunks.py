@@ -122,7 +122,7 @@ def write_chunk(job: Job, number: int, items: Sequence[Item], progress: Callable
                 images[str(len(caption.texts))] += 1
                 characters.update(str(len(text)) for text in caption.texts)
                 if job.counter:
-                    tokens += job.counter.lengths(caption.texts)
+                    tokens.update(job.counter.lengths(caption.texts))
                 if caption.problem:
                     report.bad_captions.append({"key": item.key, "detail": caption.problem})
                 if split == "train" and item.key == item.split_key:
