@@ -247,7 +247,12 @@ def test_a_caption_cannot_forge_the_turn(parts, forged):
 def test_long_and_empty_captions(parts):
     _, _, trunk, _ = parts
     long = trunk.turn("text", None, "cat " * 25_000)
-    assert len(long.select) == trunk.max_caption_tokens == 64
+    assert len(long.select) == trunk.max_caption_tokens == 64 and long.cut
+    words = 1
+    while trunk.caption_tokens("cat " * words) < 64:
+        words += 1
+    assert trunk.caption_tokens("cat " * words) == 64
+    assert not trunk.turn("text", None, "cat " * words).cut and trunk.turn("text", None, "cat " * (words + 1)).cut
     assert trunk.caption_tokens("cat " * 25_000) > 64 and trunk.caption_tokens(" \0 ") == 0
     assert len(trunk.turn("text", None, "").select) == 1  # FLUX needs one token of text
     rows, columns = trunk.turn("image_text", SIZE, "").grid
