@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaflux.common.command import Parser, add_folder_options
+from megaflux.common.command import EMA_HELP, Parser, add_folder_options
 from megaflux.common.errors import UserError, exit_on_user_error
 from megaflux.common.paths import path_option
 from megaflux.generation.layout import check_new_folder, whole_folder
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=path_option, metavar="RUN", help="the run's folder")
     parser.add_argument("out", type=path_option, metavar="OUT", help="folder to write; must not exist")
     parser.add_argument("--update", type=int, metavar="N", help="the run's N-th update (default: the newest)")
+    parser.add_argument("--ema", action="store_true", help=EMA_HELP)
     add_folder_options(parser.add_argument)
     args = parser.parse_args(argv)
     if not os.path.isdir(args.run):
@@ -39,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # transformers' save_pretrained imports DeepSpeed, which would look for accelerators and log that.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    run = find(args.run, args.update, Folders(args.flux, args.vlm, args.vae))
+    run = find(args.run, args.update, Folders(args.flux, args.vlm, args.vae), args.ema)
     export(run, Path(args.out))
-    print(f"{args.out}: update {run.manifest['update']} of {args.run}")
+    print(f"{args.out}: update {run.manifest['update']} of {args.run}{', averaged weights' * args.ema}")
     return 0
 
 

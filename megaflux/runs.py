@@ -39,6 +39,8 @@ class TrainedRun:
     """As saved, with the folders of today."""
     checkpoint: Path
     manifest: dict[str, Any]
+    ema: bool = False
+    """Whether its weights' averages are taken instead of the weights."""
 
     @property
     def folder(self) -> Path:
@@ -53,16 +55,18 @@ class TrainedRun:
             "run": self.config.run.dir,
             "update": self.manifest["update"],
             "stage": self.manifest["stage_name"],
-            "weights_sha256": weights.sha256(self.manifest, self.checkpoint),
+            "weights_sha256": weights.sha256(self.manifest, self.checkpoint, self.ema),
             **({} if init is None else {"init": init}),
+            **({"ema": True} if self.ema else {}),
         }
 
 
-def find(path: str | Path, update: int | None = None, folders: Folders = Folders()) -> TrainedRun:
-    """A run's newest checkpoint, or the one after `update` updates. folders: of base weights that were moved.
+def find(path: str | Path, update: int | None = None, folders: Folders = Folders(), ema: bool = False) -> TrainedRun:
+    """A run's newest checkpoint, or the one after `update` updates. folders: of base weights that were moved. ema: take the
+    averages of its weights.
 
-    UserError, naming the file, where it is missing, not complete, or of another configuration than the run's: an older
-    checkpoint is never used instead.
+    UserError, naming the file, where it is missing, not complete, without averages, or of another configuration than the run's:
+    an older checkpoint is never used instead.
     """
     root = Path(path)
     if not os.path.isdir(root):  # Path.is_dir raises where a name is too long
@@ -83,7 +87,14 @@ def find(path: str | Path, update: int | None = None, folders: Folders = Folders
         known = ", ".join(map(str, found))
         raise UserError(f"{folder}/update-{number:07d}: no such checkpoint; the run has {known}")
     chosen = found[number]
-    weight_files = weights.files_of(manifests.read(chosen), chosen)
+    content = manifests.read(chosen)
+    if ema and "average" not in content:
+        raise UserError(
+            f"{chosen}: holds no average of the weights; leave --ema out, or train with optim.ema_decay (0.9999, say)"
+        )
+    weight_files = weights.files_of(content, chosen) + (
+        weights.files_of(content, chosen, weights.AVERAGE) if ema else []
+    )
     manifest = manifests.verify(chosen, only=weight_files)  # the optimizer's shards are not needed
     if manifest.get("init") is not None:
         init_folder.verify(root, manifest["init"])
@@ -91,7 +102,7 @@ def find(path: str | Path, update: int | None = None, folders: Folders = Folders
         raise UserError(
             f"{root}/config.yaml: {', '.join(changed)} is not what {chosen.name} was trained with; restore it"
         )
-    return TrainedRun(config, chosen, manifest)
+    return TrainedRun(config, chosen, manifest, ema)
 
 
 def _as_it_is_now(config: Config, root: Path, folders: Folders) -> Config:
@@ -123,6 +134,8 @@ def load(run: TrainedRun, device: torch.device | str = "cpu", dtype: torch.dtype
             init_weights.widen(models, run.folder, device)
         init_weights.lay_over(models, run.folder, began_from)
     weights.load_weights(run.checkpoint, run.manifest, run.config, models)
+    if run.ema:
+        weights.load_averages(run.checkpoint, run.manifest, models)
     return models
 
 
@@ -133,20 +146,24 @@ def load_pipeline(
     device: torch.device | str | None = None,
     kernels: bool = True,
     folders: Folders = Folders(),
+    ema: bool = False,
 ) -> Qwen2VLFluxPipeline:
     """The pipeline of a run folder (its newest checkpoint, or the one after `update` updates) or an export folder.
 
     dtype None: bfloat16 on a GPU, float32 on the CPU; device None: the GPU if there is one. kernels False: diffusers'
-    own path. folders: where the base weights of a run are now, if they were moved; an export holds its own. UserError for a
-    folder that is neither, or not complete.
+    own path. folders: where the base weights of a run are now, if they were moved; an export holds its own. ema: a run's averaged
+    weights. UserError for a folder that is neither, or not complete.
     """
     if is_export(path):
         if update is not None:
             raise UserError(f"--update {update}: {path} is an export and holds one set of weights; leave it out")
         if folders != Folders():
             raise UserError(f"folders: {path} is an export, which holds all its weights; leave them out")
-        return Qwen2VLFluxPipeline.from_pretrained(path, dtype, device, kernels)
-    run = find(path, update, folders)
+        pipeline = Qwen2VLFluxPipeline.from_pretrained(path, dtype, device, kernels)
+        if ema and not pipeline.source.get("ema"):
+            raise UserError(f"--ema: {path} is an export of a run's weights; export the run again, with --ema")
+        return pipeline
+    run = find(path, update, folders, ema)
     device, dtype = device_and_dtype(device, dtype)
     return Qwen2VLFluxPipeline(
         load(run, device, dtype), Settings.of(run.config), run.source, kernels, attribution(run.config)

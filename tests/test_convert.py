@@ -256,6 +256,50 @@ def test_the_prompt_matters_and_is_cut_at_256(pipeline, converted, tmp_path, cap
     assert only.tobytes() != fox.images[0].tobytes()
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("with_control", [False, True])
+@pytest.mark.parametrize(("prompt", "negative"), [("a red fox", "at night"), ("", "at night"), ("a red fox", "")])
+def test_true_guidance_reads_the_negative_prompt_as_the_prompt(
+    pipeline, union, prompt, negative, with_control, kernels
+):
+    """By T5 alone, of which only the passes that have its tokens know; nothing is Qwen2-VL's empty condition."""
+    models, flux, scale, calls = pipeline.models, pipeline.models.trainable.transformer, 2.5, []
+    given = {"height": 48, "width": 64, "num_inference_steps": 2, "seed": 5, "output_type": "latent"}
+    if with_control:
+        pipeline.load_controlnet(str(union))
+        given |= {"control_image": picture(64, 48), "control_mode": "line", "release_compatible": bool(prompt)}
+    models.trainable.configure(kernels)
+    hook = flux.register_forward_hook(lambda _, __, kwargs, output: calls.append((kwargs, output[0])), with_kwargs=True)
+    try:
+        pipeline(picture(64, 64), prompt, **given, negative_prompt=negative, true_cfg_scale=scale)
+        hook.remove()
+        models.trainable.configure(False)
+        n = pipeline.encode_all([Reference(picture(64, 64))], prompt).references[0].hidden_states.shape[1]
+        raw = prompt_embeds(pipeline.encode_all([Reference(picture(64, 64))], prompt), NEUTRAL, 0).prompt_embeds
+        real, (call, found) = flux.context_embedder, calls[0]
+        with torch.no_grad():
+            towards = real(raw[:, :n])
+            if prompt:
+                towards = torch.cat([towards, models.t5.embedder(raw[:, n:])], 1)
+            if negative:
+                from_ = models.t5.embedder(models.t5.encode([negative]))
+            else:
+                from_ = real(models.trainable.encode_condition(models.trunk.encode(None, [""], "text")))
+            assert towards.shape[1] == n + 256 * bool(prompt) and from_.shape[1] == (256 if negative else 1)
+            flux.context_embedder, velocities = torch.nn.Identity(), []
+            for tokens in (towards, from_):
+                given = {"encoder_hidden_states": tokens, "txt_ids": text_ids(tokens.shape[1])}
+                velocities.append(flux(**call | given | {"joint_attention_kwargs": None})[0])
+        want = velocities[1] + scale * (velocities[0] - velocities[1])
+        assert (found - want).abs().max() < 1e-7 * want.abs().max() and len(calls) == 2  # a norm in float32
+        assert (velocities[0] - velocities[1]).abs().max() > 1e-3
+    finally:
+        hook.remove()
+        flux.context_embedder = real
+        models.trainable.configure(True)
+        pipeline.controlnet = None
+
+
 @pytest.fixture(scope="module")
 def by_hand(release) -> ByHand:
     return ByHand(release)

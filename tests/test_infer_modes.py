@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from megaflux.common.errors import UserError
@@ -54,6 +55,10 @@ MODES = {
         "0.3",
         "--prompt",
         "a fox",
+        "--cfg",
+        "2.5",
+        "--negative",
+        "rain at night",
     ],
     "img2img": ["--image", "{room}", "--reference", "{cat}", "--strength", "0.6"],
     "inpaint": [
@@ -82,6 +87,8 @@ MODES = {
         "{net}",
         "--control-end",
         "0.7",
+        "--cfg",
+        "3",
     ],
     "controlnet-inpaint": ["--image", "{room}", "--mask", "{mask}", "--control", "canny", "--controlnet", "{net}"],
 }
@@ -116,6 +123,7 @@ def test_every_mode_and_its_replay(run_folder, controlnet_folder, files, tmp_pat
     assert len(made) == 3 and len({pixels(file) for file in made}) == 3
     saved = json.loads(Image.open(made[1]).text["megaflux"])
     assert saved["job"]["mode"] == mode and saved["seed"] == 6
+    assert saved["job"]["cfg"] == {"variation": 2.5, "controlnet": 3}.get(mode, 1)
     sheet = Image.open(next(tmp_path.glob("out/*-sheet.png")))
     assert sheet.width * sheet.height > 3 * Image.open(made[0]).width * Image.open(made[0]).height
     assert len(list(tmp_path.glob("out/*control*"))) == {"controlnet": 2, "controlnet-inpaint": 2, "inpaint": 1}.get(
@@ -248,6 +256,37 @@ def test_options_beside_from_image_change_what_they_name(run_folder, controlnet_
     assert infer.main(["--from-image", made, "--reference", moved + ":0.9", "--out", str(tmp_path / "own")]) == 0
     settings = json.loads(Image.open(tmp_path / "own/moved-seed0.png").text["megaflux"])
     assert settings["job"]["references"][0]["strength"] == 0.9
+
+
+def test_true_guidance_is_stored_added_and_turned_off_again(run_folder, files, tmp_path, capsys):
+    run("--checkpoint", str(run_folder), "--reference", files["cat"], "--count", "1", "--out", str(tmp_path / "out"))
+    plain, info = Image.open(tmp_path / "out/cat-seed0.png"), PngInfo()
+    settings = json.loads(plain.text["megaflux"])
+    assert settings["job"].pop("cfg") == 1 and settings["job"].pop("negative") == ""
+    info.add_text("megaflux", json.dumps(settings))
+    plain.save(tmp_path / "old.png", pnginfo=info)  # as of a version without the two
+
+    def again(name: str, file: Path, *options: str) -> Image.Image:
+        assert infer.main(["--from-image", str(file), *options, "--out", str(tmp_path / name)]) == 0
+        return Image.open(tmp_path / name / "cat-seed0.png")
+
+    assert again("same", tmp_path / "old.png").tobytes() == plain.tobytes()
+    capsys.readouterr()
+    guided = again("guided", tmp_path / "old.png", "--cfg", "2.5", "--negative", "rain\n at night")
+    assert guided.tobytes() != plain.tobytes()
+    assert "negative prompt: these weights were trained without captions" in capsys.readouterr().out
+    job = json.loads(guided.text["megaflux"])["job"]
+    assert (job["cfg"], job["negative"]) == (2.5, "rain\n at night")
+    assert "Negative prompt: rain\n at night\n" in guided.text["parameters"]
+    assert "CFG scale: 2.5, Distilled CFG Scale: 3.5" in guided.text["parameters"]
+    empty = again("empty", tmp_path / "guided/cat-seed0.png", "--negative", " ")
+    said = capsys.readouterr().out
+    assert "--negative is empty: with --cfg, the empty condition is used" in said
+    assert "true CFG: these weights never saw an empty condition" in said
+    assert empty.tobytes() not in (plain.tobytes(), guided.tobytes())
+    off = again("off", tmp_path / "guided/cat-seed0.png", "--cfg", "1")
+    assert off.tobytes() == plain.tobytes() and json.loads(off.text["megaflux"])["job"]["negative"] == ""
+    assert "CFG scale: 1, Distilled" in off.text["parameters"] and "Negative" not in off.text["parameters"]
 
 
 def test_replay_notices_other_nets_and_other_maps(run_folder, controlnet_folder, files, tmp_path, monkeypatch):  # noqa: F811
@@ -507,6 +546,14 @@ def test_dry_run_says_what_would_happen(run_folder, export_folder, files, tmp_pa
         said = capsys.readouterr().out
         assert "mode        variation" in said and "64x32 px, 8 tokens" in said and "cat.png: 2x2 = 4 tokens" in said
         assert "estimated peak on the device" in said and "FLUX" in said and not Path(out).exists()
+        assert "steps       112 in all\n" in said and "negative" not in said
+    guided = ["--checkpoint", str(run_folder), "--reference", files["cat"], "--cfg", "3", "--dry-run"]
+    for negative, words in (((), "the empty condition"), (("--negative", "rain"), "4 characters")):
+        assert infer.main([*guided, *negative]) == 0
+        said = capsys.readouterr().out
+        assert "steps       112 in all, FLUX twice in each (cfg 3)" in said and f"negative    {words}\n" in said
+    assert infer.main([*guided, "--negative", "rain", "--text-encoder", "t5"]) == 2
+    assert "problem: --text-encoder t5: these weights have none" in capsys.readouterr().out
     missing = [
         "--control",
         "depth",
@@ -674,6 +721,18 @@ def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_pa
         (["--image", "{room}", "--strength", "0"], "--strength: 0"),
         (["--image", "{room}", "--strength", "nan"], "--strength: nan"),
         (["--reference", "{cat}", "--shift", "-1"], "--shift: -1"),
+        (["--reference", "{cat}", "--cfg", "-1"], r"^--cfg: -1.0; use 0 to 100 \(1 is off\)$"),
+        (["--reference", "{cat}", "--cfg", "nan"], "--cfg: nan"),
+        (
+            ["--reference", "{cat}", "--negative", "x"],
+            "^--negative: without effect at --cfg 1; give --cfg another value",
+        ),
+        (["--reference", "{cat}", "--cfg", "1", "--negative", "x"], "--negative: without effect"),
+        (
+            ["--reference", "{cat}", "--cfg", "3", "--negative", "x\ud800"],
+            "^--negative: character 2 is half a surrogate",
+        ),
+        (["--reference", "{cat}", "--text-encoder", "t5", "--cfg", "3", "--negative", "x"], "these weights have no T5"),
         (["--reference", "{cat}", "--batch-size", "0"], "--batch-size: 0"),
         (["--reference", "{cat}", "--offload", "model"], "no.* GPU|there is none here"),
         (["--reference", "{cat}", "--text-encoder", "t5", "--prompt", "x"], "have no T5|has none"),

@@ -105,6 +105,11 @@ def test_a_changed_default_never_changes_a_run(old, monkeypatch):
     assert given.optim.lr == 2e-4 and given.train.stop_after == 3 and given.train.checkpoint_every == 2
     with pytest.raises(UserError, match="--preset tiny: .* holds a run of the preset dev; leave it out"):
         saved.refuse_changes(parse("--run.dir", run, "--preset", "tiny")[1], saved.begun(str(run)).values)
+    # They trained at generation's guidance value, which was the default, and go on so.
+    monkeypatch.undo()
+    assert parse("--run.dir", run)[1].flow.guidance == 3.5
+    assert [build_config(PRESETS[name]()).flow.guidance for name in ("tiny", "dev")] == [1.0, 1.0]
+    monkeypatch.setitem(PRESETS, "dev", lambda: copy.deepcopy(changed))
     # Where there is nothing to resume, today's defaults hold.
     shutil.rmtree(run / "checkpoints")
     assert parse("--run.dir", run, "--preset", "dev")[1].optim.lr == 5.0

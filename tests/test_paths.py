@@ -38,6 +38,7 @@ WORDS = {  # options and fields that hold words and no path
     "--image-column",
     "--caption-column",
     "--prompt",
+    "--negative",
     "--mask-point",
     "--aspect",
     "--dot",

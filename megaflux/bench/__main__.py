@@ -1,4 +1,4 @@
-"""python -m megaflux.bench step|activations|traffic|memory|loader|infer|start|recipes: speed and memory; --help after each.
+"""python -m megaflux.bench step|activations|traffic|memory|loader|infer|start|recipes|guidance: speed and memory; --help after each.
 
 step         forward and backward of FLUX: diffusers, diffusers compiled, ours
 activations  bytes that the backward pass keeps, counted without a GPU
@@ -8,6 +8,7 @@ loader       samples per second of the data loader
 infer        seconds per picture of the pipeline
 start        seconds to the first update of a training process
 recipes      updates that the tiny preset needs with the connector trained first, or all at once
+guidance     the tiny preset trained at guidance 1 and at 3.5, its weights and their average
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 
 from megaflux_kernels.bench.report import Parser
 
-BENCHES = ("step", "activations", "traffic", "memory", "loader", "infer", "start", "recipes")
+BENCHES = ("step", "activations", "traffic", "memory", "loader", "infer", "start", "recipes", "guidance")
 MODULES = {"activations": "count"}  # the counting itself is megaflux.bench.activations
 
 

@@ -104,21 +104,24 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
         from megaflux.training import distributed
 
         distributed.start()
-        for name, (found, formula) in small_zero(ds_config).items():
-            add(name, "tiny, 1 rank, bfloat16", found, formula)
+        for averaged in (False, True):
+            for name, (found, formula) in small_zero(ds_config, averaged).items():
+                add(name, f"tiny, 1 rank, bfloat16{', ema' * averaged}", found, formula)
         distributed.stop()
     print(table(row for row in report.rows if row.bench == BENCH))
     return 0
 
 
-def small_zero(ds_config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """{"zero-in-flight", "zero-kept"}: (counted, by the formula) bytes of a small engine in bfloat16, on one rank."""
+def small_zero(ds_config: dict[str, Any], averaged: bool = False) -> dict[str, tuple[int, int]]:
+    """{"zero-in-flight", "zero-kept"}: (counted, by the formula) bytes of a small engine in bfloat16, on one rank. averaged: with
+    an average of the weights."""
     zero = ds_config["zero_optimization"] | {"reduce_bucket_size": BUCKET_ELEMENTS}
     ds_config = ds_config | {"zero_optimization": zero}
     config, models = _tiny()
+    config = config.model_copy(update={"optim": config.optim.model_copy(update={"ema_decay": 0.9 * averaged})})
     module, stage = models.trainable, config.stages[1]
     in_flight, kept = zero_peak(config, module, 1, ds_config)
-    gradients, optimizer, host = memory.zero_bytes(ds_config, 1, module, stage, 2)
+    gradients, optimizer, host = memory.zero_bytes(ds_config, 1, module, stage, 2, averaged)
     return {"zero-in-flight": (in_flight, gradients), "zero-kept": (kept, optimizer + host)}
 
 

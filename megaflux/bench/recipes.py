@@ -19,22 +19,17 @@ same command goes on: a finished run is kept, an unfinished one resumes at its l
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from megaflux.bench.small_runs import train, validations
 from megaflux.common.errors import UserError
 from megaflux.common.files import write_json
 from megaflux.common.paths import path_option
 from megaflux.config.parse import build_config, load_yaml, merge
 from megaflux.config.presets import tiny
-from megaflux.config.schema import Config
 from megaflux_kernels.bench.report import Parser, positive
 
-ROOT = Path(__file__).parents[2]
-TRAIN = str(ROOT / "launch" / "train.py")
 GAPS = (0.25, 0.5)
 BASE_RATE = 2e-3  # the tiny preset's
 RATE = BASE_RATE / 10
@@ -97,55 +92,13 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         if name != "base" and not (out / "flux").exists():
             write_flux(out / "base", out / "flux")
         train(name, build_config(values), out)
-        curves[name] = validations(out / name)
+        curves[name] = [{key: at[key] for key in ("update", "loss", "gap")} for at in validations(out / name)]
     found = {
         "options": {name: value for name, value in vars(args).items() if name not in ("bench", "out")},
         "runs": {name: outcome(curve) | {"curve": curve} for name, curve in curves.items()},
     }
     write_json(out / "recipes.json", found, indent=1)
     return found
-
-
-def train(name: str, config: Config, out: Path) -> None:
-    """Run launch/train.py until the configuration's last update, unless that is done. UserError where it fails."""
-    file, log = out / f"{name}.yaml", out / f"{name}.log"
-    text = config.to_yaml()
-    if file.exists() and file.read_text() != text:
-        raise UserError(f"--out {out}: {name} was begun with other options; give another folder, or delete this one")
-    unfinished = file.with_suffix(".new")
-    unfinished.write_text(text)
-    unfinished.replace(file)  # a kill leaves the old one or the new one
-    if finished(Path(config.run.dir), config.train.updates):
-        print(f"{name}: done before", flush=True)
-        return
-    print(f"{name}: {config.train.updates} updates; {log} says how far it is", flush=True)
-    with log.open("a") as stream:
-        command = [sys.executable, TRAIN, "--preset", "tiny", "--config", str(file)]
-        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
-    if code:
-        raise UserError(f"{name}: training ended with exit code {code}; see {log}")
-
-
-def finished(run: Path, updates: int) -> bool:
-    """Whether a run has done all its updates: its last validation is recorded and its last checkpoint is whole."""
-    from megaflux.training.checkpoint import manifest
-
-    if not manifest.folder(run).is_dir():
-        return False
-    return updates in manifest.listed(run) and any(line["update"] == updates for line in validations(run))
-
-
-def validations(run: Path) -> list[dict[str, float]]:
-    """{"update", "loss", "gap"} of each validation of a run, the last one of each update."""
-    found = {}
-    file = run / "validation.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            values = json.loads(line)
-        except ValueError:  # torn by a kill
-            continue
-        found[values["update"]] = {name: values[name] for name in ("update", "loss", "gap")}
-    return [found[update] for update in sorted(found)]
 
 
 def outcome(curve: list[dict[str, float]]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from diffusers.models import AutoencoderKL
 
 from megaflux.bench.activations import assume_even_norms, in_dtype, rms_norm_of_gpus
 from megaflux.bench.live_memory import LiveMemory
+from megaflux.common.ranks import World
 from megaflux.config.schema import Config, Stage
 from megaflux.data.buckets import Bucket
 from megaflux.models import latents
@@ -115,6 +116,7 @@ def zero_peak(config: Config, module: Qwen2VLFlux, stage: int, ds_config: dict[s
     """(bytes in flight, bytes kept) of a real engine's ZeRO in the backward pass of its second update, when everything is
     allocated: beside weights and activations, on GPU and host together. The module is real and small; its forward is
     replaced by one that keeps nothing. Needs a process of one rank with its group (`distributed.start`)."""
+    from megaflux.training.average import WeightAverage
     from megaflux.training.engine import StageEngine
 
     trained = [dict(module.named_parameters())[name] for name in stages.trainable_names(module, config.stages[stage])]
@@ -122,6 +124,8 @@ def zero_peak(config: Config, module: Qwen2VLFlux, stage: int, ds_config: dict[s
     vars(module)["forward"] = lambda: sum((parameter * 1.5).sum() for parameter in trained)
     with LiveMemory() as memory:
         engine = StageEngine(module, config, ds_config, stage, 1)
+        average = WeightAverage(config.optim.ema_decay, World(0, 1))
+        average.begin_stage(engine)
         for update in range(2):
             engine.set_learning_rates(update)
             for _ in range(accumulation_steps(config, 1)):
@@ -129,6 +133,7 @@ def zero_peak(config: Config, module: Qwen2VLFlux, stage: int, ds_config: dict[s
                 engine.backward(engine())
                 in_flight, kept = memory.peak - memory.live, memory.live - weights
                 engine.step()
+            average.follow(engine)
         engine.close()
     del vars(module)["forward"]
     return in_flight, kept

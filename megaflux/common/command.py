@@ -29,6 +29,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.hint}")
 
 
+EMA_HELP = "the averages of a run's weights instead of the weights (optim.ema_decay)"
+
+
 def add_folder_options(add: Callable[..., Any]) -> None:
     """--flux, --vlm and --vae of programs that read a run. add: a parser's add_argument."""
     for name, what in (("flux", "FLUX.1"), ("vlm", "Qwen2-VL"), ("vae", "VAE")):

@@ -38,7 +38,7 @@ def dev() -> dict[str, Any]:
     """FLUX.1-dev + Qwen2-VL-7B on 8 GPUs of 80 GB: the published recipe.
 
     Chosen here because they were not published: how the updates are divided among the stages (a third each), the length of
-    the warm-up, the density of t, the guidance value in training.
+    the warm-up and the density of t. The guidance value of training is the schema's default.
     """
     return {
         "preset": "dev",

@@ -161,10 +161,10 @@ class Optim(Section):
     spike_window: Count = 128
     """Number of norms in that mean. It is used from 64 norms on, and is reset at each stage."""
     large_gradient: Positive = 1e-3
-    """Size of a gradient value, before clipping, from which on it counts as large."""
+    """A gradient value that is larger than this, whatever its sign and before clipping, counts as large."""
     large_gradient_share: Fraction | None = None
-    """An update is dropped on all ranks if more than this share of its gradient's values is larger than `large_gradient`.
-    None: never; the share is logged."""
+    """An update is dropped on all ranks if more than this share of its gradient's values is large. None: never; the share is
+    logged either way (train/large_gradient_share)."""
     max_grad_norm: NonNegative = 1.0
     """Gradients are scaled down to this norm; 0: never."""
     ema_decay: Annotated[float, NUMBER, Field(ge=0, lt=1)] = 0.0

@@ -182,6 +182,14 @@ def encode(models: Models, longest_side: int, request: ConditionRequest, embedde
     return Encoded(references, text, t5, embedded, notes, request.as_released, control)
 
 
+def caption_notes(encoded: Encoded, modes: Sequence[str]) -> list[str]:
+    """A note where Qwen2-VL read a prompt in a kind of condition that training never drew. modes: those that it drew."""
+    needed = "image_text" if encoded.references else "text"
+    if encoded.text is None or needed in modes:
+        return []
+    return ["prompt: these weights were trained without captions, so it may do little or harm"]
+
+
 def _token_limits(trunk: Trunk, reference_tokens: int | None, beside_t5: bool) -> tuple[int, int] | None:
     """(fewest, most) image tokens of a reference. None: as trained."""
     if reference_tokens is not None:

@@ -23,6 +23,7 @@ from megaflux.generation.request import (
     Names,
     check_aspect,
     check_background,
+    check_negative,
     check_numbers,
     check_prompt,
     plain_name,
@@ -79,8 +80,10 @@ class Job(Section):
     mode: Mode = "variation"
     references: tuple[JobReference, ...] = ()
     prompt: str = ""
+    negative: str = ""
+    """With cfg: what the pictures are led away from, read as the prompt is; empty: the empty condition."""
     text_encoder: Literal["qwen", "t5"] | None = None
-    """Which model reads the prompt; None: the weights' default."""
+    """Which model reads the prompts; None: the weights' default."""
     reference_tokens: Annotated[int, _within("reference_tokens")] | None = None
     """Most image tokens of a reference; None: as trained."""
     image: Input | None = None
@@ -112,7 +115,9 @@ class Job(Section):
     """px"""
     steps: Annotated[int, _within("steps")] = 28
     guidance: Annotated[float, _within("guidance")] | None = None
-    """None: the value of training."""
+    """None: the weights' default."""
+    cfg: Annotated[float, _within("cfg")] = 1.0
+    """Scale of true classifier-free guidance (true_cfg.py), which runs FLUX twice a step; 1: off."""
     shift: float | None = None
     """Fixed timestep shift; None: the scheduler's own."""
     seeds: tuple[Annotated[int, _within("seed")], ...] = Field(default=(0,), min_length=1, max_length=MAX_COUNT)
@@ -148,6 +153,8 @@ class Runtime(Section):
     """Folder of a run or an export."""
     update: int | None = None
     """Number of a run's checkpoint; None: the newest."""
+    ema: bool = False
+    """The averages of a run's weights instead of the weights."""
     flux: str | None = None
     """Where a run's FLUX.1 folder is now; None: where it was when the run was trained. The next two likewise."""
     vlm: str | None = None
@@ -177,6 +184,7 @@ def check(job: Job, name_of: Names = plain_name, dots: Mapping[int, Sequence[Dot
     """
     check_prompt(job.prompt)  # a replay's prompt comes from a file
     check_numbers(vars(job), name_of)
+    check_negative(job.negative, job.cfg, name_of)
     if job.aspect is not None:
         check_aspect(job.aspect, name_of)
     if (job.width is None) != (job.height is None):

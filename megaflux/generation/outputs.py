@@ -189,7 +189,7 @@ def parameters_text(settings: dict[str, Any]) -> str:
     fields = {
         "Steps": job["steps"],
         "Sampler": "Euler",
-        "CFG scale": 1,
+        "CFG scale": f"{job['cfg']:g}",
         "Distilled CFG Scale": job["guidance"],
         "Seed": settings.get("seed", job["seeds"][0]),
         "Size": f"{job['width']}x{job['height']}",
@@ -202,6 +202,7 @@ def parameters_text(settings: dict[str, Any]) -> str:
         fields["Denoising strength"] = job["strength"]
     fields["Version"] = f"megaflux {settings['versions']['megaflux']}"
     prompt = f"{job['prompt']}\n" if job["prompt"] else ""
+    prompt += f"Negative prompt: {job['negative']}\n" if job["negative"] else ""
     return prompt + ", ".join(f"{key}: {value}" for key, value in fields.items())
 
 

@@ -17,8 +17,8 @@ The folder that `from_pretrained` reads is described in layout.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +33,7 @@ from megaflux.generation.condition import (
     Encoded,
     PromptEmbeds,
     attention_maps,
+    caption_notes,
     encode,
     prompt_embeds,
     reference_condition,
@@ -60,6 +61,7 @@ from megaflux.generation.request import (
     as_control_maps,
     as_draws,
     as_references,
+    check_negative,
     check_numbers,
     check_output_type,
     check_pictures,
@@ -69,6 +71,7 @@ from megaflux.generation.request import (
 )
 from megaflux.generation.runtime import Offload, device_and_dtype, offload_layers
 from megaflux.generation.sampling import Control, SamplingRequest, Start, flux_pipeline, sample, scheduler_like
+from megaflux.generation.true_cfg import TrueCfg, encode_negative
 from megaflux.models import pretrained
 from megaflux.models.pretrained import Models
 from megaflux.models.reading import Target
@@ -241,6 +244,8 @@ class Qwen2VLFluxPipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         attention_map: bool = False,
         release_compatible: bool = False,
+        negative_prompt: str | None = None,
+        true_cfg_scale: float = 1.0,
         return_dict: bool = True,
     ) -> Qwen2VLFluxPipelineOutput | tuple[Any]:
         """Make one picture per seed, or per generator, or num_images_per_prompt pictures of seeds 0, 1, ...
@@ -249,12 +254,14 @@ class Qwen2VLFluxPipeline:
         t5 (None: the weights' default). image: the picture that img2img, inpaint and a ControlNet run start from, with
         strength, the fraction of steps taken (1: from noise); mask_image: white is repainted. control_image: ready
         maps, with control_mode, their kinds (`control.detectors.UNION_MODES`). height, width: px, multiples of 16;
-        None: the image's size, or else square with the longest side of training. guidance_scale None: the value of
-        training. shift: a fixed timestep shift; None: the scheduler's own. batch_size: pictures made at once; a picture
+        None: the image's size, or else square with the longest side of training. guidance_scale None: the weights'
+        default. shift: a fixed timestep shift; None: the scheduler's own. batch_size: pictures made at once; a picture
         depends on its own seed alone, except for last bits that vary with the batch's size. attention_map: fill the
         output's `attention`, at the cost of a second softmax per block. release_compatible: prepare pictures, and a
-        ControlNet's tokens, as the released tool does (release.py); without a reference, the image is one. return_dict False: return
-        (images,), as diffusers does. UserError for invalid arguments.
+        ControlNet's tokens, as the released tool does (release.py); without a reference, the image is one. true_cfg_scale: not 1: run
+        FLUX a second time at each step, on the negative prompt, read by text_encoder, or else on the empty condition, and go this
+        far from its velocity to the condition's (true_cfg.py). return_dict False: return (images,), as diffusers does. UserError
+        for invalid arguments.
         """
         draws = as_draws(seed, generator, num_images_per_prompt)
         check_pictures(image=image, mask_image=mask_image, control_image=control_image)
@@ -268,6 +275,7 @@ class Qwen2VLFluxPipeline:
             as_released=release_compatible,
             control_reads=image if release_compatible and control_image is not None else None,
         )
+        negative = check_negative(negative_prompt, true_cfg_scale)
         maps = as_control_maps(
             control_image, control_mode, controlnet_conditioning_scale, control_guidance_start, control_guidance_end
         )
@@ -279,6 +287,7 @@ class Qwen2VLFluxPipeline:
                 "width": width,
                 "steps": num_inference_steps,
                 "guidance": guidance,
+                "cfg": true_cfg_scale,
                 "strength": strength,
                 "shift": shift,
                 "batch_size": batch_size,
@@ -297,8 +306,15 @@ class Qwen2VLFluxPipeline:
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-        encoded = self._encode(condition, for_controlnet=maps is not None)
-        notes += [*encoded.notes, *self._control_notes(encoded, weighting, sampling)]
+        with self._encoding():
+            encoded = self._encode(condition, for_controlnet=maps is not None)
+            notes += [*encoded.notes, *self._control_notes(encoded, weighting, sampling)]
+            if true_cfg_scale != 1:
+                away, found = encode_negative(
+                    self.models, self.settings, negative, condition.text_encoder, encoded.embedded
+                )
+                sampling = replace(sampling, cfg=TrueCfg(true_cfg_scale, away))
+                notes += found
         at_once = pictures_at_once(batch_size, maps is not None, image is not None)
         if at_once < batch_size:
             notes.append("batch size 1: diffusers' ControlNet pipelines that begin at a picture take one at a time")
@@ -324,7 +340,8 @@ class Qwen2VLFluxPipeline:
         """
         encoder = text_encoder or self.settings.text_encoders[0]
         request = ConditionRequest(references, prompt, weighting, encoder, reference_tokens)
-        return self._encode(request, for_controlnet)
+        with self._encoding():
+            return self._encode(request, for_controlnet)
 
     @torch.no_grad()
     def encode(self, reference: Image.Image, prompt: str | None = None) -> tuple[Condition, list[str]]:
@@ -336,14 +353,13 @@ class Qwen2VLFluxPipeline:
 
     def _encode(self, request: ConditionRequest, for_controlnet: bool) -> Encoded:
         embedded = self.models.trainable.fused and not for_controlnet
-        offloaded = nullcontext() if self.offload is None else self.offload.encoding(self.models, self.dtype)
-        with offloaded:
-            encoded = encode(self.models, self.settings.longest_side, request, embedded)
-        if encoded.text is not None:
-            needed = "image_text" if request.references else "text"
-            if needed not in self.settings.modes:
-                encoded.notes.append("prompt: these weights were trained without captions, so it may do little or harm")
+        encoded = encode(self.models, self.settings.longest_side, request, embedded)
+        encoded.notes.extend(caption_notes(encoded, self.settings.modes))
         return encoded
+
+    def _encoding(self) -> AbstractContextManager[None]:
+        """Inside, what encodes is on the device, also where the weights are kept off it."""
+        return nullcontext() if self.offload is None else self.offload.encoding(self.models, self.dtype)
 
     def _size(self, height: int | None, width: int | None, image: Image.Image | None) -> tuple[int, int]:
         """(height, width) in px, with what is None taken from the image or the longest side of training."""

@@ -92,6 +92,7 @@ LIMITS: Mapping[str, Limits] = {
     "height": SIDE,
     "width": SIDE,
     "guidance": Limits(0),
+    "cfg": Limits(0, 100, note=" (1 is off)"),
     "shift": Limits(0, above=True, note=" (1 is none)"),
     "strength": Limits(0, 1, above=True),
     "reference_strength": Limits(0, above=True, note=", or leave it out"),
@@ -110,9 +111,12 @@ Names = Callable[[str], str]
 """What messages call an argument, as `plain_name` does."""
 
 
+PLAIN_NAMES = {"cfg": "true CFG scale", "negative": "negative prompt"}
+
+
 def plain_name(name: str) -> str:
     """What messages call an argument outside of the command line: batch size for batch_size."""
-    return name.replace("_", " ")
+    return PLAIN_NAMES.get(name) or name.replace("_", " ")
 
 
 # --- Parts of a request ---
@@ -299,13 +303,14 @@ def pictures_at_once(batch_size: int, has_control: bool, has_image: bool) -> int
 # --- Checks ---
 
 
-def check_prompt(prompt: str | None) -> str:
-    """The prompt as text, "" for None. UserError for anything but text, for NUL, and for invalid Unicode."""
+def check_prompt(prompt: str | None, name: str = "prompt") -> str:
+    """The prompt as text, "" for None. UserError, with the name to show, for anything but text, for NUL, and for invalid
+    Unicode."""
     if not isinstance(prompt, str | None):
-        raise UserError(f"prompt: a {type(prompt).__name__}; use one text, and num_images_per_prompt for more pictures")
+        raise UserError(f"{name}: a {type(prompt).__name__}; use one text, and num_images_per_prompt for more pictures")
     if bad := re.search("[\0\ud800-\udfff]", prompt or ""):
         what = "NUL" if bad[0] == "\0" else "half a surrogate pair, so not valid UTF-8"
-        raise UserError(f"prompt: character {bad.start() + 1} is {what}; take it out")
+        raise UserError(f"{name}: character {bad.start() + 1} is {what}; take it out")
     return prompt or ""
 
 
@@ -360,6 +365,18 @@ def check_background(background: float, has_dots: bool, name_of: Names = plain_n
             f"{name_of('background')}: {background:g} without a dot; give a reference a dot, or a strength for the "
             "whole picture"
         )
+
+
+def check_negative(negative: str | None, cfg: float, name_of: Names = plain_name) -> str:
+    """The negative prompt as text, "" for None. UserError as for `check_prompt`, and for one beside a true guidance that is
+    off."""
+    negative = check_prompt(negative, name_of("negative"))
+    if negative.strip() and cfg == 1:
+        raise UserError(
+            f"{name_of('negative')}: without effect at {name_of('cfg')} 1; give {name_of('cfg')} another value, such as 3, or "
+            f"leave {name_of('negative')} out"
+        )
+    return negative
 
 
 def check_condition(request: ConditionRequest) -> None:

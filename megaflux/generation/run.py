@@ -199,6 +199,8 @@ def run(
             callback_on_step_end=after_step,
             attention_map=job.attention_map,
             release_compatible=job.release_compatible,
+            negative_prompt=job.negative,
+            true_cfg_scale=job.cfg,
         ),
     )
     notes += [*detectors.notes, *output.notes]

@@ -9,8 +9,9 @@ Shapes: B pictures of a batch, T condition tokens, P width of CLIP's pooled vect
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from diffusers.pipelines.flux.pipeline_flux_inpaint import FluxInpaintPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from megaflux.generation.condition import PromptEmbeds
+from megaflux.generation.true_cfg import TrueCfg, guided
 from megaflux.models.latents import TOKEN_PIXELS, chunk_size
 from megaflux.models.pretrained import Models
 from megaflux.models.t5 import image_tokens_only, split_context, text_of_its_own
@@ -88,6 +90,8 @@ class SamplingRequest:
     """diffusers' callback_on_step_end: called as (pipeline, step, timestep, tensors), returns the tensors to replace."""
     callback_inputs: Sequence[str] = ("latents",)
     """Names of the tensors that the callback gets."""
+    cfg: TrueCfg | None = None
+    """The negative condition that all pictures are led away from. None: FLUX runs once a step."""
 
 
 class EulerScheduler(FlowMatchEulerDiscreteScheduler):
@@ -188,14 +192,12 @@ def sample(
             "control_guidance_start": [control.start] * maps,
             "control_guidance_end": [control.end] * maps,
         }
-    options: dict[str, Any] = {"context_embedded": True} if prompt.embedded else {}
     num_image_tokens = (request.height // TOKEN_PIXELS) * (request.width // TOKEN_PIXELS)
     # diffusers' attention wants a bias of the queries' dtype; our kernel takes any, and float32 is exact enough
     wide = torch.promote_types(transformer.dtype, torch.float32)
-    bias = prompt.attention_bias(num_image_tokens, wide if models.trainable.fused else transformer.dtype)
-    if bias is not None:
-        options["attention_mask"] = bias
-    with _texts(models, prompt, control):
+    bias_dtype = wide if models.trainable.fused else transformer.dtype
+    options = partial(_attention_options, num_image_tokens=num_image_tokens, bias_dtype=bias_dtype)
+    with _control_text(models, prompt, control), _guidance(models, prompt, request.cfg, B, options):
         return flux(
             prompt_embeds=prompt.prompt_embeds,
             pooled_prompt_embeds=models.pooled_projections.to(prompt.prompt_embeds).expand(B, -1),
@@ -203,7 +205,7 @@ def sample(
             width=request.width,
             num_inference_steps=request.steps,
             guidance_scale=request.guidance,
-            joint_attention_kwargs=options or None,
+            joint_attention_kwargs=options(prompt) or None,
             generator=list(generators),
             output_type=request.output_type,
             callback_on_step_end=request.callback,
@@ -212,15 +214,57 @@ def sample(
         ).images
 
 
+def _attention_options(prompt: PromptEmbeds, num_image_tokens: int, bias_dtype: torch.dtype) -> dict[str, Any]:
+    """FLUX's joint_attention_kwargs for a condition."""
+    options: dict[str, Any] = {"context_embedded": True} if prompt.embedded else {}
+    bias = prompt.attention_bias(num_image_tokens, bias_dtype)
+    return options if bias is None else options | {"attention_mask": bias}
+
+
 @contextmanager
-def _texts(models: Models, prompt: PromptEmbeds, control: Control | None) -> Iterator[None]:
-    """Inside, diffusers' own path embeds T5's tokens with T5's linear, and a ControlNet is given what it is to read: its
-    own text, or else FLUX's without T5's tokens."""
+def _guidance(
+    models: Models,
+    prompt: PromptEmbeds,
+    cfg: TrueCfg | None,
+    batch: int,
+    options: Callable[[PromptEmbeds], dict[str, Any]],
+) -> Iterator[None]:
+    """Inside, FLUX embeds each condition as it has to be, and runs twice a step where there is a negative one."""
+    if cfg is None:
+        with _embedding(models, prompt):
+            yield
+        return
+    negative = PromptEmbeds.cat([cfg.negative] * batch)
+    tokens = negative.prompt_embeds
+    arguments = {
+        "encoder_hidden_states": tokens,
+        "txt_ids": tokens.new_zeros(tokens.shape[1], 3),
+        "joint_attention_kwargs": options(negative),
+    }
+    embeddings = partial(_embedding, models, prompt), partial(_embedding, models, negative)
+    with guided(models.trainable.transformer, cfg.scale, arguments, *embeddings):
+        yield
+
+
+def _embedding(models: Models, prompt: PromptEmbeds) -> AbstractContextManager[None]:
+    """Inside, diffusers' own path embeds T5's tokens of the condition with T5's linear."""
+    t5_embedder = _t5_embedder(models, prompt)
+    if t5_embedder is None:
+        return nullcontext()
+    return split_context(models.trainable.transformer, t5_embedder, prompt.num_own_tokens)
+
+
+def _t5_embedder(models: Models, prompt: PromptEmbeds) -> nn.Linear | None:
+    """T5's linear, where the condition has tokens of T5 that have not passed it."""
+    has_t5 = prompt.num_own_tokens < prompt.prompt_embeds.shape[1]
+    return models.t5.embedder if models.t5 is not None and has_t5 and not prompt.embedded else None
+
+
+@contextmanager
+def _control_text(models: Models, prompt: PromptEmbeds, control: Control | None) -> Iterator[None]:
+    """Inside, a ControlNet is given what it is to read: its own text, or else FLUX's without T5's tokens."""
+    t5_embedder = _t5_embedder(models, prompt)
     with ExitStack() as stack:
-        t5_embedder = None
-        if models.t5 is not None and prompt.num_own_tokens < prompt.prompt_embeds.shape[1] and not prompt.embedded:
-            t5_embedder = models.t5.embedder
-            stack.enter_context(split_context(models.trainable.transformer, t5_embedder, prompt.num_own_tokens))
         if control is not None and prompt.control is not None:
             text = prompt.control
             stack.enter_context(text_of_its_own(control.controlnet, text.tokens, text.num_own_tokens, t5_embedder))

@@ -37,7 +37,7 @@ def report(job: Job, runtime: Runtime, embedded: Mapping[str, bytes] | None = No
     extra, missing = extra_parts(job, runtime)
     problems += missing
     if facts is not None:
-        wants_t5 = job.prompt and (job.text_encoder or facts.settings.text_encoders[0]) == "t5"
+        wants_t5 = (job.prompt or job.negative) and (job.text_encoder or facts.settings.text_encoders[0]) == "t5"
         if wants_t5 and "t5" not in facts.settings.text_encoders:
             problems.append("--text-encoder t5: these weights have none; use qwen")
         try:
@@ -62,7 +62,8 @@ def describe(job: Job, opened: Opened, facts: Facts) -> None:
         picture_tokens = (job.height // 16) * (job.width // 16)
         print(f"size        {job.width}x{job.height} px, {picture_tokens} tokens")
     print(f"pictures    {len(job.seeds)}, seeds {job.seeds[0]} to {job.seeds[-1]}, {job.batch_size} at a time")
-    print(f"steps       {steps_taken(job)} in all")
+    twice = f", FLUX twice in each (cfg {job.cfg:g})" if job.cfg != 1 else ""
+    print(f"steps       {steps_taken(job)} in all{twice}")
     for reference in job.references:
         if reference.sha256 in opened.pictures:
             size = reference_size(
@@ -76,6 +77,9 @@ def describe(job: Job, opened: Opened, facts: Facts) -> None:
             )
     if job.prompt:
         print(f"prompt      {len(job.prompt)} characters, at most {facts.settings.caption_max_tokens} tokens")
+    if job.cfg != 1:
+        words = f"{len(job.negative)} characters" if job.negative.strip() else "the empty condition"
+        print(f"negative    {words}")
     if picture_tokens:
         print(f"attention   over {condition + picture_tokens} tokens, the prompt's not counted")
 

@@ -46,7 +46,8 @@ def load(runtime: Runtime) -> Loaded:
     dtype = {"auto": default, "bfloat16": torch.bfloat16, "float32": torch.float32}[runtime.dtype]
     load_on = "cpu" if runtime.offload else device
     folders = Folders(runtime.flux, runtime.vlm, runtime.vae)
-    pipeline = load_pipeline(runtime.checkpoint, runtime.update, dtype, load_on, runtime.kernels == "on", folders)
+    kernels = runtime.kernels == "on"
+    pipeline = load_pipeline(runtime.checkpoint, runtime.update, dtype, load_on, kernels, folders, runtime.ema)
     if runtime.controlnet:
         nets = runtime.controlnet
         pipeline.load_controlnet(nets[""] if set(nets) == {""} else nets)

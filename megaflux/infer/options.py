@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from megaflux.common.command import Parser, add_folder_options
+from megaflux.common.command import EMA_HELP, Parser, add_folder_options
 from megaflux.common.paths import keyed_path_option, path_option
 from megaflux.generation.job import MODES
 
@@ -24,9 +24,10 @@ it, with the changes that other options name.
 
 
 def add_checkpoint_options(add: Callable[..., Any]) -> None:
-    """--checkpoint, --update, --flux, --vlm and --vae. add: a parser's add_argument, here and below."""
+    """--checkpoint, --update, --ema, --flux, --vlm and --vae. add: a parser's add_argument, here and below."""
     add("--checkpoint", type=path_option, metavar="DIR", help="a run's folder, or an export's")
     add("--update", type=int, metavar="N", help="the run's checkpoint after N updates (default: the newest)")
+    add("--ema", action=argparse.BooleanOptionalAction, help=EMA_HELP)
     add_folder_options(add)
 
 
@@ -72,10 +73,11 @@ def _add_job_options(add: Callable[..., Any]) -> None:
         help="one or more pictures; strength 1 is as trained, 0.5 counts half",
     )
     add("--prompt", metavar="TEXT", help="words beside the references, or alone")
+    add("--negative", metavar="TEXT", help="with --cfg: words to lead away from (default: the empty condition)")
     add(
         "--text-encoder",
         choices=("qwen", "t5"),
-        help="who reads the prompt (default: what the weights were trained with)",
+        help="who reads the prompts (default: what the weights were trained with)",
     )
     add("--reference-tokens", type=int, metavar="N", help="most tokens of a reference (default: as trained)")
     add(
@@ -111,7 +113,14 @@ def _add_job_options(add: Callable[..., Any]) -> None:
     add("--height", type=int, metavar="PX")
     add("--match-input-size", action="store_true", help="the size of the image, or of the first reference")
     add("--steps", type=int, metavar="N", help="Euler steps (default 28)")
-    add("--guidance", type=float, metavar="X", help="guidance value (default: that of training, usually 3.5)")
+    add("--guidance", type=float, metavar="X", help="guidance value (default: the weights', usually 3.5)")
+    add(
+        "--cfg",
+        type=float,
+        metavar="S",
+        help="true classifier-free guidance, which takes twice the time (default 1: off); for weights trained with "
+        "data.condition.none",
+    )
     add(
         "--release-compatible",
         action=argparse.BooleanOptionalAction,

@@ -72,11 +72,13 @@ def _run_facts(runtime: Runtime) -> Facts:
     from megaflux.models.pretrained import meta_models
     from megaflux.runs import Folders, check_sources, find
 
-    run = find(runtime.checkpoint, runtime.update, Folders(runtime.flux, runtime.vlm, runtime.vae))
+    run = find(runtime.checkpoint, runtime.update, Folders(runtime.flux, runtime.vlm, runtime.vae), runtime.ema)
     check_sources(run)
     model = run.config.model
     trainable, trunk = meta_models(run.config)
-    weights = f"update {run.manifest['update']} over {model.flux or 'weights from the seed'}"
+    weights = (
+        f"update {run.manifest['update']}{', averaged,' * runtime.ema} over {model.flux or 'weights from the seed'}"
+    )
     parts = [
         Part("FLUX", weights, _count(trainable.transformer)),
         Part("Qwen2-VL", model.vlm or "weights from the seed", _count(trainable.vlm, trunk)),

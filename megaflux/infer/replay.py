@@ -20,6 +20,7 @@ KEEP_MAPS = frozenset(
         "save_control",
         "checkpoint",
         "update",
+        "ema",
         "flux",
         "vlm",
         "vae",
@@ -83,7 +84,7 @@ def check_same_weights(original: Original, source: Mapping[str, Any], given: Col
         raise UserError(
             "--from-image: the ControlNet's folder now holds other weights than the picture's; give --controlnet DIR"
         )
-    if before != now and not {"checkpoint", "update"} & set(given):
+    if before != now and not {"checkpoint", "update", "ema"} & set(given):
         raise UserError(
             f"--from-image: the picture was made with {_describe(before)}, the folder now holds {_describe(now)}; give "
             "--checkpoint DIR, and --update N for a run"

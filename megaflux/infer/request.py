@@ -86,6 +86,11 @@ def to_job(given: Mapping[str, Any], base: Job | None = None) -> Job:
     if "prompt" in given and not check_prompt(given["prompt"]).strip():
         print("--prompt is empty: " + ("the references alone are used" if changes.get("references") else "ignored"))
         changes["prompt"] = ""
+    if "negative" in given and not check_prompt(given["negative"], "--negative").strip():
+        print("--negative is empty: with --cfg, the empty condition is used")
+        changes["negative"] = ""
+    if changes.get("cfg") == 1 and "negative" not in given:  # the base's would be without effect
+        changes["negative"] = ""
     if {"aspect", "sizes", "match_input_size"} & set(changes):  # replaces the base's way of giving the size
         changes = {"width": None, "height": None, "match_input_size": False} | changes
     job = job.model_copy(update=changes)
@@ -116,8 +121,9 @@ def to_runtime(given: Mapping[str, Any], base: Runtime | None = None) -> Runtime
             raise UserError(
                 f"{values.option_of(moved[0])}: {runtime.checkpoint} is an export, which holds all its weights; leave it out"
             )
-        if "update" not in given:  # a replayed picture's is of the run that is exported here
-            runtime = runtime.model_copy(update={"update": None})
+        # a replayed picture's are of the run that is exported here
+        unset = {"update": None, "ema": False}
+        runtime = runtime.model_copy(update={name: value for name, value in unset.items() if name not in given})
     if runtime.quantize and runtime.offload == "sequential":
         raise UserError(
             "--quantize with --offload sequential: torchao's weights cannot be moved layer by layer; use model"

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megaflux.models.replacing import forward_replaced
+
 if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
     from transformers import T5EncoderModel
 
@@ -127,18 +129,13 @@ def text_of_its_own(
 @contextmanager
 def _other_text(controlnet: nn.Module, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Inside, the ControlNet's encoder_hidden_states and txt_ids are what `change` makes of those that it is given."""
-    forward = controlnet.forward
 
-    def changed(*args: Any, encoder_hidden_states: Tensor, txt_ids: Tensor, **kwargs: Any) -> Any:
-        tokens, ids = change(encoder_hidden_states, txt_ids)
-        return forward(*args, encoder_hidden_states=tokens, txt_ids=ids, **kwargs)
+    def make(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def changed(*args: Any, encoder_hidden_states: Tensor, txt_ids: Tensor, **kwargs: Any) -> Any:
+            tokens, ids = change(encoder_hidden_states, txt_ids)
+            return forward(*args, encoder_hidden_states=tokens, txt_ids=ids, **kwargs)
 
-    patched = "forward" in vars(controlnet)
-    vars(controlnet)["forward"] = changed
-    try:
+        return changed
+
+    with forward_replaced(controlnet, make):
         yield
-    finally:
-        if patched:
-            vars(controlnet)["forward"] = forward
-        else:
-            del vars(controlnet)["forward"]

@@ -18,6 +18,7 @@ RUNTIME_OPTIONS = (
     "sam-model",
     "kernels",
     "checkpoint",
+    "ema",
     "flux",
     "vlm",
     "vae",
@@ -40,6 +41,7 @@ class Numbers:
     variety: float
     downsample: int
     reference_strength: float
+    cfg: float
 
     @classmethod
     def of(cls, form: Form) -> Numbers:
@@ -70,6 +72,7 @@ def job_of(session: Session, form: Form) -> Job:
         mode=form.mode,
         references=references,
         prompt=prompt,
+        negative=check_prompt(form.negative, page_name("negative")).strip(),
         text_encoder=form.text_encoder,
         image=_input(session.start) if uses["start"] else None,
         mask=_input(session.mask) if uses["mask"] else None,
@@ -84,6 +87,7 @@ def job_of(session: Session, form: Form) -> Job:
         match_input_size=form.aspect == MATCH,
         steps=numbers.steps,
         guidance=form.guidance,
+        cfg=numbers.cfg,
         seeds=tuple(range(numbers.seed, numbers.seed + numbers.count)),
         batch_size=numbers.batch_size,
         attention_map=form.attention_map and bool(references),

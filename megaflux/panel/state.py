@@ -92,6 +92,8 @@ class Form:
     aspect: str = AUTO
     steps: int | None = 28
     guidance: float | None = None
+    cfg: float | None = 1.0
+    negative: str = ""
     count: int | None = 4
     seed: int | None = 0
     batch_size: int | None = 1

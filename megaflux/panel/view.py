@@ -212,11 +212,23 @@ def more(settings: Settings, can_map: bool) -> dict[str, Any]:
             elem_id="aspect",
         )
         c["guidance"] = gr.Number(
-            settings.guidance, label="Guidance", info=f"trained: {settings.guidance:g}", min_width=80
+            settings.guidance, label="Guidance", info=f"default: {settings.guidance:g}", min_width=80
         )
         c["batch_size"] = gr.Number(1, label="At a time", info="pictures", precision=0, min_width=80)
+    with gr.Row():
+        c["cfg"] = gr.Number(1, label="True CFG scale", info="1: off", min_width=150, scale=1, elem_id="cfg")
+        c["negative"] = gr.Textbox(
+            label="Negative prompt",
+            info="with true CFG, which takes twice the time",
+            placeholder="none: the empty condition",
+            lines=1,
+            max_lines=4,
+            min_width=200,
+            scale=2,
+            elem_id="negative",
+        )
     encoders: list[str | int | float | tuple[str, str | int | float]] = [*settings.text_encoders]
-    c["text_encoder"] = gr.Dropdown(encoders, value=encoders[0], label="Prompt read by", visible=len(encoders) > 1)
+    c["text_encoder"] = gr.Dropdown(encoders, value=encoders[0], label="Prompts read by", visible=len(encoders) > 1)
     c["attention_map"] = gr.Checkbox(
         False,
         label="Attention map",

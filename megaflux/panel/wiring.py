@@ -36,7 +36,8 @@ def build(work: Work) -> Page:
     """The page of a loaded pipeline."""
     loaded = work.loaded
     with Page(title="megaflux", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
-        where = f"{short(loaded.runtime.checkpoint)}, {loaded.pipeline.device}"
+        averaged = ", averaged weights" * loaded.runtime.ema
+        where = f"{short(loaded.runtime.checkpoint)}{averaged}, {loaded.pipeline.device}"
         gr.HTML(f"<h1>megaflux</h1><p>{html.escape(where)}</p>", elem_id="title")
         with gr.Row():
             with gr.Column(scale=5, min_width=440):

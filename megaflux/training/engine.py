@@ -23,8 +23,12 @@ from megaflux.training.survival.guard import NOT_FINITE, Drop
 
 log = logging.getLogger("megaflux")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Judge = Callable[[float], Drop | None]
-"""Global gradient norm before clipping (nan: not finite) -> None to take the step, or why to drop it."""
+AVERAGE = "average"
+"""Of the weights (average.py), beside the moments in Adam's state, where there is one."""
+SLICE = 2**24  # gradient values that are looked at together: 64 MB in float32
+Judge = Callable[[float, float], Drop | None]
+"""(global gradient norm before clipping, nan: not finite; share of large gradient values) -> None to take the step, or why to
+drop it."""
 
 
 @dataclass
@@ -32,7 +36,7 @@ class Carried:
     """Adam's state, passed from one stage to the next: moments and fp32 masters by name, on the host, and steps by group."""
 
     tensors: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
-    """parameter name -> {"master", "exp_avg", "exp_avg_sq"} -> float32, the parameter's shape."""
+    """parameter name -> {"master", "exp_avg", "exp_avg_sq", perhaps AVERAGE} -> float32, the parameter's shape."""
     steps: dict[int, Tensor] = field(default_factory=dict)
     """first stage of a parameter group -> Adam steps it has taken, 0-dim float32."""
 
@@ -71,7 +75,9 @@ class StageEngine:
         self.sharding = sharding(ds_config)
         self.zero_stage = self.sharding["zero_stage"]
         self.judge = judge
-        self._norm = float("nan")
+        self._norm = self.large_gradient_share = float("nan")
+        """The share of the last step's gradient values that are larger than optim.large_gradient, before clipping; nan: no norm
+        was taken."""
         self.dropped: Drop | None = None
         """Why the last step was dropped, the same on all ranks; None: it was taken."""
         self._put_judge_before_step()
@@ -107,9 +113,12 @@ class StageEngine:
         self.hooks.check()
         if self.deepspeed.is_gradient_accumulation_boundary():
             self.dropped, before = None, self.deepspeed.skipped_steps
+            self.large_gradient_share = float("nan")
             self.deepspeed.step()
+            if self.deepspeed.skipped_steps > before:
+                self._forget_gradient()
             if self.deepspeed.skipped_steps > before and self.dropped is None:  # found before a norm was taken
-                self.dropped = self.judge(float("nan")) if self.judge else NOT_FINITE
+                self.dropped = self.judge(float("nan"), float("nan")) if self.judge else NOT_FINITE
         else:
             self.deepspeed.step()
 
@@ -157,23 +166,33 @@ class StageEngine:
 
     def carry(self, names: set[str]) -> Carried:
         """Adam's state of the named parameters, gathered on every rank's host. Collective; does not change the engine."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
         steps: dict[int, Tensor] = {}
         found: dict[str, dict[str, Tensor]] = {}
         inner = self.deepspeed.optimizer.optimizer
-        for first_stage, flat in self._flat_groups():
+        for first_stage, flat in self.flat_groups():
             if "step" in inner.state.get(flat, {}):
                 steps[first_stage] = inner.state[flat]["step"].detach().cpu().clone()
         if not steps:  # no step was taken (all were dropped): nothing to carry
             return Carried()
-        self._link_state()
+        self.link_state()
+        averaged = AVERAGE in next(iter(inner.state.values()))
         for name, parameter in self.module.named_parameters():
             if name in names and name in self.first_stage:
-                tensors = {"master": safe_get_full_fp32_param(parameter)}
-                tensors |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-                found[name] = {key: tensor.float().cpu() for key, tensor in tensors.items()}
+                tensors = {"master": self.full_state(parameter, None)}
+                tensors |= {
+                    key: self.full_state(parameter, key) for key in (*MOMENTS, *([AVERAGE] if averaged else []))
+                }
+                found[name] = {key: tensor.cpu() for key, tensor in tensors.items()}
         return Carried(found, steps)
+
+    def full_state(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        """A whole tensor of the optimizer's state, float32 of the parameter's shape, on every rank. key: of MOMENTS, or AVERAGE;
+        None: the fp32 master. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if key is None:
+            return safe_get_full_fp32_param(parameter).float()
+        return safe_get_full_optimizer_state(parameter, key).float()
 
     def close(self) -> None:
         """Remove the engine and all hooks from the module, which stays usable and keeps its weights (under ZeRO-3:
@@ -206,8 +225,11 @@ class StageEngine:
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
             norms = real(*args, **kwargs)
-            self._norm = float(norms if self.zero_stage < 3 else combine_grad_norm_groups(norms))
-            self.dropped = self.judge(self._norm) if self.judge else None
+            norm, large = norms if self.zero_stage < 3 else combine_grad_norm_groups(norms), self._count_large()
+            both = [torch.as_tensor(norm, device=large.device).double(), large.double()]
+            self._norm, large_values = torch.stack(both).tolist()  # one wait for the GPU
+            self.large_gradient_share = large_values / self.num_trainable
+            self.dropped = self.judge(self._norm, self.large_gradient_share) if self.judge else None
             if self.dropped is None:
                 return norms
             invalid = torch.full_like(torch.as_tensor(norms if self.zero_stage < 3 else norms[0]), -1.0)
@@ -215,7 +237,33 @@ class StageEngine:
 
         setattr(zero, name, judged)
 
-    def _flat_groups(self) -> list[tuple[int, Tensor]]:
+    def _forget_gradient(self) -> None:
+        """Discard the gradient of a dropped update. With an offloaded optimizer DeepSpeed (0.19.8) keeps the accumulated float32
+        gradient where it drops a step, and would add the next update's to it."""
+        zero = self.deepspeed.optimizer
+        if self.zero_stage < 3 and zero.cpu_offload:
+            for group in zero.averaged_gradients:
+                zero.averaged_gradients[group] = None
+
+    def _count_large(self) -> Tensor:
+        """How many values of the gradient of an update, averaged over ranks and micro-batches and not yet clipped, are larger than
+        optim.large_gradient: 0-dim, on the device. Each rank counts its own part. Collective."""
+        zero, threshold = self.deepspeed.optimizer, self.config.optim.large_gradient
+        offloaded = zero.cpu_offload if self.zero_stage < 3 else zero.offload_optimizer
+        if offloaded:
+            parts: list[Tensor] = [flat.grad for _, flat in self.flat_groups() if flat.grad is not None]
+        else:
+            parts = [part for parts in zero.averaged_gradients.values() for part in parts]
+        count = torch.zeros((), dtype=torch.int64, device=parts[0].device)
+        for part in parts:
+            for piece in part.detach().flatten().split(SLICE):
+                count += torch.count_nonzero(piece.float().abs() > threshold)
+        if offloaded:
+            count = count.to(self.deepspeed.device)
+        torch.distributed.all_reduce(count)
+        return count
+
+    def flat_groups(self) -> list[tuple[int, Tensor]]:
         """(first stage of the group, this rank's fp32 partition) of each tensor that the inner optimizer updates."""
         zero = self.deepspeed.optimizer
         firsts = [group["first_stage"] for group in zero.optimizer.param_groups]
@@ -230,7 +278,7 @@ class StageEngine:
         the first step, and the fp32 sum of the gradients, which every step frees. The sum is on the GPU even if ZeRO-2
         offloads masters and moments."""
         state = self.deepspeed.optimizer.optimizer.state
-        flats = [flat for _, flat in self._flat_groups()]
+        flats = [flat for _, flat in self.flat_groups()]
         there = [flat for flat in flats if flat.device == device]
         moments = [flat.nbytes for flat in there for key in MOMENTS if key not in state.get(flat, {})]
         return moments + [flat.nbytes for flat in flats]
@@ -239,20 +287,23 @@ class StageEngine:
         """Load Adam's state, given as whole tensors by name, into this rank's part of the optimizer. Collective."""
         zero = self.deepspeed.optimizer
         # torch creates Adam's state at the first step; create it now, to load values into it.
-        for first_stage, flat in self._flat_groups():
+        averaged = AVERAGE in next(iter(carried.tensors.values()))
+        for first_stage, flat in self.flat_groups():
             zero.optimizer.state[flat] = adam_state(flat, carried.steps.get(first_stage))
-        self._link_state()
+            if averaged:  # of parameters that are not carried: their weights
+                zero.optimizer.state[flat][AVERAGE] = flat.detach().clone()
+        self.link_state()
         for name, parameter in self.module.named_parameters():
             if name in carried.tensors:
-                for key in ("master", *MOMENTS):
-                    self._set_state(parameter, carried.tensors[name][key], None if key == "master" else key)
+                for key, value in carried.tensors[name].items():
+                    self.set_state(parameter, value, None if key == "master" else key)
         log.info(
             "carried Adam's moments of %d parameters into stage %s",
             len(carried.tensors),
             self.config.stages[self.stage].name,
         )
 
-    def _link_state(self) -> None:
+    def link_state(self) -> None:
         """Let DeepSpeed find each parameter's part of Adam's state. By itself it does so after the first step of the first
         group, when the other groups have none yet, and not at all in an engine that is resumed at its stage's end."""
         if self.zero_stage < 3:
@@ -260,8 +311,8 @@ class StageEngine:
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
-    def _set_state(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
-        """Load this rank's part of a whole tensor into the optimizer's state. key: of MOMENTS; None: the fp32 master."""
+    def set_state(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """Load this rank's part of a whole tensor into the optimizer's state. key: of MOMENTS, or AVERAGE; None: the fp32 master."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if self.zero_stage == 3:

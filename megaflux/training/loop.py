@@ -1,4 +1,4 @@
-"""READ FIRST: one update, stage by stage. `update` below is one, in seven steps; `train_stage` repeats it, and
+"""READ FIRST: one update, stage by stage. `update` below is one, in eight steps; `train_stage` repeats it, and
 `train_stages` goes through the run's stages.
 
     batch -> VAE latents -> Qwen2-VL's frozen trunk -> x_t at t
@@ -70,7 +70,10 @@ def update(trainer: Trainer) -> UpdateResult:
         # 7. Called after every backward; the last call of an update clips and steps, or drops the gradient.
         engine.step()
         computed.append(MicroBatch(batch.keys, batch.bucket, batch.replaced, losses.detach(), t, cut))
-    return UpdateResult(learning_rates, engine.grad_norm(), engine.dropped, computed, data_wait, grad_norms)
+    # 8. The average of the weights moves towards them, if the update was taken.
+    trainer.average.follow(engine)
+    norm, large = engine.grad_norm(), engine.large_gradient_share
+    return UpdateResult(learning_rates, norm, large, engine.dropped, computed, data_wait, grad_norms)
 
 
 def train_stage(trainer: Trainer, upkeep: Upkeep) -> Verdict:
@@ -98,6 +101,7 @@ def train_stages(trainer: Trainer, upkeep: Upkeep) -> Verdict:
             if stage + 1 < len(config.stages):
                 names = set(trainable_names(trainer.models.trainable, config.stages[stage + 1]))
                 trainer.carried = trainer.engine.carry(names)
+                trainer.average.leave_stage(trainer.engine, names)
         trainer.engine.close()
         if verdict is not Verdict.CONTINUE:
             return verdict
@@ -121,6 +125,9 @@ def begin_stage(trainer: Trainer, upkeep: Upkeep, stage: int) -> None:
         trainer.engine = engine
         if resumed:
             resume.load_training_state(resumed, engine, world)
+        trainer.average.begin_stage(engine)
+        if resumed:
+            trainer.average.load(resumed.path, resumed.manifest, engine)
         if trainer.updates_done < trainer.last_update:  # otherwise only a validation or panel is pending
             trained = weights.count_trained(config, models.trainable, stage)
             space.check(config, engine, trained, world, retention.most_at_once(config, trainer.updates_done))

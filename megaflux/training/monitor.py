@@ -129,6 +129,7 @@ class Monitor:
             "train/loss": mean,
             "train/learning_rate": result.learning_rate,
             "train/grad_norm": result.grad_norm,
+            "train/large_gradient_share": result.large_gradient_share,
             "train/skipped_steps": skipped_steps,
             "data/replaced_samples": self.replaced,
             "data/cut_captions": self.cut_captions,

@@ -73,7 +73,8 @@ def denoising_loss(model: Callable[..., Tensor], models: Models, inputs: Denoisi
     B, dtype = x.shape[0], models.trainable.connector.weight.dtype
     guidance = None
     if models.trainable.transformer.config["guidance_embeds"]:
-        guidance = torch.as_tensor(inputs.guidance, dtype=torch.float32, device=x.device).expand(B)
+        given = inputs.guidance
+        guidance = given if isinstance(given, Tensor) else torch.full((B,), given, device=x.device)
     velocity = model(
         inputs.condition,
         flow.interpolate(x, n, inputs.t).to(dtype),

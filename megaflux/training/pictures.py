@@ -26,6 +26,7 @@ def variations(
     per_reference: int,
     seed: int = 0,
     on_step: Callable[[], None] = lambda: None,
+    guidance: float = GENERATION_GUIDANCE,
 ) -> Tensor:
     """Variations of the references `index`, with seeds seed, seed + 1, ...: uint8 (len(index), per_reference, 3, H, W).
 
@@ -36,7 +37,7 @@ def variations(
     bucket, pictures = references.bucket, []
     chunk = max(1, batch_sizes(config).micro // per_reference)
     with vae_at_hand(models):
-        request = SamplingRequest(bucket.height, bucket.width, config.validation.steps, GENERATION_GUIDANCE)
+        request = SamplingRequest(bucket.height, bucket.width, config.validation.steps, guidance)
         pipeline = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
         for start in range(0, len(index), chunk):
             part = list(index[start : start + chunk])

@@ -19,6 +19,7 @@ from megaflux.data.reading.options import LoaderOptions
 from megaflux.data.reading.position import Position
 from megaflux.models.pretrained import Models, load_models
 from megaflux.training import distributed, frozen, upkeep, validation
+from megaflux.training.average import WeightAverage
 from megaflux.training.cache import cached_dataset
 from megaflux.training.checkpoint import elastic, init_weights, resume, space, weights
 from megaflux.training.checkpoint.state import Checkpoint
@@ -147,7 +148,8 @@ def begin(run: Run, resumed: Checkpoint | None, divergence: Divergence | None, l
     loader = build_loader(dataset, options, world)
     for name in loader.stale:
         run.events.fault(Fault.STALE_SHARED_MEMORY, resumed.update if resumed else 0, name)
-    guard = Guard(config.optim.spike_sigma, config.optim.spike_window, config.train.bad_updates)
+    optim = config.optim
+    guard = Guard(optim.spike_sigma, optim.spike_window, config.train.bad_updates, optim.large_gradient_share)
     stage = update = 0
     if resumed:
         progress = resumed.progress
@@ -159,11 +161,22 @@ def begin(run: Run, resumed: Checkpoint | None, divergence: Divergence | None, l
         guard.dropped = max(guard.dropped, divergence.dropped if divergence else 0)
         run.plan.load_state_dict(progress.plan)
         log.info("resuming %s at update %d", config.run.dir, update)
+    average = WeightAverage(optim.ema_decay, world)
     drawn_batches = iter(loader)
     run.plan.update = update
     monitor = Monitor(config, world, models.trainable, update, run.events)
     return Trainer(
-        run, models, references, loader, guard, monitor, drawn_batches, resumed, stage=stage, updates_done=update
+        run,
+        models,
+        references,
+        loader,
+        guard,
+        monitor,
+        average,
+        drawn_batches,
+        resumed,
+        stage=stage,
+        updates_done=update,
     )
 
 

@@ -13,6 +13,7 @@ from megaflux.data.batches import Batch
 from megaflux.data.loader import BucketLoader
 from megaflux.models.pretrained import Models
 from megaflux.training import distributed
+from megaflux.training.average import WeightAverage
 from megaflux.training.checkpoint.state import Checkpoint, Progress
 from megaflux.training.engine import Carried, StageEngine
 from megaflux.training.monitor import Monitor
@@ -71,6 +72,7 @@ class Trainer:
     loader: BucketLoader
     guard: Guard
     monitor: Monitor
+    average: WeightAverage
     drawn_batches: Iterator[Batch]
     """Batches as the loader draws them, over all stages."""
     resumed: Checkpoint | None = None

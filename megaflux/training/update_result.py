@@ -36,6 +36,9 @@ class UpdateResult:
     """Of each part that trains in the stage."""
     grad_norm: float
     """Global norm before clipping; nan if the update was dropped."""
+    large_gradient_share: float
+    """Share of the gradient's values that are larger than optim.large_gradient, before clipping, over all ranks; nan if no norm
+    could be taken."""
     drop: Drop | None
     """Why the update was dropped, the same on all ranks; None: weights and optimizer have moved."""
     micro_batches: list[MicroBatch]

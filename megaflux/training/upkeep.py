@@ -89,7 +89,9 @@ def save_checkpoint(trainer: Trainer, must: bool) -> bool:
         trained = weights.count_trained(run.config, engine.module, engine.stage)
         space.check(run.config, engine, trained, run.world, at_once=None)
         with trainer.monitor.timed(Kind.SAVE, update):
-            write_checkpoint(run.config, engine, trainer.progress, trainer.models.origin, run.world, resumed_from)
+            write_checkpoint(
+                run.config, engine, trainer.progress, trainer.models.origin, run.world, trainer.average, resumed_from
+            )
     except space.NoRoom as error:
         if must:
             raise
@@ -111,12 +113,22 @@ def show_what_is_due(trainer: Trainer) -> bool:
 
 
 def validate(trainer: Trainer) -> None:
-    """Seeded validation loss, to TensorBoard, the progress bar and RUN/validation.jsonl. Collective."""
-    run, monitor, update = trainer.run, trainer.monitor, trainer.updates_done
-    with monitor.timed(Kind.VALIDATION, update):
-        values = validation.validation_loss(
-            trainer.engine.module, run.config, trainer.models, trainer.references, run.world, run.watch.moved
+    """Seeded validation loss, also of the weights' average where there is one (ema_loss, ...), to TensorBoard, the progress bar and
+    RUN/validation.jsonl. Collective."""
+    run, engine, monitor, update = trainer.run, trainer.engine, trainer.monitor, trainer.updates_done
+
+    def measured() -> dict[str, float]:
+        return validation.validation_loss(
+            engine.module, run.config, trainer.models, trainer.references, run.world, run.watch.moved
         )
+
+    with monitor.timed(Kind.VALIDATION, update):
+        values = of_average = measured()
+        if trainer.average.updates:  # before the first update it is the weights
+            with trainer.average.in_place_of_weights(engine):
+                of_average = measured()
+        if trainer.average.decay:
+            values = values | {f"ema_{name}": value for name, value in of_average.items()}
     monitor.scalars({f"validation/{name}": value for name, value in values.items()}, update)
     monitor.show(val=f"{values['loss']:.3f}", gap=f"{values['gap']:.2f}" if "gap" in values else "-")
     monitor.write_line("validation.jsonl", {"update": update, **values})

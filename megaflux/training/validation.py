@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -108,14 +107,15 @@ def validation_loss(
                 loss = objective.denoising_loss(model, models, given)
                 sums[which, j] += (loss * weights).double().sum()
         on_batch()
-    by_time = dict(zip((each.name for each in passes), (sum_over_ranks(sums, world).cpu() / n).tolist(), strict=True))
-    result = {name: math.fsum(losses) / len(TIMES) for name, losses in by_time.items()}
+    sums = sum_over_ranks(sums, world).cpu() / n
+    names = [each.name for each in passes]
+    by_time, result = dict(zip(names, sums.tolist(), strict=True)), dict(zip(names, sums.mean(1).tolist(), strict=True))
     if "shuffled" in result:
         result["gap"] = result["shuffled"] / result["loss"] - 1
     if models.trainable.transformer.config["guidance_embeds"]:
         result.setdefault(AT_GENERATIONS, result["loss"])
-    names = ("loss", "shuffled")
-    return result | {f"{name}_t{j}": loss for name in names for j, loss in enumerate(by_time.get(name, ()))}
+    shown = ("loss", "shuffled")
+    return result | {f"{name}_t{j}": loss for name in shown for j, loss in enumerate(by_time.get(name, ()))}
 
 
 class _Pass(NamedTuple):

@@ -88,8 +88,9 @@ def given(mode: str) -> dict:
     return values
 
 
-def theirs(pipeline, mode: str, seed: int, output_type: str = "pil", embeds=None):
-    """The pictures of diffusers' own pipeline, with the transformer on diffusers' path and our prompt_embeds."""
+def theirs(pipeline, mode: str, seed: int, output_type: str = "pil", embeds=None, **arguments):
+    """The pictures of diffusers' own pipeline, with the transformer on diffusers' path and our prompt_embeds. arguments: more
+    of the pipeline's own."""
     models, values = pipeline.models, given(mode)
     models.trainable.configure(False)
     if embeds is None:
@@ -141,6 +142,7 @@ def theirs(pipeline, mode: str, seed: int, output_type: str = "pil", embeds=None
             generator=[torch.Generator().manual_seed(seed)],
             output_type=output_type,
             **more,
+            **arguments,
         ).images
 
 

@@ -18,7 +18,8 @@ def fresh(run_folder, kernels=True):
 @pytest.mark.parametrize("kind", ["model", "sequential"])
 def test_offload_changes_no_pixel(run_folder, controlnet_folder, kind):  # noqa: F811
     pipeline = fresh(run_folder, kernels=kind == "model").load_controlnet(str(controlnet_folder))
-    calls = [given("variation") | {"prompt": "a fox"}, given("inpaint"), given("controlnet-inpaint")]
+    guided = {"prompt": "a fox", "true_cfg_scale": 2.0, "negative_prompt": "at night"}
+    calls = [given("variation") | guided, given("inpaint"), given("controlnet-inpaint") | {"true_cfg_scale": 3.0}]
     want = [pipeline(**call, seed=3).images[0].tobytes() for call in calls]
     {"model": pipeline.enable_model_cpu_offload, "sequential": pipeline.enable_sequential_cpu_offload}[kind]("cpu")
     for _ in range(2):  # offloading again and again

@@ -116,6 +116,8 @@ def test_a_job_holds_what_its_mode_uses_and_no_more():
     assert job.references[0].dots == full.dots and job.controls[0].image.sha256 == "0" * 64
     assert job_of(full, Form(aspect="16:9")).aspect == "16:9" and job_of(full, Form(aspect="auto")).aspect is None
     assert job_of(full, Form(aspect=state.MATCH)).match_input_size
+    guided, plain = job_of(full, Form(cfg=3.0, negative=" rain ")), job_of(full, Form())
+    assert (guided.cfg, guided.negative, plain.cfg, plain.negative) == (3.0, "rain", 1.0, "")
     assert (
         job_of(full, Form(release_compatible=True)).release_compatible and not job_of(full, Form()).release_compatible
     )
@@ -138,6 +140,10 @@ def test_a_job_holds_what_its_mode_uses_and_no_more():
         (dotted(), {"variety": 1.0}, "variety: 1.0"),
         (dotted(), {"guidance": -1.0}, "^guidance: -1.0"),
         (dotted(), {"background": -1.0}, "background: -1.0"),
+        (dotted(), {"cfg": None}, "^true CFG scale: empty; give a number"),
+        (dotted(), {"cfg": 101.0}, "^true CFG scale: 101.0; use 0 to 100"),
+        (dotted(), {"negative": "rain"}, "^negative prompt: without effect at true CFG scale 1; give true CFG scale"),
+        (dotted(), {"cfg": 3.0, "negative": "a\0"}, "^negative prompt: character 2 is NUL"),
     ],
 )
 def test_an_invalid_form_is_one_line(session, form, said):
@@ -388,7 +394,7 @@ def test_beside_a_prompt_t5_leaves_the_picture_fewer_tokens(with_t5, converted, 
 def test_pictures_replay_and_settings_are_the_pictures_own(desk, tmp_path):
     desk.give(picture(168, 112, 1), tmp_path / "cat.png")
     desk.click(100, 100)
-    desk.values |= {"seed": 5, "attention_map": True, "variety": 0.2}
+    desk.values |= {"seed": 5, "attention_map": True, "variety": 0.2, "cfg": 2.5, "negative": "rain"}
     made = desk.generate()
     assert made["status"].startswith('<div class="line good">2 pictures of 64 × 64 px'), made
     files = [Path(file) for file, _ in made["gallery"]["value"]]
@@ -400,6 +406,7 @@ def test_pictures_replay_and_settings_are_the_pictures_own(desk, tmp_path):
         chosen = desk(lambda *_, index=index: desk.h.choose(SimpleNamespace(index=index), made["made"]), last=False)
         settings = json.loads(Path(chosen["settings"]["value"]).read_text())
         assert settings == json.loads(Image.open(file).text["megaflux"]) and settings["seed"] == 5 + index
+        assert (settings["job"]["cfg"], settings["job"]["negative"]) == (2.5, "rain")
         assert infer.main(["--from-image", str(file), "--out", str(tmp_path / "again")]) == 0
         assert Image.open(tmp_path / "again" / file.name).tobytes() == Image.open(file).tobytes()
     used = desk(lambda *a: desk.h.use(made["made"], 1, *a))

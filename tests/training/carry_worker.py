@@ -1,4 +1,5 @@
-"""Three stages whose gradients are known, against optimizers that nothing interrupts: what the change of engine carries.
+"""Three stages whose gradients are known, against optimizers that nothing interrupts: what the change of engine carries, with the
+average of the weights, and the share of large gradient values. One update is dropped.
 
 torchrun --nproc_per_node N tests/training/carry_worker.py DS_CONFIG [by_part]
 """
@@ -10,14 +11,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from megaflux.common.ranks import gathered
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
 from megaflux.config.schema import Config
 from megaflux.training import distributed
-from megaflux.training.engine import StageEngine
+from megaflux.training.average import WeightAverage
+from megaflux.training.engine import AVERAGE, StageEngine
+from megaflux.training.survival.guard import NOT_FINITE, Drop
 from tests.training.runs import small_config
 
 
@@ -49,6 +54,11 @@ def gradient(name: str, p: torch.Tensor, update: int) -> torch.Tensor:
     return torch.randn(p.shape, generator=distributed.generator_for(name, update))
 
 
+def in_dtype(name: str, p: torch.Tensor, update: int, dtype: torch.dtype) -> np.ndarray:
+    """The gradient as the module has it: rounded to its dtype."""
+    return gradient(name, p, update).to(dtype).float().numpy()
+
+
 def toy_config(**optim) -> Config:
     values = small_config(
         None,
@@ -62,10 +72,12 @@ def toy_config(**optim) -> Config:
         ],
     )
     values["train"] |= {"updates": 12, "global_batch_size": 2, "micro_batch_size": None}
-    values["optim"] = {"lr": 0.01, "max_grad_norm": 0, **optim}
+    values["optim"] = {"lr": 0.01, "max_grad_norm": 0, "large_gradient": 0.5, **optim}
     return build_config(merge(tiny(), values))
 
 
+DECAY = 0.4  # which (1 + n) / (10 + n) reaches after the first update of the second stage
+DROPPED = 5  # an update of the second stage
 BY_PART = {
     "lr": {"flux": 0.01, "connector": 0.03, "vlm": 0.002},
     "weight_decay": {"flux": 0.1, "connector": 0.0, "vlm": 0.2},
@@ -95,14 +107,20 @@ def main(path: str, by_part: str = "") -> None:
         values = toy_config(**BY_PART).model_dump()
         values["stages"] = [stage | own for stage, own in zip(values["stages"], STAGES, strict=True)]
         config = build_config(values).for_world(world.size)
-    module, reference = Toy(), Toy().to(dtype).float()
+    module, reference, ever = Toy(), Toy().to(dtype).float(), set()
     # The reference never changes its optimizer: one AdamW per parameter, stepped while its stage lists it; a parameter
     # that a stage leaves out starts afresh, from the weight it was left with, when it comes back.
     expected = dict(reference.named_parameters())
     optimizers: dict[str, torch.optim.AdamW] = {}
-    carried, update = None, 0
+    carried, update, taken = None, 0, 0
+    average, averages = WeightAverage(DECAY, world), {name: p.detach().double() for name, p in expected.items()}
+
+    def judge(norm: float, large_share: float) -> Drop | None:
+        return NOT_FINITE if update == DROPPED else None
+
     for stage in range(3):
-        engine = StageEngine(module, config, ds_config, stage, world.size, carried)
+        engine = StageEngine(module, config, ds_config, stage, world.size, carried, judge)
+        average.begin_stage(engine)
         names = set(engine.first_stage)
         optimizers = {name: optimizer for name, optimizer in optimizers.items() if name in names}
         for name in names - set(optimizers):
@@ -114,6 +132,17 @@ def main(path: str, by_part: str = "") -> None:
             rates = engine.set_learning_rates(update)
             engine.backward(engine(update))
             engine.step()
+            average.follow(engine)
+            values = np.concatenate(
+                [in_dtype(name, p, update, dtype).flatten() for name, p in expected.items() if name in names]
+            )
+            assert engine.large_gradient_share == np.mean(np.abs(values) > np.float32(config.optim.large_gradient))
+            assert 0.1 < engine.large_gradient_share < 0.9
+            assert bool(engine.dropped) == (update == DROPPED)
+            if update == DROPPED:
+                update += 1
+                continue
+            taken += 1
             for name, optimizer in optimizers.items():
                 expected[name].grad = gradient(name, expected[name], update).to(dtype).float()
                 part = {"c": "connector", "v": "vlm"}.get(name[0], "flux")
@@ -124,12 +153,29 @@ def main(path: str, by_part: str = "") -> None:
                 assert abs(rates[part] - rate) < 1e-12
                 optimizer.param_groups[0] |= {"lr": rate, "weight_decay": decay}
                 optimizer.step()
+                d = min(DECAY, (1 + taken) / (10 + taken))
+                averages[name] = d * averages[name] + (1 - d) * expected[name].detach().double()
             update += 1
+        assert average.updates == taken
+        found = average.gather_share(engine)
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor.double(), averages[name], rtol=1e-4, atol=1e-5, msg=f"average {name}")
+        shares = [name for of_rank in gathered(list(found), world) for name in of_rank]
+        ever |= names
+        assert sorted(shares) == sorted(ever)  # each on one rank
+        before = {name: p.detach().clone() for name, p in module.named_parameters()}
+        with average.in_place_of_weights(engine):
+            for name, p in module.named_parameters():
+                wanted = averages[name].to(dtype) if name in ever else before[name]
+                tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.008, "atol": 1e-5}
+                torch.testing.assert_close(p.detach(), wanted, **tolerance, msg=f"in place {name}")
+        assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
         everything = engine.carry(names)
         assert set(everything.tensors) == names
         for name in names:
             state = optimizers[name].state[expected[name]]
             wanted = {"master": expected[name].detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            assert everything.tensors[name].keys() == {*wanted, AVERAGE}
             for key, tensor in wanted.items():
                 torch.testing.assert_close(
                     everything.tensors[name][key], tensor, rtol=1e-5, atol=1e-7, msg=f"{name} {key}"
@@ -137,7 +183,9 @@ def main(path: str, by_part: str = "") -> None:
         if stage < 2:
             from megaflux.training.stages import trainable_names
 
-            carried = engine.carry(set(trainable_names(module, config.stages[stage + 1])))
+            going_on = set(trainable_names(module, config.stages[stage + 1]))
+            carried = engine.carry(going_on)
+            average.leave_stage(engine, going_on)
             assert carried.tensors.keys() == names & set(trainable_names(module, config.stages[stage + 1]))
         engine.close()
     fresh = dict(Toy().to(dtype).named_parameters())

@@ -182,9 +182,22 @@ def newest(run: Path) -> Path:
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor for file in newest(run).glob("weights*.safetensors") for name, tensor in load_file(file).items()
-    }
+    return weights_in(newest(run))
+
+
+def weights_in(checkpoint: Path) -> dict[str, torch.Tensor]:
+    files = checkpoint.glob("weights*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def final_averages(run: Path) -> dict[str, torch.Tensor]:
+    """The averages of the weights (optim.ema_decay); {} without."""
+    return averages_in(newest(run))
+
+
+def averages_in(checkpoint: Path) -> dict[str, torch.Tensor]:
+    files = checkpoint.glob("average*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def final_state(run: Path) -> list[dict]:
@@ -211,12 +224,13 @@ def assert_same(a, b, where: str = "state") -> None:
 
 
 def same_end(run: Path, other: Path) -> None:
-    """Weights, Adam's state, random state and data position are bit-equal."""
+    """Weights, their averages, Adam's state, random state and data position are bit-equal."""
     assert_same(final_weights(run), final_weights(other))
+    assert_same(final_averages(run), final_averages(other))
     assert_same(final_state(run), final_state(other))
     manifests = [json.loads((newest(folder) / "manifest.json").read_text()) for folder in (run, other)]
-    for key in ("update", "stage", "data", "guard", "base", "deepspeed"):
-        assert manifests[0][key] == manifests[1][key], key
+    for key in ("update", "stage", "data", "guard", "base", "deepspeed", "average"):
+        assert manifests[0].get(key) == manifests[1].get(key), key
     for name in sorted(file.name for file in newest(run).glob("rng-*.pt")):
         assert_same(*(torch.load(newest(folder) / name, weights_only=True) for folder in (run, other)))
 

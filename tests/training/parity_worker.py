@@ -84,7 +84,7 @@ def update(world: World, out: str, ds_config: dict[str, Any]) -> dict[str, Any]:
         engine.step()
     weights = {name: p.detach().clone() for name, p in models.trainable.named_parameters()}
     # In the optimizer each group is filled up to whole partitions.
-    trained = sum(flat.numel() for _, flat in engine._flat_groups()) * world.size
+    trained = sum(flat.numel() for _, flat in engine.flat_groups()) * world.size
     result = {
         "gradients": gradients,
         "weights": weights,

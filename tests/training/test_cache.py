@@ -290,7 +290,8 @@ def test_leftovers_go_and_what_is_being_written_stays(tmp_path):
 
 def test_a_run_goes_on_without_its_cache_and_with_one_made_anew(data, tmp_path):
     """One launch for the whole; the keys are those of the undisturbed run by tests/data/test_order.py."""
-    values = small_config(data, tmp_path / "run", data__cache=["latents", "trunk"])
+    condition = {"image": 0.5, "none": 0.5}  # an empty one needs no trunk later
+    values = small_config(data, tmp_path / "run", data__cache=["latents", "trunk"], data__condition=condition)
     command = ["--deepspeed", ds_config(tmp_path), "--config", write_config(values, tmp_path / "config.yaml")]
     for stop, more in ((2, []), (4, ["--data.cache", ""]), (6, [])):
         done = launch(*command, "--train.stop_after", stop, *more, with_="forked")

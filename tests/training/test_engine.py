@@ -102,7 +102,7 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
         module.configure(file != "zero3.json", "none")
         assert engine.num_trainable == sum(sizes[name] for name in engine.first_stage)
         # what is still to come on a device: at least the sum of the gradients, which offloading leaves on the GPU
-        shards = sum(flat.nbytes for _, flat in engine._flat_groups())
+        shards = sum(flat.nbytes for _, flat in engine.flat_groups())
         assert sum(engine.coming(torch.device("meta"))) == shards
         assert sum(engine.coming(torch.device("cpu"))) == shards * (3 if carried is None else 1)
         if carried is not None:  # begins with what was handed over, bit for bit
@@ -121,7 +121,7 @@ def test_nothing_of_a_closed_engine_lives(tmp_path, file):
         of_blocks = torch.tensor(list(norms.values())).norm()
         assert 0.1 * parts[0] < of_blocks < parts[0]  # the rest is in embedders
         zero = engine.deepspeed.optimizer
-        flats = [flat for _, flat in engine._flat_groups()]
+        flats = [flat for _, flat in engine.flat_groups()]
         moments = [moment for flat in flats for moment in zero.optimizer.state[flat].values()]
         low = zero.bit16_groups_flat if engine.zero_stage < 3 else zero.lp_param_buffer
         low = low if isinstance(low, list) else [low]
@@ -182,6 +182,34 @@ def test_an_overflow_is_counted_and_changes_nothing(tmp_path, guarded):
     engine.step()
     assert engine.deepspeed.skipped_steps == 1 and engine.dropped is None and engine.grad_norm() > 0
     assert not torch.equal(module.connector.weight, before["connector.weight"])
+    engine.close()
+
+
+@pytest.mark.parametrize("base", ["zero2.json", "zero2_offload.json", "zero3.json"])
+def test_an_update_with_too_many_large_gradient_values_is_dropped(tmp_path, base):
+    """Counted before clipping, in whatever memory the gradients are, over several micro-batches."""
+    import deepspeed
+
+    guard, module = Guard(0, 128, 10, most_large=0.3), Toy()
+    if "zero3" in base:  # the toy reads its layers' weights without calling them
+        for parameter in module.parameters():
+            deepspeed.zero.register_external_parameter(module, parameter)
+    config = toy_config(max_grad_norm=1e-3, large_gradient=0.75).for_world(1)
+    engine = StageEngine(
+        module, config, json.loads(ds_config(tmp_path, base=base).read_text()), 0, 1, judge=guard.judge
+    )
+    engine.cut_into(1)
+    for update, scale in enumerate((0.5, 2.0, 0.5)):
+        engine.set_learning_rates(update)
+        for _ in range(2):
+            engine.backward(engine(update) * scale)
+            engine.step()
+        trained = [(n, p) for n, p in Toy().named_parameters() if n in engine.first_stage]
+        values = torch.cat([gradient(n, p, update).flatten() for n, p in trained])
+        expected = ((values.bfloat16() * scale).abs() > 0.75).float().mean().item()
+        assert engine.large_gradient_share == pytest.approx(expected, abs=0.01)  # bf16 sums
+        assert (engine.dropped is None) == (scale < 1) == (expected <= 0.3)
+    assert guard.dropped == engine.deepspeed.skipped_steps == 1
     engine.close()
 
 

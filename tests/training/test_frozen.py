@@ -226,7 +226,7 @@ def test_losses_and_pictures_are_those_of_before_and_a_try_out_takes_what_the_ru
     if "latents" in kinds:
         monkeypatch.setattr(latent_ops, "encode", no_encoding)
     trial.forward_and_backward(config.for_world(1), models, bucket)
-    blank, blank_condition = tried[0][3].latents, tried[0][3].condition
+    blank, blank_condition = tried[0][2].latents, tried[0][2].condition
     assert (blank.shape, blank.dtype) == (latents.shape, latents.dtype)
     assert blank_condition.hidden_states.shape == condition.hidden_states.shape
     assert blank_condition.hidden_states.dtype == condition.hidden_states.dtype

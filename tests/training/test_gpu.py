@@ -101,7 +101,7 @@ def test_adams_state_of_another_number_of_ranks_is_taken_over(tmp_path, ds):
     }
     engine.take_over(Carried(tensors, {0: torch.tensor(7.0)}))
     update(engine, config, models)
-    (steps,) = {float(engine.deepspeed.optimizer.optimizer.state[flat]["step"]) for _, flat in engine._flat_groups()}
+    (steps,) = {float(engine.deepspeed.optimizer.optimizer.state[flat]["step"]) for _, flat in engine.flat_groups()}
     assert steps == 8
     engine.close()
 

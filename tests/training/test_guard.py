@@ -107,12 +107,23 @@ def test_its_state_survives_a_checkpoint():
     assert fresh.state_dict() == Guard(6, 16, 10).state_dict() and fresh.judge(1.0) is None
 
 
+def test_too_many_large_gradient_values_are_a_reason_to_drop():
+    guard = Guard(6, 128, 10, most_large=0.25)
+    assert guard.judge(1.0, 0.25) is None  # the limit itself
+    drop = guard.judge(1.0, 0.26)
+    assert drop.reason is DropReason.LARGE_VALUES
+    assert drop.text == "0.26 of its gradient's values are large, more than 0.25 (optim.large_gradient_share)"
+    assert (guard.in_a_row, guard.dropped, list(guard.norms)) == (1, 1, [1.0])  # its norm is not kept
+    assert guard.judge(float("nan"), float("nan")) == NOT_FINITE
+    assert Guard(6, 128, 10).judge(1.0, 1.0) is None  # without a limit the share is only logged
+
+
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("base", ["zero2.json", "zero3.json"])
+@pytest.mark.parametrize("base", ["zero2.json", "zero2_offload.json", "zero3.json"])
 def test_a_refused_step_changes_not_a_byte(tmp_path, base):
     heard: list[float] = []
 
-    def judge(norm: float) -> Drop | None:
+    def judge(norm: float, large_share: float) -> Drop | None:
         heard.append(norm)
         return NOT_FINITE if len(heard) == 2 else None
 

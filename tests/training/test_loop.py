@@ -15,6 +15,7 @@ from megaflux.data.batches import Batch
 from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import load_models
 from megaflux.training import loop, objective
+from megaflux.training.average import WeightAverage
 from megaflux.training.engine import StageEngine
 from megaflux.training.schedule import learning_rate
 from megaflux.training.trainer import Trainer
@@ -46,7 +47,7 @@ def test_an_update_trains_on_what_is_drawn_for_it_alone(tmp_path, monkeypatch):
         config=config, world=World(0, 1, torch.device("cpu")), plan=SimpleNamespace(micro_batch_size=2)
     )
     trainer.loader, trainer.batches = SimpleNamespace(drawn_together=2), iter([batch] * (2 * UPDATES))
-    trainer.models = models
+    trainer.models, trainer.average = models, WeightAverage(0.0, trainer.run.world)
     trainer.engine = StageEngine(models.trainable, config, json.loads(ds_config(tmp_path, "fp32").read_text()), 0, 1)
     found = []
     for trainer.updates_done in range(UPDATES):

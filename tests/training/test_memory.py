@@ -15,7 +15,7 @@ from megaflux.bench import memory as bench
 from megaflux.bench.live_memory import LiveMemory
 from megaflux.bench.update_memory import update_peak, vae_peaks
 from megaflux.common.ranks import World
-from megaflux.config.parse import build_config
+from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import FLUX_VAE, PRESETS
 from megaflux.config.schema import Config
 from megaflux.data.buckets import Bucket
@@ -124,8 +124,9 @@ def test_an_update_of_dev_holds_what_the_formula_says(stage, batch, plan):
 
 
 @pytest.mark.usefixtures("process_group")
-def test_an_engine_of_zero_2_holds_what_the_formula_says():
-    for counted, formula in bench.small_zero(DS_CONFIG).values():
+@pytest.mark.parametrize("averaged", [False, True])
+def test_an_engine_of_zero_2_holds_what_the_formula_says(averaged):
+    for counted, formula in bench.small_zero(DS_CONFIG, averaged).values():
         assert formula == pytest.approx(counted, rel=0.05)
 
 
@@ -183,12 +184,12 @@ def dev_models():
     return meta_models(dev())
 
 
-def zero(changes: dict, ranks: int = 8, bf16: bool = True) -> tuple[int, int, int]:
+def zero(changes: dict, ranks: int = 8, bf16: bool = True, averaged: bool = False) -> tuple[int, int, int]:
     ds_config = copy.deepcopy(DS_CONFIG)
     ds_config["zero_optimization"] |= changes
     if not bf16:
         del ds_config["bf16"], ds_config["communication_data_type"]
-    return memory.zero_bytes(ds_config, ranks, dev_models()[0], dev().stages[0], 2 if bf16 else 4)
+    return memory.zero_bytes(ds_config, ranks, dev_models()[0], dev().stages[0], 2 if bf16 else 4, averaged)
 
 
 def test_what_zero_holds_beside_the_weights():
@@ -204,6 +205,13 @@ def test_what_zero_holds_beside_the_weights():
     assert host == 18 * trained // 8 + 2 * largest
     assert zero({"stage": 3, "offload_optimizer": {"device": "cpu"}})[1] == 0
     assert zero({}, bf16=False)[1] == 20 * trained // 8
+    assert zero({}, averaged=True) == (zero({})[0], 20 * trained // 8, 0)  # the weights' average
+    offloaded = zero({"offload_optimizer": {"device": "cpu"}}, averaged=True)
+    assert offloaded == (gradients, optimizer, host + 4 * trained // 8)
+    config = build_config(merge(PRESETS["dev"](), {"optim": {"ema_decay": 0.9999}}))
+    sized = [Sizes(c, DS_CONFIG, 8, *dev_models()) for c in (dev(), config)]
+    plain, averaged = (memory.stage_memory(sizes, sizes.config.stages[0], SQUARE) for sizes in sized)
+    assert averaged.total - plain.total == averaged.optimizer - plain.optimizer == 4 * trained // 8
 
 
 # --- plans within what is free ---

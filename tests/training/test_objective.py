@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megaflux.config.data import ConditionModes
+from megaflux.config.data import KINDS, ConditionModes
 from megaflux.config.parse import build_config
 from megaflux.config.schema import Flow
 from megaflux.data.batches import Batch
@@ -18,7 +18,7 @@ from megaflux.models import latents as latent_ops
 from megaflux.models import scratch
 from megaflux.models.pretrained import load_models
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
-from megaflux.training import objective
+from megaflux.training import frozen, objective
 from megaflux.training.distributed import generator_for
 from megaflux.training.objective import Denoising, Sample, denoising_loss, draw_kind
 from tests.conftest import small_values
@@ -113,26 +113,28 @@ def test_posterior_latents_are_drawn_anew_and_the_mean_is_not_drawn(models):
 
 
 def test_every_kind_of_condition_comes_as_often_as_configured_and_is_drawn_anew():
-    modes = ConditionModes(image=0.5, image_text=0.3, text=0.2)
+    modes = ConditionModes(image=0.4, image_text=0.3, text=0.2, none=0.1)
     found = Counter(draw_kind(modes, 1, update, 0) for update in range(1000))
-    assert found["image"] == pytest.approx(500, abs=65)  # four standard deviations
+    assert found["image"] == pytest.approx(400, abs=62)  # four standard deviations
     assert found["image_text"] == pytest.approx(300, abs=58)
     assert found["text"] == pytest.approx(200, abs=51)
+    assert found["none"] == pytest.approx(100, abs=38)
     for varied in (
         ({"seed": i} for i in range(40)),
         ({"update": i} for i in range(40)),
         ({"drawn_index": i} for i in range(40)),
     ):
         kinds = {draw_kind(modes, **{"seed": 1, "update": 0, "drawn_index": 0} | change) for change in varied}
-        assert kinds == {"image", "image_text", "text"}
-    for kind in ("image", "image_text", "text"):
+        assert kinds == set(KINDS)
+    for kind in KINDS:
         always = ConditionModes(**{"image": 0.0} | {kind: 1.0})
         assert {draw_kind(always, 1, update, 0) for update in range(40)} == {kind}
 
 
 def test_a_batch_is_conditioned_by_the_kind_that_was_drawn_for_it(models):
-    modes = {"image": 0.4, "image_text": 0.3, "text": 0.3}
+    modes = {"image": 0.3, "image_text": 0.2, "text": 0.2, "none": 0.3}
     config = configured(data={"condition": modes})
+    empty = models.trunk.encode(None, ["", ""], "text")
     batch = Batch(["a", "b"], CAPTIONS, WIDE, pictures(), None, None)
     met = Counter()
     for update in range(3):
@@ -140,9 +142,48 @@ def test_a_batch_is_conditioned_by_the_kind_that_was_drawn_for_it(models):
             kind = draw_kind(config.data.condition, config.run.seed, update, drawn_index)
             met[kind] += 1
             got = objective.encode_condition(config, models, batch, SAMPLES, update, drawn_index)
-            expected = models.trunk.encode(batch.pixel_values, CAPTIONS, kind)
-            assert torch.equal(got.hidden_states, expected.hidden_states) and torch.equal(got.select, expected.select)
-    assert len(met) == 3
+            expected = empty if kind == "none" else models.trunk.encode(batch.pixel_values, CAPTIONS, kind)
+            torch.testing.assert_close(got.hidden_states, expected.hidden_states)
+            assert torch.equal(got.select, expected.select) and torch.equal(got.position_ids, expected.position_ids)
+    assert len(met) == 4 and empty.select.shape == (2, 1)  # one token: the end of the turn
+    tokenizer = models.trunk.processor.tokenizer
+    assert tokenizer.convert_ids_to_tokens(models.trunk.turn("text").input_ids)[-1] == "<|im_end|>"
+
+
+def test_an_empty_condition_is_the_same_for_any_batch_also_when_the_trunk_is_gone(models):
+    config = configured(data={"condition": {"image": 0.0, "none": 1.0}, "cache": ["trunk"]})
+    alone = load_models(config).trunk
+    before = alone.empty(3)
+    assert all(torch.equal(row, before.hidden_states[0]) for row in before.hidden_states)
+    assert torch.equal(before.hidden_states, models.trunk.empty(3).hidden_states)
+    gone = replace(load_models(config), vae=None)
+    frozen.send_away(config, gone)
+    batch = Batch(["a", "b"], CAPTIONS, WIDE, None, None, torch.zeros(2, 3, 4))  # cached, and not used
+    given = objective.encode_condition(config, gone, batch, SAMPLES, 0, 0)
+    assert gone.trunk.released and torch.equal(given.hidden_states, before.hidden_states[:2])
+
+
+def test_the_guidance_value_is_drawn_for_each_sample_from_its_range():
+    samples = objective.count_up(["a", "b", "a", "c"], Counter())
+    config = Flow(guidance=(2.0, 5.0))
+    drawn_values = objective.draw_guidance(config, 5, 7, samples, torch.device("cpu"))
+    assert drawn_values.dtype == torch.float32 and len(set(drawn_values.tolist())) == 4
+    swapped = objective.draw_guidance(config, 5, 7, samples[::-1], torch.device("cpu"))
+    assert torch.equal(swapped, drawn_values.flip(0))  # a sample's own, whatever it is computed with
+    assert not torch.isclose(objective.draw_guidance(config, 5, 8, samples, torch.device("cpu")), drawn_values).any()
+    many = objective.draw_guidance(config, 5, 7, [Sample(str(i), 0) for i in range(2000)], torch.device("cpu"))
+    assert 2 <= many.min() < 2.02 and 4.98 < many.max() <= 5
+    assert many.mean() == pytest.approx(3.5, abs=0.08)  # four standard deviations
+    assert objective.draw_guidance(Flow(), 5, 7, samples, torch.device("cpu")) == 1.0
+    t = [objective.draw_time_and_noise(flow, 5, 7, samples, torch.empty(4, 8, 4, 4))[0] for flow in (Flow(), config)]
+    assert torch.equal(*t)  # a range changes nothing else that is drawn
+
+
+def test_each_sample_is_given_its_own_guidance(models):
+    inputs = replace(given(models), guidance=torch.tensor([2.5, 9.0]))
+    with torch.no_grad():
+        losses = denoising_loss(models.trainable, models, inputs)
+        torch.testing.assert_close(losses, plain_loss(models, inputs, inputs.guidance), rtol=1e-4, atol=1e-5)
 
 
 # --- which of several captions ---

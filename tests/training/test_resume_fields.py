@@ -134,6 +134,9 @@ APPLIED_ELSEWHERE = {
     "train.bad_updates": "below: test_the_guards_values_are_those_of_the_start",
     "optim.spike_sigma": "the same",
     "optim.spike_window": "the same",
+    "optim.large_gradient_share": "the same",
+    "optim.large_gradient": "carry_worker.py counts by the engine's own configuration",
+    "optim.ema_decay": "test_runs.py, where it is switched off; test_average.py, where it is switched on",
     "data.sample_posterior": "test_objective.py: a function of the configuration and the update alone",
 }
 
@@ -191,9 +194,9 @@ def test_what_is_set_when_resuming_is_applied(tmp_path, precision):
 
 
 def test_the_guards_values_are_those_of_the_start():
-    guard = Guard(3.0, 5, 2)
+    guard = Guard(3.0, 5, 2, 0.5)
     guard.load_state_dict({"norms": [1.0] * 128, "in_a_row": 1, "dropped": 4})
-    assert len(guard.norms) == 5 and guard.patience == 2 and guard.sigma == 3.0
+    assert len(guard.norms) == 5 and guard.patience == 2 and guard.sigma == 3.0 and guard.most_large == 0.5
 
 
 def extended(stages=("a", "b"), updates=10, stage=0, at=3, old_updates=8, **train) -> tuple[list[int], tuple[int, ...]]:

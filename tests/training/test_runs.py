@@ -14,18 +14,22 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaflux.config.data import ConditionModes
+from megaflux import runs
+from megaflux.common.ranks import World
+from megaflux.config.data import KINDS, ConditionModes
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import PUBLISHED_STAGES, tiny
 from megaflux.models.pretrained import load_models
+from megaflux.training import validation
 from megaflux.training.checkpoint import manifest, saved
 from megaflux.training.checkpoint.identity import NO_EFFECT
+from megaflux.training.engine import MOMENTS
 from megaflux.training.objective import draw_kind
 from megaflux.training.planning import memory
 from megaflux.training.planning.micro_batch import Planner
 from megaflux.training.planning.sizes import Sizes
 from megaflux.training.stages import trainable_names
-from tests.training.faults import assert_same, events, final_state, final_weights
+from tests.training.faults import assert_same, events, final_averages, final_state, final_weights
 from tests.training.runs import (
     ROOT,
     copy_until,
@@ -110,9 +114,11 @@ TESTED_ELSEWHERE = {
 
 
 def test_a_run_stopped_at_a_stages_end_goes_on_with_its_moments(tmp_path, data):
-    """Also with other values of everything that has no effect on what is learned, and with its data in another folder."""
+    """And with their averages; also with other values of everything that has no effect on what is learned, and with its data in
+    another folder. The other run validates the averages after every update, in the place of the weights."""
     assert set(NO_EFFECT) == {*WITHOUT_EFFECT, *TESTED_ELSEWHERE} and not TESTED_ELSEWHERE & set(WITHOUT_EFFECT)
-    config = write_config(small_config(data, tmp_path / "whole"), tmp_path / "config.yaml")
+    values = small_config(data, tmp_path / "whole", optim__ema_decay=0.7)
+    config = write_config(values, tmp_path / "config.yaml")
     ds = ds_config(tmp_path, "fp32")
     run_ok("--deepspeed", ds, "--config", config)
     half = copy_until(tmp_path / "whole", tmp_path / "half", 3)
@@ -120,7 +126,20 @@ def test_a_run_stopped_at_a_stages_end_goes_on_with_its_moments(tmp_path, data):
     changed = [word for field, value in WITHOUT_EFFECT.items() for word in (f"--{field}", value)]
     run_ok("--deepspeed", ds, "--run.dir", half, "--data.path", tmp_path / "moved", *changed)
     assert_same(final_weights(tmp_path / "whole"), final_weights(half))
+    assert_same(final_averages(tmp_path / "whole"), final_averages(half))
     assert_same(final_state(tmp_path / "whole"), final_state(half))
+    for of_rank in final_state(half):  # averages are in files of their own, once
+        assert {key for of_group in of_rank["base_optimizer_state"]["state"].values() for key in of_group} == {
+            "step",
+            *MOMENTS,
+        }
+    first, *_, last = map(json.loads, (tmp_path / "whole" / "validation.jsonl").read_text().splitlines())
+    assert first["ema_loss"] == first["loss"] and first["ema_gap"] == first["gap"]
+    averaged = runs.load(runs.find(tmp_path / "whole", ema=True))  # what export and generation load
+    config = runs.find(tmp_path / "whole").config.for_world(1)
+    shown = validation.load_references(config, averaged)
+    again = validation.validation_loss(averaged.trainable, config, averaged, shown, World(0, 1))
+    assert last["ema_loss"] == pytest.approx(again["loss"], rel=1e-5) and abs(last["ema_loss"] - last["loss"]) > 1e-6
 
 
 def test_a_run_that_is_given_more_updates_twice_follows_the_new_trapezoids(tmp_path, data):
@@ -221,7 +240,9 @@ def test_published_block_lists_run_on_57_blocks(tmp_path, data):
 
 @pytest.mark.parametrize("base", [pytest.param("zero2_offload.json", marks=pytest.mark.slow), "zero3.json"])
 def test_other_deepspeed_configurations_run_over_a_stage_change_and_resume(tmp_path, data, base):
-    values = small_config(data, tmp_path / "run", validation__every=4, validation__panel_every=4)
+    values = small_config(
+        data, tmp_path / "run", validation__every=4, validation__panel_every=4, optim__ema_decay=0.6, optim__lr=1e-3
+    )
     values["model"]["flux_config"]["joint_attention_dim"] = 47  # a bias that two ranks cannot share evenly
     config = write_config(values, tmp_path / "config.yaml")
     ds = ds_config(tmp_path, base=base)
@@ -230,6 +251,17 @@ def test_other_deepspeed_configurations_run_over_a_stage_change_and_resume(tmp_p
     done = run_ok("--deepspeed", ds, "--config", config, "--run.dir", half, ranks=2)
     assert "resuming" in done.stdout + done.stderr
     assert_same(final_weights(tmp_path / "run"), final_weights(half))
+    averages = final_averages(half)
+    assert_same(final_averages(tmp_path / "run"), averages)
+    assert averages.keys() == final_weights(half).keys()
+    rows = [json.loads(row) for row in (half / "validation.jsonl").read_text().splitlines()]
+    assert abs(rows[-1]["ema_loss"] - rows[-1]["loss"]) > 1e-6
+    # Validating them left no trace: without it the run ends with the same bits.
+    plain = copy_until(tmp_path / "run", tmp_path / "plain", 2)
+    more = ("--validation.every", 0, "--validation.panel_every", 0, "--optim.ema_decay", 0)
+    run_ok("--deepspeed", ds, "--config", config, "--run.dir", plain, *more, ranks=2)
+    assert_same(final_weights(plain), final_weights(half))
+    assert final_averages(plain) == {}
 
 
 def test_torchrun_and_python_train_to_the_same_weights_as_deepspeed(tmp_path, data):
@@ -250,7 +282,8 @@ def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_p
     values = small_config(
         data,
         tmp_path / "run",
-        data__condition={"image": 0.3, "image_text": 0.4, "text": 0.3},
+        data__condition={"image": 0.3, "image_text": 0.2, "text": 0.2, "none": 0.3},
+        flow__guidance=[1.0, 4.0],
         model__caption_max_tokens=2,  # so that all captions are cut
         data__num_workers=1,
         model__activation_checkpointing=True,
@@ -295,9 +328,9 @@ def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_p
     seed = resolved.run.seed
     modes = ConditionModes(**values["data"]["condition"])
     kinds = [draw_kind(modes, seed, update, 0) for update in range(6)]
-    assert {*kinds} == {"image", "image_text", "text"}
+    assert {*kinds} == set(KINDS)
     # Of both ranks: each draws two pictures an update.
-    cut = [4 * sum(kind != "image" for kind in kinds[: update + 1]) for update in range(6)]
+    cut = [4 * sum(kind in ("image_text", "text") for kind in kinds[: update + 1]) for update in range(6)]
     assert [event.value for event in curves.Scalars("data/cut_captions")] == cut
     manifest = json.loads((tmp_path / "run/checkpoints/update-0000006/manifest.json").read_text())
     position = manifest["data"]
@@ -358,6 +391,7 @@ def test_run_shows_itself_in_tensorboard(tmp_path, data):
         "train/loss",
         "train/learning_rate",
         "train/grad_norm",
+        "train/large_gradient_share",
         "train/skipped_steps",
         "speed/images_per_second",
         "speed/data_wait_fraction",
@@ -366,6 +400,7 @@ def test_run_shows_itself_in_tensorboard(tmp_path, data):
         "validation/loss",
         "validation/shuffled",
         "validation/gap",
+        "validation/loss_guidance_3.5",
         "grad_norm/flux",
         "grad_norm/connector",
         "grad_norm/vlm",

@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from megaflux.common.errors import UserError
+from megaflux.config.parse import build_config, merge
+from megaflux.config.presets import tiny
+from megaflux.models.pretrained import load_models
 from megaflux.training.checkpoint import elastic, manifest
 from megaflux.training.checkpoint.state import Checkpoint
 from megaflux.training.checkpoint.write import writer_of
@@ -19,6 +22,7 @@ from tests.training.faults import (
     Reference,
     Terminal,
     assert_same,
+    averages_in,
     both_ranks,
     end,
     events,
@@ -29,6 +33,7 @@ from tests.training.faults import (
     same_end,
     start,
     wait_for,
+    weights_in,
 )
 from tests.training.runs import copy_until, ds_config, launch, launch_faulty, make_dataset, small_config, write_config
 
@@ -45,7 +50,7 @@ def data(tmp_path_factory):
 def reference(tmp_path_factory, data):
     """12 updates on two ranks over a stage boundary, never disturbed."""
     folder = tmp_path_factory.mktemp("reference")
-    values = small_config(data, folder / "run", train__updates=12)
+    values = small_config(data, folder / "run", train__updates=12, optim__ema_decay=0.7, flow__guidance=[1.0, 4.0])
     whole = Reference(folder / "run", ds_config(folder, "bf16"), write_config(values, folder / "config.yaml"), data)
     done = launch(*whole.started_by, ranks=2, with_="forked")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -321,7 +326,20 @@ def test_divergence_goes_back_to_a_sound_checkpoint_and_leaves_the_data_out(data
 def test_other_ranks_go_on_with_the_same_batches(tmp_path):
     # One bucket without repeats: a sample drawn twice in an update may get other noise on other ranks.
     square = make_dataset(tmp_path / "square", images=NO_REPEATS, square=True)
-    values = small_config(square, tmp_path / "whole", train__updates=8)
+    stages = [
+        {"name": "one", "share": 3, "blocks": [0, 1]},
+        {"name": "two", "share": 2, "blocks": [2], "vlm_layers": 0},
+        {"name": "three", "share": 3, "blocks": [0, 2]},  # block 1 has stopped, block 0 and the Qwen layer come back
+    ]
+    values = small_config(
+        square,
+        tmp_path / "whole",
+        stages=stages,
+        train__updates=8,
+        train__checkpoint_every=1,
+        optim__ema_decay=0.6,
+        optim__lr=1e-3,
+    )
     config, ds = write_config(values, tmp_path / "config.yaml"), ds_config(tmp_path, "fp32")
     assert launch("--deepspeed", ds, "--config", config, ranks=2, with_="forked").returncode == 0
     run = copy_until(tmp_path / "whole", tmp_path / "run", 2)
@@ -340,6 +358,32 @@ def test_other_ranks_go_on_with_the_same_batches(tmp_path):
     ]
     assert ends[0] == ends[1]
     assert "0 repeats" in two.stderr + two.stdout
+    models = load_models(build_config(merge(tiny(), values)))
+    for folder in (tmp_path / "whole", run):
+        assert_averages_follow_the_weights(folder, dict(models.trainable.named_parameters()), 0.6)
+
+
+def assert_averages_follow_the_weights(run: Path, base: dict[str, torch.Tensor], decay: float) -> None:
+    """In float64, from the weights of every checkpoint, which are the masters of a run in float32: over changes of stage and of
+    ranks. base: the weights that the run began with."""
+    average = {name: p.detach().double() for name, p in base.items()}
+    before: dict[str, torch.Tensor] = {}
+    stopped: set[str] = set()
+    for update, path in manifest.listed(run).items():
+        content, now = manifest.read(path), weights_in(path)
+        trained = {name for name in now if name not in before or not torch.equal(now[name], before[name])}
+        d = min(decay, (1 + update) / (10 + update))
+        for name in trained:
+            average[name] += (1 - d) * (now[name].double() - average[name])
+        found = averages_in(path)
+        assert found.keys() == now.keys() and content["average"] == {"updates": update}
+        for name, tensor in found.items():
+            assert tensor.dtype == torch.float32
+            torch.testing.assert_close(tensor.double(), average[name], rtol=1e-6, atol=1e-7, msg=f"{update} {name}")
+        stopped |= now.keys() - trained
+        before = now
+    assert any(".1." in name or "single" in name for name in stopped) and any("vlm" in name for name in stopped)
+    assert max((average[name] - tensor.double()).abs().max() for name, tensor in before.items()) > 1e-5
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 2), (2, 2), (4, 2), (8, 1)])

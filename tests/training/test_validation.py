@@ -143,7 +143,9 @@ def test_one_reference_has_no_gap(config, models):
 def test_a_run_that_trains_at_generations_guidance_computes_its_loss_once(config, models):
     shown = references(models, 2)
     model = Reader(shown, config.run.seed)
-    at = config.model_copy(update={"flow": config.flow.model_copy(update={"guidance": (2.0, 5.0)})})  # 3.5 is the middle
+    at = config.model_copy(
+        update={"flow": config.flow.model_copy(update={"guidance": (2.0, 5.0)})}
+    )  # 3.5 is the middle
     found = validation_loss(model, at, models, shown, World(0, 1, CPU))
     assert found["loss_guidance_3.5"] == found["loss"] and model.calls == 16
 

@@ -72,3 +72,15 @@ def attention_mass(transformer: FluxTransformer2DModel, num_tokens: int) -> Iter
     finally:
         for block in blocks:
             del vars(block)["attention_probe"]
+
+
+@contextmanager
+def unobserved(transformer: FluxTransformer2DModel) -> Iterator[None]:
+    """Inside, no attention is collected, also within `attention_mass`."""
+    blocks = [vars(block) for block in all_blocks(transformer) if "attention_probe" in vars(block)]
+    probes = [block.pop("attention_probe") for block in blocks]
+    try:
+        yield
+    finally:
+        for block, probe in zip(blocks, probes):
+            block["attention_probe"] = probe

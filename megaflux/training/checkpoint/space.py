@@ -17,14 +17,15 @@ class NoRoom(UserError):
 
 
 STATE_BYTES = 12  # per trainable parameter: master, exp_avg and exp_avg_sq in fp32
+AVERAGE_BYTES = 4  # per parameter that any stage so far has trained, where the weights are averaged
 MARGIN = 1.02  # file headers, rounding up to blocks
 FILES_EACH = 6  # besides each rank's shard, part of the weights and random state
 
 
-def checkpoint_bytes(training: int, weights: int, item: int) -> int:
+def checkpoint_bytes(training: int, weights: int, item: int, averaged: bool = False) -> int:
     """Bytes of one checkpoint. training: parameters that its stage trains; weights: parameters that any stage so far has
-    trained; item: bytes of one of them in the dtype it trains in."""
-    return int(MARGIN * (STATE_BYTES * training + item * weights))
+    trained; item: bytes of one of them in the dtype it trains in; averaged: with their averages (optim.ema_decay)."""
+    return int(MARGIN * (STATE_BYTES * training + (item + AVERAGE_BYTES * averaged) * weights))
 
 
 def check(config: Config, engine: StageEngine, weights: int, world: World, at_once: int | None) -> None:
@@ -37,8 +38,9 @@ def check(config: Config, engine: StageEngine, weights: int, world: World, at_on
         there = len(manifest.listed(config.run.dir))
         wanted = 1 if at_once is None else max(1, at_once - there)
         item = next(engine.module.parameters()).element_size()
-        need = wanted * checkpoint_bytes(engine.num_trainable, weights, item)
-        files = wanted * (3 * world.size + FILES_EACH)
+        averaged = config.optim.ema_decay > 0
+        need = wanted * checkpoint_bytes(engine.num_trainable, weights, item, averaged)
+        files = wanted * ((3 + averaged) * world.size + FILES_EACH)
         disk = os.statvfs(config.run.dir)
         free = disk.f_bavail * disk.f_frsize
         if free < need:

@@ -4,7 +4,9 @@
     weights-00000-of-00008.safetensors ...  each rank's share of them
 
 They are the parameters that any stage so far has trained, by Qwen2VLFlux's names, in the dtype they train in. Each is in one
-file.
+file. A run with an average of the weights (training/average.py) has it in float32 in files of the same kind:
+
+    average.safetensors, average-00000-of-00008.safetensors ...
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +34,8 @@ from megaflux.training.engine import StageEngine, whole_size
 if TYPE_CHECKING:  # imports diffusers and transformers, which would delay the command for checkpoints by seconds
     from megaflux.models.pretrained import Models
 
-_FILE = re.compile(r"weights(-\d{5}-of-\d{5})?\.safetensors")
+WEIGHTS, AVERAGE = "weights", "average"
+"""What files hold, and how their names begin."""
 
 
 def trained_names(config: Config, module: nn.Module, stage: int) -> set[str]:
@@ -46,9 +49,9 @@ def count_trained(config: Config, module: nn.Module, stage: int) -> int:
     return sum(whole_size(p) for name, p in module.named_parameters() if name in names)
 
 
-def file_name(rank: int, world_size: int) -> str:
-    """Name of the file that holds a rank's share of the weights."""
-    return "weights.safetensors" if world_size == 1 else f"weights-{rank:05d}-of-{world_size:05d}.safetensors"
+def file_name(rank: int, world_size: int, what: str = WEIGHTS) -> str:
+    """Name of the file that holds a rank's share of the weights, or of their averages."""
+    return f"{what}.safetensors" if world_size == 1 else f"{what}-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def shares(sizes: Mapping[str, int], world_size: int) -> list[list[str]]:
@@ -70,32 +73,35 @@ def gather_share(config: Config, engine: StageEngine, world: World) -> dict[str,
     mine = set(shares({name: whole_size(p) for name, p in parameters.items()}, world.size)[world.rank])
     weights = {}
     for name, parameter in parameters.items():
-        with _gathered(parameter, engine.zero_stage):
+        with gathered(parameter, engine.zero_stage):
             if name in mine:
                 weights[name] = parameter.detach().cpu().contiguous().clone()
     return weights
 
 
-def write_share(weights: Mapping[str, torch.Tensor], folder: Path, world: World) -> None:
+def write_share(weights: Mapping[str, torch.Tensor], folder: Path, world: World, what: str = WEIGHTS) -> None:
     """Write this rank's share into a checkpoint's folder."""
-    file = folder / file_name(world.rank, world.size)
+    file = folder / file_name(world.rank, world.size, what)
     save_file(dict(weights), file)
     file.chmod(0o666 & ~_umask())  # safetensors lets only the owner read it
 
 
-def files_of(manifest: Mapping[str, Any], path: Path) -> list[str]:
-    """Names of the files with a checkpoint's weights, from its manifest. Raises UserError if it does not name them all."""
-    found = sorted(name for name in manifest["files"] if _FILE.fullmatch(name))
-    divided = sum(name != file_name(0, 1) for name in found)
-    if not found or divided and found != [file_name(rank, len(found)) for rank in range(len(found))]:
-        raise UserError(f"{path}/manifest.json: names {', '.join(found) or 'no weights'}; it is not complete")
+def files_of(manifest: Mapping[str, Any], path: Path, what: str = WEIGHTS) -> list[str]:
+    """Names of the files with a checkpoint's weights, or their averages, from its manifest. Raises UserError if it does not name
+    them all."""
+    file = re.compile(rf"{what}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    found = sorted(name for name in manifest["files"] if file.fullmatch(name))
+    divided = sum(name != file_name(0, 1, what) for name in found)
+    if not found or divided and found != [file_name(rank, len(found), what) for rank in range(len(found))]:
+        raise UserError(f"{path}/manifest.json: names {', '.join(found) or f'no {what}'}; it is not complete")
     return found
 
 
-def sha256(manifest: Mapping[str, Any], path: Path) -> str:
+def sha256(manifest: Mapping[str, Any], path: Path, averaged: bool = False) -> str:
     """Identifies a checkpoint's weights: the SHA-256 of their file or, if there are several, the SHA-256 of the text that
-    lists those of all files in order of rank, one a line."""
-    hashes = [manifest["files"][name]["sha256"] for name in files_of(manifest, path)]
+    lists those of all files in order of rank, one a line. averaged: with those of their averages after them."""
+    names = files_of(manifest, path) + (files_of(manifest, path, AVERAGE) if averaged else [])
+    hashes = [manifest["files"][name]["sha256"] for name in names]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
@@ -119,23 +125,55 @@ def load_weights(path: Path, manifest: dict[str, Any], config: Config, models: M
             f"{path}: its run began from another init (model.init) than is in its folder; restore the folder's init/"
         )
     parameters = dict(models.trainable.named_parameters())
-    stored: dict[Path, dict[str, tuple[int, ...]]] = {}
-    for name in files_of(manifest, path):
-        with named(str(path / name)):
-            stored[path / name] = reading.shapes(path / name)
-    there = {name for shapes in stored.values() for name in shapes}
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    there = {name for stored_in in stored_shapes(path, manifest, shapes, WEIGHTS).values() for name in stored_in}
     missing = trained_names(config, models.trainable, manifest["stage"]) - there
     if missing:
-        where = next(iter(stored)) if len(stored) == 1 else path
+        files = files_of(manifest, path)
+        where = path / files[0] if len(files) == 1 else path
         raise UserError(f"{where}: missing key {sorted(missing)[0]} (of {len(missing)}); it was trained")
-    for file, shapes in stored.items():
+    with torch.no_grad():
+        for name, tensor in stored(path, manifest, shapes):
+            parameters[name].copy_(tensor)
+
+
+def load_averages(path: Path, manifest: dict[str, Any], models: Models) -> None:
+    """Put a checkpoint's averages in the place of its weights, which `load_weights` has loaded; those that it has no average of
+    stay. UserError as there."""
+    parameters = dict(models.trainable.named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    with torch.no_grad():
+        for name, tensor in stored(path, manifest, shapes, AVERAGE):
+            parameters[name].copy_(tensor)
+
+
+def stored(
+    path: Path,
+    manifest: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    what: str = WEIGHTS,
+    only: Container[str] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a checkpoint's weights or averages, file by file; a tensor is valid until the next one is read. only: of
+    these names. shapes: of the model's parameters. UserError naming the file for a tensor that does not fit, before the first."""
+    for file, stored_in in stored_shapes(path, manifest, shapes, what).items():
+        with named(str(file)):
+            yield from reading.tensors(file, [name for name in stored_in if only is None or name in only])
+
+
+def stored_shapes(
+    path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], what: str
+) -> dict[Path, dict[str, tuple[int, ...]]]:
+    """File -> name -> shape of what is stored. UserError where it is not a parameter of the wanted shape."""
+    found: dict[Path, dict[str, tuple[int, ...]]] = {}
+    for name in files_of(manifest, path, what):
+        with named(str(path / name)):
+            found[path / name] = reading.shapes(path / name)
+    for file, shapes in found.items():
         for name, shape in shapes.items():
-            if name not in parameters or parameters[name].shape != shape:
+            if wanted.get(name) != tuple(shape):
                 raise UserError(f"{file}: {name} does not fit this model; check model.* of the configuration")
-    for file, shapes in stored.items():
-        with named(str(file)), torch.no_grad():
-            for name, tensor in reading.tensors(file, shapes):
-                parameters[name].copy_(tensor)
+    return found
 
 
 def refuse_other_base(where: str, content: Mapping[str, Any], models: Models) -> None:
@@ -190,9 +228,11 @@ def _umask() -> int:
     return mask
 
 
-def _gathered(parameter: nn.Parameter, zero_stage: int) -> AbstractContextManager:
+def gathered(parameter: nn.Parameter, zero_stage: int, modified: bool = False) -> AbstractContextManager:
+    """Inside, the parameter is whole on every rank, as it always is but under ZeRO-3. modified: what rank 0 makes of it inside is
+    its new value. Collective under ZeRO-3."""
     if zero_stage < 3:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter])
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modified else None)

@@ -15,11 +15,12 @@ from megaflux.common.errors import UserError, is_out_of_memory, one_line
 from megaflux.common.ranks import World, first_problem, gathered
 from megaflux.config.schema import Config
 from megaflux.training import distributed
+from megaflux.training.average import WeightAverage
 from megaflux.training.checkpoint import manifest, retention, saved, weights
 from megaflux.training.checkpoint.identity import identity
 from megaflux.training.checkpoint.space import NoRoom
 from megaflux.training.checkpoint.state import Progress
-from megaflux.training.engine import StageEngine
+from megaflux.training.engine import AVERAGE, StageEngine
 
 
 def write_checkpoint(
@@ -28,11 +29,12 @@ def write_checkpoint(
     progress: Progress,
     origin: dict[str, Any],
     world: World,
+    average: WeightAverage,
     resumed_from: int | None = None,
 ) -> Path:
     """Write a checkpoint and delete those no longer kept; returns its folder. Collective.
 
-    origin: fingerprints of the weights that the run began from (`Models.origin`). resumed_from: update of the checkpoint that
+    average: of the weights. origin: fingerprints of the weights that the run began from (`Models.origin`). resumed_from: update of the checkpoint that
     this process started from, which is kept. UserError, the same on all ranks, if the disk refuses; earlier checkpoints
     stay.
     """
@@ -42,14 +44,17 @@ def write_checkpoint(
         if world.is_main:
             manifest.clear(partial)
             partial.mkdir(parents=True)
-    trained = weights.gather_share(config, engine, world)  # collective, so before anything can fail on one rank
+    # Collective, so before anything can fail on one rank.
+    trained, averages = weights.gather_share(config, engine, world), average.gather_share(engine)
     with _written(partial, final, world):
-        with _errors_after(engine), _weights_left_out(engine):
+        with _errors_after(engine), _weights_left_out(engine), _averages_left_out(engine):
             engine.deepspeed.save_checkpoint(
                 str(partial), tag="deepspeed", client_state={}, save_latest=False, exclude_frozen_parameters=True
             )
         torch.save(distributed.rng_state(), partial / f"rng-rank{world.rank:04d}.pt")
         weights.write_share(trained, partial, world)
+        if average.decay:
+            weights.write_share(averages, partial, world, weights.AVERAGE)
         # Each rank syncs and hashes what it wrote: a machine has its own unwritten pages, and the ranks work in parallel.
         mine = [file for file in manifest.files_in(partial) if writer_of(file.name) == world.rank]
         for file in mine:
@@ -58,7 +63,7 @@ def write_checkpoint(
     files = {name: entry for of_rank in gathered(files, world) for name, entry in of_rank.items()}
     with _written(partial, final, world):
         if world.is_main:
-            _check_complete(partial, files, world.size)
+            _check_complete(partial, files, world.size, bool(average.decay))
             content = {
                 "format": manifest.FORMAT,
                 "update": progress.update,
@@ -72,6 +77,7 @@ def write_checkpoint(
                 "groups_by_part": engine.by_part,
                 "guard": progress.guard,
                 "plan": progress.plan,
+                **({"average": {"updates": average.updates}} if average.decay else {}),
                 "started_with": saved.snapshot(config.run.dir),
             }
             manifest.publish(partial, final, content, files)
@@ -81,9 +87,10 @@ def write_checkpoint(
     return final
 
 
-def _check_complete(partial: Path, files: dict[str, Any], world_size: int) -> None:
+def _check_complete(partial: Path, files: dict[str, Any], world_size: int, averaged: bool) -> None:
     """UserError unless every rank's shards are visible here."""
-    kinds = (("rng-", ".pt"), ("deepspeed/", "optim_states.pt"), ("weights", ".safetensors"))
+    kinds = [("rng-", ".pt"), ("deepspeed/", "optim_states.pt"), (weights.WEIGHTS, ".safetensors")]
+    kinds += [(weights.AVERAGE, ".safetensors")] * averaged
     there = min(sum(name.startswith(start) and name.endswith(end) for name in files) for start, end in kinds)
     if there != world_size:
         raise UserError(
@@ -95,7 +102,7 @@ def _check_complete(partial: Path, files: dict[str, Any], world_size: int) -> No
 def writer_of(name: str) -> int:
     """Rank that wrote a file of a checkpoint: shards, ours and DeepSpeed's, have its number in their names; the other
     files are rank 0's."""
-    found = re.search(r"(?:pp_rank_|rng-rank|weights-)(\d+)", name)
+    found = re.search(r"(?:pp_rank_|rng-rank|weights-|average-)(\d+)", name)
     return int(found[1]) if found else 0
 
 
@@ -157,3 +164,16 @@ def _weights_left_out(engine: StageEngine) -> Iterator[None]:
         yield
     finally:
         vars(engine.deepspeed).pop("module_state_dict", None)
+
+
+@contextmanager
+def _averages_left_out(engine: StageEngine) -> Iterator[None]:
+    """Leave the averages out of DeepSpeed's copy of Adam's state: ours are whole tensors by name, which any number of ranks reads,
+    and which export and generation read without the optimizer's files."""
+    state = engine.deepspeed.optimizer.optimizer.state
+    averages = {flat: of_flat.pop(AVERAGE) for flat, of_flat in state.items() if AVERAGE in of_flat}
+    try:
+        yield
+    finally:
+        for flat, values in averages.items():
+            state[flat][AVERAGE] = values

@@ -114,10 +114,11 @@ def _print_memory(found: Estimate) -> None:
         f"\nGB per GPU: {ranks} GPU{'s' * (ranks > 1)}, ZeRO-{zero_stage(ds_config)}, {precision}, "
         f"micro-batch {found.memory_choice.micro_batch_size}; peak: {memory.stage}, {memory.bucket}"
     )
+    averaged = found.sizes.config.optim.ema_decay > 0
     lines = {f"weights, {name}": size for name, size in memory.weights.items()}
     lines |= {
         "gradients in flight": memory.gradients,
-        "optimizer shard, sum of gradients": memory.optimizer,
+        f"optimizer shard{', average' * averaged}, sum of gradients": memory.optimizer,
         "activations": memory.activations,
         "or, when larger: VAE encode or decode": memory.transient,
         "CUDA, NCCL and libraries": memory.runtime,

@@ -160,7 +160,12 @@ def estimate(sizes: Sizes, assumed: Assumed, choose: bool) -> Estimate:
         handed_over=_handed_over(sizes, buckets),
         cache=size_of_config(config, sizes.ds_config, sizes.trunk, buckets) if config.data.cache else None,
         checkpoints=[
-            space.checkpoint_bytes(sum(row.trainable.values()), count_trained(config, sizes.module, stage), item)
+            space.checkpoint_bytes(
+                sum(row.trainable.values()),
+                count_trained(config, sizes.module, stage),
+                item,
+                config.optim.ema_decay > 0,
+            )
             for stage, row in enumerate(table)
         ],
     )

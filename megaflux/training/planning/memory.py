@@ -9,9 +9,9 @@ bfloat16, 4 in float32). DeepSpeed 0.19.8, read in runtime/zero/stage_1_and_2.py
   are moved into ZeRO's buffer, not copied. ZeRO-3 shards the modules in the engine (FLUX, connector, Qwen's last layers)
   over R, and gathers at most stage3_max_live_parameters at a time.
 - optimizer: 16 P / R: float32 master, Adam's two moments, and the float32 sum of the gradients of the rank's own part, from
-  an update's first reduction to its step; in float32 the sum takes 8 P / R. The step works in place. With offload_optimizer
-  masters and moments are on the host, as are a second gradient and a copy in w bytes; the GPU keeps ZeRO-2's sum,
-  4 P / R, and w L to copy through.
+  an update's first reduction to its step; in float32 the sum takes 8 P / R. The step works in place. optim.ema_decay adds
+  4 P / R for the weights' average. With offload_optimizer masters, moments and average are on the host, as are a second
+  gradient and a copy in w bytes; the GPU keeps ZeRO-2's sum, 4 P / R, and w L to copy through.
 - gradients, during the backward pass: a bucket of w E (twice with overlap_comm; the whole bucket, however small P is);
   while it is reduced, its slices joined and, for a wider communication_data_type, copied: up to max(E, L) elements each;
   and w L for the gradient that is being added to it. ZeRO-3's bucket is in communication_data_type and never freed.
@@ -208,7 +208,8 @@ def stage_memory(sizes: Sizes, stage: Stage, bucket: Bucket, policies: Sequence[
         wanted = config.model.activation_checkpointing
         policies = ["full" if wanted == "auto" else wanted] * sizes.blocks
     weights = _weights(sizes)
-    gradients, optimizer, host_optimizer = zero_bytes(ds_config, sizes.ranks, sizes.module, stage, width)
+    averaged = config.optim.ema_decay > 0
+    gradients, optimizer, host_optimizer = zero_bytes(ds_config, sizes.ranks, sizes.module, stage, width, averaged)
     tokens = sizes.longest_tokens(bucket)
     kept = activation_bytes(sizes.module, stage, tokens, width, policies, sizes.fused, sizes.uneven)
     picture = bucket.height, bucket.width, width
@@ -245,10 +246,10 @@ def _weights(sizes: Sizes) -> dict[str, int]:
 
 
 def zero_bytes(
-    ds_config: dict[str, Any], world_size: int, module: nn.Module, stage: Stage, width: int
+    ds_config: dict[str, Any], world_size: int, module: nn.Module, stage: Stage, width: int, averaged: bool = False
 ) -> tuple[int, int, int]:
     """(gradients in flight, optimizer, optimizer on the host): bytes of ZeRO-2 or ZeRO-3 on a rank. width: bytes per
-    weight."""
+    weight. averaged: with an average of the weights (optim.ema_decay)."""
     zero, level = ds_config.get("zero_optimization", {}), zero_stage(ds_config)
     sizes = trained_sizes(module, stage)
     shard = sum(sizes) // (world_size if level >= 1 else 1)
@@ -262,10 +263,11 @@ def zero_bytes(
         gradients += width * bucket * (2 if zero.get("overlap_comm") else 1)
         gradients += reduced * (width + (wide if wide > width else 0))
         total = (4 if width < 4 else 8) * shard
+    kept = (16 if averaged else 12) * shard
     if zero.get("offload_optimizer", {}).get("device", "none") in ("none", None):
-        return gradients, 12 * shard + total, 0
+        return gradients, kept + total, 0
     on_gpu = 0 if level == 3 else total + width * max(sizes)
-    return gradients, on_gpu, (16 + width) * shard + width * max(sizes)
+    return gradients, on_gpu, kept + (4 + width) * shard + width * max(sizes)
 
 
 def trained_sizes(module: nn.Module, stage: Stage) -> list[int]:

@@ -1,9 +1,13 @@
-"""Which updates are dropped: those whose gradient is not finite, or far larger than the ones before it.
+"""Which updates are dropped: those whose gradient is not finite, or far larger than the ones before it, or has too many large
+values.
 
 The spike rule follows OLMo-core's SkipStepAdamW: an update is dropped if its gradient norm lies more than `sigma`
 standard deviations above the mean of the last `window` norms. The norm is the same number on all ranks, so they drop
 alike. A spike enters the window as the limit that it exceeded: norms that have risen for good, by less than about two
 times, are accepted after a few drops, and a run that diverges is not.
+
+Large values follow Playground v3 (arXiv 2409.10695), which discards an update when more gradient values than a
+limit are above a threshold, because clipping alone did not prevent spikes of the loss. Such an update's norm is not kept.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ LEAST = 0.1  # of the mean: the smallest deviation assumed, or nearly equal norm
 class DropReason(Enum):
     NOT_FINITE = "not finite"
     SPIKE = "spike"
+    LARGE_VALUES = "large values"
 
 
 @dataclass(frozen=True)
@@ -39,20 +44,20 @@ class Guard:
     """Judges one gradient norm per update and keeps the last ones.
 
     sigma: 0 switches the spike rule off. window: norms kept. patience: consecutive drops after which the run returns to
-    its last checkpoint.
+    its last checkpoint. most_large: the largest share of large gradient values that is taken; None: any.
     """
 
-    def __init__(self, sigma: float, window: int, patience: int):
-        self.sigma, self.patience = sigma, patience
+    def __init__(self, sigma: float, window: int, patience: int, most_large: float | None = None):
+        self.sigma, self.patience, self.most_large = sigma, patience, most_large
         self.norms: deque[float] = deque(maxlen=window)
         self.in_a_row = 0
         """Updates dropped since the last one that was taken."""
         self.dropped = 0
         """Updates dropped since the run began."""
 
-    def judge(self, norm: float) -> Drop | None:
-        """None: take the update; else why to drop it. Counts either way."""
-        drop = self._problem(norm)
+    def judge(self, norm: float, large_share: float = 0.0) -> Drop | None:
+        """None: take the update; else why to drop it. Counts either way. large_share: of the gradient's values, in [0, 1]."""
+        drop = self._problem(norm, large_share)
         if drop is None:
             self.norms.append(norm)
             self.in_a_row = 0
@@ -61,9 +66,12 @@ class Guard:
             self.dropped += 1
         return drop
 
-    def _problem(self, norm: float) -> Drop | None:
+    def _problem(self, norm: float, large_share: float) -> Drop | None:
         if not math.isfinite(norm) or norm < 0:  # DeepSpeed reports an invalid norm as -1
             return NOT_FINITE
+        if self.most_large is not None and large_share > self.most_large:
+            text = f"{large_share:.3g} of its gradient's values are large, more than {self.most_large:g} (optim.large_gradient_share)"
+            return Drop(DropReason.LARGE_VALUES, text)
         if not self.sigma or len(self.norms) < min(FEWEST, self.norms.maxlen or FEWEST):
             return None
         mean = math.fsum(self.norms) / len(self.norms)

@@ -1,0 +1,134 @@
+"""The average of the weights: what a checkpoint, an export and a resume make of it. What it is, update by update: test_engine.py
+(carry_worker.py), test_runs.py, and test_survival.py, where other ranks go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megaflux import export, runs
+from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
+from megaflux.config.parse import build_config, merge
+from megaflux.infer.request import to_runtime
+from megaflux.training.average import WeightAverage
+from megaflux.training.checkpoint import manifest, space, weights
+from megaflux.training.engine import AVERAGE, StageEngine
+from megaflux.training.survival.guard import NOT_FINITE
+from tests.conftest import picture
+from tests.training.carry_worker import Toy, toy_config
+from tests.training.runs import ds_config
+
+CPU = torch.device("cpu")
+
+
+def with_averages(run: Path, to: Path, changes: dict[str, torch.Tensor] | None = None) -> Path:
+    """A copy of a run whose newest checkpoint also has averages of what its second stage trains, divided between two ranks:
+    half of each weight. changes: other tensors in the first file."""
+    shutil.copytree(run, to)
+    folder = list(manifest.listed(to).values())[-1]
+    trained = load_file(folder / weights.file_name(0, 1))
+    averages = {name: tensor / 2 for name, tensor in trained.items() if "single" in name or "connector" in name}
+    for rank, names in enumerate(weights.shares({n: t.numel() for n, t in averages.items()}, 2)):
+        share = {n: averages[n] for n in names} | (changes or {} if rank == 0 else {})
+        weights.write_share(share, folder, World(rank, 2, CPU), weights.AVERAGE)
+    content = manifest.read(folder) | {"files": manifest.inventory(folder), "average": {"updates": 7}}
+    (folder / manifest.MANIFEST).write_text(json.dumps(manifest.sealed(content)))
+    return to
+
+
+def test_averages_are_loaded_in_the_place_of_weights_and_exported(run_folder, tmp_path):
+    run = with_averages(run_folder, tmp_path / "run")
+    raw, averaged = (dict(runs.load(runs.find(run, ema=ema)).trainable.named_parameters()) for ema in (False, True))
+    halved = {name for name in raw if not torch.equal(raw[name], averaged[name])}
+    assert halved and all(torch.equal(averaged[name], raw[name] / 2) for name in halved)
+    assert all("single" in name or "connector" in name for name in halved)  # the first stage's others have no average
+    assert export.main([str(run), str(tmp_path / "export"), "--ema"]) == 0
+    exported = load_file(tmp_path / "export/connector/model.safetensors")
+    assert torch.equal(exported["weight"], averaged["connector.weight"])
+    of_run, of_export = (runs.load_pipeline(path, dtype=torch.float32, ema=True) for path in (run, tmp_path / "export"))
+    assert of_run.source == of_export.source and of_run.source["ema"] is True
+    plain = runs.load_pipeline(run, dtype=torch.float32)
+    assert plain.source["weights_sha256"] != of_run.source["weights_sha256"] and "ema" not in plain.source
+    made = [
+        p(picture(64, 64), num_inference_steps=1, output_type="pt", seed=1).images for p in (of_run, of_export, plain)
+    ]
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def test_what_holds_no_averages_says_so(run_folder, export_folder, tmp_path):
+    with pytest.raises(UserError, match="update-0000008: holds no average of the weights; leave --ema out"):
+        runs.find(run_folder, ema=True)
+    with pytest.raises(UserError, match="--ema: .* is an export of a run's weights; export the run again, with --ema"):
+        runs.load_pipeline(export_folder, dtype=torch.float32, ema=True)
+    run = with_averages(run_folder, tmp_path / "run", {"connector.weight": torch.zeros(2, 2)})
+    with pytest.raises(
+        UserError, match=r"average-00000-of-00002.safetensors: connector.weight does not fit this model"
+    ):
+        runs.load(runs.find(run, ema=True))
+    runs.load(runs.find(run))  # without them nothing looks at it
+    damaged = list(manifest.listed(run).values())[-1] / "average-00001-of-00002.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match="average-00001-of-00002.safetensors: damaged"):
+        runs.find(run, ema=True)
+
+
+def test_a_replay_takes_what_its_picture_was_made_with(run_folder, export_folder):
+    of_picture = to_runtime({"checkpoint": str(run_folder), "ema": True})
+    assert of_picture.ema and to_runtime({}, of_picture).ema
+    assert not to_runtime({"ema": False}, of_picture).ema  # --no-ema
+    assert not to_runtime({"checkpoint": str(export_folder)}, of_picture).ema  # it holds one set of weights
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("base", ["zero2.json", "zero2_offload.json"])
+def test_an_average_that_is_switched_on_in_a_resumed_run_begins_at_its_weights(tmp_path, base):
+    """And one that is switched off is discarded, with its memory."""
+    config = build_config(merge(toy_config().for_world(1).model_dump(), {"optim": {"ema_decay": 0.4}}))
+    module, ds = Toy(), json.loads(ds_config(tmp_path, base=base).read_text())
+    engine, world = StageEngine(module, config, ds, 0, 1), World(0, 1, CPU)
+    engine.set_learning_rates(0)
+    engine.backward(engine(0))
+    engine.step()
+    average = WeightAverage(0.4, world)
+    average.begin_stage(engine)
+    average.load(tmp_path, {}, engine)  # a checkpoint without
+    masters = {name: tensors["master"] for name, tensors in engine.carry(set(engine.first_stage)).tensors.items()}
+    assert average.updates == 0
+    assert all(torch.equal(tensor, masters[name]) for name, tensor in average.gather_share(engine).items())
+    engine.dropped = NOT_FINITE
+    average.follow(engine)
+    assert average.updates == 0
+    engine.dropped = None
+    before, update = average.gather_share(engine), 1
+    engine.set_learning_rates(update)
+    engine.backward(engine(update))
+    engine.step()
+    average.follow(engine)
+    after = average.gather_share(engine)
+    assert average.updates == 1 and any(not torch.equal(before[name], after[name]) for name in after)
+    save_file(after, tmp_path / "average.safetensors")
+    stored = {"files": {"average.safetensors": {}}, "average": {"updates": 1}}
+    off, again = WeightAverage(0, world), WeightAverage(0.4, world)
+    for one in (off, again):
+        engine.close()
+        engine = StageEngine(module, config, ds, 0, 1)
+        one.begin_stage(engine)
+        one.load(tmp_path, stored, engine)
+        state = engine.deepspeed.optimizer.optimizer.state
+        assert any(AVERAGE in of_flat for of_flat in state.values()) == (one is again)
+        assert one.updates == (one is again)
+    found = again.gather_share(engine)
+    assert found.keys() == after.keys() and all(torch.equal(found[name], after[name]) for name in after)
+    engine.close()
+
+
+def test_a_checkpoint_with_averages_takes_four_bytes_more_for_all_that_has_trained():
+    assert space.checkpoint_bytes(10**6, 3 * 10**6, 2, True) - space.checkpoint_bytes(10**6, 3 * 10**6, 2) == (
+        pytest.approx(12 * 10**6, rel=0.05)
+    )
