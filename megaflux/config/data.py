@@ -84,7 +84,8 @@ class Data(Named):
     condition: ConditionModes = ConditionModes()
     caption_weights: Annotated[tuple[NonNegative, ...] | None, COMMAS] = None
     """How often an image's first, second, ... caption is drawn, where images have several, relative to its others; fewer
-    captions than weights: the first weights count. None: all captions alike."""
+    captions than weights: the first weights count. Captions without a weight are not drawn, and where all that an image has
+    weigh 0, all alike. None: all captions alike."""
     sample_posterior: bool = False
     """Draw latents from the VAE's posterior instead of taking its mean; not with cached latents."""
 

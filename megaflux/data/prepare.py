@@ -25,9 +25,11 @@ from megaflux.common.command import Parser
 from megaflux.common.errors import exit_on_user_error
 from megaflux.common.paths import path_option
 from megaflux.data.images import ENCODINGS
+from megaflux.data.writing import captions
 from megaflux.data.writing.build import finish, prepare
 from megaflux.data.writing.merge import TooManyBad
 from megaflux.data.writing.options import OPENMOJI_DEFAULTS, SOURCE_KINDS, Options
+from megaflux.data.writing.tokens import open_counter
 
 
 def _parse_part(text: str) -> tuple[int, int]:
@@ -71,6 +73,24 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--kind", choices=SOURCE_KINDS, help="which files to read, if SOURCE has several kinds")
     add("--image-column", metavar="NAME", help="of parquet files; default: recognised")
     add("--caption-column", metavar="NAME", help="of parquet files, metadata tables and .json; default: recognised")
+    add(
+        "--captions",
+        choices=(captions.ALL, captions.LINES),
+        default=usual.captions,
+        help=f"{captions.LINES}: each line of a .txt or .caption file is a caption; default {captions.ALL}: the file is one",
+    )
+    add(
+        "--tokenizer",
+        type=path_option,
+        metavar="DIR",
+        help="count the captions' tokens with that of a Qwen2-VL folder or hub name (only reported)",
+    )
+    add(
+        "--caption-max-tokens",
+        type=int,
+        metavar="N",
+        help="with --tokenizer: report how many captions are longer; default as model.caption_max_tokens",
+    )
     add("--max-pixels", type=int, default=usual.max_pixels, help="skip larger images, default %(default)s")
     add(
         "--max-bad",
@@ -84,6 +104,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     how.add_argument("--part", type=_parse_part, metavar="I/N", help="only the I-th of N parts, without merging")
     how.add_argument("--merge", action="store_true", help="only merge the parts that are there")
     given = parser.parse_args(arguments)
+    if given.caption_max_tokens is not None and (given.caption_max_tokens < 1 or not given.tokenizer):
+        parser.error("--caption-max-tokens: give at least 1, and --tokenizer, which counts them")
     defaults = OPENMOJI_DEFAULTS if given.source == "openmoji" else {}
     chosen: dict[str, Any] = {
         name: getattr(given, name) if getattr(given, name) is not None else defaults.get(name, value)
@@ -97,12 +119,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code, raises UserError for code 2."""
     given = parse_arguments(arguments)
+    counter = open_counter(given.tokenizer, given.caption_max_tokens) if given.tokenizer else None
     try:
         if given.merge:
-            finish(given.out, given.max_bad)
+            finish(given.out, given.max_bad, counter=counter)
         else:
             prepare(
-                given.source, given.out, given.options, workers=given.workers, max_bad=given.max_bad, part=given.part
+                given.source,
+                given.out,
+                given.options,
+                workers=given.workers,
+                max_bad=given.max_bad,
+                part=given.part,
+                counter=counter,
             )
     except TooManyBad as error:
         print(f"error: {error}", file=sys.stderr)

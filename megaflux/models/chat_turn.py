@@ -6,6 +6,7 @@ was not trained on, without an error. So the turn is refused unless its picture 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Any, Literal
 
@@ -18,6 +19,23 @@ REMEDY = "use the chat template (chat_template.json) of Qwen/Qwen2-VL-7B-Instruc
 _CAPTION = "\N{WHITE SQUARE}caption\N{WHITE SQUARE}"  # stands in for a caption when the chat template is rendered
 
 
+class CaptionTokens:
+    """Tokens of captions, all of them plain text."""
+
+    def __init__(self, tokenizer: Any):
+        """tokenizer: a fast tokenizer of transformers."""
+        self._plain = _without_added_tokens(tokenizer)
+
+    def ids(self, caption: str) -> list[int]:
+        """The tokens of a caption; [] if it is blank."""
+        return self._plain.encode(clean(caption), add_special_tokens=False).ids
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of what the tokens depend on."""
+        return hashlib.sha256(self._plain.to_str().encode()).hexdigest()[:16]
+
+
 class ChatTurns:
     """Tokens of what surrounds captions and pictures, and of captions."""
 
@@ -26,7 +44,7 @@ class ChatTurns:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.image_token_id, self.where = image_token_id, where
         self._surroundings: dict[Mode, tuple[list[int], list[int], list[int]]] = {}
-        self._plain = _without_added_tokens(self.tokenizer)
+        self._captions = CaptionTokens(self.tokenizer)
 
     def surroundings(self, mode: Mode) -> tuple[list[int], list[int], list[int]]:
         """Tokens before the caption, between caption and image tokens, and after them; in mode image before the image
@@ -38,7 +56,7 @@ class ChatTurns:
 
     def caption(self, caption: str) -> list[int]:
         """Tokens of a caption, all of it plain text: `<|im_end|>` in it is letters and signs, not the end of the turn."""
-        return self._plain.encode(clean(caption), add_special_tokens=False).ids
+        return self._captions.ids(caption)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -41,6 +41,7 @@ DIFFUSERS_WEIGHTS = tuple(f"diffusion_pytorch_model{end}" for end in (INDEX, SAF
 TRANSFORMERS_WEIGHTS = tuple(f"model{end}" for end in (SAFETENSORS, INDEX))
 """Names of weight files in the order in which the libraries look for them."""
 _TOKENS = (("tokenizer_config.json",), ("tokenizer.json", "vocab.json+merges.txt"))
+TOKENIZER = Part(_TOKENS)
 DIFFUSERS_MODEL = Part((("config.json",),), DIFFUSERS_WEIGHTS)
 TRANSFORMERS_MODEL = Part((("config.json",),), TRANSFORMERS_WEIGHTS)
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")  # the second as transformers 5 writes it
@@ -51,7 +52,7 @@ FLUX = {
     "vae": DIFFUSERS_MODEL,
     "scheduler": Part((("scheduler_config.json",),)),
     "text_encoder": TRANSFORMERS_MODEL,
-    "tokenizer": Part(_TOKENS),
+    "tokenizer": TOKENIZER,
 }
 """The parts of a FLUX.1 folder in diffusers' layout that a run reads."""
 

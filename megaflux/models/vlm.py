@@ -39,6 +39,8 @@ class Condition:
     """(B, S) int64, 0 at the padding of a chat turn; None: no padding."""
     select_mask: Tensor | None = None
     """(B, T) bool, False at the padding of the condition; None: no padding."""
+    cut_captions: int = 0
+    """How many of the captions were longer than the trunk's `max_caption_tokens`."""
 
     def repeated(self, times: int) -> Condition:
         """Each sample's condition `times` times in a row."""
@@ -76,6 +78,8 @@ class Turn:
     """Rows and columns of image tokens; None: no image."""
     image_start: int = 0
     """Place of the first image token."""
+    cut: bool = False
+    """Whether the caption was longer than the trunk's `max_caption_tokens`."""
 
 
 class Trunk:
@@ -168,7 +172,7 @@ class Trunk:
             use_cache=False,
             return_dict=True,
         ).last_hidden_state
-        return Condition(hidden_states, **layout)
+        return Condition(hidden_states, **layout, cut_captions=sum(turn.cut for turn in turns))
 
     def _see(self, pixel_values: Tensor, grid: tuple[int, int], limits: tuple[int, int] | None) -> Tensor:
         """Image tokens (B, rows x columns, D) of pictures uint8 (B, 3, H, W)."""
@@ -209,11 +213,13 @@ class Trunk:
         """The cut chat turn of one sample. size: (height, width) of its picture, px, which only mode text does without;
         limits: as in `encode`."""
         before, between, after = self.chat.surroundings(mode)
-        words = self.chat.caption(caption)[: self.max_caption_tokens] if mode != "image" else []
+        words = self.chat.caption(caption) if mode != "image" else []
+        cut = len(words) > self.max_caption_tokens
+        words = words[: self.max_caption_tokens]
         if mode == "text" and not words:
             words = after[:1]  # an empty caption still needs one token: the end of the turn
         if mode == "text":
-            return Turn(before + words, list(range(len(before), len(before) + len(words))), None)
+            return Turn(before + words, list(range(len(before), len(before) + len(words))), None, cut=cut)
         if size is None:
             raise ValueError(f"mode {mode}: a turn with an image needs the picture's size")
         rows, columns = self.grid(*size, limits)
@@ -221,7 +227,7 @@ class Trunk:
         start = len(head)
         image = range(start, start + rows * columns)
         select = [*image, *range(len(before), len(before) + len(words))]
-        return Turn(head + [self.config.image_token_id] * len(image), select, (rows, columns), start)
+        return Turn(head + [self.config.image_token_id] * len(image), select, (rows, columns), start, cut)
 
     def collate(self, turns: list[Turn]) -> tuple[Tensor, Layout]:
         """Pad turns on the right: input_ids (B, S) and the layout of the Condition, on the device."""

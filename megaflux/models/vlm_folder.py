@@ -17,14 +17,14 @@ from megaflux.common import compat  # noqa: F401  (before transformers)
 
 # isort: split
 import transformers
-from transformers import Qwen2VLConfig, Qwen2VLProcessor
+from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLProcessor
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from megaflux.common.errors import UserError
 from megaflux.common.files import write_json
-from megaflux.models.chat_turn import REMEDY, ChatTurns, Mode
+from megaflux.models.chat_turn import REMEDY, CaptionTokens, ChatTurns, Mode
 from megaflux.models.loading_errors import named
-from megaflux.models.sources import opened
+from megaflux.models.sources import TOKENIZER, opened, source_problems
 from megaflux.models.strict import FOLDER_FILES, silent_libraries
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
@@ -57,6 +57,16 @@ def open_vlm(source: str, attention: str | None = None) -> VlmFolder:
         processor: Any = Qwen2VLProcessor.from_pretrained(place, use_fast=True, **_tokenizer_options(place))
     processor.chat_template = _template(processor, source)
     return VlmFolder(source, place, config, processor)
+
+
+def open_caption_tokens(source: str) -> CaptionTokens:
+    """What makes tokens of captions, of a Qwen2-VL folder or hub name, or of a folder with the files of its tokenizer alone.
+    UserError, naming it, where they cannot be read."""
+    for line in source_problems(source, {"": TOKENIZER}):
+        raise UserError(line)
+    place = opened(source, FOLDER_FILES[:-1])
+    with named(source), silent_libraries():
+        return CaptionTokens(AutoTokenizer.from_pretrained(place, use_fast=True, **_tokenizer_options(place)))
 
 
 def read_config(place: str, source: str, attention: str | None = None) -> Qwen2VLConfig:

@@ -54,7 +54,8 @@ def update(trainer: Trainer) -> UpdateResult:
         # 2. Latents: the frozen VAE's, or cached.
         latents = objective.encode_latents(config, models, batch, number)
         # 3. The frozen part of the condition: hidden states of Qwen2-VL's trunk, or cached.
-        condition = objective.encode_condition(config, models, batch, number, trainer.drawn_index(micro))
+        condition = objective.encode_condition(config, models, batch, samples, number, trainer.drawn_index(micro))
+        cut = condition.cut_captions
         # 4. Time, noise and guidance value, functions of seed, update and sample.
         t, noise = objective.draw_time_and_noise(config.flow, seed, number, samples, latents)
         guidance = objective.draw_guidance(config.flow, seed, number, samples, device)
@@ -68,7 +69,7 @@ def update(trainer: Trainer) -> UpdateResult:
             grad_norms = engine.grad_norms()
         # 7. Called after every backward; the last call of an update clips and steps, or drops the gradient.
         engine.step()
-        computed.append(MicroBatch(batch.keys, batch.bucket, batch.replaced, losses.detach(), t))
+        computed.append(MicroBatch(batch.keys, batch.bucket, batch.replaced, losses.detach(), t, cut))
     # 8. The average of the weights moves towards them, if the update was taken.
     trainer.average.follow(engine)
     norm, large = engine.grad_norm(), engine.large_gradient_share

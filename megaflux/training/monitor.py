@@ -40,7 +40,7 @@ class Monitor:
 
     def __init__(self, config: Config, world: World, module: Any, start_update: int, events: Events):
         self.config, self.world, self.module, self.events = config, world, module, events
-        self.replaced, self.done = 0, start_update
+        self.replaced, self.cut_captions, self.done = 0, 0, start_update
         self.replacements: list[tuple[int, str]] = []
         self.folder, self.warned = Path(config.run.dir), False
         folder = self.folder / "tensorboard"
@@ -68,6 +68,7 @@ class Monitor:
         self.loss = torch.zeros(T_BUCKETS, 2, dtype=torch.float64, device=self.world.device)  # sum, count by t
         self.images = self.flops = 0.0
         self.data_wait = 0.0
+        self.cut = 0  # captions of this rank
         self.since = time.perf_counter()
 
     def _count(self, micro: MicroBatch, stage: int, update: int) -> None:
@@ -77,6 +78,7 @@ class Monitor:
         self.loss[:, 0].index_add_(0, which, torch.where(finite, micro.losses, 0).double())
         self.loss[:, 1].index_add_(0, which, finite.double())
         self.images += len(micro.keys)
+        self.cut += micro.cut_captions
         self.flops += len(micro.keys) * costs.train_flops_per_image(self.config, self.module, stage, micro.bucket)
         for line in micro.replaced:
             log.warning("update %d: %s", update, line)
@@ -117,7 +119,8 @@ class Monitor:
         if update % self.config.monitor.every:
             return
         seconds = time.perf_counter() - self.since
-        sums, replaced, allocators = self._sum_over_ranks()
+        sums, replaced, cut, allocators = self._sum_over_ranks()
+        self.cut_captions += cut
         if replaced:
             self._record_replacements()
         images = self.images * self.world.size
@@ -129,6 +132,7 @@ class Monitor:
             "train/large_gradient_share": result.large_gradient_share,
             "train/skipped_steps": skipped_steps,
             "data/replaced_samples": self.replaced,
+            "data/cut_captions": self.cut_captions,
             "speed/images_per_second": images / seconds,
             "speed/data_wait_fraction": self.data_wait / seconds,
             "speed/mfu": self.flops / seconds / self.peak,
@@ -143,21 +147,22 @@ class Monitor:
         self._record_progress(seconds)
         self._reset()
 
-    def _sum_over_ranks(self) -> tuple[Tensor, int, list[dict[str, int]]]:
-        """Over all ranks: losses by t (sum, count), how many samples were replaced, and every rank's `allocator_state`.
+    def _sum_over_ranks(self) -> tuple[Tensor, int, int, list[dict[str, int]]]:
+        """Over all ranks: losses by t (sum, count), how many samples were replaced and captions cut, and every rank's `allocator_state`.
 
         All in one tensor, so that the GPU is waited for once; gathering objects waits several times per rank. Collective."""
         size, state = self.world.size, allocator_state(self.world)
-        news = torch.zeros(1 + 2 * size, dtype=self.loss.dtype, device=self.loss.device)
+        news = torch.zeros(2 + 2 * size, dtype=self.loss.dtype, device=self.loss.device)
         news[0].fill_(len(self.replacements))
-        news[1 + self.world.rank].fill_(state.get("reserved", 0))
-        news[1 + size + self.world.rank].fill_(state.get("retries", 0))
+        news[1].fill_(self.cut)
+        news[2 + self.world.rank].fill_(state.get("reserved", 0))
+        news[2 + size + self.world.rank].fill_(state.get("retries", 0))
         summed = sum_over_ranks(torch.cat([self.loss.flatten(), news]), self.world).cpu()
-        losses, replaced, reserved, retries = summed.split([self.loss.numel(), 1, size, size])
+        losses, replaced, cut, reserved, retries = summed.split([self.loss.numel(), 1, 1, size, size])
         states = [
             {"reserved": int(r), "retries": int(n)} if state else {} for r, n in zip(reserved, retries, strict=True)
         ]
-        return losses.view(self.loss.shape), int(replaced), states
+        return losses.view(self.loss.shape), int(replaced), int(cut), states
 
     def _record_replacements(self) -> None:
         """Record the replaced samples of every rank as events, and count them on all ranks. Collective."""

@@ -10,8 +10,9 @@ repeats samples.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from megaflux.config.data import ConditionModes, Kind
 from megaflux.config.schema import Config, Flow
 from megaflux.data.batches import Batch
 from megaflux.data.buckets import Bucket
+from megaflux.data.captions import split
 from megaflux.models import latents as latent_ops
 from megaflux.models.latents import PACK
 from megaflux.models.pretrained import Models
@@ -95,17 +97,22 @@ def encode_latents(config: Config, models: Models, batch: Batch, update: int) ->
     return latent_ops.encode(models.vae, batch.pixel_values, generators)
 
 
-def encode_condition(config: Config, models: Models, batch: Batch, update: int, drawn_index: int) -> Condition:
+def encode_condition(
+    config: Config, models: Models, batch: Batch, samples: list[Sample], update: int, drawn_index: int
+) -> Condition:
     """The frozen trunk's hidden states of a batch: from the cache, or of its pictures and captions by Qwen2-VL.
 
-    drawn_index: which of the update's drawn batches this micro-batch was cut from. The kind of condition (image,
+    samples: the batch's, for which one of several captions is drawn. drawn_index: which of the update's drawn batches this micro-batch was cut from. The kind of condition (image,
     image and text, text, none) is drawn once for each, the same on all ranks and however it is cut."""
     kind = draw_kind(config.data.condition, config.run.seed, update, drawn_index)
     if kind == "none":
         return models.trunk.empty(len(batch.keys))
     if batch.hidden_states is not None:
         return models.trunk.from_cache(batch.hidden_states, batch.bucket.height, batch.bucket.width)
-    return models.trunk.encode(batch.pixel_values, batch.captions, kind)
+    captions = batch.captions
+    if kind != "image":
+        captions = draw_captions(config.data.caption_weights, config.run.seed, update, samples, captions)
+    return models.trunk.encode(batch.pixel_values, captions, kind)
 
 
 def draw_time_and_noise(
@@ -135,6 +142,43 @@ def draw_guidance(config: Flow, seed: int, update: int, samples: list[Sample], d
     least, most = config.guidance
     u = [torch.rand((), generator=generator_for(seed, "guidance", update, *sample)) for sample in samples]
     return to_device(least + (most - least) * torch.stack(u), device)
+
+
+def draw_captions(
+    weights: Sequence[float] | None, seed: int, update: int, samples: list[Sample], stored: list[str]
+) -> list[str]:
+    """One caption of each sample; "" where it has none.
+
+    stored: the samples' column `caption`. weights: data.caption_weights, of an image's captions in order; those without a
+    weight are never drawn, and where no caption has one above 0, all are alike. A sample with one caption draws nothing.
+    """
+    drawn = []
+    for sample, text in zip(samples, stored, strict=True):
+        texts = split(text)
+        if len(texts) > 1:
+            u = torch.rand((), dtype=torch.float64, generator=generator_for(seed, "caption", update, *sample)).item()
+            text = texts[_chosen(u, shares_of(weights, len(texts)))]
+        drawn.append(text)
+    return drawn
+
+
+def shares_of(weights: Sequence[float] | None, captions: int) -> list[float]:
+    """How often each of an image's captions is drawn, relative to its others."""
+    shares = list(weights or ())[:captions]
+    if not any(shares):
+        return [1.0] * captions
+    return shares + [0.0] * (captions - len(shares))
+
+
+def _chosen(u: float, shares: list[float]) -> int:
+    """The place that u in [0, 1) falls on, where each place is as wide as its share."""
+    reached, total = 0.0, math.fsum(shares)
+    places = [place for place, share in enumerate(shares) if share > 0]
+    for place in places[:-1]:
+        reached += shares[place]
+        if u * total < reached:
+            return place
+    return places[-1]
 
 
 def draw_kind(modes: ConditionModes, seed: int, update: int, drawn_index: int) -> Kind:

@@ -24,6 +24,8 @@ class MicroBatch:
     """(B,) on the device, without a graph."""
     t: Tensor
     """(B,) on the device."""
+    cut_captions: int = 0
+    """Captions that were longer than model.caption_max_tokens."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,12 @@ def tree(root: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def small_dataset(tmp_path_factory) -> Path:
-    """37 square, 21 wide and 3 tall training images, no held-out ones; buckets of 64 px."""
+    """37 square, 21 wide and 3 tall training images, no held-out ones; buckets of 64 px. Every third image has several
+    captions."""
     folder = tmp_path_factory.mktemp("small")
     source = write_folder(folder / "source", {(70, 70): 37, (90, 45): 21, (40, 80): 3})
+    for number in range(0, 61, 3):
+        texts = [f"picture {number}, caption {n}" for n in range(2 + number % 4)]
+        (source / f"{number:03}.txt").rename(source / f"{number:03}.json").write_text(json.dumps(texts))
     prepare(str(source), folder / "dataset", Options(**SMALL, held_out=0), workers=1, progress=False)
     return folder / "dataset"

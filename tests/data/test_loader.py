@@ -30,6 +30,7 @@ from megaflux.data.storage.dataset import DatasetInfo, write_dataset
 from megaflux.data.storage.shards import read_split
 from megaflux.data.writing.build import prepare
 from megaflux.data.writing.options import Options
+from megaflux.training import objective
 from tests import forked
 from tests.derived import write_bucket
 from tests.training.runs import rank_environments
@@ -356,7 +357,7 @@ from megaflux.data.loader import build_loader
 from megaflux.data.reading.options import LoaderOptions
 from megaflux.common.errors import UserError
 path, out = sys.argv[1:]
-found, refused = {}, []
+found, captions, refused = {}, {}, []
 
 def too_small(shards, options, world, *_, **__):
     refused.append(world.local_size)
@@ -364,13 +365,14 @@ def too_small(shards, options, world, *_, **__):
 for num_workers in (0, 2):
     loader = build_loader(path, LoaderOptions(batch_size=2, seed=3, num_workers=num_workers), detect_world())
     iterator = iter(loader)
-    batches = [batch.keys for batch in itertools.islice(iterator, 6)]
+    taken = list(itertools.islice(iterator, 6))
     state = loader.state_dict()
     loader.close()
     loader = build_loader(path, LoaderOptions(batch_size=2, seed=3, num_workers=num_workers), detect_world())
     loader.load_state_dict(state)
-    batches += [batch.keys for batch in itertools.islice(iter(loader), 20)]
-    found[num_workers] = batches
+    taken += itertools.islice(iter(loader), 20)
+    found[num_workers] = [batch.keys for batch in taken]
+    captions[num_workers] = [batch.captions for batch in taken]
     repeats = loader.repeats
     loader.close()
 # What the first rank of a machine alone has seen.
@@ -382,17 +384,29 @@ for unwritable in (opening.unwritable, lambda *_: "not writable"):
     except UserError as error:
         refused.append([str(error), error.agreed])
 with open(f"{out}/{dist.get_rank()}.json", "w") as file:
-    json.dump({"keys": found, "repeats": repeats, "state": state, "refused": refused}, file)
+    json.dump({"keys": found, "captions": captions, "repeats": repeats, "state": state, "refused": refused}, file)
 dist.barrier()
 os._exit(0)  # a normal exit under gloo's threads aborts now and then (exit code -6)
 """
+
+
+def drawn(keys, captions):
+    """What an update of each of these batches draws: key -> caption, without keys that a batch repeats."""
+    found = []
+    for update, (names, stored) in enumerate(zip(keys, captions, strict=True)):
+        samples = objective.count_up(names, Counter())
+        texts = objective.draw_captions(None, 3, update, samples, stored)
+        found.append({name: text for name, text in zip(names, texts, strict=True) if names.count(name) == 1})
+    return found
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_two_ranks_see_the_batches_of_one(build, small_dataset, tmp_path, nodes):
     """Two ranks, on one node or on two, resumed in the middle, against one rank of twice the batch. What stops one of them at
     the start stops both, with one error."""
-    alone = keys_of(take(build(micro_batch_size=4), 26))
+    batches = take(build(micro_batch_size=4), 26)
+    alone, captions = keys_of(batches), drawn(keys_of(batches), [batch.captions for batch in batches])
+    assert len({text for of_update in captions for text in of_update.values() if "caption" in text}) > 20
     (tmp_path / "ranks.py").write_text(RANKS)
     script = [str(tmp_path / "ranks.py"), str(small_dataset), str(tmp_path)]
     done = forked.run_ranks(script, rank_environments(2, nodes), timeout=120)
@@ -408,3 +422,7 @@ def test_two_ranks_see_the_batches_of_one(build, small_dataset, tmp_path, nodes)
         ):
             assert first == together[0::2]  # rank r: positions r, r + ranks, ...
             assert second == together[1::2]
+        # The caption that is drawn is the sample's own, whatever rank and worker has it, and after the resume as before.
+        of_ranks = [drawn(rank["keys"][num_workers], rank["captions"][num_workers]) for rank in ranks]
+        for texts, of_update in zip(captions, zip(*of_ranks, strict=True), strict=True):
+            assert texts.items() <= (of_update[0] | of_update[1]).items()

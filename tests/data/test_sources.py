@@ -15,9 +15,11 @@ from pyarrow import parquet
 
 from megaflux.common.errors import UserError
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
+from megaflux.data.captions import split
 from megaflux.data.images import BadImage
 from megaflux.data.writing import captions
 from megaflux.data.writing.build import prepare
+from megaflux.data.writing.captions import CaptionReader
 from megaflux.data.writing.openmoji import OpenMoji, caption_of
 from megaflux.data.writing.options import Options
 from megaflux.data.writing.sources import open_source as open_with_options
@@ -39,7 +41,7 @@ def read_all(source):
     for item in items:
         loaded = BadImage(item.problem) if item.problem else next(contents)
         bad = isinstance(loaded, BadImage)
-        caption = None if bad or loaded.caption.problem else loaded.caption.text
+        caption = None if bad or loaded.caption.problem else loaded.caption.stored
         rows.append((item.key, loaded.reason if bad else caption, None if bad else loaded.image))
     assert next(contents, None) is None
     return rows
@@ -99,8 +101,8 @@ def test_folder_with_odd_files(tmp_path):
         (b'{"text": "second", "prompt": "third"}', ".json", "second"),
         (b'{"caption": null, "text": "second"}', ".json", "second"),
         (b'{"TEXT": "in capitals"}', ".json", "in capitals"),
-        (b'{"caption": ["first", "second"]}', ".json", "first"),
-        (b'["first", "second"]', ".json", "first"),
+        (b'{"caption": ["first", "second"]}', ".json", "first\0second"),
+        (b'["first", "second"]', ".json", "first\0second"),
         (b'[{"caption": "in a list"}]', ".json", "in a list"),
         (b'"only text"', ".json", "only text"),
         (b"[]", ".json", ""),
@@ -110,7 +112,7 @@ def test_folder_with_odd_files(tmp_path):
     ],
 )
 def test_captions(data, suffix, caption):
-    assert captions.of_file(data, suffix) == captions.Caption(caption)
+    assert CaptionReader().of_file(data, suffix) == captions.Caption(split(caption))
 
 
 @pytest.mark.parametrize(
@@ -130,8 +132,8 @@ def test_captions(data, suffix, caption):
     ],
 )
 def test_captions_that_are_no_text(data, suffix):
-    caption = captions.of_file(data, suffix)
-    assert caption.text == ""
+    caption = CaptionReader().of_file(data, suffix)
+    assert caption.texts == ()
     assert caption.problem
 
 
@@ -284,7 +286,7 @@ def test_openmoji_pictures(openmoji):
     positions = set()
     for item, loaded in zip(cat, every.read(cat), strict=True):
         bucket = every.buckets[item.where[1]]
-        assert (loaded.image.size, loaded.image.mode, loaded.caption.text) == (bucket.size, "RGB", "cat")
+        assert (loaded.image.size, loaded.image.mode, loaded.caption.stored) == (bucket.size, "RGB", "cat")
         assert loaded.image.getpixel((0, 0)) == (255, 255, 255)
         rows, columns = np.nonzero(np.asarray(loaded.image).min(axis=2) < 128)
         extent = max(np.ptp(rows), np.ptp(columns)) + 1
@@ -606,7 +608,11 @@ def test_keys_that_restart_in_each_table(tmp_path):
     [
         ({"jpg": [b"J"], "json": ["{}"], "TEXT": ["t"]}, {}, ("t", b"J")),
         ({"image": ["a/path.png"], "png": [b"P"], "prompt": ["p"]}, {}, ("p", b"P")),
-        ({"photo": [file_bytes(picture(1))], "caption": [["first", "second"]]}, {}, ("first", file_bytes(picture(1)))),
+        (
+            {"photo": [file_bytes(picture(1))], "caption": [["first", "second"]]},
+            {},
+            ("first\0second", file_bytes(picture(1))),
+        ),
         ({"image": [b"I"], "other": [b"O"], "caption": ["c"], "long": ["l"]}, {"caption_column": "long"}, ("l", b"I")),
         ({"image": [b"I"], "other": [b"O"], "caption": [3]}, {"image_column": "other"}, (None, b"O")),
         ({"image": [b"I"], "caption": [b"\xff\xfed\0"]}, {}, ("d", b"I")),

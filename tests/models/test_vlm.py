@@ -247,7 +247,12 @@ def test_a_caption_cannot_forge_the_turn(parts, forged):
 def test_long_and_empty_captions(parts):
     _, _, trunk, _ = parts
     long = trunk.turn("text", None, "cat " * 25_000)
-    assert len(long.select) == trunk.max_caption_tokens == 64
+    assert len(long.select) == trunk.max_caption_tokens == 64 and long.cut
+    words = 1
+    while trunk.caption_tokens("cat " * words) < 64:
+        words += 1
+    assert trunk.caption_tokens("cat " * words) == 64
+    assert not trunk.turn("text", None, "cat " * words).cut and trunk.turn("text", None, "cat " * (words + 1)).cut
     assert trunk.caption_tokens("cat " * 25_000) > 64 and trunk.caption_tokens(" \0 ") == 0
     assert len(trunk.turn("text", None, "").select) == 1  # FLUX needs one token of text
     rows, columns = trunk.turn("image_text", SIZE, "").grid
@@ -258,15 +263,21 @@ def test_cached_trunk_output_makes_the_same_condition(parts):
     _, _, trunk, _ = parts
     encoded = trunk.encode(pixels(2))
     cached = trunk.from_cache(encoded.hidden_states, *SIZE)
-    for name, value in vars(encoded).items():
+    assert encoded.cut_captions == cached.cut_captions == 0
+    for name, value in tensors_of(encoded).items():
         other = getattr(cached, name)
         assert other is None if value is None else torch.equal(other, value), name
+
+
+def tensors_of(condition):
+    """The fields of a condition that have a row for each sample; None where there is none."""
+    return {name: value for name, value in vars(condition).items() if name != "cut_captions"}
 
 
 def rolled(condition):
     """The same conditions, each given to the next sample."""
     dims = {"position_ids": 1}
-    return Condition(**{k: None if v is None else v.roll(1, dims.get(k, 0)) for k, v in vars(condition).items()})
+    return Condition(**{k: None if v is None else v.roll(1, dims.get(k, 0)) for k, v in tensors_of(condition).items()})
 
 
 def test_every_field_moves_with_its_sample(parts):

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,11 @@ LAUNCH = str(ROOT / "launch" / "train.py")
 FAULTY = str(ROOT / "tests" / "training" / "faulty_train.py")
 
 
-def make_dataset(folder: Path, images: int = 40, square: bool = False, side: int = 64, chunk: int = 1000) -> Path:
+def make_dataset(
+    folder: Path, images: int = 40, square: bool = False, side: int = 64, chunk: int = 1000, captions: int = 1
+) -> Path:
     """A prepared dataset of two buckets (64x64, 64x32; square: one), every fourth picture held out or so. side: px, in the
-    place of 64. chunk: pictures that shards are made of."""
+    place of 64. chunk: pictures that shards are made of. captions: of every other picture."""
     from megaflux.data.writing.build import prepare
     from megaflux.data.writing.options import Options
 
@@ -33,8 +36,10 @@ def make_dataset(folder: Path, images: int = 40, square: bool = False, side: int
         height = side if i % 2 or square else side // 2
         picture = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(picture).resize((side, height), Image.Resampling.BICUBIC).save(source / f"{i:03d}.png")
-        (source / f"{i:03d}.txt").write_text(f"picture number {i}")
+        texts = [f"picture number {i}", *(f"{n} times picture number {i}" for n in range(1, captions))]
+        (source / f"{i:03d}.txt").write_text("\n".join(texts[: None if i % 2 else 1]))
     options = Options(longest_side=side, aspect_ratios=("1:1", "2:1"), held_out=0.25, encoding="png", chunk=chunk)
+    options = replace(options, captions="lines" if captions > 1 else options.captions)
     prepare(str(source), folder / "data", options, workers=1, progress=False)
     return folder / "data"
 

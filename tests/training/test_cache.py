@@ -40,7 +40,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("source"), chunk=4)
+    return make_dataset(tmp_path_factory.mktemp("source"), chunk=4, captions=3)
 
 
 @pytest.fixture
@@ -176,6 +176,7 @@ def test_a_cache_holds_what_the_networks_say_in_the_order_of_the_pictures(data, 
     config = configured(data, *kinds)
     root = Path(cache.cached_dataset(config, models, ALONE))
     info = verify_dataset(root)
+    assert info.format_version == 2  # images have several captions, which come along
     assert info.buckets == read_dataset_info(data).buckets  # 1:1 and 2:1, with arrays of other shapes
     assert set(info.columns) == {"key", "caption", *(("image",) if len(kinds) == 1 else ())} | {
         {"latents": "latents", "trunk": "hidden_states"}[kind] for kind in kinds

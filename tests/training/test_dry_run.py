@@ -255,6 +255,42 @@ def test_captions_that_the_data_do_not_have(data, captioned, condition, problems
 
 
 @pytest.mark.parametrize(
+    ("weights", "images", "condition", "note"),
+    [
+        (None, {"1": 700, "5": 300}, MIXED, None),
+        ("3,2,1", {"1": 700, "3": 300}, MIXED, None),
+        (
+            "3,2,1",
+            {"1": 700, "4": 200, "6": 100},
+            MIXED,
+            "300 images in {} have more than 3 captions (up to 6), of which",
+        ),
+        (
+            "0,0,1",
+            {"0": 1, "1": 699, "2": 300},
+            MIXED,
+            "300 images have only captions of weight 0, which are drawn alike",
+        ),
+        ("3,2,1", {"1": 1000}, MIXED, "no image in {} has several captions, so the weights change nothing"),
+        ("3,2,1", {"6": 1000}, {"image": 1}, None),  # which has no use for them
+        ("3,2,1", None, MIXED, None),  # an earlier version's dataset
+    ],
+)
+def test_weights_that_do_not_fit_the_captions(data, weights, images, condition, note):
+    settings = {} if images is None else {"caption_stats": {"images": images, "lengths": None}}
+    several = any(int(number) > 1 for number in images or {})
+    describe(data, counts=FULL, settings=settings, format_version=1 + several)
+    config = configure(data__path=str(data), data__condition=condition, data__caption_weights=weights)
+    assert find_problems(config, DS_CONFIG, 8) == []
+    found = data_notes(config)
+    if note is None:
+        assert found == []
+    else:
+        (line,) = found
+        assert line.startswith(f"data.caption_weights: {note.format(data)}")
+
+
+@pytest.mark.parametrize(
     ("held_out", "chosen", "note"),
     [
         ({}, "1:1", None),

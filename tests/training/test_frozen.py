@@ -198,7 +198,7 @@ def test_losses_and_pictures_are_those_of_before_and_a_try_out_takes_what_the_ru
 
     def given():
         return objective.encode_latents(config, models, batch, 0), objective.encode_condition(
-            config, models, batch, 0, 0
+            config, models, batch, [objective.Sample(key, 0) for key in batch.keys], 0, 0
         )
 
     def results():

@@ -28,6 +28,7 @@ from diffusers import FluxPipeline  # isort: skip  (after megaflux, whose compat
 
 WIDE = Bucket("2:1", 64, 32)
 CAPTIONS = ["a cat", "a longer caption than that"]
+SAMPLES = [Sample("a", 0), Sample("b", 0)]
 
 
 def configured(**sections):
@@ -140,7 +141,7 @@ def test_a_batch_is_conditioned_by_the_kind_that_was_drawn_for_it(models):
         for drawn_index in range(3):
             kind = draw_kind(config.data.condition, config.run.seed, update, drawn_index)
             met[kind] += 1
-            got = objective.encode_condition(config, models, batch, update, drawn_index)
+            got = objective.encode_condition(config, models, batch, SAMPLES, update, drawn_index)
             expected = empty if kind == "none" else models.trunk.encode(batch.pixel_values, CAPTIONS, kind)
             torch.testing.assert_close(got.hidden_states, expected.hidden_states)
             assert torch.equal(got.select, expected.select) and torch.equal(got.position_ids, expected.position_ids)
@@ -158,7 +159,7 @@ def test_an_empty_condition_is_the_same_for_any_batch_also_when_the_trunk_is_gon
     gone = replace(load_models(config), vae=None)
     frozen.send_away(config, gone)
     batch = Batch(["a", "b"], CAPTIONS, WIDE, None, None, torch.zeros(2, 3, 4))  # cached, and not used
-    given = objective.encode_condition(config, gone, batch, 0, 0)
+    given = objective.encode_condition(config, gone, batch, SAMPLES, 0, 0)
     assert gone.trunk.released and torch.equal(given.hidden_states, before.hidden_states[:2])
 
 
@@ -185,6 +186,85 @@ def test_each_sample_is_given_its_own_guidance(models):
         torch.testing.assert_close(losses, plain_loss(models, inputs, inputs.guidance), rtol=1e-4, atol=1e-5)
 
 
+# --- which of several captions ---
+
+SEVERAL = {"none": "", "one": "x", "two": "a\0b", "four": "a\0b\0c\0d"}
+
+
+def captions_drawn(keys, weights=None, seed=5, update=7) -> dict[str, str]:
+    samples = objective.count_up(list(keys), Counter())
+    return dict(zip(keys, objective.draw_captions(weights, seed, update, samples, [SEVERAL[key] for key in keys])))
+
+
+def test_a_caption_is_a_function_of_seed_update_and_sample():
+    together = captions_drawn(SEVERAL)
+    assert captions_drawn([*SEVERAL][::-1]) == together  # in whatever order
+    for key in SEVERAL:  # whatever it is computed with
+        assert captions_drawn([key]) == {key: together[key]}
+    assert (together["none"], together["one"]) == ("", "x")
+    for change in ("seed", "update"):
+        assert len({captions_drawn(["four"], **{change: i})["four"] for i in range(40)}) == 4
+    again = [Sample("four", n) for n in range(40)]  # met again in the same update
+    assert len(set(objective.draw_captions(None, 5, 7, again, [SEVERAL["four"]] * 40))) == 4
+
+
+def test_a_run_that_a_newer_version_resumes_draws_the_same_captions():
+    assert generator_for(5, "caption", 7, "four", 0).initial_seed() == 5998565109671502658
+    for update in range(20):
+        u = torch.rand((), dtype=torch.float64, generator=generator_for(5, "caption", update, "four", 0))
+        assert captions_drawn(["four"], update=update)["four"] == "abcd"[int(4 * u)]
+
+
+def test_one_caption_draws_nothing(monkeypatch):
+    """So a run on such data is, bit for bit, what it was."""
+    monkeypatch.setattr(objective, "generator_for", None)
+    assert captions_drawn(["one", "none"], weights=(0.0, 1.0)) == {"one": "x", "none": ""}
+
+
+@pytest.mark.parametrize(
+    ("weights", "key", "shares"),
+    [
+        (None, "four", (0.25, 0.25, 0.25, 0.25)),
+        ((6, 3, 1, 0), "four", (0.6, 0.3, 0.1, 0)),
+        ((6, 3, 1, 0), "two", (2 / 3, 1 / 3)),  # the first weights
+        ((1, 1), "four", (0.5, 0.5, 0, 0)),  # captions without a weight
+        ((0, 0, 1), "four", (0, 0, 1, 0)),
+        ((0, 0, 1), "two", (0.5, 0.5)),  # none that could be drawn by them
+    ],
+)
+def test_captions_come_as_often_as_weighted(weights, key, shares):
+    n = 2000
+    found = Counter(captions_drawn([key], weights, update=update)[key] for update in range(n))
+    for text, share in zip("abcd", shares):
+        assert found[text] == pytest.approx(
+            n * share, abs=4 * (n * share * (1 - share)) ** 0.5
+        )  # 4 standard deviations
+
+
+def test_the_trunk_sees_the_caption_that_was_drawn_and_counts_those_that_it_cuts(models, monkeypatch):
+    stored = ["short\0a much longer caption than that one", "another"]
+    batch = Batch(["a", "b"], stored, WIDE, pictures(), None, None)
+    lengths = [models.trunk.caption_tokens(text) for text in (*stored[0].split("\0"), stored[1])]
+    monkeypatch.setattr(models.trunk, "max_caption_tokens", lengths[1] - 1)
+    assert max(lengths[0], lengths[2]) < lengths[1]
+    tokenized, cuts = [], set()
+    ids = models.trunk.chat.caption
+    monkeypatch.setattr(models.trunk.chat, "caption", lambda text: tokenized.append(text) or ids(text))
+    for mode in ("image_text", "text"):
+        config = configured(data={"condition": {"image": 0.0, mode: 1.0}, "caption_weights": [2, 1]})
+        for update in range(6):
+            tokenized.clear()
+            got = objective.encode_condition(config, models, batch, SAMPLES, update, 0)
+            texts = objective.draw_captions((2, 1), config.run.seed, update, SAMPLES, stored)
+            assert tokenized == texts  # once each
+            assert got.cut_captions == (texts[0] != "short")
+            cuts.add(got.cut_captions)
+            assert torch.equal(got.hidden_states, models.trunk.encode(pictures(), texts, mode).hidden_states)
+    assert cuts == {0, 1}
+    image = objective.encode_condition(configured(), models, batch, SAMPLES, 0, 0)
+    assert image.cut_captions == 0 and torch.equal(image.hidden_states, models.trunk.encode(pictures()).hidden_states)
+
+
 # --- what is cached ---
 
 
@@ -196,7 +276,7 @@ def test_cached_output_is_used_as_it_is(models):
     hidden_states = encoded.hidden_states + 1
     batch = Batch(["a", "b"], CAPTIONS, WIDE, pixels, latents, hidden_states)
     assert torch.equal(objective.encode_latents(configured(), models, batch, 0), latents)
-    condition = objective.encode_condition(configured(), models, batch, 0, 0)
+    condition = objective.encode_condition(configured(), models, batch, SAMPLES, 0, 0)
     assert torch.equal(condition.hidden_states, hidden_states)
     assert torch.equal(condition.position_ids, encoded.position_ids) and torch.equal(condition.select, encoded.select)
 

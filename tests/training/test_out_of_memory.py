@@ -242,9 +242,9 @@ def test_the_allocators_of_all_ranks_are_seen(tmp_path, monkeypatch):
             Events(tmp_path, enabled=False),
         )
         monkeypatch.setattr(monitor, "allocator_state", lambda world: [gpu, other][world.rank])
-        shown.replacements = [(0, "a")] * rank
-        _, replaced, states = shown._sum_over_ranks()
-    assert (replaced, states) == (1, [gpu, other])
+        shown.replacements, shown.cut = [(0, "a")] * rank, 2 + rank
+        _, replaced, cut, states = shown._sum_over_ranks()
+    assert (replaced, cut, states) == (1, 5, [gpu, other])
 
 
 def test_a_save_that_runs_out_of_gpu_memory_is_not_taken_for_a_full_disk(tmp_path):

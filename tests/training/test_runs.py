@@ -44,7 +44,7 @@ from tests.training.runs import (
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data"))
+    return make_dataset(tmp_path_factory.mktemp("data"), captions=3)
 
 
 def run_ok(*arguments, with_="forked", **kwargs):
@@ -284,6 +284,7 @@ def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_p
         tmp_path / "run",
         data__condition={"image": 0.3, "image_text": 0.2, "text": 0.2, "none": 0.3},
         flow__guidance=[1.0, 4.0],
+        model__caption_max_tokens=2,  # so that all captions are cut
         data__num_workers=1,
         model__activation_checkpointing=True,
         train__drawn_per_rank=2,
@@ -326,7 +327,11 @@ def test_all_kinds_of_condition_train_on_two_ranks_with_workers_and_resume(tmp_p
     assert [(e.step, e.value) for e in curves.Scalars("plan/micro_batch_size")] == [(0, 1.0), (3, 2.0)]
     seed = resolved.run.seed
     modes = ConditionModes(**values["data"]["condition"])
-    assert {draw_kind(modes, seed, update, 0) for update in range(6)} == set(KINDS)
+    kinds = [draw_kind(modes, seed, update, 0) for update in range(6)]
+    assert {*kinds} == set(KINDS)
+    # Of both ranks: each draws two pictures an update.
+    cut = [4 * sum(kind in ("image_text", "text") for kind in kinds[: update + 1]) for update in range(6)]
+    assert [event.value for event in curves.Scalars("data/cut_captions")] == cut
     manifest = json.loads((tmp_path / "run/checkpoints/update-0000006/manifest.json").read_text())
     position = manifest["data"]
     assert (position["micro_batch_size"], position["world_size"]) == (2, 2)  # drawn by twos, however they are cut

@@ -64,9 +64,9 @@ def a_batch() -> Batch:
 def micro_batch(model, config: Config, models: Models, batch: Batch, device: torch.device):
     """Steps 1 to 5 of loop.update: losses (B,) and times (B,)."""
     batch = batch.to(device)
-    latents = objective.encode_latents(config, models, batch, 0)
-    condition = objective.encode_condition(config, models, batch, 0, 0)
     samples = objective.count_up(batch.keys, Counter())
+    latents = objective.encode_latents(config, models, batch, 0)
+    condition = objective.encode_condition(config, models, batch, samples, 0, 0)
     t, n = objective.draw_time_and_noise(config.flow, config.run.seed, 0, samples, latents)
     guidance = objective.draw_guidance(config.flow, config.run.seed, 0, samples, latents.device)
     return objective.denoising_loss(model, models, Denoising(batch.bucket, latents, condition, t, n, guidance)), t
@@ -246,6 +246,19 @@ def test_replaced_samples_are_gathered_only_where_there_are_any(tmp_path, monkey
     shown.replacements = [(2, "one"), (2, "another")]
     shown.update(result_of(), 0, 2, 0)
     assert told == [[(2, "one"), (2, "another")]] and shown.replaced == 2 and shown.replacements == []
+
+
+def test_captions_that_were_cut_are_counted_since_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor.costs, "train_flops_per_image", lambda *_: 0.0)
+    told = {}
+    config = configured(tmp_path)
+    shown = Monitor(config, World(0, 1, torch.device("cpu")), torch.nn.Linear(1, 1), 0, Events(tmp_path, enabled=False))
+    monkeypatch.setattr(shown, "scalars", lambda values, update: told.setdefault(update, {}).update(values))
+    one = torch.ones(1)
+    for update, cuts in enumerate(([1, 2], [0], [3])):
+        result = result_of([MicroBatch(["a"], BUCKET, [], one, one, cut) for cut in cuts])
+        shown.update(result, 0, update + 1, 0)
+    assert [told[update]["data/cut_captions"] for update in (1, 2, 3)] == [3, 3, 6]
 
 
 def test_losses_are_shown_by_time_and_a_time_of_1_is_in_the_last_interval(tmp_path, monkeypatch):

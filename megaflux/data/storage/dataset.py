@@ -6,7 +6,7 @@
     ROOT/<split>/<bucket>/.../*.mds       shards of JPEG and WebP files, which zstd would not make smaller, and caches
     ROOT/<split>/<bucket>/.../*.mds.zstd  of PNG files, and of earlier caches; streaming unpacks them beside it, as *.mds
 
-Columns of prepared images: key (str), caption (str), image (bytes of a png, jpeg or webp file at the bucket's size). A
+Columns of prepared images: key (str), caption (str; several are joined, see megaflux.data.captions), image (bytes of a png, jpeg or webp file at the bucket's size). A
 derived dataset has the same layout and other columns: latents and hidden_states as arrays. NumPy has no bfloat16, so
 those bits are stored as uint16.
 """
@@ -22,9 +22,11 @@ from typing import Any
 from megaflux.common.errors import UserError
 from megaflux.common.files import write_json
 from megaflux.data.buckets import Bucket, check_ratio
+from megaflux.data.storage.caption_stats import CaptionStats
 from megaflux.data.storage.index import Problem, inspect_index, raise_problems, shown, with_prefix, write_index
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is read. A dataset of images with one caption at most is written as 1, which earlier versions read too."""
 SPLITS = ("train", "held_out")
 HELD_OUT = 8  # pictures of one shape that validation should have at least; of fewer, its figures change by chance
 IMAGE_COLUMNS = {"key": "str", "caption": "str", "image": "bytes"}
@@ -52,6 +54,17 @@ class DatasetInfo:
     def captioned(self) -> int | None:
         """Samples with a caption; None in datasets of earlier versions, which did not count them."""
         return self.notes.get("captioned")
+
+    @property
+    def caption_stats(self) -> CaptionStats | None:
+        """How many captions the images have, and their lengths; None in datasets of earlier versions."""
+        content = self.settings.get("caption_stats")
+        return None if content is None else CaptionStats.from_json(content)
+
+    @property
+    def format_version(self) -> int:
+        """The oldest format that can hold the dataset, so that earlier versions read what they can."""
+        return 2 if self.caption_stats and self.caption_stats.several else 1
 
     def samples(self, split: str) -> int:
         """Samples of one split over all buckets."""
@@ -116,6 +129,7 @@ def _check_info(info: DatasetInfo) -> None:
             raise TypeError(f"counts of {shown(split)} name {shown(min(unknown))}, which is not a bucket")
     if not all(_is_whole(count, 0) for counts in (info.bad, info.notes) for count in counts.values()):
         raise TypeError("bad or notes has values that are not counts")
+    _ = info.caption_stats  # raises TypeError itself
     if not isinstance(info.attribution, str | None):
         raise TypeError("attribution is not text")
 
@@ -149,7 +163,7 @@ def write_dataset(root: str | Path, info: DatasetInfo) -> None:
     raise_problems(problems)
     write_index(root, merged)
     content = {
-        "format_version": FORMAT_VERSION,
+        "format_version": info.format_version,
         "longest_side": info.longest_side,
         "buckets": [{"name": b.name, "width": b.width, "height": b.height} for b in info.buckets],
         "counts": info.counts,
@@ -171,6 +185,8 @@ def describe(info: DatasetInfo) -> str:
     lines.append(f"{'all':<22}" + "".join(f"{info.samples(split):>12}" for split in SPLITS))
     if info.captioned is not None:
         lines.append(f"captions: {info.captioned} of {sum(info.samples(split) for split in SPLITS)} images have one")
+    if info.caption_stats:
+        lines += info.caption_stats.describe()
     if noted := {name: count for name, count in info.notes.items() if name != "captioned"}:
         lines.append("noted: " + by_reason(noted))
     if info.bad:

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,18 @@ from tqdm import tqdm
 from megaflux.common.errors import UserError
 from megaflux.common.files import sync_folder, write_json
 from megaflux.data.buckets import make_buckets
-from megaflux.data.storage.dataset import FORMAT_VERSION, DatasetInfo
+from megaflux.data.storage.dataset import DatasetInfo
 from megaflux.data.storage.shards import COMPRESSION, compression_for
-from megaflux.data.writing import chunks
+from megaflux.data.writing import captions, chunks
 from megaflux.data.writing.items import Item, Source, printable
 from megaflux.data.writing.merge import judge, merge, read_plan
 from megaflux.data.writing.options import Options
 from megaflux.data.writing.sources import open_source
+from megaflux.data.writing.tokens import TokenCounter
 from megaflux.data.writing.workers import write_chunks
 
 log = logging.getLogger("megaflux")
+PLAN_VERSION = 1  # of prepare.json
 
 
 def prepare(
@@ -40,16 +42,19 @@ def prepare(
     max_bad: float = 0.05,
     part: tuple[int, int] | None = None,
     progress: bool = True,
+    counter: TokenCounter | None = None,
 ) -> DatasetInfo | None:
     """Write the dataset `out` from `source`, continuing where an earlier call was interrupted.
 
     workers: processes; None: one per available core. max_bad: how many images may be unusable, a fraction of all if
     below 1, else a count. part: (i, n) writes every n-th chunk, beginning with the i-th, does not merge and returns
-    None. progress: show a bar and print what was done. Raises UserError for bad input, or where `out` holds something
+    None. progress: show a bar and print what was done. counter: of the captions' tokens, None for their characters; nothing else
+    depends on it. Raises UserError for bad input, or where `out` holds something
     else, and TooManyBad where more images are unusable than max_bad allows.
     """
     options.check()
     out = Path(out)
+    options = _as_begun(out, options)
     buckets = make_buckets(options.aspect_ratios, options.longest_side)
     opened, remarks = open_source(str(source), buckets, options)
     items = _mark_duplicates(opened.list_items())
@@ -68,7 +73,7 @@ def prepare(
         chunks.remove_unfinished(out, mine)
         todo = [number for number in mine if not chunks.report_path(out, number).exists()]
         done_before = sum(len(parts[number]) for number in mine) - sum(len(parts[number]) for number in todo)
-        job = chunks.Job(opened, chunks.Target(out, buckets, options, compression))
+        job = chunks.Job(opened, chunks.Target(out, buckets, options, compression), counter)
         jobs = [(number, parts[number]) for number in todo]
         started = time.monotonic()
         bar = tqdm(
@@ -91,13 +96,15 @@ def prepare(
     if part:  # whether too many are bad is judged over all parts, by the merge
         judge([chunks.read_report(out, n) for n in mine], math.inf, f"{out}/chunks/*.json", progress)
         return None
-    return finish(out, max_bad, progress)
+    return finish(out, max_bad, progress, counter)
 
 
-def finish(out: str | Path, max_bad: float = 0.05, progress: bool = True) -> DatasetInfo:
+def finish(
+    out: str | Path, max_bad: float = 0.05, progress: bool = True, counter: TokenCounter | None = None
+) -> DatasetInfo:
     """Merge all parts of `out` into a dataset. Raises UserError and TooManyBad as merge, UserError also for OSErrors."""
     with _one_line(out):
-        return merge(out, max_bad=max_bad, progress=progress)
+        return merge(out, max_bad=max_bad, progress=progress, counter=counter)
 
 
 @contextlib.contextmanager
@@ -138,13 +145,23 @@ def _fingerprint(items: Sequence[Item]) -> str:
 def _plan(source: Source, items: Sequence[Item], options: Options, chunk_count: int) -> dict[str, Any]:
     """The content of prepare.json: all on which the chunks depend."""
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": PLAN_VERSION,
         "settings": json.loads(json.dumps(asdict(options))),
         "source": {"kind": source.kind, "items": len(items), "fingerprint": _fingerprint(items)},
         "attribution": source.attribution,
         "chunks": chunk_count,
         "compression": compression_for(options.encoding),
     }
+
+
+def _as_begun(out: Path, options: Options) -> Options:
+    """The options under which a dataset is continued that an earlier version began, which stored one caption of an image.
+
+    Half of its images would have one caption and half all of them, so it is finished as it was begun."""
+    begun = read_plan(out) if os.path.isdir(out) else None
+    if begun is None or "captions" in begun.get("settings", {}) or options.captions != captions.ALL:
+        return options
+    return replace(options, captions=captions.FIRST)
 
 
 def _claim(out: Path, plan: dict[str, Any]) -> str | None:
@@ -169,6 +186,13 @@ def _claim(out: Path, plan: dict[str, Any]) -> str | None:
     begun = {"compression": COMPRESSION, **begun}
     missing = {name: value for name, value in asdict(Options()).items() if name not in begun["settings"]}
     begun["settings"] = begun["settings"] | missing  # as they were before there were such options
+    if missing.pop("captions", None):
+        begun["settings"]["captions"] = captions.FIRST
+        log.warning(
+            "%s: was begun by an earlier version, which stored only the first of several captions; it stays so (for all of them, "
+            "give a new folder)",
+            out,
+        )
     if missing:
         log.warning(
             "%s: was begun by an earlier version, which ignored colour profiles and found fewer captions; chunks that are "

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megaflux.data.captions import SEPARATOR, join
+
 SUFFIXES = (".txt", ".caption", ".json")  # of a file beside an image; the first one found wins
 FIELDS = ("caption", "text", "prompt", "description", "txt", "captions", "texts")  # in JSON and tables; likewise
+ALL, LINES, FIRST = "all", "lines", "first"
+WAYS = (ALL, LINES, FIRST)
+"""How captions are read: all; all, and each line of a text file is one; or as earlier versions did, only the first of a
+list and none of numbered fields, which is how a dataset that they began is finished."""
 
+DEPTH = 4  # of lists and objects in each other: no caption is nested deeper
+_NUMBER = re.compile(r"[_-]?(\d{1,3})", re.ASCII)  # behind a field's name: caption_0, caption-0, caption0
+_LINE_ENDS = re.compile(r"\r\n|\n|\r")  # not splitlines, which also cuts at form feeds and U+2028
 _BYTE_ORDER_MARKS = {  # UTF-32's before UTF-16's, with which it begins
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -22,36 +33,111 @@ _BYTE_ORDER_MARKS = {  # UTF-32's before UTF-16's, with which it begins
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """text: without surrounding white space, "" if there is none. problem: why a caption that is there was not used."""
+    """The captions of an image. texts: in order, each without surrounding white space, none of them empty; one that is
+    there twice stays, so that places and weights keep their meaning. problem: why one that is there was not used."""
 
-    text: str = ""
+    texts: tuple[str, ...] = ()
     problem: str = ""
 
-
-def of_file(data: bytes, suffix: str, field: str | None = None) -> Caption:
-    """The caption in the bytes of a file of one of SUFFIXES. field: of JSON objects, instead of FIELDS.
-
-    Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. JSON is an object with one of the fields, a text, or a list,
-    whose first entry counts.
-    """
-    try:
-        text = decoded(data)
-        if suffix != ".json":
-            return of_value(text)
-        return of_value(json.loads(text), field)
-    except (ValueError, RecursionError) as error:
-        return Caption(problem=str(error)[:200])
+    @property
+    def stored(self) -> str:
+        """As the column `caption` holds them."""
+        return join(self.texts)
 
 
-def of_value(value: Any, field: str | None = None) -> Caption:
-    """The caption in a value from JSON or a table: text (or its bytes), nothing, an object's field, a list's first entry."""
-    for _ in range(4):  # a list in an object in a list: no caption is nested deeper
-        if isinstance(value, Mapping):
-            value = of_fields(value, field)
-        elif isinstance(value, list) and value and isinstance(value[0], tuple):  # a table's map: (name, value) pairs
-            value = value[0][1]
-        elif isinstance(value, list | tuple):
-            value = value[0] if value else None
+@dataclass(frozen=True, slots=True)
+class CaptionReader:
+    """How captions are read. field: of JSON objects and tables, instead of FIELDS. captions: one of WAYS."""
+
+    field: str | None = None
+    captions: str = ALL
+
+    def of_file(self, data: bytes, suffix: str) -> Caption:
+        """The captions in the bytes of a file of one of SUFFIXES.
+
+        Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. JSON is an object with one of the fields, a text, or a
+        list of these.
+        """
+        try:
+            text = decoded(data)
+            if suffix == ".json":
+                return self.of_value(json.loads(text))
+            if self.captions == LINES:
+                return gathered(_of_text(line) for line in _LINE_ENDS.split(text))
+            return _of_text(text)
+        except (ValueError, RecursionError) as error:
+            return Caption(problem=str(error)[:200])
+
+    def of_value(self, value: Any, depth: int = DEPTH) -> Caption:
+        """The captions in a value from JSON or a table: text (or its bytes), nothing, an object's field or numbered fields,
+        a list of these. Of a map, as tables have for languages, the first value."""
+        if depth and isinstance(value, Mapping):
+            return self.of_values(self.of_fields(value), depth - 1)
+        if depth and isinstance(value, list) and value and isinstance(value[0], tuple):  # a map: (name, value) pairs
+            return self.of_value(value[0][1], depth - 1)
+        if depth and isinstance(value, list | tuple):
+            return self.of_values(value[:1] if self.captions == FIRST else value, depth - 1)
+        return _of_text(value)
+
+    def of_values(self, values: Sequence[Any], depth: int = DEPTH) -> Caption:
+        """The captions in several values, as of_value reads each."""
+        return gathered(self.of_value(value, depth) for value in values)
+
+    def of_fields(self, fields: Mapping[str, Any]) -> list[Any]:
+        """The values of the first caption field that has one which is not blank, or of its numbered fields."""
+        return [
+            fields[name] for name in self.fields_of([n for n, value in fields.items() if not self._is_blank(value)])
+        ]
+
+    def fields_of(self, names: Sequence[str]) -> list[str]:
+        """Which of these names are the captions', in order: of the first of FIELDS that is there, in capitals or not, the
+        name itself and then those with a number behind it. `field` instead of FIELDS means that name as it is written, and
+        its numbered ones only where it is not there. []: none."""
+        texts = [name for name in names if isinstance(name, str)]
+        if self.field is not None:
+            return [self.field] if self.field in texts else self._numbered(texts, self.field)
+        for field in FIELDS:
+            plain = [field] if field in texts else [name for name in texts if name.lower() == field][:1]
+            if found := plain + self._numbered(texts, field):
+                return found
+        return []
+
+    def _is_blank(self, value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return not value or (self.captions != FIRST and all(self._is_blank(one) for one in value))
+        return value is None or (isinstance(value, str) and not value.strip())
+
+    def _numbered(self, names: Sequence[str], field: str) -> list[str]:
+        """The field's numbered names in the order of their numbers."""
+        found = []
+        for name in names if self.captions != FIRST else ():
+            start, rest = name[: len(field)], name[len(field) :]
+            number = _NUMBER.fullmatch(rest)
+            if number and (start == field or (self.field is None and start.lower() == field)):
+                found.append((int(number[1]), name))
+        return [name for _, name in sorted(found)]
+
+
+def gathered(found: Iterable[Caption]) -> Caption:
+    """All the texts of these; the problem is the first one's that has any."""
+    every = list(found)
+    problem = next((caption.problem for caption in every if caption.problem), "")
+    return Caption(tuple(itertools.chain.from_iterable(caption.texts for caption in every)), problem)
+
+
+def first(found: Iterable[Caption]) -> Caption:
+    """The first of these that has text; else the first that could not be used, which says why."""
+    unusable = Caption()
+    for caption in found:
+        if caption.texts:
+            return caption
+        if not unusable.problem:
+            unusable = caption
+    return unusable
+
+
+def _of_text(value: Any) -> Caption:
+    """The one caption that is a value: text or its bytes; none if it is nothing or blank."""
     if value is None:
         return Caption()
     try:
@@ -59,42 +145,13 @@ def of_value(value: Any, field: str | None = None) -> Caption:
             value = decoded(value)
         if not isinstance(value, str):
             return Caption(problem=f"a {type(value).__name__}, not text")
-        if "\0" in value:
+        if SEPARATOR in value:
             return Caption(problem="holds NUL characters; UTF-16 without a byte order mark?")
         value.encode()  # half of a surrogate pair cannot be stored
-        return Caption(value.strip())
+        text = value.strip()
+        return Caption((text,)) if text else Caption()
     except ValueError as error:
         return Caption(problem=str(error)[:200])
-
-
-def first(found: Iterable[Caption]) -> Caption:
-    """The first of these captions that has text; else the first that could not be used, which says why."""
-    unusable = Caption()
-    for caption in found:
-        if caption.text:
-            return caption
-        if not unusable.problem:
-            unusable = caption
-    return unusable
-
-
-def of_fields(fields: Mapping[str, Any], field: str | None = None) -> Any:
-    """The value of the first caption field that has one which is not blank: of `field` alone if given, else of FIELDS."""
-    name = field_of([name for name, value in fields.items() if not _is_blank(value)], field)
-    return None if name is None else fields[name]
-
-
-def field_of(names: Sequence[str], field: str | None = None) -> str | None:
-    """Which of these names is the captions': `field` if given, else the first of FIELDS, in capitals or not. None: none."""
-    if field is not None:
-        return field if field in names else None
-    lowered = {name.lower(): name for name in reversed(names) if isinstance(name, str)}
-    lowered |= {name: name for name in names if name in FIELDS}
-    return next((lowered[name] for name in FIELDS if name in lowered), None)
-
-
-def _is_blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip()) or value in ([], ())
 
 
 def decoded(data: bytes, errors: str = "strict") -> str:

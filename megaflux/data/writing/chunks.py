@@ -37,6 +37,7 @@ from megaflux.data.storage.shards import open_writer, read_shard
 from megaflux.data.writing.items import Item, Loaded, Source
 from megaflux.data.writing.options import Options
 from megaflux.data.writing.split import draw, is_held_out
+from megaflux.data.writing.tokens import TokenCounter, write_counted
 
 UNFINISHED = ".unfinished"
 PROGRESS_STEP = 16  # images between two calls of `progress`
@@ -59,6 +60,8 @@ class Job:
 
     source: Source
     target: Target
+    counter: TokenCounter | None = None
+    """Counts the tokens of captions, which changes nothing that is stored."""
 
 
 @dataclass
@@ -66,7 +69,8 @@ class Report:
     """What became of a chunk's items. items: their number. bad: key, reason and detail of each that was skipped. counts:
     split -> bucket name -> samples; shards: the same -> index entries. notes: what was done to images -> how many.
     captioned: samples with a caption, None in reports of earlier versions; bad_captions: key and detail of captions that
-    were not used. candidates: bucket name -> the training samples that a larger held-out share takes first, as (draw,
+    were not used. images_by_captions: number of captions -> images; characters: length of a caption -> captions; the keys
+    are digits, and both None in reports of earlier versions. candidates: bucket name -> the training samples that a larger held-out share takes first, as (draw,
     key); items that must stay with others are none; None in reports of earlier versions."""
 
     items: int
@@ -76,6 +80,8 @@ class Report:
     shards: dict[str, dict[str, list]] = field(default_factory=dict)
     captioned: int | None = 0
     bad_captions: list[dict[str, str]] = field(default_factory=list)
+    images_by_captions: Mapping[str, int] | None = None
+    characters: Mapping[str, int] | None = None
     candidates: dict[str, list[tuple[int, str]]] | None = None
 
 
@@ -100,6 +106,7 @@ def write_chunk(job: Job, number: int, items: Sequence[Item], progress: Callable
     candidates: dict[str, list[tuple[int, str]]] = {}
     notes: Counter[str] = Counter()
     captioned = since = 0
+    images, characters, tokens = Counter[str](), Counter[str](), Counter[int]()
     target = job.target
     with _Shards(target, number) as shards:
         for item, loaded in _read(job.source, items):
@@ -109,9 +116,13 @@ def write_chunk(job: Job, number: int, items: Sequence[Item], progress: Callable
                 bucket, image, found = make_sample(loaded, target.buckets, target.options)
                 split = "held_out" if is_held_out(item.split_key, target.options.held_out) else "train"
                 caption = loaded.caption
-                shards.write(split, bucket, {"key": item.key, "caption": caption.text, "image": image})
+                shards.write(split, bucket, {"key": item.key, "caption": caption.stored, "image": image})
                 notes.update(found)
-                captioned += bool(caption.text)
+                captioned += bool(caption.texts)
+                images[str(len(caption.texts))] += 1
+                characters.update(str(len(text)) for text in caption.texts)
+                if job.counter:
+                    tokens.update(job.counter.lengths(caption.texts))
                 if caption.problem:
                     report.bad_captions.append({"key": item.key, "detail": caption.problem})
                 if split == "train" and item.key == item.split_key:
@@ -123,6 +134,9 @@ def write_chunk(job: Job, number: int, items: Sequence[Item], progress: Callable
                 progress(since)
                 since = 0
         report.notes, report.captioned = notes, captioned
+        report.images_by_captions, report.characters = images, characters
+        if job.counter:
+            write_counted(target.out, name_of(number), job.counter, tokens)
         report.candidates = {name: heapq.nsmallest(HELD_OUT, drawn) for name, drawn in candidates.items()}
         shards.publish(report)
     progress(since)
@@ -140,7 +154,7 @@ def hold_out(target: Target, number: int, keys: Collection[str]) -> None:
                     for sample in read_shard(folder, shard):
                         shards.write("held_out" if sample["key"] in keys else split, bucket, sample)
         report_path(target.out, number).unlink()
-        for folder in target.out.glob(f"*/*/{_name(number)}"):
+        for folder in target.out.glob(f"*/*/{name_of(number)}"):
             shutil.rmtree(folder)
         kept = {
             name: [entry for entry in drawn if entry[1] not in keys]
@@ -154,7 +168,7 @@ class _Shards:
 
     def __init__(self, target: Target, number: int) -> None:
         self._target, self._number = target, number
-        self._folder = target.out / UNFINISHED / f"{_name(number)}-{os.getpid()}"
+        self._folder = target.out / UNFINISHED / f"{name_of(number)}-{os.getpid()}"
         self._writers: dict[tuple[str, Bucket], MDSWriter] = {}
         self._counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
 
@@ -179,7 +193,7 @@ class _Shards:
 
     def publish(self, report: Report) -> None:
         """Make the shards durable, move them to their places and write the report, completed by `counts` and `shards`."""
-        name, out = _name(self._number), self._target.out
+        name, out = name_of(self._number), self._target.out
         shards: dict[str, dict[str, list]] = {split: {} for split in SPLITS}
         for (split, bucket), writer in self._writers.items():
             writer.finish()
@@ -201,7 +215,7 @@ class _Shards:
 
 def report_path(out: Path, number: int) -> Path:
     """The file of a finished chunk's report."""
-    return out / "chunks" / f"{_name(number)}.json"
+    return out / "chunks" / f"{name_of(number)}.json"
 
 
 def read_report(out: Path, number: int) -> Report:
@@ -210,7 +224,8 @@ def read_report(out: Path, number: int) -> Report:
     try:
         content = json.loads(path.read_text())
         known = {field.name for field in fields(Report)}
-        report = Report(**{"captioned": None, "candidates": None} | {k: v for k, v in content.items() if k in known})
+        absent = {"captioned": None, "candidates": None}
+        report = Report(**absent | {k: v for k, v in content.items() if k in known})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it, and the same command writes it again") from None
     return report
@@ -218,7 +233,7 @@ def read_report(out: Path, number: int) -> Report:
 
 def remove_unfinished(out: Path, numbers: Sequence[int]) -> None:
     """Remove what a killed run left of these chunks: unfinished folders, and shards without a report."""
-    ours = {_name(number) for number in numbers}
+    ours = {name_of(number) for number in numbers}
     for folder in (out / UNFINISHED).glob("chunk-*"):
         if folder.name.rpartition("-")[0] in ours:
             shutil.rmtree(folder, ignore_errors=True)
@@ -266,5 +281,6 @@ def _read(source: Source, items: Sequence[Item]) -> Iterator[tuple[Item, Loaded 
         yield item, BadImage(item.problem) if item.problem else next(contents)
 
 
-def _name(number: int) -> str:
+def name_of(number: int) -> str:
+    """The name of a chunk, in its files and folders."""
     return f"chunk-{number:05}"

@@ -30,7 +30,7 @@ class ImageFolder:
         self.root = root
         self.names = names
         self.tree = tree
-        self.field = options.caption_column
+        self.reader = options.caption_reader
         self.aside = LeftAside()
 
     def list_items(self) -> list[Item]:
@@ -38,7 +38,7 @@ class ImageFolder:
         self.aside = LeftAside()
         others = set(self.tree.files).difference(self.names)
         beside = _CaptionFiles(name for name in others if name.lower().endswith(captions.SUFFIXES))
-        in_tables = tables.Captions(self.root, sorted(others), self.field)
+        in_tables = tables.Captions(self.root, sorted(others), self.reader)
         items = [self._item(name, beside.of(name), in_tables) for name in self.names]
         used = {caption for item in items for caption in item.where[1]} | in_tables.files
         self.aside.others += in_tables.remarks()
@@ -60,7 +60,7 @@ class ImageFolder:
         except OSError:  # a dangling link, say
             problem = "unreadable"
         if told is not None and not beside:
-            size += len(told.text.encode())
+            size += len(told.stored.encode())
         return Item(key, key, (name, beside, told), size, problem)
 
     def remarks(self) -> list[str]:
@@ -82,7 +82,7 @@ class ImageFolder:
     def _read_caption(self, name: str) -> Caption:
         path = self.root / name
         try:
-            return captions.of_file(path.read_bytes(), path.suffix.lower(), self.field)
+            return self.reader.of_file(path.read_bytes(), path.suffix.lower())
         except OSError as error:
             return Caption(problem=error.strerror or "cannot be read")
 

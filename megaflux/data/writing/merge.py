@@ -23,20 +23,24 @@ from megaflux.data.storage.dataset import (
 from megaflux.data.storage.index import write_index
 from megaflux.data.storage.shards import COMPRESSION
 from megaflux.data.writing import chunks
+from megaflux.data.writing.caption_report import caption_stats
 from megaflux.data.writing.chunks import Report
 from megaflux.data.writing.held_out import ENOUGH, advice, top_up, validation_shape
 from megaflux.data.writing.options import Options
+from megaflux.data.writing.tokens import TokenCounter
 
 
 class TooManyBad(Exception):
     """More images could not be used than allowed. The message is one line."""
 
 
-def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> DatasetInfo:
+def merge(
+    out: str | Path, *, max_bad: float = 0.05, progress: bool = True, counter: TokenCounter | None = None
+) -> DatasetInfo:
     """Write the indexes and dataset.json over all chunks of `out`, once every part is done.
 
     From 100 images on, at least 8 of one shape are held out, the next by hash, unless --held-out is 0; a finished dataset
-    stays as it is. max_bad, progress: as build.prepare. Raises UserError if chunks are missing or no image is usable, and
+    stays as it is. max_bad, progress, counter: as build.prepare. Raises UserError if chunks are missing or no image is usable, and
     TooManyBad.
     """
     out = Path(out)
@@ -57,7 +61,7 @@ def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> D
         listing = _write_listing(out / "bad_captions.jsonl", bad_captions)
         if progress:
             print(
-                f"{len(bad_captions)} captions could not be used, listed in {listing}; their images are stored without"
+                f"{len(bad_captions)} captions could not be used, listed in {listing}; their images are stored without them"
             )
     settings = plan["settings"]
     options = Options(**{**settings, "aspect_ratios": tuple(settings["aspect_ratios"])})
@@ -79,12 +83,18 @@ def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> D
             shards = [shard for report in reports for shard in report.shards[split].get(bucket.name, [])]
             if shards:
                 write_index(out / split / bucket.folder, shards)
+    stats = caption_stats(target, reports, counter)
     info = DatasetInfo(
         longest_side=options.longest_side,
         buckets=buckets,
         counts=counts,
         columns=IMAGE_COLUMNS,
-        settings={**settings, "source": plan["source"], **chosen},
+        settings={
+            **settings,
+            "source": plan["source"],
+            **chosen,
+            **({"caption_stats": stats.to_json()} if stats else {}),
+        },
         bad=bad,
         notes=notes,
         attribution=plan["attribution"],
@@ -95,6 +105,10 @@ def merge(out: str | Path, *, max_bad: float = 0.05, progress: bool = True) -> D
         if info.captioned == 0 and plan["source"]["kind"] != "openmoji":
             print(
                 "no image has a caption: fine for training on images alone; docs/data.md lists where captions are found"
+            )
+        elif stats and stats.lengths and stats.lengths.unit == "characters":
+            print(
+                "training cuts captions by tokens: the same command with --tokenizer counts them (a Qwen2-VL folder or hub name)"
             )
     return read_dataset_info(out)
 

@@ -133,4 +133,5 @@ class OpenMoji:
             offset = _draw(item.key, free + 1)
             canvas = Image.new("RGB", bucket.size, "white")
             canvas.paste(emoji, (offset, 0) if bucket.width > bucket.height else (0, offset))
-            yield Loaded(canvas, Caption(caption_of(code) or ""))
+            name = caption_of(code)
+            yield Loaded(canvas, Caption((name,) if name else ()))

@@ -9,6 +9,8 @@ from megaflux.common.errors import UserError
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.images import ENCODINGS, MAX_PIXELS
 from megaflux.data.storage.shards import SHARD_SIZE
+from megaflux.data.writing import captions
+from megaflux.data.writing.captions import CaptionReader
 
 OPENMOJI_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
 SOURCE_KINDS = ("images", "tar", "parquet")
@@ -31,6 +33,12 @@ class Options:
     kind: str | None = None  # of the files to read, where a folder has several: images, tar or parquet
     image_column: str | None = None  # of parquet files; None: recognised
     caption_column: str | None = None  # of parquet files, tables beside images, and .json files; None: recognised
+    captions: str = captions.ALL  # how they are read, one of captions.WAYS
+
+    @property
+    def caption_reader(self) -> CaptionReader:
+        """What reads captions as these settings say."""
+        return CaptionReader(self.caption_column, self.captions)
 
     def check(self) -> None:
         """Raises UserError for an invalid value."""
@@ -43,6 +51,7 @@ class Options:
             "--chunk must be at least 1": self.chunk >= 1,
             "--max-pixels must be at least 1": self.max_pixels >= 1,
             f"--kind must be one of {', '.join(SOURCE_KINDS)}": self.kind in (None, *SOURCE_KINDS),
+            f"--captions must be {captions.ALL} or {captions.LINES}": self.captions in captions.WAYS,
         }
         for message, holds in checks.items():
             if not holds:

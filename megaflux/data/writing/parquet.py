@@ -11,7 +11,7 @@ from typing import Any
 from megaflux.common.errors import UserError, one_line
 from megaflux.data.images import BadImage
 from megaflux.data.writing import captions
-from megaflux.data.writing.captions import Caption
+from megaflux.data.writing.captions import Caption, CaptionReader
 from megaflux.data.writing.items import Item, LeftAside, Loaded, printable
 from megaflux.data.writing.options import Options
 from megaflux.data.writing.recognise import starts_like_image
@@ -22,10 +22,10 @@ _BUFFER = 1 << 20  # bytes read at a time; Arrow's default is a row group's whol
 
 @dataclass(frozen=True)
 class _Columns:
-    """Names of a table's columns: of the images, of the captions and of the keys, or None."""
+    """Names of a table's columns: of the images, of the captions (none, one, or numbered ones) and of the keys, or None."""
 
     image: str
-    caption: str | None
+    captions: tuple[str, ...]
     key: str | None
 
 
@@ -33,7 +33,7 @@ class ParquetFiles:
     """Parquet tables with a column of images (bytes, or a struct with `bytes`), and perhaps captions and `key`.
 
     The images' column is Options.image_column, else the first of IMAGE_COLUMNS that holds bytes, else the only one that
-    does; the captions' is Options.caption_column, else the first of captions.FIELDS.
+    does; the captions' are Options.caption_column, else the first of captions.FIELDS, with its numbered ones.
     key: file path, ":", and the column `key` or the row number.
     """
 
@@ -56,9 +56,9 @@ class ParquetFiles:
         for name in self.names:
             with open_table(self.root / name) as table:
                 columns = self._columns(name, table)
-                told = f"images from the column {columns.image}, captions from {columns.caption or 'none'}"
+                told = f"images from the column {columns.image}, captions from {', '.join(columns.captions) or 'none'}"
                 found[told] = found.get(told, 0) + 1
-                if columns.caption is None:
+                if not columns.captions:
                     found[told + f" (columns: {', '.join(map(str, table.schema_arrow.names))[:120]})"] = found.pop(told)
                 items += self._list_table(name, table, columns)
         self.aside.others += [f"{count} of {len(self.names)} tables: {told}" for told, count in found.items()]
@@ -81,12 +81,12 @@ class ParquetFiles:
             raise UserError(
                 f"{self.root / name}: {what}, only {', '.join(map(str, names))[:200]}; name it with --image-column"
             )
-        caption = captions.field_of(names, self.options.caption_column)
-        if caption is None and self.options.caption_column:
+        told = tuple(self.options.caption_reader.fields_of(names))
+        if not told and self.options.caption_column:
             raise UserError(
                 f"{self.root / name}: no column {self.options.caption_column}, only {', '.join(map(str, names))[:200]}"
             )
-        return _Columns(image, caption, "key" if "key" in names else None)
+        return _Columns(image, told, "key" if "key" in names else None)
 
     def _list_table(self, name: str, table: Any, columns: _Columns) -> Iterator[Item]:
         row = 0
@@ -129,17 +129,18 @@ class ParquetFiles:
 
     def _start(self, name: str, group: int) -> _Rows:
         table = open_table(self.root / name)
-        return _Rows(name, group, table, self._columns(name, table), self.BATCH)
+        return _Rows(name, group, table, self._columns(name, table), self.options.captions, self.BATCH)
 
 
 class _Rows:
     """The rows of one row group, read in order."""
 
-    def __init__(self, name: str, group: int, table: Any, columns: _Columns, batch_size: int) -> None:
+    def __init__(self, name: str, group: int, table: Any, columns: _Columns, how: str, batch_size: int) -> None:
         self._place = (name, group)
         self._table = table
         self._columns = columns
-        read = [columns.image] + ([columns.caption] if columns.caption else [])
+        self._reader = CaptionReader(captions=how)  # of what is in the cells
+        read = [columns.image, *columns.captions]
         self._batches = table.iter_batches(batch_size, row_groups=[group], columns=read)
         self._batch: Any = None
         self._start = 0  # number of the batch's first row in its group
@@ -164,13 +165,13 @@ class _Rows:
         image = self._batch.column(columns.image)[row]
         if hasattr(image, "keys") and image.is_valid:  # a struct, whose path may not be UTF-8
             image = image["bytes"]
-        caption = Caption()
-        if columns.caption:
-            try:
-                caption = captions.of_value(self._batch.column(columns.caption)[row].as_py())
-            except ValueError as error:  # text that is not UTF-8
-                caption = Caption(problem=one_line(error))
-        return _loaded(image.as_py(), caption)
+        return _loaded(image.as_py(), captions.gathered(self._caption(column, row) for column in columns.captions))
+
+    def _caption(self, column: str, row: int) -> Caption:
+        try:
+            return self._reader.of_value(self._batch.column(column)[row].as_py())
+        except ValueError as error:  # text that is not UTF-8
+            return Caption(problem=one_line(error))
 
     def close(self) -> None:
         """Close the file."""

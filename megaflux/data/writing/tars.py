@@ -66,7 +66,7 @@ class TarFiles:
     def __init__(self, root: Path, names: Sequence[str], options: Options) -> None:
         self.root = root
         self.names = names
-        self.field = options.caption_column
+        self.reader = options.caption_reader
         self.aside = LeftAside()
         self._sharing = 0  # images that are samples of their own, without a caption of their own
 
@@ -191,7 +191,7 @@ class TarFiles:
                         file.close()
                     opened, file = name, open(self.root / name, "rb")  # noqa: SIM115  kept over items
                 texts = ((_bytes_at(file, offset, size), suffix) for offset, size, suffix in told)
-                caption = captions.first(captions.of_file(data, suffix, self.field) for data, suffix in texts)
+                caption = captions.first(self.reader.of_file(data, suffix) for data, suffix in texts)
                 yield Loaded(_bytes_at(file, *image), caption)
         finally:
             if file:

@@ -36,6 +36,8 @@ def dataset_notes(data: Data, info: DatasetInfo) -> Iterator[str]:
             f"data.condition: draws captions for {drawn:.0%} of the batches, but only {captioned} of the {samples} images in "
             f"{data.path} have one; the others are trained on an empty caption"
         )
+    if drawn and (note := _weights_note(data, info)):
+        yield note
     bucket = validation_bucket(info, "held_out")
     held_out = info.counts["held_out"][bucket.name] if bucket else 0
     if 0 < held_out < HELD_OUT:
@@ -44,6 +46,25 @@ def dataset_notes(data: Data, info: DatasetInfo) -> Iterator[str]:
             + (": no gap can be measured" if held_out < 2 else "; its figures depend on them")
             + f"; better {HELD_OUT} or more (prepare the data again with a larger --held-out)"
         )
+
+
+def _weights_note(data: Data, info: DatasetInfo) -> str | None:
+    """Where data.caption_weights does not fit the images' numbers of captions (objective.shares_of says what is drawn then)."""
+    stats, weights = info.caption_stats, data.caption_weights
+    if stats is None or weights is None:
+        return None
+    several = {number: count for number, count in stats.images.items() if number > 1}
+    if not several:
+        return f"data.caption_weights: no image in {data.path} has several captions, so the weights change nothing"
+    faults = []
+    if beyond := sum(count for number, count in several.items() if number > len(weights)):
+        faults.append(
+            f"{beyond} images in {data.path} have more than {len(weights)} captions (up to {max(several)}), of which those "
+            "without a weight are never drawn"
+        )
+    if alike := sum(count for number, count in several.items() if not any(weights[:number])):
+        faults.append(f"{alike} images have only captions of weight 0, which are drawn alike")
+    return f"data.caption_weights: {'; '.join(faults)}; give a weight for each caption" if faults else None
 
 
 def _share_of_captions(data: Data) -> float:
