@@ -14,6 +14,7 @@ Run again after a kill, the same command goes on. A quarter of an hour on two CP
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,11 @@ def measure(run: Path, which: str, guidance: float) -> dict[str, float]:
 
 def table(found: dict[str, Any]) -> str:
     """The result as Markdown, as docs/recipes.md has it: at the end, and on the way."""
-    lines = ["| run | weights or average | guidance | loss | gap | retrieval |", "|---|---|---|---|---|---|"]
-    for row, values in found["measured"].items():
-        run, weights, value = row.split(", ")
+    lines = ["| run | of | guidance | loss | gap | retrieval |", "|---|---|---|---|---|---|"]
+    for run, weights, value in itertools.product(found["runs"], WEIGHTS, VALUES):
+        values = found["measured"][f"{run}, {weights}, at {value:g}"]
         shown = f"{values['loss']:.4f} | {values['gap']:.2f} | {values['retrieval']:.2f}"
-        lines.append(f"| {run} | {weights} | {value.removeprefix('at ')} | {shown} |")
+        lines.append(f"| {run} | {weights} | {value:g} | {shown} |")
     at = f"loss_guidance_{GENERATION_GUIDANCE:g}"
     heads = [
         f"{name} {what}" for name in found["runs"] for what in ("loss", "at 3.5", "average's loss", "average's at 3.5")
