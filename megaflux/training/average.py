@@ -2,8 +2,7 @@
 
     average_n = average_{n-1} + (1 - d_n) (weights_n - average_{n-1}),   d_n = min(decay, (1 + n) / (10 + n))
 
-n counts the updates since the average began that were taken, not dropped; the smaller decay of the first updates lets the average
-leave the weights that it began with (tf.train.ExponentialMovingAverage's num_updates). weights_n are the float32 masters.
+n counts the updates since the average began that were taken, not dropped (schedule.average_decay). weights_n are the float32 masters.
 
 Each rank keeps the average of its own part of the masters, 4 P / R bytes beside Adam's moments (P parameters that train, R ranks),
 so that an update needs no communication; offloaded with them, it is on the host. What a stage hands to the next is moved by name, as
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from megaflux.common.ranks import World
 from megaflux.training.checkpoint import weights
 from megaflux.training.engine import AVERAGE, StageEngine, adam_state, whole_size
+from megaflux.training.schedule import average_decay
 
 log = logging.getLogger("megaflux")
 
@@ -66,7 +66,7 @@ class WeightAverage:
         if not self.decay or engine.dropped:
             return
         self.updates += 1
-        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        weight = 1 - average_decay(self.decay, self.updates)
         state = engine.deepspeed.optimizer.optimizer.state
         for _, flat in engine.flat_groups():
             state[flat][AVERAGE].lerp_(flat, weight)

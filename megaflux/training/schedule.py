@@ -1,6 +1,8 @@
-"""The learning rate: a trapezoid over the run, or over each stage. A leaf: imports no torch."""
+"""The learning rate, a trapezoid over the run or over each stage, and the decay of the weights' average. A leaf: imports no torch."""
 
 from __future__ import annotations
+
+import math
 
 from megaflux.config.recipe import Optim, Part
 from megaflux.config.schema import Config
@@ -29,3 +31,19 @@ def learning_rates(config: Config, stage: int, update: int) -> dict[Part, float]
     peaks = config.optim.peaks(config.stages[stage])
     parts = config.stages[stage].parts
     return {part: learning_rate(peaks[part].lr, update - start, end - start, config.optim) for part in parts}
+
+
+def average_decay(decay: float, update: int) -> float:
+    """Decay of the weights' average at the update-th update that it takes in, counted from 1: smaller at first, so that it
+    leaves the weights that it began with (tf.train.ExponentialMovingAverage's num_updates)."""
+    return min(decay, (1 + update) / (10 + update))
+
+
+def left_of_beginning(decay: float, start: int, end: int) -> float:
+    """The share that an average still has, after update `end`, of what it was after update `start`: the product of the decays
+    between them. (1 + n) / (10 + n) is a quotient of gamma functions, so no update is visited."""
+    rising = min(
+        end, max(start, math.floor((10 * decay - 1) / (1 - decay)))
+    )  # the last update whose decay is below `decay`
+    log = math.lgamma(rising + 2) - math.lgamma(start + 2) + math.lgamma(start + 11) - math.lgamma(rising + 11)
+    return math.exp(log + (end - rising) * math.log(decay)) if end > rising else math.exp(log)

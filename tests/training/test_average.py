@@ -15,10 +15,13 @@ from megaflux import export, runs
 from megaflux.common.errors import UserError
 from megaflux.common.ranks import World
 from megaflux.config.parse import build_config, merge
+from megaflux.config.presets import dev
 from megaflux.infer.request import to_runtime
 from megaflux.training.average import WeightAverage
 from megaflux.training.checkpoint import manifest, space, weights
 from megaflux.training.engine import AVERAGE, StageEngine
+from megaflux.training.planning.checks import find_notes
+from megaflux.training.schedule import average_decay, left_of_beginning
 from megaflux.training.survival.guard import NOT_FINITE
 from tests.conftest import picture
 from tests.training.carry_worker import Toy, toy_config
@@ -126,6 +129,34 @@ def test_an_average_that_is_switched_on_in_a_resumed_run_begins_at_its_weights(t
     found = again.gather_share(engine)
     assert found.keys() == after.keys() and all(torch.equal(found[name], after[name]) for name in after)
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("decay", "start", "end"), [(0.9999, 0, 300), (0.99, 0, 2000), (0.99, 700, 1300), (0.05, 3, 9)]
+)
+def test_what_is_left_of_an_averages_beginning(decay, start, end):
+    left = 1.0
+    for n in range(start + 1, end + 1):
+        left *= min(decay, (1 + n) / (10 + n))
+    assert left_of_beginning(decay, start, end) == pytest.approx(left, rel=1e-6)
+    assert average_decay(decay, end) == min(decay, (1 + end) / (10 + end))
+
+
+def test_a_dry_run_says_where_an_average_is_too_slow_for_a_stage():
+    def notes(decay: float, updates: int, share: float = 1.0) -> list[str]:
+        values = merge(dev(), {"optim": {"ema_decay": decay}, "train": {"updates": updates}})
+        values["stages"][2]["share"] = share
+        config = build_config(values)
+        return [note for note in find_notes(config, 8) if note.startswith("optim.ema_decay")]
+
+    assert notes(0.9999, 100_000) == notes(0.999, 30_000) == notes(0, 300) == []
+    # A short last stage, of 990 updates: 0.99 forgets in a hundred, 0.9999 does not in a thousand.
+    assert notes(0.99, 100_000, 0.02) == []
+    assert notes(0.9999, 100_000, 0.02) == [
+        "optim.ema_decay: after the 990 updates of stage 'stage3', 91% of the average of what begins to train in it is still "
+        "its beginning; lower 0.9999"
+    ]
+    assert left_of_beginning(0.99999, 0, 2**53) == 0.0  # at once
 
 
 def test_a_checkpoint_with_averages_takes_four_bytes_more_for_all_that_has_trained():

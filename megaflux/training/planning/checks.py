@@ -21,6 +21,9 @@ from megaflux.training.checkpoint import identity, init_folder, manifest, saved
 from megaflux.training.components import NAMES, Kind, holds, list_problem
 from megaflux.training.ds_config import batch_problem, batch_sizes, uses_kernels, zero_stage
 from megaflux.training.planning.dataset_checks import dataset_notes, dataset_problems
+from megaflux.training.schedule import left_of_beginning
+
+STALE = 0.1  # of an average: more of what it began with than this, at a stage's end, is noted
 
 
 def find_problems(config: Config, ds_config: dict[str, Any], world_size: int) -> list[str]:
@@ -57,12 +60,24 @@ def find_notes(config: Config, world_size: int) -> list[str]:
                     notes.append(
                         f"stages.{i}.{field}.{part}: has no effect, because this stage trains nothing of {part}"
                     )
+    notes += _average_notes(config)
     for field in ("flux", "vlm", "vae"):
         source = getattr(config.model, field)
         if source and source != "tiny" and (name := hub_name(source)):
             why = "hub: asks for it" if source.startswith(HUB) else f"no folder {name.partition('/')[0]} is here"
             notes.append(f"model.{field}: {name} is fetched from the hub ({why}); its files are not looked at before")
     return notes
+
+
+def _average_notes(config: Config) -> Iterator[str]:
+    decay, start = config.optim.ema_decay, 0
+    for stage, end in zip(config.stages, config.stage_ends(), strict=True):
+        if decay and (left := left_of_beginning(decay, start, end)) > STALE:
+            yield (
+                f"optim.ema_decay: after the {end - start} updates of stage {stage.name!r}, {left:.0%} of the average of what "
+                f"begins to train in it is still its beginning; lower {decay:g}"
+            )
+        start = end
 
 
 def _batch(config: Config, world_size: int) -> Iterator[str]:
