@@ -19,7 +19,7 @@ from megaflux.generation import outputs
 from megaflux.generation.job import Input, Job, JobControl, JobReference
 from megaflux.generation.run import read_inputs
 from megaflux.infer import __main__ as infer
-from megaflux.infer.interactive import line_options
+from megaflux.infer.interactive import line_options, of_line
 from tests.conftest import picture
 from tests.generation.test_modes import controlnet_folder  # noqa: F401  (a fixture)
 
@@ -615,6 +615,17 @@ def test_a_lines_words_are_kept_letter_by_letter(tmp_path, monkeypatch, line, sa
     else:
         with pytest.raises(UserError, match=said):
             line_options(line)
+
+
+def test_a_line_turns_the_true_guidance_of_the_start_off():
+    start = {"cfg": 3.0, "negative": "blurry", "count": 1}
+    assert of_line(start, {"cfg": 1.0}) == {"cfg": 1.0, "count": 1}
+    assert of_line(start, {"cfg": 2.0}) == start | {"cfg": 2.0}
+    assert of_line(start, {"cfg": 1.0, "negative": "x"}) == {
+        "cfg": 1.0,
+        "negative": "x",
+        "count": 1,
+    }  # refused, as ever
 
 
 def test_interactive_reads_lines_and_survives_bad_ones(run_folder, files, tmp_path):

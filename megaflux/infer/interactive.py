@@ -50,7 +50,7 @@ def interactive(given: dict[str, Any], original: Original | None = None) -> int:
             own = line_options(line)
             if fixed := sorted(SET_AT_START & set(own)):
                 raise UserError(f"{option_of(fixed[0])}: is set at the start; leave it out of the line")
-            request = to_request(given | own, base)
+            request = to_request(of_line(given, own), base)
             check_out(str(request.output.folder))
             job, opened = read_inputs(request.job, None if original is None else original.embedded)
             with explained_out_of_memory():
@@ -64,6 +64,12 @@ def interactive(given: dict[str, Any], original: Original | None = None) -> int:
         except KeyboardInterrupt:
             print("stopped", flush=True)
     return 0
+
+
+def of_line(given: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The options of a line, `own`, over those that every line starts from: --cfg 1 in a line turns its negative prompt off, too."""
+    without = {"negative"} if own.get("cfg") == 1 else set()
+    return {name: value for name, value in given.items() if name not in without} | own
 
 
 def _lines() -> Iterator[str]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from megaflux.common.errors import UserError
 from megaflux.generation.dots import dots as dotting
 from megaflux.generation.job import Input, Job, JobReference, Mode, Runtime, check
-from megaflux.generation.layout import is_export
+from megaflux.generation.layout import is_export, read_manifest
 from megaflux.generation.request import check_numbers, check_prompt, check_seeds
 from megaflux.infer import values
 
@@ -121,6 +121,8 @@ def to_runtime(given: Mapping[str, Any], base: Runtime | None = None) -> Runtime
             raise UserError(
                 f"{values.option_of(moved[0])}: {runtime.checkpoint} is an export, which holds all its weights; leave it out"
             )
+        if "ema" in given:
+            _check_averaged(runtime.checkpoint, given["ema"])
         # a replayed picture's are of the run that is exported here
         unset = {"update": None, "ema": False}
         runtime = runtime.model_copy(update={name: value for name, value in unset.items() if name not in given})
@@ -130,6 +132,14 @@ def to_runtime(given: Mapping[str, Any], base: Runtime | None = None) -> Runtime
         )
     # megaflux's own path reads plain weights that stay where they are.
     return runtime.model_copy(update={"kernels": "off"}) if _moves_weights(runtime) else runtime
+
+
+def _check_averaged(export: str, ema: bool) -> None:
+    """UserError where an export's weights are not what --ema or --no-ema asks for: it holds one set of them."""
+    if bool(read_manifest(Path(export)).source.get("ema")) != ema:
+        option, there = ("--ema", "weights, not their averages") if ema else ("--no-ema", "averaged weights")
+        again = "export the run again, with --ema" if ema else "leave it out, or export the run again, without --ema"
+        raise UserError(f"{option}: {export} is an export of a run's {there}; {again}")
 
 
 def _moves_weights(runtime: Runtime) -> bool:

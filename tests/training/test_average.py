@@ -55,6 +55,8 @@ def test_averages_are_loaded_in_the_place_of_weights_and_exported(run_folder, tm
     exported = load_file(tmp_path / "export/connector/model.safetensors")
     assert torch.equal(exported["weight"], averaged["connector.weight"])
     of_run, of_export = (runs.load_pipeline(path, dtype=torch.float32, ema=True) for path in (run, tmp_path / "export"))
+    with pytest.raises(UserError, match="--no-ema: .* is an export of a run's averaged weights; leave it out"):
+        to_runtime({"checkpoint": str(tmp_path / "export"), "ema": False})
     assert of_run.source == of_export.source and of_run.source["ema"] is True
     plain = runs.load_pipeline(run, dtype=torch.float32)
     assert plain.source["weights_sha256"] != of_run.source["weights_sha256"] and "ema" not in plain.source
@@ -69,6 +71,8 @@ def test_what_holds_no_averages_says_so(run_folder, export_folder, tmp_path):
         runs.find(run_folder, ema=True)
     with pytest.raises(UserError, match="--ema: .* is an export of a run's weights; export the run again, with --ema"):
         runs.load_pipeline(export_folder, dtype=torch.float32, ema=True)
+    with pytest.raises(UserError, match="--ema: .* is an export of a run's weights"):  # before anything is loaded
+        to_runtime({"checkpoint": str(export_folder), "ema": True})
     run = with_averages(run_folder, tmp_path / "run", {"connector.weight": torch.zeros(2, 2)})
     with pytest.raises(
         UserError, match=r"average-00000-of-00002.safetensors: connector.weight does not fit this model"
