@@ -90,7 +90,8 @@ def find(path: str | Path, update: int | None = None, folders: Folders = Folders
     content = manifests.read(chosen)
     if ema and "average" not in content:
         raise UserError(
-            f"{chosen}: holds no average of the weights; leave --ema out, or train with optim.ema_decay (0.9999, say)"
+            f"{chosen}: holds no average of the weights; leave --ema out (give --no-ema with --from-image), or train with "
+            "optim.ema_decay"
         )
     weight_files = weights.files_of(content, chosen) + (
         weights.files_of(content, chosen, weights.AVERAGE) if ema else []

@@ -53,9 +53,13 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Train and measure what is missing, and write DIR/guidance.json; returns its content. UserError where a run fails, or where
     the folder's runs are of other options."""
+    if not 0 < args.ema_decay < 1:
+        raise UserError(f"--ema-decay {args.ema_decay:g}: must be above 0 and below 1")
     out = Path(args.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     given = merge(tiny(), load_yaml(args.config) if args.config else {})
+    if build_config(given).validation.samples < 2:
+        raise UserError("validation.samples: 1, and a gap needs another picture's condition; give at least 2")
     file, runs = out / "guidance.json", {}
     measured = json.loads(file.read_text())["measured"] if file.exists() else {}
     options = {name: value for name, value in vars(args).items() if name not in ("bench", "out")}
@@ -106,7 +110,7 @@ def measure(run: Path, which: str, guidance: float) -> dict[str, float]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The result as Markdown, as docs/recipes.md has it: at the end, and on the way."""
+    """The result as Markdown: at the end (docs/recipes.md has this table), and on the way."""
     lines = ["| run | of | guidance | loss | gap | retrieval |", "|---|---|---|---|---|---|"]
     for run, weights, value in itertools.product(found["runs"], WEIGHTS, VALUES):
         values = found["measured"][f"{run}, {weights}, at {value:g}"]

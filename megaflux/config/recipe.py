@@ -162,7 +162,7 @@ class Optim(Section):
     """Number of norms in that mean. It is used from 64 norms on, and is reset at each stage."""
     large_gradient: Positive = 1e-3
     """A gradient value that is larger than this, whatever its sign and before clipping, counts as large."""
-    large_gradient_share: Fraction | None = None
+    large_gradient_share: Annotated[float, NUMBER, Field(gt=0, le=1)] | None = None
     """An update is dropped on all ranks if more than this share of its gradient's values is large. None: never; the share is
     logged either way (train/large_gradient_share)."""
     max_grad_norm: NonNegative = 1.0

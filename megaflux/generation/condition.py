@@ -187,7 +187,10 @@ def caption_notes(encoded: Encoded, modes: Sequence[str]) -> list[str]:
     needed = "image_text" if encoded.references else "text"
     if encoded.text is None or needed in modes:
         return []
-    return ["prompt: these weights were trained without captions, so it may do little or harm"]
+    if not {"image_text", "text"} & set(modes):
+        return ["prompt: these weights were trained without captions, so it may do little or harm"]
+    how = "beside a picture" if encoded.references else "alone"
+    return [f"prompt: these weights never read a caption {how} (data.condition.{needed}), so it may do little or harm"]
 
 
 def _token_limits(trunk: Trunk, reference_tokens: int | None, beside_t5: bool) -> tuple[int, int] | None:

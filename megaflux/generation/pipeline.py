@@ -245,7 +245,7 @@ class Qwen2VLFluxPipeline:
         attention_map: bool = False,
         release_compatible: bool = False,
         negative_prompt: str | None = None,
-        true_cfg_scale: float = 1.0,
+        true_cfg_scale: float | None = 1.0,
         return_dict: bool = True,
     ) -> Qwen2VLFluxPipelineOutput | tuple[Any]:
         """Make one picture per seed, or per generator, or num_images_per_prompt pictures of seeds 0, 1, ...
@@ -275,6 +275,7 @@ class Qwen2VLFluxPipeline:
             as_released=release_compatible,
             control_reads=image if release_compatible and control_image is not None else None,
         )
+        true_cfg_scale = 1.0 if true_cfg_scale is None else true_cfg_scale
         negative = check_negative(negative_prompt, true_cfg_scale)
         maps = as_control_maps(
             control_image, control_mode, controlnet_conditioning_scale, control_guidance_start, control_guidance_end

@@ -111,6 +111,11 @@ Names = Callable[[str], str]
 """What messages call an argument, as `plain_name` does."""
 
 
+EMPTY_UNSEEN = (
+    "true CFG: these weights never saw an empty condition (data.condition.none), so it may do little or harm; a negative prompt "
+    "may do better"
+)
+"""The note where true guidance leads away from the empty condition and training never drew it."""
 PLAIN_NAMES = {"cfg": "true CFG scale", "negative": "negative prompt"}
 
 

@@ -30,7 +30,7 @@ from megaflux.generation.condition import Encoded, PromptEmbeds, caption_notes, 
 from megaflux.generation.dots.attention_map import unobserved
 from megaflux.generation.dots.dots import NEUTRAL
 from megaflux.generation.layout import Settings
-from megaflux.generation.request import ConditionRequest
+from megaflux.generation.request import EMPTY_UNSEEN, ConditionRequest
 from megaflux.models.pretrained import Models
 from megaflux.models.replacing import forward_replaced
 
@@ -61,10 +61,7 @@ def encode_negative(
         empty = models.trainable.encode_condition(models.trunk.empty(1), embedded)
         encoded, notes = Encoded([], empty, None, embedded), []
         if "none" not in settings.modes:
-            notes.append(
-                "true CFG: these weights never saw an empty condition (data.condition.none), so it may do little or harm; a "
-                "negative prompt may do better"
-            )
+            notes.append(EMPTY_UNSEEN)
     return prompt_embeds(encoded, NEUTRAL, 0, _linear(models)), notes
 
 

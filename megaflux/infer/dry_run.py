@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megaflux.common.errors import UserError
 from megaflux.generation.job import Job, Runtime
-from megaflux.generation.request import reference_size
+from megaflux.generation.request import EMPTY_UNSEEN, reference_size
 from megaflux.generation.run import Opened, read_inputs, resolve_size, steps_taken
 from megaflux.infer.memory import print_memory
 from megaflux.infer.parts import Facts, extra_parts, facts_of
@@ -45,6 +45,8 @@ def report(job: Job, runtime: Runtime, embedded: Mapping[str, bytes] | None = No
         except UserError as error:
             problems.append(str(error))
         print_memory([*facts.parts, *extra], job, runtime, facts)
+        if job.cfg != 1 and not job.negative.strip() and "none" not in facts.settings.modes:
+            opened.notes.append(EMPTY_UNSEEN)
     for note in opened.notes:
         print(f"note: {note}")
     for problem in problems:

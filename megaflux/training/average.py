@@ -107,9 +107,11 @@ class WeightAverage:
 
         A checkpoint without averages leaves them as they began. UserError naming the file for a name or shape that does not fit."""
         there = manifest.get("average")
+        if there is None and self.decay:
+            log.info("optim.ema_decay: %s holds no average of the weights; it begins at its weights", path.name)
+        if there is not None and not self.decay:
+            log.info("optim.ema_decay is 0: the average of the weights in %s is discarded", path.name)
         if there is None or not self.decay:
-            if there is not None:
-                log.info("optim.ema_decay is 0: the average of the weights in %s is discarded", path.name)
             return
         self.updates = there["updates"]
         parameters = dict(engine.module.named_parameters())

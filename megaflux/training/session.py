@@ -32,7 +32,7 @@ from megaflux.training.planning.plan import Plan
 from megaflux.training.prepare_data import prepare_data
 from megaflux.training.run_folder import lock_run_folder, write_configuration
 from megaflux.training.survival.events import Events, Fault, Kind
-from megaflux.training.survival.guard import Guard
+from megaflux.training.survival.guard import DropReason, Guard
 from megaflux.training.survival.watch import Watch
 from megaflux.training.trainer import Divergence, Run, Trainer, Verdict
 from megaflux.training.upkeep import Upkeep
@@ -210,8 +210,10 @@ def no_way_back(run: Run, divergence: Divergence, resumed: Checkpoint | None) ->
     """The run diverged and cannot recover by itself."""
     config = run.config
     back = f"returning to update {resumed.update} did not help" if resumed else "there is no checkpoint yet"
+    large = divergence.drop.reason is DropReason.LARGE_VALUES
+    remedy = "raise optim.large_gradient_share, lower optim.lr" if large else "lower optim.lr"
     return UserError(
         f"{config.train.bad_updates} consecutive updates were dropped, the last because {divergence.drop.text}; "
-        f"{back}; lower optim.lr, or look at the samples in {config.run.dir}/events.jsonl",
+        f"{back}; {remedy}, or look at the samples in {config.run.dir}/events.jsonl",
         agreed=True,
     )

@@ -282,7 +282,7 @@ def test_what_an_earlier_version_began_is_finished_as_it_was(tmp_path, caplog):
     content = json.loads(report.read_text())
     del content["images_by_captions"], content["characters"]
     report.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="captions 'first' -> 'lines'"):
+    with pytest.raises(UserError, match="which stored one caption an image; leave --captions out"):
         prepared(source, tmp_path / "out", captions="lines")
     caplog.set_level(logging.WARNING)
     assert prepared(source, tmp_path / "out") == {

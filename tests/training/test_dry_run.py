@@ -272,7 +272,7 @@ def test_captions_that_the_data_do_not_have(data, captioned, condition, problems
             "300 images have only captions of weight 0, which are drawn alike",
         ),
         ("3,2,1", {"1": 1000}, MIXED, "no image in {} has several captions, so the weights change nothing"),
-        ("3,2,1", {"6": 1000}, {"image": 1}, None),  # which has no use for them
+        ("3,2,1", {"6": 1000}, {"image": 1}, "has no effect, because data.condition draws no captions"),
         ("3,2,1", None, MIXED, None),  # an earlier version's dataset
     ],
 )

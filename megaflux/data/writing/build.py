@@ -187,6 +187,11 @@ def _claim(out: Path, plan: dict[str, Any]) -> str | None:
     missing = {name: value for name, value in asdict(Options()).items() if name not in begun["settings"]}
     begun["settings"] = begun["settings"] | missing  # as they were before there were such options
     if missing.pop("captions", None):
+        if plan["settings"]["captions"] != captions.FIRST:  # _as_begun leaves only what the user asked for
+            raise UserError(
+                f"{out}: was begun by an earlier version, which stored one caption an image; leave --captions out, or give a "
+                "new folder"
+            )
         begun["settings"]["captions"] = captions.FIRST
         log.warning(
             "%s: was begun by an earlier version, which stored only the first of several captions; it stays so (for all of them, "

@@ -106,6 +106,10 @@ def merge(
             print(
                 "no image has a caption: fine for training on images alone; docs/data.md lists where captions are found"
             )
+        elif counter is not None and stats is None:
+            print(
+                "--tokenizer: not used, because an earlier version wrote chunks of this dataset and did not count captions"
+            )
         elif stats and stats.lengths and stats.lengths.unit == "characters":
             print(
                 "training cuts captions by tokens: the same command with --tokenizer counts them (a Qwen2-VL folder or hub name)"

@@ -36,6 +36,8 @@ def dataset_notes(data: Data, info: DatasetInfo) -> Iterator[str]:
             f"data.condition: draws captions for {drawn:.0%} of the batches, but only {captioned} of the {samples} images in "
             f"{data.path} have one; the others are trained on an empty caption"
         )
+    if not drawn and data.caption_weights is not None:
+        yield "data.caption_weights: has no effect, because data.condition draws no captions"
     if drawn and (note := _weights_note(data, info)):
         yield note
     bucket = validation_bucket(info, "held_out")
