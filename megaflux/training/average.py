@@ -130,13 +130,12 @@ class WeightAverage:
     @contextmanager
     def in_place_of_weights(self, engine: StageEngine) -> Iterator[None]:
         """Inside, the engine's module computes with the averages of all that has trained since they began; afterwards its weights
-        are what they were, bit for bit. Collective."""
+        are what they were, bit for bit. Not after an error, which may be of one rank: this one would wait for the others, which
+        wait elsewhere, instead of ending. Collective."""
         raw: dict[str, Tensor] = {}
-        try:
-            self._put(engine, AVERAGE, self._kept, keep=raw)
-            yield
-        finally:
-            self._put(engine, None, raw)
+        self._put(engine, AVERAGE, self._kept, keep=raw)
+        yield
+        self._put(engine, None, raw)
 
     @torch.no_grad()
     def _put(

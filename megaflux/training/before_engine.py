@@ -45,3 +45,15 @@ def restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
     # give wrong angles.
     for name, buffer in module.named_buffers():
         buffer.data = buffers[name].to(buffer.device)
+
+
+def use_zero3_linear(engine: Any) -> None:
+    """Have an engine of ZeRO-3 compute linears as DeepSpeed's file says (memory_efficient_linear, by default true).
+
+    DeepSpeed replaces torch's linear where it partitions a module, which in a process happens once, while `ModuleBefore.restore`
+    puts torch's back after each engine. A later stage would then round otherwise than the same stage in a process that
+    resumes in it, and hold every gathered weight until its backward pass."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    if engine._config.zero_config.memory_efficient_linear:
+        nn.functional.linear = zero3_linear_wrap

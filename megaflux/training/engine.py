@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megaflux.config.recipe import Part
 from megaflux.config.schema import Config
 from megaflux.training import optim, schedule, stages
-from megaflux.training.before_engine import ModuleBefore, restore_buffers
+from megaflux.training.before_engine import ModuleBefore, restore_buffers, use_zero3_linear
 from megaflux.training.ds_config import resolve_ds_config, sharding
 from megaflux.training.survival.guard import NOT_FINITE, Drop
 
@@ -73,6 +73,8 @@ class StageEngine:
             model=module, optimizer=optimizer, config=resolve_ds_config(ds_config, config, world_size)
         )
         restore_buffers(module, buffers)
+        if self.deepspeed.zero_optimization_stage() == 3:
+            use_zero3_linear(self.deepspeed)
         self.sharding = sharding(ds_config)
         self.zero_stage = self.sharding["zero_stage"]
         self.judge = judge

@@ -163,6 +163,22 @@ def test_a_dry_run_says_where_an_average_is_too_slow_for_a_stage():
     assert left_of_beginning(0.99999, 0, 2**53) == 0.0  # at once
 
 
+@pytest.mark.usefixtures("process_group")
+def test_an_error_of_one_rank_while_the_average_is_in_place_ends_it_without_waiting_for_others(tmp_path, monkeypatch):
+    """Out of memory in a validation, say: putting the weights back is collective, and the others are not there."""
+    engine = StageEngine(Toy(), toy_config().for_world(1), json.loads(ds_config(tmp_path).read_text()), 0, 1)
+    average, put = WeightAverage(0.4, World(0, 1, CPU)), []
+    average.begin_stage(engine)
+    monkeypatch.setattr(average, "_put", lambda engine, key, *_, **__: put.append(key))
+    with pytest.raises(torch.OutOfMemoryError), average.in_place_of_weights(engine):
+        raise torch.OutOfMemoryError
+    assert put == [AVERAGE]
+    with average.in_place_of_weights(engine):
+        pass
+    assert put == [AVERAGE, AVERAGE, None]
+    engine.close()
+
+
 def test_a_checkpoint_with_averages_takes_four_bytes_more_for_all_that_has_trained():
     assert space.checkpoint_bytes(10**6, 3 * 10**6, 2, True) - space.checkpoint_bytes(10**6, 3 * 10**6, 2) == (
         pytest.approx(12 * 10**6, rel=0.05)
