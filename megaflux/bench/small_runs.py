@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")
 
 
-def train(name: str, config: Config, out: Path) -> None:
-    """Run launch/train.py until the configuration's last update, unless that is done. UserError where it fails."""
+def train(name: str, config: Config, out: Path) -> bool:
+    """Run launch/train.py until the configuration's last update, unless that is done; returns whether it was run. UserError where
+    it fails."""
     file, log = out / f"{name}.yaml", out / f"{name}.log"
     text = config.to_yaml()
     if file.exists() and file.read_text() != text:
@@ -25,13 +26,14 @@ def train(name: str, config: Config, out: Path) -> None:
     unfinished.replace(file)  # a kill leaves the old one or the new one
     if finished(Path(config.run.dir), config.train.updates):
         print(f"{name}: done before", flush=True)
-        return
+        return False
     print(f"{name}: {config.train.updates} updates; {log} says how far it is", flush=True)
     with log.open("a") as stream:
         command = [sys.executable, TRAIN, "--preset", "tiny", "--config", str(file)]
         code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
     if code:
         raise UserError(f"{name}: training ended with exit code {code}; see {log}")
+    return True
 
 
 def finished(run: Path, updates: int) -> bool:

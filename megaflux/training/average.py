@@ -5,9 +5,8 @@
 n counts the updates since the average began that were taken, not dropped (schedule.average_decay). weights_n are the float32 masters.
 
 Each rank keeps the average of its own part of the masters, 4 P / R bytes beside Adam's moments (P parameters that train, R ranks),
-so that an update needs no communication; offloaded with them, it is on the host. What a stage hands to the next is moved by name, as
-the moments are. A parameter that no longer trains keeps its average, on the host of one rank; if it trains again, its average
-goes on from there. Checkpoints hold the averages of all parameters that have trained since the average began (checkpoint/weights.py).
+so that an update needs no communication; offloaded with them, it is on the host. At a change of stage averages are moved by name,
+over the host of one rank each. A parameter that no longer trains keeps its average there; if it trains again, its average goes on. Checkpoints hold the averages of all parameters that have trained since the average began (checkpoint/weights.py).
 """
 
 from __future__ import annotations
@@ -38,27 +37,22 @@ class WeightAverage:
         self.updates = 0
         """Updates that it has taken in."""
         self._owner: dict[str, int] = {}
-        """Parameters that no longer train -> the rank that keeps their average."""
+        """Parameters that do not train now -> the rank that keeps their average."""
         self._kept: dict[str, Tensor] = {}
         """This rank's of them: float32, on the host."""
 
     def begin_stage(self, engine: StageEngine) -> None:
-        """Have an average of each parameter that the engine trains: the one carried by the engine, the one kept since it trained
-        last, or else its weight. Call it when the engine has its state. Collective."""
+        """Have an average of each parameter that the engine trains: the one kept since it trained last, or else its weight. Call
+        it when the engine has its state. Collective."""
         if not self.decay:
             return
         state = engine.deepspeed.optimizer.optimizer.state
         for _, flat in engine.flat_groups():
             if "step" not in state.get(flat, {}):  # torch creates Adam's state at the first step
                 state[flat] = adam_state(flat, None)
-            state[flat].setdefault(AVERAGE, flat.detach().clone())
+            state[flat][AVERAGE] = flat.detach().clone()
         engine.link_state()
-        for name, parameter in engine.module.named_parameters():
-            if name in engine.first_stage and name in self._owner:
-                whole = self._from_owner(name, parameter, self._kept)
-                engine.set_state(parameter, whole, AVERAGE)
-                self._owner.pop(name)
-                self._kept.pop(name, None)
+        self._hand_out(engine)
 
     @torch.no_grad()
     def follow(self, engine: StageEngine) -> None:
@@ -71,24 +65,23 @@ class WeightAverage:
         for _, flat in engine.flat_groups():
             state[flat][AVERAGE].lerp_(flat, weight)
 
-    def leave_stage(self, engine: StageEngine, going_on: set[str]) -> None:
-        """Keep the averages of the parameters that the next stage does not train (`going_on`: those that it does; the engine
-        carries theirs). Call it before the engine is closed. Collective."""
-        if not self.decay:
-            return
-        found, owner = self._gather(engine, set(engine.first_stage) - going_on)
-        self._kept |= found
-        self._owner |= owner
+    def leave_stage(self, engine: StageEngine) -> None:
+        """Keep the averages of all that the engine trains, each on one rank, for a later stage that trains it and for checkpoints.
+        Call it before the engine is closed. Collective."""
+        if self.decay:
+            found, owner = self._gather(engine)
+            self._kept |= found
+            self._owner |= owner
 
     def gather_share(self, engine: StageEngine) -> dict[str, Tensor]:
         """This rank's share of all averages: name -> float32 on the host. Collective."""
         if not self.decay:
             return {}
-        return self._kept | self._gather(engine, set(engine.first_stage))[0]
+        return self._kept | self._gather(engine)[0]
 
-    def _gather(self, engine: StageEngine, names: set[str]) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """(this rank's share of the averages of these parameters, which train; the rank of each). Collective."""
-        parameters = {name: p for name, p in engine.module.named_parameters() if name in names}
+    def _gather(self, engine: StageEngine) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """(this rank's share of the averages of the parameters that train; the rank of each). Collective."""
+        parameters = {name: p for name, p in engine.module.named_parameters() if name in engine.first_stage}
         owner = self._owners({name: whole_size(p) for name, p in parameters.items()})
         found = {}
         for name, parameter in parameters.items():
@@ -118,14 +111,20 @@ class WeightAverage:
         shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
         found = weights.stored_shapes(path, manifest, shapes, weights.AVERAGE)
         names = {name for stored_in in found.values() for name in stored_in}
-        self._owner = self._owners({name: math.prod(shapes[name]) for name in names - set(engine.first_stage)})
-        wanted = {name for name in names if self._owner.get(name, self.world.rank) == self.world.rank}
-        self._kept = {}
-        for name, tensor in weights.stored(path, manifest, shapes, weights.AVERAGE, wanted):
-            if name in engine.first_stage:
-                engine.set_state(parameters[name], tensor, AVERAGE)
-            else:
-                self._kept[name] = tensor.clone()
+        self._owner = self._owners({name: math.prod(shapes[name]) for name in names})
+        mine = {name for name in names if self._owner[name] == self.world.rank}
+        self._kept = {
+            name: tensor.clone() for name, tensor in weights.stored(path, manifest, shapes, weights.AVERAGE, mine)
+        }
+        self._hand_out(engine)
+
+    def _hand_out(self, engine: StageEngine) -> None:
+        """Move the kept averages of parameters that the engine trains into every rank's part of them. Collective."""
+        for name, parameter in engine.module.named_parameters():
+            if name in engine.first_stage and name in self._owner:
+                engine.set_state(parameter, self._from_owner(name, parameter, self._kept), AVERAGE)
+                del self._owner[name]
+                self._kept.pop(name, None)
 
     @contextmanager
     def in_place_of_weights(self, engine: StageEngine) -> Iterator[None]:
@@ -133,31 +132,30 @@ class WeightAverage:
         are what they were, bit for bit. Not after an error, which may be of one rank: this one would wait for the others, which
         wait elsewhere, instead of ending. Collective."""
         raw: dict[str, Tensor] = {}
-        self._put(engine, AVERAGE, self._kept, keep=raw)
-        yield
-        self._put(engine, None, raw)
-
-    @torch.no_grad()
-    def _put(
-        self,
-        engine: StageEngine,
-        key: str | None,
-        of_stopped: Mapping[str, Tensor],
-        keep: dict[str, Tensor] | None = None,
-    ) -> None:
-        """Give the module's parameters the values of a part of the optimizer's state, None: of the masters, whose rounding the
-        weights are, and those that stopped training their owners' values. keep: takes this rank's earlier values of the latter."""
-        for name, parameter in engine.module.named_parameters():
-            if name not in engine.first_stage and name not in self._owner:
-                continue
+        for name, parameter in self._averaged(engine):
             with weights.gathered(parameter, engine.zero_stage, modified=True):
-                if name in engine.first_stage:
-                    whole = engine.full_state(parameter, key)
-                else:
-                    if keep is not None and self._owner[name] == self.world.rank:
-                        keep[name] = parameter.detach().cpu().clone()
-                    whole = self._from_owner(name, parameter, of_stopped)
-                parameter.data.copy_(whole.view_as(parameter))
+                if self._owner.get(name) == self.world.rank:
+                    raw[name] = parameter.detach().cpu().clone()
+                self._put(engine, name, parameter, AVERAGE, self._kept)
+        yield
+        for name, parameter in self._averaged(engine):
+            with weights.gathered(parameter, engine.zero_stage, modified=True):
+                self._put(engine, name, parameter, None, raw)  # the weights of what trains are the rounded masters
+
+    def _averaged(self, engine: StageEngine) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that have an average, in the same order on every rank."""
+        for name, parameter in engine.module.named_parameters():
+            if name in engine.first_stage or name in self._owner:
+                yield name, parameter
+
+    def _put(
+        self, engine: StageEngine, name: str, parameter: nn.Parameter, key: str | None, kept: Mapping[str, Tensor]
+    ) -> None:
+        """Give a parameter the value of its part of the optimizer's state (None: its master), or, if it does not train, its owner's
+        kept tensor. Collective."""
+        trains = name in engine.first_stage
+        whole = engine.full_state(parameter, key) if trains else self._from_owner(name, parameter, kept)
+        parameter.data.copy_(whole.view_as(parameter))
 
     def _from_owner(self, name: str, parameter: nn.Parameter, kept: Mapping[str, Tensor]) -> Tensor:
         """A kept tensor from the rank that has it, on the device. Collective."""

@@ -37,7 +37,7 @@ class Carried:
     """Adam's state, passed from one stage to the next: moments and fp32 masters by name, on the host, and steps by group."""
 
     tensors: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
-    """parameter name -> {"master", "exp_avg", "exp_avg_sq", perhaps AVERAGE} -> float32, the parameter's shape."""
+    """parameter name -> {"master", "exp_avg", "exp_avg_sq"} -> float32, the parameter's shape."""
     steps: dict[int, Tensor] = field(default_factory=dict)
     """first stage of a parameter group -> Adam steps it has taken, 0-dim float32."""
 
@@ -178,13 +178,10 @@ class StageEngine:
         if not steps:  # no step was taken (all were dropped): nothing to carry
             return Carried()
         self.link_state()
-        averaged = AVERAGE in next(iter(inner.state.values()))
         for name, parameter in self.module.named_parameters():
             if name in names and name in self.first_stage:
                 tensors = {"master": self.full_state(parameter, None)}
-                tensors |= {
-                    key: self.full_state(parameter, key) for key in (*MOMENTS, *([AVERAGE] if averaged else []))
-                }
+                tensors |= {key: self.full_state(parameter, key) for key in MOMENTS}
                 found[name] = {key: tensor.cpu() for key, tensor in tensors.items()}
         return Carried(found, steps)
 
@@ -290,16 +287,13 @@ class StageEngine:
         """Load Adam's state, given as whole tensors by name, into this rank's part of the optimizer. Collective."""
         zero = self.deepspeed.optimizer
         # torch creates Adam's state at the first step; create it now, to load values into it.
-        averaged = AVERAGE in next(iter(carried.tensors.values()))
         for first_stage, flat in self.flat_groups():
             zero.optimizer.state[flat] = adam_state(flat, carried.steps.get(first_stage))
-            if averaged:  # of parameters that are not carried: their weights
-                zero.optimizer.state[flat][AVERAGE] = flat.detach().clone()
         self.link_state()
         for name, parameter in self.module.named_parameters():
             if name in carried.tensors:
-                for key, value in carried.tensors[name].items():
-                    self.set_state(parameter, value, None if key == "master" else key)
+                for key in ("master", *MOMENTS):
+                    self.set_state(parameter, carried.tensors[name][key], None if key == "master" else key)
         log.info(
             "carried Adam's moments of %d parameters into stage %s",
             len(carried.tensors),

@@ -101,7 +101,7 @@ def train_stages(trainer: Trainer, upkeep: Upkeep) -> Verdict:
             if stage + 1 < len(config.stages):
                 names = set(trainable_names(trainer.models.trainable, config.stages[stage + 1]))
                 trainer.carried = trainer.engine.carry(names)
-                trainer.average.leave_stage(trainer.engine, names)
+                trainer.average.leave_stage(trainer.engine)
         trainer.engine.close()
         if verdict is not Verdict.CONTINUE:
             return verdict

@@ -102,8 +102,9 @@ def encode_condition(
 ) -> Condition:
     """The frozen trunk's hidden states of a batch: from the cache, or of its pictures and captions by Qwen2-VL.
 
-    samples: the batch's, for which one of several captions is drawn. drawn_index: which of the update's drawn batches this micro-batch was cut from. The kind of condition (image,
-    image and text, text, none) is drawn once for each, the same on all ranks and however it is cut."""
+    samples: the batch's, for which one of several captions is drawn. drawn_index: which of the update's drawn batches this
+    micro-batch was cut from. The kind of condition (image, image and text, text, none) is drawn once for each, the same on all
+    ranks and however it is cut."""
     kind = draw_kind(config.data.condition, config.run.seed, update, drawn_index)
     if kind == "none":
         return models.trunk.empty(len(batch.keys))

@@ -123,11 +123,12 @@ def validate(trainer: Trainer) -> None:
         )
 
     with monitor.timed(Kind.VALIDATION, update):
-        values = of_average = measured()
-        if trainer.average.updates:  # before the first update it is the weights
-            with trainer.average.in_place_of_weights(engine):
-                of_average = measured()
+        values = measured()
         if trainer.average.decay:
+            of_average = values  # before the first update it is the weights
+            if trainer.average.updates:
+                with trainer.average.in_place_of_weights(engine):
+                    of_average = measured()
             values = values | {f"ema_{name}": value for name, value in of_average.items()}
     monitor.scalars({f"validation/{name}": value for name, value in values.items()}, update)
     monitor.show(val=f"{values['loss']:.3f}", gap=f"{values['gap']:.2f}" if "gap" in values else "-")

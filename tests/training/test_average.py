@@ -169,13 +169,13 @@ def test_an_error_of_one_rank_while_the_average_is_in_place_ends_it_without_wait
     engine = StageEngine(Toy(), toy_config().for_world(1), json.loads(ds_config(tmp_path).read_text()), 0, 1)
     average, put = WeightAverage(0.4, World(0, 1, CPU)), []
     average.begin_stage(engine)
-    monkeypatch.setattr(average, "_put", lambda engine, key, *_, **__: put.append(key))
+    monkeypatch.setattr(average, "_put", lambda engine, name, parameter, key, kept: put.append(key))
     with pytest.raises(torch.OutOfMemoryError), average.in_place_of_weights(engine):
         raise torch.OutOfMemoryError
-    assert put == [AVERAGE]
+    assert put == [AVERAGE] * len(engine.first_stage)
     with average.in_place_of_weights(engine):
         pass
-    assert put == [AVERAGE, AVERAGE, None]
+    assert put == [key for key in (AVERAGE, AVERAGE, None) for _ in engine.first_stage]
     engine.close()
 
 

@@ -254,6 +254,15 @@ def test_captions_that_the_data_do_not_have(data, captioned, condition, problems
     assert len(found) == notes and all(f"only {captioned} of the 1000 images" in note for note in found)
 
 
+def test_an_optimizer_on_nvme_is_refused(data):
+    config = configure(data__path=str(data))
+    zero = DS_CONFIG["zero_optimization"] | {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}
+    found = find_problems(config, DS_CONFIG | {"zero_optimization": zero}, 8)
+    assert [line for line in found if "nvme" in line] == [
+        "--deepspeed: offload_optimizer.device nvme keeps Adam's state where a change of stage cannot read it; use cpu"
+    ]
+
+
 @pytest.mark.parametrize(
     ("weights", "images", "condition", "note"),
     [

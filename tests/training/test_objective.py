@@ -161,6 +161,11 @@ def test_an_empty_condition_is_the_same_for_any_batch_also_when_the_trunk_is_gon
     batch = Batch(["a", "b"], CAPTIONS, WIDE, None, None, torch.zeros(2, 3, 4))  # cached, and not used
     given = objective.encode_condition(config, gone, batch, SAMPLES, 0, 0)
     assert gone.trunk.released and torch.equal(given.hidden_states, before.hidden_states[:2])
+    other = alone.vlm
+    with torch.no_grad():
+        other.get_input_embeddings().weight.add_(1)
+    alone.vlm = other  # as an export joins and splits it: what was kept is of the earlier weights
+    assert not torch.equal(alone.empty(1).hidden_states, before.hidden_states[:1])
 
 
 def test_the_guidance_value_is_drawn_for_each_sample_from_its_range():

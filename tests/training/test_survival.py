@@ -363,6 +363,10 @@ def test_other_ranks_go_on_with_the_same_batches(tmp_path):
     ]
     assert ends[0] == ends[1]
     assert "0 repeats" in two.stderr + two.stdout
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    norms = EventAccumulator(str(tmp_path / "whole" / "tensorboard")).Reload().Scalars("train/grad_norm")
+    assert len(norms) == 8 and all(norm.value > 0 for norm in norms)  # else any data would do
     models = load_models(build_config(merge(tiny(), values)))
     for folder in (tmp_path / "whole", run):
         assert_averages_follow_the_weights(folder, dict(models.trainable.named_parameters()), 0.6)

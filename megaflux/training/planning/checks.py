@@ -92,6 +92,8 @@ def _sharding(config: Config, ds_config: dict[str, Any]) -> Iterator[str]:
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     if offload not in ("none", None) and zero_stage(ds_config) < 1:
         yield "--deepspeed: offload_optimizer needs zero_optimization.stage 1, 2 or 3"
+    if offload == "nvme":
+        yield "--deepspeed: offload_optimizer.device nvme keeps Adam's state where a change of stage cannot read it; use cpu"
 
 
 def _sizes(config: Config) -> Iterator[str]:
