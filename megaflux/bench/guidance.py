@@ -6,8 +6,9 @@ guidance-3.5   the same with 3.5
 They differ in nothing else: seed, order of the data, noise, trapezoid, number of updates. Every so many updates both are validated
 at their own guidance value and at 3.5, weights and average (RUN/validation.jsonl). At the end three sets of weights of each are
 measured at 1.0 and at 3.5: the weights, their average, and the average of what the last stage trains beside the weights of what
-stopped before, whose average is as old as that. Measured are loss and gap on held-out pictures (the loss with another picture's condition, divided by the
-loss with its own, minus 1), and how many of one variation each lie nearest to their own reference. DIR/guidance.json holds all of it.
+stopped before, whose average is as old as that. Measured are loss and gap on held-out pictures (the loss with another picture's
+condition, divided by the loss with its own, minus 1), and how many of one variation each lie nearest to their own reference.
+DIR/guidance.json holds all of it.
 Run again after a kill, the same command goes on. Twenty to thirty minutes on two CPU cores.
 """
 

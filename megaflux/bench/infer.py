@@ -68,7 +68,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     try:
         pipeline = load(args.checkpoint, device)
         side = args.side or pipeline.settings.longest_side
-        from megaflux.generation.request import check_numbers
+        from megaflux.generation.limits import check_numbers
 
         guidance = pipeline.settings.guidance
         check_numbers({"height": side, "width": side, "steps": args.steps, "guidance": guidance})

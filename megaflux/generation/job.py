@@ -16,18 +16,8 @@ from pydantic import AfterValidator, Field
 from megaflux.common.errors import UserError
 from megaflux.config.schema import Section
 from megaflux.generation.dots.dots import Dot, Weighting
-from megaflux.generation.request import (
-    DETECTED,
-    LIMITS,
-    MAX_COUNT,
-    Names,
-    check_aspect,
-    check_background,
-    check_negative,
-    check_numbers,
-    check_prompt,
-    plain_name,
-)
+from megaflux.generation.limits import LIMITS, MAX_COUNT, Names, check_numbers, plain_name
+from megaflux.generation.request import DETECTED, check_aspect, check_background, check_negative, check_prompt
 
 Mode = Literal["text", "variation", "img2img", "inpaint", "controlnet", "controlnet-inpaint"]
 MODES: tuple[Mode, ...] = get_args(Mode)

@@ -53,6 +53,7 @@ from megaflux.generation.layout import (
     write_indexes,
     write_parts,
 )
+from megaflux.generation.limits import check_numbers
 from megaflux.generation.request import (
     ConditionRequest,
     ControlMaps,
@@ -62,7 +63,6 @@ from megaflux.generation.request import (
     as_draws,
     as_references,
     check_negative,
-    check_numbers,
     check_output_type,
     check_pictures,
     check_prompt,
@@ -258,10 +258,10 @@ class Qwen2VLFluxPipeline:
         default. shift: a fixed timestep shift; None: the scheduler's own. batch_size: pictures made at once; a picture
         depends on its own seed alone, except for last bits that vary with the batch's size. attention_map: fill the
         output's `attention`, at the cost of a second softmax per block. release_compatible: prepare pictures, and a
-        ControlNet's tokens, as the released tool does (release.py); without a reference, the image is one. true_cfg_scale: not 1: run
-        FLUX a second time at each step, on the negative prompt, read by text_encoder, or else on the empty condition, and go this
-        far from its velocity to the condition's (true_cfg.py). return_dict False: return (images,), as diffusers does. UserError
-        for invalid arguments.
+        ControlNet's tokens, as the released tool does (release.py); without a reference, the image is one.
+        true_cfg_scale: not 1: run FLUX a second time at each step, on the negative prompt, read by text_encoder, or
+        else on the empty condition, and go this far from its velocity to the condition's (true_cfg.py). return_dict
+        False: return (images,), as diffusers does. UserError for invalid arguments.
         """
         draws = as_draws(seed, generator, num_images_per_prompt)
         check_pictures(image=image, mask_image=mask_image, control_image=control_image)

@@ -17,7 +17,8 @@ from megaflux.common.errors import UserError
 from megaflux.generation.dots import dots as dotting
 from megaflux.generation.job import Input, Job, JobReference, Mode, Runtime, check
 from megaflux.generation.layout import is_export, read_manifest
-from megaflux.generation.request import check_numbers, check_prompt, check_seeds
+from megaflux.generation.limits import check_numbers
+from megaflux.generation.request import check_prompt, check_seeds
 from megaflux.infer import values
 
 FOLDERS = ("flux", "vlm", "vae")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megaflux.common.errors import UserError
 from megaflux.generation.job import Input, JobControl, JobReference
-from megaflux.generation.request import LIMITS
+from megaflux.generation.limits import LIMITS
 
 
 def option_of(name: str) -> str:

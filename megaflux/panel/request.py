@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 
 from megaflux.common.errors import UserError
 from megaflux.generation.job import Input, Job, JobControl, JobReference, check
-from megaflux.generation.request import LIMITS, Limits, check_numbers, check_prompt, check_seeds, plain_name
+from megaflux.generation.limits import LIMITS, Limits, check_numbers, plain_name
+from megaflux.generation.request import check_prompt, check_seeds
 from megaflux.panel.state import AUTO, MATCH, Form, Session, Stored, parts_used, with_mask_by
 
 MAX_PER_PRESS = 64  # pictures of one press of the button

@@ -2,11 +2,14 @@
 
     average_n = average_{n-1} + (1 - d_n) (weights_n - average_{n-1}),   d_n = min(decay, (1 + n) / (10 + n))
 
-n counts the updates since the average began that were taken, not dropped (schedule.average_decay). weights_n are the float32 masters.
+n counts the updates since the average began that were taken, not dropped (schedule.average_decay). weights_n are the
+float32 masters.
 
-Each rank keeps the average of its own part of the masters, 4 P / R bytes beside Adam's moments (P parameters that train, R ranks),
-so that an update needs no communication; offloaded with them, it is on the host. At a change of stage averages are moved by name,
-over the host of one rank each. A parameter that no longer trains keeps its average there; if it trains again, its average goes on. Checkpoints hold the averages of all parameters that have trained since the average began (checkpoint/weights.py).
+Each rank keeps the average of its own part of the masters, 4 P / R bytes beside Adam's moments (P parameters that train, R
+ranks), so that an update needs no communication; offloaded with them, it is on the host. At a change of stage averages are
+moved by name, over the host of one rank each. A parameter that no longer trains keeps its average there; if it trains
+again, its average goes on. Checkpoints hold the averages of all parameters that have trained since the average began
+(checkpoint/weights.py).
 """
 
 from __future__ import annotations

@@ -148,7 +148,8 @@ class Monitor:
         self._reset()
 
     def _sum_over_ranks(self) -> tuple[Tensor, int, int, list[dict[str, int]]]:
-        """Over all ranks: losses by t (sum, count), how many samples were replaced and captions cut, and every rank's `allocator_state`.
+        """Over all ranks: losses by t (sum, count), how many samples were replaced and captions cut, and every rank's
+        `allocator_state`.
 
         All in one tensor, so that the GPU is waited for once; gathering objects waits several times per rank. Collective."""
         size, state = self.world.size, allocator_state(self.world)

@@ -6,9 +6,9 @@
     ROOT/<split>/<bucket>/.../*.mds       shards of JPEG and WebP files, which zstd would not make smaller, and caches
     ROOT/<split>/<bucket>/.../*.mds.zstd  of PNG files, and of earlier caches; streaming unpacks them beside it, as *.mds
 
-Columns of prepared images: key (str), caption (str; several are joined, see megaflux.data.captions), image (bytes of a png, jpeg or webp file at the bucket's size). A
-derived dataset has the same layout and other columns: latents and hidden_states as arrays. NumPy has no bfloat16, so
-those bits are stored as uint16.
+Columns of prepared images: key (str), caption (str; several are joined, see megaflux.data.captions), image (bytes of a
+png, jpeg or webp file at the bucket's size). A derived dataset has the same layout and other columns: latents and
+hidden_states as arrays. NumPy has no bfloat16, so those bits are stored as uint16.
 """
 
 from __future__ import annotations

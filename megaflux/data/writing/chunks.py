@@ -69,9 +69,10 @@ class Report:
     """What became of a chunk's items. items: their number. bad: key, reason and detail of each that was skipped. counts:
     split -> bucket name -> samples; shards: the same -> index entries. notes: what was done to images -> how many.
     captioned: samples with a caption, None in reports of earlier versions; bad_captions: key and detail of captions that
-    were not used. images_by_captions: number of captions -> images; characters: length of a caption -> captions; the keys
-    are digits, and both None in reports of earlier versions. candidates: bucket name -> the training samples that a larger held-out share takes first, as (draw,
-    key); items that must stay with others are none; None in reports of earlier versions."""
+    were not used. images_by_captions: number of captions -> images; characters: length of a caption -> captions; the
+    keys are digits, and both None in reports of earlier versions. candidates: bucket name -> the training samples that
+    a larger held-out share takes first, as (draw, key); items that must stay with others are none; None in reports of
+    earlier versions."""
 
     items: int
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

@@ -34,9 +34,9 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint and delete those no longer kept; returns its folder. Collective.
 
-    average: of the weights. origin: fingerprints of the weights that the run began from (`Models.origin`). resumed_from: update of the checkpoint that
-    this process started from, which is kept. UserError, the same on all ranks, if the disk refuses; earlier checkpoints
-    stay.
+    average: of the weights. origin: fingerprints of the weights that the run began from (`Models.origin`).
+    resumed_from: update of the checkpoint that this process started from, which is kept. UserError, the same on all
+    ranks, if the disk refuses; earlier checkpoints stay.
     """
     partial = manifest.partial_of(config.run.dir, progress.update)
     final = manifest.folder(config.run.dir) / manifest.name_of(progress.update)
