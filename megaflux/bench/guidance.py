@@ -20,35 +20,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megaflux.bench import small_runs
 from megaflux.bench.small_runs import train, validations
 from megaflux.common.errors import UserError
 from megaflux.common.files import write_json
-from megaflux.common.paths import path_option
 from megaflux.config.parse import build_config, load_yaml, merge
 from megaflux.config.presets import tiny
 from megaflux.config.schema import GENERATION_GUIDANCE
-from megaflux_kernels.bench.report import Parser, positive
+from megaflux_kernels.bench.report import Parser
 
 VALUES = (1.0, GENERATION_GUIDANCE)
 WEIGHTS = ("weights", "average", "average of the last stage")
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--out", type=path_option, required=True, metavar="DIR", help="where everything is written")
-    parser.add_argument("--updates", type=positive, default=800, metavar="N", help="of each run (default 800)")
-    parser.add_argument("--every", type=positive, default=100, metavar="N", help="updates between validations (100)")
+    small_runs.add_arguments(parser, updates=800, every=100)
     parser.add_argument("--ema-decay", type=float, default=0.99, metavar="D", help="of the average (default 0.99)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of both runs (0)")
-    parser.add_argument("--config", type=path_option, metavar="FILE", help="YAML over the tiny preset, for both runs")
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    try:
-        found = compare(args)
-    except UserError as error:
-        parser.error(str(error))
-    print(table(found))
-    return 0
+    return small_runs.run(parser, args, compare, table)
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -75,16 +67,16 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         }
         if train(name, build_config(merge(given, values)), out):
             measured = {row: found for row, found in measured.items() if not row.startswith(f"{name}, ")}
+            write_json(file, {"measured": measured}, indent=1)  # before a kill could leave the earlier run's
         runs[name] = validations(out / name)
-    for name in runs:
-        for weights in WEIGHTS:
-            for value in VALUES:
-                row = f"{name}, {weights}, at {value:g}"
-                if row not in measured:
-                    measured[row] = measure(out / name, weights, value)
-                    print(f"{row}: {measured[row]}", flush=True)
-                write_json(file, {"options": options, "runs": runs, "measured": measured}, indent=1)
-    return {"options": options, "runs": runs, "measured": measured}
+    found = {"options": options, "runs": runs, "measured": measured}
+    for name, weights, value in itertools.product(runs, WEIGHTS, VALUES):
+        row = f"{name}, {weights}, at {value:g}"
+        if row not in measured:
+            measured[row] = measure(out / name, weights, value)
+            print(f"{row}: {measured[row]}", flush=True)
+            write_json(file, found, indent=1)
+    return found
 
 
 def measure(run: Path, which: str, guidance: float) -> dict[str, float]:

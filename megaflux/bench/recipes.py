@@ -22,10 +22,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megaflux.bench import small_runs
 from megaflux.bench.small_runs import train, validations
-from megaflux.common.errors import UserError
 from megaflux.common.files import write_json
-from megaflux.common.paths import path_option
 from megaflux.config.parse import build_config, load_yaml, merge
 from megaflux.config.presets import tiny
 from megaflux_kernels.bench.report import Parser, positive
@@ -46,21 +45,13 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--out", type=path_option, required=True, metavar="DIR", help="where everything is written")
+    small_runs.add_arguments(parser, updates=320, every=20)
     parser.add_argument("--base-updates", type=positive, default=400, metavar="N", help="of base (default 400)")
-    parser.add_argument("--updates", type=positive, default=320, metavar="N", help="of each other run (default 320)")
-    parser.add_argument("--every", type=positive, default=20, metavar="N", help="updates between validations (20)")
     parser.add_argument("--seed", type=positive, default=1, metavar="N", help="of the new connector and Qwen (1)")
-    parser.add_argument("--config", type=path_option, metavar="FILE", help="YAML over the tiny preset, for all runs")
 
 
 def run(parser: Parser, args: argparse.Namespace) -> int:
-    try:
-        found = compare(args)
-    except UserError as error:
-        parser.error(str(error))
-    print(table(found))
-    return 0
+    return small_runs.run(parser, args, compare, table)
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megaflux.common.errors import UserError
+from megaflux.common.paths import path_option
 from megaflux.config.schema import Config
+from megaflux_kernels.bench.report import Parser, positive
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")
+Compare = Callable[[argparse.Namespace], dict[str, Any]]
+"""The options -> what was found."""
+
+
+def add_arguments(parser: Parser, updates: int, every: int) -> None:
+    """The options that all of them have. updates, every: the defaults."""
+    add = parser.add_argument
+    add("--out", type=path_option, required=True, metavar="DIR", help="where everything is written")
+    add("--updates", type=positive, default=updates, metavar="N", help=f"of each compared run (default {updates})")
+    add("--every", type=positive, default=every, metavar="N", help=f"updates between validations ({every})")
+    add("--config", type=path_option, metavar="FILE", help="YAML over the tiny preset, for all runs")
+
+
+def run(parser: Parser, args: argparse.Namespace, compare: Compare, table: Callable[[dict[str, Any]], str]) -> int:
+    """Compare and print the table; a UserError is an error of the command line."""
+    try:
+        found = compare(args)
+    except UserError as error:
+        parser.error(str(error))
+    print(table(found))
+    return 0
 
 
 def train(name: str, config: Config, out: Path) -> bool:

@@ -36,7 +36,7 @@ def build(work: Work) -> Page:
     """The page of a loaded pipeline."""
     loaded = work.loaded
     with Page(title="megaflux", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
-        averaged = ", averaged weights" * loaded.runtime.ema
+        averaged = ", averaged weights" * bool(loaded.pipeline.source.get("ema"))  # of a run or in an export
         where = f"{short(loaded.runtime.checkpoint)}{averaged}, {loaded.pipeline.device}"
         gr.HTML(f"<h1>megaflux</h1><p>{html.escape(where)}</p>", elem_id="title")
         with gr.Row():

@@ -75,6 +75,8 @@ class StageEngine:
         restore_buffers(module, buffers)
         if self.deepspeed.zero_optimization_stage() == 3:
             use_zero3_linear(self.deepspeed)
+        self.num_trainable = sum(whole_size(p) for p in module.parameters() if p.requires_grad)
+        """Number of values in the parameters that train."""
         self.sharding = sharding(ds_config)
         self.zero_stage = self.sharding["zero_stage"]
         self.judge = judge
@@ -86,11 +88,6 @@ class StageEngine:
         self._put_judge_before_step()
         if carried is not None and carried.tensors:
             self.take_over(carried)
-
-    @property
-    def num_trainable(self) -> int:
-        """Number of values in the parameters that train."""
-        return sum(whole_size(p) for p in self.module.parameters() if p.requires_grad)
 
     @property
     def accumulation_steps(self) -> int:

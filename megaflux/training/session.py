@@ -148,8 +148,7 @@ def begin(run: Run, resumed: Checkpoint | None, divergence: Divergence | None, l
     loader = build_loader(dataset, options, world)
     for name in loader.stale:
         run.events.fault(Fault.STALE_SHARED_MEMORY, resumed.update if resumed else 0, name)
-    optim = config.optim
-    guard = Guard(optim.spike_sigma, optim.spike_window, config.train.bad_updates, optim.large_gradient_share)
+    guard = Guard.of(config)
     stage = update = 0
     if resumed:
         progress = resumed.progress
@@ -161,7 +160,7 @@ def begin(run: Run, resumed: Checkpoint | None, divergence: Divergence | None, l
         guard.dropped = max(guard.dropped, divergence.dropped if divergence else 0)
         run.plan.load_state_dict(progress.plan)
         log.info("resuming %s at update %d", config.run.dir, update)
-    average = WeightAverage(optim.ema_decay, world)
+    average = WeightAverage(config.optim.ema_decay, world)
     drawn_batches = iter(loader)
     run.plan.update = update
     monitor = Monitor(config, world, models.trainable, update, run.events)

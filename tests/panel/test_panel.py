@@ -324,6 +324,15 @@ class Desk:
         return self(self.h.generate, REQUEST, lambda step, **_: self.progress.append(step))
 
 
+@pytest.mark.parametrize("source", [{}, {"ema": True}])
+def test_the_title_says_that_weights_are_averaged(loaded, tmp_path, monkeypatch, source):
+    monkeypatch.setattr(loaded.pipeline, "source", source)
+    page = Desk(loaded, tmp_path / "out").page
+    (title,) = [block.value for block in page.blocks.values() if getattr(block, "elem_id", None) == "title"]
+    assert ("averaged weights" in title) == bool(source)
+    page.close()
+
+
 @pytest.fixture
 def desk(loaded, tmp_path):
     desk = Desk(loaded, tmp_path / "out")

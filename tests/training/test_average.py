@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from megaflux import export, runs
@@ -16,6 +17,8 @@ from megaflux.common.errors import UserError
 from megaflux.common.ranks import World
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import dev
+from megaflux.generation.outputs import read_settings
+from megaflux.infer.__main__ import main as infer
 from megaflux.infer.request import to_runtime
 from megaflux.training.average import WeightAverage
 from megaflux.training.checkpoint import manifest, space, weights
@@ -64,6 +67,31 @@ def test_averages_are_loaded_in_the_place_of_weights_and_exported(run_folder, tm
         p(picture(64, 64), num_inference_steps=1, output_type="pt", seed=1).images for p in (of_run, of_export, plain)
     ]
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def test_a_command_line_that_asks_for_averages_makes_pictures_with_them(run_folder, tmp_path, capsys):
+    run = with_averages(run_folder, tmp_path / "run")
+    picture(64, 64).save(tmp_path / "reference.png")
+    arguments = [
+        "--checkpoint",
+        run,
+        "--reference",
+        tmp_path / "reference.png",
+        "--count",
+        1,
+        "--steps",
+        1,
+        "--device",
+        "cpu",
+    ]
+    for option, out in ((["--ema"], "averaged"), ([], "plain")):
+        assert infer([*map(str, arguments), *option, "--out", str(tmp_path / out)]) == 0
+    made = [next((tmp_path / out).glob("*seed0.png")) for out in ("averaged", "plain")]
+    assert [read_settings(str(file))[2]["source"].get("ema") for file in made] == [True, None]
+    assert Image.open(made[0]).tobytes() != Image.open(made[1]).tobytes()
+    assert infer(["--from-image", str(made[0]), "--out", str(tmp_path / "again")]) == 0
+    again = next((tmp_path / "again").glob("*seed0.png"))
+    assert Image.open(again).tobytes() == Image.open(made[0]).tobytes()
 
 
 def test_what_holds_no_averages_says_so(run_folder, export_folder, tmp_path):

@@ -194,7 +194,9 @@ def test_what_is_set_when_resuming_is_applied(tmp_path, precision):
 
 
 def test_the_guards_values_are_those_of_the_start():
-    guard = Guard(3.0, 5, 2, 0.5)
+    set_now = {"spike_sigma": 3.0, "spike_window": 5, "large_gradient_share": 0.5}
+    values = merge(toy_config().model_dump(), {"optim": set_now, "train": {"bad_updates": 2}})
+    guard = Guard.of(build_config(values))
     guard.load_state_dict({"norms": [1.0] * 128, "in_a_row": 1, "dropped": 4})
     assert len(guard.norms) == 5 and guard.patience == 2 and guard.sigma == 3.0 and guard.most_large == 0.5
 

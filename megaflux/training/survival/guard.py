@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from megaflux.config.schema import Config
+
 FEWEST = 64  # norms needed before the rule applies: a run's first norms fall fast, and a mean of three says nothing
 LEAST = 0.1  # of the mean: the smallest deviation assumed, or nearly equal norms would make every next one a spike
 
@@ -54,6 +56,12 @@ class Guard:
         """Updates dropped since the last one that was taken."""
         self.dropped = 0
         """Updates dropped since the run began."""
+
+    @classmethod
+    def of(cls, config: Config) -> Guard:
+        """The guard that a run's configuration asks for."""
+        optim = config.optim
+        return cls(optim.spike_sigma, optim.spike_window, config.train.bad_updates, optim.large_gradient_share)
 
     def judge(self, norm: float, large_share: float = 0.0) -> Drop | None:
         """None: take the update; else why to drop it. Counts either way. large_share: of the gradient's values, in [0, 1]."""
