@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megaflux.data.buckets import Bucket
+from megaflux.data.references import COLUMN, ReferencePicture
 from megaflux.data.tensors import from_array
 
 
@@ -22,6 +23,7 @@ class Batch:
     pixel_values: torch.Tensor | None  # uint8 (B, 3, H, W), RGB
     latents: torch.Tensor | None  # (B, C, h, w), of cached shards
     hidden_states: torch.Tensor | None  # (B, S, D), the frozen trunk's output, of cached shards
+    references: list[list[ReferencePicture]] | None = None  # of each sample, none or more; None: the data have none
     replaced: list[str] = field(default_factory=list)  # a line for each sample that replaces a damaged one
 
     def to(self, device: torch.device) -> Batch:
@@ -35,6 +37,7 @@ class Batch:
             pixel_values=moved(self.pixel_values),
             latents=moved(self.latents),
             hidden_states=moved(self.hidden_states),
+            references=self.references and [[_to(one, device) for one in each] for each in self.references],
         )
 
     def rows(self, start: int, end: int) -> Batch:
@@ -50,8 +53,13 @@ class Batch:
             pixel_values=cut(self.pixel_values),
             latents=cut(self.latents),
             hidden_states=cut(self.hidden_states),
+            references=self.references and self.references[start:end],
             replaced=[] if start else self.replaced,
         )
+
+
+def _to(reference: ReferencePicture, device: torch.device) -> ReferencePicture:
+    return reference._replace(pixel_values=reference.pixel_values.to(device, non_blocking=True))
 
 
 def pieces(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
@@ -86,6 +94,8 @@ def collate(samples: Sequence[dict[str, Any]], buckets: Sequence[Bucket]) -> dic
         "pixel_values": None,
         "replaced": [sample["replaced"] for sample in samples if "replaced" in sample],
     }
+    if COLUMN in samples[0]:
+        fields["references"] = [sample[COLUMN] for sample in samples]
     if "pixel_values" in samples[0]:
         fields["pixel_values"] = torch.stack([sample["pixel_values"] for sample in samples])
     for name in ("latents", "hidden_states"):

@@ -39,6 +39,7 @@ REASONS = {
     "extra_image": "another image of the same sample is used",
     "duplicate_key": "an earlier item has the same key",
     "unreadable": "the file or folder cannot be opened",
+    "bad_reference": "one of its reference pictures cannot be used",
 }
 
 NOTES = {

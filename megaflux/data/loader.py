@@ -158,6 +158,7 @@ class BucketLoader:
             num_canonical_nodes=self._canonical_nodes,
             cache_limit=options.cache_limit,
         )
+        dataset.references = options.references
         dataset.set_aside(opened.damaged)
         return dataset
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from megaflux.common.command import Parser
@@ -28,7 +27,7 @@ from megaflux.data.images import ENCODINGS
 from megaflux.data.writing import captions
 from megaflux.data.writing.build import finish, prepare
 from megaflux.data.writing.merge import TooManyBad
-from megaflux.data.writing.options import OPENMOJI_DEFAULTS, SOURCE_KINDS, Options
+from megaflux.data.writing.options import ALL, CONTENTS, NONE, PAIRS, REFERENCES, SOURCE_KINDS, Options, defaults_of
 from megaflux.data.writing.tokens import open_counter
 
 
@@ -62,7 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("source", type=path_option, metavar="SOURCE", help="folder, .tar, .parquet, or openmoji")
     add("out", type=path_option, metavar="OUT", help="folder of the dataset, new or begun by the same command")
     add("--longest-side", type=int, metavar="PX", help="of every canvas, default 1024 (openmoji: 128)")
-    add("--aspect-ratios", default=",".join(usual.aspect_ratios), help="canvases, default %(default)s")
+    add("--aspect-ratios", help=f"canvases, default {','.join(usual.aspect_ratios)} (iconify: 1:1)")
     add("--held-out", type=float, metavar="FRACTION", help="kept from training, default 0.01 (openmoji: 0.05)")
     add("--format", dest="encoding", choices=ENCODINGS, help="of the stored images, default jpeg (openmoji: png)")
     add("--quality", type=int, default=usual.quality, help="of jpeg and webp, default %(default)s")
@@ -70,6 +69,30 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--shard-size", type=int, default=usual.shard_size, metavar="BYTES", help="default %(default)s")
     add("--chunk", type=int, default=usual.chunk, metavar="IMAGES", help="unit of work, default %(default)s")
     add("--canvases", type=float, metavar="N", help="openmoji: per emoji on average, 1 to 5; default 1.25")
+    add(
+        "--references",
+        choices=REFERENCES,
+        default=usual.references,
+        help=f"reference pictures of the images: {ALL} that are there, or {NONE}; default %(default)s",
+    )
+    add(
+        "--min-references",
+        type=int,
+        metavar="N",
+        help="usable references that an image needs; others are left out (default: an image with one that cannot be used is skipped)",
+    )
+    add("--sets", metavar="SET,...", help="iconify: the icon sets to read; default: all that are there")
+    add("--contents", choices=CONTENTS, default=usual.contents, help="iconify: all names, or those that all sets share")
+    add("--pairs", choices=PAIRS, help="iconify: give each picture references: other names of its own set")
+    add("--pair-references", type=int, default=usual.pair_references, metavar="N", help="how many, default %(default)s")
+    add("--hold-out-cells", type=float, default=0.0, metavar="SHARE", help="iconify: of the pairs (name, set), by hash")
+    add(
+        "--hold-out-contents",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="iconify: of the names, in all sets, by hash",
+    )
     add("--kind", choices=SOURCE_KINDS, help="which files to read, if SOURCE has several kinds")
     add("--image-column", metavar="NAME", help="of parquet files; default: recognised")
     add("--caption-column", metavar="NAME", help="of parquet files, metadata tables and .json; default: recognised")
@@ -106,12 +129,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     given = parser.parse_args(arguments)
     if given.caption_max_tokens is not None and (given.caption_max_tokens < 1 or not given.tokenizer):
         parser.error("--caption-max-tokens: give at least 1, and --tokenizer, which counts them")
-    defaults = OPENMOJI_DEFAULTS if given.source == "openmoji" else {}
+    defaults = defaults_of(given.source)
+    for name in ("aspect_ratios", "sets"):
+        if (text := getattr(given, name)) is not None:
+            setattr(given, name, tuple(part.strip() for part in text.split(",") if part.strip()))
     chosen: dict[str, Any] = {
         name: getattr(given, name) if getattr(given, name) is not None else defaults.get(name, value)
-        for name, value in asdict(usual).items()
+        for name, value in vars(usual).items()
     }
-    chosen["aspect_ratios"] = tuple(name.strip() for name in given.aspect_ratios.split(",") if name.strip())
     given.options = Options(**chosen)
     return given
 

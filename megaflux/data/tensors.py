@@ -37,6 +37,16 @@ def from_stored_image(data: bytes, bucket: Bucket, key: str) -> torch.Tensor:
     with Image.open(io.BytesIO(data), formats=STORED) as image:
         if image.size != bucket.size:  # before a damaged header makes it decode a gigapixel
             raise UserError(f"sample {key!r}: an image of {image.width}x{image.height} in the bucket {bucket}")
+    return _decoded(data)
+
+
+def from_reference(data: bytes) -> torch.Tensor:
+    """The image file of a stored reference, of any size -> uint8 (3, H, W), as from_stored_image."""
+    return _decoded(data)
+
+
+def _decoded(data: bytes) -> torch.Tensor:
+    with Image.open(io.BytesIO(data), formats=STORED) as image:
         if image.format == "PNG":
             # Compares every chunk with its checksum, in a twentieth of the time that decoding takes. Decoding alone
             # accepts a file that ends in zeros, as a disk may leave it after a power cut.

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from megaflux.common.errors import UserError
 from megaflux.data import images
+from megaflux.data.reference_size import MAX_ASPECT, reference_size
 from megaflux.data.tensors import from_picture
-from megaflux.generation.request import MAX_ASPECT, reference_size
 
 
 def reference_tensor(picture: Image.Image, longest_side: int, name: str = "reference") -> tuple[Tensor, list[str]]:

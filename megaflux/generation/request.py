@@ -15,6 +15,7 @@ from operator import index
 from typing import TYPE_CHECKING, Any
 
 from megaflux.common.errors import UserError
+from megaflux.data import reference_size as sizes
 from megaflux.data.buckets import MULTIPLE, make_buckets
 from megaflux.generation.dots.dots import NEUTRAL, Dot, Weighting
 from megaflux.generation.limits import LIMITS, MAX_SEED, Limits, Names, check_numbers, plain_name
@@ -23,9 +24,6 @@ if TYPE_CHECKING:  # heavy to import; the functions that need it import it thems
     import torch
     from PIL import Image
 
-MAX_ASPECT = 100.0
-"""Most times that one side of a picture may be the other. Qwen2-VL refuses more than 200 of the resized picture, and rounding
-to whole tokens can double a ratio."""
 DETECTED = ("depth", "line", "canny")
 """Kinds of control map that a detector makes from a picture; maps of other kinds are given as pictures."""
 
@@ -207,13 +205,9 @@ def matched_size(picture: Image.Image, longest_side: int) -> tuple[int, int]:
 
 
 def reference_size(size: tuple[int, int], longest_side: int, as_released: bool = False) -> tuple[int, int]:
-    """(width, height) in px at which a reference goes to Qwen2-VL's processor: scaled down to the longest side of training,
-    never up. as_released: as it is."""
-    scale = longest_side / max(size)
-    if scale >= 1 or as_released:
-        return size
-    width, height = (max(1, round(side * scale)) for side in size)
-    return width, height
+    """(width, height) in px at which a reference goes to Qwen2-VL's processor, as references of training. as_released: as it
+    is."""
+    return size if as_released else sizes.reference_size(size, longest_side)
 
 
 def _to_multiple(length: float) -> int:

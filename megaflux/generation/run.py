@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from megaflux.common.errors import UserError
 from megaflux.generation.job import Input, Job
-from megaflux.generation.request import MAX_ASPECT, Reference, matched_size, output_size, pictures_at_once
+from megaflux.generation.request import Reference, matched_size, output_size, pictures_at_once
 
 if TYPE_CHECKING:  # torch and PIL take seconds to import, and a command line has to answer at once
     from PIL import Image
@@ -109,6 +109,7 @@ def _file_bytes(item: Input, option: str, embedded: Mapping[str, bytes]) -> byte
 def _decoded(data: bytes, where: str, use: str) -> tuple[Image.Image, list[str]]:
     """(the picture as `Opened` keeps it, notes). UserError naming `where` if it is not a usable picture."""
     from megaflux.data.images import NOTES, REASONS, BadImage, decode_raw, to_rgb, upright, without_profile
+    from megaflux.data.reference_size import MAX_ASPECT
 
     notes: list[str] = []
     try:

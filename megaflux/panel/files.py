@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from megaflux.common.errors import UserError
+from megaflux.data.reference_size import MAX_ASPECT
 from megaflux.generation.outputs import safe_stem
-from megaflux.generation.request import MAX_ASPECT
 from megaflux.panel.state import Stored
 
 

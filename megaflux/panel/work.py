@@ -17,11 +17,12 @@ from PIL import Image, ImageDraw
 
 from megaflux.common.errors import UserError
 from megaflux.data.images import decode, strict_pillow
+from megaflux.data.reference_size import MAX_ASPECT
 from megaflux.generation.condition import ReferenceTokens, t5_limits, token_weights
 from megaflux.generation.dots import griddot
 from megaflux.generation.dots.dots import Dot, Weighting
 from megaflux.generation.dots.heat_map import heat_map
-from megaflux.generation.request import MAX_ASPECT, check_weighting, reference_size
+from megaflux.generation.request import check_weighting, reference_size
 from megaflux.generation.run import Result, read_inputs, run, steps_taken
 from megaflux.infer.load import Loaded
 from megaflux.infer.make import Written, write

@@ -24,7 +24,7 @@ def prepare_data(config: Config, world: World) -> None:
     from megaflux.data.storage.dataset import read_dataset_info
     from megaflux.data.writing.build import prepare
     from megaflux.data.writing.merge import TooManyBad
-    from megaflux.data.writing.options import OPENMOJI_DEFAULTS, Options
+    from megaflux.data.writing.options import Options, defaults_of
 
     data = config.data
 
@@ -33,10 +33,9 @@ def prepare_data(config: Config, world: World) -> None:
 
     def make(source: str) -> None:
         log.info("preparing %s from %s", data.path, source)
-        defaults = OPENMOJI_DEFAULTS if source == "openmoji" else {}
         sizes = {"longest_side": data.longest_side, "aspect_ratios": data.aspect_ratios}
         try:
-            prepare(source, data.path, Options(**(defaults | sizes)))
+            prepare(source, data.path, Options(**(defaults_of(source) | sizes)))
         except TooManyBad as error:
             raise UserError(f"data.source: {error}") from None
 

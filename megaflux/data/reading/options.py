@@ -39,6 +39,8 @@ class LoaderOptions:
     replace_damaged: bool = False
     """Warn of local shards that are missing or damaged at the start and replace their samples, for a resumed run. False:
     refuse them with a UserError."""
+    references: bool = True
+    """Decode the samples' reference pictures. False: leave them out."""
     computed_from: str | Path | None = None
     """The dataset from which this one was computed sample by sample (megaflux.training.cache). Both are drawn in the same
     order, and a position in one is a position in the other. Only its indexes are read."""

@@ -37,8 +37,10 @@ from streaming import StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.format.base.reader import FileInfo, JointReader, Reader
 
+from megaflux.data import references
 from megaflux.data.buckets import Bucket
 from megaflux.data.reading.order import resample
+from megaflux.data.references import COLUMN
 from megaflux.data.storage.index import Problem
 from megaflux.data.storage.unpack import MachineFault, UnpackingStream
 from megaflux.data.tensors import from_stored_image
@@ -141,6 +143,8 @@ class BucketDataset(StreamingDataset):
 
     failure: str | None = None
     """A fault of the machine, noted here because streaming's threads cannot report it."""
+    references: bool = True
+    """Whether to decode the column of references (a list of ReferencePicture), or to drop it."""
     order: Sequence[Sequence[int]] | None = None
     """For each stream the sizes of the shards by which its order is drawn (megaflux.data.reading.order); None: its own."""
 
@@ -237,6 +241,10 @@ class BucketDataset(StreamingDataset):
             sample = self._present(shard_id, row, retry)
             if "image" in sample:
                 sample["pixel_values"] = from_stored_image(sample.pop("image"), self.buckets[stream_id], sample["key"])
+            if COLUMN in sample:
+                column = sample.pop(COLUMN)
+                if self.references:
+                    sample[COLUMN] = references.decoded(column)
         except Unreadable:
             raise
         except Exception as error:

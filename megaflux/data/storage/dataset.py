@@ -7,7 +7,7 @@
     ROOT/<split>/<bucket>/.../*.mds.zstd  of PNG files, and of earlier caches; streaming unpacks them beside it, as *.mds
 
 Columns of prepared images: key (str), caption (str; several are joined, see megaflux.data.captions), image (bytes of a
-png, jpeg or webp file at the bucket's size). A derived dataset has the same layout and other columns: latents and
+png, jpeg or webp file at the bucket's size), and where the source has references, those (see megaflux.data.references). A derived dataset has the same layout and other columns: latents and
 hidden_states as arrays. NumPy has no bfloat16, so those bits are stored as uint16.
 """
 
@@ -22,11 +22,13 @@ from typing import Any
 from megaflux.common.errors import UserError
 from megaflux.common.files import write_json
 from megaflux.data.buckets import Bucket, check_ratio
+from megaflux.data.references import COLUMN
 from megaflux.data.storage.caption_stats import CaptionStats
 from megaflux.data.storage.index import Problem, inspect_index, raise_problems, shown, with_prefix, write_index
 
-FORMAT_VERSION = 2
-"""The newest that is read. A dataset of images with one caption at most is written as 1, which earlier versions read too."""
+FORMAT_VERSION = 3
+"""The newest that is read: 3 has references, 2 has several captions. A dataset of images with one caption at most is written as 1,
+which earlier versions read too."""
 SPLITS = ("train", "held_out")
 HELD_OUT = 8  # pictures of one shape that validation should have at least; of fewer, its figures change by chance
 IMAGE_COLUMNS = {"key": "str", "caption": "str", "image": "bytes"}
@@ -62,8 +64,24 @@ class DatasetInfo:
         return None if content is None else CaptionStats.from_json(content)
 
     @property
+    def has_references(self) -> bool:
+        """Whether samples may have reference pictures of their own; without them the target is its own reference."""
+        return COLUMN in self.columns
+
+    @property
+    def most_references(self) -> int:
+        """The most references that a sample has."""
+        return max((int(number) for number, images in self._images_by_references.items() if images), default=0)
+
+    @property
+    def _images_by_references(self) -> dict[str, int]:
+        return self.settings.get("reference_stats", {})
+
+    @property
     def format_version(self) -> int:
         """The oldest format that can hold the dataset, so that earlier versions read what they can."""
+        if self.has_references:
+            return 3
         return 2 if self.caption_stats and self.caption_stats.several else 1
 
     def samples(self, split: str) -> int:
@@ -130,6 +148,9 @@ def _check_info(info: DatasetInfo) -> None:
     if not all(_is_whole(count, 0) for counts in (info.bad, info.notes) for count in counts.values()):
         raise TypeError("bad or notes has values that are not counts")
     _ = info.caption_stats  # raises TypeError itself
+    stats = info.settings.get("reference_stats", {})
+    if not isinstance(stats, dict) or not all(number.isdecimal() and _is_whole(n, 0) for number, n in stats.items()):
+        raise TypeError("reference_stats are not counts")
     if not isinstance(info.attribution, str | None):
         raise TypeError("attribution is not text")
 
@@ -187,6 +208,10 @@ def describe(info: DatasetInfo) -> str:
         lines.append(f"captions: {info.captioned} of {sum(info.samples(split) for split in SPLITS)} images have one")
     if info.caption_stats:
         lines += info.caption_stats.describe()
+    if info.has_references:
+        counted = {int(number): images for number, images in info._images_by_references.items()}
+        several = ", ".join(f"{images} images with {number}" for number, images in sorted(counted.items()))
+        lines.append(f"references: {sum(number * images for number, images in counted.items())} ({several})")
     if noted := {name: count for name, count in info.notes.items() if name != "captioned"}:
         lines.append("noted: " + by_reason(noted))
     if info.bad:

@@ -24,7 +24,7 @@ from megaflux.data.storage.shards import COMPRESSION, compression_for
 from megaflux.data.writing import captions, chunks
 from megaflux.data.writing.items import Item, Source, printable
 from megaflux.data.writing.merge import judge, merge, read_plan
-from megaflux.data.writing.options import Options
+from megaflux.data.writing.options import NONE, Options
 from megaflux.data.writing.sources import open_source
 from megaflux.data.writing.tokens import TokenCounter
 from megaflux.data.writing.workers import write_chunks
@@ -73,7 +73,7 @@ def prepare(
         chunks.remove_unfinished(out, mine)
         todo = [number for number in mine if not chunks.report_path(out, number).exists()]
         done_before = sum(len(parts[number]) for number in mine) - sum(len(parts[number]) for number in todo)
-        job = chunks.Job(opened, chunks.Target(out, buckets, options, compression), counter)
+        job = chunks.Job(opened, chunks.Target(out, buckets, options, compression, opened.has_references), counter)
         jobs = [(number, parts[number]) for number in todo]
         started = time.monotonic()
         bar = tqdm(
@@ -147,7 +147,13 @@ def _plan(source: Source, items: Sequence[Item], options: Options, chunk_count: 
     return {
         "format_version": PLAN_VERSION,
         "settings": json.loads(json.dumps(asdict(options))),
-        "source": {"kind": source.kind, "items": len(items), "fingerprint": _fingerprint(items)},
+        "source": {
+            "kind": source.kind,
+            "items": len(items),
+            "fingerprint": _fingerprint(items),
+            **({"references": True} if source.has_references else {}),
+            **source.settings,
+        },
         "attribution": source.attribution,
         "chunks": chunk_count,
         "compression": compression_for(options.encoding),
@@ -155,13 +161,17 @@ def _plan(source: Source, items: Sequence[Item], options: Options, chunk_count: 
 
 
 def _as_begun(out: Path, options: Options) -> Options:
-    """The options under which a dataset is continued that an earlier version began, which stored one caption of an image.
+    """The options under which a dataset is continued that an earlier version began, which stored one caption of an image, or no
+    references.
 
     Half of its images would have one caption and half all of them, so it is finished as it was begun."""
     begun = read_plan(out) if os.path.isdir(out) else None
-    if begun is None or "captions" in begun.get("settings", {}) or options.captions != captions.ALL:
+    if begun is None:
         return options
-    return replace(options, captions=captions.FIRST)
+    settings = begun.get("settings", {})
+    if "captions" not in settings and options.captions == captions.ALL:
+        options = replace(options, captions=captions.FIRST)
+    return options if "references" in settings else replace(options, references=NONE)
 
 
 def _claim(out: Path, plan: dict[str, Any]) -> str | None:
@@ -185,7 +195,22 @@ def _claim(out: Path, plan: dict[str, Any]) -> str | None:
         return plan["compression"]
     begun = {"compression": COMPRESSION, **begun}
     missing = {name: value for name, value in asdict(Options()).items() if name not in begun["settings"]}
-    begun["settings"] = begun["settings"] | missing  # as they were before there were such options
+    begun["settings"] = begun["settings"] | json.loads(
+        json.dumps(missing)
+    )  # as they were before there were such options
+    if missing.pop("references", None):
+        begun["settings"]["references"] = NONE
+        for name in (
+            "min_references",
+            "pairs",
+            "pair_references",
+            "sets",
+            "contents",
+            "hold_out_cells",
+            "hold_out_contents",
+        ):
+            missing.pop(name, None)
+        log.info("%s: was begun by an earlier version, which stored no references; it stays so", out)
     if missing.pop("captions", None):
         if plan["settings"]["captions"] != captions.FIRST:  # _as_begun leaves only what the user asked for
             raise UserError(

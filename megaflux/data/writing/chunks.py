@@ -31,11 +31,13 @@ from megaflux.common.errors import UserError
 from megaflux.common.files import Lock, sync_file, sync_folder, try_lock, write_json
 from megaflux.data.buckets import Bucket, nearest_bucket
 from megaflux.data.images import BadImage, decode, encode, fit
+from megaflux.data.references import COLUMN, pack
 from megaflux.data.storage.dataset import HELD_OUT, IMAGE_COLUMNS, SPLITS
 from megaflux.data.storage.index import INDEX, with_prefix
 from megaflux.data.storage.shards import open_writer, read_shard
 from megaflux.data.writing.items import Item, Loaded, Source
 from megaflux.data.writing.options import Options
+from megaflux.data.writing.references import kept_references
 from megaflux.data.writing.split import draw, is_held_out
 from megaflux.data.writing.tokens import TokenCounter, write_counted
 
@@ -46,12 +48,19 @@ LOCK_SECONDS = 5  # to wait for a killed run's workers, which leave within a sec
 
 @dataclass(frozen=True)
 class Target:
-    """Where and how chunks are written. out: the dataset's folder. compression: of its shards, "zstd" or None."""
+    """Where and how chunks are written. out: the dataset's folder. compression: of its shards, "zstd" or None. references:
+    whether samples have a column of them."""
 
     out: Path
     buckets: tuple[Bucket, ...]
     options: Options
     compression: str | None
+    references: bool = False
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Name -> MDS encoding of the shards' columns."""
+        return {**IMAGE_COLUMNS, COLUMN: "bytes"} if self.references else IMAGE_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,8 @@ class Report:
     split -> bucket name -> samples; shards: the same -> index entries. notes: what was done to images -> how many.
     captioned: samples with a caption, None in reports of earlier versions; bad_captions: key and detail of captions that
     were not used. images_by_captions: number of captions -> images; characters: length of a caption -> captions; the
-    keys are digits, and both None in reports of earlier versions. candidates: bucket name -> the training samples that
+    keys are digits, and both None in reports of earlier versions. bad_references: key, reference and detail of each that was
+    left out of an image that is stored; images_by_references: number of references -> images. candidates: bucket name -> the training samples that
     a larger held-out share takes first, as (draw, key); items that must stay with others are none; None in reports of
     earlier versions."""
 
@@ -81,6 +91,8 @@ class Report:
     shards: dict[str, dict[str, list]] = field(default_factory=dict)
     captioned: int | None = 0
     bad_captions: list[dict[str, str]] = field(default_factory=list)
+    bad_references: list[dict[str, str]] = field(default_factory=list)
+    images_by_references: Mapping[str, int] = field(default_factory=dict)
     images_by_captions: Mapping[str, int] | None = None
     characters: Mapping[str, int] | None = None
     candidates: dict[str, list[tuple[int, str]]] | None = None
@@ -107,7 +119,7 @@ def write_chunk(job: Job, number: int, items: Sequence[Item], progress: Callable
     candidates: dict[str, list[tuple[int, str]]] = {}
     notes: Counter[str] = Counter()
     captioned = since = 0
-    images, characters, tokens = Counter[str](), Counter[str](), Counter[int]()
+    images, characters, tokens, references = Counter[str](), Counter[str](), Counter[int](), Counter[str]()
     target = job.target
     with _Shards(target, number) as shards:
         for item, loaded in _read(job.source, items):
@@ -115,9 +127,18 @@ def write_chunk(job: Job, number: int, items: Sequence[Item], progress: Callable
                 if isinstance(loaded, BadImage):
                     raise loaded
                 bucket, image, found = make_sample(loaded, target.buckets, target.options)
-                split = "held_out" if is_held_out(item.split_key, target.options.held_out) else "train"
+                held_out = item.held_out
+                if held_out is None:
+                    held_out = is_held_out(item.split_key, target.options.held_out)
+                split = "held_out" if held_out else "train"
                 caption = loaded.caption
-                shards.write(split, bucket, {"key": item.key, "caption": caption.stored, "image": image})
+                sample = {"key": item.key, "caption": caption.stored, "image": image}
+                if target.references:
+                    kept = kept_references(loaded, target.options)
+                    sample[COLUMN] = pack(kept.references)
+                    references[str(len(kept.references))] += 1
+                    report.bad_references += [{"key": item.key, **bad} for bad in kept.bad]
+                shards.write(split, bucket, sample)
                 notes.update(found)
                 captioned += bool(caption.texts)
                 images[str(len(caption.texts))] += 1
@@ -126,7 +147,7 @@ def write_chunk(job: Job, number: int, items: Sequence[Item], progress: Callable
                     tokens.update(job.counter.lengths(caption.texts))
                 if caption.problem:
                     report.bad_captions.append({"key": item.key, "detail": caption.problem})
-                if split == "train" and item.key == item.split_key:
+                if split == "train" and item.key == item.split_key and item.held_out is None:
                     candidates.setdefault(bucket.name, []).append((draw(item.key), item.key))
             except BadImage as error:
                 report.bad.append({"key": item.key, "reason": error.reason, "detail": error.detail})
@@ -135,7 +156,7 @@ def write_chunk(job: Job, number: int, items: Sequence[Item], progress: Callable
                 progress(since)
                 since = 0
         report.notes, report.captioned = notes, captioned
-        report.images_by_captions, report.characters = images, characters
+        report.images_by_captions, report.characters, report.images_by_references = images, characters, references
         if job.counter:
             write_counted(target.out, name_of(number), job.counter, tokens)
         report.candidates = {name: heapq.nsmallest(HELD_OUT, drawn) for name, drawn in candidates.items()}
@@ -182,12 +203,12 @@ class _Shards:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def write(self, split: str, bucket: Bucket, sample: dict[str, Any]) -> None:
-        """Add a sample, with the columns IMAGE_COLUMNS."""
+        """Add a sample, with the target's columns."""
         target = self._target
         if (split, bucket) not in self._writers:
             folder = self._folder / split / bucket.folder
             folder.parent.mkdir(parents=True, exist_ok=True)
-            writer = open_writer(folder, IMAGE_COLUMNS, target.options.shard_size, target.compression)
+            writer = open_writer(folder, target.columns, target.options.shard_size, target.compression)
             self._writers[split, bucket] = writer
         self._writers[split, bucket].write(sample)
         self._counts[split][bucket.name] += 1

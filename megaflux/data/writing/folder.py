@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from megaflux.data.images import BadImage
 from megaflux.data.writing import captions, recognise, tables
@@ -24,6 +25,8 @@ class ImageFolder:
 
     kind = "images"
     attribution = None
+    has_references = False
+    settings: dict[str, Any] = {}
 
     def __init__(self, root: Path, names: Sequence[str], tree: Tree, options: Options) -> None:
         """root: the folder. names: its images, as `image_names` finds them. tree: all that is in it."""

@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -23,7 +23,8 @@ class Item:
 
     key: its name, unique in the source. split_key: decides between training and held-out; items that share it stay
     together. where: the source's own address of the bytes. size: bytes, part of the source's fingerprint. problem: a
-    reason of images.REASONS that is known without reading, or None.
+    reason of images.REASONS that is known without reading, or None. held_out: whether it is, where the source decides; None: by
+    hash of split_key.
     """
 
     key: str
@@ -31,6 +32,20 @@ class Item:
     where: tuple
     size: int
     problem: str | None = None
+    held_out: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A reference picture of an image, as read.
+
+    image: the bytes of an image file, a picture that a source drew itself (mode RGB), or why it cannot be read. name: which
+    picture it is, "" if unknown. strength: factor on its tokens' attention, 1 unless the source gives one.
+    """
+
+    image: bytes | Image.Image | BadImage
+    name: str = ""
+    strength: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +54,7 @@ class Loaded:
 
     image: bytes | Image.Image
     caption: Caption = Caption()
+    references: tuple[Reference, ...] = ()
 
 
 class Source(Protocol):
@@ -49,6 +65,16 @@ class Source(Protocol):
 
     @property
     def attribution(self) -> str | None: ...
+
+    @property
+    def has_references(self) -> bool:
+        """After `list_items`: whether any item has references, so that the dataset gets a column of them."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """After `list_items`: what dataset.json says of the source beside its kind, as plain data."""
+        ...
 
     def list_items(self) -> list[Item]:
         """All items in an order that depends on the source's contents only. Decodes nothing."""

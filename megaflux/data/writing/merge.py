@@ -12,7 +12,6 @@ from megaflux.common.errors import UserError
 from megaflux.data.buckets import make_buckets
 from megaflux.data.storage.dataset import (
     HELD_OUT,
-    IMAGE_COLUMNS,
     SPLITS,
     DatasetInfo,
     by_reason,
@@ -63,10 +62,20 @@ def merge(
             print(
                 f"{len(bad_captions)} captions could not be used, listed in {listing}; their images are stored without them"
             )
+    bad_references = [entry for report in reports for entry in report.bad_references]
+    if bad_references:
+        listing = _write_listing(out / "bad_references.jsonl", bad_references)
+        if progress:
+            print(
+                f"{len(bad_references)} references could not be used, listed in {listing}; their images are stored without them"
+            )
     settings = plan["settings"]
-    options = Options(**{**settings, "aspect_ratios": tuple(settings["aspect_ratios"])})
+    listed: dict[str, Any] = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
+    options = Options(**{**settings, **listed})
     buckets = make_buckets(options.aspect_ratios, options.longest_side)
-    target = chunks.Target(out, buckets, options, plan.get("compression", COMPRESSION))
+    target = chunks.Target(
+        out, buckets, options, plan.get("compression", COMPRESSION), plan["source"].get("references", False)
+    )
     reports, chosen = _with_validation_bucket(target, reports, progress)
     counts = {
         split: {b.name: sum(report.counts[split].get(b.name, 0) for report in reports) for b in buckets}
@@ -84,16 +93,18 @@ def merge(
             if shards:
                 write_index(out / split / bucket.folder, shards)
     stats = caption_stats(target, reports, counter)
+    references: Counter[str] = sum((Counter(report.images_by_references) for report in reports), Counter())
     info = DatasetInfo(
         longest_side=options.longest_side,
         buckets=buckets,
         counts=counts,
-        columns=IMAGE_COLUMNS,
+        columns=target.columns,
         settings={
             **settings,
             "source": plan["source"],
             **chosen,
             **({"caption_stats": stats.to_json()} if stats else {}),
+            **({"reference_stats": references} if target.references else {}),
         },
         bad=bad,
         notes=notes,

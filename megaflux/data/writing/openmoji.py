@@ -13,6 +13,7 @@ import io
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -80,6 +81,8 @@ class OpenMoji:
 
     kind = "openmoji"
     attribution = ATTRIBUTION
+    has_references = False
+    settings: dict[str, Any] = {}
 
     def __init__(self, buckets: Sequence[Bucket], canvases: float = 2) -> None:
         if not 1 <= canvases <= len(buckets):

@@ -8,12 +8,19 @@ from typing import Any
 from megaflux.common.errors import UserError
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.images import ENCODINGS, MAX_PIXELS
+from megaflux.data.reference_size import MOST
 from megaflux.data.storage.shards import SHARD_SIZE
 from megaflux.data.writing import captions
 from megaflux.data.writing.captions import CaptionReader
 
 OPENMOJI_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
-SOURCE_KINDS = ("images", "tar", "parquet")
+ICONIFY = "iconify"
+ICONIFY_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.0, "encoding": "png", "aspect_ratios": ("1:1",)}
+SOURCE_KINDS = ("images", "tar", "parquet", "iconify")
+ALL, NONE = "all", "none"
+REFERENCES = (ALL, NONE)
+PAIRS = ("same-style",)
+CONTENTS = ("all", "shared")  # shared: only names that all sets have
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,14 @@ class Options:
     image_column: str | None = None  # of parquet files; None: recognised
     caption_column: str | None = None  # of parquet files, tables beside images, and .json files; None: recognised
     captions: str = captions.ALL  # how they are read, one of captions.WAYS
+    references: str = ALL  # which reference pictures are read, one of REFERENCES
+    min_references: int | None = None  # usable ones that an image needs; None: all that it has
+    pairs: str | None = None  # iconify: references of each cell, one of PAIRS
+    pair_references: int = 4  # iconify: how many of them
+    sets: tuple[str, ...] = ()  # iconify: the icon sets to read; none: all that are there
+    contents: str = "all"  # iconify: names to read, one of CONTENTS
+    hold_out_cells: float = 0.0  # iconify: share of the cells (name, set) that are kept from training
+    hold_out_contents: float = 0.0  # iconify: share of the names that are kept from training in all sets
 
     @property
     def caption_reader(self) -> CaptionReader:
@@ -52,7 +67,21 @@ class Options:
             "--max-pixels must be at least 1": self.max_pixels >= 1,
             f"--kind must be one of {', '.join(SOURCE_KINDS)}": self.kind in (None, *SOURCE_KINDS),
             f"--captions must be {captions.ALL} or {captions.LINES}": self.captions in captions.WAYS,
+            f"--references must be {' or '.join(REFERENCES)}": self.references in REFERENCES,
+            "--min-references must be at least 0": self.min_references is None or self.min_references >= 0,
+            f"--pairs must be one of {', '.join(PAIRS)}": self.pairs in (None, *PAIRS),
+            f"--pair-references must be 1 to {MOST}": 1 <= self.pair_references <= MOST,
+            f"--contents must be {' or '.join(CONTENTS)}": self.contents in CONTENTS,
+            "--hold-out-cells must be at least 0 and below 1": 0 <= self.hold_out_cells < 1,
+            "--hold-out-contents must be at least 0 and below 1": 0 <= self.hold_out_contents < 1,
         }
         for message, holds in checks.items():
             if not holds:
                 raise UserError(message)
+
+
+def defaults_of(source: str) -> dict[str, Any]:
+    """What differs from Options' own defaults for a source, by its name."""
+    if source == "openmoji":
+        return OPENMOJI_DEFAULTS
+    return ICONIFY_DEFAULTS if source == ICONIFY or source.startswith(f"{ICONIFY}:") else {}

@@ -39,6 +39,8 @@ class ParquetFiles:
 
     kind = "parquet files"
     attribution = None
+    has_references = False
+    settings: dict[str, Any] = {}
     BATCH = 32  # rows in memory at a time
 
     def __init__(self, root: Path, names: Sequence[str], options: Options) -> None:

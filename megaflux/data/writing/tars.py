@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megaflux.data.images import BadImage
 from megaflux.data.writing import captions, recognise
@@ -62,6 +62,8 @@ class TarFiles:
 
     kind = "tar files"
     attribution = None
+    has_references = False
+    settings: dict[str, Any] = {}
 
     def __init__(self, root: Path, names: Sequence[str], options: Options) -> None:
         self.root = root

@@ -1,0 +1,73 @@
+"""References as a source gives them -> as a dataset stores them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from megaflux.data.images import MIN_SIDE, BadImage, decode, encode
+from megaflux.data.reference_size import MAX_ASPECT, MOST, reference_size
+from megaflux.data.references import StoredReference
+from megaflux.data.tensors import STORED
+from megaflux.data.writing.items import Loaded, Reference
+from megaflux.data.writing.options import Options
+
+
+@dataclass
+class Kept:
+    """The references of an image that can be used. bad: name and detail of each that cannot."""
+
+    references: list[StoredReference] = field(default_factory=list)
+    bad: list[dict[str, str]] = field(default_factory=list)
+
+
+def kept_references(loaded: Loaded, options: Options) -> Kept:
+    """The references of an image, as a dataset stores them.
+
+    Raises BadImage("bad_reference") where one cannot be used, or, with options.min_references, where fewer than so many can:
+    the image is skipped then, rather than trained with a reference that it was not meant for.
+    """
+    kept = Kept()
+    if len(loaded.references) > MOST:
+        raise BadImage("bad_reference", f"{len(loaded.references)} references, at most {MOST} are taken")
+    for number, reference in enumerate(loaded.references):
+        name = reference.name or f"reference {number}"
+        try:
+            kept.references.append(stored(reference, options))
+        except BadImage as error:
+            kept.bad.append({"reference": name, "detail": str(error)})
+    needed = len(loaded.references) if options.min_references is None else options.min_references
+    if len(kept.references) < needed:
+        what = "; ".join(f"{bad['reference']}: {bad['detail']}" for bad in kept.bad[:3])
+        raise BadImage("bad_reference", what or f"{len(kept.references)} references, --min-references is {needed}")
+    return kept
+
+
+def stored(reference: Reference, options: Options) -> StoredReference:
+    """A reference at the size at which generation would read it: at most the longest side, never enlarged, its own shape.
+
+    Its file stays byte for byte as it is where there is nothing to do to it. Raises BadImage.
+    """
+    image = reference.image
+    if isinstance(image, BadImage):
+        raise image
+    data, notes = None, list[str]()
+    if isinstance(image, bytes):
+        data = image
+        image, notes = decode(image, options.max_pixels, MAX_ASPECT)
+    if min(image.size) < 1 or max(image.size) < MIN_SIDE:
+        raise BadImage("too_small", f"{image.width}x{image.height}")
+    size = reference_size(image.size, options.longest_side)
+    if data is None or notes or size != image.size or not _plain(data):
+        if size != image.size:
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        data = encode(image, options.encoding, options.quality)
+    return StoredReference(reference.name, data, reference.strength)
+
+
+def _plain(data: bytes) -> bool:
+    """Whether training reads the file just as `decode` does: of a stored format, RGB of 8 bits, without frames."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.format in STORED and image.mode == "RGB" and "icc_profile" not in image.info
