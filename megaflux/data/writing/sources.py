@@ -8,8 +8,9 @@ from pathlib import Path
 
 from megaflux.common.errors import UserError
 from megaflux.data.buckets import Bucket
-from megaflux.data.writing import parquet, recognise
+from megaflux.data.writing import icon_sets, parquet, recognise
 from megaflux.data.writing.folder import ImageFolder, image_names
+from megaflux.data.writing.iconify import Iconify
 from megaflux.data.writing.items import LeftAside, Source
 from megaflux.data.writing.openmoji import OpenMoji
 from megaflux.data.writing.options import Options
@@ -32,6 +33,9 @@ def open_source(source: str, buckets: Sequence[Bucket], options: Options) -> tup
     """
     if source == OpenMoji.kind:
         return OpenMoji(buckets, options.canvases), []
+    paths = icon_sets.paths_of(source)
+    if paths is not None:
+        return Iconify(icon_sets.files_of(source, paths), buckets, options), []
     root = Path(source)
     if not os.path.exists(root):  # Path's own raises where a name is too long
         raise UserError(f"source {source}: no such file or folder (and not the name openmoji)")
