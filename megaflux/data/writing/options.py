@@ -15,12 +15,13 @@ from megaflux.data.writing.captions import CaptionReader
 
 OPENMOJI_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
 ICONIFY = "iconify"
-ICONIFY_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.0, "encoding": "png", "aspect_ratios": ("1:1",)}
+ICONIFY_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "aspect_ratios": ("1:1",)}
 SOURCE_KINDS = ("images", "tar", "parquet", "iconify")
 ALL, NONE = "all", "none"
 REFERENCES = (ALL, NONE)
 PAIRS = ("same-style",)
-CONTENTS = ("all", "shared")  # shared: only names that all sets have
+SHARED = "shared"
+CONTENTS = (ALL, SHARED)  # shared: only names that all sets have
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Options:
     pairs: str | None = None  # iconify: references of each cell, one of PAIRS
     pair_references: int = 4  # iconify: how many of them
     sets: tuple[str, ...] = ()  # iconify: the icon sets to read; none: all that are there
-    contents: str = "all"  # iconify: names to read, one of CONTENTS
+    contents: str = ALL  # iconify: names to read, one of CONTENTS
     hold_out_cells: float = 0.0  # iconify: share of the cells (name, set) that are kept from training
     hold_out_contents: float = 0.0  # iconify: share of the names that are kept from training in all sets
 

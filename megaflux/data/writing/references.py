@@ -12,6 +12,7 @@ from megaflux.data.images import MIN_SIDE, BadImage, decode, encode
 from megaflux.data.reference_size import MAX_ASPECT, reference_size
 from megaflux.data.references import StoredReference
 from megaflux.data.tensors import STORED
+from megaflux.data.writing import pairing
 from megaflux.data.writing.items import Loaded, Reference
 from megaflux.data.writing.options import Options
 
@@ -54,6 +55,8 @@ def stored(reference: Reference, options: Options) -> StoredReference:
     image = reference.image
     if isinstance(image, BadImage):
         raise image
+    if not pairing.is_strength(reference.strength):
+        raise pairing.bad_strength(reference.strength)
     data, notes = None, list[str]()
     if isinstance(image, bytes):
         data = image

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from megaflux.common.errors import UserError
 from megaflux.data.buckets import Bucket
-from megaflux.data.writing import parquet, recognise
+from megaflux.data.writing import icon_sets, pairing, parquet, recognise
 from megaflux.data.writing.folder import ImageFolder, image_names
+from megaflux.data.writing.iconify import Iconify
 from megaflux.data.writing.items import LeftAside, Source
 from megaflux.data.writing.openmoji import OpenMoji
-from megaflux.data.writing.options import Options
+from megaflux.data.writing.options import NONE, Options
 from megaflux.data.writing.parquet import ParquetFiles
 from megaflux.data.writing.recognise import Tree
 from megaflux.data.writing.tars import TarFiles
@@ -32,13 +33,16 @@ def open_source(source: str, buckets: Sequence[Bucket], options: Options) -> tup
     """
     if source == OpenMoji.kind:
         return OpenMoji(buckets, options.canvases), []
+    paths = icon_sets.paths_of(source)
+    if paths is not None:
+        return Iconify(icon_sets.files_of(source, paths), buckets, options), []
     root = Path(source)
     if not os.path.exists(root):  # Path's own raises where a name is too long
         raise UserError(f"source {source}: no such file or folder (and not the name openmoji)")
     if root.is_dir():
         tree = recognise.walk(root)
     else:
-        root, tree = root.parent, Tree(_with_captions(root))
+        root, tree = root.parent, Tree(_with_its_own(root, options))
     found = _files_by_kind(root, tree, options)
     kind = _choose(source, root, found, options, tree)
     if kind == "images":
@@ -50,12 +54,16 @@ def open_source(source: str, buckets: Sequence[Bucket], options: Options) -> tup
     return (TarFiles if kind == "tar" else ParquetFiles)(root, names, options), aside.lines()
 
 
-def _with_captions(file: Path) -> list[str]:
-    """The name of a single file, and if it is an image those of the files that may hold its caption."""
+def _with_its_own(file: Path, options: Options) -> list[str]:
+    """The name of a single file, and if it is an image those of the files that may hold its caption or are its references."""
     if file.suffix.lower() in (".tar", ".parquet"):
         return [file.name]
-    beside = [path.name for path in file.parent.iterdir() if path.name.startswith(f"{file.stem}.") and path != file]
-    return sorted([file.name, *(name for name in beside if not recognise.has_image_suffix(name))])
+    beside = [path for path in file.parent.iterdir() if path.name.startswith(f"{file.stem}.") and path != file]
+    named = [file.name, *(path.name for path in beside if not recognise.has_image_suffix(path.name))]
+    if options.references != NONE:
+        found = ((path, pairing.reference_of(path.stem)) for path in beside if recognise.has_image_suffix(path.name))
+        named += [path.name for path, reference in found if reference and reference[0] == file.stem]
+    return sorted(named)
 
 
 def _tables(tree: Tree) -> list[str]:
@@ -65,7 +73,7 @@ def _tables(tree: Tree) -> list[str]:
 def _files_by_kind(root: Path, tree: Tree, options: Options) -> dict[str, list[str]]:
     """The files of each kind of KINDS; parquet files only if they have a column of images."""
     tables = _tables(tree)
-    with_images = [name for name in tables if parquet.has_images(root / name, options.image_column)]
+    with_images = [name for name in tables if parquet.has_images(root / name, options)]
     if with_images or options.kind != "parquet":  # else the refusal names the columns of the first one
         tables = with_images
     return {
