@@ -395,6 +395,7 @@ def test_a_run_keeps_where_its_icons_are(grid, monkeypatch):
         ("iconify:broken/b", {}, "broken/b/icons.json: not a JSON object"),
         ("iconify:broken/c", {}, "broken/c/icons.json: not an icon set"),
         ("iconify:broken/d", {}, "'x/y' is not a name"),
+        ("iconify:broken/g", {}, "ud800' is not a name"),
         ("iconify:broken/e", {}, "the set e has no icons"),
         ("iconify:broken/f", {}, "info.json: cannot be read as JSON"),
         ("pictures", {"pairs": "same-style", "hold_out_cells": 0.1}, "--pairs, --hold-out-cells: of icon sets only"),
@@ -411,6 +412,7 @@ def test_refusals_are_one_line(grid, tmp_path, monkeypatch, source, options, wor
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(b"")
     write_set(tmp_path / "broken", "d", {"x/y": square(0, "red")})
+    write_set(tmp_path / "broken", "g", {"\ud800": square(0, "red")})
     write_set(tmp_path / "broken", "e", {"a": {"body": HALVES, "hidden": True}})
     write_set(tmp_path / "broken", "f", {"a": square(0, "red")})
     (tmp_path / "broken" / "f" / "info.json").write_text("{")
