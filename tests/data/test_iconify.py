@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaflux.common.errors import UserError
+from megaflux.common.ranks import World
 from megaflux.config.located import located
 from megaflux.config.parse import build_config
 from megaflux.config.presets import PRESETS
@@ -29,7 +30,8 @@ from megaflux.data.writing.cells import held_out_cells, held_out_contents, held_
 from megaflux.data.writing.icon_sets import drawn, icon_of, open_renderer, read_set
 from megaflux.data.writing.options import ICONIFY_DEFAULTS, Options
 from megaflux.data.writing.sources import open_source, usual_options
-from megaflux.data.writing.split import is_held_out
+from megaflux.data.writing.split import draw, is_held_out
+from megaflux.training.prepare_data import prepare_data
 
 pytest.importorskip("resvg_py")
 
@@ -138,6 +140,14 @@ def test_shares_and_that_other_names_do_not_matter():
     assert 10 <= len(whole) <= 32 and 420 <= len(held) - 5 * len(whole) <= 560
     assert held_out_cells(names[:500], styles, 0.1, 0.02) == {cell for cell in held if cell[0] in names[:500]}
     assert held_out_cells(names, styles, 0, 0) == set() and held <= held_out_cells(names, styles, 0.2, 0.04)
+
+
+def test_of_a_row_that_is_drawn_as_a_whole_the_largest_draw_stays():
+    styles = ("p", "q", "r")
+    for name in ("a", "b", "c", "d"):
+        others = [f"more {n}" for n in range(20)]  # so that no style has its last cell here
+        held = held_out_cells([name, *others], styles, 0.999, 0)
+        assert {s for s in styles if (name, s) not in held} == {max(styles, key=lambda s: draw(f"cell {s}/{name}"))}
 
 
 def test_cells_are_known_without_reading_pictures():
@@ -279,6 +289,33 @@ def test_held_out_draws_names_where_no_cells_are_asked_for(grid, tmp_path, paire
         assert used <= set(there["train"])
 
 
+@pytest.mark.parametrize("pairs", [None, "same-style"])
+def test_a_single_set_holds_out_enough_but_no_reference(tmp_path, pairs):
+    write_set(tmp_path / "in", "set", {f"a-{n}": square(n % 25, f"#{n:03}") for n in range(110)})
+    options = options_of(longest_side=16, held_out=0.02, pairs=pairs, chunk=200)
+    info = prepare(f"iconify:{tmp_path / 'in'}", tmp_path / "out", options, workers=1, progress=False)
+    there = samples(tmp_path / "out")
+    if pairs is None:  # as from every source: at least 8, of 100 pictures
+        assert info.samples("held_out") == 8
+    else:  # a picture that is moved to the held-out ones would be a reference already
+        assert set(there["held_out"]) == {f"set/a-{n}" for n in range(110) if is_held_out(f"set/a-{n}", 0.02)} != set()
+        used = {one.name for split in there.values() for sample in split.values() for one in unpack(sample[COLUMN])}
+        assert used <= set(there["train"])
+
+
+def test_a_run_prepares_its_icons(grid, tmp_path):
+    values = PRESETS["tiny"]()
+    data = {
+        "path": str(tmp_path / "data"),
+        "source": f"iconify:{grid}",
+        "longest_side": 32,
+        "aspect_ratios": ["1:1", "2:1"],
+    }
+    prepare_data(build_config(values | {"data": values["data"] | data}), World(0, 1))
+    info = read_dataset_info(tmp_path / "data")
+    assert info.counts["train"]["1:1"] > 50 and info.samples("held_out") > 0 and info.settings["encoding"] == "png"
+
+
 # Where sets are, and what is refused
 
 
@@ -358,6 +395,7 @@ def test_a_run_keeps_where_its_icons_are(grid, monkeypatch):
         ("iconify:broken/b", {}, "broken/b/icons.json: not a JSON object"),
         ("iconify:broken/c", {}, "broken/c/icons.json: not an icon set"),
         ("iconify:broken/d", {}, "'x/y' is not a name"),
+        ("iconify:broken/g", {}, "ud800' is not a name"),
         ("iconify:broken/e", {}, "the set e has no icons"),
         ("iconify:broken/f", {}, "info.json: cannot be read as JSON"),
         ("pictures", {"pairs": "same-style", "hold_out_cells": 0.1}, "--pairs, --hold-out-cells: of icon sets only"),
@@ -374,6 +412,7 @@ def test_refusals_are_one_line(grid, tmp_path, monkeypatch, source, options, wor
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(b"")
     write_set(tmp_path / "broken", "d", {"x/y": square(0, "red")})
+    write_set(tmp_path / "broken", "g", {"\ud800": square(0, "red")})
     write_set(tmp_path / "broken", "e", {"a": {"body": HALVES, "hidden": True}})
     write_set(tmp_path / "broken", "f", {"a": square(0, "red")})
     (tmp_path / "broken" / "f" / "info.json").write_text("{")

@@ -132,9 +132,7 @@ def read_set(file: Path) -> IconSet:
     prefix = content.get("prefix") or info.get("prefix")
     if not isinstance(icons, dict) or not isinstance(prefix, str):
         raise UserError(f"{file}: not an icon set: IconifyJSON has a text `prefix` and an object `icons`")
-    odd = next(
-        (name for name in (prefix, *icons) if not name.strip() or "/" in name or "\0" in name or "," in name), None
-    )
+    odd = next((name for name in (prefix, *icons) if not _is_name(name)), None)
     if odd is not None:
         raise UserError(f"{file}: {odd[:80]!r} is not a name of an icon or a set; rename it in the file")
     hidden = {name for name, icon in icons.items() if isinstance(icon, dict) and icon.get("hidden") is True}
@@ -147,6 +145,11 @@ def read_set(file: Path) -> IconSet:
         aliases=len(aliases) if isinstance(aliases, dict) else 0,
         info=info,
     )
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text can be part of a key SET/NAME, and a caption."""
+    return bool(text.strip()) and text.isprintable() and "/" not in text
 
 
 def _read_object(file: Path) -> dict[str, Any]:
