@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaflux.common.errors import UserError
+from megaflux.common.paths import ICONIFY
 from megaflux.config.data import MOST_REFERENCES
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.images import ENCODINGS, MAX_PIXELS
@@ -14,9 +15,8 @@ from megaflux.data.writing import captions
 from megaflux.data.writing.captions import CaptionReader
 
 OPENMOJI_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
-ICONIFY = "iconify"
 ICONIFY_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "aspect_ratios": ("1:1",)}
-SOURCE_KINDS = ("images", "tar", "parquet", "iconify")
+SOURCE_KINDS = ("images", "tar", "parquet", ICONIFY)
 ALL, NONE = "all", "none"
 REFERENCES = (ALL, NONE)
 PAIRS = ("same-style",)
