@@ -89,12 +89,19 @@ def build_parser() -> Parser:
     add("--condition", choices=("image", "image_text", "text"), help="what samples are conditioned by")
     add("--batch-size", type=count, default=16, metavar="N", help="samples computed at once (default 16)")
     add("--only", type=_parts, default=PARTS, metavar="PARTS", help=f"some of {','.join(PARTS)} (default: all)")
-    add("--judge", type=path_option, metavar="PATH", help="judge.safetensors of an evaluation of these data, or its folder")
+    add(
+        "--judge",
+        type=path_option,
+        metavar="PATH",
+        help="judge.safetensors of an evaluation of these data, or its folder",
+    )
     add("--judge-steps", type=count, metavar="N", help="updates of the judge (default: 1600 on a grid, else 250)")
     add("--clip", type=path_option, metavar="DIR", help="folder of a CLIP, for CLIP-I and CLIP-T")
     add("--dino", type=path_option, metavar="DIR", help="folder of a DINO or DINOv2, for DINO-I")
     add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU, else float32")
+    add(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU, else float32"
+    )
     return parser
 
 

@@ -165,7 +165,8 @@ def _grid(path: str, info: DatasetInfo) -> Grid | None:
     if not isinstance(source, dict) or source.get("kind") != "iconify" or len(source.get("styles") or ()) < 2:
         return None
     found = {
-        kind: {cell_of(row["key"]): row["image"] for _, row in _rows(path, info, kind)} for kind in ("train", "held_out")
+        kind: {cell_of(row["key"]): row["image"] for _, row in _rows(path, info, kind)}
+        for kind in ("train", "held_out")
     }
     if not found["train"] or not found["held_out"]:
         return None  # nothing to judge by, or nothing to judge

@@ -1,0 +1,192 @@
+"""The judge: a small network that says which thing a picture shows and which hand drew it, and how alike pictures are.
+
+It is trained on the spot from training pictures alone (judge_training.py). A picture's features are two unit vectors, joined: the
+network's, and its edge histograms in the directions that tell contents apart best (linear discriminant analysis). On a grid the content
+is that whose prototype, the mean feature of its real cells, is nearest, and the style is what a head of the network says. Elsewhere the
+features alone are used.
+
+Shapes: N pictures, D network features, E features of edges, C contents, T styles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from megaflux.common.errors import UserError, one_line
+from megaflux.evaluate import ink
+
+FORMAT = "1"
+WIDTH, FEATURES = 64, 256
+NAME = "judge.safetensors"
+AT_ONCE = 128  # pictures
+
+
+class Block(nn.Module):
+    """Two convolutions and what goes past them."""
+
+    def __init__(self, before: int, width: int, stride: int):
+        super().__init__()
+        self.first = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.first_norm = nn.BatchNorm2d(width)
+        self.second = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.second_norm = nn.BatchNorm2d(width)
+        nn.init.zeros_(self.second_norm.weight)
+        past: list[nn.Module] = []
+        if stride > 1:
+            past.append(nn.AvgPool2d(stride))
+        if before != width:
+            past += [nn.Conv2d(before, width, 1, bias=False), nn.BatchNorm2d(width)]
+        self.past = nn.Sequential(*past)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.past(x) + self.second_norm(self.second(F.relu(self.first_norm(self.first(x))))))
+
+
+class JudgeNetwork(nn.Module):
+    """Maps of a picture -> features; its whole ink -> scores of styles."""
+
+    def __init__(self, styles: int, words: int = 0, width: int = WIDTH, features: int = FEATURES):
+        super().__init__()
+        self.sizes = {"styles": styles, "words": words, "width": width, "features": features}
+        self.stem = nn.Sequential(
+            nn.Conv2d(ink.DIRECTIONS + 3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        self.body = nn.Sequential(
+            Block(width, width, 1),
+            Block(width, 2 * width, 2),
+            Block(2 * width, 2 * width, 1),
+            Block(2 * width, 4 * width, 2),
+            Block(4 * width, 4 * width, 1),
+        )
+        self.project = nn.Sequential(nn.Linear(4 * width * 5, features, bias=False), nn.BatchNorm1d(features))
+        small = max(8, width // 4)
+        self.style = nn.Sequential(
+            nn.Conv2d(3, small, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(small),
+            nn.ReLU(),
+            Block(small, 2 * small, 2),
+            Block(2 * small, 4 * small, 2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4 * small, max(1, styles)),
+        )
+        self.words = nn.Linear(features, max(1, words))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """maps: (N, 11, 32, 32) of ink.maps. Returns unit vectors (N, D)."""
+        x = self.body(self.stem(maps.contiguous(memory_format=torch.channels_last))).float()
+        pooled = torch.cat([x.mean((2, 3)), F.adaptive_avg_pool2d(x, 2).flatten(1)], dim=1)
+        return F.normalize(self.project(pooled).float(), dim=1)
+
+    def styles(self, whole: Tensor) -> Tensor:
+        """whole: (N, 3, 32, 32) of ink.seen. Returns scores (N, T)."""
+        return self.style(whole.contiguous(memory_format=torch.channels_last)).float()
+
+
+@dataclass
+class Judged:
+    """What a judge says of N pictures."""
+
+    contents: list[str]
+    """The likeliest content; [] without a grid."""
+    styles: list[str]
+    features: Tensor
+    """(N, D + E), unit vectors."""
+
+
+@dataclass
+class Judge:
+    """A trained judge."""
+
+    network: JudgeNetwork
+    directions: Tensor
+    """(1792, E): descriptor of edges -> features."""
+    centre: Tensor
+    """(1792,): the mean descriptor."""
+    contents: list[str]
+    styles: list[str]
+    prototypes: Tensor
+    """(C, D + E), unit vectors; (0, ...) without a grid."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """The data that it was trained on, its updates, and how well it does on held-out pictures."""
+
+    @torch.no_grad()
+    def features(self, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(features (N, D + E), scores of styles (N, T)) of uint8 pictures (3, H, W)."""
+        device = self.centre.device
+        self.network.eval()
+        found, scores = [], []
+        for start in range(0, len(pictures), AT_ONCE):
+            centred, whole = ink.seen(pictures[start : start + AT_ONCE])
+            own = self.network(ink.maps(centred).to(device))
+            found.append(joined(own, self._edges(centred)))
+            scores.append(self.network.styles(whole.to(device)))
+        return torch.cat(found).cpu(), torch.cat(scores).cpu()
+
+    def judge(self, pictures: Sequence[Tensor]) -> Judged:
+        """What uint8 pictures (3, H, W) show."""
+        features, scores = self.features(pictures)
+        contents = [self.contents[i] for i in nearest(features, self.prototypes)] if len(self.prototypes) else []
+        styles = [self.styles[i] for i in scores.argmax(dim=1).tolist()] if self.styles else []
+        return Judged(contents, styles, features)
+
+    def _edges(self, centred: Tensor) -> Tensor:
+        return (ink.descriptor(centred).to(self.centre.device) - self.centre) @ self.directions
+
+    def save(self, file: Path) -> None:
+        """Write the judge, completely or not at all."""
+        tensors = {f"network.{name}": value.contiguous() for name, value in self.network.state_dict().items()}
+        tensors |= {"directions": self.directions, "centre": self.centre, "prototypes": self.prototypes}
+        content = {"contents": self.contents, "styles": self.styles, "facts": self.facts, "sizes": self.network.sizes}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f".{file.name}.unfinished")
+        cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(cpu, unfinished, {"megaflux_judge": FORMAT, "content": json.dumps(content)})
+        unfinished.replace(file)
+
+    @classmethod
+    def load(cls, file: Path, device: torch.device | str = "cpu") -> Judge:
+        """Read what `save` wrote. UserError for any other file."""
+        try:
+            with safe_open(file, "pt", device=str(device)) as opened:
+                header = opened.metadata() or {}
+                if header.get("megaflux_judge") != FORMAT:
+                    raise UserError(f"{file}: not a judge of this version; leave --judge out, and one is trained")
+                content = json.loads(header["content"])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            network = JudgeNetwork(**content["sizes"])
+            own = {n.removeprefix("network."): v for n, v in tensors.items() if n.startswith("network.")}
+            network.load_state_dict(own)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{file}: cannot be read as a judge ({one_line(error)}); leave it out") from None
+        network.to(device, memory_format=torch.channels_last).eval()
+        rest = (tensors[name] for name in ("directions", "centre"))
+        return cls(
+            network, *rest, content["contents"], content["styles"], tensors["prototypes"].cpu(), content["facts"]
+        )
+
+
+def joined(own: Tensor, edge: Tensor) -> Tensor:
+    """The network's features (N, D) and those of edges (N, E) as one unit vector each, of equal parts."""
+    return F.normalize(torch.cat([F.normalize(own, dim=1), F.normalize(edge, dim=1)], dim=1), dim=1)
+
+
+def nearest(features: Tensor, prototypes: Tensor) -> list[int]:
+    """The place of the most similar of `prototypes` (C, F), unit vectors, for each of `features` (N, F)."""
+    return (features @ prototypes.T).argmax(dim=1).tolist()
+
+
+def prototypes(features: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Unit vectors (groups, F): the mean features of each group; 0 for one without a picture. group: (N,) int64."""
+    summed = features.new_zeros(groups, features.shape[1]).index_add_(0, group, features)
+    return F.normalize(summed, dim=1)
