@@ -26,7 +26,7 @@ from megaflux.common.errors import UserError, one_line
 from megaflux.evaluate import ink
 
 FORMAT = "1"
-WIDTH, FEATURES = 64, 256
+WIDTH, FEATURES = 96, 256
 NAME = "judge.safetensors"
 AT_ONCE = 128  # pictures
 
@@ -66,7 +66,6 @@ class JudgeNetwork(nn.Module):
             Block(width, 2 * width, 2),
             Block(2 * width, 2 * width, 1),
             Block(2 * width, 4 * width, 2),
-            Block(4 * width, 4 * width, 1),
         )
         self.project = nn.Sequential(nn.Linear(4 * width * 5, features, bias=False), nn.BatchNorm1d(features))
         small = max(8, width // 4)

@@ -1,9 +1,10 @@
 """How the judge is trained: from training pictures alone, in minutes on two cores, seeded.
 
 Two pictures of one content by different hands are brought together, and apart from the other contents of the batch (the contrast of
-CLIP, Radford et al. 2103.00020, section 2.3, with pictures on both sides), so that what the hands have in common is what counts. Where
-there is no grid the two are one picture, differently cut and tinted, and the words of its caption are predicted from its features as
-well.
+CLIP, Radford et al. 2103.00020, section 2.3, with pictures on both sides), so that what the hands have in common is what counts. Each is
+also to find its content among all, by the mean features of the content's other cells as they were last seen: what the judge is asked
+afterwards (prototypes: Snell et al. 1703.05175; kept from batch to batch: Wang et al. 1912.06798). The words of the caption are predicted
+from the features as well. Where there is no grid the two are one picture, differently cut and tinted.
 
 Shapes: N pictures, B pairs of a batch, C contents, F numbers of a descriptor, E directions.
 """
@@ -32,7 +33,8 @@ PAIRS = 64
 RATE, DECAY, TEMPERATURE = 3e-3, 0.05, 0.07
 COMPONENTS, KEPT, RIDGE = 400, 350, 0.6  # of the descriptor: before and after the discriminant analysis
 WORDS, RARE = 512, 3  # most words that are predicted, and how often one has to appear
-STYLE_WEIGHT, WORD_WEIGHT = 0.5, 1.0
+STYLE_WEIGHT, WORD_WEIGHT = 0.5, 0.5
+FROM = 40  # updates after which contents are looked for among those seen before
 SEED = 0
 
 
@@ -62,7 +64,8 @@ def of_grid(grid: Grid) -> Lesson:
     centred, whole = _seen([grid.train[cell] for cell in cells])
     content = torch.tensor([place[cell.content] for cell in cells])
     style = torch.tensor([grid.styles.index(cell.style) for cell in cells])
-    return Lesson(centred, whole, content, style, None, contents, list(grid.styles))
+    words = word_shares([re.sub(r"[-_]", " ", cell.content) for cell in cells], RARE * len(grid.styles))
+    return Lesson(centred, whole, content, style, words, contents, list(grid.styles))
 
 
 def of_pictures(images: Sequence[bytes], captions: Sequence[str]) -> Lesson:
@@ -71,11 +74,12 @@ def of_pictures(images: Sequence[bytes], captions: Sequence[str]) -> Lesson:
     return Lesson(centred, whole, torch.arange(len(images)), None, word_shares(captions), [], [])
 
 
-def word_shares(captions: Sequence[str]) -> Tensor | None:
-    """(N, W): for each caption 1 / k at its k known words, the most frequent ones; None if there are none."""
+def word_shares(captions: Sequence[str], rare: int = RARE) -> Tensor | None:
+    """(N, W): for each caption 1 / k at its k known words, the most frequent ones of those that appear `rare` times; None if there are
+    none."""
     split = [set(re.findall(r"\w+", caption.lower())) for caption in captions]
     counted = Counter(word for words in split for word in words)
-    ordered = sorted((word for word, count in counted.items() if count >= RARE), key=lambda w: (-counted[w], w))
+    ordered = sorted((word for word, count in counted.items() if count >= rare), key=lambda w: (-counted[w], w))
     place = {word: i for i, word in enumerate(ordered[:WORDS])}
     if not place:
         return None
@@ -158,6 +162,7 @@ def _learn(
         shown[content].append(i)
     pairs = min(PAIRS, len(shown))
     order: list[int] = []
+    memory = Memory(lesson, network.sizes["features"], device) if lesson.styles else None
     # Products in bfloat16 are several times as fast where the CPU has units for them, and no slower elsewhere.
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or _fast_half())
     for step in range(steps):
@@ -169,10 +174,14 @@ def _learn(
         for group in optimizer.param_groups:
             group["lr"] = RATE * _warmed(step / steps)
         with half:
-            features = network(_varied(maps[index], generator).to(device))
+            features = network(_varied(maps[index], generator).to(device)).float()
         logits = features[:pairs] @ features[pairs:].T / TEMPERATURE
         own = torch.arange(pairs, device=device)
         loss = 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
+        if memory is not None:
+            if step >= FROM:
+                loss = loss + memory.loss(features, index)
+            memory.keep(features, index)
         if lesson.style is not None:
             some = index[:pairs]
             with half:
@@ -185,6 +194,34 @@ def _learn(
         loss.backward()
         optimizer.step()
         on_step()
+
+
+class Memory:
+    """The features of each training picture of a grid as they were last seen."""
+
+    def __init__(self, lesson: Lesson, features: int, device: torch.device):
+        self.content = lesson.content.to(device)
+        self.features = torch.zeros(len(self.content), features, device=device)
+        self.sums = torch.zeros(len(lesson.contents), features, device=device)
+
+    def loss(self, features: Tensor, index: Sequence[int]) -> Tensor:
+        """How hard it is to find the contents of pictures `index` among all by their features (N, D): the own content's mean leaves
+        the picture itself out. Contents of which nothing else was seen do not count."""
+        content = self.content[index]
+        logits = features @ F.normalize(self.sums, dim=1).T / TEMPERATURE
+        others = self.sums[content] - self.features[index]
+        own = (features * F.normalize(others, dim=1)).sum(dim=1, keepdim=True) / TEMPERATURE
+        known = others.square().sum(dim=1) > 1e-6
+        if not known.any():
+            return features.sum() * 0
+        return F.cross_entropy(logits.scatter(1, content[:, None], own)[known], content[known])
+
+    def keep(self, features: Tensor, index: Sequence[int]) -> None:
+        """Remember the features (N, D) of pictures `index`."""
+        latest = features.detach()
+        for i, one in zip(index, latest, strict=True):  # a picture may come twice in a batch
+            self.sums[self.content[i]] += one - self.features[i]
+            self.features[i] = one
 
 
 def _fast_half() -> bool:
