@@ -62,7 +62,8 @@ def run(request: Request, load_subject: Load | None = None) -> int:
     _begin(request, held_out, first, out, world)
     judge = _judge(request, held_out, out, world)
     subjects = [("checkpoint", first)]
-    findings, sheets = [], {}
+    findings: list[Findings] = []
+    sheets: dict[str, torch.Tensor] = {}
     if request.against is not None:
         subjects.append(("against", first))  # loaded when it is its turn
     for label, subject in subjects:

@@ -44,7 +44,7 @@ def centred(ink: Tensor) -> Tensor:
     theta = torch.zeros(len(ink), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = half[:, 0], half[:, 1]
     theta[:, 0, 2], theta[:, 1, 2] = (left + right) / 2, (top + bottom) / 2
-    grid = F.affine_grid(theta, (len(ink), 3, 2 * SIDE, 2 * SIDE), align_corners=False)
+    grid = F.affine_grid(theta, [len(ink), 3, 2 * SIDE, 2 * SIDE], align_corners=False)
     return F.avg_pool2d(F.grid_sample(ink, grid, align_corners=False), 2)
 
 

@@ -1,9 +1,10 @@
 """The judge: a small network that says which thing a picture shows and which hand drew it, and how alike pictures are.
 
-It is trained on the spot from training pictures alone (judge_training.py). A picture's features are two unit vectors, joined: the
-network's, and its edge histograms in the directions that tell contents apart best (linear discriminant analysis). On a grid the content
-is that whose prototype, the mean feature of its real cells, is nearest, and the style is what a head of the network says. Elsewhere the
-features alone are used.
+It is trained on the spot from training pictures alone (judge_training.py). A picture's features are two vectors, joined: the network's,
+averaged over a few shifts and scales, and its edge histograms in the directions that tell contents apart best (linear discriminant
+analysis). On a grid the content is that whose prototype, the mean feature of its real cells, is the most similar, less what is
+similar to all (a half of a prototype's mean similarity to its nearest training cells of other contents, against hubs, as in CSLS: Conneau
+et al. 1710.04087, section 2.3); the style is what a head of the network says. Elsewhere the features alone are used.
 
 Shapes: N pictures, D network features, E features of edges, C contents, T styles.
 """
@@ -26,8 +27,20 @@ from megaflux.common.errors import UserError, one_line
 from megaflux.evaluate import ink
 
 FORMAT = "1"
-WIDTH, FEATURES = 96, 256
+WIDTH, FEATURES = 64, 256
 NAME = "judge.safetensors"
+VIEWS = (
+    (0.0, 0.0, 1.0),
+    (0.06, 0.0, 1.0),
+    (-0.06, 0.0, 1.0),
+    (0.0, 0.06, 1.0),
+    (0.0, -0.06, 1.0),
+    (0.0, 0.0, 0.92),
+    (0.0, 0.0, 1.08),
+)
+"""Shifts across and down, and scales, over which the network's features are averaged."""
+EDGES = 0.3**0.5  # length of the features of edges, where the network's are 1
+HUB_NEIGHBOURS, HUB_WEIGHT = 10, 0.5
 AT_ONCE = 128  # pictures
 
 
@@ -116,6 +129,8 @@ class Judge:
     styles: list[str]
     prototypes: Tensor
     """(C, D + E), unit vectors; (0, ...) without a grid."""
+    hubs: Tensor
+    """(C,): what is taken from the similarity to each prototype."""
     facts: dict[str, Any] = field(default_factory=dict)
     """The data that it was trained on, its updates, and how well it does on held-out pictures."""
 
@@ -127,7 +142,7 @@ class Judge:
         found, scores = [], []
         for start in range(0, len(pictures), AT_ONCE):
             centred, whole = ink.seen(pictures[start : start + AT_ONCE])
-            own = self.network(ink.maps(centred).to(device))
+            own = viewed(self.network, ink.maps(centred).to(device))
             found.append(joined(own, self._edges(centred)))
             scores.append(self.network.styles(whole.to(device)))
         return torch.cat(found).cpu(), torch.cat(scores).cpu()
@@ -135,9 +150,13 @@ class Judge:
     def judge(self, pictures: Sequence[Tensor]) -> Judged:
         """What uint8 pictures (3, H, W) show."""
         features, scores = self.features(pictures)
-        contents = [self.contents[i] for i in nearest(features, self.prototypes)] if len(self.prototypes) else []
+        contents = self.contents_of(features) if len(self.prototypes) else []
         styles = [self.styles[i] for i in scores.argmax(dim=1).tolist()] if self.styles else []
         return Judged(contents, styles, features)
+
+    def contents_of(self, features: Tensor) -> list[str]:
+        """The likeliest content of each of features (N, D + E)."""
+        return [self.contents[i] for i in likeliest(features, self.prototypes, self.hubs)]
 
     def _edges(self, centred: Tensor) -> Tensor:
         return (ink.descriptor(centred).to(self.centre.device) - self.centre) @ self.directions
@@ -145,7 +164,12 @@ class Judge:
     def save(self, file: Path) -> None:
         """Write the judge, completely or not at all."""
         tensors = {f"network.{name}": value.contiguous() for name, value in self.network.state_dict().items()}
-        tensors |= {"directions": self.directions, "centre": self.centre, "prototypes": self.prototypes}
+        tensors |= {
+            "directions": self.directions,
+            "centre": self.centre,
+            "prototypes": self.prototypes,
+            "hubs": self.hubs,
+        }
         content = {"contents": self.contents, "styles": self.styles, "facts": self.facts, "sizes": self.network.sizes}
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_name(f".{file.name}.unfinished")
@@ -168,24 +192,44 @@ class Judge:
             network.load_state_dict(own)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{file}: cannot be read as a judge ({one_line(error)}); leave it out") from None
-        network.to(device, memory_format=torch.channels_last).eval()
-        rest = (tensors[name] for name in ("directions", "centre"))
-        return cls(
-            network, *rest, content["contents"], content["styles"], tensors["prototypes"].cpu(), content["facts"]
-        )
+        network.to(device).eval()
+        edges = tensors["directions"], tensors["centre"]
+        known = tensors["prototypes"].cpu(), tensors["hubs"].cpu()
+        return cls(network, *edges, content["contents"], content["styles"], *known, content["facts"])
+
+
+@torch.no_grad()
+def viewed(network: JudgeNetwork, maps: Tensor) -> Tensor:
+    """The network's features of maps (N, 11, 32, 32), averaged over VIEWS: unit vectors (N, D)."""
+    total: Tensor | float = 0.0
+    for across, down, scale in VIEWS:
+        theta = maps.new_tensor([[scale, 0.0, across], [0.0, scale, down]]).expand(len(maps), 2, 3)
+        moved = F.grid_sample(maps, F.affine_grid(theta, list(maps.shape), align_corners=False), align_corners=False)
+        total = total + network(moved)
+    assert isinstance(total, Tensor)
+    return F.normalize(total, dim=1)
 
 
 def joined(own: Tensor, edge: Tensor) -> Tensor:
-    """The network's features (N, D) and those of edges (N, E) as one unit vector each, of equal parts."""
-    return F.normalize(torch.cat([F.normalize(own, dim=1), F.normalize(edge, dim=1)], dim=1), dim=1)
+    """The network's features (N, D) and those of edges (N, E) as one unit vector each."""
+    return F.normalize(torch.cat([F.normalize(own, dim=1), EDGES * F.normalize(edge, dim=1)], dim=1), dim=1)
 
 
-def nearest(features: Tensor, prototypes: Tensor) -> list[int]:
-    """The place of the most similar of `prototypes` (C, F), unit vectors, for each of `features` (N, F)."""
-    return (features @ prototypes.T).argmax(dim=1).tolist()
+def likeliest(features: Tensor, prototypes: Tensor, hubs: Tensor) -> list[int]:
+    """The place of the most similar of `prototypes` (C, F), unit vectors, less `hubs` (C,), for each of `features` (N, F)."""
+    return (features @ prototypes.T - hubs).argmax(dim=1).tolist()
 
 
 def prototypes(features: Tensor, group: Tensor, groups: int) -> Tensor:
     """Unit vectors (groups, F): the mean features of each group; 0 for one without a picture. group: (N,) int64."""
     summed = features.new_zeros(groups, features.shape[1]).index_add_(0, group, features)
     return F.normalize(summed, dim=1)
+
+
+def hubs(features: Tensor, group: Tensor, known: Tensor) -> Tensor:
+    """(C,): HUB_WEIGHT times the mean similarity of prototypes `known` (C, F) to the HUB_NEIGHBOURS nearest of `features` (N, F) of
+    other groups. group: (N,) int64, -1 for a picture of no prototype's group."""
+    similar = features @ known.T
+    rows = torch.nonzero(group >= 0).flatten()
+    similar[rows, group[rows]] = -1.0
+    return HUB_WEIGHT * similar.topk(min(HUB_NEIGHBOURS, len(features)), dim=0).values.mean(dim=0)

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from megaflux.data.tensors import from_image
 from megaflux.evaluate import ink
-from megaflux.evaluate.judge import Judge, JudgeNetwork, joined, prototypes
+from megaflux.evaluate.judge import Judge, JudgeNetwork, hubs, joined, prototypes, viewed
 from megaflux.evaluate.samples import Grid
 
-GRID_STEPS, OTHER_STEPS = 1600, 250
+GRID_STEPS, OTHER_STEPS = 1500, 250
 PAIRS = 64
 RATE, DECAY, TEMPERATURE = 3e-3, 0.05, 0.07
 COMPONENTS, KEPT, RIDGE = 400, 350, 0.6  # of the descriptor: before and after the discriminant analysis
@@ -102,7 +102,7 @@ def train(
         torch.manual_seed(SEED)
         words = 0 if lesson.words is None else lesson.words.shape[1]
         network = JudgeNetwork(len(lesson.styles), words)
-    network.to(device, memory_format=torch.channels_last).train()
+    network.to(device).train()
     maps = torch.cat([ink.maps(part) for part in lesson.centred.split(256)])
     _learn(network, lesson, maps, steps, torch.device(device), on_step)
     network.eval()
@@ -111,10 +111,12 @@ def train(
     grouped = lesson.content if lesson.styles else None
     directions = discriminant(descriptors - centre, grouped)
     with torch.no_grad():
-        own = torch.cat([network(part.to(device)) for part in maps.split(128)]).cpu()
+        own = torch.cat([viewed(network, part.to(device)) for part in maps.split(128)]).cpu()
     features = joined(own, (descriptors - centre) @ directions)
     known = prototypes(features, lesson.content, len(lesson.contents)) if lesson.contents else features[:0]
-    return Judge(network, directions.to(device), centre.to(device), lesson.contents, lesson.styles, known, dict(facts))
+    common = hubs(features, lesson.content, known) if lesson.contents else features.new_zeros(0)
+    parts = network, directions.to(device), centre.to(device)
+    return Judge(*parts, lesson.contents, lesson.styles, known, common, dict(facts))
 
 
 def discriminant(descriptors: Tensor, group: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megaflux.evaluate import figures, work
-from megaflux.evaluate.judge import Judge, nearest, prototypes
+from megaflux.evaluate.judge import Judge, likeliest, prototypes
 from megaflux.evaluate.loss import TIMES_OF
 from megaflux.evaluate.outside import Embedder, cosines
 from megaflux.evaluate.samples import Cell, Grid, HeldOut, Sample, cell_of
@@ -63,8 +63,7 @@ def loss_section(results: Results) -> Section:
     for number, (times, ts) in enumerate(TIMES_OF.items()):
         places = slice(8 * number, 8 * number + 8)
         section[times] = {"t": ts} | {
-            name: [float(v) for v in np.mean([row[places] for row in rows.values() if row[0] is not None], axis=0)]
-            for name, rows in by_name.items()
+            name: _means([row[places] for row in rows.values()]) for name, rows in by_name.items()
         }
     own = {key: float(np.mean(row[:8])) for key, row in by_name["matched"].items()}  # type: ignore[arg-type]
     samples = {sample.key: sample for sample in results.first}
@@ -85,6 +84,11 @@ def loss_section(results: Results) -> Section:
         )
     }
     return section
+
+
+def _means(rows: Sequence[Sequence[float | None]]) -> list[float]:
+    """The mean at each time over samples that have a loss."""
+    return [float(value) for value in np.array([row for row in rows if row[0] is not None], dtype=np.float64).mean(0)]
 
 
 def pictures_section(results: Results, judge: Judge | None) -> Section:
@@ -140,7 +144,7 @@ def cells_section(results: Results, judge: Judge, grid: Grid, whole_contents: bo
     cells = [cell_of(sample.key) for sample in samples]
     keys, clusters = tuple(sample.key for sample in samples), results.clusters(samples)
     shown = [[cell_of(one.name).content for one in s.references[: results.references]] for s in samples]
-    content_of = _zero_shot(judge, grid) if whole_contents else lambda features, _: judged_contents(judge, features)
+    content_of = _zero_shot(judge, grid) if whole_contents else lambda features, _: judge.contents_of(features)
 
     def figures_of(pictures: dict[str, Tensor], styles: list[str]) -> tuple[Section, np.ndarray, np.ndarray]:
         """(section, right style, right content) of one picture a cell; styles: those wanted."""
@@ -174,11 +178,6 @@ def cells_section(results: Results, judge: Judge, grid: Grid, whole_contents: bo
     return section
 
 
-def judged_contents(judge: Judge, features: Tensor) -> list[str]:
-    """The contents of the nearest prototypes."""
-    return [judge.contents[i] for i in nearest(features, judge.prototypes)]
-
-
 def _zero_shot(judge: Judge, grid: Grid) -> Callable[[Tensor, Sequence[str]], list[str]]:
     cells = [cell for cell in grid.held_out if cell.content in grid.held_out_contents]
     features, _ = judge.features([picture for cell in cells if (picture := grid.picture(cell)) is not None])
@@ -189,8 +188,9 @@ def _zero_shot(judge: Judge, grid: Grid) -> Callable[[Tensor, Sequence[str]], li
         found = []
         for one, style in zip(made, styles, strict=True):
             others = torch.tensor([cell.style != style for cell in cells])
-            known = torch.cat([judge.prototypes, prototypes(features[others], group[others], len(unseen))])
-            found.append([*judge.contents, *unseen][nearest(one[None], known)[0]])
+            known = prototypes(features[others], group[others], len(unseen))
+            known = torch.cat([judge.prototypes, known])
+            found.append([*judge.contents, *unseen][likeliest(one[None], known, known.new_zeros(len(known)))[0]])
         return found
 
     return content_of
