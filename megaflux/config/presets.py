@@ -118,6 +118,7 @@ def tiny() -> dict[str, Any]:
         "preset": "tiny",
         "run": {"dir": "runs/tiny"},
         "model": {
+            "vlm": "tiny",
             "vae": "tiny",
             "flux_config": {
                 "patch_size": 1,
