@@ -45,6 +45,7 @@ WORDS = {  # options and fields that hold words and no path
     "--control",
     "--device",
     "--aspect-ratios",
+    "--sets",
     "--commit",
     "--preset",
     "--train",

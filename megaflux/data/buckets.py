@@ -80,7 +80,7 @@ def make_buckets(aspect_ratios: Sequence[str], longest_side: int, multiple: int 
     return tuple(buckets.values())
 
 
-def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
+def nearest_bucket(width: float, height: float, buckets: Sequence[Bucket]) -> Bucket:
     """The bucket whose aspect ratio is nearest to width / height on a log scale; the earlier one on a tie."""
     aspect = math.log(width / height)
     return min(buckets, key=lambda bucket: abs(math.log(bucket.width / bucket.height) - aspect))

@@ -6,21 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaflux.common.errors import UserError
+from megaflux.common.paths import ICONIFY
+from megaflux.config.data import MOST_REFERENCES
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.images import ENCODINGS, MAX_PIXELS
-from megaflux.data.reference_size import MOST
 from megaflux.data.storage.shards import SHARD_SIZE
 from megaflux.data.writing import captions
 from megaflux.data.writing.captions import CaptionReader
 
 OPENMOJI_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
-ICONIFY = "iconify"
-ICONIFY_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.0, "encoding": "png", "aspect_ratios": ("1:1",)}
-SOURCE_KINDS = ("images", "tar", "parquet", "iconify")
+ICONIFY_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "aspect_ratios": ("1:1",)}
+SOURCE_KINDS = ("images", "tar", "parquet", ICONIFY)
 ALL, NONE = "all", "none"
 REFERENCES = (ALL, NONE)
 PAIRS = ("same-style",)
-CONTENTS = ("all", "shared")  # shared: only names that all sets have
+SHARED = "shared"
+CONTENTS = (ALL, SHARED)  # shared: only names that all sets have
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Options:
     pairs: str | None = None  # iconify: references of each cell, one of PAIRS
     pair_references: int = 4  # iconify: how many of them
     sets: tuple[str, ...] = ()  # iconify: the icon sets to read; none: all that are there
-    contents: str = "all"  # iconify: names to read, one of CONTENTS
+    contents: str = ALL  # iconify: names to read, one of CONTENTS
     hold_out_cells: float = 0.0  # iconify: share of the cells (name, set) that are kept from training
     hold_out_contents: float = 0.0  # iconify: share of the names that are kept from training in all sets
 
@@ -70,7 +71,7 @@ class Options:
             f"--references must be {' or '.join(REFERENCES)}": self.references in REFERENCES,
             "--min-references must be at least 0": self.min_references is None or self.min_references >= 0,
             f"--pairs must be one of {', '.join(PAIRS)}": self.pairs in (None, *PAIRS),
-            f"--pair-references must be 1 to {MOST}": 1 <= self.pair_references <= MOST,
+            f"--pair-references must be 1 to {MOST_REFERENCES}": 1 <= self.pair_references <= MOST_REFERENCES,
             f"--contents must be {' or '.join(CONTENTS)}": self.contents in CONTENTS,
             "--hold-out-cells must be at least 0 and below 1": 0 <= self.hold_out_cells < 1,
             "--hold-out-contents must be at least 0 and below 1": 0 <= self.hold_out_contents < 1,

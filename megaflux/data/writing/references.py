@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from megaflux.config.data import MOST_REFERENCES
 from megaflux.data.images import MIN_SIDE, BadImage, decode, encode
-from megaflux.data.reference_size import MAX_ASPECT, MOST, reference_size
+from megaflux.data.reference_size import MAX_ASPECT, reference_size
 from megaflux.data.references import StoredReference
 from megaflux.data.tensors import STORED
 from megaflux.data.writing import pairing
@@ -33,8 +34,8 @@ def kept_references(loaded: Loaded, options: Options) -> Kept:
     the image is skipped then, rather than trained with a reference that it was not meant for.
     """
     kept = Kept()
-    if len(loaded.references) > MOST:
-        raise BadImage("bad_reference", f"{len(loaded.references)} references, at most {MOST} are taken")
+    if len(loaded.references) > MOST_REFERENCES:
+        raise BadImage("bad_reference", f"{len(loaded.references)} references, at most {MOST_REFERENCES} are taken")
     for number, reference in enumerate(loaded.references):
         name = reference.name or f"reference {number}"
         try:
