@@ -162,7 +162,7 @@ FILES = {
     "x.ref10.jpg": b"10",
     "x.REF2.PNG": b"2",
     "x.txt": b"x",
-    "x.ref2.txt": b"of a reference",
+    "x.REF2.txt": b"of a reference",
     "22.05.png": b"22.05",
     "22.05.ref0.png": b"22.05 r",
     "22.06.png": b"22.06",
@@ -197,11 +197,11 @@ def test_folders(tmp_path):
     assert read(source) == expected_of("", True) | {"alone.ref0.png": ("", [])}
     assert remarks_of(tmp_path) == [
         "5 images are references of those beside them (.ref0, .ref1, ...)",
-        "not used, though they may hold captions: 1 files (x.ref2.txt)",
+        "not used, though they may hold captions: 1 files (x.REF2.txt)",
     ]
     assert read(open_source(tmp_path / "x.jpg")) == {"x.jpg": expected_of("", True)["x.jpg"]}
     plain = read(open_source(tmp_path, references="none"))  # as before there were references
-    assert plain["x.ref2.png".replace("ref2.png", "REF2.PNG")] == ("of a reference", []) and len(plain) == 10
+    assert plain["x.REF2.PNG"] == ("of a reference", []) and len(plain) == 10
     assert not any(each for _, each in plain.values())
     assert list(read(open_source(tmp_path / "x.jpg", references="none"))) == ["x.jpg"]
 
@@ -215,16 +215,16 @@ def test_tars(tmp_path):
     source = open_source(tmp_path)
     assert read(source) == expected_of("a.tar:", False) | {"a.tar:alone": ("", [])}
     assert remarks_of(tmp_path) == [
-        "2 images share their name up to the first dot, and its caption, with others; each is used",
+        "1 images share their name up to the first dot, and its caption, with others; each is used",
         "3 images have 5 references (.ref0, .ref1, ...)",
-        "not used, though they may hold captions: 1 files (a.tar:x.ref2.txt)",
+        "not used, though they may hold captions: 1 files (a.tar:x.REF2.txt)",
     ]
     plain = open_source(tmp_path, references="none")
     assert [item.key for item in plain.list_items() if item.problem] == ["a.tar:x.ref10.jpg"]
     assert not any(each for _, each in read(plain).values())
 
     before = {item.key: item.size for item in source.list_items()}
-    write_tar(tmp_path / "a.tar", (FILES | {"22.05.ref0.png": b"another"}).items())
+    write_tar(tmp_path / "a.tar", (FILES | {"22.05.ref0.png": b"another one"}).items())
     assert {item.key for item in source.list_items() if before[item.key] != item.size} == {"a.tar:22.05"}
 
     write_tar(tmp_path / "a.tar", [("g.jpg", b"G"), ("g.png", b"again"), ("g.ref0.png", b"R" * 5000)])
@@ -376,9 +376,9 @@ def test_tables_name_references(tmp_path, name):
     }
     assert read(open_source(tmp_path)) == expected
     assert remarks_of(tmp_path) == [
-        f"deep/{name}: 3 images have 9 references in references",
         "1 images are references of those beside them (.ref0, .ref1, ...)",
         "3 images are named as references only, so they are not samples themselves",
+        f"deep/{name}: 3 images have 9 references in references",
     ]
     assert set(read(open_source(tmp_path, references="none"))) >= {"secret.png", "deep/refs/1.png", "deep/b.ref0.png"}
 
@@ -511,7 +511,8 @@ def test_bad_references(tmp_path, capsys):
     (source / "gone.ref0.png").symlink_to("nowhere")
     (source / "gone.png").write_bytes(TARGET)
     named = ["gone.png", {"path": "elsewhere.png"}, {"path": "good.png", "strength": 0}, {"strength": 1}]
-    (source / "metadata.jsonl").write_text(json.dumps({"file_name": "named.png", "references": named}))
+    rows = [{"file_name": "named.png", "references": named}, {"file_name": "good.png"}, {"file_name": "gone.png"}]
+    (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     assert prepared(source, tmp_path / "strict") == {"good.png": ("", [])}
     listed = [json.loads(line) for line in (tmp_path / "strict/bad_images.jsonl").read_text().splitlines()]
@@ -529,10 +530,10 @@ def test_bad_references(tmp_path, capsys):
     assert read_dataset_info(tmp_path / "strict").bad == {"bad_reference": 8}
 
     arguments = ["--longest-side", "64", "--aspect-ratios", ",".join(RATIOS), "--format", "png", "--held-out", "0"]
-    arguments += ["--workers", "1", "--max-bad", "2", "--min-references", "1"]
+    arguments += ["--workers", "1", "--max-bad", "3", "--min-references", "1"]
     assert command.main([str(source), str(tmp_path / "lenient"), *arguments]) == 0
     found = samples_of(tmp_path / "lenient")
-    assert set(found) == {"good.png", "named.png", *(f"{name}.png" for name in BAD)} - {"good.png"}
+    assert set(found) == {"named.png", *(f"{name}.png" for name in BAD)}
     assert [one.name for one in found["named.png"][1]] == ["gone.png"]
     assert all([one.data for one in found[f"{name}.png"][1]] == [good] for name in BAD)
     listed = [json.loads(line) for line in (tmp_path / "lenient/bad_references.jsonl").read_text().splitlines()]
@@ -615,7 +616,8 @@ def test_what_an_earlier_version_began_stays_without_references(source, tmp_path
     for name in ("references", "min_references"):
         del plan["settings"][name]
     (tmp_path / "out" / "prepare.json").write_text(json.dumps(plan))
-    prepare(str(source), tmp_path / "out", Options(**SMALL | {"chunk": 200}, held_out=0), workers=1, progress=False)
+    options = Options(**SMALL | {"chunk": 200}, held_out=0)
+    prepare(str(source), tmp_path / "out", options, workers=1, max_bad=200, progress=False)
     info = read_dataset_info(tmp_path / "out")
     assert not info.has_references and info.samples("train") + sum(info.bad.values()) == 104 + 156
     assert info.format_version == 1
