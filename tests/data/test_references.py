@@ -170,6 +170,9 @@ FILES = {
     "22.06.reference_1.webp": b"22.06 r1",
     "22.06.reference_0.webp": b"22.06 r0",
     "alone.ref0.png": b"alone",
+    "z.png": b"Z",
+    "z.ref0.png": b"Z r",
+    "z.ref0.txt": b"of a reference",
     "y.png": b"Y",
     "y.json": b'{"instruction": "of no pair"}',
 }  # fmt: skip
@@ -187,6 +190,7 @@ def expected_of(prefix, suffixes):
         ),
         key("x.jpg"): ("x", [(b"2", "x.REF2.PNG", 1.0), (b"10", "x.ref10.jpg", 1.0)]),
         key("y.png"): ("", []),
+        key("z.png"): ("", [(b"Z r", "z.ref0.png", 1.0)]),
     }
 
 
@@ -196,12 +200,12 @@ def test_folders(tmp_path):
     source = open_source(tmp_path)
     assert read(source) == expected_of("", True) | {"alone.ref0.png": ("", [])}
     assert remarks_of(tmp_path) == [
-        "5 images are references of those beside them (.ref0, .ref1, ...)",
-        "not used, though they may hold captions: 1 files (x.REF2.txt)",
+        "6 images are references of those beside them (.ref0, .ref1, ...)",
+        "not used, though they may hold captions: 2 files (x.REF2.txt, z.ref0.txt)",
     ]
     assert read(open_source(tmp_path / "x.jpg")) == {"x.jpg": expected_of("", True)["x.jpg"]}
     plain = read(open_source(tmp_path, references="none"))  # as before there were references
-    assert plain["x.REF2.PNG"] == ("of a reference", []) and len(plain) == 10
+    assert plain["x.REF2.PNG"] == ("of a reference", []) and len(plain) == 12
     assert not any(each for _, each in plain.values())
     assert list(read(open_source(tmp_path / "x.jpg", references="none"))) == ["x.jpg"]
 
@@ -216,8 +220,8 @@ def test_tars(tmp_path):
     assert read(source) == expected_of("a.tar:", False) | {"a.tar:alone": ("", [])}
     assert remarks_of(tmp_path) == [
         "1 images share their name up to the first dot, and its caption, with others; each is used",
-        "3 images have 5 references (.ref0, .ref1, ...)",
-        "not used, though they may hold captions: 1 files (a.tar:x.REF2.txt)",
+        "4 images have 6 references (.ref0, .ref1, ...)",
+        "not used, though they may hold captions: 2 files (a.tar:x.REF2.txt, a.tar:z.ref0.txt)",
     ]
     plain = open_source(tmp_path, references="none")
     assert [item.key for item in plain.list_items() if item.problem] == ["a.tar:x.ref10.jpg"]
@@ -479,7 +483,7 @@ def test_a_picture_that_is_referred_to_often_is_decoded_once(monkeypatch):
         assert writing.stored(Reference(small), options).data == small
         with pytest.raises(BadImage, match="damaged"):
             writing.stored(Reference(cut), options)
-    assert len(calls) == 3
+    assert len(calls) == 3 and writing._known._bytes == len(first.data)
     assert writing.stored(Reference(large), Options(**SMALL | {"longest_side": 32})).data != first.data
     monkeypatch.setattr(writing._Known, "BYTES", len(first.data) - 1)
     writing.stored(Reference(large), Options(**SMALL | {"longest_side": 48}))
@@ -600,6 +604,43 @@ def test_workers_parts_and_interruption_change_nothing(source, whole, tmp_path, 
     (tmp_path / "parts" / "dataset.json").unlink()
     prepare(str(source), tmp_path / "parts", OPTIONS, workers=1, progress=False)
     assert tree(tmp_path / "parts") == tree(whole)
+
+
+def test_all_sources_give_the_same(source, tmp_path):
+    names = [
+        f"{number:03}.{end}" for number in range(10, 18) for end in ("png", "txt", "ref0.png", "ref1.png", "ref2.png")
+    ]
+    files = {name: (source / name).read_bytes() for name in names if (source / name).exists()}
+    for kind in ("folder", "tar", "table", "parquet"):
+        (tmp_path / kind).mkdir()
+    write_tar(tmp_path / "tar" / "a.tar", files.items())
+    rows = []
+    for name, data in files.items():
+        (tmp_path / "folder" / name).write_bytes(data)
+        if not name.endswith("txt"):
+            (tmp_path / "table" / name.replace(".ref", "-")).write_bytes(data)
+    for key in sorted({name[:3] for name in files}):
+        paths = [name for name in files if name.startswith(f"{key}.ref")]
+        caption, pictures = files[f"{key}.txt"].decode(), [files[path] for path in paths]
+        rows.append({"key": key, "instruction": caption, "target": files[f"{key}.png"], "references": pictures})
+        row = {
+            "target": f"{key}.png",
+            "edit_prompt": caption,
+            "references": [path.replace(".ref", "-") for path in paths],
+        }
+        with open(tmp_path / "table" / "metadata.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+    # Edits without references have an instruction too: in a table of such columns it counts, alone in a row it does not.
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "parquet" / "a.parquet", row_group_size=3)
+    found = {}
+    for kind in ("folder", "tar", "table", "parquet"):
+        samples = prepared(tmp_path / kind, tmp_path / "out" / kind)
+        found[kind] = {
+            key.removesuffix(".png"): (caption if each else "", [one.data for one in each])
+            for key, (caption, each) in samples.items()
+        }
+    assert len(found["folder"]) == 8 and sum(len(each) for _, each in found["folder"].values()) == 12
+    assert found["folder"] == found["tar"] == found["table"] == found["parquet"]
 
 
 def test_a_changed_reference_is_another_source(source, whole, tmp_path):
