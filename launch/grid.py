@@ -37,7 +37,7 @@ def main() -> None:
         "--data", type=path_option, default="data/grid", metavar="DIR", help="the prepared grid (%(default)s)"
     )
     parser.add_argument("--out", type=path_option, default="runs/grid", metavar="DIR", help="default %(default)s")
-    parser.add_argument("--evaluate", default="", metavar="OPTIONS", help="options of megaflux.evaluate, as one text")
+    parser.add_argument("--evaluate", type=str.split, default=[], metavar="OPTIONS", help="options of megaflux.evaluate, as one text")
     args, train_options = parser.parse_known_args()
     out, started = Path(args.out), time.monotonic()
     if not (Path(args.data) / "dataset.json").exists():
@@ -52,7 +52,7 @@ def main() -> None:
         "--deepspeed",
         str(ROOT / "ds_configs" / "zero2.json"),
         "--config",
-        str(ROOT / "recipes" / "grid.yaml"),
+        str(ROOT / "recipes" / "tiny" / "grid.yaml"),
         "--data.path",
         str(args.data),
         "--run.dir",
@@ -60,7 +60,7 @@ def main() -> None:
         *train_options,
     )
     options = ["--checkpoint", str(out / "run"), "--data", str(args.data), "--out", str(out)]
-    _module("megaflux.evaluate", *options, *args.evaluate.split())
+    _module("megaflux.evaluate", *options, *args.evaluate)
     print()
     for name, value in json.loads((out / "report.json").read_text())["held_out_cells"].items():
         print(f"  {name:<14} {value}")

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for launch/, 
 from launch import train
 from megaflux.common.errors import exit_on_user_error
 from megaflux.config.schema import Config
+from megaflux.models.shipped import SHIPPED
 from megaflux.training.planning.checks import find_problems
 
 
@@ -29,7 +30,11 @@ def main() -> int | None:
 def problems(config: Config, ds_config: dict[str, Any], ranks: int) -> list[str]:
     """What would stop the run, one line each: the checks of launch/train.py without those of weights, which are not read."""
     model, found = config.model, []
-    for field, source in (("flux", model.flux), ("vlm", model.vlm), ("init", model.init)):
+    for field, source in (
+        ("flux", model.flux),
+        ("vlm", None if model.vlm == SHIPPED else model.vlm),
+        ("init", model.init),
+    ):
         if source:
             found.append(
                 f"model.{field}: {source}, but launch/train_random.py reads no weights; set model.{field} to null, or "

@@ -50,11 +50,13 @@ def export(run: TrainedRun, out: Path) -> None:
     """Write a run's models to the new folder `out`. UserError where it exists or cannot be written."""
     from megaflux.generation.layout import Settings, write_indexes, write_parts
     from megaflux.models.pretrained import read_lm_head
+    from megaflux.models.shipped import SHIPPED
     from megaflux.runs import attribution, load
 
     check_new_folder(out)
     models = load(run)
-    lm_head = read_lm_head(run.config.model.vlm) if run.config.model.vlm else None
+    vlm = run.config.model.vlm
+    lm_head = read_lm_head(vlm) if vlm not in (None, SHIPPED) else None
     with whole_folder(out) as partial:
         write_parts(models, lm_head, partial)
         write_indexes(partial, Settings.of(run.config), run.source, attribution(run.config))

@@ -84,6 +84,8 @@ RUNS: dict[str, tuple[str, str, int, list[str]]] = {
 COMMON = [
     "--preset",
     "tiny",
+    "--model.vlm",
+    "none",  # as it was before Qwen2-VL's weights were shipped
     "--data.source",
     "none",
     "--data.aspect_ratios",

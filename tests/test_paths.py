@@ -227,10 +227,14 @@ def test_a_folder_named_so_by_an_earlier_version_is_not_left_behind_in_silence(h
 
 
 def test_an_old_runs_own_paths_stay_what_they_were(tmp_path, monkeypatch):
-    values = {"run": {"dir": "~/run"}, "model": {"vae": "tiny"}, "data": {"path": "~data", "source": None}}
+    values = {
+        "run": {"dir": "~/run"},
+        "model": {"vlm": "tiny", "vae": "tiny"},
+        "data": {"path": "~data", "source": None},
+    }
     assert literal(values, PATHS) == {
         "run": {"dir": "./~/run"},
-        "model": {"vae": "tiny"},
+        "model": {"vlm": "tiny", "vae": "tiny"},
         "data": {"path": "./~data", "source": None},
     }
     run = write_run(tmp_path / "run", small_values(), updates=(4,))
@@ -320,6 +324,7 @@ def test_what_a_run_saves_is_absolute_and_names_stay(home, tmp_path):
     assert (config.model.flux, config.model.vlm, config.model.vae) == ("hub:a/b", "nowhere", "tiny")
     assert (config.data.remote, config.data.source) == ("s3://b/x", "gone")
     assert located(parse()).data.source == "openmoji" and located(config) == config
+    assert located(parse()).model.vlm == "tiny" and located(parse("--model.vlm=./tiny")).model.vlm == f"{here}/tiny"
 
 
 def test_absolute_paths_of_a_run_are_no_values_that_it_keeps(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from megaflux.bench.arms import random_flux
 from megaflux.common.errors import UserError
 from megaflux.models.loading_errors import named
 from megaflux.models.scratch import tiny_processor, tokenizer_of, vlm_configuration
+from megaflux.models.shipped import SHIPPED
 
 if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
     from megaflux.config.schema import Config
@@ -109,7 +110,7 @@ def random_models(config: Config, device: torch.device | str = "cpu", dtype: tor
 
     model, seed = config.model, config.run.seed
     dtype, device = dtype or torch.bfloat16, torch.device(device)
-    for field, source in (("flux", model.flux), ("vlm", model.vlm)):
+    for field, source in (("flux", model.flux), ("vlm", None if model.vlm == SHIPPED else model.vlm)):
         if source:
             raise UserError(
                 f"model.{field}: {source}, but random models read no weights; set model.{field} to null and the "

@@ -26,7 +26,7 @@ def located(config: Config) -> Config:
     model: dict[str, Any] = {}
     for field in ("flux", "vlm", "vae", "init"):
         source = getattr(config.model, field)
-        named = source is None or source.startswith(HUB) or (field == "vae" and source == "tiny")
+        named = source is None or source.startswith(HUB) or (field in ("vlm", "vae") and source == "tiny")
         if not named and os.path.isdir(source):
             model[field] = _absolute(source)
     return config.model_copy(

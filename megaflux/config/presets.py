@@ -109,7 +109,7 @@ def dev() -> dict[str, Any]:
 def tiny() -> dict[str, Any]:
     """The same model classes with a few million parameters, trained on OpenMoji's pictures on a laptop's CPU.
 
-    Nothing is downloaded: the VAE's weights are shipped, all others are built from the run's seed. As there is no
+    Nothing is downloaded: the weights of the VAE and Qwen2-VL are shipped, all others are built from the run's seed. As there is no
     pretrained FLUX to start from, a stage `base` first trains all of it. Like the published lists, the stages share a
     block (3) and leave one out (4).
     """
@@ -118,6 +118,7 @@ def tiny() -> dict[str, Any]:
         "preset": "tiny",
         "run": {"dir": "runs/tiny"},
         "model": {
+            "vlm": "tiny",
             "vae": "tiny",
             "flux_config": {
                 "patch_size": 1,
@@ -132,11 +133,12 @@ def tiny() -> dict[str, Any]:
                 "axes_dims_rope": [8, 12, 12],
             },
             "vlm_config": {
-                # A random trunk must tell the trainable layer what a token shows and where it is. These values were chosen
-                # with linear probes on the 5 x 5 tokens of a picture: the colours of its cell are read with R2 0.9, its
-                # position among the 25 cells is right in 94%, and 30% of the features' power differs between pictures.
-                # With Qwen2-VL-7B's theta and no biases the position is right in 25% only: over so few tokens the row and
-                # column angles hardly change.
+                # The sizes of the shipped weights. Those began as random ones (which `vlm: null` still draws), and a random trunk
+                # must tell the trainable layer what a token shows and where it is. These values were chosen with linear
+                # probes on its 5 x 5 tokens of a picture: the colours of its cell are read with R2 0.9, its position among
+                # the 25 cells is right in 94%, and 30% of the features' power differs between pictures. With Qwen2-VL-7B's
+                # theta and no biases the position is right in 25% only: over so few tokens the row and column angles
+                # hardly change. docs/tiny-assets.md has the same probes of the trained weights.
                 "qk_bias_std": 3.0,
                 "text_config": {
                     "hidden_size": 192,

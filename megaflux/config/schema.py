@@ -55,7 +55,8 @@ class Model(Named):
     transformer and CLIP are built from `flux_config` and `clip_config` with seeded random weights, the VAE is
     `vae`."""
     vlm: HomePathOrNone = None
-    """Qwen2-VL: a folder or a hub name. None: built from `vlm_config` with seeded random weights."""
+    """Qwen2-VL: a folder, a hub name, or `tiny` for the shipped one, of the preset tiny's `vlm_config`. None: built from `vlm_config`
+    with seeded random weights."""
     vae: HomePathOrNone = None
     """A VAE other than the one in `flux`: a folder, a hub name or `tiny`. None: `flux`'s own."""
     flux_config: dict[str, Any]

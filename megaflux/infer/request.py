@@ -106,7 +106,7 @@ def to_runtime(given: Mapping[str, Any], base: Runtime | None = None) -> Runtime
     if "controlnet" in changes:
         changes["controlnet"] = dict(values.controlnet(text) for text in changes["controlnet"])
     for name in ("depth_model", "line_model", "sam_model", *FOLDERS):
-        if name in changes and (name, changes[name]) != ("vae", "tiny"):
+        if name in changes and (name, changes[name]) not in (("vae", "tiny"), ("vlm", "tiny")):
             changes[name] = values.model_source(changes[name], values.option_of(name))
     if "checkpoint" in changes:  # those of a replayed picture belong to its own checkpoint
         changes = dict.fromkeys(FOLDERS) | changes

@@ -37,7 +37,16 @@ from megaflux.models.loading_errors import named
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.models.parameters import base_fingerprints, weights_fingerprint
 from megaflux.models.reading import Target, fill, shapes, tensors, weight_files, without_weights
-from megaflux.models.scratch import TINY, build_clip, build_transformer, build_vlm, vlm_configuration
+from megaflux.models.scratch import (
+    build_clip,
+    build_transformer,
+    build_vlm,
+    TINY,
+    tiny_processor,
+    tokenizer_of,
+    vlm_configuration,
+)
+from megaflux.models.shipped import SHIPPED, VLM
 from megaflux.models.sources import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, model_problems, opened
 from megaflux.models.strict import FOLDER_FILES, load_linear, load_strict, silent_libraries
 from megaflux.models.t5 import T5Path
@@ -118,7 +127,7 @@ def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch
         raise UserError("; ".join(found))
     model, seed, target = config.model, config.run.seed, Target(device, dtype)
     way = model.seeded
-    folder = open_vlm(model.vlm, model.attention) if model.vlm else None
+    folder = open_vlm(model.vlm, model.attention) if model.vlm not in (None, SHIPPED) else None
     if folder is not None:
         folder.check_turns(config.data.condition.chat_modes)
     own = torch.bfloat16 if model.flux else torch.float32  # published weights are bf16; casting up comes later
@@ -134,6 +143,8 @@ def load_models(config: Config, device: torch.device | str = "cpu", dtype: torch
     vae = load_vae(model.vae, model.flux)
     if folder is not None:
         vlm, processor = load_vlm(folder, target=target)
+    elif model.vlm == SHIPPED:
+        vlm, processor = load_tiny_vlm(model.vlm_config, model.attention, own, target)
     else:
         vlm, processor = build_vlm(model.vlm_config, seed, way)
     connector = build_connector(
@@ -211,7 +222,7 @@ def load_transformer(source: str, dtype: torch.dtype, target: Target | None = No
 
 def load_vae(source: str | None, flux: str | None) -> AutoencoderKL:
     """The VAE of `source` (a VAE folder, or `tiny` for the shipped one), else `vae/` of the FLUX folder."""
-    if source == "tiny":
+    if source == SHIPPED:
         return load_strict(AutoencoderKL, str(TINY / "vae"), torch_dtype=torch.float32)
     if source:
         return load_strict(AutoencoderKL, source, torch_dtype=torch.float32)
@@ -259,6 +270,24 @@ def load_vlm(
             vlm = Qwen2VLModel(config)
         fill(vlm, weight_files(folder.place, "", TRANSFORMERS_WEIGHTS), dtype, target or Target(), where, vlm_name)
     return vlm.eval(), folder.processor
+
+
+def load_tiny_vlm(
+    vlm_config: dict[str, Any],
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    target: Target | None = None,
+) -> tuple[Qwen2VLModel, Qwen2VLProcessor]:
+    """The shipped Qwen2-VL and its processor, as `load_vlm` loads a folder's. vlm_config: that of the shipped one
+    (shipped.vlm_problem)."""
+    processor = tiny_processor()
+    with named("model.vlm_config"):
+        config = vlm_configuration(vlm_config, tokenizer_of(processor))
+        config._attn_implementation = attention
+        with without_weights():
+            vlm = Qwen2VLModel(config)
+        fill(vlm, [VLM / "model.safetensors"], dtype, target or Target(), str(VLM))
+    return vlm.eval(), processor
 
 
 def vlm_name(key: str) -> str | None:
@@ -338,8 +367,9 @@ def _local_config(source: str | None, subfolder: str, default: dict[str, Any]) -
 
 
 def _local_vlm_config(source: str | None, default: dict[str, Any]) -> Qwen2VLConfig:
-    if source is not None and (Path(source) / "config.json").is_file():
+    drawn_or_shipped = source in (None, SHIPPED)
+    if source is not None and not drawn_or_shipped and (Path(source) / "config.json").is_file():
         with named(f"{source}/config.json"):
             return read_config(source, source)
-    tokenizer = None if source else Qwen2TokenizerFast.from_pretrained(TINY / "tokenizer")
+    tokenizer = Qwen2TokenizerFast.from_pretrained(TINY / "tokenizer") if drawn_or_shipped else None
     return vlm_configuration(default, tokenizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +26,9 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 
 from megaflux.models.draws import Way, seeded
 from megaflux.models.loading_errors import named
+from megaflux.models.shipped import ASSETS
 
-TINY = Path(__file__).parent.parent / "assets" / "tiny"
+TINY = ASSETS
 
 
 def build_transformer(flux_config: dict[str, Any], seed: int, way: Way = "portable") -> FluxTransformer2DModel:

@@ -22,6 +22,7 @@ from megaflux.common.errors import UserError
 from megaflux.common.paths import HUB
 from megaflux.models.loading_errors import named
 from megaflux.models.safetensors_files import INDEX, SAFETENSORS, is_pointer, read_header, read_index, read_json
+from megaflux.models.shipped import SHIPPED, vlm_problem
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 SHOWN = 5  # names in a message
@@ -112,10 +113,12 @@ def model_problems(model: Any, moved: str | None = None) -> Iterator[str]:
     fault. moved: how the options begin that say where a folder is now, of a run that has begun (`--model.`); None: of a new one.
     """
     parts = {name: part for name, part in FLUX.items() if name != "vae" or not model.vae}
-    vae = None if model.vae == "tiny" else model.vae
+    vae, vlm = (None if source == SHIPPED else source for source in (model.vae, model.vlm))
+    if model.vlm == SHIPPED and (why := vlm_problem(model.vlm_config)):
+        yield why
     for key, source, needed in (
         ("flux", model.flux, parts),
-        ("vlm", model.vlm, {"": VLM}),
+        ("vlm", vlm, {"": VLM}),
         ("vae", vae, {"": DIFFUSERS_MODEL}),
     ):
         if source is not None and moved and hub_name(source) is None and not os.path.exists(source):

@@ -1,20 +1,35 @@
-"""The shipped assets of the preset `tiny`: a VAE and two tokenizers, loaded as the libraries load them."""
+"""The shipped assets of the preset `tiny`: a VAE, a Qwen2-VL and two tokenizers, loaded as the libraries load them."""
 
 from __future__ import annotations
 
+import copy
+import re
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import megaflux
+from launch import tiny_vlm_figures, tiny_vlm_model, tiny_vlm_pictures
+from megaflux import runs
 from megaflux.common import compat  # noqa: F401  before diffusers and transformers
+from megaflux.common.errors import UserError
+from megaflux.config.parse import build_config
+from megaflux.config.presets import tiny
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
+from megaflux.data.writing.cells import held_out_cells
 from megaflux.data.writing.chunks import is_held_out
 from megaflux.data.writing.openmoji import OpenMoji, caption_of
 from megaflux.data.writing.options import OPENMOJI_DEFAULTS
+from megaflux.export import export
+from megaflux.models import scratch, shipped
+from megaflux.models.pretrained import load_models, meta_models
+from megaflux.models.reading import dtypes, shapes
+from megaflux.models.sources import model_problems
+from tests.conftest import small_values, write_run
 
 from diffusers import AutoencoderKL  # isort: skip  (after compat)
 from transformers import (  # isort: skip
@@ -22,6 +37,7 @@ from transformers import (  # isort: skip
     CLIPTokenizer,
     Qwen2TokenizerFast,
     Qwen2VLImageProcessorFast,
+    Qwen2VLModel,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
 )
@@ -185,3 +201,84 @@ def test_clip_tokenizer_pads_the_empty_prompt():
     assert ids == [begin] + [end] * 76  # CLIP pads with its end of text
     assert end == len(tokenizer) - 1  # CLIP finds the end as the highest id
     assert tokenizer("a cat")["input_ids"][0] == begin
+
+
+# --- Qwen2-VL ---
+
+
+def test_the_shipped_qwen2vl_is_small_and_has_the_presets_sizes():
+    file = shipped.VLM / "model.safetensors"
+    assert sum(path.stat().st_size for path in shipped.VLM.iterdir()) <= 5_000_000
+    assert set(dtypes(file).values()) == {"BF16"} and "lm_head.weight" not in dtypes(file)
+    with torch.device("meta"):
+        model = Qwen2VLModel(
+            scratch.vlm_configuration(tiny()["model"]["vlm_config"], scratch.tiny_processor().tokenizer)
+        )
+    assert shapes(file) == {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert shipped.vlm_problem(tiny()["model"]["vlm_config"]) is None
+
+
+def test_the_shipped_qwen2vl_saw_no_picture_that_is_held_out_anywhere():
+    demo, cells, grid = tiny_vlm_pictures.read_seen(shipped.VLM / "seen.txt.gz")
+    codes = {item.split_key for item in OpenMoji(make_buckets(ASPECT_RATIOS, 128), 1.25).list_items()}
+    held_codes = {code for code in codes if is_held_out(code, OPENMOJI_DEFAULTS["held_out"])}
+    held_cells = held_out_cells(grid.names, grid.styles, 0.1, 0.02)
+    assert len(demo) > 3000 and len(cells) > 4000 and len(grid.names) == 1034 and len(grid.styles) == 5
+    assert not demo & held_codes and not cells & held_cells
+
+    def same(code: str) -> str:  # whatever its skin tone
+        return re.sub("-(FE0F|1F3F[B-F])(?=-|$)", "", code.upper())
+
+    # OpenMoji's drawings are in both, by code and by name.
+    drawn = {name: {same(code) for code in grid.codes[name]} for name in grid.names}
+    assert all(drawn.values())
+    kept = set().union(*(drawn[name] for name, style in held_cells if style == "openmoji"))
+    assert not {same(code) for code in demo} & kept
+    seen_drawings = set().union(*(drawn[name] for name, style in cells if style == "openmoji"))
+    assert not seen_drawings & {same(code) for code in held_codes}
+    # And nothing else was left out.
+    split = tiny_vlm_pictures.split_pictures(codes, grid)
+    assert (demo & codes, cells) == (split.demo & demo, split.cells) and len(split.demo - demo) < 30  # newer Unicode
+
+
+def test_the_shipped_qwen2vl_knows_held_out_pictures_by_their_names():
+    """docs/tiny-assets.md has the figures of all of them."""
+    source = OpenMoji(make_buckets(ASPECT_RATIOS, 128), 1)
+    items = [item for item in source.list_items() if is_held_out(item.split_key, 0.05)][::2]
+    loaded = list(source.read(items))
+    pictures = tiny_vlm_pictures.Pictures(
+        np.stack([np.asarray(one.image) for one in loaded]), [one.caption.texts[0] for one in loaded], []
+    )
+    trained = tiny_vlm_figures.measure(tiny_vlm_model.load(shipped.VLM, 0), pictures)
+    assert trained["pictures"] > 100
+    assert min(trained["retrieval_trunk"], trained["retrieval_whole"]) > 0.1 and trained["token"] > 0.5
+
+
+def test_a_run_on_the_shipped_qwen2vl_is_exported_with_it_and_one_on_a_drawn_one_without(tmp_path):
+    weights = load_file(shipped.VLM / "model.safetensors")
+    name = "visual.merger.mlp.0.weight"
+    drawn = small_values()
+    values = drawn | {"model": drawn["model"] | {"vlm": "tiny", "vlm_config": tiny()["model"]["vlm_config"]}}
+    run = runs.find(write_run(tmp_path / "run", values, updates=(8,)))
+    export(run, tmp_path / "export")
+    stored = load_file(tmp_path / "export/text_encoder/model.safetensors")
+    found = next(value for key, value in stored.items() if key.endswith(name))
+    assert torch.equal(found.float(), weights[name].float())
+    assert not any("lm_head" in key for key in stored)
+    trainable, trunk = meta_models(run.config)
+    assert trunk.get_submodule("visual.merger.mlp.0").weight.shape == weights[name].shape
+    assert trainable.vlm.config.hidden_size == 192
+
+
+def test_other_sizes_than_the_shipped_qwen2vls_are_refused_in_one_line():
+    model = copy.deepcopy(tiny()["model"])
+    model["vlm_config"]["text_config"]["hidden_size"] = 96
+    config = build_config(tiny() | {"model": model})
+    with pytest.raises(
+        UserError, match=r"^model.vlm_config.text_config.hidden_size: 96, but the shipped .* has 192; .*"
+    ):
+        load_models(config)
+    drawn = build_config(tiny() | {"model": model | {"vlm": None}})
+    assert not list(model_problems(drawn.model)) and len(list(model_problems(config.model))) == 1
+    model["vlm_config"]["text_config"] = tiny()["model"]["vlm_config"]["text_config"] | {"initializer_range": 1.0}
+    assert shipped.vlm_problem(model["vlm_config"]) is None  # says how weights are drawn

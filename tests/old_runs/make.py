@@ -78,7 +78,7 @@ def tiny(data: Path) -> dict:
     """Values over the preset tiny."""
     return COMMON | {
         "preset": "tiny",
-        "model": {"flux_config": FLUX, "vlm_config": VLM},
+        "model": {"vlm": None, "flux_config": FLUX, "vlm_config": VLM},
         "data": {"path": str(data), "source": None, "longest_side": 64, "aspect_ratios": ["1:1", "2:1"], "cache": []},
         "stages": [
             {"name": "base", "share": 1.0, "blocks": "all", "components": "model"},

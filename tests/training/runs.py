@@ -60,6 +60,7 @@ def small_config(data: Path, run: Path, **changes) -> dict:
     values = {
         "run": {"dir": str(run)},
         "model": {
+            "vlm": None,
             "flux_config": {
                 "num_layers": 1,
                 "num_single_layers": 2,
@@ -67,7 +68,7 @@ def small_config(data: Path, run: Path, **changes) -> dict:
                 "num_attention_heads": 2,
                 "axes_dims_rope": [4, 6, 6],
                 "joint_attention_dim": 48,
-            }
+            },
         },
         "data": {"path": str(data), "source": None, "longest_side": 64, "aspect_ratios": ["1:1", "2:1"], "cache": []},
         "stages": [

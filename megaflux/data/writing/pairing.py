@@ -51,6 +51,12 @@ def is_of_a_pair(name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)  # tables ask for the same names in each of millions of rows
+def names_of_pairs(names: tuple[Any, ...]) -> tuple[str, ...]:
+    """Those of a row's names for which is_of_a_pair holds."""
+    return tuple(name for name in names if isinstance(name, str) and is_of_a_pair(name))
+
+
+@functools.lru_cache(maxsize=4096)
 def _reference_names(names: tuple[str, ...], targeted: bool) -> tuple[str, ...]:
     for wanted in (*REFERENCES, *(SOURCES if targeted else ())):
         found = []

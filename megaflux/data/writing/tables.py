@@ -164,6 +164,8 @@ class Tables:
     def _reference_fields(self, row: Mapping[str, Any]) -> list[str]:
         """The names of a row's fields of references."""
         written = _written(row)
+        if not written:
+            return []
         return pairing.reference_names(written, targeted=pairing.target_name(written) is not None)
 
     def _named(self, folder: str, value: Any) -> Named:
@@ -185,11 +187,7 @@ def _path(folder: str, file: str) -> str:
 
 def _written(row: Mapping[str, Any]) -> list[str]:
     """The fields of a row that are named as those of pairs are and hold something."""
-    return [
-        name
-        for name, value in row.items()
-        if isinstance(name, str) and pairing.is_of_a_pair(name) and pairing.listed(value)
-    ]
+    return [name for name in pairing.names_of_pairs(tuple(row)) if pairing.listed(row[name])]
 
 
 def _rows(path: Path, reader: CaptionReader, references: bool) -> Iterator[Mapping[str, Any] | None]:

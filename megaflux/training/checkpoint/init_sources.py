@@ -26,6 +26,7 @@ from megaflux.models.parameters import (
     weights_fingerprint,
 )
 from megaflux.models.pretrained import Models
+from megaflux.models.shipped import SHIPPED
 from megaflux.models.sources import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS
 from megaflux.models.strict import read_tensors
 from megaflux.models.vlm_folder import read_config
@@ -114,6 +115,8 @@ def of_run(source: Source, base: Models, config: Config) -> Values:
         draws = [f"--run.seed {seed}"] * (config.run.seed != seed) + [f"--model.seeded {way}"] * (
             config.model.seeded != way
         )
+        if "vlm" in weights.other_parts(content, parts) and config.model.vlm == SHIPPED:
+            draws.append("--model.vlm null")  # the preset tiny drew it before it had the shipped one
         redraw = f", or, of what is drawn, {' '.join(draws)}" if draws else ""
         raise UserError(
             f"model.init: {source.path}: began from other base weights than this run's {which}; give those{redraw}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from megaflux.common.errors import UserError, one_line
 from megaflux.config.schema import Config
+from megaflux.models.shipped import SHIPPED
 from megaflux.models.sources import hub_name
 from megaflux.training.checkpoint import init_folder, saved
 from megaflux.training.ds_config import batch_sizes
@@ -83,7 +84,7 @@ def _check_init(config: Config) -> None:
 def _check_turns(config: Config) -> None:
     """UserError where the chat template of a local Qwen2-VL folder does not make the turns that the run draws."""
     source = config.model.vlm
-    if source and hub_name(source) is None:
+    if source and source != SHIPPED and hub_name(source) is None:
         from megaflux.models.vlm_folder import open_vlm  # here, because it imports transformers
 
         open_vlm(source).check_turns(config.data.condition.chat_modes)
