@@ -125,8 +125,7 @@ def discriminant(descriptors: Tensor, group: Tensor | None) -> Tensor:
     group None: the principal components alone, each of variance 1 but for the ridge."""
     n = len(descriptors)
     count = min(COMPONENTS, descriptors.shape[1], max(1, n - 1))
-    _, basis = torch.linalg.eigh(descriptors.T @ descriptors / n)
-    basis = basis[:, -count:]
+    basis = _principal(descriptors, count)
     z = descriptors @ basis
     if group is None:
         scale = z.square().mean(dim=0)
@@ -149,6 +148,14 @@ def discriminant(descriptors: Tensor, group: Tensor | None) -> Tensor:
     # what a mean of so few pictures varies by is not all the contents' own
     own = ((variance - 1 / sizes.mean()).clamp_min(0.01) / variance.clamp_min(0.02)).sqrt()
     return basis @ whiten @ (axes * own)
+
+
+def _principal(descriptors: Tensor, count: int) -> Tensor:
+    """(F, count): the directions in which centred descriptors (N, F) vary most, by the smaller of their two products."""
+    n, numbers = descriptors.shape
+    if n >= numbers:
+        return torch.linalg.eigh(descriptors.T @ descriptors)[1][:, -count:]
+    return F.normalize(descriptors.T @ torch.linalg.eigh(descriptors @ descriptors.T)[1][:, -count:], dim=0)
 
 
 def _learn(
