@@ -1,7 +1,7 @@
 """What the judge sees of a picture: its ink, brought to one size and place, as edges by direction and as colour.
 
 Ink is 1 - colour, so that white is 0. The box that holds all but a sliver of it is scaled to a square, because hands draw one thing at
-different sizes, and what a thing is does not depend on that. Edges by direction (histograms of oriented gradients: Dalal and Triggs,
+different sizes, and what a thing is does not depend on that. A hand's style shows in the whole picture, in its palette most of all. Edges by direction (histograms of oriented gradients: Dalal and Triggs,
 CVPR 2005) are much the same whether a hand fills shapes or outlines them.
 
 Shapes: N pictures, S = 64 px.
@@ -9,6 +9,7 @@ Shapes: N pictures, S = 64 px.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,22 @@ from torch import Tensor
 SIDE = 64
 CANVAS = 128  # px: the square in which the box is looked for
 DIRECTIONS = 8
+LEVELS = 8  # of each colour in a palette
+STEPS = (
+    0.0,
+    0.004,
+    0.01,
+    0.02,
+    0.04,
+    0.08,
+    0.15,
+    0.25,
+    0.4,
+    0.6,
+    0.8,
+    2.0,
+)  # between neighbouring pixels, in a palette
+PALETTE = LEVELS**3 + 2 * (len(STEPS) - 1)
 SLIVER = 0.004  # share of the ink that may lie outside the box, at each of its sides
 FAINT = 0.06  # ink below this is paper: made pictures are not perfectly white
 FILLS = 0.94  # of the square, by the box
@@ -49,11 +66,11 @@ def centred(ink: Tensor) -> Tensor:
 
 
 def seen(pictures: Sequence[Tensor], chunk: int = 256) -> tuple[Tensor, Tensor]:
-    """(centred (N, 3, 64, 64), whole (N, 3, 32, 32)): ink of uint8 pictures of any shapes, as the judge reads them."""
+    """(centred (N, 3, 64, 64), whole (N, 3, 64, 64)): ink of uint8 pictures of any shapes, as the judge reads them."""
     parts = []
     for start in range(0, len(pictures), chunk):
         ink = torch.stack([on_square(picture) for picture in pictures[start : start + chunk]])
-        parts.append((centred(ink), F.avg_pool2d(ink, 4)))
+        parts.append((centred(ink), F.avg_pool2d(ink, 2)))
     centre, whole = zip(*parts)
     return torch.cat(centre), torch.cat(whole)
 
@@ -91,6 +108,29 @@ def descriptor(ink: Tensor) -> Tensor:
         F.avg_pool2d(ink.mean(dim=1, keepdim=True), 4).flatten(1),
     ]
     return torch.cat([F.normalize(part, dim=1) for part in parts], dim=1)
+
+
+def palette(ink: Tensor) -> Tensor:
+    """Ink (N, 3, H, W) -> (N, 534): square roots of how much there is of each colour, pixels shared among the 8 nearest of 512, and of
+    each step between neighbours, across and down."""
+    n, pixels = len(ink), ink.shape[2] * ink.shape[3]
+    place = ink.flatten(2) * (LEVELS - 1)
+    low = place.floor().clamp(0, LEVELS - 2)
+    share, low = place - low, low.long()
+    found = ink.new_zeros(n, LEVELS**3)
+    for red, green, blue in itertools.product((0, 1), repeat=3):
+        weight = torch.ones_like(share[:, 0])
+        for channel, above in enumerate((red, green, blue)):
+            weight = weight * (share[:, channel] if above else 1 - share[:, channel])
+        index = ((low[:, 0] + red) * LEVELS + low[:, 1] + green) * LEVELS + low[:, 2] + blue
+        found.scatter_add_(1, index, weight)
+    steps = [found / pixels]
+    for change in (ink[..., 1:] - ink[..., :-1], ink[..., 1:, :] - ink[..., :-1, :]):
+        largest = change.abs().amax(dim=1).flatten(1)
+        steps += [
+            ((largest >= a) & (largest < b)).float().mean(dim=1, keepdim=True) for a, b in itertools.pairwise(STEPS)
+        ]
+    return torch.cat(steps, dim=1).clamp_min(0).sqrt()
 
 
 def _cells(strength: Tensor, side: int) -> Tensor:

@@ -39,7 +39,7 @@ VIEWS = (
     (0.0, 0.0, 1.08),
 )
 """Shifts across and down, and scales, over which the network's features are averaged."""
-EDGES = 0.3**0.5  # length of the features of edges, where the network's are 1
+EDGES = 0.2**0.5  # length of the features of edges, where the network's are 1
 HUB_NEIGHBOURS, HUB_WEIGHT = 10, 0.5
 AT_ONCE = 128  # pictures
 
@@ -80,10 +80,13 @@ class JudgeNetwork(nn.Module):
             Block(2 * width, 2 * width, 1),
             Block(2 * width, 4 * width, 2),
         )
-        self.project = nn.Sequential(nn.Linear(4 * width * 5, features, bias=False), nn.BatchNorm1d(features))
+        # the map's 4 x 4 places are kept: layout tells much
+        self.project = nn.Sequential(
+            nn.Dropout(0.2), nn.Linear(4 * width * 17, features, bias=False), nn.BatchNorm1d(features)
+        )
         small = max(8, width // 4)
         self.style = nn.Sequential(
-            nn.Conv2d(3, small, 3, 1, 1, bias=False),
+            nn.Conv2d(3, small, 3, 2, 1, bias=False),
             nn.BatchNorm2d(small),
             nn.ReLU(),
             Block(small, 2 * small, 2),
@@ -92,17 +95,23 @@ class JudgeNetwork(nn.Module):
             nn.Flatten(),
             nn.Linear(4 * small, max(1, styles)),
         )
+        self.palette = nn.Sequential(
+            nn.Dropout(0.3), nn.Linear(ink.PALETTE, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, max(1, styles))
+        )
+        self.palette_mean = nn.Buffer(torch.zeros(ink.PALETTE))
+        self.palette_scale = nn.Buffer(torch.ones(ink.PALETTE))
         self.words = nn.Linear(features, max(1, words))
 
     def forward(self, maps: Tensor) -> Tensor:
         """maps: (N, 11, 32, 32) of ink.maps. Returns unit vectors (N, D)."""
         x = self.body(self.stem(maps.contiguous(memory_format=torch.channels_last))).float()
-        pooled = torch.cat([x.mean((2, 3)), F.adaptive_avg_pool2d(x, 2).flatten(1)], dim=1)
+        pooled = torch.cat([x.mean((2, 3)), x.flatten(1)], dim=1)
         return F.normalize(self.project(pooled).float(), dim=1)
 
-    def styles(self, whole: Tensor) -> Tensor:
-        """whole: (N, 3, 32, 32) of ink.seen. Returns scores (N, T)."""
-        return self.style(whole.contiguous(memory_format=torch.channels_last)).float()
+    def styles(self, whole: Tensor, palette: Tensor) -> Tensor:
+        """whole: (N, 3, 64, 64) of ink.seen; palette: (N, 534) of ink.palette. Returns scores (N, T)."""
+        colours = self.palette((palette - self.palette_mean) * self.palette_scale)
+        return self.style(whole.contiguous(memory_format=torch.channels_last)).float() + colours.float()
 
 
 @dataclass
@@ -144,7 +153,7 @@ class Judge:
             centred, whole = ink.seen(pictures[start : start + AT_ONCE])
             own = viewed(self.network, ink.maps(centred).to(device))
             found.append(joined(own, self._edges(centred)))
-            scores.append(self.network.styles(whole.to(device)))
+            scores.append(self.network.styles(whole.to(device), ink.palette(whole).to(device)))
         return torch.cat(found).cpu(), torch.cat(scores).cpu()
 
     def judge(self, pictures: Sequence[Tensor]) -> Judged:

@@ -28,7 +28,7 @@ from megaflux.evaluate import ink
 from megaflux.evaluate.judge import Judge, JudgeNetwork, hubs, joined, prototypes, viewed
 from megaflux.evaluate.samples import Grid
 
-GRID_STEPS, OTHER_STEPS = 1500, 250
+GRID_STEPS, OTHER_STEPS = 1300, 250
 PAIRS = 64
 RATE, DECAY, TEMPERATURE = 3e-3, 0.05, 0.07
 COMPONENTS, KEPT, RIDGE = 400, 350, 0.6  # of the descriptor: before and after the discriminant analysis
@@ -45,7 +45,7 @@ class Lesson:
     centred: Tensor
     """(N, 3, 64, 64) ink."""
     whole: Tensor
-    """(N, 3, 32, 32) ink."""
+    """(N, 3, 64, 64) ink."""
     content: Tensor
     """(N,) int64: which content each picture shows; without a grid each its own."""
     style: Tensor | None
@@ -172,6 +172,7 @@ def _learn(
     pairs = min(PAIRS, len(shown))
     order: list[int] = []
     memory = Memory(lesson, network.sizes["features"], device) if lesson.styles else None
+    palettes = _palettes(network, lesson, generator) if lesson.style is not None else []
     # Products in bfloat16 are several times as fast where the CPU has units for them, and no slower elsewhere.
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or _fast_half())
     for step in range(steps):
@@ -193,8 +194,9 @@ def _learn(
             memory.keep(features, index)
         if lesson.style is not None:
             some = index[:pairs]
+            palette = palettes[draw.randrange(len(palettes))][some]
             with half:
-                scores = network.styles(_moved(lesson.whole[some], generator, 0.05).to(device))
+                scores = network.styles(_shifted(lesson.whole[some], draw).to(device), palette.to(device))
             loss = loss + STYLE_WEIGHT * F.cross_entropy(scores, lesson.style[some].to(device))
         if lesson.words is not None:
             scores = network.words(features) / TEMPERATURE
@@ -256,6 +258,29 @@ def _moved(maps: Tensor, generator: torch.Generator, shift: float) -> Tensor:
     theta[:, 1, 0], theta[:, 1, 1] = sin * scale, cos * scale / aspect
     theta[:, 0, 2], theta[:, 1, 2] = between(-2 * shift, 2 * shift), between(-2 * shift, 2 * shift)
     return F.grid_sample(maps, F.affine_grid(theta, list(maps.shape), align_corners=False), align_corners=False)
+
+
+def _shifted(whole: Tensor, draw: random.Random) -> Tensor:
+    """Shifted by whole pixels, so that nothing is blurred, and mirrored or not."""
+    whole = whole.roll((draw.randint(-3, 3), draw.randint(-3, 3)), (2, 3))
+    return whole.flip(3) if draw.random() < 0.5 else whole
+
+
+def _palettes(network: JudgeNetwork, lesson: Lesson, generator: torch.Generator) -> list[Tensor]:
+    """The palettes of all pictures as they are, and with each colour and pixel a little off, as a VAE leaves them. Sets what the
+    network takes from them and scales them by."""
+
+    def off(ink_of: Tensor) -> Tensor:
+        tint = 1 + 0.05 * torch.randn(len(ink_of), 3, 1, 1, generator=generator)
+        noise = 0.015 * torch.randn(ink_of.shape, generator=generator)
+        return (ink_of * tint + noise * (ink_of > 0.02)).clamp(0, 1)
+
+    chunks = lesson.whole.split(256)
+    found = [torch.cat([ink.palette(part) for part in chunks]), torch.cat([ink.palette(off(part)) for part in chunks])]
+    spread = found[0].std(dim=0) + 0.02 * found[0].std()
+    network.palette_mean.copy_(found[0].mean(dim=0))
+    network.palette_scale.copy_(1 / spread)
+    return found
 
 
 def _varied(maps: Tensor, generator: torch.Generator) -> Tensor:
