@@ -36,6 +36,8 @@ def main() -> None:
         str(ROOT / "launch" / "train.py"),
         "--deepspeed",
         str(ROOT / "ds_configs" / "zero2.json"),
+        "--config",
+        str(ROOT / "recipes" / "tiny" / "demo.yaml"),
         "--run.dir",
         str(run),
         *train_options,

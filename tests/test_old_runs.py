@@ -225,6 +225,7 @@ def test_a_field_that_is_added_raises_the_format():
             "optim.large_gradient",
             "optim.large_gradient_share",
         ],
+        8: ["data.reference_crop", "data.reference_flip", "data.references"],
     }
     assert max(saved.ADDED) == manifest.FORMAT
 

@@ -106,9 +106,10 @@ def _take_gradient(parameter: Tensor) -> None:
 def _condition(config: Config, module: Qwen2VLFlux, bucket: Bucket, batch: int, dtype: torch.dtype) -> Condition:
     tokens = token_counts(config, bucket)
     return Condition(
-        torch.empty(batch, tokens.turn, module.vlm.config.hidden_size, dtype=dtype),
-        torch.ones(3, batch, tokens.turn, dtype=torch.long),
+        torch.empty(batch * tokens.turns, tokens.turn, module.vlm.config.hidden_size, dtype=dtype),
+        torch.ones(3, batch * tokens.turns, tokens.turn, dtype=torch.long),
         torch.ones(batch, tokens.condition, dtype=torch.long),
+        turns=tokens.turns,
     )
 
 

@@ -14,6 +14,10 @@ from typing import Any
 
 HUB = "hub:"
 """Begins the name of a source that is the hub's, whatever folders exist."""
+ICONIFY = "iconify"
+"""Alone, or before ":" and paths: data from icon sets."""
+INSTALLED_ICONS = "node_modules/@iconify-json"
+"""Where npm puts packages of icon sets, below the working directory."""
 
 
 def expanded(text: str) -> str:
@@ -41,6 +45,18 @@ def expanded(text: str) -> str:
             f"took {name} literally); write ./{text} to use it, or move it"
         )
     return path
+
+
+def icon_paths(source: str) -> list[str] | None:
+    """The paths that a source of data "iconify:PATH,PATH" names, each with `~` expanded; those of "iconify" alone; None for any
+    other source. ValueError as `expanded`."""
+    if source == ICONIFY:
+        return [INSTALLED_ICONS]
+    start, colon, rest = source.partition(":")
+    if start != ICONIFY or not colon:
+        return None
+    whole = [rest] if os.path.lexists(rest) else rest.split(",")  # a folder's name may have a comma
+    return [expanded(part.strip()) for part in whole if part.strip()]
 
 
 def path_option(text: str) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from megaflux.config.fields import (
     COMMAS,
     MOST,
+    NUMBER,
     CountOrZero,
     Fraction,
     HomePath,
@@ -23,6 +24,10 @@ ChatMode = Literal["image", "image_text", "text"]
 Kind = Literal[ChatMode, "none"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """Kinds of condition, in the order in which they are drawn: a new one goes to the end, or old runs would draw others."""
+
+
+MOST_REFERENCES = 16
+"""References of a sample."""
 
 
 class ConditionModes(Section):
@@ -60,6 +65,33 @@ class ConditionModes(Section):
         return tuple(dict.fromkeys("text" if kind == "none" else kind for kind in self.drawn))
 
 
+class References(Section):
+    """How many of a sample's reference pictures condition it; one number drawn for all ranks per global micro-batch. Samples
+    without references, and all where 0 is drawn, are their own reference."""
+
+    min: Annotated[int, NUMBER, Field(ge=0, le=MOST_REFERENCES)] = 1
+    """Fewest."""
+    max: Annotated[int, NUMBER, Field(ge=0, le=MOST_REFERENCES)] = 1
+    """Most; a sample with fewer has all of its own."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> References:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        return self
+
+    @property
+    def turns(self) -> int:
+        """The most pictures that condition a sample."""
+        return max(1, self.max)
+
+    @property
+    def mean_turns(self) -> float:
+        """The mean number of pictures that condition a sample which has enough of them."""
+        numbers = range(self.min, self.max + 1)
+        return sum(max(1, number) for number in numbers) / len(numbers)
+
+
 class Data(Named):
     path: HomePath
     """Folder of MDS shards as `python -m megaflux.data.prepare` writes them; with `remote`, the local
@@ -86,6 +118,12 @@ class Data(Named):
     """How often an image's first, second, ... caption is drawn, where images have several, relative to its others; fewer
     captions than weights: the first weights count. Captions without a weight are not drawn, and where all that an image has
     weigh 0, all alike. None: all captions alike."""
+    references: References = References()
+    reference_crop: Annotated[float, NUMBER, Field(gt=0, le=1)] = 1.0
+    """Least share of its area that a random crop keeps of a reference, resized to what it was; against copying. 1: no crop. Not
+    with a cached trunk."""
+    reference_flip: Fraction = 0.0
+    """How often a reference is mirrored; drawn for each. Not with a cached trunk."""
     sample_posterior: bool = False
     """Draw latents from the VAE's posterior instead of taking its mean; not with cached latents."""
 

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megaflux.common.paths import HUB
+from megaflux.common.errors import UserError
+from megaflux.common.paths import HUB, ICONIFY, icon_paths
 from megaflux.config.schema import Config
 
 
@@ -17,6 +18,8 @@ def located(config: Config) -> Config:
     source = config.data.source
     if source is not None and source != "openmoji" and os.path.exists(source):
         data["source"] = _absolute(source)
+    elif icons := _icon_paths(source):
+        data["source"] = f"{ICONIFY}:{','.join(map(_absolute, icons))}"
     remote = config.data.remote
     if remote is not None and "://" not in remote:
         data["remote"] = _absolute(remote)
@@ -33,6 +36,15 @@ def located(config: Config) -> Config:
             "model": config.model.model_copy(update=model),
         }
     )
+
+
+def _icon_paths(source: str | None) -> list[str]:
+    """The paths of a source of icon sets, if any exists here."""
+    try:
+        paths = icon_paths(source or "") or []
+    except ValueError as error:
+        raise UserError(f"data.source: {error}") from None
+    return paths if any(map(os.path.exists, paths)) else []
 
 
 def _absolute(path: str) -> str:

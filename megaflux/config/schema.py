@@ -259,6 +259,10 @@ class Config(Section):
             raise ValueError(
                 "data.cache: a cached trunk holds the image condition only; set data.condition.image_text and text 0"
             )
+        if "trunk" in self.data.cache and (self.data.reference_crop < 1 or self.data.reference_flip):
+            raise ValueError(
+                "data.cache: a cached trunk has seen the references as they are; set data.reference_crop 1 and reference_flip 0"
+            )
         return self
 
     def for_world(self, world_size: int) -> Config:

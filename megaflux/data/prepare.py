@@ -1,8 +1,8 @@
 """Images -> training shards: python -m megaflux.data.prepare SOURCE OUT
 
 SOURCE is a folder of images (captions in .txt, .caption or .json files of the same name, or in metadata.jsonl,
-.csv or .parquet), of WebDataset .tar files or of .parquet files (columns image, caption or text, key), or the word
-openmoji. docs/data.md lists all that is read. OUT becomes the dataset described in
+.csv or .parquet), of WebDataset .tar files or of .parquet files (columns image, caption or text, key), the word
+openmoji, or icon sets: iconify:DIR, a folder of SET/icons.json (iconify alone: those that npm has installed here). docs/data.md lists all that is read. OUT becomes the dataset described in
 megaflux.data.storage.dataset. The list of images is cut into chunks of fixed size; each appears in one step, so the
 result does not depend on the number of processes, and a killed run continues when the same command is given again.
 
@@ -27,7 +27,8 @@ from megaflux.data.images import ENCODINGS
 from megaflux.data.writing import captions
 from megaflux.data.writing.build import finish, prepare
 from megaflux.data.writing.merge import TooManyBad
-from megaflux.data.writing.options import ALL, CONTENTS, NONE, PAIRS, REFERENCES, SOURCE_KINDS, Options, defaults_of
+from megaflux.data.writing.options import ALL, CONTENTS, NONE, PAIRS, REFERENCES, SOURCE_KINDS, Options
+from megaflux.data.writing.sources import usual_options
 from megaflux.data.writing.tokens import open_counter
 
 
@@ -58,12 +59,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", type=path_option, metavar="SOURCE", help="folder, .tar, .parquet, or openmoji")
+    add("source", type=path_option, metavar="SOURCE", help="folder, .tar, .parquet, openmoji, or iconify:DIR")
     add("out", type=path_option, metavar="OUT", help="folder of the dataset, new or begun by the same command")
-    add("--longest-side", type=int, metavar="PX", help="of every canvas, default 1024 (openmoji: 128)")
+    add("--longest-side", type=int, metavar="PX", help="of every canvas, default 1024 (openmoji, iconify: 128)")
     add("--aspect-ratios", help=f"canvases, default {','.join(usual.aspect_ratios)} (iconify: 1:1)")
-    add("--held-out", type=float, metavar="FRACTION", help="kept from training, default 0.01 (openmoji: 0.05)")
-    add("--format", dest="encoding", choices=ENCODINGS, help="of the stored images, default jpeg (openmoji: png)")
+    add("--held-out", type=float, metavar="FRACTION", help="kept from training, default 0.01 (openmoji, iconify: 0.05)")
+    add(
+        "--format",
+        dest="encoding",
+        choices=ENCODINGS,
+        help="of the stored images, default jpeg (openmoji, iconify: png)",
+    )
     add("--quality", type=int, default=usual.quality, help="of jpeg and webp, default %(default)s")
     add("--allow-upscale", action="store_true", help="enlarge small images (counted) instead of skipping them")
     add("--shard-size", type=int, default=usual.shard_size, metavar="BYTES", help="default %(default)s")
@@ -129,7 +135,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     given = parser.parse_args(arguments)
     if given.caption_max_tokens is not None and (given.caption_max_tokens < 1 or not given.tokenizer):
         parser.error("--caption-max-tokens: give at least 1, and --tokenizer, which counts them")
-    defaults = defaults_of(given.source)
+    defaults = usual_options(given.source, given.kind)
+    if given.hold_out_cells or given.hold_out_contents:
+        if given.held_out:
+            parser.error("--held-out: not with --hold-out-cells or --hold-out-contents, which say what is held out")
+        defaults = defaults | {"held_out": 0.0}
     for name in ("aspect_ratios", "sets"):
         if (text := getattr(given, name)) is not None:
             setattr(given, name, tuple(part.strip() for part in text.split(",") if part.strip()))

@@ -5,8 +5,6 @@ from __future__ import annotations
 MAX_ASPECT = 100.0
 """Most times that one side of a reference may be the other. Qwen2-VL refuses more than 200 of the resized picture, and rounding
 to whole tokens can double a ratio."""
-MOST = 16
-"""References of a training sample."""
 
 
 def reference_size(size: tuple[int, int], longest_side: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ A sample without references has an empty column. Its target is then its own refe
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,10 +63,12 @@ def unpack(column: bytes) -> list[StoredReference]:
         start = _LENGTH.size + length
         found = []
         for entry in json.loads(column[_LENGTH.size : start]):
-            end = start + entry["bytes"]
-            found.append(StoredReference(entry["name"], column[start:end], float(entry["strength"])))
-            start = end
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+            name, strength, size = entry["name"], float(entry["strength"]), entry["bytes"]
+            if not (isinstance(name, str) and 0 < strength < math.inf and size > 0):
+                raise ValueError(f"a reference {entry}")
+            found.append(StoredReference(name, column[start : start + size], strength))
+            start += size
+    except (struct.error, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a column of references ({type(error).__name__}: {error})") from None
     if start != len(column):
         raise ValueError(f"references of {start} bytes in a column of {len(column)}")

@@ -284,15 +284,13 @@ def generate(
 ) -> Tensor:
     """Pictures for validation: uint8 (B, 3, height, width) on the CPU.
 
-    condition: B conditions of equal length; ValueError for padded ones. seeds: B; picture i starts from noise that is
+    condition: of B pictures; those of unequal length are padded, which the attention does not see. seeds: B; picture i starts from noise that is
     drawn on the CPU from seeds[i] alone, but others in the batch can change its last bits. on_step: called after each
     step. The request's output_type and callback are not used.
     """
-    if condition.select_mask is not None:
-        raise ValueError("conditions of unequal length: FluxPipeline would see their padding; give one at a time")
     fused = models.trainable.fused
     tokens = models.trainable.encode_condition(condition, embedded=fused)
-    prompt = PromptEmbeds(tokens, None, fused, tokens.shape[1])
+    prompt = PromptEmbeds(tokens, condition.bias(), fused, tokens.shape[1])
     generators = [s if isinstance(s, torch.Generator) else torch.Generator().manual_seed(s) for s in seeds]
 
     def after_step(*_: Any) -> dict[str, Any]:

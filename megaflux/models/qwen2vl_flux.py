@@ -1,13 +1,13 @@
 """Qwen2VLFlux: all that is trained, in one module: Qwen2-VL's last layers -> connector -> FLUX.
 
-Shapes: B batch, S chat tokens, T condition tokens, L image tokens, C packed latent channels, D Qwen's width.
+Shapes: B batch, R chat turns of a sample (1 unless it has several references), S chat tokens, T condition tokens, L image tokens, C packed latent channels, D Qwen's width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaflux.common import compat  # noqa: F401  (before diffusers and transformers)
@@ -93,8 +93,12 @@ class Qwen2VLFlux(nn.Module):
             use_cache=False,
             return_dict=True,
         ).last_hidden_state
+        if condition.turns > 1:
+            hidden_states = hidden_states.unflatten(0, (-1, condition.turns)).flatten(
+                1, 2
+            )  # (B R, S, D) -> (B, R S, D)
         index = condition.select[..., None].expand(-1, -1, hidden_states.shape[-1])
-        hidden_states = hidden_states.gather(1, index)  # (B, S, D) -> (B, T, D)
+        hidden_states = hidden_states.gather(1, index)  # (B, R S, D) -> (B, T, D)
         if not self.fused:
             return self.connector(hidden_states)
         weight: Tensor = self.connector.weight
@@ -127,18 +131,18 @@ class Qwen2VLFlux(nn.Module):
             guidance=guidance,
             img_ids=img_ids,
             txt_ids=text_ids(T, img_ids.device),
-            joint_attention_kwargs=attention_kwargs(condition.select_mask, hidden_states),
+            joint_attention_kwargs=attention_kwargs(condition, hidden_states),
             return_dict=False,
         )[0]
 
 
-def attention_kwargs(select_mask: Tensor | None, hidden_states: Tensor) -> dict[str, Tensor] | None:
-    """diffusers' joint_attention_kwargs that hide the condition's padding: a bias (B, 1, 1, T + L), -inf at padding; None
-    without padding, the common case, which keeps flash attention.
+def attention_kwargs(condition: Condition, hidden_states: Tensor) -> dict[str, Tensor] | None:
+    """diffusers' joint_attention_kwargs that weight the condition's tokens and hide its padding: a bias (B, 1, 1, T + L), the
+    logarithms of the references' strengths, -inf at padding, 0 on the image's keys; None where all is 0, the common case, which
+    keeps flash attention.
 
-    select_mask: (B, T) bool, or None; hidden_states: (B, L, C), whose dtype and device the bias takes."""
-    if select_mask is None:
+    hidden_states: (B, L, C), whose dtype and device the bias takes."""
+    bias = condition.bias()
+    if bias is None:
         return None
-    visible = torch.cat([select_mask, select_mask.new_ones(hidden_states.shape[:2])], dim=1)
-    bias = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=hidden_states.device)
-    return {"attention_mask": bias.masked_fill(~visible, float("-inf"))[:, None, None, :]}
+    return {"attention_mask": F.pad(bias.to(hidden_states.dtype), (0, hidden_states.shape[1]))[:, None, None, :]}

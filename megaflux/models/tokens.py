@@ -12,24 +12,29 @@ TURN_PREFIX = 15  # tokens of Qwen2-VL's chat template before the image
 
 @dataclass(frozen=True)
 class Tokens:
-    """Lengths of the sequences of one picture of a bucket."""
+    """Lengths of the sequences of one picture of a bucket with its references."""
 
     image: int
     """L, FLUX's image tokens of 16 x 16 px."""
     condition: int
-    """T, image tokens of Qwen2-VL."""
+    """T, image tokens of Qwen2-VL, of all turns."""
     turn: int
-    """S, with the chat template before them."""
+    """S, those of one turn with the chat template before them."""
     patches: int
-    """P, patches of the ViT."""
+    """P, patches of the ViT of one turn."""
+    turns: int = 1
+    """R, chat turns: one for each reference."""
 
 
-def count_tokens(height: int, width: int, max_tokens: int = 512, patch: int = 14, merge: int = 2) -> Tokens:
-    """Lengths for a picture of height x width px that is its own reference. max_tokens: most image tokens of Qwen2-VL;
-    patch: side of a ViT patch, px; merge: side of one image token, patches."""
+def count_tokens(
+    height: int, width: int, max_tokens: int = 512, patch: int = 14, merge: int = 2, references: int = 1
+) -> Tokens:
+    """Lengths for a picture of height x width px with so many references of its own size. max_tokens: most image tokens of Qwen2-VL
+    a reference; patch: side of a ViT patch, px; merge: side of one image token, patches."""
     rows, columns = condition_grid(height, width, max_tokens, patch * merge)
     image = (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
-    return Tokens(image, rows * columns, rows * columns + TURN_PREFIX, rows * columns * merge**2)
+    seen = rows * columns
+    return Tokens(image, seen * references, seen + TURN_PREFIX, seen * merge**2, references)
 
 
 def condition_grid(height: int, width: int, max_tokens: int, cell: int = 28, min_tokens: int = 4) -> tuple[int, int]:

@@ -4,12 +4,17 @@ norm.
 A chat turn is cut after the last token that the condition reads. Qwen's attention is causal: what would follow (the
 question, the generation prompt) cannot change those tokens, so the cut is exact.
 
-Shapes: B batch, S tokens of the cut chat turn, T tokens of the condition (T <= S), D Qwen's width.
+Several references of a sample are encoded each in a turn of its own, so that one beside another does not change its tokens. The
+sample's condition is then the image tokens of all, in order, and its caption's tokens as the first turn has them.
+
+Shapes: B batch, R turns of a sample (1, or the most references of one), S tokens of the cut chat turn, T tokens of the condition
+(T <= R S), D Qwen's width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -30,36 +35,76 @@ class Condition:
     """Trunk output of a batch and what the last layers and FLUX need to read it."""
 
     hidden_states: Tensor
-    """(B, S, D): output of the frozen trunk."""
+    """(B R, S, D): output of the frozen trunk; a sample's turns lie together."""
     position_ids: Tensor
-    """(3, B, S) int64: M-RoPE positions (time, row, column)."""
+    """(3, B R, S) int64: M-RoPE positions (time, row, column)."""
     select: Tensor
-    """(B, T) int64: which of the S tokens are the condition, image tokens first, then the caption's."""
+    """(B, T) int64: which of a sample's R S tokens are the condition, image tokens first, then the caption's."""
     attention_mask: Tensor | None = None
-    """(B, S) int64, 0 at the padding of a chat turn; None: no padding."""
+    """(B R, S) int64, 0 at the padding of a chat turn; None: no padding."""
     select_mask: Tensor | None = None
     """(B, T) bool, False at the padding of the condition; None: no padding."""
     cut_captions: int = 0
     """How many of the captions were longer than the trunk's `max_caption_tokens`."""
+    turns: int = 1
+    """R, turns of each sample."""
+    log_weights: Tensor | None = None
+    """(B, T) float32: added to the attention scores of each token, the logarithm of its reference's strength; None: all are 0."""
 
     def repeated(self, times: int) -> Condition:
         """Each sample's condition `times` times in a row."""
+        samples = self.select.shape[0]
+        return self.rows(torch.arange(samples).repeat_interleave(times).tolist())
 
-        def repeat(field: Tensor, dim: int = 0) -> Tensor:
-            return field.repeat_interleave(times, dim)
+    def rows(self, index: Sequence[int]) -> Condition:
+        """The conditions of the samples `index`, in that order."""
+        which = torch.tensor(index, dtype=torch.long, device=self.select.device)
+        turns = (which[:, None] * self.turns + torch.arange(self.turns, device=which.device)).flatten()
 
-        attention_mask, select_mask = self.attention_mask, self.select_mask
+        def taken(field: Tensor | None, at: Tensor) -> Tensor | None:
+            return None if field is None else field[at]
+
         return Condition(
-            repeat(self.hidden_states),
-            repeat(self.position_ids, 1),
-            repeat(self.select),
-            None if attention_mask is None else repeat(attention_mask),
-            None if select_mask is None else repeat(select_mask),
+            self.hidden_states[turns.to(self.hidden_states.device)],
+            self.position_ids[:, turns],
+            self.select[which],
+            taken(self.attention_mask, turns),
+            taken(self.select_mask, which),
+            turns=self.turns,
+            log_weights=taken(self.log_weights, which),
+        )
+
+    def bias(self) -> Tensor | None:
+        """(B, T) float64: what is added to the attention scores of each token, the logarithm of its weight, -inf at padding; None:
+        all is 0."""
+        if self.select_mask is None and self.log_weights is None:
+            return None
+        bias = (
+            torch.zeros_like(self.select, dtype=torch.float64)
+            if self.log_weights is None
+            else self.log_weights.double()
+        )
+        return bias if self.select_mask is None else bias.masked_fill(~self.select_mask, float("-inf"))
+
+    def to(self, device: torch.device) -> Condition:
+        """The condition with its tensors on a device."""
+
+        def moved(field: Tensor | None) -> Tensor | None:
+            return None if field is None else field.to(device)
+
+        return replace(
+            self,
+            hidden_states=self.hidden_states.to(device),
+            position_ids=self.position_ids.to(device),
+            select=self.select.to(device),
+            attention_mask=moved(self.attention_mask),
+            select_mask=moved(self.select_mask),
+            log_weights=moved(self.log_weights),
         )
 
 
 class Layout(TypedDict):
-    """The fields of a Condition other than hidden_states."""
+    """The fields of a Condition of one turn a sample other than hidden_states."""
 
     position_ids: Tensor
     select: Tensor
@@ -80,6 +125,11 @@ class Turn:
     """Place of the first image token."""
     cut: bool = False
     """Whether the caption was longer than the trunk's `max_caption_tokens`."""
+
+    @property
+    def image_tokens(self) -> int:
+        """How many of `select` are image tokens."""
+        return 0 if self.grid is None else self.grid[0] * self.grid[1]
 
 
 class Trunk:
@@ -157,14 +207,54 @@ class Trunk:
         turns = [
             self.turn(mode, size, captions[i] if captions and mode != "image" else "", limits) for i in range(batch)
         ]
+        hidden_states, layout = self._run(turns, [] if pictures is None else [(range(batch), pictures)], limits)
+        return Condition(hidden_states, **layout, cut_captions=sum(turn.cut for turn in turns))
+
+    @torch.no_grad()
+    def encode_references(
+        self,
+        references: Sequence[Sequence[Tensor]],
+        captions: Sequence[str] | None = None,
+        mode: Mode = "image",
+        strengths: Sequence[Sequence[float]] | None = None,
+        limits: tuple[int, int] | None = None,
+    ) -> Condition:
+        """Run the trunk on each reference in a turn of its own, as generation does.
+
+        references: of each of B samples one or more pictures uint8 (3, H, W), of any sizes. captions: B strings, ignored in mode
+        image. mode: image or image_text. strengths: like references, factors on the attention of their tokens; None: all are 1.
+        limits: as in `encode`."""
+        most = max(len(each) for each in references)
+        # A sample with fewer repeats its first in turns that the condition does not read.
+        pictures = [each[place] if place < len(each) else each[0] for each in references for place in range(most)]
+        words = captions if captions and mode != "image" else [""] * len(references)
+        turns = [
+            self.turn(mode, (picture.shape[-2], picture.shape[-1]), words[i // most], limits)
+            for i, picture in enumerate(pictures)
+        ]
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for i, picture in enumerate(pictures):
+            by_size.setdefault((picture.shape[-2], picture.shape[-1]), []).append(i)
+        seen = [(index, torch.stack([pictures[i] for i in index])) for index in by_size.values()]
+        hidden_states, layout = self._run(turns, seen, limits)
+        one_each = Condition(hidden_states, **layout, cut_captions=sum(turn.cut for turn in turns[::most]))
+        return joined(one_each, turns, [len(each) for each in references], strengths)
+
+    def _run(
+        self, turns: Sequence[Turn], pictures: Sequence[tuple[Sequence[int], Tensor]], limits: tuple[int, int] | None
+    ) -> tuple[Tensor, Layout]:
+        """(hidden states (turns, S, D), layout) of turns. pictures: (indices of turns, their pictures, uint8 (N, 3, H, W)), one pair
+        for each size."""
         input_ids, layout = self.collate(turns)
         # As in Qwen2VLModel.forward, without its waits for the GPU: it searches input_ids for the image tokens, and reads a
         # grid that lies on the GPU some 200 times.
         embeds = self.vlm.get_input_embeddings()(input_ids)
-        grid = turns[0].grid
-        if pictures is not None and grid is not None:
-            for row, turn, tokens in zip(embeds, turns, self._see(pictures, grid, limits), strict=True):
-                row[turn.image_start : turn.image_start + len(tokens)] = tokens
+        for index, seen in pictures:
+            grid = turns[index[0]].grid
+            assert grid is not None  # a turn with a picture
+            for i, tokens in zip(index, self._see(seen, grid, limits), strict=True):
+                start = turns[i].image_start
+                embeds[i, start : start + len(tokens)] = tokens
         hidden_states = self.vlm.language_model(
             inputs_embeds=embeds,
             position_ids=layout["position_ids"],
@@ -172,7 +262,7 @@ class Trunk:
             use_cache=False,
             return_dict=True,
         ).last_hidden_state
-        return Condition(hidden_states, **layout, cut_captions=sum(turn.cut for turn in turns))
+        return hidden_states, layout
 
     def _see(self, pixel_values: Tensor, grid: tuple[int, int], limits: tuple[int, int] | None) -> Tensor:
         """Image tokens (B, rows x columns, D) of pictures uint8 (B, 3, H, W)."""
@@ -229,7 +319,7 @@ class Trunk:
         select = [*image, *range(len(before), len(before) + len(words))]
         return Turn(head + [self.config.image_token_id] * len(image), select, (rows, columns), start, cut)
 
-    def collate(self, turns: list[Turn]) -> tuple[Tensor, Layout]:
+    def collate(self, turns: Sequence[Turn]) -> tuple[Tensor, Layout]:
         """Pad turns on the right: input_ids (B, S) and the layout of the Condition, on the device."""
         lengths, counts = [len(t.input_ids) for t in turns], [len(t.select) for t in turns]
         S, T = max(lengths), max(counts)
@@ -288,3 +378,37 @@ class Trunk:
         out = self.processor.image_processor(images=[blank], return_tensors="pt", **self._pixels(limits))
         _, rows, columns = out["image_grid_thw"][0].tolist()
         return rows // self.merge, columns // self.merge
+
+
+def joined(
+    one_each: Condition, turns: Sequence[Turn], counts: Sequence[int], strengths: Sequence[Sequence[float]] | None
+) -> Condition:
+    """The turns of one sample after the other -> its condition: the image tokens of its first counts[b] turns, then the first
+    turn's caption.
+
+    one_each: a condition of each turn. strengths: of each sample's references; None: all are 1."""
+    most, S = len(turns) // len(counts), one_each.hidden_states.shape[1]
+    places: list[list[int]] = []
+    weights: list[list[float]] = []
+    for b, count in enumerate(counts):
+        mine, tokens, factors = turns[b * most : (b + 1) * most], list[int](), list[float]()
+        for r, turn in enumerate(mine[:count]):
+            image = turn.select[: turn.image_tokens]
+            tokens += [r * S + place for place in image]
+            factors += [1.0 if strengths is None else strengths[b][r]] * len(image)
+        words = mine[0].select[mine[0].image_tokens :]
+        places.append(tokens + words)
+        weights.append(factors + [1.0] * len(words))
+    lengths, device = [len(row) for row in places], one_each.select.device
+    T = max(lengths)
+    select = torch.zeros(len(counts), T, dtype=torch.long)
+    factor = torch.ones(len(counts), T)
+    for b, (row, own) in enumerate(zip(places, weights, strict=True)):
+        select[b, : len(row)], factor[b, : len(row)] = torch.tensor(row), torch.tensor(own)
+    return replace(
+        one_each,
+        select=to_device(select, device),
+        select_mask=to_device(length_mask(lengths), device) if min(lengths) < T else None,
+        turns=most,
+        log_weights=to_device(factor.log(), device) if bool((factor != 1).any()) else None,
+    )

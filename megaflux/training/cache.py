@@ -27,6 +27,7 @@ from tqdm import tqdm
 from megaflux.common.errors import STUCK, UserError, one_line
 from megaflux.common.ranks import World, exchanged_until_done
 from megaflux.config.schema import Config
+from megaflux.data.references import COLUMN
 from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
 from megaflux.data.storage.index import stored_file
 from megaflux.data.storage.parts import Part, Writing, all_parts, complete, missing, remove_leftovers
@@ -182,7 +183,7 @@ class _Share:
         if "trunk" in kinds:
             columns["hidden_states"] = models.trunk.encode(pixel_values).hidden_states
         for i, row in enumerate(rows):
-            kept = {"key": row["key"], "caption": row["caption"]}
+            kept = {name: row[name] for name in ("key", "caption", COLUMN) if name in row}
             if len(columns) < 2:  # the other of the two is computed from the picture during training
                 kept["image"] = row["image"]
             yield kept | {name: values[i] for name, values in columns.items()}

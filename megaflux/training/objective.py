@@ -31,6 +31,7 @@ from megaflux.models.latents import PACK
 from megaflux.models.pretrained import Models
 from megaflux.models.vlm import Condition
 from megaflux.training.distributed import generator_for
+from megaflux.training.references import draw_references
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,12 @@ def encode_latents(config: Config, models: Models, batch: Batch, update: int) ->
 def encode_condition(
     config: Config, models: Models, batch: Batch, samples: list[Sample], update: int, drawn_index: int
 ) -> Condition:
-    """The frozen trunk's hidden states of a batch: from the cache, or of its pictures and captions by Qwen2-VL.
+    """The frozen trunk's hidden states of a batch: from the cache, or of its references and captions by Qwen2-VL. A sample without
+    references is its own.
 
-    samples: the batch's, for which one of several captions is drawn. drawn_index: which of the update's drawn batches this
-    micro-batch was cut from. The kind of condition (image, image and text, text, none) is drawn once for each, the same on all
-    ranks and however it is cut."""
+    samples: the batch's, for which one of several captions and some of several references are drawn. drawn_index: which of the
+    update's drawn batches this micro-batch was cut from. The kind of condition (image, image and text, text, none) and the number
+    of references are drawn once for each, the same on all ranks and however it is cut."""
     kind = draw_kind(config.data.condition, config.run.seed, update, drawn_index)
     if kind == "none":
         return models.trunk.empty(len(batch.keys))
@@ -113,7 +115,13 @@ def encode_condition(
     captions = batch.captions
     if kind != "image":
         captions = draw_captions(config.data.caption_weights, config.run.seed, update, samples, captions)
-    return models.trunk.encode(batch.pixel_values, captions, kind)
+    drawn = (
+        None if kind == "text" else draw_references(config.data, config.run.seed, update, samples, drawn_index, batch)
+    )
+    if drawn is None:
+        return models.trunk.encode(batch.pixel_values, captions, kind)
+    pictures = [[one.pixel_values for one in each] for each in drawn]
+    return models.trunk.encode_references(pictures, captions, kind, [[one.strength for one in each] for each in drawn])
 
 
 def draw_time_and_noise(

@@ -49,10 +49,15 @@ def variations(
 
 
 def contact_sheet(references: References, index: Sequence[int], pictures: Tensor, border: int = 4) -> Tensor:
-    """Rows [reference | its variations] as one picture: uint8 (3, H', W'), grey between.
+    """Rows [reference | its variations] as one picture: uint8 (3, H', W'), grey between. Where samples have references of their own,
+    rows [first reference | target | variations].
 
     index: the references of the rows. pictures: uint8 (rows, columns, 3, H, W)."""
     rows = torch.cat([references.pixel_values[list(index)][:, None], pictures], dim=1)
+    if references.given is not None:
+        size = rows.shape[-2:]
+        first = [_within(references.given[i][0].pixel_values, *size) for i in index]
+        rows = torch.cat([torch.stack(first)[:, None], rows], dim=1)
     R, K, _, H, W = rows.shape
     sheet = torch.full((3, R * (H + border) + border, K * (W + border) + 2 * border), 128, dtype=torch.uint8)
     for r in range(R):
@@ -60,6 +65,19 @@ def contact_sheet(references: References, index: Sequence[int], pictures: Tensor
             top, left = border + r * (H + border), border + k * (W + border) + (border if k else 0)
             sheet[:, top : top + H, left : left + W] = rows[r, k]
     return sheet
+
+
+def _within(picture: Tensor, height: int, width: int) -> Tensor:
+    """A picture uint8 (3, h, w) scaled to lie within a white one of height x width px."""
+    scale = min(height / picture.shape[-2], width / picture.shape[-1])
+    h, w = (
+        max(1, min(most, round(side * scale))) for side, most in zip(picture.shape[-2:], (height, width), strict=True)
+    )
+    small = torch.nn.functional.interpolate(picture[None].float(), (h, w), mode="bilinear", antialias=True)[0]
+    canvas = torch.full((3, height, width), 255, dtype=torch.uint8)
+    top, left = (height - h) // 2, (width - w) // 2
+    canvas[:, top : top + h, left : left + w] = small.round().clamp(0, 255).to(torch.uint8)
+    return canvas
 
 
 def retrieval_top1(references: References, pictures: Tensor, size: int = 64) -> float:

@@ -24,7 +24,8 @@ def prepare_data(config: Config, world: World) -> None:
     from megaflux.data.storage.dataset import read_dataset_info
     from megaflux.data.writing.build import prepare
     from megaflux.data.writing.merge import TooManyBad
-    from megaflux.data.writing.options import Options, defaults_of
+    from megaflux.data.writing.options import Options
+    from megaflux.data.writing.sources import usual_options
 
     data = config.data
 
@@ -35,7 +36,7 @@ def prepare_data(config: Config, world: World) -> None:
         log.info("preparing %s from %s", data.path, source)
         sizes = {"longest_side": data.longest_side, "aspect_ratios": data.aspect_ratios}
         try:
-            prepare(source, data.path, Options(**(defaults_of(source) | sizes)))
+            prepare(source, data.path, Options(**(usual_options(source) | sizes)))
         except TooManyBad as error:
             raise UserError(f"data.source: {error}") from None
 

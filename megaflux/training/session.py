@@ -143,6 +143,7 @@ def begin(run: Run, resumed: Checkpoint | None, divergence: Divergence | None, l
         verify=divergence is None,
         run_folder=config.run.dir,
         replace_damaged=resumed is not None,
+        references=config.data.references.max > 0,
         computed_from=config.data.path if config.data.cache else None,
     )
     loader = build_loader(dataset, options, world)

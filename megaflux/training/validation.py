@@ -1,8 +1,8 @@
 """Seeded loss on held-out pictures.
 
 Mean squared velocity error at t = (i + 0.5) / 8, i = 0..7, with noise seeded per picture, on latents of unit variance;
-once with each picture's own condition (matched) and once with another picture's (shuffled). gap = shuffled / matched - 1
-says how much the model uses its reference: 0 is not at all.
+once with each picture's own condition (matched) and once with another picture's (shuffled, its caption included where captions are
+read). gap = shuffled / matched - 1 says how much the model uses its condition: 0 is not at all.
 
 Both at the guidance value of training (the middle of its range), and matched once more at generation's.
 """
@@ -13,7 +13,7 @@ import hashlib
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from megaflux.common.errors import UserError
 from megaflux.common.ranks import World
 from megaflux.config.schema import GENERATION_GUIDANCE, Config
 from megaflux.data.buckets import Bucket
+from megaflux.data.captions import split
+from megaflux.data.references import COLUMN, ReferencePicture, decoded
 from megaflux.data.storage.dataset import read_dataset_info, validation_bucket
 from megaflux.data.storage.shards import read_split
 from megaflux.data.tensors import from_image
@@ -33,33 +35,41 @@ from megaflux.training.distributed import generator_for, sum_over_ranks
 from megaflux.training.ds_config import batch_sizes
 from megaflux.training.objective import Denoising
 
+_CPU = torch.device("cpu")
 TIMES = [(i + 0.5) / 8 for i in range(8)]
 AT_GENERATIONS = f"loss_guidance_{GENERATION_GUIDANCE:g}"
 
 
 @dataclass
 class References:
-    """Held-out pictures of one bucket, encoded once."""
+    """Held-out samples of one bucket, encoded once."""
 
     keys: list[str]
     pixel_values: Tensor
-    """uint8 (N, 3, H, W)."""
+    """uint8 (N, 3, H, W): the targets, which are their own references where `given` is None."""
     latents: Tensor
     """(N, C, h, w)."""
-    hidden_states: Tensor
-    """(N, S, D): output of the trunk in mode image."""
+    conditions: Condition
+    """Of all N, on the CPU."""
     bucket: Bucket
+    captions: list[str]
+    """The first caption of each, "" where it has none; read by Qwen2-VL in mode image_text."""
+    mode: Literal["image", "image_text"] = "image"
+    given: list[list[ReferencePicture]] | None = None
+    """The references of each."""
 
     def condition(self, models: Models, index: list[int]) -> Condition:
-        """The condition of the pictures `index`."""
-        return models.trunk.from_cache(self.hidden_states[index], self.bucket.height, self.bucket.width)
+        """The condition of the samples `index`."""
+        return self.conditions.rows(index).to(models.trunk.device)
 
 
 @torch.no_grad()
 def load_references(config: Config, models: Models) -> References:
     """The first `validation.samples` held-out pictures, ordered by hash of their key, from the bucket nearest to a square.
 
-    UserError if the dataset has no held-out pictures.
+    A picture is its own reference and its caption is not read, whatever kinds of condition are drawn. Only in data that have
+    references is a sample seen with its first data.references.max ones, and with its caption if image_text is drawn more often than
+    image. UserError if the dataset has no held-out pictures.
     """
     bucket = validation_bucket(read_dataset_info(config.data.path), "held_out")
     if bucket is None:
@@ -67,12 +77,32 @@ def load_references(config: Config, models: Models) -> References:
     held_out = read_split(config.data.path, "held_out", bucket)
     rows = heapq.nsmallest(config.validation.samples, held_out, key=lambda row: _hash(row["key"]))
     pixel_values = torch.stack([from_image(row["image"]) for row in rows])
-    encoded = [
-        (latent_ops.encode(models.vae, chunk).cpu(), models.trunk.encode(chunk).hidden_states.cpu())
-        for chunk in pixel_values.to(models.trunk.device).split(batch_sizes(config).micro)
-    ]
-    latents, hidden_states = (torch.cat(parts) for parts in zip(*encoded))
-    return References([row["key"] for row in rows], pixel_values, latents, hidden_states, bucket)
+    captions = [(split(row["caption"]) or ("",))[0] for row in rows]
+    mode, given = _seen_with(config, rows, pixel_values)
+    device, micro = models.trunk.device, batch_sizes(config).micro
+    latents = torch.cat([latent_ops.encode(models.vae, chunk).cpu() for chunk in pixel_values.to(device).split(micro)])
+    if given is None:
+        chunks = pixel_values.to(device).split(micro)
+        states = torch.cat([models.trunk.encode(chunk).hidden_states.cpu() for chunk in chunks])
+        whole = models.trunk.from_cache(states, bucket.height, bucket.width).to(_CPU)
+    else:
+        pictures = [[one.pixel_values.to(device) for one in each] for each in given]
+        strengths = [[one.strength for one in each] for each in given]
+        whole = models.trunk.encode_references(pictures, captions, mode, strengths).to(_CPU)
+    return References([row["key"] for row in rows], pixel_values, latents, whole, bucket, captions, mode, given)
+
+
+def _seen_with(
+    config: Config, rows: list[dict[str, Any]], targets: Tensor
+) -> tuple[Literal["image", "image_text"], list[list[ReferencePicture]] | None]:
+    """(the mode of the chat turns, the references of each sample or None: the targets)."""
+    most = config.data.references.max
+    if not most or not rows or COLUMN not in rows[0]:
+        return "image", None
+    given = [decoded(row[COLUMN])[:most] for row in rows]
+    given = [each or [ReferencePicture(targets[i], 1.0, rows[i]["key"])] for i, each in enumerate(given)]
+    modes = config.data.condition
+    return "image_text" if modes.image_text > modes.image else "image", given
 
 
 @torch.no_grad()

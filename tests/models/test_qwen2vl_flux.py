@@ -133,11 +133,19 @@ def test_generate_takes_generators(models):
     assert torch.equal(by_seed, by_generator)
 
 
-def test_generate_refuses_padded_conditions(models):
-    condition = models.trunk.encode(pixels(2), ["a", "a longer caption"], "image_text")
+def test_generation_does_not_see_the_padding_of_a_condition(models):
+    captions, request = ["a", "a longer caption"], SamplingRequest(HEIGHT, WIDTH, 2, GUIDANCE)
     pipeline = flux_pipeline(models.trainable.transformer, models.vae, models.scheduler)
-    with pytest.raises(ValueError, match="unequal length"):
-        generate(pipeline, models, condition, [1, 2], SamplingRequest(HEIGHT, WIDTH, 1, GUIDANCE))
+    condition = models.trunk.encode(pixels(2), captions, "image_text")
+    assert not condition.select_mask.all()
+    together = generate(pipeline, models, condition, [1, 2], request).int()
+    for i, caption in enumerate(captions):
+        alone = models.trunk.encode(pixels(2)[i : i + 1], [caption], "image_text")
+        one = generate(pipeline, models, alone, [1 + i], request).int()
+        assert (together[i] - one[0]).abs().max() <= 1
+        hidden = replace(condition.rows([i]), select_mask=None)
+        if i == 0:  # what the mask keeps out would show
+            assert (generate(pipeline, models, hidden, [1], request).int() - one).abs().max() > 1
 
 
 @pytest.mark.parametrize("mode", ["image_text", "text"])

@@ -23,10 +23,17 @@ FAULTY = str(ROOT / "tests" / "training" / "faulty_train.py")
 
 
 def make_dataset(
-    folder: Path, images: int = 40, square: bool = False, side: int = 64, chunk: int = 1000, captions: int = 1
+    folder: Path,
+    images: int = 40,
+    square: bool = False,
+    side: int = 64,
+    chunk: int = 1000,
+    captions: int = 1,
+    references: int = 0,
 ) -> Path:
     """A prepared dataset of two buckets (64x64, 64x32; square: one), every fourth picture held out or so. side: px, in the
-    place of 64. chunk: pictures that shards are made of. captions: of every other picture."""
+    place of 64. chunk: pictures that shards are made of. captions: of every other picture. references: the most of a picture;
+    the first has none, the next one, and so on."""
     from megaflux.data.writing.build import prepare
     from megaflux.data.writing.options import Options
 
@@ -37,6 +44,10 @@ def make_dataset(
         picture = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(picture).resize((side, height), Image.Resampling.BICUBIC).save(source / f"{i:03d}.png")
         texts = [f"picture number {i}", *(f"{n} times picture number {i}" for n in range(1, captions))]
+        for r in range(i % (references + 1)):
+            other = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+            size = side, side // (1 + (i + r) % 2)
+            Image.fromarray(other).resize(size, Image.Resampling.BICUBIC).save(source / f"{i:03d}.ref{r}.png")
         (source / f"{i:03d}.txt").write_text("\n".join(texts[: None if i % 2 else 1]))
     options = Options(longest_side=side, aspect_ratios=("1:1", "2:1"), held_out=0.25, encoding="png", chunk=chunk)
     options = replace(options, captions="lines" if captions > 1 else options.captions)

@@ -171,7 +171,7 @@ def test_generating_takes_large_pictures_one_by_one_and_leaves_the_vae_as_it_was
     for pictures, side in ((8, 1024), (2, 1024), (32, 128)):
         seeds = list(range(pictures))
         request = sampling.SamplingRequest(side, side, 2, 3.5)
-        sampling.generate(SimpleNamespace(vae=vae), models, SimpleNamespace(select_mask=None), seeds, request)
+        sampling.generate(SimpleNamespace(vae=vae), models, SimpleNamespace(bias=lambda: None), seeds, request)
         assert not vae.use_slicing  # training encodes with it
     assert seen == [True, False, False]
 

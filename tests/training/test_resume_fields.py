@@ -44,6 +44,9 @@ OTHER = {
     "data.aspect_ratios": ["1:1"],
     "data.condition": {"image": 0.5, "image_text": 0.5},
     "data.caption_weights": [1.0, 2.0],
+    "data.references": {"min": 1, "max": 2},
+    "data.reference_crop": 0.5,
+    "data.reference_flip": 0.5,
     "train.global_batch_size": 4,
     "train.drawn_per_rank": 1,
     "train.stage_ends": [2, 8],
@@ -66,8 +69,11 @@ OTHER = {
 def test_every_field_is_in_one_list():
     lists = [identity.REFUSED, identity.OF_BEGUN_STAGES, identity.APPLIED, identity.NO_EFFECT]
     listed = [field for fields in lists for field in fields]
-    fields = {path for path in field_paths() if path != "stages" and not path.startswith("data.condition.")}
-    assert sorted(listed) == sorted({*fields, "data.condition", *(f"stages.*.{name}" for name in Stage.model_fields)})
+    whole = ("data.condition", "data.references")
+    fields = {
+        path for path in field_paths() if path != "stages" and not path.startswith(tuple(f"{name}." for name in whole))
+    }
+    assert sorted(listed) == sorted({*fields, *whole, *(f"stages.*.{name}" for name in Stage.model_fields)})
     assert set(OTHER) == {*identity.REFUSED, *identity.OF_BEGUN_STAGES}
     assert set(identity.APPLIED) == {*CHANGES, *APPLIED_ELSEWHERE}
 

@@ -325,7 +325,7 @@ def test_divergence_goes_back_to_a_sound_checkpoint_and_leaves_the_data_out(data
 
 def test_other_ranks_go_on_with_the_same_batches(tmp_path):
     # One bucket without repeats: a sample drawn twice in an update may get other noise on other ranks.
-    square = make_dataset(tmp_path / "square", images=NO_REPEATS, square=True)
+    square = make_dataset(tmp_path / "square", images=NO_REPEATS, square=True, references=3)
     stages = [
         {
             "name": "one",
@@ -340,6 +340,10 @@ def test_other_ranks_go_on_with_the_same_batches(tmp_path):
         square,
         tmp_path / "whole",
         stages=stages,
+        data__condition={"image": 0.5, "image_text": 0.5},
+        data__references={"min": 0, "max": 2},
+        data__reference_crop=0.6,
+        data__reference_flip=0.5,
         train__updates=8,
         train__checkpoint_every=1,
         optim__ema_decay=0.6,

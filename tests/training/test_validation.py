@@ -54,7 +54,8 @@ def references(models, count: int = 5) -> References:
     tokens = models.trunk.encode(torch.zeros(1, 3, 32, 64, dtype=torch.uint8)).hidden_states
     hidden_states = torch.arange(float(count))[:, None, None].expand(count, *tokens.shape[1:])
     pixel_values = torch.zeros(count, 3, 32, 64, dtype=torch.uint8)
-    return References([f"picture {i}" for i in range(count)], pixel_values, latents, hidden_states, WIDE)
+    conditions = models.trunk.from_cache(hidden_states, 32, 64)
+    return References([f"picture {i}" for i in range(count)], pixel_values, latents, conditions, WIDE, [""] * count)
 
 
 class Reader:
@@ -183,9 +184,9 @@ def test_references_are_the_first_by_hash_of_the_validation_bucket(config, model
         assert torch.equal(found.pixel_values[i], picture[0])
         torch.testing.assert_close(found.latents[i], latent_ops.encode(models.vae, picture)[0], rtol=1e-4, atol=1e-5)
         hidden_states = models.trunk.encode(picture).hidden_states[0]
-        torch.testing.assert_close(found.hidden_states[i], hidden_states, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.conditions.hidden_states[i], hidden_states, rtol=1e-4, atol=1e-5)
     condition = found.condition(models, [2, 0])
-    assert torch.equal(condition.hidden_states, found.hidden_states[[2, 0]])
+    assert torch.equal(condition.hidden_states, found.conditions.hidden_states[[2, 0]])
     encoded = models.trunk.encode(found.pixel_values[[2, 0]])
     assert torch.equal(condition.select, encoded.select)
 

@@ -151,6 +151,15 @@ def _check_info(info: DatasetInfo) -> None:
     stats = info.settings.get("reference_stats", {})
     if not isinstance(stats, dict) or not all(number.isdecimal() and _is_whole(n, 0) for number, n in stats.items()):
         raise TypeError("reference_stats are not counts")
+    source = info.settings.get("source", {})
+    if not isinstance(source, dict):
+        raise TypeError("source is not an object")
+    if "styles" in source:
+        lists = [source.get(name) for name in ("styles", "held_out_contents")]
+        if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
+            raise TypeError("styles or held_out_contents are not lists of names")
+        if not all(_is_whole(source.get(name), 0) for name in ("names", "held_out_cells")):
+            raise TypeError("names or held_out_cells are not counts")
     if not isinstance(info.attribution, str | None):
         raise TypeError("attribution is not text")
 
@@ -204,6 +213,11 @@ def describe(info: DatasetInfo) -> str:
         numbers = "".join(f"{info.counts.get(split, {}).get(bucket.name, 0):>12}" for split in SPLITS)
         lines.append(f"{bucket.name:<10}{f'{bucket.width}x{bucket.height}':>12}{numbers}")
     lines.append(f"{'all':<22}" + "".join(f"{info.samples(split):>12}" for split in SPLITS))
+    source = info.settings.get("source", {})
+    if source.get("styles"):
+        styles, held, whole = source["styles"], source["held_out_cells"], len(source["held_out_contents"])
+        lines.append(f"grid: {source['names']} names in {len(styles)} sets ({', '.join(styles)})")
+        lines.append(f"held out: {held} cells (name, set), {whole} names in all sets")
     if info.captioned is not None:
         lines.append(f"captions: {info.captioned} of {sum(info.samples(split) for split in SPLITS)} images have one")
     if info.caption_stats:

@@ -14,6 +14,8 @@ from megaflux.data.captions import SEPARATOR, join
 
 SUFFIXES = (".txt", ".caption", ".json")  # of a file beside an image; the first one found wins
 FIELDS = ("caption", "text", "prompt", "description", "txt", "captions", "texts")  # in JSON and tables; likewise
+EDIT_FIELDS = ("instruction", "instructions", "edit_instruction", "edit_prompt", "edited_prompt_list", "edit")
+"""Fields, after FIELDS, of pictures that have references."""
 ALL, LINES, FIRST = "all", "lines", "first"
 WAYS = (ALL, LINES, FIRST)
 """How captions are read: all; all, and each line of a text file is one; or as earlier versions did, only the first of a
@@ -47,10 +49,17 @@ class Caption:
 
 @dataclass(frozen=True, slots=True)
 class CaptionReader:
-    """How captions are read. field: of JSON objects and tables, instead of FIELDS. captions: one of WAYS."""
+    """How captions are read. field: of JSON objects and tables, instead of FIELDS. captions: one of WAYS. edits: whether they are of
+    pictures with references, which may have EDIT_FIELDS instead."""
 
     field: str | None = None
     captions: str = ALL
+    edits: bool = False
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Where `field` names none, those that are looked for, the first one first."""
+        return (*FIELDS, *EDIT_FIELDS) if self.edits else FIELDS
 
     def of_file(self, data: bytes, suffix: str) -> Caption:
         """The captions in the bytes of a file of one of SUFFIXES.
@@ -90,13 +99,13 @@ class CaptionReader:
         ]
 
     def fields_of(self, names: Sequence[str]) -> list[str]:
-        """Which of these names are the captions', in order: of the first of FIELDS that is there, in capitals or not, the
+        """Which of these names are the captions', in order: of the first of `fields` that is there, in capitals or not, the
         name itself and then those with a number behind it. `field` instead of FIELDS means that name as it is written, and
         its numbered ones only where it is not there. []: none."""
         texts = [name for name in names if isinstance(name, str)]
         if self.field is not None:
             return [self.field] if self.field in texts else self._numbered(texts, self.field)
-        for field in FIELDS:
+        for field in self.fields:
             plain = [field] if field in texts else [name for name in texts if name.lower() == field][:1]
             if found := plain + self._numbered(texts, field):
                 return found

@@ -21,12 +21,10 @@ from typing import Any
 from PIL import Image
 
 from megaflux.common.errors import UserError
-from megaflux.common.paths import expanded
+from megaflux.common.paths import ICONIFY, icon_paths
 from megaflux.data.images import BadImage
 
-WORD = "iconify"
 FILE, INFO = "icons.json", "info.json"
-INSTALLED = "node_modules/@iconify-json"  # where npm puts the packages, below the working directory
 SIDE = 16  # of an icon whose set does not say
 
 
@@ -77,20 +75,14 @@ def _words_of(value: Any, *keys: str, plain: bool = True) -> str:
 def paths_of(source: str) -> list[str] | None:
     """The paths that "iconify:PATH,PATH" names, those of "iconify" alone, or None for a source of another kind.
 
-    Raises UserError for a path that begins with an unknown home.
+    Raises UserError for a path in an unknown home, and for none.
     """
-    if source == WORD:
-        return [INSTALLED]
-    start, colon, rest = source.partition(":")
-    if start != WORD or not colon:
-        return None
-    whole = [rest] if os.path.exists(rest) else rest.split(",")  # a folder's name may have a comma
     try:
-        paths = [expanded(part.strip()) for part in whole if part.strip()]
+        paths = icon_paths(source)
     except ValueError as error:
         raise UserError(f"source {source}: {error}") from None
-    if not paths:
-        raise UserError(f"source {source}: no path; give iconify:DIR with a folder of icon sets, or iconify:{FILE}")
+    if paths == []:
+        raise UserError(f"source {source}: no path; give {ICONIFY}:DIR with a folder of icon sets, or {ICONIFY}:{FILE}")
     return paths
 
 
@@ -103,7 +95,9 @@ def files_of(source: str, paths: Sequence[str]) -> list[Path]:
         if not here:
             what = "no such file or folder" if not os.path.exists(path) else f"no {FILE} and no folder with one"
             how = (
-                f"npm install @iconify-json/noto makes it; or give {WORD}:DIR" if source == WORD else f"give {WORD}:DIR"
+                f"npm install @iconify-json/noto makes it; or give {ICONIFY}:DIR"
+                if source == ICONIFY
+                else f"give {ICONIFY}:DIR"
             )
             raise UserError(f"source {source}: {path}: {what}; {how}, a folder of icon sets (DIR/SET/{FILE})")
         for file in here:
@@ -138,9 +132,7 @@ def read_set(file: Path) -> IconSet:
     prefix = content.get("prefix") or info.get("prefix")
     if not isinstance(icons, dict) or not isinstance(prefix, str):
         raise UserError(f"{file}: not an icon set: IconifyJSON has a text `prefix` and an object `icons`")
-    odd = next(
-        (name for name in (prefix, *icons) if not name.strip() or "/" in name or "\0" in name or "," in name), None
-    )
+    odd = next((name for name in (prefix, *icons) if not _is_name(name)), None)
     if odd is not None:
         raise UserError(f"{file}: {odd[:80]!r} is not a name of an icon or a set; rename it in the file")
     hidden = {name for name, icon in icons.items() if isinstance(icon, dict) and icon.get("hidden") is True}
@@ -153,6 +145,11 @@ def read_set(file: Path) -> IconSet:
         aliases=len(aliases) if isinstance(aliases, dict) else 0,
         info=info,
     )
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text can be part of a key SET/NAME, and a caption."""
+    return bool(text.strip()) and text.isprintable() and "/" not in text
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -227,7 +224,7 @@ def open_renderer() -> Any:
         return importlib.import_module("resvg_py").svg_to_bytes
     except ImportError as error:
         raise UserError(
-            f"the source {WORD} needs a package that is missing ({error.name}): pip install 'megaflux[demo]'"
+            f"the source {ICONIFY} needs a package that is missing ({error.name}): pip install 'megaflux[demo]'"
         ) from None
 
 

@@ -9,21 +9,22 @@ from typing import Any
 from PIL import Image
 
 from megaflux.common.errors import UserError
+from megaflux.common.paths import ICONIFY
 from megaflux.data.buckets import Bucket, nearest_bucket
 from megaflux.data.images import BadImage, encode
 from megaflux.data.writing.captions import Caption
 from megaflux.data.writing.cells import Cell, held_out_contents, held_out_of
-from megaflux.data.writing.icon_sets import WORD, IconSet, drawn, icon_of, open_renderer, read_set
+from megaflux.data.writing.icon_sets import IconSet, drawn, icon_of, open_renderer, read_set
 from megaflux.data.writing.items import Item, Loaded, Reference
 from megaflux.data.writing.options import NONE, SHARED, Options
-from megaflux.data.writing.split import draw
+from megaflux.data.writing.split import draw, is_held_out
 
 MEMO_BYTES = 64 << 20  # of reference files kept by a process; each picture is a reference of several others
 
 
 def words_of(name: str) -> str:
     """The caption of an icon: its name in words, "cat-face" -> "cat face"."""
-    return " ".join(name.replace("_", "-").split("-")).strip()
+    return " ".join(name.replace("-", " ").split())
 
 
 class Iconify:
@@ -33,7 +34,7 @@ class Iconify:
     on, for held-out icons too: so no held-out picture is ever seen, and no reference is the target.
     """
 
-    kind = WORD
+    kind = ICONIFY
 
     def __init__(self, files: Sequence[Path], buckets: Sequence[Bucket], options: Options) -> None:
         """files: of the sets, as icon_sets.files_of finds them. Raises UserError for files that are not icon sets, and options
@@ -44,8 +45,20 @@ class Iconify:
         self._sets = _chosen([read_set(file) for file in files], options.sets)
         if options.pairs and options.references == NONE:
             raise UserError(f"--pairs {options.pairs} writes references: not with --references {NONE}")
+        if options.hold_out_cells and len(self._sets) < 2:
+            raise UserError(
+                f"--hold-out-cells: of the one set {next(iter(self._sets))} no cell can be held out whose name is seen in another; "
+                "give two sets, or --hold-out-contents"
+            )
         self._cells = self._all_cells()
-        self._held = held_out_of(self._cells, options.hold_out_cells, options.hold_out_contents)
+        self._by_cells = bool(options.hold_out_cells or options.hold_out_contents)
+        names = {name for name, _ in self._cells}
+        if self._by_cells:
+            self._whole = held_out_contents(names, options.hold_out_contents)
+            self._held = held_out_of(self._cells, options.hold_out_cells, options.hold_out_contents)
+        else:
+            self._whole = {name for name in names if is_held_out(self._split_key(name), options.held_out)}
+            self._held = {cell for cell in self._cells if cell[0] in self._whole}
         self._training = self._training_names()
         self._memo: dict[str, bytes | BadImage] = {}
         self._memo_bytes = 0
@@ -76,7 +89,7 @@ class Iconify:
             if len(there) < least:
                 raise UserError(
                     f"{prefix}: {len(there)} icons to train on, needed are {least}; "
-                    "lower --hold-out-contents, or leave the set out by --sets"
+                    "lower the share that is held out, or leave the set out by --sets"
                 )
         return names
 
@@ -94,30 +107,28 @@ class Iconify:
     def settings(self) -> dict[str, Any]:
         """The grid: its styles, how many names and held-out cells it has (those of held-out contents not counted), and the
         contents that are held out in all styles."""
-        names = {name for name, _ in self._cells}
-        whole = held_out_contents(names, self._options.hold_out_contents)
         return {
             "styles": list(self._sets),
-            "names": len(names),
-            "held_out_cells": sum(name not in whole for name, _ in self._held),
-            "held_out_contents": sorted(whole),
+            "names": len({name for name, _ in self._cells}),
+            "held_out_cells": sum(name not in self._whole for name, _ in self._held),
+            "held_out_contents": sorted(self._whole),
         }
 
-    @property
-    def _by_cells(self) -> bool:
-        return bool(self._options.hold_out_cells or self._options.hold_out_contents)
+    def _split_key(self, name: str) -> str:
+        """What --held-out draws by: the name, so that a thing is trained on in all sets or in none; of a single set the key."""
+        return name if len(self._sets) > 1 else f"{next(iter(self._sets))}/{name}"
 
     def list_items(self) -> list[Item]:
         """Every icon, by set and name: one process draws most of a set, and so its references once. Where neither cells nor contents
         are held out, --held-out draws names, in all sets alike."""
         items = []
+        decided = self._by_cells or self.has_references  # else held_out.top_up may add what is a reference already
         for name, prefix in self._cells:
             icon = self._sets[prefix].icons[name]
             body = icon.get("body") if isinstance(icon, dict) else None
             key = f"{prefix}/{name}"
-            together = key if len(self._sets) == 1 else name
-            held = (name, prefix) in self._held if self._by_cells else None
-            items.append(Item(key, together, (prefix, name), len(str(body)), held_out=held))
+            held = (name, prefix) in self._held if decided else None
+            items.append(Item(key, self._split_key(name), (prefix, name), len(str(body)), held_out=held))
         return items
 
     def remarks(self) -> list[str]:
@@ -149,7 +160,8 @@ class Iconify:
                 references = tuple(self._references(prefix, name))
                 if item.key not in self._memo and not item.held_out:
                     self._kept(item.key, image)
-            yield Loaded(image, Caption((words_of(name),)), references)
+            words = words_of(name)
+            yield Loaded(image, Caption((words,) if words else ()), references)
 
     def _draw(self, prefix: str, name: str) -> Image.Image:
         icon = icon_of(self._sets[prefix], name)

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaflux.common.errors import UserError
+from megaflux.common.paths import ICONIFY
+from megaflux.config.data import MOST_REFERENCES
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.images import ENCODINGS, MAX_PIXELS
-from megaflux.data.reference_size import MOST
 from megaflux.data.storage.shards import SHARD_SIZE
 from megaflux.data.writing import captions
 from megaflux.data.writing.captions import CaptionReader
 
 OPENMOJI_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "canvases": 1.25}
-ICONIFY = "iconify"
 ICONIFY_DEFAULTS: dict[str, Any] = {"longest_side": 128, "held_out": 0.05, "encoding": "png", "aspect_ratios": ("1:1",)}
-SOURCE_KINDS = ("images", "tar", "parquet", "iconify")
+SOURCE_KINDS = ("images", "tar", "parquet", ICONIFY)
 ALL, NONE = "all", "none"
 REFERENCES = (ALL, NONE)
 PAIRS = ("same-style",)
@@ -71,7 +71,7 @@ class Options:
             f"--references must be {' or '.join(REFERENCES)}": self.references in REFERENCES,
             "--min-references must be at least 0": self.min_references is None or self.min_references >= 0,
             f"--pairs must be one of {', '.join(PAIRS)}": self.pairs in (None, *PAIRS),
-            f"--pair-references must be 1 to {MOST}": 1 <= self.pair_references <= MOST,
+            f"--pair-references must be 1 to {MOST_REFERENCES}": 1 <= self.pair_references <= MOST_REFERENCES,
             f"--contents must be {' or '.join(CONTENTS)}": self.contents in CONTENTS,
             "--hold-out-cells must be at least 0 and below 1": 0 <= self.hold_out_cells < 1,
             "--hold-out-contents must be at least 0 and below 1": 0 <= self.hold_out_contents < 1,

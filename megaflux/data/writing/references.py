@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from PIL import Image
 
+from megaflux.config.data import MOST_REFERENCES
 from megaflux.data.images import MIN_SIDE, BadImage, decode, encode
-from megaflux.data.reference_size import MAX_ASPECT, MOST, reference_size
+from megaflux.data.reference_size import MAX_ASPECT, reference_size
 from megaflux.data.references import StoredReference
 from megaflux.data.tensors import STORED
+from megaflux.data.writing import pairing
 from megaflux.data.writing.items import Loaded, Reference
 from megaflux.data.writing.options import Options
 
@@ -30,8 +34,8 @@ def kept_references(loaded: Loaded, options: Options) -> Kept:
     the image is skipped then, rather than trained with a reference that it was not meant for.
     """
     kept = Kept()
-    if len(loaded.references) > MOST:
-        raise BadImage("bad_reference", f"{len(loaded.references)} references, at most {MOST} are taken")
+    if len(loaded.references) > MOST_REFERENCES:
+        raise BadImage("bad_reference", f"{len(loaded.references)} references, at most {MOST_REFERENCES} are taken")
     for number, reference in enumerate(loaded.references):
         name = reference.name or f"reference {number}"
         try:
@@ -53,6 +57,14 @@ def stored(reference: Reference, options: Options) -> StoredReference:
     image = reference.image
     if isinstance(image, BadImage):
         raise image
+    if not pairing.is_strength(reference.strength):
+        raise pairing.bad_strength(reference.strength)
+    data = _file(image, options) if isinstance(image, Image.Image) else _known.get(image, options)
+    return StoredReference(reference.name, data, reference.strength)
+
+
+def _file(image: bytes | Image.Image, options: Options) -> bytes:
+    """The file that is stored of a picture, or of a file: the same bytes where there is nothing to do to it. Raises BadImage."""
     data, notes = None, list[str]()
     if isinstance(image, bytes):
         data = image
@@ -64,7 +76,52 @@ def stored(reference: Reference, options: Options) -> StoredReference:
         if size != image.size:
             image = image.resize(size, Image.Resampling.LANCZOS)
         data = encode(image, options.encoding, options.quality)
-    return StoredReference(reference.name, data, reference.strength)
+    return data
+
+
+class _Known:
+    """What became of the last files, since one picture may be a reference of thousands."""
+
+    MOST, BYTES = 4096, 32 << 20  # kept at a time: files, and bytes of those that are stored otherwise than they came
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[tuple, bytes | BadImage | None] = OrderedDict()  # None: stored as it is
+        self._bytes = 0
+
+    def get(self, data: bytes, options: Options) -> bytes:
+        """_file(data, options)."""
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        key = (digest, options.longest_side, options.max_pixels, options.encoding, options.quality)
+        if key in self._files:
+            self._files.move_to_end(key)
+            known = self._files[key]
+        else:
+            known = self._add(key, data, options)
+        if isinstance(known, BadImage):
+            raise BadImage(known.reason, known.detail)
+        return data if known is None else known
+
+    def _add(self, key: tuple, data: bytes, options: Options) -> bytes | BadImage | None:
+        kept: bytes | BadImage | None
+        try:
+            kept = _file(data, options)
+        except BadImage as error:
+            kept = BadImage(error.reason, error.detail)  # without the frames and pictures of its traceback
+        if kept is data:
+            kept = None
+        self._files[key] = kept
+        self._bytes += _size(kept)
+        while len(self._files) > self.MOST or self._bytes > self.BYTES:
+            _, oldest = self._files.popitem(last=False)
+            self._bytes -= _size(oldest)
+        return kept
+
+
+def _size(kept: bytes | BadImage | None) -> int:
+    return len(kept) if isinstance(kept, bytes) else 0
+
+
+_known = _Known()  # of this process
 
 
 def _plain(data: bytes) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megaflux.data.images import BadImage
-from megaflux.data.writing import captions, recognise
-from megaflux.data.writing.items import Item, LeftAside, Loaded, folded, printable
-from megaflux.data.writing.options import Options
+from megaflux.data.writing import captions, pairing, recognise
+from megaflux.data.writing.items import Item, LeftAside, Loaded, Reference, folded, printable
+from megaflux.data.writing.options import NONE, Options
 
 LINKS = 8  # of which one may lead to the next
 
@@ -56,30 +56,39 @@ class TarFiles:
 
     Where that gives several images one base name, an image is a sample of its own, named up to its last dot, if it has a
     caption of its own or no image has just the base name ("22.05.png" and "22.06.png"); else it is skipped as another
-    image of the same sample ("a.seg.png" beside "a.jpg"). The listing records the position of each member's bytes, so
+    image of the same sample ("a.seg.png" beside "a.jpg"). "a.ref0.jpg", "a.ref1.png" are the references of "a.jpg", in the order of
+    the numbers, and images like others where there is no "a" of any suffix. The listing records the position of each member's bytes, so
     that reading is a seek; links within an archive are followed.
     """
 
     kind = "tar files"
     attribution = None
-    has_references = False
     settings: dict[str, Any] = {}
 
     def __init__(self, root: Path, names: Sequence[str], options: Options) -> None:
         self.root = root
         self.names = names
         self.reader = options.caption_reader
+        self.with_references = options.references != NONE
         self.aside = LeftAside()
         self._sharing = 0  # images that are samples of their own, without a caption of their own
+        self._referring = self._references = 0  # images with references, and these
+
+    @property
+    def has_references(self) -> bool:
+        """After `list_items`: whether any image has references."""
+        return self._references > 0
 
     def list_items(self) -> list[Item]:
         """One item per image member and per caption without an image; those that cannot be used have a `problem`."""
-        self.aside, self._sharing = LeftAside(), 0
+        self.aside, self._sharing, self._referring, self._references = LeftAside(), 0, 0, 0
         items = [item for name in self.names for item in self._list_archive(name)]
         if self._sharing:
             self.aside.others.append(
                 f"{self._sharing} images share their name up to the first dot, and its caption, with others; each is used"
             )
+        if self._references:
+            self.aside.others.append(f"{self._referring} images have {self._references} references (.ref0, .ref1, ...)")
         return items
 
     def remarks(self) -> list[str]:
@@ -155,6 +164,10 @@ class TarFiles:
             key = f"{prefix}:{printable(base)}"
             yield Item(key, key, (), sum(caption.size for caption in group.captions), "missing_image")
             return
+        references = _references_of(group) if self.with_references else {}
+        if references:
+            group, unused = _without(group, references)
+            self.aside.caption_like += [f"{prefix}:{printable(caption.name)}" for caption in unused]
         by_stem: dict[str, list[_Member]] = {}
         for caption in group.captions:
             by_stem.setdefault(folded(caption.stem), []).append(caption)
@@ -178,7 +191,16 @@ class TarFiles:
             elif image is not main and main is not None and (not own[image.name] or image.stem == main.stem):
                 key, found, problem = f"{prefix}:{printable(image.name)}", [], "extra_image"
             size = total if len(group.images) == 1 else image.size + sum(caption.size for caption in found[:1])
-            where = (name, (image.offset, image.size), tuple((c.offset, c.size, c.suffix) for c in found))
+            members = references.get(folded(image.stem), []) if problem is None else []
+            size += sum(member.size for member in members)
+            self._referring += bool(members)
+            self._references += len(members)
+            where = (
+                name,
+                (image.offset, image.size),
+                tuple((c.offset, c.size, c.suffix) for c in found),
+                tuple(members),
+            )
             yield Item(key, split_key, where, size, problem)
 
     def read(self, items: Sequence[Item]) -> Iterator[Loaded | BadImage]:
@@ -187,17 +209,49 @@ class TarFiles:
         file: BinaryIO | None = None
         try:
             for item in items:
-                name, image, told = item.where
+                name, image, told, members = item.where
                 if file is None or name != opened:
                     if file:
                         file.close()
                     opened, file = name, open(self.root / name, "rb")  # noqa: SIM115  kept over items
                 texts = ((_bytes_at(file, offset, size), suffix) for offset, size, suffix in told)
-                caption = captions.first(self.reader.of_file(data, suffix) for data, suffix in texts)
-                yield Loaded(_bytes_at(file, *image), caption)
+                reader = replace(self.reader, edits=bool(members))
+                caption = captions.first(reader.of_file(data, suffix) for data, suffix in texts)
+                yield Loaded(
+                    _bytes_at(file, *image), caption, tuple(_read_reference(file, member) for member in members)
+                )
         finally:
             if file:
                 file.close()
+
+
+def _references_of(group: _Group) -> dict[str, list[_Member]]:
+    """Stem of an image -> its references in the order of their numbers."""
+    named = [(image, pairing.reference_of(image.stem)) for image in group.images]
+    targets = {folded(image.stem) for image, found in named if found is None}
+    numbered: dict[str, list[tuple[int, str, _Member]]] = {}
+    for image, found in named:
+        if found is not None and folded(found[0]) in targets:
+            numbered.setdefault(folded(found[0]), []).append((found[1], image.name, image))
+    return {stem: [member for _, _, member in sorted(of, key=lambda one: one[:2])] for stem, of in numbered.items()}
+
+
+def _without(group: _Group, references: Mapping[str, Sequence[_Member]]) -> tuple[_Group, list[_Member]]:
+    """(the group without these images and their captions, those captions)."""
+    names = {member.name for members in references.values() for member in members}
+    stems = {
+        folded(stem) for members in references.values() for member in members for stem in (member.stem, member.name)
+    }
+    kept = _Group([image for image in group.images if image.name not in names])
+    unused: list[_Member] = []
+    for caption in group.captions:
+        (unused if folded(caption.stem) in stems else kept.captions).append(caption)
+    return kept, unused
+
+
+def _read_reference(file: BinaryIO, member: _Member) -> Reference:
+    data = BadImage(member.problem) if member.problem else _bytes_at(file, member.offset, member.size)
+    return Reference(data, printable(member.name))
 
 
 def _captions_of(by_stem: Mapping[str, Sequence[_Member]], image: _Member) -> list[_Member]:

@@ -22,11 +22,12 @@ REFUSED = (
     ),
     *("model.vlm_max_tokens", "model.caption_max_tokens", "model.vlm_layers"),
     *("data.longest_side", "data.aspect_ratios", "data.condition", "data.caption_weights"),
+    *("data.references", "data.reference_crop", "data.reference_flip"),
     *("train.global_batch_size", "train.drawn_per_rank", "train.stage_ends", "train.ended_at"),
     *(f"flow.{name}" for name in ("density", "logit_mean", "logit_std", "shift", "guidance")),
     "stages.*.share",
 )
-"""Fixed when a run begins. data.condition is all of its fields."""
+"""Fixed when a run begins. data.condition and data.references are all of their fields."""
 OF_BEGUN_STAGES = tuple(f"stages.*.{name}" for name in ("name", "blocks", "components", "connector", "vlm_layers"))
 """Refused for stages that have begun, applied to those that have not."""
 APPLIED = (

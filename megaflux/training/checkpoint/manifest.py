@@ -28,7 +28,7 @@ from megaflux.common.files import sync_file, sync_folder
 # weights are divided among the ranks' files (weights.py); 5: the stage's plan, and train.micro_batch_size may be `auto`;
 # 6: stages and rates by part, where a run begins and ends; paths of sources are no longer part of the identity;
 # 7: averages of the weights (average.py), and more new fields
-FORMAT = 7
+FORMAT = 8
 MANIFEST = "manifest.json"
 KEYS = {"format", "update", "stage", "stage_name", "world_size", "data", "identity", "base", "deepspeed", "files"}
 HASHERS = 8  # files hashed in parallel: one thread reads 1 to 2 GB/s, and a shared file system delivers more

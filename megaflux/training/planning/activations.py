@@ -68,7 +68,7 @@ def activation_bytes(
         layer = (layers + 1) * text.hidden_size
     read = text.hidden_size if stage.connector or layers else 0
     made = transformer.config.joint_attention_dim if _embeds(transformer, stage) else 0
-    return round(blocks + width * (layer * tokens.turn + tokens.condition * (read + made)))
+    return round(blocks + width * (layer * tokens.turn * tokens.turns + tokens.condition * (read + made)))
 
 
 def _embeds(transformer: Any, stage: Stage) -> bool:

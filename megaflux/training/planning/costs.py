@@ -1,11 +1,11 @@
 """Parameters and FLOPs of a configuration, with its frozen parameters taken into account; from module shapes alone.
 
 Symbols: B images per micro-batch, L image tokens of FLUX, T condition tokens, S tokens of the cut chat turn,
-P patches of Qwen's ViT, W FLUX's width. FLOPs are 2 x multiply-adds of matrix products; element-wise operations
+R turns (references), P patches of Qwen's ViT, W FLUX's width. FLOPs are 2 x multiply-adds of matrix products; element-wise operations
 are not counted. All numbers are for conditions of mode `image`.
 
 A training step of one image (Qwen2VLFlux: Qwen layer -> connector -> FLUX):
-- forward: 2 in out tokens for every linear, 4 (T + L)^2 W for each FLUX block's attention, 4 S^2 D for
+- forward: 2 in out tokens for every linear, 4 (T + L)^2 W for each FLUX block's attention, 4 R S^2 D for
   Qwen's.
 - dX, the gradient of inputs: as much as the linear's forward, where a trainable parameter is upstream of the input
   (planning/gradients.py). In the published stages that is all of FLUX, since the Qwen layer and the connector are upstream of
@@ -113,11 +113,13 @@ def stage_table(config: Config, module: Any) -> list[StageCosts]:
 # --- FLOPs --------------------------------------------------------------------------------------------------
 
 
-def token_counts(config: Config, bucket: Bucket) -> Tokens:
-    """Sequence lengths of a bucket's picture that is its own reference."""
+def token_counts(config: Config, bucket: Bucket, references: int | None = None) -> Tokens:
+    """Sequence lengths of a bucket's picture. references: pictures that condition it, taken to be of the bucket's size; None: their
+    mean over batches, rounded up."""
     vision = config.model.vlm_config.get("vision_config", {})
     patch, merge = vision.get("patch_size", 14), vision.get("spatial_merge_size", 2)
-    return count_tokens(bucket.height, bucket.width, config.model.vlm_max_tokens, patch, merge)
+    turns = math.ceil(config.data.references.mean_turns) if references is None else references
+    return count_tokens(bucket.height, bucket.width, config.model.vlm_max_tokens, patch, merge, turns)
 
 
 def training_flops(
@@ -199,7 +201,7 @@ def _block_attention(module: Any, tokens: Tokens) -> int:
 
 def _layers_attention(module: Any, tokens: Tokens, layers: int) -> int:
     """FLOPs of the attention of so many of Qwen's layers, forward."""
-    return 4 * layers * tokens.turn**2 * module.vlm.config.hidden_size
+    return 4 * layers * tokens.turns * tokens.turn**2 * module.vlm.config.hidden_size
 
 
 def _layer(name: str) -> int:
@@ -225,19 +227,20 @@ def frozen_parts(config: Config, trunk: nn.Module | None, bucket: Bucket) -> tup
 
 
 def trunk_flops(trunk: Any, tokens: Tokens) -> int:
-    """FLOPs of the forward of Qwen2-VL's ViT (each patch attends to all P) and decoder layers (no lm_head) for one image."""
-    flops = 0
+    """FLOPs of the forward of Qwen2-VL's ViT (each patch attends to all P) and decoder layers (no lm_head) for the references of one
+    image."""
+    flops, patches = 0, tokens.patches * tokens.turns
     for name, layer in trunk.named_modules():
         if isinstance(layer, nn.Linear):
-            seen = tokens.turn
+            seen = tokens.turn * tokens.turns
             if name.startswith("visual."):
-                seen = tokens.condition if "merger" in name else tokens.patches
+                seen = tokens.condition if "merger" in name else patches
             flops += 2 * layer.in_features * layer.out_features * seen
         elif isinstance(layer, nn.Conv3d):  # patches do not overlap: one matrix product each
-            flops += 2 * layer.in_channels * layer.out_channels * math.prod(layer.kernel_size) * tokens.patches
+            flops += 2 * layer.in_channels * layer.out_channels * math.prod(layer.kernel_size) * patches
     vision, text = trunk.config.vision_config, trunk.config.text_config
-    flops += 4 * len(trunk.visual.blocks) * tokens.patches**2 * vision.embed_dim
-    return flops + 4 * len(trunk.language_model.layers) * tokens.turn**2 * text.hidden_size
+    flops += 4 * len(trunk.visual.blocks) * patches * tokens.patches * vision.embed_dim
+    return flops + 4 * len(trunk.language_model.layers) * tokens.turns * tokens.turn**2 * text.hidden_size
 
 
 @lru_cache(maxsize=64)
@@ -291,7 +294,7 @@ def train_flops_per_image(
 def _tokens_seen(name: str, tokens: Tokens) -> int:
     """Tokens per image that a linear of Qwen2VLFlux processes."""
     if name.startswith("vlm."):
-        return tokens.turn
+        return tokens.turn * tokens.turns
     if name == "connector" or name == "transformer.context_embedder":
         return tokens.condition
     if MODULATION.fullmatch(name) or ".time_text_embed." in name:

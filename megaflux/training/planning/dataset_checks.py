@@ -18,6 +18,11 @@ def dataset_problems(data: Data, info: DatasetInfo) -> Iterator[str]:
             f"data.condition: draws captions for {drawn:.0%} of the batches, but no image in {data.path} has one; prepare "
             "the data again with captions (docs/data.md says where they are found), or set data.condition.image to 1"
         )
+    if "trunk" in data.cache and info.has_references and data.references.max:
+        yield (
+            f"data.cache: a cached trunk holds each picture as its own reference, but {data.path} has references; set "
+            "data.cache latents, or data.references.max and min 0"
+        )
     if not info.samples("held_out"):
         share = info.settings.get("held_out")
         because = f" (--held-out {share:g})" if isinstance(share, float | int) else ""
@@ -40,6 +45,11 @@ def dataset_notes(data: Data, info: DatasetInfo) -> Iterator[str]:
         yield "data.caption_weights: has no effect, because data.condition draws no captions"
     if drawn and (note := _weights_note(data, info)):
         yield note
+    if data.references.max > max(1, info.most_references):
+        yield (
+            f"data.references.max: {data.references.max}, but no sample in {data.path} has more than {info.most_references} references; "
+            "memory is planned for what never comes"
+        )
     bucket = validation_bucket(info, "held_out")
     held_out = info.counts["held_out"][bucket.name] if bucket else 0
     if 0 < held_out < HELD_OUT:

@@ -76,7 +76,7 @@ class Sizes:
         return replace(self, config=self.config.model_copy(update={"data": data}))
 
     def longest_tokens(self, bucket: Bucket) -> Tokens:
-        """Sequence lengths of a bucket with the longest caption that the configuration allows."""
-        tokens = token_counts(self.config, bucket)
+        """Sequence lengths of a bucket with the most references and the longest caption that the configuration allows."""
+        tokens = token_counts(self.config, bucket, self.config.data.references.turns)
         caption = self.config.model.caption_max_tokens if self.config.data.condition.image_text else 0
-        return Tokens(tokens.image, tokens.condition + caption, tokens.turn + caption, tokens.patches)
+        return replace(tokens, condition=tokens.condition + caption, turn=tokens.turn + caption)

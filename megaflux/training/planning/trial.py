@@ -78,7 +78,8 @@ def _blank(
         hidden_states = torch.zeros(batch, *shapes["hidden_states"], dtype=models.trunk.dtype, device=device)
         return latents, models.trunk.from_cache(hidden_states, bucket.height, bucket.width)
     words = "word " * models.trunk.max_caption_tokens if config.data.condition.image_text else ""
-    return latents, models.trunk.encode(pictures, [words] * batch, "image_text" if words else "image")
+    references = [[picture] * config.data.references.turns for picture in pictures]
+    return latents, models.trunk.encode_references(references, [words] * batch, "image_text" if words else "image")
 
 
 @contextmanager

