@@ -37,7 +37,9 @@ def main() -> None:
         "--data", type=path_option, default="data/grid", metavar="DIR", help="the prepared grid (%(default)s)"
     )
     parser.add_argument("--out", type=path_option, default="runs/grid", metavar="DIR", help="default %(default)s")
-    parser.add_argument("--evaluate", type=str.split, default=[], metavar="OPTIONS", help="options of megaflux.evaluate, as one text")
+    parser.add_argument(
+        "--evaluate", type=str.split, default=[], metavar="OPTIONS", help="options of megaflux.evaluate, as one text"
+    )
     args, train_options = parser.parse_known_args()
     out, started = Path(args.out), time.monotonic()
     if not (Path(args.data) / "dataset.json").exists():
