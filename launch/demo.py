@@ -127,7 +127,7 @@ def words_top1(run: Path) -> float:
     data, out = runs.find(run).config.data.path, run / "words"
     options = ("--checkpoint", str(run), "--data", data, "--out", str(out), "--only", "words")
     _run(sys.executable, "-m", "megaflux.evaluate", *options)
-    return json.loads((out / "report.json").read_text())["words"]["top1"]["value"]
+    return json.loads((out / "report.json").read_text())["words"]["retrieval_target"]["value"]
 
 
 def _run(*command: str) -> None:
