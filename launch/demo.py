@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megaflux.common.errors import UserError, exit_on_user_error
 from megaflux.common.paths import path_option
 
 ROOT = Path(__file__).parent.parent
+WORDS_SHOWN = 3  # rows of the contact sheet whose pictures are made from words alone
 
 
 def main() -> None:
@@ -60,12 +62,18 @@ def main() -> None:
         "--out",
         str(run / "variations"),
     )
+    summary["words_top1"] = round(words_top1(run), 4)
     summary["seconds"] = round(time.monotonic() - started, 1)
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print()
     for name, value in summary.items():
         print(f"  {name:<22} {value}")
-    print(f"\n  look at     {summary['contact_sheet']}  (each row: a reference it never trained on, then variations)")
+    print(
+        f"\n  look at     {summary['contact_sheet']}  (each row: a picture it never trained on, then variations of it;"
+    )
+    print(
+        f"              in the last {WORDS_SHOWN} rows pictures made from its name alone: {summary['made_from_words']})"
+    )
     print(f"  and at      tensorboard --logdir {run.parent}")
     print(f"  next        python -m megaflux.infer --checkpoint {run} --reference YOUR.png --count 4 --seed 7")
 
@@ -88,7 +96,10 @@ def evaluate(run: Path) -> dict[str, Any]:
     one_each = pictures.variations(config, models, references, index, per_reference=1, seed=7)[:, 0]
     shown = index[:8]
     made = pictures.variations(config, models, references, shown, per_reference=5, seed=7)
-    sheet = pictures.contact_sheet(references, shown, made)
+    from_words = index[8 : 8 + WORDS_SHOWN]
+    conditions = models.trunk.encode(None, references.captions, "text")
+    told = pictures.variations(config, models, replace(references, conditions=conditions), from_words, 5, seed=7)
+    sheet = pictures.contact_sheet(references, shown + from_words, torch.cat([made, told]))
     pictures.save_picture(sheet, run / "samples" / "contact_sheet.png")
     pictures.save_picture(references.pixel_values[0], run / "samples" / "reference.png")
     again = validation.validation_loss(models.trainable, config, models, references, World(0, 1, torch.device("cpu")))
@@ -102,9 +113,21 @@ def evaluate(run: Path) -> dict[str, Any]:
         "validation_loss_last": round(last["loss"], 4),
         "conditioning_gap": round(last["gap"], 4),
         "retrieval_top1": round(pictures.retrieval_top1(references, one_each), 4),
+        "made_from_words": "; ".join(references.captions[i] for i in from_words),
         "contact_sheet": str(run / "samples" / "contact_sheet.png"),
         "tensorboard": str(run / "tensorboard"),
     }
+
+
+def words_top1(run: Path) -> float:
+    """The share of held-out captions whose picture, made from the caption alone, is nearest to the picture it is of: RUN/words has the
+    report."""
+    from megaflux import runs
+
+    data, out = runs.find(run).config.data.path, run / "words"
+    options = ("--checkpoint", str(run), "--data", data, "--out", str(out), "--only", "words")
+    _run(sys.executable, "-m", "megaflux.evaluate", *options)
+    return json.loads((out / "report.json").read_text())["words"]["retrieval_target"]["value"]
 
 
 def _run(*command: str) -> None:

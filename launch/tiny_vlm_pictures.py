@@ -16,10 +16,11 @@ import numpy as np
 from PIL import Image
 
 from megaflux.common.errors import UserError
+from megaflux.common.paths import ICONIFY
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.images import BadImage
 from megaflux.data.writing.cells import Cell, held_out_cells, held_out_contents
-from megaflux.data.writing.icon_sets import WORD, files_of
+from megaflux.data.writing.icon_sets import files_of
 from megaflux.data.writing.iconify import Iconify
 from megaflux.data.writing.items import Item, Source
 from megaflux.data.writing.openmoji import SKIN_TONES, OpenMoji
@@ -53,7 +54,7 @@ class Grid:
 def open_grid(folder: Path) -> tuple[Grid, Iconify]:
     """The sets of a folder, SET/icons.json, with OpenMoji's code points from openmoji/chars.json. UserError where one lacks."""
     options = Options(**ICONIFY_DEFAULTS, contents=SHARED, hold_out_cells=CELLS_SHARE, hold_out_contents=CONTENTS_SHARE)
-    source = Iconify(files_of(f"{WORD}:{folder}", [str(folder)]), make_buckets(("1:1",), SIDE), options)
+    source = Iconify(files_of(f"{ICONIFY}:{folder}", [str(folder)]), make_buckets(("1:1",), SIDE), options)
     cells = [item.where for item in source.list_items()]
     file = folder / OPENMOJI / "chars.json"
     try:
@@ -160,7 +161,8 @@ def load_pictures(folder: Path | None) -> tuple[Collection, Grid | None]:
 
 def write_seen(file: Path, keys: Sequence[str], grid: Grid | None) -> None:
     """What was trained on as gzipped lines: `demo CODE`, `grid STYLE/NAME`; `name NAME CODE...` for all names of the grid."""
-    lines = sorted(set(keys)) + [" ".join(("name", name, *grid.codes[name])) for name in (grid.names if grid else ())]
+    names = [] if grid is None else [" ".join(("name", name, *grid.codes[name])) for name in grid.names]
+    lines = sorted(set(keys)) + names
     file.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
 
 

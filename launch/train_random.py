@@ -1,9 +1,9 @@
 """launch/train.py with random weights, made on each rank's device: for machines without the published weights.
 
 For measuring only: speed, memory, saving and resuming are as with real weights, but the trained model is useless. Options and
-exit codes are those of launch/train.py. The configuration names no weights: `model.flux` and `model.vlm` are null, and the
-sizes are in `model.flux_config` and `model.vlm_config`. `model.vae` is `tiny`, a folder that needs only a config.json, or null
-for FLUX.1's VAE. --dry-run is that of launch/train.py, which needs the VAE's weights too.
+exit codes are those of launch/train.py. The configuration names no weights: `model.flux` is null and `model.vlm` null or
+`tiny`, and the sizes are in `model.flux_config` and `model.vlm_config`. `model.vae` is `tiny`, a folder that needs only a
+config.json, or null for FLUX.1's VAE. --dry-run is that of launch/train.py, which needs the VAE's weights too.
 
     deepspeed launch/train_random.py --preset dev --model.flux null --model.vlm null
 """

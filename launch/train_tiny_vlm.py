@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument(
         "--grid", type=path_option, help="folder of five icon sets: SET/icons.json, openmoji/chars.json"
     )
-    parser.add_argument("--updates", type=int, default=1800)
+    parser.add_argument("--updates", type=int, default=700)
     parser.add_argument("--save-every", type=int, default=300, help="updates between interim assets")
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon")
     parser.add_argument("--seed", type=int, default=0)

@@ -100,7 +100,7 @@ def random_models(config: Config, device: torch.device | str = "cpu", dtype: tor
     returns, for machines without the published weights. For measuring only.
 
     Sizes are `model.flux_config`, `model.vlm_config` and the config.json of the folder `model.vae` (FLUX.1's VAE where it has
-    none); weights come from `run.seed`. dtype: of every parameter; None: bfloat16. CLIP is not built: its pooled vector
+    none), of `tiny` too; weights come from `run.seed`. dtype: of every parameter; None: bfloat16. CLIP is not built: its pooled vector
     (1, pooled_projection_dim) is random too. UserError where the configuration names weights, or the sizes don't fit each other.
     """
     from megaflux.models.connector import build_connector

@@ -245,7 +245,7 @@ class Config(Section):
                 f"model.vlm_layers: {self.model.vlm_layers}, but a stage trains {most} of Qwen2-VL's last layers; raise it, "
                 "or lower the stage's vlm_layers (a run that has begun keeps its model.vlm_layers)"
             )
-        there = text.get("num_hidden_layers") if isinstance(text, dict) and self.model.vlm is None else None
+        there = text.get("num_hidden_layers") if isinstance(text, dict) and self.model.vlm in (None, "tiny") else None
         if isinstance(there, int) and self.vlm_layers > there:  # a folder's number is looked at when it is opened
             over = [f"stages.{i}" for i, stage in enumerate(self.stages) if stage.vlm_layers > there] or ["model"]
             raise ValueError(f"{over[0]}.vlm_layers: {self.vlm_layers}, but Qwen2-VL has {there} layers; lower it")

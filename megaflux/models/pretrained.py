@@ -37,19 +37,12 @@ from megaflux.models.loading_errors import named
 from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.models.parameters import base_fingerprints, weights_fingerprint
 from megaflux.models.reading import Target, fill, shapes, tensors, weight_files, without_weights
-from megaflux.models.scratch import (
-    build_clip,
-    build_transformer,
-    build_vlm,
-    TINY,
-    tiny_processor,
-    tokenizer_of,
-    vlm_configuration,
-)
-from megaflux.models.shipped import SHIPPED, VLM
+from megaflux.models.scratch import build_clip, build_transformer, build_vlm, TINY, vlm_configuration
+from megaflux.models.shipped import SHIPPED
 from megaflux.models.sources import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, model_problems, opened
 from megaflux.models.strict import FOLDER_FILES, load_linear, load_strict, silent_libraries
 from megaflux.models.t5 import T5Path
+from megaflux.models.tiny_vlm import load_tiny_vlm
 from megaflux.models.vlm import Trunk
 from megaflux.models.vlm_folder import VlmFolder, open_vlm, read_config
 from megaflux.models.vlm_parts import split_vlm
@@ -270,24 +263,6 @@ def load_vlm(
             vlm = Qwen2VLModel(config)
         fill(vlm, weight_files(folder.place, "", TRANSFORMERS_WEIGHTS), dtype, target or Target(), where, vlm_name)
     return vlm.eval(), folder.processor
-
-
-def load_tiny_vlm(
-    vlm_config: dict[str, Any],
-    attention: str = "sdpa",
-    dtype: torch.dtype = torch.float32,
-    target: Target | None = None,
-) -> tuple[Qwen2VLModel, Qwen2VLProcessor]:
-    """The shipped Qwen2-VL and its processor, as `load_vlm` loads a folder's. vlm_config: that of the shipped one
-    (shipped.vlm_problem)."""
-    processor = tiny_processor()
-    with named("model.vlm_config"):
-        config = vlm_configuration(vlm_config, tokenizer_of(processor))
-        config._attn_implementation = attention
-        with without_weights():
-            vlm = Qwen2VLModel(config)
-        fill(vlm, [VLM / "model.safetensors"], dtype, target or Target(), str(VLM))
-    return vlm.eval(), processor
 
 
 def vlm_name(key: str) -> str | None:

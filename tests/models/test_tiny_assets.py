@@ -251,7 +251,7 @@ def test_the_shipped_qwen2vl_knows_held_out_pictures_by_their_names():
     )
     trained = tiny_vlm_figures.measure(tiny_vlm_model.load(shipped.VLM, 0), pictures)
     assert trained["pictures"] > 100
-    assert min(trained["retrieval_trunk"], trained["retrieval_whole"]) > 0.1 and trained["token"] > 0.5
+    assert min(trained["retrieval_trunk"], trained["retrieval_whole"]) > 0.4 and trained["token"] > 0.7
 
 
 def test_a_run_on_the_shipped_qwen2vl_is_exported_with_it_and_one_on_a_drawn_one_without(tmp_path):
