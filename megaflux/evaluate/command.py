@@ -42,7 +42,7 @@ from megaflux.training import distributed
 
 STATE = "evaluation.json"
 EXPORT_STEPS, EXPORT_LOSS_GUIDANCE = 28, 1.0
-LESSON = 4096  # most training pictures that a judge without a grid sees
+LESSON = 2048  # most training pictures that a judge without a grid sees
 Load = Callable[[Request, str, int | None, World], Subject]
 
 
@@ -253,11 +253,7 @@ def _train_judge(request: Request, held_out: HeldOut, file: Path, steps: int, wo
     if held_out.grid is not None:
         lesson = judge_training.of_grid(held_out.grid)
     else:
-        rows = []
-        for _, row in train_rows(request.data, held_out.info):
-            rows.append(row)
-            if len(rows) == LESSON:
-                break
+        rows = train_rows(request.data, held_out.info, LESSON)
         lesson = judge_training.of_pictures([row["image"] for row in rows], [row["caption"] for row in rows])
     with _progress("judge", steps, world) as done:
         judge = judge_training.train(lesson, facts, steps, world.device, done)

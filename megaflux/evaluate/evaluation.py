@@ -63,7 +63,7 @@ def plan(subject: Subject, held_out: HeldOut, settings: Settings) -> Task:
     first = held_out.samples[: held_out.first]
     loss_batches = losses.batches(first, settings.batch_size) if "loss" in settings.parts else []
     captioned = any(sample.caption for sample in first)
-    words = "words" in settings.parts and captioned and "text" in subject.modes and conditions.kind != "text"
+    words = "words" in settings.parts and captioned and "text" in subject.modes
     pictures = work.asked(held_out, conditions, settings.seeds, words)
     if "pictures" not in settings.parts and held_out.grid is None:
         pictures = [one for one in pictures if one.kind == work.WORDS]

@@ -28,7 +28,8 @@ from megaflux.evaluate import ink
 from megaflux.evaluate.judge import Judge, JudgeNetwork, hubs, joined, prototypes, viewed
 from megaflux.evaluate.samples import Grid
 
-GRID_STEPS, OTHER_STEPS = 1300, 250
+GRID_STEPS, OTHER_STEPS = 1300, 100
+PLAIN = 1024  # pictures of which the edges' main directions are taken, where there is no grid
 PAIRS = 64
 RATE, DECAY, TEMPERATURE = 3e-3, 0.05, 0.07
 COMPONENTS, KEPT, RIDGE = 400, 350, 0.6  # of the descriptor: before and after the discriminant analysis
@@ -98,23 +99,24 @@ def train(
     on_step: Callable[[], object] = lambda: None,
 ) -> Judge:
     """A judge of the lesson. facts: kept with it. on_step: called after each update."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(SEED)  # of the first weights and of dropout
         words = 0 if lesson.words is None else lesson.words.shape[1]
-        network = JudgeNetwork(len(lesson.styles), words)
-    network.to(device).train()
-    maps = torch.cat([ink.maps(part) for part in lesson.centred.split(256)])
-    _learn(network, lesson, maps, steps, torch.device(device), on_step)
+        network = JudgeNetwork(len(lesson.styles), words).to(device).train()
+        maps = torch.cat([ink.maps(part) for part in lesson.centred.split(256)])
+        _learn(network, lesson, maps, steps, device, on_step)
     network.eval()
-    descriptors = torch.cat([ink.descriptor(part) for part in lesson.centred.split(256)])
+    edge = [ink.descriptor(part) for part in (lesson.centred if lesson.styles else lesson.centred[:PLAIN]).split(256)]
+    descriptors = torch.cat(edge)
     centre = descriptors.mean(dim=0)
-    grouped = lesson.content if lesson.styles else None
-    directions = discriminant(descriptors - centre, grouped)
-    with torch.no_grad():
+    directions = discriminant(descriptors - centre, lesson.content if lesson.styles else None)
+    known, common = torch.zeros(0, network.sizes["features"] + directions.shape[1]), torch.zeros(0)
+    if lesson.contents:
         own = torch.cat([viewed(network, part.to(device)) for part in maps.split(128)]).cpu()
-    features = joined(own, (descriptors - centre) @ directions)
-    known = prototypes(features, lesson.content, len(lesson.contents)) if lesson.contents else features[:0]
-    common = hubs(features, lesson.content, known) if lesson.contents else features.new_zeros(0)
+        features = joined(own, (descriptors - centre) @ directions)
+        known = prototypes(features, lesson.content, len(lesson.contents))
+        common = hubs(features, lesson.content, known)
     parts = network, directions.to(device), centre.to(device)
     return Judge(*parts, lesson.contents, lesson.styles, known, common, dict(facts))
 
@@ -192,7 +194,7 @@ def _learn(
             if step >= FROM:
                 loss = loss + memory.loss(features, index)
             memory.keep(features, index)
-        if lesson.style is not None:
+        if lesson.style is not None and step % 2 == 0:  # it is the easier half
             some = index[:pairs]
             palette = palettes[draw.randrange(len(palettes))][some]
             with half:

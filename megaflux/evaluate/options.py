@@ -95,7 +95,7 @@ def build_parser() -> Parser:
         metavar="PATH",
         help="judge.safetensors of an evaluation of these data, or its folder",
     )
-    add("--judge-steps", type=count, metavar="N", help="updates of the judge (default: 1600 on a grid, else 250)")
+    add("--judge-steps", type=count, metavar="N", help="updates of the judge (default: 1300 on a grid, else 100)")
     add("--clip", type=path_option, metavar="DIR", help="folder of a CLIP, for CLIP-I and CLIP-T")
     add("--dino", type=path_option, metavar="DIR", help="folder of a DINO or DINOv2, for DINO-I")
     add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
