@@ -52,12 +52,16 @@ def run(request: Request, load_subject: Load | None = None) -> int:
     load_subject: (request, path, update, world) -> the checkpoint; for tests whose answer is known. UserError for bad input."""
     check_out(request.out)
     world = _world(request.device)
+    with _attention_of_ranks(world):
+        return _run(request, world, load_subject or load_checkpoint)
+
+
+def _run(request: Request, world: World, load_subject: Load) -> int:
     settings, out = request.settings, Path(request.out)
     held_out = load(request.data, settings.samples, settings.cells, "grid" in settings.parts)
     _say(world, f"{len(held_out.samples)} held-out samples of {request.data}" + _grid_line(held_out))
     # Before anything is computed: clear messages for folders that cannot be loaded.
     outside = _outside(request, world) if world.is_main else (None, None)
-    load_subject = load_subject or load_checkpoint
     first = load_subject(request, request.checkpoint, request.update, world)
     _begin(request, held_out, first, out, world)
     judge = _judge(request, held_out, out, world)
@@ -165,6 +169,18 @@ def _world(device: str | None) -> World:
             raise UserError("--device cpu: several ranks compute on the GPUs; start one process, or hide the GPUs")
         return distributed.start()
     return World(0, 1, device_and_dtype(device, None)[0])
+
+
+@contextmanager
+def _attention_of_ranks(world: World) -> Iterator[None]:
+    """Inside, a CPU attends as `distributed.start` has it, which several ranks call: for figures of the same bits."""
+    before = torch.backends.cuda.flash_sdp_enabled()
+    if world.device.type == "cpu":
+        torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_flash_sdp(before)
 
 
 def _begin(request: Request, held_out: HeldOut, subject: Subject, out: Path, world: World) -> None:
