@@ -1,0 +1,1 @@
+"""Evidence: what a run or an export does on pictures that it never trained on."""

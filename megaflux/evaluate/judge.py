@@ -1,0 +1,244 @@
+"""The judge: a small network that says which thing a picture shows and which hand drew it, and how alike pictures are.
+
+It is trained on the spot from training pictures alone (judge_training.py). A picture's features are two vectors, joined: the network's,
+averaged over a few shifts and scales, and its edge histograms in the directions that tell contents apart best (linear discriminant
+analysis). On a grid the content is that whose prototype, the mean feature of its real cells, is the most similar, less what is
+similar to all (a half of a prototype's mean similarity to its nearest training cells of other contents, against hubs, as in CSLS: Conneau
+et al. 1710.04087, section 2.3); the style is what a head of the network says. Elsewhere the features alone are used.
+
+Shapes: N pictures, D network features, E features of edges, C contents, T styles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from megaflux.common.errors import UserError, one_line
+from megaflux.evaluate import ink
+
+FORMAT = "1"
+WIDTH, FEATURES = 64, 256
+NAME = "judge.safetensors"
+VIEWS = (
+    (0.0, 0.0, 1.0),
+    (0.06, 0.0, 1.0),
+    (-0.06, 0.0, 1.0),
+    (0.0, 0.06, 1.0),
+    (0.0, -0.06, 1.0),
+    (0.0, 0.0, 0.92),
+    (0.0, 0.0, 1.08),
+)
+"""Shifts across and down, and scales, over which the network's features are averaged."""
+EDGES = 0.2**0.5  # length of the features of edges, where the network's are 1
+HUB_NEIGHBOURS, HUB_WEIGHT = 10, 0.5
+AT_ONCE = 128  # pictures
+
+
+class Block(nn.Module):
+    """Two convolutions and what goes past them."""
+
+    def __init__(self, before: int, width: int, stride: int):
+        super().__init__()
+        self.first = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.first_norm = nn.BatchNorm2d(width)
+        self.second = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.second_norm = nn.BatchNorm2d(width)
+        nn.init.zeros_(self.second_norm.weight)
+        past: list[nn.Module] = []
+        if stride > 1:
+            past.append(nn.AvgPool2d(stride))
+        if before != width:
+            past += [nn.Conv2d(before, width, 1, bias=False), nn.BatchNorm2d(width)]
+        self.past = nn.Sequential(*past)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.past(x) + self.second_norm(self.second(F.relu(self.first_norm(self.first(x))))))
+
+
+class JudgeNetwork(nn.Module):
+    """Maps of a picture -> features; its whole ink -> scores of styles."""
+
+    def __init__(self, styles: int, words: int = 0, width: int = WIDTH, features: int = FEATURES):
+        super().__init__()
+        self.sizes = {"styles": styles, "words": words, "width": width, "features": features}
+        self.stem = nn.Sequential(
+            nn.Conv2d(ink.DIRECTIONS + 3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        self.body = nn.Sequential(
+            Block(width, width, 1),
+            Block(width, 2 * width, 2),
+            Block(2 * width, 2 * width, 1),
+            Block(2 * width, 4 * width, 2),
+        )
+        # the map's 4 x 4 places are kept: layout tells much
+        self.project = nn.Sequential(
+            nn.Dropout(0.2), nn.Linear(4 * width * 17, features, bias=False), nn.BatchNorm1d(features)
+        )
+        small = max(8, width // 4)
+        self.style = nn.Sequential(
+            nn.Conv2d(3, small, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(small),
+            nn.ReLU(),
+            Block(small, 2 * small, 2),
+            Block(2 * small, 4 * small, 2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4 * small, max(1, styles)),
+        )
+        self.palette = nn.Sequential(
+            nn.Dropout(0.3), nn.Linear(ink.PALETTE, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, max(1, styles))
+        )
+        self.palette_mean = nn.Buffer(torch.zeros(ink.PALETTE))
+        self.palette_scale = nn.Buffer(torch.ones(ink.PALETTE))
+        self.words = nn.Linear(features, max(1, words))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """maps: (N, 11, 32, 32) of ink.maps. Returns unit vectors (N, D)."""
+        x = self.body(self.stem(maps.contiguous(memory_format=torch.channels_last))).float()
+        pooled = torch.cat([x.mean((2, 3)), x.flatten(1)], dim=1)
+        return F.normalize(self.project(pooled).float(), dim=1)
+
+    def styles(self, whole: Tensor, palette: Tensor) -> Tensor:
+        """whole: (N, 3, 64, 64) of ink.seen; palette: (N, 534) of ink.palette. Returns scores (N, T)."""
+        colours = self.palette((palette - self.palette_mean) * self.palette_scale)
+        return self.style(whole.contiguous(memory_format=torch.channels_last)).float() + colours.float()
+
+
+@dataclass
+class Judged:
+    """What a judge says of N pictures."""
+
+    contents: list[str]
+    """The likeliest content; [] without a grid."""
+    styles: list[str]
+    features: Tensor
+    """(N, D + E), unit vectors."""
+
+
+@dataclass
+class Judge:
+    """A trained judge."""
+
+    network: JudgeNetwork
+    directions: Tensor
+    """(1792, E): descriptor of edges -> features."""
+    centre: Tensor
+    """(1792,): the mean descriptor."""
+    contents: list[str]
+    styles: list[str]
+    prototypes: Tensor
+    """(C, D + E), unit vectors; (0, ...) without a grid."""
+    hubs: Tensor
+    """(C,): what is taken from the similarity to each prototype."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """The data that it was trained on, its updates, and how well it does on held-out pictures."""
+
+    @torch.no_grad()
+    def features(self, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(features (N, D + E), scores of styles (N, T)) of uint8 pictures (3, H, W)."""
+        device = self.centre.device
+        self.network.eval()
+        found, scores = [], []
+        for start in range(0, len(pictures), AT_ONCE):
+            centred, whole = ink.seen(pictures[start : start + AT_ONCE])
+            own = viewed(self.network, ink.maps(centred).to(device))
+            found.append(joined(own, self._edges(centred)))
+            scores.append(self.network.styles(whole.to(device), ink.palette(whole).to(device)))
+        return torch.cat(found).cpu(), torch.cat(scores).cpu()
+
+    def judge(self, pictures: Sequence[Tensor]) -> Judged:
+        """What uint8 pictures (3, H, W) show."""
+        features, scores = self.features(pictures)
+        contents = self.contents_of(features) if len(self.prototypes) else []
+        styles = [self.styles[i] for i in scores.argmax(dim=1).tolist()] if self.styles else []
+        return Judged(contents, styles, features)
+
+    def contents_of(self, features: Tensor) -> list[str]:
+        """The likeliest content of each of features (N, D + E)."""
+        return [self.contents[i] for i in likeliest(features, self.prototypes, self.hubs)]
+
+    def _edges(self, centred: Tensor) -> Tensor:
+        return (ink.descriptor(centred).to(self.centre.device) - self.centre) @ self.directions
+
+    def save(self, file: Path) -> None:
+        """Write the judge, completely or not at all."""
+        tensors = {f"network.{name}": value.contiguous() for name, value in self.network.state_dict().items()}
+        tensors |= {
+            "directions": self.directions,
+            "centre": self.centre,
+            "prototypes": self.prototypes,
+            "hubs": self.hubs,
+        }
+        content = {"contents": self.contents, "styles": self.styles, "facts": self.facts, "sizes": self.network.sizes}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f".{file.name}.unfinished")
+        cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(cpu, unfinished, {"megaflux_judge": FORMAT, "content": json.dumps(content)})
+        unfinished.replace(file)
+
+    @classmethod
+    def load(cls, file: Path, device: torch.device | str = "cpu") -> Judge:
+        """Read what `save` wrote. UserError for any other file."""
+        try:
+            with safe_open(file, "pt", device=str(device)) as opened:
+                header = opened.metadata() or {}
+                if header.get("megaflux_judge") != FORMAT:
+                    raise UserError(f"{file}: not a judge of this version; leave --judge out, and one is trained")
+                content = json.loads(header["content"])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            network = JudgeNetwork(**content["sizes"])
+            own = {n.removeprefix("network."): v for n, v in tensors.items() if n.startswith("network.")}
+            network.load_state_dict(own)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{file}: cannot be read as a judge ({one_line(error)}); leave it out") from None
+        network.to(device).eval()
+        edges = tensors["directions"], tensors["centre"]
+        known = tensors["prototypes"].cpu(), tensors["hubs"].cpu()
+        return cls(network, *edges, content["contents"], content["styles"], *known, content["facts"])
+
+
+@torch.no_grad()
+def viewed(network: JudgeNetwork, maps: Tensor) -> Tensor:
+    """The network's features of maps (N, 11, 32, 32), averaged over VIEWS: unit vectors (N, D)."""
+    total: Tensor | float = 0.0
+    for across, down, scale in VIEWS:
+        theta = maps.new_tensor([[scale, 0.0, across], [0.0, scale, down]]).expand(len(maps), 2, 3)
+        moved = F.grid_sample(maps, F.affine_grid(theta, list(maps.shape), align_corners=False), align_corners=False)
+        total = total + network(moved)
+    assert isinstance(total, Tensor)
+    return F.normalize(total, dim=1)
+
+
+def joined(own: Tensor, edge: Tensor) -> Tensor:
+    """The network's features (N, D) and those of edges (N, E) as one unit vector each."""
+    return F.normalize(torch.cat([F.normalize(own, dim=1), EDGES * F.normalize(edge, dim=1)], dim=1), dim=1)
+
+
+def likeliest(features: Tensor, prototypes: Tensor, hubs: Tensor) -> list[int]:
+    """The place of the most similar of `prototypes` (C, F), unit vectors, less `hubs` (C,), for each of `features` (N, F)."""
+    return (features @ prototypes.T - hubs).argmax(dim=1).tolist()
+
+
+def prototypes(features: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Unit vectors (groups, F): the mean features of each group; 0 for one without a picture. group: (N,) int64."""
+    summed = features.new_zeros(groups, features.shape[1]).index_add_(0, group, features)
+    return F.normalize(summed, dim=1)
+
+
+def hubs(features: Tensor, group: Tensor, known: Tensor) -> Tensor:
+    """(C,): HUB_WEIGHT times the mean similarity of prototypes `known` (C, F) to the HUB_NEIGHBOURS nearest of `features` (N, F) of
+    other groups. group: (N,) int64, -1 for a picture of no prototype's group."""
+    similar = features @ known.T
+    rows = torch.nonzero(group >= 0).flatten()
+    similar[rows, group[rows]] = -1.0
+    return HUB_WEIGHT * similar.topk(min(HUB_NEIGHBOURS, len(features)), dim=0).values.mean(dim=0)

@@ -1,0 +1,56 @@
+"""The judge learns a small grid, and says the same after it was written and read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megaflux.common.errors import UserError
+from megaflux.evaluate import ink, judge_training
+from megaflux.evaluate.judge import Judge
+from megaflux.evaluate.samples import load
+from tests.evaluate.conftest import STEPS
+
+
+def test_it_tells_contents_and_styles_of_cells_that_it_never_saw(judge_file):
+    facts = Judge.load(judge_file).facts
+    assert facts["cells"] >= 5
+    assert facts["content"] >= 0.8 and facts["style"] >= 0.8
+
+
+def test_the_same_lesson_gives_the_same_judge(grid_data, judge_file):
+    held_out = load(str(grid_data), 64, None)
+    lesson = judge_training.of_grid(held_out.grid)
+    again = judge_training.train(lesson, {}, STEPS)
+    before = Judge.load(judge_file)
+    pictures = [sample.target for sample in held_out.samples]
+    for a, b in zip(again.features(pictures), before.features(pictures), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(again.prototypes, before.prototypes) and torch.equal(again.hubs, before.hubs)
+
+
+def test_size_and_place_of_the_ink_do_not_count():
+    small = torch.full((3, 96, 128), 255, dtype=torch.uint8)
+    small[:, 20:40, 70:90] = 0
+    large = torch.full((3, 128, 128), 255, dtype=torch.uint8)
+    large[:, 10:90, 20:100] = 0
+    centred, _ = ink.seen([small, large])
+    assert (centred[0] - centred[1]).abs().mean() < 0.06
+
+
+def test_a_blank_picture_has_features():
+    centred, whole = ink.seen([torch.full((3, 64, 64), 255, dtype=torch.uint8)])
+    for found in (centred, whole, ink.maps(centred), ink.descriptor(centred)):
+        assert found.isfinite().all()
+
+
+def test_words_are_those_that_captions_share():
+    shares = judge_training.word_shares(["a red cat", "a cat", "a dog", "a cat!"])
+    assert shares.tolist() == [[0.5, 0.5], [0.5, 0.5], [1.0, 0.0], [0.5, 0.5]]  # a, cat
+    assert judge_training.word_shares(["", ""]) is None
+
+
+def test_another_file_is_one_line(tmp_path):
+    (tmp_path / "x").write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match="cannot be read as a judge"):
+        Judge.load(tmp_path / "x")
