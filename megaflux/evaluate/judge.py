@@ -12,7 +12,7 @@ Shapes: N pictures, D network features, E features of edges, C contents, T style
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,9 +163,12 @@ class Judge:
         styles = [self.styles[i] for i in scores.argmax(dim=1).tolist()] if self.styles else []
         return Judged(contents, styles, features)
 
-    def contents_of(self, features: Tensor) -> list[str]:
-        """The likeliest content of each of features (N, D + E)."""
-        return [self.contents[i] for i in likeliest(features, self.prototypes, self.hubs)]
+    def contents_of(self, features: Tensor, among: Sequence[Collection[str]] | None = None) -> list[str]:
+        """The likeliest content of each of features (N, D + E). among: the contents that each may be; None: all."""
+        allowed = None
+        if among is not None:
+            allowed = torch.tensor([[content in names for content in self.contents] for names in among])
+        return [self.contents[i] for i in likeliest(features, self.prototypes, self.hubs, allowed)]
 
     def _edges(self, centred: Tensor) -> Tensor:
         return (ink.descriptor(centred).to(self.centre.device) - self.centre) @ self.directions
@@ -224,9 +227,11 @@ def joined(own: Tensor, edge: Tensor) -> Tensor:
     return F.normalize(torch.cat([F.normalize(own, dim=1), EDGES * F.normalize(edge, dim=1)], dim=1), dim=1)
 
 
-def likeliest(features: Tensor, prototypes: Tensor, hubs: Tensor) -> list[int]:
-    """The place of the most similar of `prototypes` (C, F), unit vectors, less `hubs` (C,), for each of `features` (N, F)."""
-    return (features @ prototypes.T - hubs).argmax(dim=1).tolist()
+def likeliest(features: Tensor, prototypes: Tensor, hubs: Tensor, allowed: Tensor | None = None) -> list[int]:
+    """The place of the most similar of `prototypes` (C, F), unit vectors, less `hubs` (C,), for each of `features` (N, F). allowed:
+    bool (N, C), None: all."""
+    similar = features @ prototypes.T - hubs
+    return (similar if allowed is None else similar.masked_fill(~allowed, -torch.inf)).argmax(dim=1).tolist()
 
 
 def prototypes(features: Tensor, group: Tensor, groups: int) -> Tensor:

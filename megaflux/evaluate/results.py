@@ -5,7 +5,7 @@ A section is a tree of names whose leaves are figures (statistics.Measured); in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,9 @@ def cells_section(results: Results, judge: Judge, grid: Grid, whole_contents: bo
     """What the judge sees on a grid's held-out cells of known contents, or on those of contents that are held out whole; None without
     such cells.
 
+    content_top1 is a choice among the contents that were never seen in the wanted style: which of the unseen cells is this?
+    content_top1_of_all and leakage are choices among all contents, of which many are near twins (second and third place medal).
+
     A content without a training cell has no prototype: for these, those of all held-out contents are made of their true cells in the
     other styles than the one that is judged.
     """
@@ -144,28 +147,33 @@ def cells_section(results: Results, judge: Judge, grid: Grid, whole_contents: bo
     cells = [cell_of(sample.key) for sample in samples]
     keys, clusters = tuple(sample.key for sample in samples), results.clusters(samples)
     shown = [[cell_of(one.name).content for one in s.references[: results.references]] for s in samples]
-    content_of = _zero_shot(judge, grid) if whole_contents else lambda features, _: judge.contents_of(features)
+    wanted = [cell.style for cell in cells]
+    unseen = _unseen(grid, whole_contents)
+    among = [unseen[cell.style] for cell in cells]
+    content_of = (
+        _zero_shot(judge, grid) if whole_contents else lambda features, _, names: judge.contents_of(features, names)
+    )
 
     def figures_of(pictures: dict[str, Tensor], styles: list[str]) -> tuple[Section, np.ndarray, np.ndarray]:
         """(section, right style, right content) of one picture a cell; styles: those wanted."""
         features, scores = judge.features([pictures[key] for key in keys])
-        contents = content_of(features, [cell.style for cell in cells])
+        chosen, of_all = (content_of(features, wanted, names) for names in (among, None))
         seen = [judge.styles[i] for i in scores.argmax(dim=1).tolist()]
         style = figures.is_in(seen, [[one] for one in styles])
-        content = figures.is_in(contents, [[cell.content] for cell in cells])
-        leaked = figures.is_in(contents, shown)
+        content = figures.is_in(chosen, [[cell.content] for cell in cells])
         section = {
             "style_top1": measured(style, clusters, keys),
             "content_top1": measured(content, clusters, keys),
-            "leakage": measured(leaked, clusters, keys),
+            "content_top1_of_all": measured(figures.is_in(of_all, [[cell.content] for cell in cells]), clusters, keys),
+            "leakage": measured(figures.is_in(of_all, shown), clusters, keys),
         }
         return section, style, content
 
-    wanted = [cell.style for cell in cells]
     true, judge_style, judge_content = figures_of({s.key: s.target for s in samples}, wanted)
     section, style, content = figures_of(results.made(work.MADE), wanted)
     section["judge_style"], section["judge_content"] = true["style_top1"], true["content_top1"]
-    section["judge_leakage"] = true["leakage"]
+    section["judge_content_of_all"], section["judge_leakage"] = true["content_top1_of_all"], true["leakage"]
+    section["chance"] = float(np.mean([1 / len(names) for names in among]))
     if judge_style.sum():
         section["style_of_ceiling"] = measured(style, clusters, keys, judge_style)
     if judge_content.sum():
@@ -178,19 +186,30 @@ def cells_section(results: Results, judge: Judge, grid: Grid, whole_contents: bo
     return section
 
 
-def _zero_shot(judge: Judge, grid: Grid) -> Callable[[Tensor, Sequence[str]], list[str]]:
+def _unseen(grid: Grid, whole_contents: bool) -> dict[str, set[str]]:
+    """Style -> the contents whose cells in it are held out: of contents that are seen in other styles, or of those that are not."""
+    names: dict[str, set[str]] = {}
+    for cell in grid.held_out:
+        if (cell.content in grid.held_out_contents) is whole_contents:
+            names.setdefault(cell.style, set()).add(cell.content)
+    return names
+
+
+def _zero_shot(
+    judge: Judge, grid: Grid
+) -> Callable[[Tensor, Sequence[str], Sequence[Collection[str]] | None], list[str]]:
     cells = [cell for cell in grid.held_out if cell.content in grid.held_out_contents]
     features, _ = judge.features([picture for cell in cells if (picture := grid.picture(cell)) is not None])
     unseen = sorted(grid.held_out_contents)
     group = torch.tensor([unseen.index(cell.content) for cell in cells])
 
-    def content_of(made: Tensor, styles: Sequence[str]) -> list[str]:
-        found = []
-        for one, style in zip(made, styles, strict=True):
+    def content_of(made: Tensor, styles: Sequence[str], among: Sequence[Collection[str]] | None) -> list[str]:
+        found, names = [], [*judge.contents, *unseen]
+        for i, (one, style) in enumerate(zip(made, styles, strict=True)):
             others = torch.tensor([cell.style != style for cell in cells])
-            known = prototypes(features[others], group[others], len(unseen))
-            known = torch.cat([judge.prototypes, known])
-            found.append([*judge.contents, *unseen][likeliest(one[None], known, known.new_zeros(len(known)))[0]])
+            known = torch.cat([judge.prototypes, prototypes(features[others], group[others], len(unseen))])
+            allowed = None if among is None else torch.tensor([[name in among[i] for name in names]])
+            found.append(names[likeliest(one[None], known, known.new_zeros(len(known)), allowed)[0]])
         return found
 
     return content_of
@@ -240,9 +259,11 @@ def true_cells(judge: Judge, grid: Grid) -> dict[str, float]:
     pictures = [picture for cell in cells if (picture := grid.picture(cell)) is not None]
     if not pictures:
         return {}
-    said = judge.judge(pictures)
+    said, unseen = judge.judge(pictures), _unseen(grid, False)
+    chosen = judge.contents_of(said.features, [unseen[cell.style] for cell in cells])
     return {
         "style": float(np.mean([a == c.style for a, c in zip(said.styles, cells, strict=True)])),
-        "content": float(np.mean([a == c.content for a, c in zip(said.contents, cells, strict=True)])),
+        "content": float(np.mean([a == c.content for a, c in zip(chosen, cells, strict=True)])),
+        "content_of_all": float(np.mean([a == c.content for a, c in zip(said.contents, cells, strict=True)])),
         "cells": len(cells),
     }
