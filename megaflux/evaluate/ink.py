@@ -1,8 +1,9 @@
 """What the judge sees of a picture: its ink, brought to one size and place, as edges by direction and as colour.
 
 Ink is 1 - colour, so that white is 0. The box that holds all but a sliver of it is scaled to a square, because hands draw one thing at
-different sizes, and what a thing is does not depend on that. A hand's style shows in the whole picture, in its palette most of all. Edges by direction (histograms of oriented gradients: Dalal and Triggs,
-CVPR 2005) are much the same whether a hand fills shapes or outlines them.
+different sizes, and what a thing is does not depend on that. A hand's style shows in the palette of the whole picture. Edges by
+direction (histograms of oriented gradients: Dalal and Triggs, CVPR 2005) are much the same whether a hand fills shapes or outlines
+them.
 
 Shapes: N pictures, S = 64 px.
 """
@@ -10,7 +11,7 @@ Shapes: N pictures, S = 64 px.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 SIDE = 64
 CANVAS = 128  # px: the square in which the box is looked for
 DIRECTIONS = 8
-LEVELS = 8  # of each colour in a palette
+LEVELS = 16  # of each colour in a palette: hands that look alike differ in exact colours
 STEPS = (
     0.0,
     0.004,
@@ -65,14 +66,10 @@ def centred(ink: Tensor) -> Tensor:
     return F.avg_pool2d(F.grid_sample(ink, grid, align_corners=False), 2)
 
 
-def seen(pictures: Sequence[Tensor], chunk: int = 256) -> tuple[Tensor, Tensor]:
-    """(centred (N, 3, 64, 64), whole (N, 3, 64, 64)): ink of uint8 pictures of any shapes, as the judge reads them."""
-    parts = []
+def inks(pictures: Sequence[Tensor], chunk: int = 256) -> Iterator[Tensor]:
+    """Ink (at most `chunk`, 3, 128, 128) at a time of uint8 pictures of any shapes."""
     for start in range(0, len(pictures), chunk):
-        ink = torch.stack([on_square(picture) for picture in pictures[start : start + chunk]])
-        parts.append((centred(ink), F.avg_pool2d(ink, 2)))
-    centre, whole = zip(*parts)
-    return torch.cat(centre), torch.cat(whole)
+        yield torch.stack([on_square(picture) for picture in pictures[start : start + chunk]])
 
 
 def edges(ink: Tensor, directions: int = DIRECTIONS) -> Tensor:
@@ -111,7 +108,7 @@ def descriptor(ink: Tensor) -> Tensor:
 
 
 def palette(ink: Tensor) -> Tensor:
-    """Ink (N, 3, H, W) -> (N, 534): square roots of how much there is of each colour, pixels shared among the 8 nearest of 512, and of
+    """Ink (N, 3, H, W) -> (N, 4118): square roots of how much there is of each colour, pixels shared among the 8 nearest of 4096, and of
     each step between neighbours, across and down."""
     n, pixels = len(ink), ink.shape[2] * ink.shape[3]
     place = ink.flatten(2) * (LEVELS - 1)

@@ -27,6 +27,7 @@ from megaflux.common.errors import UserError, one_line
 from megaflux.evaluate import ink
 
 FORMAT = "1"
+HIDDEN = 512  # units that read a palette
 WIDTH, FEATURES = 64, 256
 NAME = "judge.safetensors"
 VIEWS = (
@@ -66,7 +67,7 @@ class Block(nn.Module):
 
 
 class JudgeNetwork(nn.Module):
-    """Maps of a picture -> features; its whole ink -> scores of styles."""
+    """Maps of a picture -> features; its palette -> scores of styles."""
 
     def __init__(self, styles: int, words: int = 0, width: int = WIDTH, features: int = FEATURES):
         super().__init__()
@@ -84,22 +85,12 @@ class JudgeNetwork(nn.Module):
         self.project = nn.Sequential(
             nn.Dropout(0.2), nn.Linear(4 * width * 17, features, bias=False), nn.BatchNorm1d(features)
         )
-        small = max(8, width // 4)
+        read = ink.PALETTE if styles else 1
         self.style = nn.Sequential(
-            nn.Conv2d(3, small, 3, 2, 1, bias=False),
-            nn.BatchNorm2d(small),
-            nn.ReLU(),
-            Block(small, 2 * small, 2),
-            Block(2 * small, 4 * small, 2),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(4 * small, max(1, styles)),
+            nn.Dropout(0.3), nn.Linear(read, HIDDEN), nn.ReLU(), nn.Dropout(0.5), nn.Linear(HIDDEN, max(1, styles))
         )
-        self.palette = nn.Sequential(
-            nn.Dropout(0.3), nn.Linear(ink.PALETTE, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, max(1, styles))
-        )
-        self.palette_mean = nn.Buffer(torch.zeros(ink.PALETTE))
-        self.palette_scale = nn.Buffer(torch.ones(ink.PALETTE))
+        self.palette_mean = nn.Buffer(torch.zeros(read))
+        self.palette_scale = nn.Buffer(torch.ones(read))
         self.words = nn.Linear(features, max(1, words))
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -108,10 +99,9 @@ class JudgeNetwork(nn.Module):
         pooled = torch.cat([x.mean((2, 3)), x.flatten(1)], dim=1)
         return F.normalize(self.project(pooled).float(), dim=1)
 
-    def styles(self, whole: Tensor, palette: Tensor) -> Tensor:
-        """whole: (N, 3, 64, 64) of ink.seen; palette: (N, 534) of ink.palette. Returns scores (N, T)."""
-        colours = self.palette((palette - self.palette_mean) * self.palette_scale)
-        return self.style(whole.contiguous(memory_format=torch.channels_last)).float() + colours.float()
+    def styles(self, palette: Tensor) -> Tensor:
+        """palette: (N, 4118) of ink.palette. Returns scores (N, T)."""
+        return self.style((palette - self.palette_mean) * self.palette_scale)
 
 
 @dataclass
@@ -149,11 +139,12 @@ class Judge:
         device = self.centre.device
         self.network.eval()
         found, scores = [], []
-        for start in range(0, len(pictures), AT_ONCE):
-            centred, whole = ink.seen(pictures[start : start + AT_ONCE])
+        for whole in ink.inks(pictures, AT_ONCE):
+            centred = ink.centred(whole)
             own = viewed(self.network, ink.maps(centred).to(device))
             found.append(joined(own, self._edges(centred)))
-            scores.append(self.network.styles(whole.to(device), ink.palette(whole).to(device)))
+            palette = ink.palette(whole) if self.styles else torch.zeros(len(whole), 1)
+            scores.append(self.network.styles(palette.to(device)))
         return torch.cat(found).cpu(), torch.cat(scores).cpu()
 
     def judge(self, pictures: Sequence[Tensor]) -> Judged:

@@ -34,7 +34,8 @@ PAIRS = 64
 RATE, DECAY, TEMPERATURE = 3e-3, 0.05, 0.07
 COMPONENTS, KEPT, RIDGE = 400, 350, 0.6  # of the descriptor: before and after the discriminant analysis
 WORDS, RARE = 512, 3  # most words that are predicted, and how often one has to appear
-STYLE_WEIGHT, WORD_WEIGHT = 0.5, 0.5
+WORD_WEIGHT = 0.5
+STYLE_BATCH, STYLE_RATE = 256, 2e-3
 FROM = 40  # updates after which contents are looked for among those seen before
 SEED = 0
 
@@ -45,8 +46,8 @@ class Lesson:
 
     centred: Tensor
     """(N, 3, 64, 64) ink."""
-    whole: Tensor
-    """(N, 3, 64, 64) ink."""
+    palettes: list[Tensor]
+    """(N, 4118) each: as they are, of colours a little off, and of blurred pictures; [] without styles."""
     content: Tensor
     """(N,) int64: which content each picture shows; without a grid each its own."""
     style: Tensor | None
@@ -62,17 +63,17 @@ def of_grid(grid: Grid) -> Lesson:
     cells = list(grid.train)
     contents = sorted({cell.content for cell in cells})
     place = {content: i for i, content in enumerate(contents)}
-    centred, whole = _seen([grid.train[cell] for cell in cells])
+    centred, palettes = _seen([grid.train[cell] for cell in cells], True)
     content = torch.tensor([place[cell.content] for cell in cells])
     style = torch.tensor([grid.styles.index(cell.style) for cell in cells])
     words = word_shares([re.sub(r"[-_]", " ", cell.content) for cell in cells], RARE * len(grid.styles))
-    return Lesson(centred, whole, content, style, words, contents, list(grid.styles))
+    return Lesson(centred, palettes, content, style, words, contents, list(grid.styles))
 
 
 def of_pictures(images: Sequence[bytes], captions: Sequence[str]) -> Lesson:
     """Any training pictures (image files) with their captions."""
-    centred, whole = _seen(images)
-    return Lesson(centred, whole, torch.arange(len(images)), None, word_shares(captions), [], [])
+    centred, palettes = _seen(images, False)
+    return Lesson(centred, palettes, torch.arange(len(images)), None, word_shares(captions), [], [])
 
 
 def word_shares(captions: Sequence[str], rare: int = RARE) -> Tensor | None:
@@ -106,6 +107,8 @@ def train(
         network = JudgeNetwork(len(lesson.styles), words).to(device).train()
         maps = torch.cat([ink.maps(part) for part in lesson.centred.split(256)])
         _learn(network, lesson, maps, steps, device, on_step)
+        if lesson.style is not None:
+            _learn_styles(network, lesson, steps, device)
     network.eval()
     edge = [ink.descriptor(part) for part in (lesson.centred if lesson.styles else lesson.centred[:PLAIN]).split(256)]
     descriptors = torch.cat(edge)
@@ -164,8 +167,9 @@ def _learn(
     network: JudgeNetwork, lesson: Lesson, maps: Tensor, steps: int, device: torch.device, on_step: Callable[[], object]
 ) -> None:
     draw, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
-    weights = [p for p in network.parameters() if p.ndim > 1]
-    others = [p for p in network.parameters() if p.ndim <= 1]
+    trained = [p for name, p in network.named_parameters() if not name.startswith("style.")]
+    weights = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98))
     shown: list[list[int]] = [[] for _ in range(int(lesson.content.max()) + 1)]
@@ -174,7 +178,6 @@ def _learn(
     pairs = min(PAIRS, len(shown))
     order: list[int] = []
     memory = Memory(lesson, network.sizes["features"], device) if lesson.styles else None
-    palettes = _palettes(network, lesson, generator) if lesson.style is not None else []
     # Products in bfloat16 are several times as fast where the CPU has units for them, and no slower elsewhere.
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or _fast_half())
     for step in range(steps):
@@ -194,12 +197,6 @@ def _learn(
             if step >= FROM:
                 loss = loss + memory.loss(features, index)
             memory.keep(features, index)
-        if lesson.style is not None and step % 2 == 0:  # it is the easier half
-            some = index[:pairs]
-            palette = palettes[draw.randrange(len(palettes))][some]
-            with half:
-                scores = network.styles(_shifted(lesson.whole[some], draw).to(device), palette.to(device))
-            loss = loss + STYLE_WEIGHT * F.cross_entropy(scores, lesson.style[some].to(device))
         if lesson.words is not None:
             scores = network.words(features) / TEMPERATURE
             loss = loss + WORD_WEIGHT * F.cross_entropy(scores, lesson.words[index].to(device))
@@ -207,6 +204,23 @@ def _learn(
         loss.backward()
         optimizer.step()
         on_step()
+
+
+def _learn_styles(network: JudgeNetwork, lesson: Lesson, steps: int, device: torch.device) -> None:
+    """Tell the hand by the palette. As it is, a little off and blurred take turns."""
+    assert lesson.style is not None
+    plain, generator = lesson.palettes[0], torch.Generator().manual_seed(SEED)
+    network.palette_mean.copy_(plain.mean(dim=0))
+    network.palette_scale.copy_(1 / (plain.std(dim=0) + 0.01))
+    optimizer = torch.optim.AdamW(network.style.parameters(), lr=STYLE_RATE, weight_decay=DECAY)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = STYLE_RATE * (1 - step / steps) + 1e-5
+        index = torch.randint(0, len(plain), (STYLE_BATCH,), generator=generator)
+        palette = lesson.palettes[step % len(lesson.palettes)][index]
+        loss = F.cross_entropy(network.styles(palette.to(device)), lesson.style[index].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 class Memory:
@@ -262,27 +276,11 @@ def _moved(maps: Tensor, generator: torch.Generator, shift: float) -> Tensor:
     return F.grid_sample(maps, F.affine_grid(theta, list(maps.shape), align_corners=False), align_corners=False)
 
 
-def _shifted(whole: Tensor, draw: random.Random) -> Tensor:
-    """Shifted by whole pixels, so that nothing is blurred, and mirrored or not."""
-    whole = whole.roll((draw.randint(-3, 3), draw.randint(-3, 3)), (2, 3))
-    return whole.flip(3) if draw.random() < 0.5 else whole
-
-
-def _palettes(network: JudgeNetwork, lesson: Lesson, generator: torch.Generator) -> list[Tensor]:
-    """The palettes of all pictures as they are, and with each colour and pixel a little off, as a VAE leaves them. Sets what the
-    network takes from them and scales them by."""
-
-    def off(ink_of: Tensor) -> Tensor:
-        tint = 1 + 0.05 * torch.randn(len(ink_of), 3, 1, 1, generator=generator)
-        noise = 0.015 * torch.randn(ink_of.shape, generator=generator)
-        return (ink_of * tint + noise * (ink_of > 0.02)).clamp(0, 1)
-
-    chunks = lesson.whole.split(256)
-    found = [torch.cat([ink.palette(part) for part in chunks]), torch.cat([ink.palette(off(part)) for part in chunks])]
-    spread = found[0].std(dim=0) + 0.02 * found[0].std()
-    network.palette_mean.copy_(found[0].mean(dim=0))
-    network.palette_scale.copy_(1 / spread)
-    return found
+def _off(ink_of: Tensor, generator: torch.Generator) -> Tensor:
+    """Ink (N, 3, H, W) with each picture's colours and each pixel a little off, as a VAE leaves them."""
+    tint = 1 + 0.05 * torch.randn(len(ink_of), 3, 1, 1, generator=generator)
+    noise = 0.015 * torch.randn(ink_of.shape, generator=generator)
+    return (ink_of * tint + noise * (ink_of > 0.02)).clamp(0, 1)
 
 
 def _varied(maps: Tensor, generator: torch.Generator) -> Tensor:
@@ -307,10 +305,16 @@ def _varied(maps: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat([edges, colour], dim=1).masked_fill(hole[:, None], 0.0)
 
 
-def _seen(images: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-    """Decoded 256 at a time: all of them at full size would take gigabytes."""
-    parts = [
-        ink.seen([from_image(data) for data in images[start : start + 256]]) for start in range(0, len(images), 256)
-    ]
-    centred, whole = zip(*parts)
-    return torch.cat(centred), torch.cat(whole)
+def _seen(images: Sequence[bytes], styles: bool) -> tuple[Tensor, list[Tensor]]:
+    """(centred ink, palettes if there are styles), decoded 256 at a time: all of them at full size would take gigabytes."""
+    centred: list[Tensor] = []
+    palettes: list[list[Tensor]] = [[], [], []] if styles else []
+    generator = torch.Generator().manual_seed(SEED)
+    for start in range(0, len(images), 256):
+        (whole,) = ink.inks([from_image(data) for data in images[start : start + 256]])
+        centred.append(ink.centred(whole))
+        if styles:
+            versions = whole, _off(whole, generator), F.avg_pool2d(whole, 3, 1, 1)
+            for parts, version in zip(palettes, versions, strict=True):
+                parts.append(ink.palette(version))
+    return torch.cat(centred), [torch.cat(parts) for parts in palettes]

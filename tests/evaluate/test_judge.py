@@ -39,8 +39,9 @@ def test_size_and_place_of_the_ink_do_not_count():
 
 
 def test_a_blank_picture_has_features():
-    centred, whole = ink.seen([torch.full((3, 64, 64), 255, dtype=torch.uint8)])
-    for found in (centred, whole, ink.maps(centred), ink.descriptor(centred)):
+    (whole,) = ink.inks([torch.full((3, 64, 64), 255, dtype=torch.uint8)])
+    centred = ink.centred(whole)
+    for found in (centred, ink.palette(whole), ink.maps(centred), ink.descriptor(centred)):
         assert found.isfinite().all()
 
 
