@@ -96,7 +96,7 @@ def evaluate(run: Path) -> dict[str, Any]:
     one_each = pictures.variations(config, models, references, index, per_reference=1, seed=7)[:, 0]
     shown = index[:8]
     made = pictures.variations(config, models, references, shown, per_reference=5, seed=7)
-    from_words = index[8 : 8 + WORDS_SHOWN]
+    from_words = index[-WORDS_SHOWN:]
     conditions = models.trunk.encode(None, references.captions, "text")
     told = pictures.variations(config, models, replace(references, conditions=conditions), from_words, 5, seed=7)
     sheet = pictures.contact_sheet(references, shown + from_words, torch.cat([made, told]))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from megaflux.data.buckets import Bucket
-from megaflux.data.references import COLUMN, ReferencePicture
+from megaflux.data.reference_size import COLUMN
+from megaflux.data.references import ReferencePicture
 from megaflux.data.tensors import from_array
 
 

@@ -1,6 +1,10 @@
-"""Limits of reference pictures, the same in training data and in generation. Imports neither torch nor Pillow."""
+"""Limits of reference pictures, the same in training data and in generation, and the name of their column. Imports neither torch
+nor Pillow."""
 
 from __future__ import annotations
+
+COLUMN = "references"
+"""Of a sample's reference pictures (megaflux.data.references)."""
 
 MAX_ASPECT = 100.0
 """Most times that one side of a reference may be the other. Qwen2-VL refuses more than 200 of the resized picture, and rounding

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megaflux.data.tensors import from_reference
 
-COLUMN = "references"
 _LENGTH = struct.Struct("<I")
 
 

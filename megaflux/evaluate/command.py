@@ -64,7 +64,7 @@ def _run(request: Request, world: World, load_subject: Load) -> int:
     outside = _outside(request, world) if world.is_main else (None, None)
     first = load_subject(request, request.checkpoint, request.update, world)
     _begin(request, held_out, first, out, world)
-    judge = _judge(request, held_out, out, world)
+    judge = _judge(request, held_out, first, out, world)
     subjects = [("checkpoint", first)]
     findings: list[Findings] = []
     sheets: dict[str, torch.Tensor] = {}
@@ -237,7 +237,7 @@ def _differs(file: Path, key: str, there: dict[str, Any], wanted: dict[str, Any]
     )
 
 
-def _judge(request: Request, held_out: HeldOut, out: Path, world: World) -> Judge | None:
+def _judge(request: Request, held_out: HeldOut, subject: Subject, out: Path, world: World) -> Judge | None:
     """The judge of these data: the one given, the one of OUT, or a new one. Collective.
 
     None where nothing needs one."""
@@ -250,7 +250,7 @@ def _judge(request: Request, held_out: HeldOut, out: Path, world: World) -> Judg
         file = given / judges.NAME if given.is_dir() else given
     steps = request.judge_steps or (judge_training.OTHER_STEPS if grid is None else judge_training.GRID_STEPS)
     if request.judge is None and not file.is_file():
-        work = (lambda: _train_judge(request, held_out, file, steps, world)) if world.is_main else None
+        work = (lambda: _train_judge(request, held_out, subject, file, steps, world)) if world.is_main else None
         distributed.work_while_others_wait(work, world) if world.size > 1 else work and work()
     if not world.is_main:
         return None
@@ -264,10 +264,12 @@ def _judge(request: Request, held_out: HeldOut, out: Path, world: World) -> Judg
     return judge
 
 
-def _train_judge(request: Request, held_out: HeldOut, file: Path, steps: int, world: World) -> None:
+def _train_judge(request: Request, held_out: HeldOut, subject: Subject, file: Path, steps: int, world: World) -> None:
     facts: dict[str, Any] = {"data": held_out.fingerprint, "steps": steps}
     if held_out.grid is not None:
-        lesson = judge_training.of_grid(held_out.grid)
+        lesson = judge_training.of_grid(
+            held_out.grid, lambda pictures: subject.maker.round_trip(pictures.to(world.device))
+        )
     else:
         rows = train_rows(request.data, held_out.info, LESSON)
         lesson = judge_training.of_pictures([row["image"] for row in rows], [row["caption"] for row in rows])

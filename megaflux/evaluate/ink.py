@@ -110,6 +110,7 @@ def descriptor(ink: Tensor) -> Tensor:
 def palette(ink: Tensor) -> Tensor:
     """Ink (N, 3, H, W) -> (N, 4118): square roots of how much there is of each colour, pixels shared among the 8 nearest of 4096, and of
     each step between neighbours, across and down."""
+    ink = ink * (ink.amax(dim=1, keepdim=True) > FAINT)  # paper that a VAE left not quite white is paper
     n, pixels = len(ink), ink.shape[2] * ink.shape[3]
     place = ink.flatten(2) * (LEVELS - 1)
     low = place.floor().clamp(0, LEVELS - 2)

@@ -36,6 +36,7 @@ COMPONENTS, KEPT, RIDGE = 400, 350, 0.6  # of the descriptor: before and after t
 WORDS, RARE = 512, 3  # most words that are predicted, and how often one has to appear
 WORD_WEIGHT = 0.5
 STYLE_BATCH, STYLE_RATE = 256, 2e-3
+THROUGH_VAE = 1500  # pictures
 FROM = 40  # updates after which contents are looked for among those seen before
 SEED = 0
 
@@ -46,8 +47,9 @@ class Lesson:
 
     centred: Tensor
     """(N, 3, 64, 64) ink."""
-    palettes: list[Tensor]
-    """(N, 4118) each: as they are, of colours a little off, and of blurred pictures; [] without styles."""
+    palettes: list[tuple[Tensor, Tensor]]
+    """Palettes (M, 4118) and whose they are, (M,) int64: as they are, a little off, blurred, soft, and of some what a VAE makes of
+    them; [] without styles."""
     content: Tensor
     """(N,) int64: which content each picture shows; without a grid each its own."""
     style: Tensor | None
@@ -58,12 +60,17 @@ class Lesson:
     styles: list[str]
 
 
-def of_grid(grid: Grid) -> Lesson:
-    """The training cells of a grid."""
+def of_grid(grid: Grid, round_trip: Callable[[Tensor], Tensor] | None = None) -> Lesson:
+    """The training cells of a grid. round_trip: encodes and decodes uint8 pictures (B, 3, H, W), so that styles are told through a VAE
+    as well; what is judged has gone through one."""
     cells = list(grid.train)
     contents = sorted({cell.content for cell in cells})
     place = {content: i for i, content in enumerate(contents)}
-    centred, palettes = _seen([grid.train[cell] for cell in cells], True)
+    images = [grid.train[cell] for cell in cells]
+    centred, versions = _seen(images, True)
+    palettes = [(palette, torch.arange(len(palette))) for palette in versions]
+    if round_trip is not None:
+        palettes.append(_through_vae(images, round_trip))
     content = torch.tensor([place[cell.content] for cell in cells])
     style = torch.tensor([grid.styles.index(cell.style) for cell in cells])
     words = word_shares([re.sub(r"[-_]", " ", cell.content) for cell in cells], RARE * len(grid.styles))
@@ -72,8 +79,8 @@ def of_grid(grid: Grid) -> Lesson:
 
 def of_pictures(images: Sequence[bytes], captions: Sequence[str]) -> Lesson:
     """Any training pictures (image files) with their captions."""
-    centred, palettes = _seen(images, False)
-    return Lesson(centred, palettes, torch.arange(len(images)), None, word_shares(captions), [], [])
+    centred, _ = _seen(images, False)
+    return Lesson(centred, [], torch.arange(len(images)), None, word_shares(captions), [], [])
 
 
 def word_shares(captions: Sequence[str], rare: int = RARE) -> Tensor | None:
@@ -108,7 +115,7 @@ def train(
         maps = torch.cat([ink.maps(part) for part in lesson.centred.split(256)])
         _learn(network, lesson, maps, steps, device, on_step)
         if lesson.style is not None:
-            _learn_styles(network, lesson, steps, device)
+            _learn_styles(network, lesson, 2 * steps, device)
     network.eval()
     edge = [ink.descriptor(part) for part in (lesson.centred if lesson.styles else lesson.centred[:PLAIN]).split(256)]
     descriptors = torch.cat(edge)
@@ -206,18 +213,30 @@ def _learn(
         on_step()
 
 
+def _through_vae(images: Sequence[bytes], round_trip: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """(palettes of some of the pictures after encoding and decoding, which ones)."""
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))[:THROUGH_VAE]
+    palettes = []
+    for part in chosen.split(32):
+        pictures = [from_image(images[i]) for i in part.tolist()]
+        one_size = all(picture.shape == pictures[0].shape for picture in pictures)
+        made = list(round_trip(torch.stack(pictures))) if one_size else [round_trip(p[None])[0] for p in pictures]
+        palettes += [ink.palette(whole) for whole in ink.inks(made)]
+    return torch.cat(palettes), chosen
+
+
 def _learn_styles(network: JudgeNetwork, lesson: Lesson, steps: int, device: torch.device) -> None:
-    """Tell the hand by the palette. As it is, a little off and blurred take turns."""
+    """Tell the hand by the palette; the versions of the pictures take turns."""
     assert lesson.style is not None
-    plain, generator = lesson.palettes[0], torch.Generator().manual_seed(SEED)
+    plain, generator = lesson.palettes[0][0], torch.Generator().manual_seed(SEED)
     network.palette_mean.copy_(plain.mean(dim=0))
     network.palette_scale.copy_(1 / (plain.std(dim=0) + 0.01))
     optimizer = torch.optim.AdamW(network.style.parameters(), lr=STYLE_RATE, weight_decay=DECAY)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = STYLE_RATE * (1 - step / steps) + 1e-5
-        index = torch.randint(0, len(plain), (STYLE_BATCH,), generator=generator)
-        palette = lesson.palettes[step % len(lesson.palettes)][index]
-        loss = F.cross_entropy(network.styles(palette.to(device)), lesson.style[index].to(device))
+        palettes, whose = lesson.palettes[step % len(lesson.palettes)]
+        index = torch.randint(0, len(palettes), (STYLE_BATCH,), generator=generator)
+        loss = F.cross_entropy(network.styles(palettes[index].to(device)), lesson.style[whose[index]].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -278,9 +297,19 @@ def _moved(maps: Tensor, generator: torch.Generator, shift: float) -> Tensor:
 
 def _off(ink_of: Tensor, generator: torch.Generator) -> Tensor:
     """Ink (N, 3, H, W) with each picture's colours and each pixel a little off, as a VAE leaves them."""
-    tint = 1 + 0.05 * torch.randn(len(ink_of), 3, 1, 1, generator=generator)
-    noise = 0.015 * torch.randn(ink_of.shape, generator=generator)
-    return (ink_of * tint + noise * (ink_of > 0.02)).clamp(0, 1)
+
+    def drawn(amount: float, *shape: int) -> Tensor:
+        return amount * torch.randn(*shape, generator=generator)
+
+    n, channels, height, width = ink_of.shape
+    patches = F.interpolate(drawn(0.04, n, channels, height // 8, width // 8), (height, width), mode="bilinear")
+    off = ink_of * (1 + drawn(0.04, n, channels, 1, 1) + patches) + drawn(0.02, *ink_of.shape) + drawn(0.01, n, 1, 1, 1)
+    return off.clamp(0, 1)
+
+
+def _soft(ink_of: Tensor) -> Tensor:
+    """Ink (N, 3, H, W) at half its size and back."""
+    return F.interpolate(F.avg_pool2d(ink_of, 2), scale_factor=2, mode="bilinear")
 
 
 def _varied(maps: Tensor, generator: torch.Generator) -> Tensor:
@@ -308,13 +337,14 @@ def _varied(maps: Tensor, generator: torch.Generator) -> Tensor:
 def _seen(images: Sequence[bytes], styles: bool) -> tuple[Tensor, list[Tensor]]:
     """(centred ink, palettes if there are styles), decoded 256 at a time: all of them at full size would take gigabytes."""
     centred: list[Tensor] = []
-    palettes: list[list[Tensor]] = [[], [], []] if styles else []
+    palettes: list[list[Tensor]] = [[], [], [], []] if styles else []
     generator = torch.Generator().manual_seed(SEED)
     for start in range(0, len(images), 256):
         (whole,) = ink.inks([from_image(data) for data in images[start : start + 256]])
         centred.append(ink.centred(whole))
         if styles:
-            versions = whole, _off(whole, generator), F.avg_pool2d(whole, 3, 1, 1)
+            blurred = F.avg_pool2d(whole, 3, 1, 1)
+            versions = whole, _off(whole, generator), _off(blurred, generator), _off(_soft(whole), generator)
             for parts, version in zip(palettes, versions, strict=True):
                 parts.append(ink.palette(version))
     return torch.cat(centred), [torch.cat(parts) for parts in palettes]

@@ -18,7 +18,8 @@ from torch import Tensor
 from megaflux.common.errors import UserError
 from megaflux.data.buckets import Bucket
 from megaflux.data.captions import split
-from megaflux.data.references import COLUMN, ReferencePicture, decoded
+from megaflux.data.reference_size import COLUMN
+from megaflux.data.references import ReferencePicture, decoded
 from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
 from megaflux.data.storage.shards import read_split
 from megaflux.data.tensors import from_image

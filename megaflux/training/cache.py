@@ -27,7 +27,7 @@ from tqdm import tqdm
 from megaflux.common.errors import STUCK, UserError, one_line
 from megaflux.common.ranks import World, exchanged_until_done
 from megaflux.config.schema import Config
-from megaflux.data.references import COLUMN
+from megaflux.data.reference_size import COLUMN
 from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
 from megaflux.data.storage.index import stored_file
 from megaflux.data.storage.parts import Part, Writing, all_parts, complete, missing, remove_leftovers

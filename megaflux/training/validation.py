@@ -23,7 +23,8 @@ from megaflux.common.ranks import World
 from megaflux.config.schema import GENERATION_GUIDANCE, Config
 from megaflux.data.buckets import Bucket
 from megaflux.data.captions import split
-from megaflux.data.references import COLUMN, ReferencePicture, decoded
+from megaflux.data.reference_size import COLUMN
+from megaflux.data.references import ReferencePicture, decoded
 from megaflux.data.storage.dataset import read_dataset_info, validation_bucket
 from megaflux.data.storage.shards import read_split
 from megaflux.data.tensors import from_image

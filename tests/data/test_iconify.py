@@ -21,7 +21,8 @@ from megaflux.config.presets import PRESETS
 from megaflux.data.buckets import make_buckets
 from megaflux.data.images import BadImage
 from megaflux.data.prepare import main, parse_arguments
-from megaflux.data.references import COLUMN, unpack
+from megaflux.data.reference_size import COLUMN
+from megaflux.data.references import unpack
 from megaflux.data.storage.dataset import SPLITS, describe, read_dataset_info
 from megaflux.data.storage.shards import read_split
 from megaflux.data.tensors import from_reference

@@ -84,7 +84,7 @@ def test_a_model_that_copies_its_reference_leaks_it(tmp_path, grid_data, judge_f
     cells, pixels = report["held_out_cells"], report["pictures"]["pixels"]
     assert cells["leakage"]["value"] >= 0.9  # the references are training cells, which the judge knows
     assert cells["style_top1"]["value"] >= 0.9
-    assert cells["content_top1"]["value"] <= 0.1
+    assert cells["content_top1_of_all"]["value"] <= 0.1
     assert pixels["copying"]["value"] == pytest.approx(1.0)
     assert pixels["distance_to_reference"]["value"] == 0.0
     assert pixels["nearer_to_reference_than_to_seed"]["value"] == 1.0

@@ -34,7 +34,8 @@ def test_size_and_place_of_the_ink_do_not_count():
     small[:, 20:40, 70:90] = 0
     large = torch.full((3, 128, 128), 255, dtype=torch.uint8)
     large[:, 10:90, 20:100] = 0
-    centred, _ = ink.seen([small, large])
+    (whole,) = ink.inks([small, large])
+    centred = ink.centred(whole)
     assert (centred[0] - centred[1]).abs().mean() < 0.06
 
 

@@ -187,6 +187,7 @@ def test_losses_and_pictures_are_those_of_before_and_a_try_out_takes_what_the_ru
     }
     images = [from_image(row["image"]) for row in rows if "image" in row]
     batch = SimpleNamespace(
+        references=None,
         keys=[row["key"] for row in rows],
         captions=["", ""],
         bucket=bucket,

@@ -231,7 +231,7 @@ def test_one_reference_of_the_targets_size_is_what_it_was(models):
 
 
 def test_a_column_comes_back_as_it_was():
-    stored = [StoredReference("a/b \N{WHITE SQUARE}.png", b"123", 0.25), StoredReference("", b"", 1.0)]
+    stored = [StoredReference("a/b \N{WHITE SQUARE}.png", b"123", 0.25), StoredReference("", b"4", 1.0)]
     assert unpack(pack(stored)) == stored and unpack(pack([])) == []
     for damaged in (b"1", pack(stored)[:-1], pack(stored) + b"1", b"\xff\xff\xff\xff{}", b"\2\0\0\0[1"):
         with pytest.raises(ValueError):

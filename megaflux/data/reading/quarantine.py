@@ -40,7 +40,7 @@ from streaming.base.format.base.reader import FileInfo, JointReader, Reader
 from megaflux.data import references
 from megaflux.data.buckets import Bucket
 from megaflux.data.reading.order import resample
-from megaflux.data.references import COLUMN
+from megaflux.data.reference_size import COLUMN
 from megaflux.data.storage.index import Problem
 from megaflux.data.storage.unpack import MachineFault, UnpackingStream
 from megaflux.data.tensors import from_stored_image

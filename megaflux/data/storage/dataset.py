@@ -22,7 +22,7 @@ from typing import Any
 from megaflux.common.errors import UserError
 from megaflux.common.files import write_json
 from megaflux.data.buckets import Bucket, check_ratio
-from megaflux.data.references import COLUMN
+from megaflux.data.reference_size import COLUMN
 from megaflux.data.storage.caption_stats import CaptionStats
 from megaflux.data.storage.index import Problem, inspect_index, raise_problems, shown, with_prefix, write_index
 

@@ -31,7 +31,8 @@ from megaflux.common.errors import UserError
 from megaflux.common.files import Lock, sync_file, sync_folder, try_lock, write_json
 from megaflux.data.buckets import Bucket, nearest_bucket
 from megaflux.data.images import BadImage, decode, encode, fit
-from megaflux.data.references import COLUMN, pack
+from megaflux.data.reference_size import COLUMN
+from megaflux.data.references import pack
 from megaflux.data.storage.dataset import HELD_OUT, IMAGE_COLUMNS, SPLITS
 from megaflux.data.storage.index import INDEX, with_prefix
 from megaflux.data.storage.shards import open_writer, read_shard
