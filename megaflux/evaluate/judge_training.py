@@ -36,7 +36,7 @@ COMPONENTS, KEPT, RIDGE = 400, 350, 0.6  # of the descriptor: before and after t
 WORDS, RARE = 512, 3  # most words that are predicted, and how often one has to appear
 WORD_WEIGHT = 0.5
 STYLE_BATCH, STYLE_RATE = 256, 2e-3
-THROUGH_VAE = 1500  # pictures
+THROUGH_VAE = 3000  # pictures
 FROM = 40  # updates after which contents are looked for among those seen before
 SEED = 0
 
