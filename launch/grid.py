@@ -44,7 +44,7 @@ def main() -> None:
     out, started = Path(args.out), time.monotonic()
     if not (Path(args.data) / "dataset.json").exists():
         sets = icon_sets(args.sets, out / "sets")
-        grid = f"--sets {','.join(SETS)} --contents shared --pairs same-style --hold-out-cells 0.1 --hold-out-contents 0.02"
+        grid = f"--sets {','.join(SETS)} --contents shared --pairs same-style --pair-references 2 --hold-out-cells 0.1 --hold-out-contents 0.02"
         _module("megaflux.data.prepare", f"iconify:{sets}", args.data, *grid.split())
     _run(
         "deepspeed",
