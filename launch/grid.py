@@ -64,8 +64,10 @@ def main() -> None:
     options = ["--checkpoint", str(out / "run"), "--data", str(args.data), "--out", str(out)]
     _module("megaflux.evaluate", *options, *args.evaluate)
     print()
-    for name, value in json.loads((out / "report.json").read_text())["held_out_cells"].items():
-        print(f"  {name:<14} {value}")
+    found = json.loads((out / "report.json").read_text())["held_out_cells"]
+    for name in ("style_top1", "content_top1", "leakage", "judge_style", "judge_content"):
+        low, high = found[name]["interval"]
+        print(f"  {name:<14} {found[name]['value']:.3f}  [{low:.3f}, {high:.3f}]")
     print(f"\n  {time.monotonic() - started:.0f} s; look at {out}/report.html")
 
 
