@@ -89,6 +89,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add("--sets", metavar="SET,...", help="iconify: the icon sets to read; default: all that are there")
     add("--contents", choices=CONTENTS, default=usual.contents, help="iconify: all names, or those that all sets share")
+    add("--most-contents", type=int, metavar="N", help="iconify: at most N names, drawn by hash (all)")
     add("--pairs", choices=PAIRS, help="iconify: give each picture references: other names of its own set")
     add("--pair-references", type=int, default=usual.pair_references, metavar="N", help="how many, default %(default)s")
     add("--hold-out-cells", type=float, default=0.0, metavar="SHARE", help="iconify: of the pairs (name, set), by hash")

@@ -157,6 +157,21 @@ def test_cells_are_known_without_reading_pictures():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_part_of_the_grid_holds_out_what_the_whole_does(grid, prepared, tmp_path):
+    options = options_of(contents="shared", pairs="same-style", pair_references=3, most_contents=6, **HELD)
+    prepare(f"iconify:{grid}", tmp_path / "part", options, workers=1, progress=False)
+    part, whole = samples(tmp_path / "part"), samples(prepared)
+    keys = set(part["train"]) | set(part["held_out"])
+    assert len(keys) == 3 * 6 and len({key.split("/")[1] for key in keys}) == 6
+    for split in SPLITS:
+        assert set(part[split]) == set(whole[split]) & keys
+        for key, one in part[split].items():
+            assert one["image"] == whole[split][key]["image"]
+    again = options_of(contents="shared", pairs="same-style", pair_references=3, most_contents=99, **HELD)
+    prepare(f"iconify:{grid}", tmp_path / "all", again, workers=1, progress=False)
+    assert {split: set(one) for split, one in samples(tmp_path / "all").items()} == {s: set(o) for s, o in whole.items()}
+
+
 # What is drawn
 
 

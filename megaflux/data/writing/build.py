@@ -206,6 +206,7 @@ def _claim(out: Path, plan: dict[str, Any]) -> str | None:
             "pair_references",
             "sets",
             "contents",
+            "most_contents",
             "hold_out_cells",
             "hold_out_contents",
         ):

@@ -59,6 +59,7 @@ class Iconify:
         else:
             self._whole = {name for name in names if is_held_out(self._split_key(name), options.held_out)}
             self._held = {cell for cell in self._cells if cell[0] in self._whole}
+        self._keep(options.most_contents)
         self._training = self._training_names()
         self._memo: dict[str, bytes | BadImage] = {}
         self._memo_bytes = 0
@@ -77,6 +78,17 @@ class Iconify:
             for name in sorted(one.icons)
             if wanted is None or name in wanted
         ]
+
+    def _keep(self, most: int | None) -> None:
+        """Leave only the cells of `most` names, the first by a draw by hash. The held-out ones among them are those of the whole grid, so
+        that what leaves out the whole grid's has seen none of the smaller one's."""
+        names = {name for name, _ in self._cells}
+        if most is None or most >= len(names):
+            return
+        kept = set(sorted(names, key=lambda name: (draw(f"kept {name}"), name))[:most])
+        self._cells = [cell for cell in self._cells if cell[0] in kept]
+        self._held = {cell for cell in self._held if cell[0] in kept}
+        self._whole &= kept
 
     def _training_names(self) -> dict[str, list[str]]:
         """Set -> its names that are trained on, sorted."""

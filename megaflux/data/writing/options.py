@@ -48,6 +48,7 @@ class Options:
     pair_references: int = 4  # iconify: how many of them
     sets: tuple[str, ...] = ()  # iconify: the icon sets to read; none: all that are there
     contents: str = ALL  # iconify: names to read, one of CONTENTS
+    most_contents: int | None = None  # iconify: names to read, the first by a draw; None: all
     hold_out_cells: float = 0.0  # iconify: share of the cells (name, set) that are kept from training
     hold_out_contents: float = 0.0  # iconify: share of the names that are kept from training in all sets
 
@@ -73,6 +74,7 @@ class Options:
             f"--pairs must be one of {', '.join(PAIRS)}": self.pairs in (None, *PAIRS),
             f"--pair-references must be 1 to {MOST_REFERENCES}": 1 <= self.pair_references <= MOST_REFERENCES,
             f"--contents must be {' or '.join(CONTENTS)}": self.contents in CONTENTS,
+            "--most-contents must be at least 2": self.most_contents is None or self.most_contents >= 2,
             "--hold-out-cells must be at least 0 and below 1": 0 <= self.hold_out_cells < 1,
             "--hold-out-contents must be at least 0 and below 1": 0 <= self.hold_out_contents < 1,
         }

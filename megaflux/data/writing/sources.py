@@ -26,6 +26,7 @@ OF_ICONS = (
     "pairs",
     "sets",
     "contents",
+    "most_contents",
     "hold_out_cells",
     "hold_out_contents",
 )  # options that say nothing to other sources
