@@ -34,7 +34,7 @@ from megaflux.evaluate.results import (
     true_cells,
     words_section,
 )
-from megaflux.evaluate.samples import HeldOut, load, train_rows
+from megaflux.evaluate.samples import HeldOut, fingerprint, load, load_judge_grid, train_rows
 from megaflux.generation.layout import is_export
 from megaflux.generation.outputs import check_out
 from megaflux.generation.runtime import device_and_dtype
@@ -59,6 +59,8 @@ def run(request: Request, load_subject: Load | None = None) -> int:
 def _run(request: Request, world: World, load_subject: Load) -> int:
     settings, out = request.settings, Path(request.out)
     held_out = load(request.data, settings.samples, settings.cells, "grid" in settings.parts)
+    if request.judge_data is not None and held_out.grid is None:
+        raise UserError(f"--judge-data: {request.data} is taken as no grid, whose judge has no use for another; leave it out")
     _say(world, f"{len(held_out.samples)} held-out samples of {request.data}" + _grid_line(held_out))
     # Before anything is computed: clear messages for folders that cannot be loaded.
     outside = _outside(request, world) if world.is_main else (None, None)
@@ -210,6 +212,7 @@ def _state(request: Request, held_out: HeldOut, subject: Subject) -> dict[str, A
         "checkpoint": json.loads(json.dumps(subject.source)),
         "against": request.against,
         "judge_steps": request.judge_steps,
+        "judge_data": None if request.judge_data is None else fingerprint(request.judge_data),
         **json.loads(json.dumps(facts)),
     }
 
@@ -267,15 +270,18 @@ def _judge(request: Request, held_out: HeldOut, subject: Subject, out: Path, wor
 def _train_judge(request: Request, held_out: HeldOut, subject: Subject, file: Path, steps: int, world: World) -> None:
     facts: dict[str, Any] = {"data": held_out.fingerprint, "steps": steps}
     if held_out.grid is not None:
-        lesson = judge_training.of_grid(
-            held_out.grid, lambda pictures: subject.maker.round_trip(pictures.to(world.device))
-        )
+        known = held_out.grid
+        if request.judge_data is not None:
+            known = load_judge_grid(request.judge_data, held_out.grid)
+            facts["judge_data"] = fingerprint(request.judge_data)
+        lesson = judge_training.of_grid(known, lambda pictures: subject.maker.round_trip(pictures.to(world.device)))
     else:
         rows = train_rows(request.data, held_out.info, LESSON)
         lesson = judge_training.of_pictures([row["image"] for row in rows], [row["caption"] for row in rows])
     with _progress("judge", steps, world) as done:
         judge = judge_training.train(lesson, facts, steps, world.device, done)
     if held_out.grid is not None:
+        judge = judge.of({cell.content for cell in held_out.grid.train})
         judge.facts |= true_cells(judge, held_out.grid)
     judge.save(file)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,12 @@ class Judge:
         if among is not None:
             allowed = torch.tensor([[content in names for content in self.contents] for names in among])
         return [self.contents[i] for i in likeliest(features, self.prototypes, self.hubs, allowed)]
+
+    def of(self, contents: Collection[str]) -> Judge:
+        """The judge that knows only these contents, as far as it knows them."""
+        kept = [i for i, content in enumerate(self.contents) if content in contents]
+        names = [self.contents[i] for i in kept]
+        return replace(self, contents=names, prototypes=self.prototypes[kept], hubs=self.hubs[kept])
 
     def _edges(self, centred: Tensor) -> Tensor:
         return (ink.descriptor(centred).to(self.centre.device) - self.centre) @ self.directions

@@ -57,6 +57,7 @@ class Request:
     folders: dict[str, str | None]
     judge: str | None
     judge_steps: int | None
+    judge_data: str | None
     clip: str | None
     dino: str | None
     device: str | None
@@ -95,6 +96,12 @@ def build_parser() -> Parser:
         metavar="PATH",
         help="judge.safetensors of an evaluation of these data, or its folder",
     )
+    add(
+        "--judge-data",
+        type=path_option,
+        metavar="DIR",
+        help="a larger grid to train the judge on; DATA holds some of its contents, with the same cells held out",
+    )
     add("--judge-steps", type=count, metavar="N", help="updates of the judge (default: 1300 on a grid, else 100)")
     add("--clip", type=path_option, metavar="DIR", help="folder of a CLIP, for CLIP-I and CLIP-T")
     add("--dino", type=path_option, metavar="DIR", help="folder of a DINO or DINOv2, for DINO-I")
@@ -110,6 +117,8 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     args = build_parser().parse_args(argv)
     if args.seeds > 64:
         raise UserError(f"--seeds {args.seeds}: at most 64")
+    if args.judge is not None and args.judge_data is not None:
+        raise UserError("--judge-data trains a judge: not with --judge, which is one")
     settings = Settings(
         samples=args.samples,
         cells=args.cells,
@@ -134,6 +143,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         folders=folders,
         judge=args.judge,
         judge_steps=args.judge_steps,
+        judge_data=args.judge_data,
         clip=args.clip,
         dino=args.dino,
         device=args.device,

@@ -116,6 +116,25 @@ def load(path: str, samples: int, cells: int | None, with_grid: bool = True) -> 
     return HeldOut(info, fingerprint(path), found, min(samples, len(found)), grid)
 
 
+def load_judge_grid(path: str, grid: Grid) -> Grid:
+    """A prepared grid to train the judge of `grid` on. UserError where it is none, lacks styles or contents of it, or trains on what is
+    held out in it."""
+    found = _grid(path, read_dataset_info(path))
+    if found is None:
+        raise UserError(f"--judge-data {path}: no grid; give a dataset of two or more icon sets")
+    lacking = [f"style {name}" for name in grid.styles if name not in found.styles]
+    lacking += [f"content {name}" for name in grid.contents if name not in found.contents]
+    if lacking or len(found.styles) > len(grid.styles):
+        what = lacking[0] if lacking else "the same styles"
+        raise UserError(f"--judge-data {path}: lacks {what}; prepare it of the same icon sets, with more contents")
+    if seen := next((cell for cell in grid.held_out if cell in found.train), None):
+        raise UserError(
+            f"--judge-data {path}: trains on {seen.key}, which the data hold out; prepare both with the same --hold-out-cells and "
+            "--hold-out-contents"
+        )
+    return found
+
+
 def first_rows(path: str, info: DatasetInfo, count: int) -> list[tuple[Bucket, dict[str, Any]]]:
     """The `count` stored held-out samples, of all shapes, whose keys have the smallest hashes, with their buckets."""
     return heapq.nsmallest(count, _rows(path, info, "held_out"), key=lambda pair: hashed(pair[1]["key"]))

@@ -60,22 +60,33 @@ class KnownMaker:
 
 
 @pytest.fixture(scope="session")
-def grid_data(tmp_path_factory) -> Path:
-    """The prepared grid: 12 shapes in 3 styles, a share of the cells and of the contents held out, pairs of one style."""
-    pytest.importorskip("resvg_py")
-    from megaflux.data.writing.build import prepare
-    from megaflux.data.writing.options import ICONIFY_DEFAULTS, Options
-
-    sets, out = tmp_path_factory.mktemp("sets"), tmp_path_factory.mktemp("grids") / "grid"
+def grid_sets(tmp_path_factory) -> Path:
+    """12 shapes in 3 styles as icon sets."""
+    sets = tmp_path_factory.mktemp("sets")
     for style, paint in STYLES.items():
         (sets / style).mkdir()
         icons = {name: {"body": body.format(p=paint, r=6, w=10)} for name, body in SHAPES.items()}
         content = {"prefix": style, "icons": icons, "width": 16, "height": 16}
         (sets / style / "icons.json").write_text(json.dumps(content))
+    return sets
+
+
+def prepared_grid(sets: Path, out: Path, **changed) -> Path:
+    """The prepared grid: a share of the cells and of the contents held out, pairs of one style."""
+    pytest.importorskip("resvg_py")
+    from megaflux.data.writing.build import prepare
+    from megaflux.data.writing.options import ICONIFY_DEFAULTS, Options
+
     options = ICONIFY_DEFAULTS | {"longest_side": 64, "held_out": 0.0, "pairs": "same-style", "contents": "shared"}
     options |= {"hold_out_cells": 0.3, "hold_out_contents": 0.15, "pair_references": 2}
-    prepare(f"iconify:{sets}", out, Options(**options), workers=1, progress=False)
+    prepare(f"iconify:{sets}", out, Options(**(options | changed)), workers=1, progress=False)
     return out
+
+
+@pytest.fixture(scope="session")
+def grid_data(grid_sets, tmp_path_factory) -> Path:
+    """All of the grid."""
+    return prepared_grid(grid_sets, tmp_path_factory.mktemp("grids") / "grid")
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,12 @@ from megaflux.evaluate import command, evaluation, work
 from megaflux.evaluate import loss as losses
 from megaflux.evaluate.conditions import Conditions, Given, choose, others
 from megaflux.evaluate.evaluation import Subject
+from megaflux.evaluate.judge import Judge
 from megaflux.evaluate.options import parse
 from megaflux.evaluate.samples import cell_of, load
 from megaflux.models.vlm import Condition
 from tests.conftest import picture
-from tests.evaluate.conftest import KnownMaker, known
+from tests.evaluate.conftest import STEPS, KnownMaker, known, prepared_grid
 
 MODES = ("image_text", "text", "none")
 
@@ -36,7 +37,8 @@ def evaluate(out, data, judge, picture_of, *options, against=None, interrupt_at=
         found.maker.left = interrupt_at
         return found
 
-    arguments = ["--checkpoint", "first", "--data", str(data), "--out", str(out), "--judge", str(judge)]
+    arguments = ["--checkpoint", "first", "--data", str(data), "--out", str(out)]
+    arguments += [] if judge is None else ["--judge", str(judge)]
     arguments += ["--only", "pictures,words,grid", "--batch-size", "4", "--samples", "8", *options]
     code = command.run(parse(arguments), loaded)
     return code, json.loads((out / "report.json").read_text())
@@ -164,6 +166,27 @@ def test_a_judge_of_other_data_is_refused(tmp_path, grid_data, judge_file, monke
     monkeypatch.setattr("megaflux.evaluate.samples.fingerprint", lambda path: "another")
     with pytest.raises(UserError, match="the judge of other data"):
         evaluate(tmp_path, grid_data, judge_file, copied)
+
+
+def test_a_judge_learns_on_a_larger_grid(tmp_path, grid_sets, grid_data):
+    part = prepared_grid(grid_sets, tmp_path / "part", most_contents=8)
+    options = ("--judge-data", str(grid_data), "--judge-steps", str(STEPS))
+    _, report = evaluate(tmp_path / "out", part, None, truth(part), *options)
+    grid, whole = (load(str(data), 8, None).grid for data in (part, grid_data))
+    assert len(grid.contents) == 8 < len(whole.contents) and set(grid.held_out) < set(whole.held_out)
+    judge = Judge.load(tmp_path / "out" / "judge.safetensors")
+    assert judge.contents == sorted({cell.content for cell in grid.train})
+    assert len(judge.prototypes) == len(judge.hubs) == len(judge.contents)
+    assert report["judge"]["cells"] == report["held_out_cells"]["style_top1"]["n"]
+    assert report["held_out_cells"]["content_top1"] == report["held_out_cells"]["judge_content"]
+    with pytest.raises(UserError, match="was begun with judge_data"):
+        evaluate(tmp_path / "out", part, None, truth(part), "--judge-steps", str(STEPS))
+    for data, other, problem in (
+        (grid_data, part, "lacks content"),
+        (part, prepared_grid(grid_sets, tmp_path / "others", hold_out_cells=0.05), "which the data hold out"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            evaluate(tmp_path / "refused" / problem[:5], data, None, copied, "--judge-data", str(other))
 
 
 def test_conditions_of_a_sample(grid_data):
