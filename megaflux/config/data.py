@@ -109,8 +109,8 @@ class Data(Named):
     aspect_ratios: tuple[str, ...] = ("16:9", "2:1", "2.35:1", "1:1", "1:2")
     """Width : height of each bucket."""
     cache: tuple[Literal["latents", "trunk"], ...] = ()
-    """Compute VAE latents and/or the frozen trunk's output once and train from those shards; e.g.
-    latents,trunk."""
+    """Compute VAE latents and/or the frozen trunk's output for pictures alone once and train from those shards; e.g. latents,trunk.
+    Conditions with words are computed in each update."""
     num_workers: CountOrZero = 0
     """Loader processes per rank; 0: the images are decoded in the training process."""
     condition: ConditionModes = ConditionModes()

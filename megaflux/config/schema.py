@@ -255,10 +255,6 @@ class Config(Section):
     def _cache_fits(self) -> Config:
         if "latents" in self.data.cache and self.data.sample_posterior:
             raise ValueError("data.cache: cached latents are the posterior's mean; set data.sample_posterior false")
-        if "trunk" in self.data.cache and set(self.data.condition.drawn) - {"image", "none"}:
-            raise ValueError(
-                "data.cache: a cached trunk holds the image condition only; set data.condition.image_text and text 0"
-            )
         if "trunk" in self.data.cache and (self.data.reference_crop < 1 or self.data.reference_flip):
             raise ValueError(
                 "data.cache: a cached trunk has seen the references as they are; set data.reference_crop 1 and reference_flip 0"
@@ -283,6 +279,18 @@ class Config(Section):
         """Number of Qwen2-VL's last layers that are apart from the frozen trunk."""
         most = max(stage.vlm_layers for stage in self.stages)
         return most if self.model.vlm_layers is None else self.model.vlm_layers
+
+    @property
+    def trunk_share(self) -> float:
+        """The share of the updates in which the frozen trunk runs, those of an empty condition included: all of them, or if it is
+        cached those with words, since a cache holds its output for pictures alone."""
+        with_words = self.data.condition.image_text + self.data.condition.text
+        return with_words if "trunk" in self.data.cache else 1.0
+
+    @property
+    def cache_keeps_pictures(self) -> bool:
+        """Whether a cache holds the pictures' files too: what it does not hold is computed from them."""
+        return len(self.data.cache) < 2 or self.data.condition.image_text > 0
 
     @property
     def rates_by_part(self) -> bool:

@@ -184,7 +184,7 @@ class _Share:
             columns["hidden_states"] = models.trunk.encode(pixel_values).hidden_states
         for i, row in enumerate(rows):
             kept = {name: row[name] for name in ("key", "caption", COLUMN) if name in row}
-            if len(columns) < 2:  # the other of the two is computed from the picture during training
+            if self.config.cache_keeps_pictures:
                 kept["image"] = row["image"]
             yield kept | {name: values[i] for name, values in columns.items()}
 
@@ -235,7 +235,7 @@ def _fingerprint(config: Config, models: Models) -> str:
         index = hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); prepare the dataset again") from None
-    parts = {
+    parts: dict[str, Any] = {
         "index": index,
         "kinds": sorted(config.data.cache),
         "vae": weights_fingerprint(models.vae),
@@ -243,4 +243,6 @@ def _fingerprint(config: Config, models: Models) -> str:
         "tokens": models.trunk.limits,
         "dtype": str(models.vae.dtype),
     }
+    if config.cache_keeps_pictures and len(config.data.cache) > 1:  # else the kinds say so
+        parts["pictures"] = True
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

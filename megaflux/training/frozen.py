@@ -1,7 +1,7 @@
 """Where the frozen networks are while a run trains from a cache of their outputs (data.cache).
 
 trunk: once references and cache are computed only its token layout is needed, so its weights (15.0 GB in `dev`) are
-discarded. latents: the VAE stays in the host's memory (0.17 GB) and moves to the device for panels.
+discarded, unless words are trained on, of which no output is cached. latents: the VAE stays in the host's memory (0.17 GB) and moves to the device for panels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HOST = torch.device("cpu")
 def send_away(config: Config, models: Models) -> None:
     """Free the device of networks whose outputs are cached. Call it after the cache is computed and
     `validation.load_references` is done."""
-    if "trunk" in config.data.cache:
+    if "trunk" in config.data.cache and not config.trunk_share:
         if "none" in config.data.condition.drawn:
             models.trunk.empty(1)  # kept from here on
         models.trunk.release()

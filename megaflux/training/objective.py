@@ -110,7 +110,7 @@ def encode_condition(
     kind = draw_kind(config.data.condition, config.run.seed, update, drawn_index)
     if kind == "none":
         return models.trunk.empty(len(batch.keys))
-    if batch.hidden_states is not None:
+    if kind == "image" and batch.hidden_states is not None:
         return models.trunk.from_cache(batch.hidden_states, batch.bucket.height, batch.bucket.width)
     captions = batch.captions
     if kind != "image":

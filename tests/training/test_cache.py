@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from megaflux.data.storage.shards import read_split, verify_dataset
 from megaflux.data.tensors import from_image
 from megaflux.models import latents
 from megaflux.models.pretrained import load_models
-from megaflux.training import cache
+from megaflux.training import cache, frozen, objective
 from tests import forked
 from tests.derived import write_bucket
 from tests.training.faults import newest
@@ -196,6 +197,39 @@ def test_a_cache_holds_what_the_networks_say_in_the_order_of_the_pictures(data, 
         found.append([batch.keys for batch in itertools.islice(iter(loader), 2 * loader.batches_per_epoch + 3)])
         loader.close()
     assert found[0] == found[1]
+
+
+WORDS = {"image": 0.4, "image_text": 0.2, "text": 0.2, "none": 0.2}
+
+
+def test_conditions_with_words_are_the_same_beside_a_cache(data):
+    """What a cache holds is read from it, the rest encoded; so the trunk stays, and pictures where words are seen with them."""
+    config = configured(data, "latents", "trunk", data__condition=WORDS)
+    plain = configured(data, data__condition=WORDS)
+    models = load_models(config)
+    root = cache.cached_dataset(config, models, ALONE)
+    without_words = configured(data, "latents", "trunk")
+    assert root != cache.cached_dataset(without_words, models, ALONE)
+    assert "image" in read_dataset_info(root).columns
+    only_text = configured(data, "latents", "trunk", data__condition={"image": 0.5, "text": 0.5})
+    assert cache.cached_dataset(only_text, models, ALONE) == cache.cached_dataset(without_words, models, ALONE)
+    frozen.send_away(config, models)
+    assert not models.trunk.released and models.vae_visits
+    kinds, batches = set(), []
+    for path, options in ((root, {"computed_from": data}), (data, {})):
+        loader = build_loader(path, LoaderOptions(batch_size=2, seed=1, **options), detect_world())
+        batches.append(list(itertools.islice(iter(loader), 16)))
+        loader.close()
+    for update, (cached, batch) in enumerate(zip(*batches, strict=True)):
+        assert cached.hidden_states is not None and cached.keys == batch.keys
+        samples = objective.count_up(cached.keys, Counter())
+        found, wanted = (
+            objective.encode_condition(c, models, b, samples, update, 0) for c, b in ((config, cached), (plain, batch))
+        )
+        kinds.add(objective.draw_kind(config.data.condition, config.run.seed, update, 0))
+        torch.testing.assert_close(found.hidden_states, wanted.hidden_states)
+        assert torch.equal(found.select, wanted.select) and torch.equal(found.position_ids, wanted.position_ids)
+    assert kinds == set(WORDS)
 
 
 def test_a_bucket_without_training_pictures(tmp_path, models):

@@ -1,8 +1,8 @@
 """Size of the cache of data.cache, for the run that makes it and for `--dry-run`.
 
 For a picture of H x W px it holds latents (C, H/8, W/8), C the VAE's channels, and hidden states (S, D), S tokens of the cut
-chat turn and D Qwen2-VL's width, in the run's dtype and uncompressed. A cache of only one kind also holds the picture's file,
-from which each update computes the other kind.
+chat turn and D Qwen2-VL's width, in the run's dtype and uncompressed. A cache of only one kind also holds the picture's file, from
+which each update computes the other kind; so does one of both where pictures are seen with words too.
 """
 
 from __future__ import annotations
@@ -38,16 +38,13 @@ class CacheSize:
     dtype: torch.dtype
     per_picture: Mapping[Bucket, int]
     """Bucket -> bytes of the arrays of one picture."""
+    keeps_pictures: bool
+    """Whether the pictures' files are in the cache too."""
 
     @property
     def precision(self) -> str:
         """The dtype's name: "bfloat16"."""
         return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def keeps_pictures(self) -> bool:
-        """Whether the pictures' files are in the cache too."""
-        return len(self.kinds) < 2
 
     def mean(self, counts: Mapping[Bucket, int] | None = None) -> float:
         """Mean bytes of the arrays of a picture. counts: bucket -> pictures, the weights of the mean; None: equal weights."""
@@ -115,7 +112,8 @@ def size_of_run(config: Config, models: Models, buckets: Sequence[Bucket]) -> Ca
     """Size of the cache that a run with these models makes for pictures of these buckets."""
     vae: Any = models.vae
     kinds, dtype = tuple(config.data.cache), vae.dtype
-    return CacheSize(kinds, dtype, {b: _bytes(cached_shapes(models, kinds, b), dtype) for b in buckets})
+    per_picture = {b: _bytes(cached_shapes(models, kinds, b), dtype) for b in buckets}
+    return CacheSize(kinds, dtype, per_picture, config.cache_keeps_pictures)
 
 
 def size_of_config(config: Config, ds_config: dict[str, Any], trunk: Any, buckets: Sequence[Bucket]) -> CacheSize:
@@ -125,7 +123,7 @@ def size_of_config(config: Config, ds_config: dict[str, Any], trunk: Any, bucket
     per_picture = {
         b: _bytes(shapes(kinds, b, given[0], token_counts(config, b).turn, given[1]), dtype) for b in buckets
     }
-    return CacheSize(kinds, dtype, per_picture)
+    return CacheSize(kinds, dtype, per_picture, config.cache_keeps_pictures)
 
 
 def check_room(root: Path, size: CacheSize, todo: Sequence[Part]) -> None:

@@ -217,10 +217,11 @@ def frozen_flops(config: Config, trunk: nn.Module | None, bucket: Bucket) -> int
 
 
 def frozen_parts(config: Config, trunk: nn.Module | None, bucket: Bucket) -> tuple[int, int]:
-    """(trunk, VAE) of `frozen_flops`; 0 for what data.cache has."""
+    """(trunk, VAE) of `frozen_flops`; 0 for what data.cache has, and the mean over updates of what it has for some."""
     encode = seen = 0
-    if "trunk" not in config.data.cache:
-        seen = trunk_flops(meta_models(config)[1] if trunk is None else trunk, token_counts(config, bucket))
+    if config.trunk_share:
+        whole = trunk_flops(meta_models(config)[1] if trunk is None else trunk, token_counts(config, bucket))
+        seen = round(config.trunk_share * whole)
     if "latents" not in config.data.cache:
         encode = vae_encode_flops(json.dumps(vae_config(config)), bucket.height, bucket.width)
     return seen, encode
@@ -280,9 +281,9 @@ def train_flops_per_image(
     it is cheap to call for every micro-batch."""
     stage = config.stages[stage] if isinstance(stage, int) else stage
     known = _counted.setdefault(module, {})
-    key = (stage.trained, bucket.size, config.data.cache, config.model.vlm_max_tokens)
+    key = (stage.trained, bucket.size, config.data.cache, config.trunk_share, config.model.vlm_max_tokens)
     if key not in known:
-        if trunk is None and "trunk" not in config.data.cache:
+        if trunk is None and config.trunk_share:
             if module not in _trunks:  # half a second for `dev`: not again for each stage and bucket
                 _trunks[module] = meta_models(config)[1]
             trunk = _trunks[module]

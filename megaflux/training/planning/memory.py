@@ -5,7 +5,7 @@ P parameters that train, L the largest of them, N all of a part, R ranks, E redu
 bfloat16, 4 in float32). DeepSpeed 0.19.8, read in runtime/zero/stage_1_and_2.py and stage3.py.
 
 - weights: w N for FLUX, all of Qwen2-VL (no lm_head), connector and VAE on every GPU. If data.cache has trunk, of Qwen2-VL
-  only the layers apart from it (`Config.vlm_layers`); if it has latents, no VAE (training/frozen.py). Parameters that train
+  only the layers apart from it (`Config.vlm_layers`), unless conditions have words; if it has latents, no VAE (training/frozen.py). Parameters that train
   are moved into ZeRO's buffer, not copied. ZeRO-3 shards the modules in the engine (FLUX, connector, Qwen's last layers)
   over R, and gathers at most stage3_max_live_parameters at a time.
 - optimizer: 16 P / R: float32 master, Adam's two moments, and the float32 sum of the gradients of the rank's own part, from
@@ -238,7 +238,7 @@ def _weights(sizes: Sizes) -> dict[str, int]:
     parts = {"flux": _numel(module.transformer), "vlm": _numel(module.vlm), "connector": _numel(module.connector)}
     sharded = zero_stage(ds_config) == 3
     weights = {name: width * n // (ranks if sharded else 1) for name, n in parts.items()}
-    weights["vlm"] += 0 if "trunk" in sizes.config.data.cache else width * _numel(sizes.trunk)
+    weights["vlm"] += width * _numel(sizes.trunk) if sizes.config.trunk_share else 0
     if sharded and ranks > 1:
         live = ds_config.get("zero_optimization", {}).get("stage3_max_live_parameters", 1e9)
         weights["gathered"] = width * min(sum(parts.values()), int(live))

@@ -74,7 +74,7 @@ def _blank(
         latents = torch.zeros(batch, *shapes["latents"], dtype=vae.dtype, device=device)
     else:
         latents = latent_ops.encode(models.vae, pictures)
-    if "hidden_states" in shapes:
+    if "hidden_states" in shapes and not config.trunk_share:
         hidden_states = torch.zeros(batch, *shapes["hidden_states"], dtype=models.trunk.dtype, device=device)
         return latents, models.trunk.from_cache(hidden_states, bucket.height, bucket.width)
     words = "word " * models.trunk.max_caption_tokens if config.data.condition.image_text else ""
