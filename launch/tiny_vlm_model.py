@@ -23,7 +23,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_
 
 PROJECTION = 128  # width in which captions and pictures are compared
 SUB = 4  # colours per side of an image token's cell
-COARSE = 5  # colours per side of a picture, told from its caption
+COARSE = 8  # colours per side of a picture, told from its caption
+HANDS = 8  # most styles of drawing
 MOST_SIDE = 16  # rows or columns of image tokens
 DEPTHS = ("trunk", "whole")
 
@@ -48,6 +49,8 @@ class Heads(nn.Module):
         self.colours = nn.Linear(width, 3 * SUB * SUB)
         self.place = nn.Linear(width, 2 * MOST_SIDE)
         self.coarse = nn.Linear(width, 3 * COARSE * COARSE)
+        self.told = nn.Linear(width, 3 * SUB * SUB)
+        self.hand = nn.Linear(width, HANDS)
         self.temperature = nn.Parameter(torch.tensor(0.1).log())
 
     def project(self, pooled: Tensor) -> Tensor:

@@ -109,6 +109,12 @@ class Pictures:
     keys: list[str]
 
 
+def hand_of(key: str) -> str:
+    """The icon set that a picture is of, by its key."""
+    kind, what = key.split(" ", 1)
+    return OPENMOJI if kind == "demo" else what.partition("/")[0]
+
+
 @dataclass
 class Collection:
     """train: by size. held_out: squares, by what they are: `demo`; `cells` of names that are seen in other styles;

@@ -5,7 +5,10 @@ The preset's sizes, begun from its seeded weights. One update looks at a batch o
 - tell which picture belongs to a caption that stands alone (contrastive loss between the caption's tokens in a turn of
   text and the image tokens in a turn with a picture);
 - keep in every image token the colours of its cell and its place, in turns of `image` and `image_text`;
-- tell the coarse colours of a picture from its caption.
+- tell in every image token which hand drew the picture: the icon set that it is of;
+- tell the coarse colours of a picture from its caption;
+- tell, in turns of `image_text` in which the picture shows something else by the same hand, at every image token the colours that
+  the captioned picture has there.
 All but the first hold for what the trunk gives (all layers but the last, which FLUX's training goes on with) and for
 the whole. Writes bf16 weights without lm_head and their sizes, the projections of the contrastive loss (retrieval.safetensors,
 for measuring only) and the list of what was seen.
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +37,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for launch/, which is not installed
 
-from launch.tiny_vlm_figures import report
+from launch.tiny_vlm_figures import report, told
 from launch.tiny_vlm_model import (
     COARSE,
     DEPTHS,
@@ -45,7 +49,7 @@ from launch.tiny_vlm_model import (
     load,
     pooled_words,
 )
-from launch.tiny_vlm_pictures import Collection, Pictures, load_pictures, write_seen
+from launch.tiny_vlm_pictures import Collection, Pictures, hand_of, load_pictures, write_seen
 from launch.train_tiny_vae import Muon
 from megaflux.common.command import Parser
 from megaflux.common.errors import exit_on_user_error
@@ -54,7 +58,14 @@ from megaflux.config.presets import tiny
 from megaflux.models import shipped
 
 BATCH = 64  # pictures of one size per update
-CONTRASTIVE, COLOURS, PLACE, COARSE_COLOURS = 0.5, 3.0, 0.1, 1.5  # weights; the caption's loss has 1
+CONTRASTIVE, COLOURS, PLACE, HAND, COARSE_COLOURS, TOLD = (
+    0.5,
+    3.0,
+    0.1,
+    0.1,
+    3.0,
+    6.0,
+)  # weights; the caption's loss has 1
 UNMIRRORED = (
     "left",
     "right",
@@ -99,14 +110,40 @@ def vary(images: np.ndarray, captions: Sequence[str], rng: np.random.Generator) 
     return (255 - out.clamp(0, 255)).round().to(torch.uint8)
 
 
+@dataclass
+class Drawn:
+    """A batch of B pictures of one size."""
+
+    pixels: Tensor
+    """uint8 (B, 3, H, W), varied."""
+    plain: Tensor
+    """The same, as they are."""
+    captions: list[str]
+    hands: Tensor
+    """(B,) int64: which set each is of."""
+    mates: list[int]
+    """Of each, another one of the batch by the same hand, or itself where there is none."""
+
+
+def mates(hands: Sequence[int]) -> list[int]:
+    """Of each picture the next one by the same hand."""
+    found = [0] * len(hands)
+    for hand in set(hands):
+        of_hand = [i for i, other in enumerate(hands) if other == hand]
+        for i, mate in zip(of_hand, of_hand[1:] + of_hand[:1], strict=True):
+            found[i] = mate
+    return found
+
+
 class Draw:
     """Batches of one size; within an epoch each picture of that size once. Other sizes than the square in proportion."""
 
     def __init__(self, pictures: dict[str, Pictures], rng: np.random.Generator):
         self.pictures, self.rng = pictures, rng
         self.queues: dict[str, list[int]] = {name: [] for name in pictures}
+        self.hands = sorted({hand_of(key) for side in pictures.values() for key in side.keys})
 
-    def __call__(self) -> tuple[Tensor, list[str]]:
+    def __call__(self) -> Drawn:
         names = list(self.pictures)
         sizes = np.array([len(self.pictures[name].captions) for name in names], dtype=float)
         name = names[self.rng.choice(len(names), p=sizes / sizes.sum())]
@@ -115,20 +152,24 @@ class Draw:
             queue += self.rng.permutation(len(pictures.captions)).tolist()
         chosen, self.queues[name] = queue[:BATCH], queue[BATCH:]
         captions = [pictures.captions[i] for i in chosen]
-        return vary(pictures.images[chosen], captions, self.rng), captions
+        plain = torch.from_numpy(pictures.images[chosen]).permute(0, 3, 1, 2).contiguous()
+        hands = [self.hands.index(hand_of(pictures.keys[i])) for i in chosen]
+        varied = vary(pictures.images[chosen], captions, self.rng)
+        return Drawn(varied, plain, captions, torch.tensor(hands), mates(hands))
 
 
 # --- losses -------------------------------------------------------------------------------------------------
 
 
-def token_losses(heads: Heads, states: Tensor, colours: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Colours and place of each image token. states: (B, N, D)."""
+def token_losses(heads: Heads, states: Tensor, colours: Tensor, hands: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Colours, place and hand of each image token. states: (B, N, D); hands: (B,)."""
     rows, columns = grid
     place = torch.arange(rows * columns)
     logits = heads.place(states).unflatten(-1, (2, MOST_SIDE)).flatten(0, 1)
     targets = torch.stack([place // columns, place % columns], dim=-1).repeat(len(states), 1)
     error = F.mse_loss(heads.colours(states), colours)
-    return COLOURS * error + PLACE * F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    told = F.cross_entropy(heads.hand(states).transpose(1, 2), hands[:, None].expand(states.shape[:2]))
+    return COLOURS * error + PLACE * F.cross_entropy(logits.flatten(0, 1), targets.flatten()) + HAND * told
 
 
 def contrastive_loss(heads: Heads, pictures: Tensor, captions: Tensor, texts: Sequence[str]) -> Tensor:
@@ -139,8 +180,9 @@ def contrastive_loss(heads: Heads, pictures: Tensor, captions: Tensor, texts: Se
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def losses(model: TinyVlm, pixels: Tensor, texts: Sequence[str], with_image_text: bool) -> dict[str, Tensor]:
-    """All losses of a batch, weighted. with_image_text: also a quarter of the batch in turns of mode image_text."""
+def losses(model: TinyVlm, batch: Drawn) -> dict[str, Tensor]:
+    """All losses of a batch, weighted; half of it in turns of mode image_text as well."""
+    pixels, texts = batch.pixels, batch.captions
     words = [model.turns.chat.caption(text) for text in texts]
     grid = model.turns.grid(*pixels.shape[-2:])
     tokens, colours = model.see(pixels), cell_colours(pixels, grid)
@@ -148,20 +190,24 @@ def losses(model: TinyVlm, pixels: Tensor, texts: Sequence[str], with_image_text
     alone, start = model.text_turn(words)
     logits, targets = caption_logits(model, states.whole, answer, words)
     found = {"caption": F.cross_entropy(logits, targets)}
-    coarse = F.adaptive_avg_pool2d(pixels.float() / 255, COARSE).flatten(1)
-    found["contrastive"] = found["tokens"] = found["coarse"] = torch.zeros(())
+    coarse = F.adaptive_avg_pool2d(batch.plain.float() / 255, COARSE).flatten(1)
+    found["contrastive"] = found["tokens"] = found["coarse"] = found["told"] = torch.zeros(())
     for heads, seen, said in zip(model.heads, states.each(), alone.each()):
         pictured = seen[:, image : image + tokens.shape[1]]
         caption = pooled_words(said, start, words)
         found["contrastive"] = found["contrastive"] + CONTRASTIVE * contrastive_loss(
             heads, pictured.mean(1), caption, texts
         )
-        found["tokens"] = found["tokens"] + token_losses(heads, pictured, colours, grid)
+        found["tokens"] = found["tokens"] + token_losses(heads, pictured, colours, batch.hands, grid)
         found["coarse"] = found["coarse"] + COARSE_COLOURS * F.mse_loss(heads.coarse(caption), coarse)
-    if with_image_text:
-        few = slice(None, None, 4)
-        for heads, pictured in zip(model.heads, model.image_text_turn(tokens[few], grid, words[few])):
-            found["tokens"] = found["tokens"] + 0.5 * token_losses(heads, pictured, colours[few], grid)
+    few = torch.arange(0, len(pixels), 2)
+    seen_there = torch.tensor(batch.mates)[few]
+    captioned = cell_colours(batch.plain[few], grid)
+    turn = model.image_text_turn(tokens[seen_there], grid, words[::2])
+    for heads, pictured in zip(model.heads, turn):
+        own = token_losses(heads, pictured, colours[seen_there], batch.hands[few], grid)
+        found["tokens"] = found["tokens"] + 0.5 * own
+        found["told"] = found["told"] + TOLD * F.mse_loss(heads.told(pictured), captioned)
     return found
 
 
@@ -195,9 +241,9 @@ def train(collection: Collection, args: argparse.Namespace) -> TinyVlm:
         fraction = update / args.updates
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * min(1.0, (update + 1) / 50, (1 - fraction) / 0.6)
-        pixels, texts = draw()
+        batch = draw()
         with torch.autocast("cpu", torch.bfloat16):
-            found = losses(model, pixels, texts, with_image_text=update % 2 == 0)
+            found = losses(model, batch)
         model.zero_grad()
         loss: Tensor = sum(found.values(), torch.zeros(()))
         loss.backward()
@@ -213,7 +259,14 @@ def train(collection: Collection, args: argparse.Namespace) -> TinyVlm:
         if (update + 1) % args.save_every == 0 and update + 1 < args.updates:
             save(model, args.out)
             report(model, collection)
+            show_told(model, collection)
     return model
+
+
+def show_told(model: TinyVlm, collection: Collection) -> None:
+    """Print how well held-out pictures are told from their captions."""
+    for name, pictures in collection.held_out.items():
+        print(f"told {name}: {told(model, collection.train['1:1'], pictures):.3f}", flush=True)
 
 
 # --- the asset ----------------------------------------------------------------------------------------------
@@ -245,11 +298,11 @@ def main() -> None:
     parser.add_argument(
         "--grid", type=path_option, help="folder of five icon sets: SET/icons.json, openmoji/chars.json"
     )
-    parser.add_argument("--updates", type=int, default=700)
-    parser.add_argument("--save-every", type=int, default=300, help="updates between interim assets")
+    parser.add_argument("--updates", type=int, default=1600)
+    parser.add_argument("--save-every", type=int, default=800, help="updates between interim assets")
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--report-only", action="store_true", help="measure the asset that is there")
     args = parser.parse_args()
     args.out = Path(args.out)
@@ -262,6 +315,7 @@ def main() -> None:
     if not args.report_only:
         model = train(collection, args)
         save(model, args.out)
+        show_told(model, collection)
         write_seen(args.out / "seen.txt.gz", [key for side in collection.train.values() for key in side.keys], grid)
         print(f"trained in {(time.monotonic() - start) / 60:.1f} minutes")
     report(load(args.out, args.seed), collection)
