@@ -3,8 +3,9 @@
     python launch/grid.py [--sets DIR] [--out runs/grid] [options of launch/train.py]
 
 Five icon sets draw the same 1,034 things, so every cell (content, style) has a true picture. Some cells, and a few contents, are
-kept from training. The tiny preset learns style reference + words -> cell, and megaflux.evaluate measures the held-out cells:
-OUT/report.json, OUT/report.html. Each step that is done is not done again.
+kept from training. The tiny preset learns style reference + words -> cell on 200 of the contents, about as many as it can learn in
+twenty minutes on two cores; the judge learns on all. megaflux.evaluate measures the held-out cells of the 200: OUT/report.json,
+OUT/report.html. Each step that is done is not done again.
 
 --sets: a folder that holds SET/icons.json and SET/info.json of the five sets; without it they are fetched with npm.
 """
@@ -28,24 +29,45 @@ ROOT = Path(__file__).parent.parent
 SETS = {"openmoji": "1.2.29", "noto": "1.2.9", "twemoji": "1.2.5", "fluent-emoji-flat": "1.2.6", "emojione": "1.2.3"}
 """Icon sets and the versions of their npm packages @iconify-json/SET that the documented figures are of."""
 FILES = ("icons.json", "info.json")
+CONTENTS = 200  # to learn in 20 minutes
+WHOLE = "--contents shared --pairs same-style --pair-references 2 --hold-out-cells 0.1 --hold-out-contents 0.02"
+"""How a grid is prepared: the cells held out of a part are those held out of the whole."""
+EVALUATION = "--steps 14 --cfg 2.5 --dtype bfloat16"
 
 
 def main() -> None:
     parser = Parser(allow_abbrev=True, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=path_option, metavar="DIR", help="holds SET/icons.json and SET/info.json")
     parser.add_argument(
-        "--data", type=path_option, default="data/grid", metavar="DIR", help="the prepared grid (%(default)s)"
+        "--data",
+        type=path_option,
+        default="data/grid",
+        metavar="DIR",
+        help="the prepared grids: DIR of the contents to learn, DIR-all of all (%(default)s)",
+    )
+    parser.add_argument(
+        "--most-contents",
+        type=int,
+        default=CONTENTS,
+        metavar="N",
+        help="contents to learn, drawn by hash (%(default)s)",
     )
     parser.add_argument("--out", type=path_option, default="runs/grid", metavar="DIR", help="default %(default)s")
     parser.add_argument(
-        "--evaluate", type=str.split, default=[], metavar="OPTIONS", help="options of megaflux.evaluate, as one text"
+        "--evaluate",
+        type=str.split,
+        default=EVALUATION.split(),
+        metavar="OPTIONS",
+        help="options of megaflux.evaluate, as one text (%(default)s)",
     )
     args, train_options = parser.parse_known_args()
     out, started = Path(args.out), time.monotonic()
-    if not (Path(args.data) / "dataset.json").exists():
-        sets = icon_sets(args.sets, out / "sets")
-        grid = f"--sets {','.join(SETS)} --contents shared --pairs same-style --pair-references 2 --hold-out-cells 0.1 --hold-out-contents 0.02"
-        _module("megaflux.data.prepare", f"iconify:{sets}", args.data, *grid.split())
+    whole = f"{args.data.rstrip('/')}-all"
+    for data, part in ((whole, []), (args.data, ["--most-contents", str(args.most_contents)])):
+        if not (Path(data) / "dataset.json").exists():
+            sets = icon_sets(args.sets, out / "sets")
+            grid = [f"iconify:{sets}", data, "--sets", ",".join(SETS), *WHOLE.split()]
+            _module("megaflux.data.prepare", *grid, *part)
     _run(
         "deepspeed",
         "--num_accelerators",
@@ -56,12 +78,12 @@ def main() -> None:
         "--config",
         str(ROOT / "recipes" / "tiny" / "grid.yaml"),
         "--data.path",
-        str(args.data),
+        args.data,
         "--run.dir",
         str(out / "run"),
         *train_options,
     )
-    options = ["--checkpoint", str(out / "run"), "--data", str(args.data), "--out", str(out)]
+    options = ["--checkpoint", str(out / "run"), "--data", args.data, "--judge-data", whole, "--out", str(out)]
     _module("megaflux.evaluate", *options, *args.evaluate)
     print()
     found = json.loads((out / "report.json").read_text())["held_out_cells"]

@@ -60,7 +60,9 @@ def _run(request: Request, world: World, load_subject: Load) -> int:
     settings, out = request.settings, Path(request.out)
     held_out = load(request.data, settings.samples, settings.cells, "grid" in settings.parts)
     if request.judge_data is not None and held_out.grid is None:
-        raise UserError(f"--judge-data: {request.data} is taken as no grid, whose judge has no use for another; leave it out")
+        raise UserError(
+            f"--judge-data: {request.data} is taken as no grid, whose judge has no use for another; leave it out"
+        )
     _say(world, f"{len(held_out.samples)} held-out samples of {request.data}" + _grid_line(held_out))
     # Before anything is computed: clear messages for folders that cannot be loaded.
     outside = _outside(request, world) if world.is_main else (None, None)

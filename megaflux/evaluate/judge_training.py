@@ -70,7 +70,7 @@ def of_grid(grid: Grid, round_trip: Callable[[Tensor], Tensor] | None = None) ->
     centred, versions = _seen(images, True)
     palettes = [(palette, torch.arange(len(palette))) for palette in versions]
     if round_trip is not None:
-        palettes.append(_through_vae(images, round_trip))
+        palettes += _through_vae(images, round_trip)
     content = torch.tensor([place[cell.content] for cell in cells])
     style = torch.tensor([grid.styles.index(cell.style) for cell in cells])
     words = word_shares([re.sub(r"[-_]", " ", cell.content) for cell in cells], RARE * len(grid.styles))
@@ -213,16 +213,20 @@ def _learn(
         on_step()
 
 
-def _through_vae(images: Sequence[bytes], round_trip: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """(palettes of some of the pictures after encoding and decoding, which ones)."""
+def _through_vae(images: Sequence[bytes], round_trip: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(palettes of some of the pictures after encoding and decoding, which ones); and of these a little off and soft, as a model of the
+    latents makes them."""
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))[:THROUGH_VAE]
-    palettes = []
+    palettes: list[list[Tensor]] = [[], []]
+    generator = torch.Generator().manual_seed(SEED)
     for part in chosen.split(32):
         pictures = [from_image(images[i]) for i in part.tolist()]
         one_size = all(picture.shape == pictures[0].shape for picture in pictures)
         made = list(round_trip(torch.stack(pictures))) if one_size else [round_trip(p[None])[0] for p in pictures]
-        palettes += [ink.palette(whole) for whole in ink.inks(made)]
-    return torch.cat(palettes), chosen
+        for whole in ink.inks(made):
+            palettes[0].append(ink.palette(whole))
+            palettes[1].append(ink.palette(_off(_soft(whole), generator)))
+    return [(torch.cat(each), chosen) for each in palettes]
 
 
 def _learn_styles(network: JudgeNetwork, lesson: Lesson, steps: int, device: torch.device) -> None:

@@ -169,7 +169,9 @@ def test_a_part_of_the_grid_holds_out_what_the_whole_does(grid, prepared, tmp_pa
             assert one["image"] == whole[split][key]["image"]
     again = options_of(contents="shared", pairs="same-style", pair_references=3, most_contents=99, **HELD)
     prepare(f"iconify:{grid}", tmp_path / "all", again, workers=1, progress=False)
-    assert {split: set(one) for split, one in samples(tmp_path / "all").items()} == {s: set(o) for s, o in whole.items()}
+    assert {split: set(one) for split, one in samples(tmp_path / "all").items()} == {
+        s: set(o) for s, o in whole.items()
+    }
 
 
 # What is drawn
