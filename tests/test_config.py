@@ -90,7 +90,6 @@ def yaml_file(tmp_path):
         (["--stages", "3"], ["stages: must be a list"]),
         (["--stages", "[{"], ["--stages"]),
         (["--data.cache", "latnts"], ["data.cache.0", "'latents' or 'trunk'"]),
-        (["--data.cache", "trunk", "--data.condition.image", "0.5", "--data.condition.text", "0.5"], ["data.cache"]),
         (["--data.condition.text", "0.5"], ["data.condition", "add up to 1"]),
         (["--flow.shift", "big"], ["flow.shift: must be 'resolution' or 'none' or a valid number"]),
         (["--optim.betas", "[1, 2, 3]"], ["optim.betas: must have 2 values"]),
