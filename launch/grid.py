@@ -58,7 +58,7 @@ def main() -> None:
         type=str.split,
         default=EVALUATION.split(),
         metavar="OPTIONS",
-        help="options of megaflux.evaluate, as one text (%(default)s)",
+        help=f"options of megaflux.evaluate, as one text ({EVALUATION})",
     )
     args, train_options = parser.parse_known_args()
     out, started = Path(args.out), time.monotonic()
@@ -68,6 +68,7 @@ def main() -> None:
             sets = icon_sets(args.sets, out / "sets")
             grid = [f"iconify:{sets}", data, "--sets", ",".join(SETS), *WHOLE.split()]
             _module("megaflux.data.prepare", *grid, *part)
+    check_contents(Path(args.data), args.most_contents)
     _run(
         "deepspeed",
         "--num_accelerators",
@@ -91,6 +92,15 @@ def main() -> None:
         low, high = found[name]["interval"]
         print(f"  {name:<14} {found[name]['value']:.3f}  [{low:.3f}, {high:.3f}]")
     print(f"\n  {time.monotonic() - started:.0f} s; look at {out}/report.html")
+
+
+def check_contents(data: Path, most: int) -> None:
+    """UserError where a grid that was there already has more contents than are to be learned."""
+    names = json.loads((data / "dataset.json").read_text())["settings"]["source"]["names"]
+    if names > most:
+        raise UserError(
+            f"{data}: holds {names} contents, not {most}; delete it, give another --data, or --most-contents {names}"
+        )
 
 
 def icon_sets(given: str | None, folder: Path) -> Path:

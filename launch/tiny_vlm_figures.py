@@ -22,7 +22,7 @@ def measure(model: TinyVlm, pictures: Pictures) -> dict[str, float]:
     right = tokens = exact = 0
     seen: list[list[Tensor]] = [[], []]
     for part in np.array_split(np.arange(len(pictures.captions)), -(-len(pictures.captions) // PART)):
-        pixels = torch.from_numpy(pictures.images[part]).permute(0, 3, 1, 2).contiguous()
+        pixels = _pixels(pictures.images[part])
         words = [model.turns.chat.caption(pictures.captions[i]) for i in part]
         grid = model.turns.grid(*pixels.shape[-2:])
         image = model.see(pixels)
@@ -88,7 +88,7 @@ def image_states(model: TinyVlm, images: np.ndarray) -> tuple[Tensor, Tensor]:
     """What the trunk gives of the image tokens of squares, (N, 25, D), and the mean colour of each one's cell, (N, 25, 3)."""
     states, colours = [], []
     for part in np.array_split(images, -(-len(images) // PART)):
-        pixels = torch.from_numpy(part).permute(0, 3, 1, 2).contiguous()
+        pixels = _pixels(part)
         grid = model.turns.grid(*pixels.shape[-2:])
         tokens = model.see(pixels)
         found, place, _ = model.picture_turn(tokens, grid, [[] for _ in part])

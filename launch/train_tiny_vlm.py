@@ -58,14 +58,9 @@ from megaflux.config.presets import tiny
 from megaflux.models import shipped
 
 BATCH = 64  # pictures of one size per update
-CONTRASTIVE, COLOURS, PLACE, HAND, COARSE_COLOURS, TOLD = (
-    0.5,
-    3.0,
-    0.1,
-    0.1,
-    3.0,
-    6.0,
-)  # weights; the caption's loss has 1
+# Weights of the losses; the caption's has 1.
+CONTRASTIVE, COLOURS, PLACE, HAND = 0.5, 3.0, 0.1, 0.1
+COARSE_COLOURS, TOLD = 3.0, 6.0
 UNMIRRORED = (
     "left",
     "right",

@@ -282,8 +282,8 @@ class Config(Section):
 
     @property
     def trunk_share(self) -> float:
-        """The share of the updates in which the frozen trunk runs, those of an empty condition included: all of them, or if it is
-        cached those with words, since a cache holds its output for pictures alone."""
+        """The share of the updates that run the frozen trunk. Without a cached trunk 1, for simplicity with empty conditions too; with
+        one the share of conditions with words, since a cache holds its output for pictures alone."""
         with_words = self.data.condition.image_text + self.data.condition.text
         return with_words if "trunk" in self.data.cache else 1.0
 

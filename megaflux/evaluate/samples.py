@@ -122,11 +122,12 @@ def load_judge_grid(path: str, grid: Grid) -> Grid:
     found = _grid(path, read_dataset_info(path))
     if found is None:
         raise UserError(f"--judge-data {path}: no grid; give a dataset of two or more icon sets")
-    lacking = [f"style {name}" for name in grid.styles if name not in found.styles]
-    lacking += [f"content {name}" for name in grid.contents if name not in found.contents]
-    if lacking or len(found.styles) > len(grid.styles):
-        what = lacking[0] if lacking else "the same styles"
-        raise UserError(f"--judge-data {path}: lacks {what}; prepare it of the same icon sets, with more contents")
+    if set(found.styles) != set(grid.styles):
+        raise UserError(
+            f"--judge-data {path}: of {', '.join(found.styles)}, not {', '.join(grid.styles)}; prepare it of the same icon sets"
+        )
+    if lacking := next((name for name in grid.contents if name not in set(found.contents)), None):
+        raise UserError(f"--judge-data {path}: lacks content {lacking}; prepare it with all contents of the data")
     if seen := next((cell for cell in grid.held_out if cell in found.train), None):
         raise UserError(
             f"--judge-data {path}: trains on {seen.key}, which the data hold out; prepare both with the same --hold-out-cells and "

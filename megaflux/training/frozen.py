@@ -1,7 +1,8 @@
 """Where the frozen networks are while a run trains from a cache of their outputs (data.cache).
 
 trunk: once references and cache are computed only its token layout is needed, so its weights (15.0 GB in `dev`) are
-discarded, unless words are trained on, of which no output is cached. latents: the VAE stays in the host's memory (0.17 GB) and moves to the device for panels.
+discarded, unless words are trained on, of which no output is cached. latents: the VAE stays in the host's memory (0.17 GB)
+and moves to the device for panels.
 """
 
 from __future__ import annotations

@@ -181,7 +181,12 @@ def test_a_judge_learns_on_a_larger_grid(tmp_path, grid_sets, grid_data):
     assert report["held_out_cells"]["content_top1"] == report["held_out_cells"]["judge_content"]
     with pytest.raises(UserError, match="was begun with judge_data"):
         evaluate(tmp_path / "out", part, None, truth(part), "--judge-steps", str(STEPS))
+    other_styles = tmp_path / "sets"
+    other_styles.mkdir()
+    for style in ("flat", "line"):
+        (other_styles / style).symlink_to(grid_sets / style)
     for data, other, problem in (
+        (part, prepared_grid(other_styles, tmp_path / "fewer"), "of flat, line, not flat, line, soft"),
         (grid_data, part, "lacks content"),
         (part, prepared_grid(grid_sets, tmp_path / "others", hold_out_cells=0.05), "which the data hold out"),
     ):

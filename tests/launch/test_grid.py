@@ -80,3 +80,10 @@ def test_a_set_is_fetched_whole_or_not_at_all_and_once(grid, tmp_path, monkeypat
     with pytest.raises(UserError, match=r"npm pack @iconify-json/openmoji@[\d.]+ failed \(nothing like it\)"):
         grid.icon_sets(None, tmp_path / "others")
     assert not (tmp_path / "others" / "openmoji").exists()
+
+
+def test_a_grid_of_more_contents_than_are_to_be_learned_is_refused(grid, tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps({"settings": {"source": {"names": 1034}}}))
+    grid.check_contents(tmp_path, 1034)
+    with pytest.raises(UserError, match=r"holds 1034 contents, not 200; .* --most-contents 1034"):
+        grid.check_contents(tmp_path, 200)

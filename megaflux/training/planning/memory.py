@@ -5,8 +5,8 @@ P parameters that train, L the largest of them, N all of a part, R ranks, E redu
 bfloat16, 4 in float32). DeepSpeed 0.19.8, read in runtime/zero/stage_1_and_2.py and stage3.py.
 
 - weights: w N for FLUX, all of Qwen2-VL (no lm_head), connector and VAE on every GPU. If data.cache has trunk, of Qwen2-VL
-  only the layers apart from it (`Config.vlm_layers`), unless conditions have words; if it has latents, no VAE (training/frozen.py). Parameters that train
-  are moved into ZeRO's buffer, not copied. ZeRO-3 shards the modules in the engine (FLUX, connector, Qwen's last layers)
+  only the layers apart from it (`Config.vlm_layers`), unless conditions have words; if it has latents, no VAE
+  (training/frozen.py). Parameters that train are moved into ZeRO's buffer, not copied. ZeRO-3 shards the modules in the engine (FLUX, connector, Qwen's last layers)
   over R, and gathers at most stage3_max_live_parameters at a time.
 - optimizer: 16 P / R: float32 master, Adam's two moments, and the float32 sum of the gradients of the rank's own part, from
   an update's first reduction to its step; in float32 the sum takes 8 P / R. The step works in place. optim.ema_decay adds
