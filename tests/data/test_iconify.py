@@ -163,6 +163,9 @@ def test_a_part_of_the_grid_holds_out_what_the_whole_does(grid, prepared, tmp_pa
     part, whole = samples(tmp_path / "part"), samples(prepared)
     keys = set(part["train"]) | set(part["held_out"])
     assert len(keys) == 3 * 6 and len({key.split("/")[1] for key in keys}) == 6
+    names = {key.split("/")[1] for key in keys}
+    unseen = read_dataset_info(tmp_path / "part").settings["source"]["held_out_contents"]
+    assert unseen == [n for n in read_dataset_info(prepared).settings["source"]["held_out_contents"] if n in names]
     for split in SPLITS:
         assert set(part[split]) == set(whole[split]) & keys
         for key, one in part[split].items():

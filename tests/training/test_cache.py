@@ -30,6 +30,7 @@ from megaflux.data.tensors import from_image
 from megaflux.models import latents
 from megaflux.models.pretrained import load_models
 from megaflux.training import cache, frozen, objective
+from megaflux.training.planning import costs
 from tests import forked
 from tests.derived import write_bucket
 from tests.training.faults import newest
@@ -213,6 +214,9 @@ def test_conditions_with_words_are_the_same_beside_a_cache(data):
     assert "image" in read_dataset_info(root).columns
     only_text = configured(data, "latents", "trunk", data__condition={"image": 0.5, "text": 0.5})
     assert cache.cached_dataset(only_text, models, ALONE) == cache.cached_dataset(without_words, models, ALONE)
+    bucket = next(iter(shards(data)))
+    of_trunk = [costs.frozen_parts(c, models.trunk.vlm, bucket)[0] for c in (plain, config, without_words)]
+    assert of_trunk == [of_trunk[0], round(0.4 * of_trunk[0]), 0] and of_trunk[0] > 0
     frozen.send_away(config, models)
     assert not models.trunk.released and models.vae_visits
     kinds, batches = set(), []
