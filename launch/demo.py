@@ -62,7 +62,8 @@ def main() -> None:
         "--out",
         str(run / "variations"),
     )
-    summary["words_top1"] = round(words_top1(run), 4)
+    if (found := words_top1(run)) is not None:
+        summary["words_top1"] = round(found, 4)
     summary["seconds"] = round(time.monotonic() - started, 1)
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print()
@@ -119,12 +120,15 @@ def evaluate(run: Path) -> dict[str, Any]:
     }
 
 
-def words_top1(run: Path) -> float:
-    """The share of held-out captions whose picture, made from the caption alone, is nearest to the picture it is of: RUN/words has the
-    report."""
+def words_top1(run: Path) -> float | None:
+    """The share of held-out captions whose picture, made from the caption alone, is nearest to the picture it is of: RUN/words/UPDATE
+    has the report. None for a run that learns no words."""
     from megaflux import runs
 
-    data, out = runs.find(run).config.data.path, run / "words"
+    found = runs.find(run)
+    data, out = found.config.data.path, run / "words" / str(found.manifest["update"])
+    if "text" not in found.config.data.condition.drawn:
+        return None
     options = ("--checkpoint", str(run), "--data", data, "--out", str(out), "--only", "words")
     _run(sys.executable, "-m", "megaflux.evaluate", *options)
     return json.loads((out / "report.json").read_text())["words"]["retrieval_target"]["value"]

@@ -30,9 +30,9 @@ SETS = {"openmoji": "1.2.29", "noto": "1.2.9", "twemoji": "1.2.5", "fluent-emoji
 """Icon sets and the versions of their npm packages @iconify-json/SET that the documented figures are of."""
 FILES = ("icons.json", "info.json")
 CONTENTS = 200  # to learn in 20 minutes
-WHOLE = "--contents shared --pairs same-style --pair-references 2 --hold-out-cells 0.1 --hold-out-contents 0.02"
+WHOLE = "--contents shared --pairs same-style --pair-references 4 --hold-out-cells 0.1 --hold-out-contents 0.02"
 """How a grid is prepared: the cells held out of a part are those held out of the whole."""
-EVALUATION = "--steps 14 --cfg 2.5 --dtype bfloat16"
+EVALUATION = "--references 2 --steps 14 --cfg 2.5 --dtype bfloat16"
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
             sets = icon_sets(args.sets, out / "sets")
             grid = [f"iconify:{sets}", data, "--sets", ",".join(SETS), *WHOLE.split()]
             _module("megaflux.data.prepare", *grid, *part)
-    check_contents(Path(args.data), args.most_contents)
+    check_contents(Path(args.data), Path(whole), args.most_contents)
     _run(
         "deepspeed",
         "--num_accelerators",
@@ -87,19 +87,23 @@ def main() -> None:
     options = ["--checkpoint", str(out / "run"), "--data", args.data, "--judge-data", whole, "--out", str(out)]
     _module("megaflux.evaluate", *options, *args.evaluate)
     print()
-    found = json.loads((out / "report.json").read_text())["held_out_cells"]
+    found = json.loads((out / "report.json").read_text()).get("held_out_cells", {})
     for name in ("style_top1", "content_top1", "leakage", "judge_style", "judge_content"):
-        low, high = found[name]["interval"]
-        print(f"  {name:<14} {found[name]['value']:.3f}  [{low:.3f}, {high:.3f}]")
+        if name in found:
+            ends = ", ".join(f"{end:.3f}" for end in found[name]["interval"] or ())
+            print(f"  {name:<14} {found[name]['value']:.3f}  [{ends}]")
     print(f"\n  {time.monotonic() - started:.0f} s; look at {out}/report.html")
 
 
-def check_contents(data: Path, most: int) -> None:
-    """UserError where a grid that was there already has more contents than are to be learned."""
-    names = json.loads((data / "dataset.json").read_text())["settings"]["source"]["names"]
-    if names > most:
+def check_contents(data: Path, whole: Path, most: int) -> None:
+    """UserError where a grid that was there already has other contents than are to be learned: `most`, or all of the whole grid."""
+    names, there = (
+        json.loads((folder / "dataset.json").read_text())["settings"]["source"]["names"] for folder in (data, whole)
+    )
+    if names != min(most, there):
         raise UserError(
-            f"{data}: holds {names} contents, not {most}; delete it, give another --data, or --most-contents {names}"
+            f"{data}: holds {names} contents, not {min(most, there)}; delete it, give another --data, or --most-contents "
+            f"{names}"
         )
 
 

@@ -58,8 +58,9 @@ from megaflux.config.presets import tiny
 from megaflux.models import shipped
 
 BATCH = 64  # pictures of one size per update
+SMALL, SMALL_SHARE = 84, 0.4  # px, of the square batches: 3 x 3 tokens, as many as `model.vlm_max_tokens: 9` leaves
 # Weights of the losses; the caption's has 1.
-CONTRASTIVE, COLOURS, PLACE, HAND = 0.5, 3.0, 0.1, 0.1
+CONTRASTIVE, COLOURS, PLACE, HAND = 0.5, 3.0, 0.1, 0.5
 COARSE_COLOURS, TOLD = 3.0, 6.0
 UNMIRRORED = (
     "left",
@@ -100,7 +101,7 @@ def vary(images: np.ndarray, captions: Sequence[str], rng: np.random.Generator) 
         one = small[i, :, top : top + height, left : left + width]
         if rng.random() < 0.3 and not any(word in caption for word in UNMIRRORED):
             one = one.flip(-1)
-        gain = torch.from_numpy(rng.uniform(0.9, 1.08) * rng.uniform(0.96, 1.04, (3, 1, 1))).float()
+        gain = torch.from_numpy(rng.uniform(0.97, 1.02) * rng.uniform(0.99, 1.01, (3, 1, 1))).float()
         out[i] = one * gain
     return (255 - out.clamp(0, 255)).round().to(torch.uint8)
 
@@ -110,9 +111,9 @@ class Drawn:
     """A batch of B pictures of one size."""
 
     pixels: Tensor
-    """uint8 (B, 3, H, W), varied."""
+    """uint8 (B, 3, H, W), varied; some batches smaller."""
     plain: Tensor
-    """The same, as they are."""
+    """The same in full size, as they are."""
     captions: list[str]
     hands: Tensor
     """(B,) int64: which set each is of."""
@@ -150,6 +151,9 @@ class Draw:
         plain = torch.from_numpy(pictures.images[chosen]).permute(0, 3, 1, 2).contiguous()
         hands = [self.hands.index(hand_of(pictures.keys[i])) for i in chosen]
         varied = vary(pictures.images[chosen], captions, self.rng)
+        if varied.shape[2] == varied.shape[3] and self.rng.random() < SMALL_SHARE:
+            small = F.interpolate(varied.float(), (SMALL, SMALL), mode="bicubic", antialias=True)
+            varied = small.round().clamp(0, 255).to(torch.uint8)
         return Drawn(varied, plain, captions, torch.tensor(hands), mates(hands))
 
 
@@ -229,7 +233,7 @@ def train(collection: Collection, args: argparse.Namespace) -> TinyVlm:
     """`args.updates` updates; writes the asset every `args.save_every` of them."""
     torch.manual_seed(args.seed)
     draw = Draw(collection.train, np.random.default_rng(args.seed))
-    model = TinyVlm(args.seed)
+    model = load(args.begin, args.seed) if args.begin else TinyVlm(args.seed)
     optimizers = make_optimizers(model, args.lr)
     start, sums, since = time.monotonic(), dict[str, float](), 0
     for update in range(args.updates):
@@ -293,6 +297,9 @@ def main() -> None:
     parser.add_argument(
         "--grid", type=path_option, help="folder of five icon sets: SET/icons.json, openmoji/chars.json"
     )
+    parser.add_argument(
+        "--begin", type=path_option, help="folder of an asset to go on from; default: the seed's weights"
+    )
     parser.add_argument("--updates", type=int, default=1600)
     parser.add_argument("--save-every", type=int, default=800, help="updates between interim assets")
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon")
@@ -300,7 +307,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--report-only", action="store_true", help="measure the asset that is there")
     args = parser.parse_args()
-    args.out = Path(args.out)
+    args.out, args.begin = Path(args.out), args.begin and Path(args.begin)
     torch.set_num_threads(args.threads)
     start = time.monotonic()
     collection, grid = load_pictures(Path(args.grid) if args.grid else None)

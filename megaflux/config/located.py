@@ -16,7 +16,7 @@ def located(config: Config) -> Config:
     sources of weights. Names stay: the hub's, `tiny`, `openmoji`, and addresses of remote data."""
     data: dict[str, Any] = {"path": _absolute(config.data.path)}
     source = config.data.source
-    if source is not None and source != "openmoji" and os.path.exists(source):
+    if source is not None and source not in ("openmoji", ICONIFY) and os.path.exists(source):
         data["source"] = _absolute(source)
     elif icons := _icon_paths(source):
         data["source"] = f"{ICONIFY}:{','.join(map(_absolute, icons))}"
@@ -26,7 +26,7 @@ def located(config: Config) -> Config:
     model: dict[str, Any] = {}
     for field in ("flux", "vlm", "vae", "init"):
         source = getattr(config.model, field)
-        named = source is None or source.startswith(HUB) or (field in ("vlm", "vae") and source == "tiny")
+        named = source is None or source.startswith(HUB) or (field != "flux" and source == "tiny")
         if not named and os.path.isdir(source):
             model[field] = _absolute(source)
     return config.model_copy(

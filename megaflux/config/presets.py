@@ -109,8 +109,8 @@ def dev() -> dict[str, Any]:
 def tiny() -> dict[str, Any]:
     """The same model classes with a few million parameters, trained on OpenMoji's pictures on a laptop's CPU.
 
-    Nothing is downloaded: the weights of the VAE and Qwen2-VL are shipped, all others are built from the run's seed. As there is no
-    pretrained FLUX to start from, a stage `base` first trains all of it. Like the published lists, the stages share a
+    Nothing is downloaded: the weights of the VAE and Qwen2-VL are shipped, all others are built from the run's seed. As this FLUX is
+    no pretrained one (`model.init: tiny` is), a stage `base` first trains all of it. Like the published lists, the stages share a
     block (3) and leave one out (4).
     """
     width = 128

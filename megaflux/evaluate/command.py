@@ -41,6 +41,8 @@ from megaflux.generation.runtime import device_and_dtype
 from megaflux.training import distributed
 
 STATE = "evaluation.json"
+BEGUN = f"{STATE}, {judges.NAME}, checkpoint/ and against/"
+"""What is of an evaluation in its folder, beside reports."""
 EXPORT_STEPS, EXPORT_LOSS_GUIDANCE = 28, 1.0
 LESSON = 2048  # most training pictures that a judge without a grid sees
 Load = Callable[[Request, str, int | None, World], Subject]
@@ -69,15 +71,15 @@ def _run(request: Request, world: World, load_subject: Load) -> int:
     first = load_subject(request, request.checkpoint, request.update, world)
     _begin(request, held_out, first, out, world)
     judge = _judge(request, held_out, first, out, world)
-    subjects = [("checkpoint", first)]
     findings: list[Findings] = []
     sheets: dict[str, torch.Tensor] = {}
-    if request.against is not None:
-        subjects.append(("against", first))  # loaded when it is its turn
-    for label, subject in subjects:
+    subject = first
+    for label, path in (("checkpoint", request.checkpoint), ("against", request.against)):
+        if path is None:
+            continue
         if label == "against":
-            assert request.against is not None
-            subject = load_subject(request, request.against, None, world)
+            subject.free()  # the first one's memory is needed
+            subject = load_subject(request, path, None, world)
             _same_source(out, subject, world)
         task = plan(subject, held_out, settings)
         with _progress(label, share(task, world), world) as done:
@@ -90,7 +92,6 @@ def _run(request: Request, world: World, load_subject: Load) -> int:
             sheets |= {
                 c if label == "checkpoint" else f"Against: {c}": s for c, s in report.sheets(results, task).items()
             }
-        subject.models = None
     if world.is_main:
         facts = {
             "settings": settings.to_json(),
@@ -236,10 +237,8 @@ def _differs(file: Path, key: str, there: dict[str, Any], wanted: dict[str, Any]
     name = key.removeprefix("settings.")
     if name in ("data", "checkpoint", "format"):
         what = {"data": "other data", "checkpoint": "other weights", "format": "another version of megaflux"}[name]
-        return f"{file}: was begun with {what}; give another --out, or delete this folder"
-    return (
-        f"{file}: was begun with {name} {there.get(key)}, not {wanted[key]}; give another --out, or delete this folder"
-    )
+        return f"{file}: was begun with {what}; give another --out, or delete {BEGUN} there"
+    return f"{file}: was begun with {name} {there.get(key)}, not {wanted[key]}; give another --out, or delete {BEGUN} there"
 
 
 def _judge(request: Request, held_out: HeldOut, subject: Subject, out: Path, world: World) -> Judge | None:
@@ -254,7 +253,8 @@ def _judge(request: Request, held_out: HeldOut, subject: Subject, out: Path, wor
         given = Path(request.judge)
         file = given / judges.NAME if given.is_dir() else given
     steps = request.judge_steps or (judge_training.OTHER_STEPS if grid is None else judge_training.GRID_STEPS)
-    if request.judge is None and not file.is_file():
+    # Rank 0 says whether: the others may look later, when it is there.
+    if distributed.from_main(request.judge is None and not file.is_file(), world):
         work = (lambda: _train_judge(request, held_out, subject, file, steps, world)) if world.is_main else None
         distributed.work_while_others_wait(work, world) if world.size > 1 else work and work()
     if not world.is_main:

@@ -24,6 +24,7 @@ from megaflux.evaluate.samples import HeldOut
 from megaflux.evaluate.sheets import GridSheet, grid_sheet
 from megaflux.evaluate.work import Asked
 from megaflux.models.pretrained import Models
+from megaflux.training.engine import release_memory
 
 log = logging.getLogger("megaflux")
 Progress = Callable[[], object]
@@ -44,6 +45,12 @@ class Subject:
     maker: Maker
     loss_guidance: float
     """Guidance value of the losses: the middle of training's."""
+
+    def free(self) -> None:
+        """Give up the networks, for another checkpoint's."""
+        self.models = None
+        del self.maker
+        release_memory()
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,8 @@ def _unseen(grid: Grid, whole_contents: bool) -> dict[str, set[str]]:
 def _zero_shot(
     judge: Judge, grid: Grid
 ) -> Callable[[Tensor, Sequence[str], Sequence[Collection[str]] | None], list[str]]:
+    """Tells contents that training never saw: (features (N, F), styles of the pictures, names to choose among or None: all) -> N names. A
+    picture is compared with the true held-out cells of the styles other than its own."""
     cells = [cell for cell in grid.held_out if cell.content in grid.held_out_contents]
     features, _ = judge.features([picture for cell in cells if (picture := grid.picture(cell)) is not None])
     unseen = sorted(grid.held_out_contents)

@@ -173,6 +173,8 @@ def fingerprint(path: str) -> str:
 def train_rows(path: str, info: DatasetInfo, most: int) -> list[dict[str, Any]]:
     """About `most` stored training samples: the first of each bucket, by its share of all. Reads no more than it returns."""
     total = info.samples("train")
+    if not total:
+        raise UserError(f"{path}: holds no training pictures, which a judge learns from; prepare the data with some")
     shares = ((bucket, -(-most * count // total)) for bucket, count in info.filled("train"))
     return [row for bucket, limit in shares for row in read_split(path, "train", bucket, limit)]
 

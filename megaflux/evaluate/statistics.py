@@ -37,7 +37,7 @@ class Measured:
         values = self.values.astype(np.float64)
         over = np.ones_like(values) if self.over is None else self.over.astype(np.float64)
         if weights is None:
-            return float(values.sum() / over.sum() + self.offset)
+            return float(values.sum() / over.sum() + self.offset) if over.sum() else None  # NaN is no JSON
         return weights @ values / (weights @ over) + self.offset
 
 

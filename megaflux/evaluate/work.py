@@ -18,9 +18,10 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from megaflux.common.errors import UserError, one_line
 from megaflux.common.files import write_json
 from megaflux.data.tensors import from_picture
 from megaflux.evaluate.conditions import EMPTY, Conditions, Given, other_styles
@@ -102,15 +103,16 @@ def make(batch: Sequence[Asked], maker: Maker, root: Path) -> None:
 
 
 def read(one: Asked, root: Path) -> Tensor:
-    """A picture that was made: uint8 (3, H, W). FileNotFoundError where it was not; a file that is none is taken away, and is an
-    UnidentifiedImageError."""
+    """A picture that was made: uint8 (3, H, W). FileNotFoundError where it was not; a damaged file is deleted, and is a UserError."""
     file = one.file(root)
     try:
         with Image.open(file) as image:
             return from_picture(image.convert("RGB")).contiguous()
-    except (UnidentifiedImageError, SyntaxError):
-        file.unlink(missing_ok=True)
+    except FileNotFoundError:
         raise
+    except (OSError, SyntaxError) as error:  # Pillow's: no picture, a truncated one, a broken PNG
+        file.unlink(missing_ok=True)
+        raise UserError(f"{file}: damaged ({one_line(error)}), and deleted; give the same command again") from None
 
 
 def losses_file(root: Path, number: int) -> Path:

@@ -1,4 +1,5 @@
-"""The weights that come with this package, under the name `tiny`: a VAE and a Qwen2-VL. docs/tiny-assets.md has their making."""
+"""The weights that come with this package, under the name `tiny`: a VAE, a Qwen2-VL, and the FLUX, connector and
+last Qwen layer that a tiny run may begin with. docs/tiny-assets.md has their making."""
 
 from __future__ import annotations
 
@@ -8,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 SHIPPED = "tiny"
-"""`model.vae` and `model.vlm` of the shipped weights; a folder of that name is ./tiny."""
+"""`model.vae`, `model.vlm` and `model.init` of the shipped weights; a folder of that name is ./tiny."""
 ASSETS = Path(__file__).parent.parent / "assets" / "tiny"
 VLM = ASSETS / "vlm"
+START = ASSETS / "start"
+"""FLUX, connector and Qwen layers (`model.init`): model.safetensors, by the names of `models.parameters.beginnings`."""
+START_WEIGHTS = START / "model.safetensors"
 _OF_SEEDS = ("initializer_range", "qk_bias_std")  # say how weights are drawn, not what they compute
 
 
@@ -30,6 +34,28 @@ def vlm_problem(vlm_config: dict[str, Any]) -> str | None:
     return None
 
 
+def start_sizes() -> dict[str, Any]:
+    """`model.flux_config` of the shipped FLUX."""
+    return json.loads((START / "sizes.json").read_text())
+
+
+def start_problem(model: Any) -> str | None:
+    """Why a configuration's `model` section cannot begin from the shipped FLUX, one line with the remedy; None: it can."""
+    for field, wanted in (("flux", None), ("vlm", SHIPPED), ("vae", SHIPPED)):
+        if (given := getattr(model, field)) != wanted:
+            return (
+                f"model.init: {SHIPPED} is the start of the shipped Qwen2-VL and VAE, but model.{field} is "
+                f"{'null' if given is None else given}; leave out one of the two"
+            )
+    for path, given, shipped in _pairs(model.flux_config, start_sizes(), "model.flux_config"):
+        if given != shipped:
+            return (
+                f"{path}: {_shown(given)}, but the shipped FLUX (model.init: {SHIPPED}) has {_shown(shipped)}; leave flux_config "
+                "as the preset has it, or give --model.init null for weights drawn from the seed"
+            )
+    return None
+
+
 def _pairs(given: Any, shipped: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
     """(path, value, shipped value) of each field of either; a field that is missing is transformers' default."""
     if not isinstance(given, dict) or not isinstance(shipped, dict):
@@ -41,4 +67,4 @@ def _pairs(given: Any, shipped: Any, path: str) -> Iterator[tuple[str, Any, Any]
 
 
 def _shown(value: Any) -> str:
-    return "transformers' default" if value is None else str(value)
+    return "the library's default" if value is None else str(value)

@@ -218,12 +218,13 @@ class Trunk:
         mode: Mode = "image",
         strengths: Sequence[Sequence[float]] | None = None,
         limits: tuple[int, int] | None = None,
+        at_once: int | None = None,
     ) -> Condition:
         """Run the trunk on each reference in a turn of its own, as generation does.
 
         references: of each of B samples one or more pictures uint8 (3, H, W), of any sizes. captions: B strings, ignored in mode
         image. mode: image or image_text. strengths: like references, factors on the attention of their tokens; None: all are 1.
-        limits: as in `encode`."""
+        limits: as in `encode`. at_once: how many turns are computed together; None: all."""
         most = max(len(each) for each in references)
         # A sample with fewer repeats its first in turns that the condition does not read.
         pictures = [each[place] if place < len(each) else each[0] for each in references for place in range(most)]
@@ -236,15 +237,20 @@ class Trunk:
         for i, picture in enumerate(pictures):
             by_size.setdefault((picture.shape[-2], picture.shape[-1]), []).append(i)
         seen = [(index, torch.stack([pictures[i] for i in index])) for index in by_size.values()]
-        hidden_states, layout = self._run(turns, seen, limits)
+        hidden_states, layout = self._run(turns, seen, limits, at_once)
         one_each = Condition(hidden_states, **layout, cut_captions=sum(turn.cut for turn in turns[::most]))
         return joined(one_each, turns, [len(each) for each in references], strengths)
 
     def _run(
-        self, turns: Sequence[Turn], pictures: Sequence[tuple[Sequence[int], Tensor]], limits: tuple[int, int] | None
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[tuple[Sequence[int], Tensor]],
+        limits: tuple[int, int] | None,
+        at_once: int | None = None,
     ) -> tuple[Tensor, Layout]:
         """(hidden states (turns, S, D), layout) of turns. pictures: (indices of turns, their pictures, uint8 (N, 3, H, W)), one pair
-        for each size."""
+        for each size. at_once: turns that are computed together; None: all."""
+        step = at_once or len(turns)
         input_ids, layout = self.collate(turns)
         # As in Qwen2VLModel.forward, without its waits for the GPU: it searches input_ids for the image tokens, and reads a
         # grid that lies on the GPU some 200 times.
@@ -252,17 +258,22 @@ class Trunk:
         for index, seen in pictures:
             grid = turns[index[0]].grid
             assert grid is not None  # a turn with a picture
-            for i, tokens in zip(index, self._see(seen, grid, limits), strict=True):
+            image_tokens = [tokens for part in seen.split(step) for tokens in self._see(part, grid, limits)]
+            for i, tokens in zip(index, image_tokens, strict=True):
                 start = turns[i].image_start
                 embeds[i, start : start + len(tokens)] = tokens
-        hidden_states = self.vlm.language_model(
-            inputs_embeds=embeds,
-            position_ids=layout["position_ids"],
-            attention_mask=causal_mask(layout["attention_mask"], embeds.dtype),
-            use_cache=False,
-            return_dict=True,
-        ).last_hidden_state
-        return hidden_states, layout
+        mask = layout["attention_mask"]
+        parts = [
+            self.vlm.language_model(
+                inputs_embeds=embeds[start : start + step],
+                position_ids=layout["position_ids"][:, start : start + step],
+                attention_mask=causal_mask(None if mask is None else mask[start : start + step], embeds.dtype),
+                use_cache=False,
+                return_dict=True,
+            ).last_hidden_state
+            for start in range(0, len(turns), step)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts), layout
 
     def _see(self, pixel_values: Tensor, grid: tuple[int, int], limits: tuple[int, int] | None) -> Tensor:
         """Image tokens (B, rows x columns, D) of pictures uint8 (B, 3, H, W)."""

@@ -89,7 +89,7 @@ def load_references(config: Config, models: Models) -> References:
     else:
         pictures = [[one.pixel_values.to(device) for one in each] for each in given]
         strengths = [[one.strength for one in each] for each in given]
-        whole = models.trunk.encode_references(pictures, captions, mode, strengths).to(_CPU)
+        whole = models.trunk.encode_references(pictures, captions, mode, strengths, at_once=micro).to(_CPU)
     return References([row["key"] for row in rows], pixel_values, latents, whole, bucket, captions, mode, given)
 
 

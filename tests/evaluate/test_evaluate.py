@@ -248,6 +248,16 @@ def test_a_run_for_real(tmp_path, run_folder, monkeypatch):
     made = work.read(asked, out / "checkpoint")
     assert (made.float() - (wanted.float() * 255).round()).abs().max() <= 1
 
+    # a picture that is damaged is made anew by the same command
+    file = asked.file(out / "checkpoint")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    (out / "report.json").unlink()
+    with pytest.raises(UserError, match=r"\.png: damaged .*, and deleted; give the same command again"):
+        command.run(parse(arguments))
+    assert command.run(parse(arguments)) == 0 and file.read_bytes() == whole
+    assert json.loads((out / "report.json").read_text())["checkpoint"] == report["checkpoint"]
+
     # a model that does not read its condition loses nothing by another
     from megaflux.evaluate import conditions
 

@@ -82,8 +82,13 @@ def test_a_set_is_fetched_whole_or_not_at_all_and_once(grid, tmp_path, monkeypat
     assert not (tmp_path / "others" / "openmoji").exists()
 
 
-def test_a_grid_of_more_contents_than_are_to_be_learned_is_refused(grid, tmp_path):
-    (tmp_path / "dataset.json").write_text(json.dumps({"settings": {"source": {"names": 1034}}}))
-    grid.check_contents(tmp_path, 1034)
-    with pytest.raises(UserError, match=r"holds 1034 contents, not 200; .* --most-contents 1034"):
-        grid.check_contents(tmp_path, 200)
+def test_a_grid_of_other_contents_than_are_to_be_learned_is_refused(grid, tmp_path):
+    part, whole = tmp_path / "part", tmp_path / "whole"
+    for folder, names in ((part, 200), (whole, 1034)):
+        folder.mkdir()
+        (folder / "dataset.json").write_text(json.dumps({"settings": {"source": {"names": names}}}))
+    grid.check_contents(part, whole, 200)
+    grid.check_contents(whole, whole, 2000)  # all there are
+    for most in (199, 400):
+        with pytest.raises(UserError, match=rf"holds 200 contents, not {most}; .* --most-contents 200"):
+            grid.check_contents(part, whole, most)

@@ -16,13 +16,16 @@ from safetensors.torch import load_file, save_file
 from megaflux import runs
 from megaflux.common.errors import UserError
 from megaflux.common.ranks import World
+from megaflux.config.located import located
 from megaflux.config.parse import build_config, merge
 from megaflux.config.presets import tiny
 from megaflux.export import export
 from megaflux.generation.layout import Settings
 from megaflux.generation.pipeline import Qwen2VLFluxPipeline
-from megaflux.models.parameters import weights_fingerprint
+from megaflux.models import shipped
+from megaflux.models.parameters import beginnings, weights_fingerprint
 from megaflux.models.pretrained import Models, load_models, load_vae
+from megaflux.models.sources import model_problems
 from megaflux.models.writing import write_tensors
 from megaflux.training import cache
 from megaflux.training.checkpoint import __main__ as checkpoints
@@ -492,3 +495,40 @@ def test_a_run_that_began_without_one_is_given_none(run_folder, tmp_path):
     path = manifest.listed(run)[8]
     with pytest.raises(UserError, match="model.init: x, but .* began without one"):  # nor where config.yaml is lost
         init_weights.prepare(given, Checkpoint(path, manifest.read(path)), load_models, ALONE)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_shipped_start_is_laid_over_whatever_the_seed(tmp_path, seed):
+    values = merge(tiny(), {"run": {"dir": str(tmp_path / "run"), "seed": seed}, "model": {"init": "tiny"}})
+    config = build_config(values)
+    assert init_folder.problem(config) is None is init_folder.kept(config.run.dir, "tiny")
+    models = begun(config)
+    found = beginnings(models.trainable, models.trunk.vlm)
+    shipped_weights = load_file(shipped.START_WEIGHTS)
+    trained = {name for name, _ in models.trainable.named_parameters() if not name.startswith("vlm.")}
+    assert trained < set(shipped_weights) and {name for name in shipped_weights if name not in trained} == {
+        name for name in found if name.startswith("vlm.layers.2.")
+    }
+    for name, tensor in shipped_weights.items():
+        assert torch.equal(found[name].float(), tensor.float()), name
+    content = init_folder.read(config.run.dir)
+    assert (content["source"]["kind"], content["source"]["path"]) == ("shipped", "tiny")
+    assert located(config).model.init == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"vlm": None}, "model.init: tiny is .*, but model.vlm is null; leave out one of the two"),
+        ({"vae": None}, "model.init: tiny is .*, but model.vae is null; leave out"),
+        (
+            {"flux_config": {"num_layers": 3}},
+            r"model.flux_config.num_layers: 3, but the shipped FLUX .* has 2; .*--model.init null",
+        ),
+    ],
+)
+def test_the_shipped_start_of_other_models_is_refused_in_a_line(model, words):
+    config = build_config(merge(tiny(), {"model": {"init": "tiny"} | model}))
+    (said,) = model_problems(config.model)
+    assert re.match(words, said)
+    assert not list(model_problems(build_config(merge(tiny(), {"model": {"init": "tiny"}})).model))

@@ -201,6 +201,8 @@ def test_samples_with_other_numbers_of_references_do_not_see_each_other(models):
         alone = models.trunk.encode_references([references[i]], [captions[i]], "image_text", [strengths[i]])
         torch.testing.assert_close(whole[i : i + 1], velocity(models, alone, 1), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(whole[i : i + 1], velocity(models, together.rows([i]), 1), rtol=1e-3, atol=1e-4)
+    few = models.trunk.encode_references(references, captions, "image_text", strengths, at_once=2)
+    torch.testing.assert_close(velocity(models, few, 3), whole, rtol=1e-3, atol=1e-4)
     other = models.trunk.encode_references([[picture(1), picture(9, 96, 64)]], ["a"], "image_text", [[1.0, 0.5]])
     assert (velocity(models, other, 1) - whole[:1]).abs().max() > 1e-3  # the second reference is read
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from megaflux.common.errors import UserError
 from megaflux.config.schema import Config
 from megaflux.generation import layout
+from megaflux.models.shipped import SHIPPED, START_WEIGHTS
 from megaflux.training.checkpoint import manifest, saved
 from megaflux.training.checkpoint.saved import Begun
 
@@ -120,7 +121,7 @@ def _is_copy(root: Path) -> bool:
 def kept(run_dir: str | Path, source: str) -> dict[str, Any] | None:
     """The manifest of RUN/init where an earlier start made it from `source`, which is gone by now; None: it did not, or the
     source is there, or the copy is not whole."""
-    if os.path.lexists(source):
+    if source == SHIPPED or os.path.lexists(source):
         return None
     try:
         content = read(run_dir)
@@ -176,11 +177,11 @@ def describe(config: Config, given: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Source:
-    """What a new run begins from: an export, or a run's newest whole checkpoint."""
+    """What a new run begins from: an export, a run's newest whole checkpoint, or the shipped weights."""
 
-    kind: Literal["export", "run"]
+    kind: Literal["export", "run", "shipped"]
     path: Path
-    """As given."""
+    """As given; of the shipped weights their file."""
     content: dict[str, Any]
     """The checkpoint's manifest; {} for an export."""
     checkpoint: Path | None = None
@@ -191,6 +192,9 @@ class Source:
     @property
     def identity(self) -> dict[str, Any]:
         """As plain data that RUN/init/manifest.json stores: where the beginning comes from, and which weights it is."""
+        if self.kind == "shipped":
+            digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+            return {"kind": self.kind, "path": SHIPPED, "update": None, "sha256": digest}
         found: dict[str, Any] = {"kind": self.kind, "path": str(self.path.absolute())}
         if self.checkpoint is None:
             digest = hashlib.sha256((self.path / layout.MANIFEST).read_bytes()).hexdigest()
@@ -203,6 +207,8 @@ def find(path: str | Path, whole: bool = True) -> Source:
     """The source at a path. whole: compare a run's files with their SHA-256, not with their sizes alone.
 
     UserError, one line that begins with the path, where it is missing, neither an export nor a run, or not complete."""
+    if str(path) == SHIPPED:
+        return Source("shipped", START_WEIGHTS, {})
     root = Path(path)
     if not os.path.isdir(root):
         what = "is not a folder" if os.path.exists(root) else "no such folder"

@@ -90,6 +90,10 @@ def stored(source: Source, trainable: Qwen2VLFlux, trunk: Qwen2VLModel) -> Value
     """Where a source's tensors are, for a run of these models, of which only names and shapes are read: they may be on the meta
     device. UserError naming the file and the key of what does not fit."""
     wanted = beginnings(trainable, trunk)
+    if source.kind == "shipped":
+        values = Values()
+        values.add([source.path], lambda key: key, wanted)
+        return values
     if source.kind == "run":
         return _of_runs_files(source, wanted, len(decoder_layers(trainable, trunk)))
     return _of_exports_files(source.path, wanted)

@@ -28,7 +28,7 @@ from megaflux.models.pretrained import Models, move_to
 from megaflux.models.writing import Entry, size_of, write_tensors
 from megaflux.training.checkpoint import init_folder, manifest, weights
 from megaflux.training.checkpoint.init_folder import Source
-from megaflux.training.checkpoint.init_sources import Values, of_export, of_run
+from megaflux.training.checkpoint.init_sources import Values, of_export, of_run, stored
 from megaflux.training.checkpoint.space import NoRoom
 from megaflux.training.checkpoint.state import Checkpoint
 from megaflux.training.distributed import from_main, work_while_others_wait
@@ -144,12 +144,15 @@ def widen(models: Models, run_dir: str | Path, device: torch.device | str) -> No
 def make(config: Config, source: Source, load: LoadModels) -> None:
     """Write RUN/init: what of the source differs from the run's base weights. UserError as for `prepare`."""
     base = load(config, torch.device("cpu"), None)  # published weights stay mapped from their files
-    values = of_export(source, base) if source.kind == "export" else of_run(source, base, config)
+    if source.kind == "shipped":
+        values = stored(source, base.trainable, base.trunk.vlm)
+    else:
+        values = of_export(source, base) if source.kind == "export" else of_run(source, base, config)
     wanted = beginnings(base.trainable, base.trunk.vlm)
     entries = [(n, t.dtype, tuple(t.shape)) for n, t in values.each() if not _same(t, wanted[n])]
     run_dir, partial_folder = Path(config.run.dir), init_folder.partial_of(config.run.dir)
     _check_room(run_dir, entries)
-    log.info("copying what %s changes into %s", source.path, init_folder.folder(run_dir))
+    log.info("copying what %s changes into %s", config.model.init, init_folder.folder(run_dir))
     try:
         partial_folder.mkdir()
         files = _write(partial_folder, entries, values)

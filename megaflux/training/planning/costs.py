@@ -281,7 +281,8 @@ def train_flops_per_image(
     it is cheap to call for every micro-batch."""
     stage = config.stages[stage] if isinstance(stage, int) else stage
     known = _counted.setdefault(module, {})
-    key = (stage.trained, bucket.size, config.data.cache, config.trunk_share, config.model.vlm_max_tokens)
+    turns = config.data.references.mean_turns
+    key = (stage.trained, bucket.size, config.data.cache, config.trunk_share, config.model.vlm_max_tokens, turns)
     if key not in known:
         if trunk is None and config.trunk_share:
             if module not in _trunks:  # half a second for `dev`: not again for each stage and bucket

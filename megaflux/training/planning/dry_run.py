@@ -73,7 +73,7 @@ def _says(problem: str, error: str) -> bool:
 def _check_init(config: Config) -> None:
     """UserError where the weights that a new run is to begin with have other names or shapes than its models."""
     run_dir, source = config.run.dir, config.model.init
-    if source is None or not os.path.isdir(source) or saved.has_begun(run_dir):
+    if source is None or saved.has_begun(run_dir) or not (source == SHIPPED or os.path.isdir(source)):
         return
     from megaflux.models.pretrained import meta_models  # here, because it imports transformers
     from megaflux.training.checkpoint import init_sources
