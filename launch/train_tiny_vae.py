@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for launch/, which is not installed
+
 import megaflux
+from launch import tiny_vlm_pictures
 from megaflux.common import compat  # noqa: F401  (before diffusers)
 from megaflux.common.paths import path_option
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
@@ -61,6 +65,13 @@ Images = dict[str, np.ndarray]  # bucket name -> (N, H, W, 3) uint8
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
+
+
+def load_all(folder: Path) -> tuple[Images, Images]:
+    """Likewise with the cells of a grid of icon sets: see launch/tiny_vlm_pictures.py for what is held out."""
+    collection, _ = tiny_vlm_pictures.load_pictures(folder)
+    train = {bucket: pictures.images for bucket, pictures in collection.train.items()}
+    return train, {"1:1": collection.held_out["demo"].images, "cells": collection.held_out["cells"].images}
 
 
 def load_pictures() -> tuple[Images, Images]:
@@ -154,14 +165,14 @@ class Muon(torch.optim.Optimizer):
                 parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
 
 
-def make_optimizers(vae: AutoencoderKL) -> list[torch.optim.Optimizer]:
+def make_optimizers(vae: AutoencoderKL, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the inner convolutions; AdamW for the outer ones, whose channels are pixels or latents, for
     biases and for norms."""
     outer = ("encoder.conv_in.", "encoder.conv_out.", "decoder.conv_in.", "decoder.conv_out.")
     inner = [p for name, p in vae.named_parameters() if p.ndim == 4 and not name.startswith(outer)]
     taken = {id(p) for p in inner}
     rest = [p for p in vae.parameters() if id(p) not in taken]
-    optimizers = [Muon(inner, lr=0.02), torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)]
+    optimizers = [Muon(inner, lr=lr), torch.optim.AdamW(rest, lr=lr / 10, betas=(0.9, 0.99), weight_decay=0.0)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -173,7 +184,9 @@ def train(train_set: Images, args: argparse.Namespace) -> AutoencoderKL:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     vae = AutoencoderKL(**VAE_CONFIG)
-    optimizers = make_optimizers(vae)
+    if args.begin:
+        vae.load_state_dict(AutoencoderKL.from_pretrained(args.begin, torch_dtype=torch.float32).state_dict())
+    optimizers = make_optimizers(vae, args.lr)
     start = time.monotonic()
     for update in range(args.updates):
         fraction = update / args.updates
@@ -289,7 +302,14 @@ def report(out: Path, train_set: Images, held_set: Images) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=path_option, default=str(OUT), help="folder of the asset")
+    parser.add_argument(
+        "--grid", type=path_option, help="folder of five icon sets: SET/icons.json, openmoji/chars.json"
+    )
+    parser.add_argument(
+        "--begin", type=path_option, help="folder of an asset to go on from; default: the seed's weights"
+    )
     parser.add_argument("--updates", type=int, default=2400)
+    parser.add_argument("--lr", type=float, default=0.02, help="of Muon; AdamW's is a tenth of it")
     parser.add_argument("--save-every", type=int, default=600, help="updates between interim assets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="of torch; on a busy machine 1 is faster than 2")
@@ -297,7 +317,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out = Path(args.out)
     torch.set_num_threads(args.threads)
-    train_set, held_set = load_pictures()
+    train_set, held_set = load_all(Path(args.grid)) if args.grid else load_pictures()
     start = time.monotonic()
     if not args.report_only:
         save(train(train_set, args), train_set, args.out)
