@@ -1,8 +1,8 @@
 """Trains the FLUX that `model.init: tiny` begins from: python launch/train_tiny_flux.py --grid DIR
 
 What FLUX.1-dev is to the published recipe: a picture model that can draw what words name, before it is taught to follow a picture.
-The preset's FLUX, connector and last Qwen layer, begun from the seed, learn as rectified flow, on the shipped
-Qwen2-VL and VAE: names -> pictures and, with --grid, in half of the updates, a name and two other pictures by one hand -> the picture
+The preset's FLUX, connector and last Qwen layer, begun from the seed, learn as rectified flow, on the shipped Qwen2-VL and
+VAE: names -> pictures and, with --grid, in half of the updates, a name and two other pictures by one hand -> the picture
 by that hand. In a tenth of the batches the caption is empty. That a picture alone says what to draw is left for the run to teach.
 
 Pictures: OpenMoji as the demo has them and the shared names of five icon sets, squares only, mirrored where the caption stays true; the
@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for launch/, which is not installed
 
+from launch.tiny_assets import replaced
 from launch.tiny_vlm_pictures import Collection, Pictures, hand_of, load_pictures, write_seen
 from launch.train_tiny_vlm import UNMIRRORED
 from megaflux import flow
@@ -270,14 +269,10 @@ def started(models: Models) -> dict[str, nn.Parameter]:
 
 def save(models: Models, out: Path) -> None:
     """bf16 weights and the `flux_config` they belong to."""
-    out.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().bfloat16().contiguous() for name, p in started(models).items()}
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        (Path(folder) / "sizes.json").write_text(json.dumps(tiny()["model"]["flux_config"], indent=2) + "\n")
-        save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        for name in ("model.safetensors", "sizes.json"):
-            os.chmod(Path(folder) / name, 0o644)
-            os.replace(Path(folder) / name, out / name)  # readers see the old file or the new one
+    with replaced(out) as folder:
+        (folder / "sizes.json").write_text(json.dumps(tiny()["model"]["flux_config"], indent=2) + "\n")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def main() -> None:

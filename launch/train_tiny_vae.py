@@ -11,9 +11,7 @@ OpenMoji (openmoji.org) is CC BY-SA 4.0: see docs/tiny-assets.md for what that m
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for launch/, 
 
 import megaflux
 from launch import tiny_vlm_pictures
+from launch.tiny_assets import replaced
 from megaflux.common import compat  # noqa: F401  (before diffusers)
 from megaflux.common.paths import path_option
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
@@ -68,7 +67,7 @@ Images = dict[str, np.ndarray]  # bucket name -> (N, H, W, 3) uint8
 
 
 def load_all(folder: Path) -> tuple[Images, Images]:
-    """Likewise with the cells of a grid of icon sets: see launch/tiny_vlm_pictures.py for what is held out."""
+    """The demo's pictures and the cells of a grid of icon sets, (training, held out): see launch/tiny_vlm_pictures.py."""
     collection, _ = tiny_vlm_pictures.load_pictures(folder)
     train = {bucket: pictures.images for bucket, pictures in collection.train.items()}
     return train, {"1:1": collection.held_out["demo"].images, "cells": collection.held_out["cells"].images}
@@ -224,12 +223,8 @@ def save(vae: AutoencoderKL, train_set: Images, out: Path) -> None:
     values = torch.cat([encode(rounded, images[::8]).flatten() for images in train_set.values()]).double()
     shift, scale = values.mean().item(), 1 / values.std().item()
     rounded.register_to_config(shift_factor=round(shift, 5), scaling_factor=round(scale, 5))
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+    with replaced(out) as folder:
         rounded.half().save_pretrained(folder)
-        for name in ("diffusion_pytorch_model.safetensors", "config.json"):
-            os.chmod(Path(folder) / name, 0o644)
-            os.replace(Path(folder) / name, out / name)  # readers see the old file or the new one
 
 
 # --- report -------------------------------------------------------------------------------------------------

@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +35,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for launch/, which is not installed
 
+from launch.tiny_assets import replaced
 from launch.tiny_vlm_figures import report, told
 from launch.tiny_vlm_model import (
     COARSE,
@@ -273,20 +272,16 @@ def show_told(model: TinyVlm, collection: Collection) -> None:
 
 def save(model: TinyVlm, out: Path) -> None:
     """bf16 weights, the `vlm_config` they belong to, and the projections of the contrastive loss."""
-    out.mkdir(parents=True, exist_ok=True)
     weights = {name: value.bfloat16().contiguous() for name, value in model.vlm.state_dict().items()}
     heads = {
         f"{depth}.weight": head.projection.weight.detach().bfloat16().contiguous()
         for depth, head in zip(DEPTHS, model.heads)
     }
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+    with replaced(out) as folder:
         sizes = {name: value for name, value in tiny()["model"]["vlm_config"].items() if name != "qk_bias_std"}
-        (Path(folder) / "sizes.json").write_text(json.dumps(sizes, indent=2) + "\n")
-        save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        save_file(heads, Path(folder) / "retrieval.safetensors", metadata={"format": "pt"})
-        for name in ("model.safetensors", "retrieval.safetensors", "sizes.json"):
-            os.chmod(Path(folder) / name, 0o644)
-            os.replace(Path(folder) / name, out / name)  # readers see the old file or the new one
+        (folder / "sizes.json").write_text(json.dumps(sizes, indent=2) + "\n")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(heads, folder / "retrieval.safetensors", metadata={"format": "pt"})
 
 
 def main() -> None:

@@ -67,8 +67,9 @@ class Model(Named):
     """Arguments of transformers' CLIPTextConfig, used likewise."""
     init: HomePathOrNone = None
     """What training begins from: an export, a converted release, a run (its newest whole checkpoint) or `tiny` (shipped: the
-    tiny preset's, which learned from words, and words beside pictures by the same hand), whose transformer, connector and Qwen layers replace those of the sources above;
-    copied into the run's folder when it begins. None: the sources as they are, with a connector drawn from the seed."""
+    tiny preset's, which learned from words, and words beside pictures by the same hand), whose transformer, connector and
+    Qwen layers replace those of the sources above; copied into the run's folder when it begins. None: the sources as they
+    are, with a connector drawn from the seed."""
     vlm_layers: CountOrZero | None = None
     """How many of Qwen2-VL's last layers are apart from the frozen trunk, so that stages may train them; fixed when a run
     begins. None: the most that any stage trains."""

@@ -6,8 +6,8 @@ bfloat16, 4 in float32). DeepSpeed 0.19.8, read in runtime/zero/stage_1_and_2.py
 
 - weights: w N for FLUX, all of Qwen2-VL (no lm_head), connector and VAE on every GPU. If data.cache has trunk, of Qwen2-VL
   only the layers apart from it (`Config.vlm_layers`), unless conditions have words; if it has latents, no VAE
-  (training/frozen.py). Parameters that train are moved into ZeRO's buffer, not copied. ZeRO-3 shards the modules in the engine (FLUX, connector, Qwen's last layers)
-  over R, and gathers at most stage3_max_live_parameters at a time.
+  (training/frozen.py). Parameters that train are moved into ZeRO's buffer, not copied. ZeRO-3 shards the modules in the
+  engine (FLUX, connector, Qwen's last layers) over R, and gathers at most stage3_max_live_parameters at a time.
 - optimizer: 16 P / R: float32 master, Adam's two moments, and the float32 sum of the gradients of the rank's own part, from
   an update's first reduction to its step; in float32 the sum takes 8 P / R. The step works in place. optim.ema_decay adds
   4 P / R for the weights' average. With offload_optimizer masters, moments and average are on the host, as are a second
