@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for launch/, 
 
 from launch import train
 from megaflux.common.errors import exit_on_user_error
+from megaflux.common.paths import SHIPPED
 from megaflux.config.schema import Config
-from megaflux.models.shipped import SHIPPED
 from megaflux.training.planning.checks import find_problems
 
 

@@ -1,9 +1,9 @@
 """Trains the FLUX that `model.init: tiny` begins from: python launch/train_tiny_flux.py --grid DIR
 
-What FLUX.1-dev is to the published recipe: a picture model that can draw what words name, before it is taught to follow a picture.
-The preset's FLUX, connector and last Qwen layer, begun from the seed, learn as rectified flow, on the shipped Qwen2-VL and
-VAE: names -> pictures and, with --grid, in half of the updates, a name and two other pictures by one hand -> the picture
-by that hand. In a tenth of the batches the caption is empty. That a picture alone says what to draw is left for the run to teach.
+What FLUX.1-dev is to the published recipe: a picture model that can draw before a run begins. The preset's FLUX, connector and
+last Qwen layer, begun from the seed, learn as rectified flow, on the shipped Qwen2-VL and the VAE `tiny-icons`, a batch at a time: a
+picture -> itself, its name -> the picture and, with --grid, a name and two other pictures by one hand -> the picture by that hand.
+In a tenth of the batches the condition is empty.
 
 Pictures: OpenMoji as the demo has them and the shared names of five icon sets, squares only, mirrored where the caption stays true; the
 same ones as launch/train_tiny_vlm.py, so that nothing that the demo or the grid holds out is seen. See docs/tiny-assets.md.
@@ -33,9 +33,10 @@ from launch.train_tiny_vlm import UNMIRRORED
 from megaflux import flow
 from megaflux.common.command import Parser
 from megaflux.common.errors import exit_on_user_error
-from megaflux.common.paths import path_option
+from megaflux.common.paths import SHIPPED_ICONS, path_option
 from megaflux.config.parse import build_config
 from megaflux.config.presets import tiny
+from megaflux.config.schema import Config
 from megaflux.models import latents as latent_ops
 from megaflux.models import shipped
 from megaflux.models.parameters import beginnings
@@ -44,7 +45,7 @@ from megaflux.models.vlm import Condition
 
 BATCH = 32
 MOST_TOKENS = 12  # of a caption; the few longer ones are left out, so that batches have few shapes
-EMPTY_SHARE, PAIRS_SHARE = 0.1, 0.5  # of the batches
+PAIRS_SHARE, PICTURES_SHARE, EMPTY_SHARE = 0.4, 0.25, 0.1  # of the batches; the others are words
 REFERENCES, DRAWS = 2, 2  # pictures by the same hand beside a name, and how often they are drawn for a cell
 REFERENCE_TOKENS = 9  # of each
 ENCODED = 64  # samples at once
@@ -59,6 +60,8 @@ class Lesson:
     rows: list[int]
     """Of each, its row of `conditions`."""
     conditions: Condition
+    mirrored_rows: list[int] | None = None
+    """The same of the mirrored pictures; None: `rows`, since neither words nor hands change by it."""
 
 
 @dataclass
@@ -70,6 +73,7 @@ class Examples:
     mirrored: Tensor
     """The same of the mirrored pictures; as they are where the caption would not stay true."""
     words: Lesson
+    pictures: Lesson
     pairs: Lesson | None
     empty: Condition
     """Of a whole batch, padded as `words`."""
@@ -117,18 +121,22 @@ def encode(models: Models, pictures: Pictures, seed: int, training: Pictures | N
     captions, keys = [pictures.captions[i] for i in chosen], [pictures.keys[i] for i in chosen]
     pixels = torch.from_numpy(pictures.images[chosen]).permute(0, 3, 1, 2).contiguous()
     turned = [i for i, text in enumerate(captions) if not any(word in text for word in UNMIRRORED)]
+    mirrored_pixels = pixels.clone()
+    mirrored_pixels[turned] = pixels[turned].flip(-1)
     with torch.autocast("cpu", torch.bfloat16):
-        plain = latent_ops.encode(models.vae, pixels).float()
-        mirrored = plain.clone()
-        mirrored[turned] = latent_ops.encode(models.vae, pixels[turned].flip(-1)).float()
+        plain, mirrored = (latent_ops.encode(models.vae, each).float() for each in (pixels, mirrored_pixels))
     texts = sorted(set(captions))
     conditions = [trunk.encode(None, [texts[i] for i in some], "text") for some in chunks(len(texts))]
     words = Lesson(list(range(len(keys))), [texts.index(text) for text in captions], alike(conditions))
+    count = len(keys)
+    seen = [trunk.encode(each[list(some)]) for each in (pixels, mirrored_pixels) for some in chunks(count)]
+    shown = Lesson(list(range(count)), list(range(count)), alike(seen), list(range(count, 2 * count)))
     empty = alike([words.conditions.rows([0]), trunk.empty(1)]).rows([1] * BATCH)
     return Examples(
         latent_ops.pack(plain),
         latent_ops.pack(mirrored),
         words,
+        shown,
         pairs_of(models, captions, keys, pictures if training is None else training, seed),
         empty,
         keys,
@@ -193,12 +201,14 @@ def train(models: Models, examples: Examples, args: argparse.Namespace) -> None:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * min(1.0, (update + 1) / 50, left / 0.6)
         u = torch.rand((), generator=draw).item()
-        lesson = examples.pairs if examples.pairs and u < PAIRS_SHARE else examples.words
+        lesson = drawn_lesson(examples, u)
         chosen = torch.randint(len(lesson.targets), (BATCH,), generator=draw).tolist()
         targets = torch.tensor([lesson.targets[i] for i in chosen])
-        mirror = torch.rand(BATCH, 1, 1, generator=draw) < 0.5
-        x = torch.where(mirror, examples.mirrored[targets], examples.latents[targets])
-        condition = examples.empty if u > 1 - EMPTY_SHARE else lesson.conditions.rows([lesson.rows[i] for i in chosen])
+        mirror = torch.rand(BATCH, generator=draw) < 0.5
+        x = torch.where(mirror[:, None, None], examples.mirrored[targets], examples.latents[targets])
+        sides = lesson.rows, lesson.mirrored_rows or lesson.rows
+        rows = [sides[turned][i] for i, turned in zip(chosen, mirror.tolist(), strict=True)]
+        condition = examples.empty if u > 1 - EMPTY_SHARE else lesson.conditions.rows(rows)
         t = flow.shift_time(torch.rand(BATCH, generator=draw), shift)
         noise = torch.randn(x.shape, generator=draw)
         # Any vector in CLIP's place and any guidance, so that neither CLIP's seed nor the run's guidance value matters.
@@ -222,13 +232,21 @@ def train(models: Models, examples: Examples, args: argparse.Namespace) -> None:
             save(models, args.out)
 
 
+def drawn_lesson(examples: Examples, u: float) -> Lesson:
+    """The lesson of an update by a number of [0, 1); above 1 - EMPTY_SHARE the condition is left empty."""
+    if u < PICTURES_SHARE:
+        return examples.pictures
+    return examples.pairs if examples.pairs and u < PICTURES_SHARE + PAIRS_SHARE else examples.words
+
+
 @torch.no_grad()
 def report(models: Models, collection: Collection, seed: int) -> None:
     """Print the losses of held-out pictures beside their own conditions and beside those of others, and how much higher these are."""
     training = collection.train["1:1"]
     for name, pictures in collection.held_out.items():
         examples = encode(models, pictures, seed, training)
-        for kind, lesson in (("words", examples.words), ("words and references", examples.pairs)):
+        lessons = {"pictures": examples.pictures, "words": examples.words, "words and references": examples.pairs}
+        for kind, lesson in lessons.items():
             if lesson is not None:
                 own, other = (mean_loss(models, examples, lesson, seed, away) for away in (0, len(lesson.targets) // 2))
                 print(
@@ -267,6 +285,20 @@ def started(models: Models) -> dict[str, nn.Parameter]:
     return {name: p for name, p in beginnings(models.trainable, models.trunk.vlm).items() if id(p) in trained}
 
 
+def configuration() -> Config:
+    """Of the models that the asset is trained with, and that `model.init: tiny` asks for."""
+    values = tiny()
+    values["model"]["vae"] = SHIPPED_ICONS
+    return build_config(values)
+
+
+def read(models: Models, folder: Path) -> None:
+    """Lay an asset over the models."""
+    parameters = started(models)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        parameters[name].data.copy_(tensor)
+
+
 def save(models: Models, out: Path) -> None:
     """bf16 weights and the `flux_config` they belong to."""
     weights = {name: p.detach().bfloat16().contiguous() for name, p in started(models).items()}
@@ -283,7 +315,10 @@ def main() -> None:
     parser.add_argument(
         "--grid", type=path_option, help="folder of five icon sets: SET/icons.json, openmoji/chars.json"
     )
-    parser.add_argument("--updates", type=int, default=6_500)
+    parser.add_argument(
+        "--begin", type=path_option, help="folder of an asset to go on from; default: the seed's weights"
+    )
+    parser.add_argument("--updates", type=int, default=10_000)
     parser.add_argument("--save-every", type=int, default=1000, help="updates between interim assets")
     parser.add_argument("--lr", type=float, default=3e-3, help="of AdamW")
     parser.add_argument("--muon-lr", type=float, default=0.02)
@@ -298,12 +333,12 @@ def main() -> None:
     torch.backends.cuda.enable_flash_sdp(False)  # its backward pass on CPUs is slow in bf16
     began = time.monotonic()
     collection, grid = load_pictures(Path(args.grid) if args.grid else None)
-    models = load_models(build_config(tiny()))
+    models = load_models(configuration())
     if args.report_only:
-        parameters = started(models)
-        for name, tensor in load_file(args.out / "model.safetensors").items():
-            parameters[name].data.copy_(tensor)
+        read(models, args.out)
         return report(models, collection, args.seed)
+    if args.begin:
+        read(models, Path(args.begin))
     examples = encode(models, collection.train["1:1"], args.seed)
     print(f"{len(examples.keys)} pictures, encoded in {time.monotonic() - began:.0f} s", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)

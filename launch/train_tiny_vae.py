@@ -1,8 +1,8 @@
-"""Trains the shipped VAE of the preset `tiny`: python launch/train_tiny_vae.py
+"""Trains the shipped VAEs, `tiny` and, with --grid, `tiny-icons`: python launch/train_tiny_vae.py
 
 An AutoencoderKL in FLUX's form (no quant convolutions, shift and scaling factor), 8 times smaller per side, 8 latent
-channels, on OpenMoji at 128 px without the held-out emoji. Writes config.json and float16 weights (under 2 MB), then loads
-them back and prints the held-out PSNR, the distribution of the latents, and the time to encode. The seed is fixed, but the
+channels, on OpenMoji at 128 px without the held-out emoji, and with --grid on five icon sets without the held-out cells. Writes
+config.json and float16 weights (under 2 MB), then loads them back and prints the held-out PSNR, the distribution of the latents, and the time to encode. The seed is fixed, but the
 last bits depend on the number of threads.
 
 OpenMoji (openmoji.org) is CC BY-SA 4.0: see docs/tiny-assets.md for what that means for the weights.
@@ -66,9 +66,8 @@ Images = dict[str, np.ndarray]  # bucket name -> (N, H, W, 3) uint8
 # --- pictures -----------------------------------------------------------------------------------------------
 
 
-def load_all(folder: Path) -> tuple[Images, Images]:
+def split(collection: tiny_vlm_pictures.Collection) -> tuple[Images, Images]:
     """The demo's pictures and the cells of a grid of icon sets, (training, held out): see launch/tiny_vlm_pictures.py."""
-    collection, _ = tiny_vlm_pictures.load_pictures(folder)
     train = {bucket: pictures.images for bucket, pictures in collection.train.items()}
     return train, {"1:1": collection.held_out["demo"].images, "cells": collection.held_out["cells"].images}
 
@@ -312,10 +311,17 @@ def main() -> None:
     args = parser.parse_args()
     args.out = Path(args.out)
     torch.set_num_threads(args.threads)
-    train_set, held_set = load_all(Path(args.grid)) if args.grid else load_pictures()
+    if args.grid:
+        collection, grid = tiny_vlm_pictures.load_pictures(Path(args.grid))
+        train_set, held_set = split(collection)
+    else:
+        train_set, held_set = load_pictures()
     start = time.monotonic()
     if not args.report_only:
         save(train(train_set, args), train_set, args.out)
+        if args.grid:
+            keys = [key for pictures in collection.train.values() for key in pictures.keys]
+            tiny_vlm_pictures.write_seen(args.out / "seen.txt.gz", keys, grid)
         print(f"trained in {(time.monotonic() - start) / 60:.1f} minutes")
     report(args.out, train_set, held_set)
 

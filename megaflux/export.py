@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export(run: TrainedRun, out: Path) -> None:
     """Write a run's models to the new folder `out`. UserError where it exists or cannot be written."""
+    from megaflux.common.paths import SHIPPED
     from megaflux.generation.layout import Settings, write_indexes, write_parts
     from megaflux.models.pretrained import read_lm_head
-    from megaflux.models.shipped import SHIPPED
     from megaflux.runs import attribution, load
 
     check_new_folder(out)

@@ -324,6 +324,9 @@ def test_what_a_run_saves_is_absolute_and_names_stay(home, tmp_path):
     assert (config.model.flux, config.model.vlm, config.model.vae) == ("hub:a/b", "nowhere", "tiny")
     assert (config.data.remote, config.data.source) == ("s3://b/x", "gone")
     assert located(parse()).data.source == "openmoji" and located(config) == config
+    Path("tiny-icons").mkdir()
+    named = located(parse("--model.vae=tiny-icons", "--model.vlm=tiny-icons")).model
+    assert (named.vae, named.vlm) == ("tiny-icons", f"{here}/tiny-icons")
     assert located(parse()).model.vlm == "tiny" and located(parse("--model.vlm=./tiny")).model.vlm == f"{here}/tiny"
 
 

@@ -25,9 +25,9 @@ from transformers import Qwen2VLModel, Qwen2VLProcessor
 from megaflux.bench.activations import in_dtype
 from megaflux.bench.arms import random_flux
 from megaflux.common.errors import UserError
+from megaflux.common.paths import SHIPPED
 from megaflux.models.loading_errors import named
 from megaflux.models.scratch import tiny_processor, tokenizer_of, vlm_configuration
-from megaflux.models.shipped import SHIPPED
 
 if TYPE_CHECKING:  # heavy to import; the functions that need it import it themselves
     from megaflux.config.schema import Config

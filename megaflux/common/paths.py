@@ -14,6 +14,10 @@ from typing import Any
 
 HUB = "hub:"
 """Begins the name of a source that is the hub's, whatever folders exist."""
+SHIPPED, SHIPPED_ICONS = "tiny", "tiny-icons"
+"""Sources of weights that come with the package (models/shipped.py)."""
+SHIPPED_SOURCES = {"vlm": (SHIPPED,), "vae": (SHIPPED, SHIPPED_ICONS), "init": (SHIPPED,)}
+"""By the field of `model`; a folder of such a name is ./tiny."""
 ICONIFY = "iconify"
 """Alone, or before ":" and paths: data from icon sets."""
 INSTALLED_ICONS = "node_modules/@iconify-json"

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megaflux.common.errors import UserError
-from megaflux.common.paths import HUB, ICONIFY, icon_paths
+from megaflux.common.paths import HUB, ICONIFY, SHIPPED_SOURCES, icon_paths
 from megaflux.config.schema import Config
 
 
 def located(config: Config) -> Config:
     """The configuration with absolute paths: the run's folder and the data's; what exists here of data.source and of the
-    sources of weights. Names stay: the hub's, `tiny`, `openmoji`, and addresses of remote data."""
+    sources of weights. Names stay: the hub's, `tiny` and `tiny-icons`, `openmoji`, and addresses of remote data."""
     data: dict[str, Any] = {"path": _absolute(config.data.path)}
     source = config.data.source
     if source is not None and source not in ("openmoji", ICONIFY) and os.path.exists(source):
@@ -26,7 +26,7 @@ def located(config: Config) -> Config:
     model: dict[str, Any] = {}
     for field in ("flux", "vlm", "vae", "init"):
         source = getattr(config.model, field)
-        named = source is None or source.startswith(HUB) or (field != "flux" and source == "tiny")
+        named = source is None or source.startswith(HUB) or source in SHIPPED_SOURCES.get(field, ())
         if not named and os.path.isdir(source):
             model[field] = _absolute(source)
     return config.model_copy(

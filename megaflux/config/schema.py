@@ -58,7 +58,8 @@ class Model(Named):
     """Qwen2-VL: a folder, a hub name, or `tiny` for the shipped one, of the preset tiny's `vlm_config`. None: built from `vlm_config`
     with seeded random weights."""
     vae: HomePathOrNone = None
-    """A VAE other than the one in `flux`: a folder, a hub name or `tiny`. None: `flux`'s own."""
+    """A VAE other than the one in `flux`: a folder, a hub name, or `tiny` or `tiny-icons` (shipped; the second knows five icon
+    sets). None: `flux`'s own."""
     flux_config: dict[str, Any]
     """Arguments of diffusers' FluxTransformer2DModel, for a model that is not loaded and for a dry run."""
     vlm_config: dict[str, Any]
@@ -67,9 +68,9 @@ class Model(Named):
     """Arguments of transformers' CLIPTextConfig, used likewise."""
     init: HomePathOrNone = None
     """What training begins from: an export, a converted release, a run (its newest whole checkpoint) or `tiny` (shipped: the
-    tiny preset's, which learned from words, and words beside pictures by the same hand), whose transformer, connector and
-    Qwen layers replace those of the sources above; copied into the run's folder when it begins. None: the sources as they
-    are, with a connector drawn from the seed."""
+    tiny preset's with `vae` tiny-icons, which learned from pictures, from words, and from words beside pictures by the same
+    hand), whose transformer, connector and Qwen layers replace those of the sources above; copied into the run's folder
+    when it begins. None: the sources as they are, with a connector drawn from the seed."""
     vlm_layers: CountOrZero | None = None
     """How many of Qwen2-VL's last layers are apart from the frozen trunk, so that stages may train them; fixed when a run
     begins. None: the most that any stage trains."""

@@ -100,10 +100,10 @@ def _count(*modules: nn.Module) -> int:
 
 
 def _vae_part(model: Model) -> Part:
-    from megaflux.models.shipped import ASSETS, SHIPPED
+    from megaflux.models.shipped import VAES
 
     if model.vae is not None:
-        source, folder = model.vae, ASSETS / "vae" if model.vae == SHIPPED else Path(model.vae)
+        source, folder = model.vae, VAES.get(model.vae) or Path(model.vae)
     elif model.flux is not None:
         source, folder = model.flux, Path(model.flux) / "vae"
     else:

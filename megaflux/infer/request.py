@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from megaflux.common.errors import UserError
+from megaflux.common.paths import SHIPPED_SOURCES
 from megaflux.generation.dots import dots as dotting
 from megaflux.generation.job import Input, Job, JobReference, Mode, Runtime, check
 from megaflux.generation.layout import is_export, read_manifest
@@ -106,7 +107,7 @@ def to_runtime(given: Mapping[str, Any], base: Runtime | None = None) -> Runtime
     if "controlnet" in changes:
         changes["controlnet"] = dict(values.controlnet(text) for text in changes["controlnet"])
     for name in ("depth_model", "line_model", "sam_model", *FOLDERS):
-        if name in changes and (name, changes[name]) not in (("vae", "tiny"), ("vlm", "tiny")):
+        if name in changes and changes[name] not in SHIPPED_SOURCES.get(name, ()):
             changes[name] = values.model_source(changes[name], values.option_of(name))
     if "checkpoint" in changes:  # those of a replayed picture belong to its own checkpoint
         changes = dict.fromkeys(FOLDERS) | changes

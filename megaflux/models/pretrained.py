@@ -38,7 +38,8 @@ from megaflux.models.qwen2vl_flux import Qwen2VLFlux
 from megaflux.models.parameters import base_fingerprints, weights_fingerprint
 from megaflux.models.reading import Target, fill, shapes, tensors, weight_files, without_weights
 from megaflux.models.scratch import build_clip, build_transformer, build_vlm, TINY, vlm_configuration
-from megaflux.models.shipped import SHIPPED
+from megaflux.common.paths import SHIPPED
+from megaflux.models.shipped import VAES
 from megaflux.models.sources import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, model_problems, opened
 from megaflux.models.strict import FOLDER_FILES, load_linear, load_strict, silent_libraries
 from megaflux.models.t5 import T5Path
@@ -214,9 +215,9 @@ def load_transformer(source: str, dtype: torch.dtype, target: Target | None = No
 
 
 def load_vae(source: str | None, flux: str | None) -> AutoencoderKL:
-    """The VAE of `source` (a VAE folder, or `tiny` for the shipped one), else `vae/` of the FLUX folder."""
-    if source == SHIPPED:
-        return load_strict(AutoencoderKL, str(TINY / "vae"), torch_dtype=torch.float32)
+    """The VAE of `source` (a VAE folder, or `tiny` or `tiny-icons`, the shipped ones), else `vae/` of the FLUX folder."""
+    if source in VAES:
+        return load_strict(AutoencoderKL, str(VAES[source]), torch_dtype=torch.float32)
     if source:
         return load_strict(AutoencoderKL, source, torch_dtype=torch.float32)
     if not flux:

@@ -1,4 +1,4 @@
-"""The weights that come with this package, under the name `tiny`: a VAE, a Qwen2-VL, and the FLUX, connector and
+"""The weights that come with this package, under the name `tiny`: VAEs, a Qwen2-VL, and the FLUX, connector and
 last Qwen layer that a tiny run may begin with. docs/tiny-assets.md has their making."""
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SHIPPED = "tiny"
-"""`model.vae`, `model.vlm` and `model.init` of the shipped weights; a folder of that name is ./tiny."""
+from megaflux.common.paths import SHIPPED, SHIPPED_ICONS
+
 ASSETS = Path(__file__).parent.parent / "assets" / "tiny"
+VAES = {SHIPPED: ASSETS / "vae", SHIPPED_ICONS: ASSETS / "vae-icons"}
+"""By `model.vae`; the second has gone on from the first on five icon sets."""
 VLM = ASSETS / "vlm"
 START = ASSETS / "start"
 """FLUX, connector and Qwen layers (`model.init`): model.safetensors, by the names of `models.parameters.beginnings`."""
@@ -41,11 +43,11 @@ def start_sizes() -> dict[str, Any]:
 
 def start_problem(model: Any) -> str | None:
     """Why a configuration's `model` section cannot begin from the shipped FLUX, one line with the remedy; None: it can."""
-    for field, wanted in (("flux", None), ("vlm", SHIPPED), ("vae", SHIPPED)):
+    for field, wanted in (("flux", None), ("vlm", SHIPPED), ("vae", SHIPPED_ICONS)):
         if (given := getattr(model, field)) != wanted:
             return (
-                f"model.init: {SHIPPED} is the start of the shipped Qwen2-VL and VAE, but model.{field} is "
-                f"{'null' if given is None else given}; leave out one of the two"
+                f"model.init: {SHIPPED} was trained with model.{field} {wanted or 'null'}, but model.{field} is "
+                f"{given or 'null'}; give --model.{field} {wanted or 'null'} or leave out model.init"
             )
     for path, given, shipped in _pairs(model.flux_config, start_sizes(), "model.flux_config"):
         if given != shipped:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from megaflux.common.errors import UserError
-from megaflux.common.paths import HUB
+from megaflux.common.paths import HUB, SHIPPED
 from megaflux.models.loading_errors import named
 from megaflux.models.safetensors_files import INDEX, SAFETENSORS, is_pointer, read_header, read_index, read_json
-from megaflux.models.shipped import SHIPPED, start_problem, vlm_problem
+from megaflux.models.shipped import VAES, start_problem, vlm_problem
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 SHOWN = 5  # names in a message
@@ -113,7 +113,7 @@ def model_problems(model: Any, moved: str | None = None) -> Iterator[str]:
     fault. moved: how the options begin that say where a folder is now, of a run that has begun (`--model.`); None: of a new one.
     """
     parts = {name: part for name, part in FLUX.items() if name != "vae" or not model.vae}
-    vae, vlm = (None if source == SHIPPED else source for source in (model.vae, model.vlm))
+    vae, vlm = None if model.vae in VAES else model.vae, None if model.vlm == SHIPPED else model.vlm
     if model.vlm == SHIPPED and (why := vlm_problem(model.vlm_config)):
         yield why
     if model.init == SHIPPED and not moved and (why := start_problem(model)):

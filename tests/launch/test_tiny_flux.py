@@ -12,14 +12,12 @@ from safetensors.torch import load_file
 
 from launch import train_tiny_flux as script
 from launch.tiny_vlm_pictures import Pictures
-from megaflux.config.parse import build_config
-from megaflux.config.presets import tiny
 from megaflux.models.pretrained import load_models
 
 
 @pytest.fixture(scope="module")
 def models():
-    return load_models(build_config(tiny()))
+    return load_models(script.configuration())
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +63,35 @@ def test_references_of_a_cell_are_others_by_the_same_hand(models, pictures, monk
         assert {pictures.keys[i].split("/")[0] for i in shown} == {pictures.keys[target].split("/")[0]}
 
 
+def test_each_kind_of_lesson_has_its_share_and_a_picture_is_mirrored_with_its_target(models, pictures):
+    examples = script.encode(models, pictures, 0)
+    drawn = [script.drawn_lesson(examples, i / 1000) for i in range(1000)]
+    words, shown, pairs = (
+        sum(one is each for one in drawn) for each in (examples.words, examples.pictures, examples.pairs)
+    )
+    assert (shown, pairs, words) == (250, 400, 350)
+    alone = replace(examples, pairs=None)
+    assert script.drawn_lesson(alone, 0.5) is alone.words
+    lesson, count = examples.pictures, len(pictures.captions)
+    assert lesson.mirrored_rows is not None and lesson.targets == list(range(count))
+    pixels = torch.from_numpy(pictures.images).permute(0, 3, 1, 2)
+    for rows, seen in ((lesson.rows, pixels), (lesson.mirrored_rows, pixels.flip(-1))):
+        own = lesson.conditions.rows(rows).hidden_states.float()
+        torch.testing.assert_close(own, models.trunk.encode(seen).hidden_states, rtol=0.02, atol=0.02)
+    sides = script.latent_ops.encode(models.vae, pixels.flip(-1))
+    torch.testing.assert_close(examples.mirrored, script.latent_ops.pack(sides), rtol=0.05, atol=0.05)
+
+
 def test_what_is_written_is_what_was_trained(models, pictures, tmp_path):
     """Qwen2-VL's final norm, which is not written, is not trained either."""
     args = Namespace(updates=3, save_every=3, lr=0.05, muon_lr=0.05, seed=0, eager=True, out=tmp_path)
     examples = script.encode(models, pictures, 0)
     script.train(models, examples, args)
-    fresh = load_models(build_config(tiny()))
-    parameters = script.started(fresh)
-    written = load_file(tmp_path / "model.safetensors")
-    assert set(parameters) == set(written)
-    for name, tensor in written.items():
-        parameters[name].data.copy_(tensor)
+    fresh = load_models(script.configuration())
+    assert set(script.started(fresh)) == set(load_file(tmp_path / "model.safetensors"))
+    script.read(fresh, tmp_path)
     trained = dict(models.trainable.named_parameters())
-    drawn = load_models(build_config(tiny())).trainable.named_parameters()
+    drawn = load_models(script.configuration()).trainable.named_parameters()
     changed = {name for name, p in drawn if not torch.equal(p, trained[name])}
     for name, p in fresh.trainable.named_parameters():
         torch.testing.assert_close(p, trained[name], rtol=1e-2, atol=1e-3, msg=name)

@@ -17,6 +17,7 @@ from launch import tiny_vlm_figures, tiny_vlm_model, tiny_vlm_pictures, train_ti
 from megaflux import flow, runs
 from megaflux.common import compat  # noqa: F401  before diffusers and transformers
 from megaflux.common.errors import UserError
+from megaflux.common.paths import SHIPPED, SHIPPED_ICONS
 from megaflux.config.parse import build_config
 from megaflux.config.presets import tiny
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
@@ -27,8 +28,7 @@ from megaflux.data.writing.options import OPENMOJI_DEFAULTS
 from megaflux.export import export
 from megaflux.models import latents, scratch, shipped
 from megaflux.models.chat_turn import ChatTurns
-from megaflux.models.parameters import beginnings
-from megaflux.models.pretrained import load_models, meta_models
+from megaflux.models.pretrained import load_models, load_vae, meta_models
 from megaflux.models.reading import dtypes, shapes
 from megaflux.models.sources import model_problems
 from tests.conftest import small_values, write_run
@@ -78,9 +78,9 @@ def to_pixels(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-@pytest.fixture(scope="module")
-def vae() -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(TINY / "vae", torch_dtype=torch.float32).eval()
+@pytest.fixture(scope="module", params=[SHIPPED, SHIPPED_ICONS])
+def vae(request) -> AutoencoderKL:
+    return load_vae(request.param, None).eval()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,8 @@ def test_vae_has_flux_form_and_fits(vae):
     assert not config.use_quant_conv and not config.use_post_quant_conv
     assert config.scaling_factor and config.shift_factor is not None
     assert 2 ** (len(config.block_out_channels) - 1) == 8  # downsampling
-    assert (TINY / "vae" / "diffusion_pytorch_model.safetensors").stat().st_size <= 2_000_000
+    for folder in shipped.VAES.values():
+        assert (folder / "diffusion_pytorch_model.safetensors").stat().st_size <= 2_000_000
     assert all(torch.isfinite(value).all() for value in vae.state_dict().values())
 
 
@@ -220,7 +221,7 @@ def test_the_shipped_qwen2vl_is_small_and_has_the_presets_sizes():
     assert shipped.vlm_problem(tiny()["model"]["vlm_config"]) is None
 
 
-@pytest.mark.parametrize("asset", [shipped.VLM, shipped.START], ids=["qwen2vl", "start"])
+@pytest.mark.parametrize("asset", [shipped.VLM, shipped.START, shipped.VAES[SHIPPED_ICONS]], ids=lambda path: path.name)
 def test_what_is_shipped_saw_no_picture_that_is_held_out_anywhere(asset):
     demo, cells, grid = tiny_vlm_pictures.read_seen(asset / "seen.txt.gz")
     codes = {item.split_key for item in OpenMoji(make_buckets(ASPECT_RATIOS, 128), 1.25).list_items()}
@@ -241,7 +242,7 @@ def test_what_is_shipped_saw_no_picture_that_is_held_out_anywhere(asset):
     assert not seen_drawings & {same(code) for code in held_codes}
     # And nothing else was left out, but for long captions by the start.
     split = tiny_vlm_pictures.split_pictures(codes, grid)
-    most = 99 if asset == shipped.VLM else train_tiny_flux.MOST_TOKENS
+    most = train_tiny_flux.MOST_TOKENS if asset == shipped.START else 99
     chat = ChatTurns(scratch.tiny_processor(), 0, "tiny")
 
     def short(caption: str) -> bool:
@@ -259,12 +260,10 @@ def test_the_shipped_start_is_small_and_of_the_presets_sizes():
 
 
 @torch.no_grad()
-def test_the_shipped_start_hears_the_names_of_held_out_pictures():
-    """Their loss beside their own names is lower than beside others. docs/tiny-assets.md has the figures of all of them."""
-    models = load_models(build_config(tiny()))
-    found = beginnings(models.trainable, models.trunk.vlm)
-    for name, tensor in load_file(shipped.START_WEIGHTS).items():
-        found[name].copy_(tensor)
+def test_the_shipped_start_hears_held_out_pictures_and_their_names():
+    """Their loss beside their own condition is lower than beside others. docs/tiny-assets.md has the figures of all of them."""
+    models = load_models(train_tiny_flux.configuration())
+    train_tiny_flux.read(models, shipped.START)
     source = OpenMoji(make_buckets(ASPECT_RATIOS, 128), 1)
     items = [item for item in source.list_items() if is_held_out(item.split_key, 0.05)][:64]
     loaded = list(source.read(items))
@@ -272,7 +271,7 @@ def test_the_shipped_start_hears_the_names_of_held_out_pictures():
     x = latents.pack(latents.encode(models.vae, pixels).float())
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     t = (torch.arange(len(x)) + 0.5) / len(x)
-    own = models.trunk.encode(None, [one.caption.texts[0] for one in loaded], "text")
+    names = models.trunk.encode(None, [one.caption.texts[0] for one in loaded], "text")
 
     def loss(condition):
         pooled, guidance = models.pooled_projections.expand(len(x), -1), torch.ones(len(x))
@@ -280,8 +279,8 @@ def test_the_shipped_start_hears_the_names_of_held_out_pictures():
         velocity = models.trainable(condition, flow.interpolate(x, noise, t), t, ids, pooled, guidance)
         return flow.velocity_loss(velocity, flow.velocity_target(x, noise)).mean().item()
 
-    others = own.rows([*range(32, 64), *range(32)])
-    assert loss(own) * 1.2 < loss(others)
+    for own in (names, models.trunk.encode(pixels)):
+        assert loss(own) * 1.2 < loss(own.rows([*range(32, 64), *range(32)]))
 
 
 def test_the_shipped_qwen2vl_knows_held_out_pictures_by_their_names():

@@ -497,9 +497,12 @@ def test_a_run_that_began_without_one_is_given_none(run_folder, tmp_path):
         init_weights.prepare(given, Checkpoint(path, manifest.read(path)), load_models, ALONE)
 
 
+STARTED = {"init": "tiny", "vae": "tiny-icons"}
+
+
 @pytest.mark.parametrize("seed", [0, 5])
 def test_the_shipped_start_is_laid_over_whatever_the_seed(tmp_path, seed):
-    values = merge(tiny(), {"run": {"dir": str(tmp_path / "run"), "seed": seed}, "model": {"init": "tiny"}})
+    values = merge(tiny(), {"run": {"dir": str(tmp_path / "run"), "seed": seed}, "model": STARTED})
     config = build_config(values)
     assert init_folder.problem(config) is None is init_folder.kept(config.run.dir, "tiny")
     models = begun(config)
@@ -519,8 +522,14 @@ def test_the_shipped_start_is_laid_over_whatever_the_seed(tmp_path, seed):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ({"vlm": None}, "model.init: tiny is .*, but model.vlm is null; leave out one of the two"),
-        ({"vae": None}, "model.init: tiny is .*, but model.vae is null; leave out"),
+        (
+            {"vlm": None},
+            "model.init: tiny was .* model.vlm tiny, but model.vlm is null; give --model.vlm tiny or leave",
+        ),
+        (
+            {"vae": "tiny"},
+            "model.init: tiny was .* model.vae tiny-icons, but model.vae is tiny; give --model.vae tiny-icons",
+        ),
         (
             {"flux_config": {"num_layers": 3}},
             r"model.flux_config.num_layers: 3, but the shipped FLUX .* has 2; .*--model.init null",
@@ -528,7 +537,7 @@ def test_the_shipped_start_is_laid_over_whatever_the_seed(tmp_path, seed):
     ],
 )
 def test_the_shipped_start_of_other_models_is_refused_in_a_line(model, words):
-    config = build_config(merge(tiny(), {"model": {"init": "tiny"} | model}))
+    config = build_config(merge(tiny(), {"model": STARTED | model}))
     (said,) = model_problems(config.model)
     assert re.match(words, said)
-    assert not list(model_problems(build_config(merge(tiny(), {"model": {"init": "tiny"}})).model))
+    assert not list(model_problems(build_config(merge(tiny(), {"model": STARTED})).model))

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megaflux.common.errors import UserError
+from megaflux.common.paths import SHIPPED
 from megaflux.config.schema import Config
 from megaflux.generation import layout
-from megaflux.models.shipped import SHIPPED, START_WEIGHTS
+from megaflux.models.shipped import START_WEIGHTS
 from megaflux.training.checkpoint import manifest, saved
 from megaflux.training.checkpoint.saved import Begun
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megaflux.common.errors import UserError
+from megaflux.common.paths import SHIPPED
 from megaflux.config.schema import Config
 from megaflux.generation import layout
 from megaflux.models import pretrained, reading
@@ -26,7 +27,6 @@ from megaflux.models.parameters import (
     weights_fingerprint,
 )
 from megaflux.models.pretrained import Models
-from megaflux.models.shipped import SHIPPED
 from megaflux.models.sources import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS
 from megaflux.models.strict import read_tensors
 from megaflux.models.vlm_folder import read_config

@@ -45,7 +45,7 @@ from megaflux.config.presets import FLUX_VAE
 from megaflux.config.schema import Config, Stage
 from megaflux.data.buckets import Bucket
 from megaflux.models.pretrained import AutoencoderKL, meta_models
-from megaflux.models.scratch import TINY
+from megaflux.models.shipped import VAES
 from megaflux.models.tokens import Tokens, count_tokens
 from megaflux.training.planning.gradients import flux_gradients
 from megaflux.training.stages import locate, trainable_names
@@ -258,8 +258,8 @@ def vae_config(config: Config) -> dict[str, Any]:
     """Arguments of AutoencoderKL: those in the local folder that the configuration names, else FLUX.1's published ones.
     Raises UserError if the folder's config.json cannot be read."""
     model = config.model
-    folder = TINY / "vae" if model.vae == "tiny" else Path(model.vae or f"{model.flux}/vae")
-    if model.vae != "tiny" and not (folder / "config.json").is_file():
+    folder = VAES.get(model.vae or "") or Path(model.vae or f"{model.flux}/vae")
+    if model.vae not in VAES and not (folder / "config.json").is_file():
         return FLUX_VAE
     try:
         values = json.loads((folder / "config.json").read_text())

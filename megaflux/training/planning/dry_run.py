@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 from megaflux.common.errors import UserError, one_line
+from megaflux.common.paths import SHIPPED
 from megaflux.config.schema import Config
-from megaflux.models.shipped import SHIPPED
 from megaflux.models.sources import hub_name
 from megaflux.training.checkpoint import init_folder, saved
 from megaflux.training.ds_config import batch_sizes
