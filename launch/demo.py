@@ -2,7 +2,8 @@
 
     python launch/demo.py [--run runs/demo] [options of launch/train.py]
 
-Training is a real `deepspeed launch/train.py` process; a finished run is not trained again unless its folder is deleted.
+Training is a real `deepspeed launch/train.py` process; a finished run is not trained again unless its folder is deleted. (Runs of
+earlier versions began from random weights: they are refused here in a line; give another --run.)
 Ends with a table, also in RUN/summary.json.
 """
 

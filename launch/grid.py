@@ -3,8 +3,8 @@
     python launch/grid.py [--sets DIR] [--out runs/grid] [options of launch/train.py]
 
 Five icon sets draw the same 1,034 things, so every cell (content, style) has a true picture. Some cells, and a few contents, are
-kept from training. The tiny preset learns style reference + words -> cell on 200 of the contents, about as many as it can learn in
-twenty minutes on two cores; the judge learns on all. megaflux.evaluate measures the held-out cells of the 200: OUT/report.json,
+kept from training. The tiny preset, whose shipped start has seen the training cells of all contents, learns style reference + words -> cell on
+200 of the contents, about as many as it can learn in minutes on two cores; the judge learns on all. megaflux.evaluate measures the held-out cells of the 200: OUT/report.json,
 OUT/report.html. Each step that is done is not done again.
 
 --sets: a folder that holds SET/icons.json and SET/info.json of the five sets; without it they are fetched with npm.
@@ -30,9 +30,10 @@ SETS = {"openmoji": "1.2.29", "noto": "1.2.9", "twemoji": "1.2.5", "fluent-emoji
 """Icon sets and the versions of their npm packages @iconify-json/SET that the documented figures are of."""
 FILES = ("icons.json", "info.json")
 CONTENTS = 200  # to learn in 20 minutes
-WHOLE = "--contents shared --pairs same-style --pair-references 4 --hold-out-cells 0.1 --hold-out-contents 0.02"
+WHOLE = "--contents shared --hold-out-cells 0.1 --hold-out-contents 0.02"
 """How a grid is prepared: the cells held out of a part are those held out of the whole."""
-EVALUATION = "--references 2 --steps 14 --cfg 2.5 --dtype bfloat16"
+PAIRS = "--pairs same-style --pair-references 8"  # of which each update draws four
+EVALUATION = "--references 4 --steps 14 --cfg 1.5 --dtype bfloat16"
 
 
 def main() -> None:
@@ -63,7 +64,7 @@ def main() -> None:
     args, train_options = parser.parse_known_args()
     out, started = Path(args.out), time.monotonic()
     whole = f"{args.data.rstrip('/')}-all"
-    for data, part in ((whole, []), (args.data, ["--most-contents", str(args.most_contents)])):
+    for data, part in ((whole, []), (args.data, [*PAIRS.split(), "--most-contents", str(args.most_contents)])):
         if not (Path(data) / "dataset.json").exists():
             sets = icon_sets(args.sets, out / "sets")
             grid = [f"iconify:{sets}", data, "--sets", ",".join(SETS), *WHOLE.split()]

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for launch/, 
 
 from launch import train
 from megaflux.common.errors import exit_on_user_error
-from megaflux.common.paths import SHIPPED
+from megaflux.common.paths import SHIPPED, SHIPPED_SOURCES
 from megaflux.config.schema import Config
 from megaflux.training.planning.checks import find_problems
 
@@ -40,7 +40,7 @@ def problems(config: Config, ds_config: dict[str, Any], ranks: int) -> list[str]
                 f"model.{field}: {source}, but launch/train_random.py reads no weights; set model.{field} to null, or "
                 "start launch/train.py"
             )
-    if model.vae not in (None, "tiny") and not (Path(model.vae) / "config.json").is_file():
+    if model.vae not in (None, *SHIPPED_SOURCES["vae"]) and not (Path(model.vae) / "config.json").is_file():
         found.append(
             f"model.vae: {model.vae} holds no config.json; give a folder with one, tiny, or null for FLUX.1's VAE"
         )

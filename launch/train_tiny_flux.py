@@ -32,7 +32,7 @@ from launch.tiny_vlm_pictures import Collection, Pictures, hand_of, load_picture
 from launch.train_tiny_vlm import UNMIRRORED
 from megaflux import flow
 from megaflux.common.command import Parser
-from megaflux.common.errors import exit_on_user_error
+from megaflux.common.errors import UserError, exit_on_user_error
 from megaflux.common.paths import SHIPPED_ICONS, path_option
 from megaflux.config.parse import build_config
 from megaflux.config.presets import tiny
@@ -41,12 +41,13 @@ from megaflux.models import latents as latent_ops
 from megaflux.models import shipped
 from megaflux.models.parameters import beginnings
 from megaflux.models.pretrained import Models, load_models
+from megaflux.models.reading import shapes
 from megaflux.models.vlm import Condition
 
 BATCH = 32
 MOST_TOKENS = 12  # of a caption; the few longer ones are left out, so that batches have few shapes
-PAIRS_SHARE, PICTURES_SHARE, EMPTY_SHARE = 0.4, 0.25, 0.1  # of the batches; the others are words
-REFERENCES, DRAWS = 2, 2  # pictures by the same hand beside a name, and how often they are drawn for a cell
+PAIRS_SHARE, PICTURES_SHARE, EMPTY_SHARE = 0.6, 0.12, 0.1  # of the batches; the rest, with the empty ones, are words
+REFERENCES, DRAWS = 4, 2  # pictures by the same hand beside a name, and how often they are drawn for a cell
 REFERENCE_TOKENS = 9  # of each
 ENCODED = 64  # samples at once
 
@@ -203,12 +204,9 @@ def train(models: Models, examples: Examples, args: argparse.Namespace) -> None:
         u = torch.rand((), generator=draw).item()
         lesson = drawn_lesson(examples, u)
         chosen = torch.randint(len(lesson.targets), (BATCH,), generator=draw).tolist()
-        targets = torch.tensor([lesson.targets[i] for i in chosen])
-        mirror = torch.rand(BATCH, generator=draw) < 0.5
-        x = torch.where(mirror[:, None, None], examples.mirrored[targets], examples.latents[targets])
-        sides = lesson.rows, lesson.mirrored_rows or lesson.rows
-        rows = [sides[turned][i] for i, turned in zip(chosen, mirror.tolist(), strict=True)]
-        condition = examples.empty if u > 1 - EMPTY_SHARE else lesson.conditions.rows(rows)
+        x, condition = batch_of(examples, lesson, chosen, torch.rand(BATCH, generator=draw) < 0.5)
+        if u > 1 - EMPTY_SHARE:
+            condition = examples.empty
         t = flow.shift_time(torch.rand(BATCH, generator=draw), shift)
         noise = torch.randn(x.shape, generator=draw)
         # Any vector in CLIP's place and any guidance, so that neither CLIP's seed nor the run's guidance value matters.
@@ -237,6 +235,14 @@ def drawn_lesson(examples: Examples, u: float) -> Lesson:
     if u < PICTURES_SHARE:
         return examples.pictures
     return examples.pairs if examples.pairs and u < PICTURES_SHARE + PAIRS_SHARE else examples.words
+
+
+def batch_of(examples: Examples, lesson: Lesson, chosen: Sequence[int], mirror: Tensor) -> tuple[Tensor, Condition]:
+    """Latents (B, L, C) and conditions of the chosen samples; mirror: of each, bool (B,)."""
+    targets = [lesson.targets[i] for i in chosen]
+    x = torch.where(mirror[:, None, None], examples.mirrored[targets], examples.latents[targets])
+    sides = lesson.rows, lesson.mirrored_rows or lesson.rows
+    return x, lesson.conditions.rows([sides[turned][i] for i, turned in zip(chosen, mirror.tolist(), strict=True)])
 
 
 @torch.no_grad()
@@ -293,9 +299,11 @@ def configuration() -> Config:
 
 
 def read(models: Models, folder: Path) -> None:
-    """Lay an asset over the models."""
-    parameters = started(models)
-    for name, tensor in load_file(folder / "model.safetensors").items():
+    """Lay an asset over the models. UserError where it is none, or of other models."""
+    parameters, file = started(models), folder / "model.safetensors"
+    if not file.is_file() or shapes(file) != {name: tuple(p.shape) for name, p in parameters.items()}:
+        raise UserError(f"{file}: is missing or is not of the tiny preset's FLUX; give a folder that this script wrote")
+    for name, tensor in load_file(file).items():
         parameters[name].data.copy_(tensor)
 
 

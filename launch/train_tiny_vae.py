@@ -23,20 +23,18 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for launch/, which is not installed
 
-import megaflux
 from launch import tiny_vlm_pictures
 from launch.tiny_assets import replaced
 from megaflux.common import compat  # noqa: F401  (before diffusers)
-from megaflux.common.paths import path_option
+from megaflux.common.paths import SHIPPED, SHIPPED_ICONS, path_option
 from megaflux.data.buckets import ASPECT_RATIOS, make_buckets
 from megaflux.data.images import BadImage
 from megaflux.data.writing.chunks import is_held_out
 from megaflux.data.writing.openmoji import OpenMoji
 from megaflux.data.writing.options import OPENMOJI_DEFAULTS
+from megaflux.models import shipped
 
 from diffusers.models import AutoencoderKL  # isort: skip  (after compat)
-
-OUT = Path(megaflux.__file__).parent / "assets" / "tiny" / "vae"
 
 # Few channels at full resolution, where the time goes; no attention, so that any canvas works.
 VAE_CONFIG: dict[str, Any] = {
@@ -295,7 +293,9 @@ def report(out: Path, train_set: Images, held_set: Images) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=path_option, default=str(OUT), help="folder of the asset")
+    parser.add_argument(
+        "--out", type=path_option, help="folder of the asset; default: the shipped one's, with --grid tiny-icons'"
+    )
     parser.add_argument(
         "--grid", type=path_option, help="folder of five icon sets: SET/icons.json, openmoji/chars.json"
     )
@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of torch; on a busy machine 1 is faster than 2")
     parser.add_argument("--report-only", action="store_true", help="measure the asset that is there")
     args = parser.parse_args()
-    args.out = Path(args.out)
+    args.out = Path(args.out) if args.out else shipped.VAES[SHIPPED_ICONS if args.grid else SHIPPED]
     torch.set_num_threads(args.threads)
     if args.grid:
         collection, grid = tiny_vlm_pictures.load_pictures(Path(args.grid))

@@ -110,7 +110,7 @@ def tiny() -> dict[str, Any]:
     """The same model classes with a few million parameters, trained on OpenMoji's pictures on a laptop's CPU.
 
     Nothing is downloaded: the weights of the VAE and Qwen2-VL are shipped, all others are built from the run's seed. As this FLUX is
-    no pretrained one (`model.init: tiny` is), a stage `base` first trains all of it. Like the published lists, the stages share a
+    no pretrained one (`model.init: tiny` with `model.vae: tiny-icons` is), a stage `base` first trains all of it. Like the published lists, the stages share a
     block (3) and leave one out (4).
     """
     width = 128

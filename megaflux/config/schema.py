@@ -58,8 +58,8 @@ class Model(Named):
     """Qwen2-VL: a folder, a hub name, or `tiny` for the shipped one, of the preset tiny's `vlm_config`. None: built from `vlm_config`
     with seeded random weights."""
     vae: HomePathOrNone = None
-    """A VAE other than the one in `flux`: a folder, a hub name, or `tiny` or `tiny-icons` (shipped; the second knows five icon
-    sets). None: `flux`'s own."""
+    """A VAE other than the one in `flux`: a folder, a hub name, or `tiny` or `tiny-icons` (shipped; the second was trained further
+    on five icon sets). None: `flux`'s own."""
     flux_config: dict[str, Any]
     """Arguments of diffusers' FluxTransformer2DModel, for a model that is not loaded and for a dry run."""
     vlm_config: dict[str, Any]

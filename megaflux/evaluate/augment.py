@@ -1,4 +1,4 @@
-"""How training pictures of the judge are altered: their maps for contents, their ink for styles.
+"""How training pictures of the judge are altered: their maps for contents, their ink and latents for styles.
 
 Shapes: N pictures, C channels.
 """
@@ -47,6 +47,23 @@ def off(ink_of: Tensor, generator: torch.Generator) -> Tensor:
 def soft(ink_of: Tensor) -> Tensor:
     """Ink (N, 3, H, W) at half its size and back."""
     return F.interpolate(F.avg_pool2d(ink_of, 2), scale_factor=2, mode="bilinear")
+
+
+def disturbed(latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Scaled latents (B, C, h, w), unit variance, as a model that is not quite right makes them: of each picture a share blurred, and
+    noise, both fine and of the whole layout, of any strength up to about half of their own deviation."""
+
+    def strength(most: float) -> Tensor:
+        return most * torch.rand(len(latents), 1, 1, 1, generator=generator)
+
+    def noise(*side: int) -> Tensor:
+        return torch.randn(*latents.shape[:2], *side, generator=generator)
+
+    size = latents.shape[-2:]
+    blurred = F.avg_pool2d(F.pad(latents, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    fine, coarse = noise(*size), F.interpolate(noise(4, 4), size, mode="bilinear")
+    amount, share = strength(0.6).to(latents), strength(0.6).to(latents)
+    return latents.lerp(blurred, share) + amount * fine.to(latents) + strength(0.5).to(latents) * coarse.to(latents)
 
 
 def _moved(maps: Tensor, generator: torch.Generator, shift: float) -> Tensor:

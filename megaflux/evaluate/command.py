@@ -276,7 +276,9 @@ def _train_judge(request: Request, held_out: HeldOut, subject: Subject, file: Pa
         if request.judge_data is not None:
             known = load_judge_grid(request.judge_data, held_out.grid)
             facts["judge_data"] = fingerprint(request.judge_data)
-        lesson = judge_training.of_grid(known, lambda pictures: subject.maker.round_trip(pictures.to(world.device)))
+        lesson = judge_training.of_grid(
+            known, lambda pictures, change: subject.maker.round_trip(pictures.to(world.device), change)
+        )
     else:
         rows = train_rows(request.data, held_out.info, LESSON)
         lesson = judge_training.of_pictures([row["image"] for row in rows], [row["caption"] for row in rows])

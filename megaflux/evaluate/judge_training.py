@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from megaflux.data.tensors import from_image
 from megaflux.evaluate import augment, ink
 from megaflux.evaluate.judge import Judge, JudgeNetwork, hubs, joined, prototypes, viewed
+from megaflux.evaluate.making import Change
 from megaflux.evaluate.samples import Grid
 
 GRID_STEPS, OTHER_STEPS = 1300, 100
@@ -41,6 +43,10 @@ FROM = 40  # updates after which contents are looked for among those seen before
 SEED = 0
 
 
+RoundTrip = Callable[[Tensor, Change | None], Tensor]
+"""uint8 pictures (B, 3, H, W) and what changes their latents -> the same encoded and decoded."""
+
+
 @dataclass
 class Lesson:
     """Training pictures as a judge reads them."""
@@ -49,7 +55,7 @@ class Lesson:
     """(N, 3, 64, 64) ink."""
     palettes: list[tuple[Tensor, Tensor]]
     """Palettes (M, 4118) and whose they are, (M,) int64: as they are, a little off, blurred, soft, and of some what a VAE makes of
-    them; [] without styles."""
+    them and of their latents, disturbed; [] without styles."""
     content: Tensor
     """(N,) int64: which content each picture shows; without a grid each its own."""
     style: Tensor | None
@@ -60,9 +66,9 @@ class Lesson:
     styles: list[str]
 
 
-def of_grid(grid: Grid, round_trip: Callable[[Tensor], Tensor] | None = None) -> Lesson:
-    """The training cells of a grid. round_trip: encodes and decodes uint8 pictures (B, 3, H, W), so that styles are told through a VAE
-    as well; what is judged has gone through one."""
+def of_grid(grid: Grid, round_trip: RoundTrip | None = None) -> Lesson:
+    """The training cells of a grid. round_trip: `Maker.round_trip`, so that styles are told through a VAE as well, and from latents that
+    are not quite right: what is judged is made of such."""
     cells = list(grid.train)
     contents = sorted({cell.content for cell in cells})
     place = {content: i for i, content in enumerate(contents)}
@@ -213,19 +219,21 @@ def _learn(
         on_step()
 
 
-def _through_vae(images: Sequence[bytes], round_trip: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """(palettes of some of the pictures after encoding and decoding, which ones); and of these a little off and soft, as a model of the
-    latents makes them."""
+def _through_vae(images: Sequence[bytes], round_trip: RoundTrip) -> list[tuple[Tensor, Tensor]]:
+    """(palettes of some of the pictures after encoding and decoding, which ones); and of these twice with disturbed latents, as a model
+    makes them."""
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))[:THROUGH_VAE]
-    palettes: list[list[Tensor]] = [[], []]
     generator = torch.Generator().manual_seed(SEED)
+    disturbed = partial(augment.disturbed, generator=generator)
+    changes: tuple[Change | None, ...] = (None, disturbed, disturbed)
+    palettes: list[list[Tensor]] = [[] for _ in changes]
     for part in chosen.split(32):
-        pictures = [from_image(images[i]) for i in part.tolist()]
-        one_size = all(picture.shape == pictures[0].shape for picture in pictures)
-        made = list(round_trip(torch.stack(pictures))) if one_size else [round_trip(p[None])[0] for p in pictures]
-        for whole in ink.inks(made):
-            palettes[0].append(ink.palette(whole))
-            palettes[1].append(ink.palette(augment.off(augment.soft(whole), generator)))
+        pictures = [from_image(images[i])[None] for i in part.tolist()]
+        if all(picture.shape == pictures[0].shape for picture in pictures):
+            pictures = [torch.cat(pictures)]
+        for change, palette in zip(changes, palettes, strict=True):
+            (whole,) = ink.inks([one for batch in pictures for one in round_trip(batch, change)])
+            palette.append(ink.palette(whole))
     return [(torch.cat(each), chosen) for each in palettes]
 
 
@@ -275,7 +283,8 @@ class Memory:
 
 
 def _fast_half() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
+    supported = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.mkldnn.is_available() and supported
 
 
 def _warmed(done: float) -> float:

@@ -5,7 +5,7 @@ Shapes: B pictures of one batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,8 @@ from megaflux.generation.sampling import SamplingRequest, decoding_in_chunks, fl
 from megaflux.generation.true_cfg import TrueCfg, encode_negative
 from megaflux.models import latents as latent_ops
 
+Change = Callable[[Tensor], Tensor]
+
 
 class Maker(Protocol):
     """What makes pictures of conditions."""
@@ -33,8 +35,9 @@ class Maker(Protocol):
     def make(self, given: Sequence[Given], seeds: Sequence[int], bucket: Bucket) -> Tensor:
         """A picture of each condition and its seed: uint8 (B, 3, H, W)."""
 
-    def round_trip(self, pictures: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) encoded and decoded by the VAE: the best that any model of its latents can do."""
+    def round_trip(self, pictures: Tensor, change: Change | None = None) -> Tensor:
+        """uint8 (B, 3, H, W) encoded and decoded by the VAE: the best that any model of its latents can do. change: of the scaled latents
+        (B, C, h, w) between."""
 
 
 @dataclass
@@ -78,9 +81,10 @@ class PipelineMaker:
                 made[index] = (images.float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
         return made
 
-    def round_trip(self, pictures: Tensor) -> Tensor:
+    def round_trip(self, pictures: Tensor, change: Change | None = None) -> Tensor:
         vae = self.pipeline.models.vae
-        return latent_ops.decode(vae, latent_ops.encode(vae, pictures)).cpu()
+        latents = latent_ops.encode(vae, pictures)
+        return latent_ops.decode(vae, latents if change is None else change(latents)).cpu()
 
     def _encoded(self, given: Given) -> Encoded:
         if given.empty:

@@ -12,7 +12,7 @@ from megaflux.common.paths import SHIPPED, SHIPPED_ICONS
 
 ASSETS = Path(__file__).parent.parent / "assets" / "tiny"
 VAES = {SHIPPED: ASSETS / "vae", SHIPPED_ICONS: ASSETS / "vae-icons"}
-"""By `model.vae`; the second has gone on from the first on five icon sets."""
+"""By `model.vae`; the second is the first, trained further on five icon sets."""
 VLM = ASSETS / "vlm"
 START = ASSETS / "start"
 """FLUX, connector and Qwen layers (`model.init`): model.safetensors, by the names of `models.parameters.beginnings`."""
@@ -47,7 +47,7 @@ def start_problem(model: Any) -> str | None:
         if (given := getattr(model, field)) != wanted:
             return (
                 f"model.init: {SHIPPED} was trained with model.{field} {wanted or 'null'}, but model.{field} is "
-                f"{given or 'null'}; give --model.{field} {wanted or 'null'} or leave out model.init"
+                f"{given or 'null'}; give --model.{field} {wanted or 'null'}, or --model.init null"
             )
     for path, given, shipped in _pairs(model.flux_config, start_sizes(), "model.flux_config"):
         if given != shipped:

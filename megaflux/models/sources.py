@@ -22,7 +22,7 @@ from megaflux.common.errors import UserError
 from megaflux.common.paths import HUB, SHIPPED
 from megaflux.models.loading_errors import named
 from megaflux.models.safetensors_files import INDEX, SAFETENSORS, is_pointer, read_header, read_index, read_json
-from megaflux.models.shipped import VAES, start_problem, vlm_problem
+from megaflux.models.shipped import VAES, vlm_problem
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 SHOWN = 5  # names in a message
@@ -115,8 +115,6 @@ def model_problems(model: Any, moved: str | None = None) -> Iterator[str]:
     parts = {name: part for name, part in FLUX.items() if name != "vae" or not model.vae}
     vae, vlm = None if model.vae in VAES else model.vae, None if model.vlm == SHIPPED else model.vlm
     if model.vlm == SHIPPED and (why := vlm_problem(model.vlm_config)):
-        yield why
-    if model.init == SHIPPED and not moved and (why := start_problem(model)):
         yield why
     for key, source, needed in (
         ("flux", model.flux, parts),

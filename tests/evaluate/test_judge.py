@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megaflux.common.errors import UserError
-from megaflux.evaluate import ink, judge_training
+from megaflux.evaluate import augment, ink, judge_training
 from megaflux.evaluate.judge import Judge
 from megaflux.evaluate.samples import load
 from tests.evaluate.conftest import STEPS
@@ -37,6 +37,28 @@ def test_size_and_place_of_the_ink_do_not_count():
     (whole,) = ink.inks([small, large])
     centred = ink.centred(whole)
     assert (centred[0] - centred[1]).abs().mean() < 0.06
+
+
+def test_latents_are_disturbed_but_not_beyond_recognition():
+    latents = torch.randn(64, 8, 16, 12, generator=torch.Generator().manual_seed(1))
+    latents = torch.nn.functional.avg_pool2d(latents, 3, 1, 1) * 3  # neighbours are alike, as in a VAE's
+    first, again = (augment.disturbed(latents, torch.Generator().manual_seed(2)) for _ in range(2))
+    assert torch.equal(first, again) and first.shape == latents.shape
+    error = (first - latents).square().mean(dim=(1, 2, 3)) / latents.square().mean(dim=(1, 2, 3))
+    assert 0 < error.min() < 0.1 and 0.3 < error.max() < 1.5
+
+
+def test_styles_are_told_through_the_vae_and_from_disturbed_latents(grid_data):
+    grid = load(str(grid_data), 64, None).grid
+
+    def round_trip(pictures, change):
+        return pictures if change is None else (255 - change(pictures.float())).clamp(0, 255).byte()
+
+    lesson, plain = judge_training.of_grid(grid, round_trip), judge_training.of_grid(grid)
+    assert len(lesson.palettes) == len(plain.palettes) + 3
+    *_, (trip, rows), (one, whose), (other, _) = lesson.palettes
+    torch.testing.assert_close(trip, plain.palettes[0][0][rows])
+    assert torch.equal(rows, whose) and not torch.equal(one, trip) and not torch.equal(one, other)
 
 
 def test_a_blank_picture_has_features():

@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from launch import train_tiny_flux as script
 from launch.tiny_vlm_pictures import Pictures
+from megaflux.common.errors import UserError
 from megaflux.models.pretrained import load_models
 
 
@@ -20,10 +21,13 @@ def models():
     return load_models(script.configuration())
 
 
+NAMES = ("cat", "red-apple", "ship", "tree", "sun")
+
+
 @pytest.fixture(scope="module")
 def pictures() -> Pictures:
-    keys = ["demo 1F408", *(f"grid {style}/{name}" for style in ("a", "b") for name in ("cat", "red-apple", "ship"))]
-    captions = ["cat", *("cat", "red apple", "ship") * 2]
+    keys = ["demo 1F408", "demo 2B05", *(f"grid {style}/{name}" for style in ("a", "b") for name in NAMES)]
+    captions = ["cat", "left arrow", *(name.replace("-", " ") for name in NAMES * 2)]
     images = np.random.default_rng(0).integers(0, 256, (len(keys), 64, 64, 3), dtype=np.uint8)
     return Pictures(images, captions, keys)
 
@@ -55,7 +59,7 @@ def test_references_of_a_cell_are_others_by_the_same_hand(models, pictures, monk
 
     monkeypatch.setattr(models.trunk, "encode_references", encode_references)
     pairs = script.pairs_of(models, pictures.captions, pictures.keys, pictures, 0)
-    assert pairs is not None and len(seen) == len(pairs.targets) == 6 * script.DRAWS
+    assert pairs is not None and len(seen) == len(pairs.targets) == 10 * script.DRAWS
     images = [torch.from_numpy(image).permute(2, 0, 1) for image in pictures.images]
     for target, (references, caption) in zip(pairs.targets, seen, strict=True):
         shown = {next(i for i, image in enumerate(images) if torch.equal(image, one)) for one in references}
@@ -69,17 +73,34 @@ def test_each_kind_of_lesson_has_its_share_and_a_picture_is_mirrored_with_its_ta
     words, shown, pairs = (
         sum(one is each for one in drawn) for each in (examples.words, examples.pictures, examples.pairs)
     )
-    assert (shown, pairs, words) == (250, 400, 350)
+    assert (shown, pairs, words) == (120, 600, 280)
     alone = replace(examples, pairs=None)
     assert script.drawn_lesson(alone, 0.5) is alone.words
-    lesson, count = examples.pictures, len(pictures.captions)
-    assert lesson.mirrored_rows is not None and lesson.targets == list(range(count))
-    pixels = torch.from_numpy(pictures.images).permute(0, 3, 1, 2)
-    for rows, seen in ((lesson.rows, pixels), (lesson.mirrored_rows, pixels.flip(-1))):
-        own = lesson.conditions.rows(rows).hidden_states.float()
-        torch.testing.assert_close(own, models.trunk.encode(seen).hidden_states, rtol=0.02, atol=0.02)
-    sides = script.latent_ops.encode(models.vae, pixels.flip(-1))
-    torch.testing.assert_close(examples.mirrored, script.latent_ops.pack(sides), rtol=0.05, atol=0.05)
+    plain = torch.from_numpy(pictures.images).permute(0, 3, 1, 2)
+    mirrored = plain.flip(-1)
+    mirrored[1] = plain[1]  # an arrow to the left
+    chosen = [4, 1, 0, 4]
+    mirror = torch.tensor([True, True, False, False])
+    x, condition = script.batch_of(examples, examples.pictures, chosen, mirror)
+    pixels = torch.where(mirror[:, None, None, None], mirrored[chosen], plain[chosen])
+    expected = script.latent_ops.pack(script.latent_ops.encode(models.vae, pixels))
+    torch.testing.assert_close(x, expected, rtol=0.05, atol=0.05)
+    own = models.trunk.encode(pixels).hidden_states
+    torch.testing.assert_close(condition.hidden_states.float(), own, rtol=0.05, atol=0.05)
+    assert not torch.allclose(own[0], own[3], atol=0.2)
+    x, condition = script.batch_of(examples, examples.words, chosen, mirror)  # words stay
+    torch.testing.assert_close(x, expected, rtol=0.05, atol=0.05)
+    assert torch.equal(condition.hidden_states[0], condition.hidden_states[3])
+
+
+def test_an_asset_of_other_models_is_refused_in_a_line(models, tmp_path):
+    with pytest.raises(UserError, match="model.safetensors: is missing or is not"):
+        script.read(models, tmp_path)
+    weights = {name: p.detach().clone() for name, p in script.started(models).items()}
+    weights.popitem()
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="model.safetensors: is missing or is not"):
+        script.read(models, tmp_path)
 
 
 def test_what_is_written_is_what_was_trained(models, pictures, tmp_path):

@@ -17,7 +17,7 @@ from megaflux import runs
 from megaflux.common.errors import UserError
 from megaflux.common.ranks import World
 from megaflux.config.located import located
-from megaflux.config.parse import build_config, merge
+from megaflux.config.parse import build_config, load_yaml, merge
 from megaflux.config.presets import tiny
 from megaflux.export import export
 from megaflux.generation.layout import Settings
@@ -497,12 +497,13 @@ def test_a_run_that_began_without_one_is_given_none(run_folder, tmp_path):
         init_weights.prepare(given, Checkpoint(path, manifest.read(path)), load_models, ALONE)
 
 
+ZERO2 = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
 STARTED = {"init": "tiny", "vae": "tiny-icons"}
 
 
-@pytest.mark.parametrize("seed", [0, 5])
-def test_the_shipped_start_is_laid_over_whatever_the_seed(tmp_path, seed):
-    values = merge(tiny(), {"run": {"dir": str(tmp_path / "run"), "seed": seed}, "model": STARTED})
+@pytest.mark.parametrize(("seed", "vae"), [(0, "tiny-icons"), (5, "tiny")])  # the second: as an earlier version began
+def test_the_shipped_start_is_laid_over_whatever_the_seed(tmp_path, seed, vae):
+    values = merge(tiny(), {"run": {"dir": str(tmp_path / "run"), "seed": seed}, "model": STARTED | {"vae": vae}})
     config = build_config(values)
     assert init_folder.problem(config) is None is init_folder.kept(config.run.dir, "tiny")
     models = begun(config)
@@ -522,10 +523,7 @@ def test_the_shipped_start_is_laid_over_whatever_the_seed(tmp_path, seed):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (
-            {"vlm": None},
-            "model.init: tiny was .* model.vlm tiny, but model.vlm is null; give --model.vlm tiny or leave",
-        ),
+        ({"vlm": None}, "model.init: tiny was .* model.vlm tiny, but model.vlm is null; give --model.vlm tiny, or"),
         (
             {"vae": "tiny"},
             "model.init: tiny was .* model.vae tiny-icons, but model.vae is tiny; give --model.vae tiny-icons",
@@ -538,6 +536,15 @@ def test_the_shipped_start_is_laid_over_whatever_the_seed(tmp_path, seed):
 )
 def test_the_shipped_start_of_other_models_is_refused_in_a_line(model, words):
     config = build_config(merge(tiny(), {"model": STARTED | model}))
-    (said,) = model_problems(config.model)
-    assert re.match(words, said)
-    assert not list(model_problems(build_config(merge(tiny(), {"model": STARTED})).model))
+    said = shipped.start_problem(config.model)
+    assert said is not None and re.match(words, said)
+    assert said in find_problems(config, ZERO2, 1)
+    assert shipped.start_problem(build_config(merge(tiny(), {"model": STARTED})).model) is None
+
+
+@pytest.mark.parametrize("recipe", ["demo", "grid"])
+def test_the_recipes_of_the_tiny_preset_fit_its_start(recipe, tmp_path):
+    file = Path(__file__).parents[2] / "recipes" / "tiny" / f"{recipe}.yaml"
+    config = build_config(merge(merge(tiny(), load_yaml(str(file))), {"run": {"dir": str(tmp_path)}}))
+    assert config.model.init == "tiny" and not list(model_problems(config.model))
+    assert not [line for line in find_problems(config, ZERO2, 1) if "model." in line]

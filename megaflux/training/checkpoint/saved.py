@@ -50,7 +50,7 @@ ADDED: dict[int, dict[str, Any]] = {
         "optim.large_gradient_share": None,
         "optim.ema_decay": 0.0,
     },
-    # Also a new value: model.vlm may be `tiny`, which earlier versions take for a folder.
+    # Also new values, which earlier versions take for folders: model.vlm and model.init `tiny`, model.vae `tiny-icons`.
     8: {"data.references": {"min": 1, "max": 1}, "data.reference_crop": 1.0, "data.reference_flip": 0.0},
 }
 """Format of a manifest -> {dotted field that it introduced: its value where it is missing, or a function that gets the whole

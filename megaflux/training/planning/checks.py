@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megaflux.common.errors import UserError
+from megaflux.common.paths import SHIPPED, SHIPPED_SOURCES
 from megaflux.config.fields import Section
 from megaflux.config.recipe import BY_PART, PARTS
 from megaflux.config.schema import Config
 from megaflux.data.buckets import make_buckets, overdrawn
 from megaflux.data.storage.dataset import DatasetInfo, read_dataset_info
+from megaflux.models.shipped import start_problem
 from megaflux.models.sources import HUB, hub_name, model_problems
 from megaflux.training.checkpoint import identity, init_folder, manifest, saved
 from megaflux.training.components import NAMES, Kind, holds, list_problem
@@ -63,7 +65,7 @@ def find_notes(config: Config, world_size: int) -> list[str]:
     notes += _average_notes(config)
     for field in ("flux", "vlm", "vae"):
         source = getattr(config.model, field)
-        if source and source != "tiny" and (name := hub_name(source)):
+        if source and source not in SHIPPED_SOURCES.get(field, ()) and (name := hub_name(source)):
             why = "hub: asks for it" if source.startswith(HUB) else f"no folder {name.partition('/')[0]} is here"
             notes.append(f"model.{field}: {name} is fetched from the hub ({why}); its files are not looked at before")
     return notes
@@ -186,8 +188,11 @@ def _resuming(config: Config, ds_config: dict[str, Any], world_size: int) -> Ite
 def _models(config: Config) -> Iterator[str]:
     model = config.model
     if model.flux is None and model.vae is None:
-        yield "model.vae: a model built from nothing needs a VAE; set it to a folder or to tiny"
-    yield from model_problems(model, "--model." if saved.has_begun(config.run.dir) else None)
+        yield f"model.vae: a model built from nothing needs a VAE; set it to a folder or to {SHIPPED}"
+    begun = saved.has_begun(config.run.dir)
+    yield from model_problems(model, "--model." if begun else None)
+    if model.init == SHIPPED and not begun and (why := start_problem(model)):  # one that has begun has its own start
+        yield why
     if wrong := init_folder.problem(config):
         yield wrong
 
