@@ -40,7 +40,8 @@ def problems(config: Config, ds_config: dict[str, Any], ranks: int) -> list[str]
                 f"model.{field}: {source}, but launch/train_random.py reads no weights; set model.{field} to null, or "
                 "start launch/train.py"
             )
-    if model.vae not in (None, *SHIPPED_SOURCES["vae"]) and not (Path(model.vae) / "config.json").is_file():
+    named = model.vae is None or model.vae in SHIPPED_SOURCES["vae"]
+    if not named and not (Path(str(model.vae)) / "config.json").is_file():
         found.append(
             f"model.vae: {model.vae} holds no config.json; give a folder with one, tiny, or null for FLUX.1's VAE"
         )
