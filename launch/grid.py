@@ -3,9 +3,9 @@
     python launch/grid.py [--sets DIR] [--out runs/grid] [options of launch/train.py]
 
 Five icon sets draw the same 1,034 things, so every cell (content, style) has a true picture. Some cells, and a few contents, are
-kept from training. The tiny preset, whose shipped start has seen the training cells of all contents, learns style reference + words -> cell on
-200 of the contents, about as many as it can learn in minutes on two cores; the judge learns on all. megaflux.evaluate measures the held-out cells of the 200: OUT/report.json,
-OUT/report.html. Each step that is done is not done again.
+kept from training. The tiny preset, whose shipped start has seen the training cells of all contents, learns style references + words -> cell
+on 200 of the contents, about as many as it can learn in minutes on two cores; the judge learns on all. megaflux.evaluate measures the
+held-out cells of the 200: OUT/report.json, OUT/report.html. Each step that is done is not done again.
 
 --sets: a folder that holds SET/icons.json and SET/info.json of the five sets; without it they are fetched with npm.
 """
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 SETS = {"openmoji": "1.2.29", "noto": "1.2.9", "twemoji": "1.2.5", "fluent-emoji-flat": "1.2.6", "emojione": "1.2.3"}
 """Icon sets and the versions of their npm packages @iconify-json/SET that the documented figures are of."""
 FILES = ("icons.json", "info.json")
-CONTENTS = 200  # to learn in 20 minutes
+CONTENTS = 200  # to learn in 15 minutes
 WHOLE = "--contents shared --hold-out-cells 0.1 --hold-out-contents 0.02"
 """How a grid is prepared: the cells held out of a part are those held out of the whole."""
 PAIRS = "--pairs same-style --pair-references 8"  # of which each update draws four

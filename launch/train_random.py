@@ -43,7 +43,7 @@ def problems(config: Config, ds_config: dict[str, Any], ranks: int) -> list[str]
     named = model.vae is None or model.vae in SHIPPED_SOURCES["vae"]
     if not named and not (Path(str(model.vae)) / "config.json").is_file():
         found.append(
-            f"model.vae: {model.vae} holds no config.json; give a folder with one, tiny, or null for FLUX.1's VAE"
+            f"model.vae: {model.vae} holds no config.json; give a folder with one, tiny, tiny-icons, or null for FLUX.1's VAE"
         )
     unread = model.model_copy(update={"flux": None, "vlm": None, "vae": "tiny", "init": None})
     return [*found, *find_problems(config.model_copy(update={"model": unread}), ds_config, ranks)]

@@ -2,8 +2,8 @@
 
 What FLUX.1-dev is to the published recipe: a picture model that can draw before a run begins. The preset's FLUX, connector and
 last Qwen layer, begun from the seed, learn as rectified flow, on the shipped Qwen2-VL and the VAE `tiny-icons`, a batch at a time: a
-picture -> itself, its name -> the picture and, with --grid, a name and two other pictures by one hand -> the picture by that hand.
-In a tenth of the batches the condition is empty.
+picture -> itself, its name -> the picture and, with --grid, a name and four other pictures by one hand -> the picture by
+that hand. In a tenth of the batches the condition is empty.
 
 Pictures: OpenMoji as the demo has them and the shared names of five icon sets, squares only, mirrored where the caption stays true; the
 same ones as launch/train_tiny_vlm.py, so that nothing that the demo or the grid holds out is seen. See docs/tiny-assets.md.

@@ -221,7 +221,9 @@ def load_vae(source: str | None, flux: str | None) -> AutoencoderKL:
     if source:
         return load_strict(AutoencoderKL, source, torch_dtype=torch.float32)
     if not flux:
-        raise UserError("model.vae: a model built from nothing needs a VAE; set model.vae to a folder or to tiny")
+        raise UserError(
+            "model.vae: a model built from nothing needs a VAE; set model.vae to a folder, tiny or tiny-icons"
+        )
     return load_strict(AutoencoderKL, flux, subfolder="vae", torch_dtype=torch.float32)
 
 

@@ -16,6 +16,7 @@ from megaflux.evaluate import loss as losses
 from megaflux.evaluate.conditions import Conditions, Given, choose, others
 from megaflux.evaluate.evaluation import Subject
 from megaflux.evaluate.judge import Judge
+from megaflux.evaluate.making import PipelineMaker
 from megaflux.evaluate.options import parse
 from megaflux.evaluate.samples import cell_of, load
 from megaflux.models.vlm import Condition
@@ -247,6 +248,9 @@ def test_a_run_for_real(tmp_path, run_folder, monkeypatch):
     asked = work.Asked(work.MADE, sample, 0, Given(sample.references))
     made = work.read(asked, out / "checkpoint")
     assert (made.float() - (wanted.float() * 255).round()).abs().max() <= 1
+    maker = PipelineMaker(pipeline, 1, 1.0)
+    trips = [maker.round_trip(sample.target[None], change) for change in (None, lambda x: x, torch.zeros_like)]
+    assert torch.equal(trips[0], trips[1]) and not torch.equal(trips[0], trips[2])
 
     # a picture that is damaged is made anew by the same command
     file = asked.file(out / "checkpoint")

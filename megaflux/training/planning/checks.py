@@ -188,7 +188,7 @@ def _resuming(config: Config, ds_config: dict[str, Any], world_size: int) -> Ite
 def _models(config: Config) -> Iterator[str]:
     model = config.model
     if model.flux is None and model.vae is None:
-        yield f"model.vae: a model built from nothing needs a VAE; set it to a folder or to {SHIPPED}"
+        yield "model.vae: a model built from nothing needs a VAE; set it to a folder, tiny or tiny-icons"
     begun = saved.has_begun(config.run.dir)
     yield from model_problems(model, "--model." if begun else None)
     if model.init == SHIPPED and not begun and (why := start_problem(model)):  # one that has begun has its own start
