@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from launch import tiny_flux_lessons as lessons
 from launch import train_tiny_flux as script
 from launch.tiny_vlm_pictures import Pictures
 from megaflux.common.errors import UserError
@@ -37,7 +38,7 @@ def test_conditions_of_other_lengths_are_padded_without_a_change(models):
     references = [torch.randint(0, 256, (3, 56, 56), dtype=torch.uint8) for _ in range(3)]
     words = ["cat", "red apple on a very long table"]
     alone = [trunk.encode_references([[references[i], references[i + 1]]], [words[i]], "image_text") for i in (0, 1)]
-    both = script.alike(alone)
+    both = lessons.alike(alone)
     with torch.no_grad():
         for i, one in enumerate(alone):
             own = models.trainable.encode_condition(one)
@@ -58,37 +59,37 @@ def test_references_of_a_cell_are_others_by_the_same_hand(models, pictures, monk
         return real(references, captions, mode, limits=limits)
 
     monkeypatch.setattr(models.trunk, "encode_references", encode_references)
-    pairs = script.pairs_of(models, pictures.captions, pictures.keys, pictures, 0)
-    assert pairs is not None and len(seen) == len(pairs.targets) == 10 * script.DRAWS
+    pairs = lessons.pairs_of(models, pictures.captions, pictures.keys, pictures, 0)
+    assert pairs is not None and len(seen) == len(pairs.targets) == 10 * lessons.DRAWS
     images = [torch.from_numpy(image).permute(2, 0, 1) for image in pictures.images]
     for target, (references, caption) in zip(pairs.targets, seen, strict=True):
         shown = {next(i for i, image in enumerate(images) if torch.equal(image, one)) for one in references}
-        assert caption == pictures.captions[target] and target not in shown and len(shown) == script.REFERENCES
+        assert caption == pictures.captions[target] and target not in shown and len(shown) == lessons.REFERENCES
         assert {pictures.keys[i].split("/")[0] for i in shown} == {pictures.keys[target].split("/")[0]}
 
 
 def test_each_kind_of_lesson_has_its_share_and_a_picture_is_mirrored_with_its_target(models, pictures):
-    examples = script.encode(models, pictures, 0)
-    drawn = [script.drawn_lesson(examples, i / 1000) for i in range(1000)]
+    examples = lessons.encode(models, pictures, 0)
+    drawn = [lessons.drawn_lesson(examples, i / 1000) for i in range(1000)]
     words, shown, pairs = (
         sum(one is each for one in drawn) for each in (examples.words, examples.pictures, examples.pairs)
     )
     assert (shown, pairs, words) == (120, 600, 280)
     alone = replace(examples, pairs=None)
-    assert script.drawn_lesson(alone, 0.5) is alone.words
+    assert lessons.drawn_lesson(alone, 0.5) is alone.words
     plain = torch.from_numpy(pictures.images).permute(0, 3, 1, 2)
     mirrored = plain.flip(-1)
     mirrored[1] = plain[1]  # an arrow to the left
     chosen = [4, 1, 0, 4]
     mirror = torch.tensor([True, True, False, False])
-    x, condition = script.batch_of(examples, examples.pictures, chosen, mirror)
+    x, condition = lessons.batch_of(examples, examples.pictures, chosen, mirror)
     pixels = torch.where(mirror[:, None, None, None], mirrored[chosen], plain[chosen])
-    expected = script.latent_ops.pack(script.latent_ops.encode(models.vae, pixels))
+    expected = lessons.latent_ops.pack(lessons.latent_ops.encode(models.vae, pixels))
     torch.testing.assert_close(x, expected, rtol=0.05, atol=0.05)
     own = models.trunk.encode(pixels).hidden_states
     torch.testing.assert_close(condition.hidden_states.float(), own, rtol=0.05, atol=0.05)
     assert not torch.allclose(own[0], own[3], atol=0.2)
-    x, condition = script.batch_of(examples, examples.words, chosen, mirror)  # words stay
+    x, condition = lessons.batch_of(examples, examples.words, chosen, mirror)  # words stay
     torch.testing.assert_close(x, expected, rtol=0.05, atol=0.05)
     assert torch.equal(condition.hidden_states[0], condition.hidden_states[3])
 
@@ -106,7 +107,7 @@ def test_an_asset_of_other_models_is_refused_in_a_line(models, tmp_path):
 def test_what_is_written_is_what_was_trained(models, pictures, tmp_path):
     """Qwen2-VL's final norm, which is not written, is not trained either."""
     args = Namespace(updates=3, save_every=3, lr=0.05, muon_lr=0.05, seed=0, eager=True, out=tmp_path)
-    examples = script.encode(models, pictures, 0)
+    examples = lessons.encode(models, pictures, 0)
     script.train(models, examples, args)
     fresh = load_models(script.configuration())
     assert set(script.started(fresh)) == set(load_file(tmp_path / "model.safetensors"))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import megaflux
-from launch import tiny_vlm_figures, tiny_vlm_model, tiny_vlm_pictures, train_random, train_tiny_flux
+from launch import tiny_flux_lessons, tiny_vlm_figures, tiny_vlm_model, tiny_vlm_pictures, train_random, train_tiny_flux
 from megaflux import flow, runs
 from megaflux.common import compat  # noqa: F401  before diffusers and transformers
 from megaflux.common.errors import UserError
@@ -268,7 +268,7 @@ def test_what_is_shipped_was_trained_on_no_picture_that_is_held_out_anywhere(ass
     assert not seen_drawings & {same(code) for code in held_codes}
     # And nothing else was left out, but for long captions by the start.
     split = tiny_vlm_pictures.split_pictures(codes, grid)
-    most = train_tiny_flux.MOST_TOKENS if asset == shipped.START else 99
+    most = tiny_flux_lessons.MOST_TOKENS if asset == shipped.START else 99
     chat = ChatTurns(scratch.tiny_processor(), 0, "tiny")
 
     def short(caption: str) -> bool:
