@@ -32,8 +32,8 @@ FILES = ("icons.json", "info.json")
 CONTENTS = 200  # to learn in 15 minutes
 WHOLE = "--contents shared --hold-out-cells 0.1 --hold-out-contents 0.02"
 """How a grid is prepared: the cells held out of a part are those held out of the whole."""
-PAIRS = "--pairs same-style --pair-references 8"  # of which each update draws four
-EVALUATION = "--references 4 --steps 14 --cfg 1.5 --dtype bfloat16"
+PAIRS = "--pairs same-style --pair-references 8"
+EVALUATION = "--references 8 --steps 14 --cfg 3.5 --dtype bfloat16"
 
 
 def main() -> None:

@@ -282,7 +282,7 @@ def _train_judge(request: Request, held_out: HeldOut, subject: Subject, file: Pa
     else:
         rows = train_rows(request.data, held_out.info, LESSON)
         lesson = judge_training.of_pictures([row["image"] for row in rows], [row["caption"] for row in rows])
-    with _progress("judge", steps, world) as done:
+    with _progress("judge", judge_training.updates(steps, held_out.grid is not None), world) as done:
         judge = judge_training.train(lesson, facts, steps, world.device, done)
     if held_out.grid is not None:
         judge = judge.of({cell.content for cell in held_out.grid.train})

@@ -4,7 +4,7 @@ It is trained on the spot from training pictures alone (judge_training.py). A pi
 averaged over a few shifts and scales, and its edge histograms in the directions that tell contents apart best (linear discriminant
 analysis). On a grid the content is that whose prototype, the mean feature of its real cells, is the most similar, less what is
 similar to all (a half of a prototype's mean similarity to its nearest training cells of other contents, against hubs, as in CSLS: Conneau
-et al. 1710.04087, section 2.3); the style is what a head of the network says. Elsewhere the features alone are used.
+et al. 1710.04087, section 2.3); the style is what hands.py says. Elsewhere the features alone are used.
 
 Shapes: N pictures, D network features, E features of edges, C contents, T styles.
 """
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from megaflux.common.errors import UserError, one_line
 from megaflux.evaluate import ink
+from megaflux.evaluate.hands import Hands
 
-FORMAT = "1"
-HIDDEN = 512  # units that read a palette
+FORMAT = "2"
 WIDTH, FEATURES = 64, 256
 NAME = "judge.safetensors"
 VIEWS = (
@@ -67,7 +67,7 @@ class Block(nn.Module):
 
 
 class JudgeNetwork(nn.Module):
-    """Maps of a picture -> features; its palette -> scores of styles."""
+    """Maps of a picture -> features; `hands`: its ink -> scores of styles, None without styles."""
 
     def __init__(self, styles: int, words: int = 0, width: int = WIDTH, features: int = FEATURES):
         super().__init__()
@@ -85,12 +85,7 @@ class JudgeNetwork(nn.Module):
         self.project = nn.Sequential(
             nn.Dropout(0.2), nn.Linear(4 * width * 17, features, bias=False), nn.BatchNorm1d(features)
         )
-        read = ink.PALETTE if styles else 1
-        self.style = nn.Sequential(
-            nn.Dropout(0.3), nn.Linear(read, HIDDEN), nn.ReLU(), nn.Dropout(0.5), nn.Linear(HIDDEN, max(1, styles))
-        )
-        self.palette_mean = nn.Buffer(torch.zeros(read))
-        self.palette_scale = nn.Buffer(torch.ones(read))
+        self.hands = Hands(styles) if styles else None
         self.words = nn.Linear(features, max(1, words))
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -98,10 +93,6 @@ class JudgeNetwork(nn.Module):
         x = self.body(self.stem(maps.contiguous(memory_format=torch.channels_last))).float()
         pooled = torch.cat([x.mean((2, 3)), x.flatten(1)], dim=1)
         return F.normalize(self.project(pooled).float(), dim=1)
-
-    def styles(self, palette: Tensor) -> Tensor:
-        """palette: (N, 4118) of ink.palette. Returns scores (N, T)."""
-        return self.style((palette - self.palette_mean) * self.palette_scale)
 
 
 @dataclass
@@ -143,8 +134,8 @@ class Judge:
             centred = ink.centred(whole)
             own = viewed(self.network, ink.maps(centred).to(device))
             found.append(joined(own, self._edges(centred)))
-            palette = ink.palette(whole) if self.styles else torch.zeros(len(whole), 1)
-            scores.append(self.network.styles(palette.to(device)))
+            hands = self.network.hands
+            scores.append(torch.zeros(len(whole), 0) if hands is None else hands(whole))
         return torch.cat(found).cpu(), torch.cat(scores).cpu()
 
     def judge(self, pictures: Sequence[Tensor]) -> Judged:
@@ -193,7 +184,9 @@ class Judge:
             with safe_open(file, "pt", device=str(device)) as opened:
                 header = opened.metadata() or {}
                 if header.get("megaflux_judge") != FORMAT:
-                    raise UserError(f"{file}: not a judge of this version; leave --judge out, and one is trained")
+                    raise UserError(
+                        f"{file}: not a judge of this version; delete it or leave --judge out, and one is trained"
+                    )
                 content = json.loads(header["content"])
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             network = JudgeNetwork(**content["sizes"])

@@ -17,7 +17,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,25 +25,20 @@ from torch import Tensor
 
 from megaflux.data.tensors import from_image
 from megaflux.evaluate import augment, ink
+from megaflux.evaluate.hands_training import Drawings, RoundTrip, Version, learn_looks, learn_palettes, through_vae
 from megaflux.evaluate.judge import Judge, JudgeNetwork, hubs, joined, prototypes, viewed
-from megaflux.evaluate.making import Change
 from megaflux.evaluate.samples import Grid
 
 GRID_STEPS, OTHER_STEPS = 1300, 100
+LOOK_STEPS = 3  # of the look of hands, as a multiple
 PLAIN = 1024  # pictures of which the edges' main directions are taken, where there is no grid
 PAIRS = 64
 RATE, DECAY, TEMPERATURE = 3e-3, 0.05, 0.07
 COMPONENTS, KEPT, RIDGE = 400, 350, 0.6  # of the descriptor: before and after the discriminant analysis
 WORDS, RARE = 512, 3  # most words that are predicted, and how often one has to appear
 WORD_WEIGHT = 0.5
-STYLE_BATCH, STYLE_RATE = 256, 2e-3
-THROUGH_VAE = 3000  # pictures
 FROM = 40  # updates after which contents are looked for among those seen before
 SEED = 0
-
-
-RoundTrip = Callable[[Tensor, Change | None], Tensor]
-"""uint8 pictures (B, 3, H, W) and what changes their latents -> the same encoded and decoded."""
 
 
 @dataclass
@@ -53,9 +47,8 @@ class Lesson:
 
     centred: Tensor
     """(N, 3, 64, 64) ink."""
-    palettes: list[tuple[Tensor, Tensor]]
-    """Palettes (M, 4118) and whose they are, (M,) int64: as they are, a little off, blurred, soft, and of some what a VAE makes of
-    them and of their latents, disturbed; [] without styles."""
+    versions: list[Version]
+    """As hands are told by; [] without styles."""
     content: Tensor
     """(N,) int64: which content each picture shows; without a grid each its own."""
     style: Tensor | None
@@ -73,19 +66,20 @@ def of_grid(grid: Grid, round_trip: RoundTrip | None = None) -> Lesson:
     contents = sorted({cell.content for cell in cells})
     place = {content: i for i, content in enumerate(contents)}
     images = [grid.train[cell] for cell in cells]
-    centred, versions = _seen(images, True)
-    palettes = [(palette, torch.arange(len(palette))) for palette in versions]
+    drawings = Drawings()
+    centred = _seen(images, drawings)
+    versions = drawings.versions()
     if round_trip is not None:
-        palettes += _through_vae(images, round_trip)
+        versions += through_vae(images, round_trip)
     content = torch.tensor([place[cell.content] for cell in cells])
     style = torch.tensor([grid.styles.index(cell.style) for cell in cells])
     words = word_shares([re.sub(r"[-_]", " ", cell.content) for cell in cells], RARE * len(grid.styles))
-    return Lesson(centred, palettes, content, style, words, contents, list(grid.styles))
+    return Lesson(centred, versions, content, style, words, contents, list(grid.styles))
 
 
 def of_pictures(images: Sequence[bytes], captions: Sequence[str]) -> Lesson:
     """Any training pictures (image files) with their captions."""
-    centred, _ = _seen(images, False)
+    centred = _seen(images, None)
     return Lesson(centred, [], torch.arange(len(images)), None, word_shares(captions), [], [])
 
 
@@ -105,6 +99,11 @@ def word_shares(captions: Sequence[str], rare: int = RARE) -> Tensor | None:
     return shares
 
 
+def updates(steps: int, styles: bool) -> int:
+    """How often `train` calls on_step."""
+    return steps * (1 + LOOK_STEPS * styles)
+
+
 def train(
     lesson: Lesson,
     facts: dict[str, Any],
@@ -112,16 +111,20 @@ def train(
     device: torch.device | str = "cpu",
     on_step: Callable[[], object] = lambda: None,
 ) -> Judge:
-    """A judge of the lesson. facts: kept with it. on_step: called after each update."""
+    """A judge of the lesson. steps: of contents. facts: kept with it. on_step: called `updates` times."""
     device = torch.device(device)
+    # Products in bfloat16 are several times as fast where the CPU has units for them, and no slower elsewhere.
+    half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or _fast_half())
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(SEED)  # of the first weights and of dropout
         words = 0 if lesson.words is None else lesson.words.shape[1]
         network = JudgeNetwork(len(lesson.styles), words).to(device).train()
         maps = torch.cat([ink.maps(part) for part in lesson.centred.split(256)])
-        _learn(network, lesson, maps, steps, device, on_step)
-        if lesson.style is not None:
-            _learn_styles(network, lesson, 2 * steps, device)
+        _learn(network, lesson, maps, steps, device, half, on_step)
+        if lesson.style is not None and network.hands is not None:
+            learn_palettes(network.hands, lesson.versions, lesson.style, 2 * steps, device)
+            looks = LOOK_STEPS * steps
+            learn_looks(network.hands, lesson.versions, lesson.style, looks, device, half, on_step)
     network.eval()
     edge = [ink.descriptor(part) for part in (lesson.centred if lesson.styles else lesson.centred[:PLAIN]).split(256)]
     descriptors = torch.cat(edge)
@@ -177,10 +180,16 @@ def _principal(descriptors: Tensor, count: int) -> Tensor:
 
 
 def _learn(
-    network: JudgeNetwork, lesson: Lesson, maps: Tensor, steps: int, device: torch.device, on_step: Callable[[], object]
+    network: JudgeNetwork,
+    lesson: Lesson,
+    maps: Tensor,
+    steps: int,
+    device: torch.device,
+    half: torch.autocast,
+    on_step: Callable[[], object],
 ) -> None:
     draw, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
-    trained = [p for name, p in network.named_parameters() if not name.startswith("style.")]
+    trained = [p for name, p in network.named_parameters() if not name.startswith("hands.")]
     weights = [p for p in trained if p.ndim > 1]
     others = [p for p in trained if p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -191,8 +200,6 @@ def _learn(
     pairs = min(PAIRS, len(shown))
     order: list[int] = []
     memory = Memory(lesson, network.sizes["features"], device) if lesson.styles else None
-    # Products in bfloat16 are several times as fast where the CPU has units for them, and no slower elsewhere.
-    half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or _fast_half())
     for step in range(steps):
         if len(order) < pairs:
             order = torch.randperm(len(shown), generator=generator).tolist()
@@ -217,41 +224,6 @@ def _learn(
         loss.backward()
         optimizer.step()
         on_step()
-
-
-def _through_vae(images: Sequence[bytes], round_trip: RoundTrip) -> list[tuple[Tensor, Tensor]]:
-    """(palettes of some of the pictures after encoding and decoding, which ones); and of these twice with disturbed latents, as a model
-    makes them."""
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))[:THROUGH_VAE]
-    generator = torch.Generator().manual_seed(SEED)
-    disturbed = partial(augment.disturbed, generator=generator)
-    changes: tuple[Change | None, ...] = (None, disturbed, disturbed)
-    palettes: list[list[Tensor]] = [[] for _ in changes]
-    for part in chosen.split(32):
-        pictures = [from_image(images[i])[None] for i in part.tolist()]
-        if all(picture.shape == pictures[0].shape for picture in pictures):
-            pictures = [torch.cat(pictures)]
-        for change, palette in zip(changes, palettes, strict=True):
-            (whole,) = ink.inks([one for batch in pictures for one in round_trip(batch, change)])
-            palette.append(ink.palette(whole))
-    return [(torch.cat(each), chosen) for each in palettes]
-
-
-def _learn_styles(network: JudgeNetwork, lesson: Lesson, steps: int, device: torch.device) -> None:
-    """Tell the hand by the palette; the versions of the pictures take turns."""
-    assert lesson.style is not None
-    plain, generator = lesson.palettes[0][0], torch.Generator().manual_seed(SEED)
-    network.palette_mean.copy_(plain.mean(dim=0))
-    network.palette_scale.copy_(1 / (plain.std(dim=0) + 0.01))
-    optimizer = torch.optim.AdamW(network.style.parameters(), lr=STYLE_RATE, weight_decay=DECAY)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = STYLE_RATE * (1 - step / steps) + 1e-5
-        palettes, whose = lesson.palettes[step % len(lesson.palettes)]
-        index = torch.randint(0, len(palettes), (STYLE_BATCH,), generator=generator)
-        loss = F.cross_entropy(network.styles(palettes[index].to(device)), lesson.style[whose[index]].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
 
 
 class Memory:
@@ -292,22 +264,12 @@ def _warmed(done: float) -> float:
     return done / 0.1 + 1e-3 if done < 0.1 else 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9)) + 1e-3
 
 
-def _seen(images: Sequence[bytes], styles: bool) -> tuple[Tensor, list[Tensor]]:
-    """(centred ink, palettes if there are styles), decoded 256 at a time: all of them at full size would take gigabytes."""
+def _seen(images: Sequence[bytes], drawings: Drawings | None) -> Tensor:
+    """Centred ink, decoded 256 at a time: all of them at full size would take gigabytes. drawings: gets the whole ink."""
     centred: list[Tensor] = []
-    palettes: list[list[Tensor]] = [[], [], [], []] if styles else []
-    generator = torch.Generator().manual_seed(SEED)
     for start in range(0, len(images), 256):
         (whole,) = ink.inks([from_image(data) for data in images[start : start + 256]])
         centred.append(ink.centred(whole))
-        if styles:
-            blurred = F.avg_pool2d(whole, 3, 1, 1)
-            versions = (
-                whole,
-                augment.off(whole, generator),
-                augment.off(blurred, generator),
-                augment.off(augment.soft(whole), generator),
-            )
-            for parts, version in zip(palettes, versions, strict=True):
-                parts.append(ink.palette(version))
-    return torch.cat(centred), [torch.cat(parts) for parts in palettes]
+        if drawings is not None:
+            drawings.add(whole)
+    return torch.cat(centred)

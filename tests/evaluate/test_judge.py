@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from megaflux.common.errors import UserError
-from megaflux.evaluate import augment, ink, judge_training
+from megaflux.evaluate import augment, hands, ink, judge_training
 from megaflux.evaluate.judge import Judge
 from megaflux.evaluate.samples import load
 from tests.evaluate.conftest import STEPS
@@ -55,10 +57,13 @@ def test_styles_are_told_through_the_vae_and_from_disturbed_latents(grid_data):
         return pictures if change is None else (255 - change(pictures.float())).clamp(0, 255).byte()
 
     lesson, plain = judge_training.of_grid(grid, round_trip), judge_training.of_grid(grid)
-    assert len(lesson.palettes) == len(plain.palettes) + 3
-    *_, (trip, rows), (one, whose), (other, _) = lesson.palettes
-    torch.testing.assert_close(trip, plain.palettes[0][0][rows])
-    assert torch.equal(rows, whose) and not torch.equal(one, trip) and not torch.equal(one, other)
+    assert len(lesson.versions) == len(plain.versions) + 3
+    *_, trip, one, other = lesson.versions
+    torch.testing.assert_close(trip.palettes, plain.versions[0].palettes[trip.whose])
+    torch.testing.assert_close(trip.halves, plain.versions[0].halves[trip.whose])
+    assert torch.equal(trip.whose, one.whose)
+    for a, b in ((one, trip), (one, other)):
+        assert not torch.equal(a.palettes, b.palettes) and not torch.equal(a.halves, b.halves)
 
 
 def test_a_blank_picture_has_features():
@@ -78,3 +83,17 @@ def test_another_file_is_one_line(tmp_path):
     (tmp_path / "x").write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match="cannot be read as a judge"):
         Judge.load(tmp_path / "x")
+
+
+@torch.no_grad()
+def test_a_palette_however_sure_outweighs_the_look_by_so_much_at_most():
+    known, whole = hands.Hands(3).eval(), torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    look = known.looks(hands.halved(whole)).log_softmax(dim=1)
+    most = math.log(1 + 3 * (1 - hands.ASTRAY) / hands.ASTRAY)
+    last = known.by_palette[-1]
+    last.weight.zero_()
+    for sure in (0.0, 50.0):  # of the second hand
+        last.bias.copy_(torch.tensor([0.0, sure, 0.0]))
+        scores = known(whole) - look
+        torch.testing.assert_close(scores[:, 1] - scores[:, 0], torch.full((2,), most if sure else 0.0))
+        torch.testing.assert_close(scores[:, 2], scores[:, 0])
