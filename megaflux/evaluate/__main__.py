@@ -7,7 +7,7 @@ samples     held-out samples, and the grid of contents and styles
 conditions  what each sample is conditioned by: its own, another's, nothing
 making      pictures of conditions; loss: losses by t
 work        batches, and the files of their results
-judge       the network that says what a picture shows; ink: what it sees; judge_training
+judge       the networks that say what a picture shows; hands: who drew it; ink: what they see; judge_training, hands_training, augment
 figures     pictures -> figures of each sample; statistics: their means and intervals; results: the report's sections
 report      report.json, report.html (html, plots), sheets, TensorBoard
 command     from a command line to a report

@@ -253,24 +253,34 @@ def _judge(request: Request, held_out: HeldOut, subject: Subject, out: Path, wor
         given = Path(request.judge)
         file = given / judges.NAME if given.is_dir() else given
     steps = request.judge_steps or (judge_training.OTHER_STEPS if grid is None else judge_training.GRID_STEPS)
+    if world.is_main and request.judge is None and file.is_file() and not Judge.is_current(file):
+        _say(world, f"{file}: of another version of megaflux; training another judge in its place")
     # Rank 0 says whether: the others may look later, when it is there.
-    if distributed.from_main(request.judge is None and not file.is_file(), world):
+    if distributed.from_main(request.judge is None and not Judge.is_current(file), world):
         work = (lambda: _train_judge(request, held_out, subject, file, steps, world)) if world.is_main else None
         distributed.work_while_others_wait(work, world) if world.size > 1 else work and work()
-    if not world.is_main:
-        return None
-    judge = Judge.load(file, world.device)
-    if judge.facts.get("data") != held_out.fingerprint:
-        raise UserError(f"{file}: the judge of other data; leave --judge out, and one is trained for these")
-    check_judge(judge, held_out)
-    if "style" in judge.facts:
+    judge, problem = None, None
+    try:
+        judge = _read_judge(file, held_out, world) if world.is_main else None
+    except UserError as error:
+        problem = str(error)
+    raise_first(problem, world)
+    if judge is not None and "style" in judge.facts:
         shown = f"style {judge.facts['style']:.3f}, content {judge.facts['content']:.3f}"
         _say(world, f"judge: {shown} right on {judge.facts['cells']} real held-out cells (the ceiling)")
     return judge
 
 
+def _read_judge(file: Path, held_out: HeldOut, world: World) -> Judge:
+    judge = Judge.load(file, world.device)
+    if judge.facts.get("data") != held_out.fingerprint:
+        raise UserError(f"{file}: the judge of other data; leave --judge out, and one is trained for these")
+    check_judge(judge, held_out)
+    return judge
+
+
 def _train_judge(request: Request, held_out: HeldOut, subject: Subject, file: Path, steps: int, world: World) -> None:
-    facts: dict[str, Any] = {"data": held_out.fingerprint, "steps": steps}
+    facts: dict[str, Any] = {"version": judges.FORMAT, "data": held_out.fingerprint, "steps": steps}
     if held_out.grid is not None:
         known = held_out.grid
         if request.judge_data is not None:

@@ -4,9 +4,10 @@ Exact colours tell hands of real pictures best, but a made picture whose colours
 nobody's. The network goes by outlines, shades and rough colours, tells fewer of the real ones, and is hardly misled. The two are joined as
 witnesses of whom the first is astray now and then:
 
-    score(hand) = log((1 - ASTRAY) p_palette(hand) + ASTRAY / T) + log p_look(hand)
+    score(hand) = log((1 - ASTRAY) p_palette(hand) + ASTRAY / T) + log p_look(hand) - log share(hand)
 
-so that a palette, however sure, outweighs the look by log(1 + T (1 - ASTRAY) / ASTRAY) at most.
+so that a palette, however sure, outweighs the look by log(1 + T (1 - ASTRAY) / ASTRAY) at most. share: of the training cells, which both
+have learned.
 
 Shapes: N pictures, T hands.
 """
@@ -37,7 +38,7 @@ class Convolution(nn.Module):
 
 
 class Hands(nn.Module):
-    """Ink of whole pictures -> scores of hands."""
+    """Ink of whole pictures -> log probabilities of hands."""
 
     def __init__(self, hands: int):
         super().__init__()
@@ -46,6 +47,7 @@ class Hands(nn.Module):
         )
         self.palette_mean = nn.Buffer(torch.zeros(ink.PALETTE))
         self.palette_scale = nn.Buffer(torch.ones(ink.PALETTE))
+        self.shares = nn.Buffer(torch.full((hands,), 1 / hands))
         self.look = nn.Sequential(
             *_convolution(3, WIDTH, 2),
             *_convolution(WIDTH, 2 * WIDTH, 1),
@@ -59,9 +61,9 @@ class Hands(nn.Module):
         """palette: (N, 4118) of ink.palette. Returns scores (N, T)."""
         return self.by_palette((palette - self.palette_mean) * self.palette_scale)
 
-    def looks(self, half: Tensor) -> Tensor:
-        """half: ink (N, 3, 64, 64) of `halved`. Returns scores (N, T)."""
-        x = self.look((1 - 2 * half).contiguous(memory_format=torch.channels_last)).float()
+    def looks(self, small: Tensor) -> Tensor:
+        """small: ink (N, 3, 64, 64) of `halved`; the convolutions read it as colours in [-1, 1]. Returns scores (N, T)."""
+        x = self.look((1 - 2 * small).contiguous(memory_format=torch.channels_last)).float()
         return self.of_look(torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)).float()
 
     def forward(self, whole: Tensor) -> Tensor:
@@ -69,7 +71,8 @@ class Hands(nn.Module):
         device = self.palette_mean.device
         palette = self.palettes(ink.palette(whole).to(device)).softmax(dim=1)
         sure = torch.log((1 - ASTRAY) * palette + ASTRAY / palette.shape[1])
-        return (sure + self.looks(halved(whole).to(device)).log_softmax(dim=1)).log_softmax(dim=1)
+        look = self.looks(halved(whole).to(device)).log_softmax(dim=1)
+        return (sure + look - self.shares.log()).log_softmax(dim=1)
 
 
 def halved(whole: Tensor) -> Tensor:

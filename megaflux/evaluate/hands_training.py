@@ -1,5 +1,5 @@
-"""How the judge learns to tell hands: from training cells as they are, a little off, through a VAE, and decoded from latents that are
-not quite right, since what is judged is made of such.
+"""How the judge learns to tell hands: from training cells as they are, through a VAE, and decoded from latents that are not quite right,
+since what is judged is made of such; by the palette also from cells that are blurred and a little off.
 
 Shapes: N pictures, M of a version, T hands.
 """
@@ -23,7 +23,7 @@ PALETTE_BATCH, PALETTE_RATE = 256, 2e-3
 LOOK_BATCH, LOOK_RATE = 64, 4e-3
 MUON_RATE, MUON_DECAY = 0.04, 0.01  # of inner convolutions: in as many updates they learn much more than by AdamW
 DECAY = 0.05
-TINT, SHIFT = 0.015, 4  # of a look: most that a colour is off, of 1, and that the picture is moved, of 64 px
+TINT, SHIFT = 0.015, 4  # of a look: most that a colour is off, of 1, and that pictures are moved, px of 64
 THROUGH_VAE = 5000  # pictures at most
 SEED = 0
 
@@ -38,7 +38,7 @@ class Version:
 
     palettes: Tensor
     """(M, 4118) of ink.palette."""
-    halves: Tensor | None
+    small: Tensor | None
     """(M, 3, 64, 64) of hands.halved, in float16; None: only the palettes are learned from."""
     whose: Tensor
     """(M,) int64: which pictures."""
@@ -49,7 +49,7 @@ class Drawings:
 
     def __init__(self) -> None:
         self._palettes: list[list[Tensor]] = [[], [], [], []]
-        self._halves: list[Tensor] = []
+        self._small: list[Tensor] = []
         self._generator = torch.Generator().manual_seed(SEED)
 
     def add(self, whole: Tensor) -> None:
@@ -62,13 +62,13 @@ class Drawings:
         )
         for parts, form in zip(self._palettes, forms, strict=True):
             parts.append(ink.palette(form))
-        self._halves.append(halved(whole).half())
+        self._small.append(halved(whole).half())
 
     def versions(self) -> list[Version]:
         """As they are, a little off, blurred and soft."""
         palettes = [torch.cat(parts) for parts in self._palettes]
         all_of_them = torch.arange(len(palettes[0]))
-        plain = Version(palettes[0], torch.cat(self._halves), all_of_them)
+        plain = Version(palettes[0], torch.cat(self._small), all_of_them)
         return [plain, *(Version(palette, None, all_of_them) for palette in palettes[1:])]
 
 
@@ -79,22 +79,24 @@ def through_vae(images: Sequence[bytes], round_trip: RoundTrip) -> list[Version]
     disturbed = partial(augment.disturbed, generator=generator)
     changes: tuple[Change | None, ...] = (None, disturbed, disturbed)
     palettes: list[list[Tensor]] = [[] for _ in changes]
-    halves: list[list[Tensor]] = [[] for _ in changes]
+    small: list[list[Tensor]] = [[] for _ in changes]
     for part in chosen.split(32):
         pictures = [from_image(images[i])[None] for i in part.tolist()]
         if all(picture.shape == pictures[0].shape for picture in pictures):
             pictures = [torch.cat(pictures)]
-        for change, palette, half in zip(changes, palettes, halves, strict=True):
+        for change, palette, pictures_of in zip(changes, palettes, small, strict=True):
             (whole,) = ink.inks([one for batch in pictures for one in round_trip(batch, change)])
             palette.append(ink.palette(whole))
-            half.append(halved(whole).half())
+            pictures_of.append(halved(whole).half())
     return [
-        Version(torch.cat(palette), torch.cat(half), chosen) for palette, half in zip(palettes, halves, strict=True)
+        Version(torch.cat(palette), torch.cat(pictures_of), chosen)
+        for palette, pictures_of in zip(palettes, small, strict=True)
     ]
 
 
 def learn_palettes(hands: Hands, versions: Sequence[Version], style: Tensor, steps: int, device: torch.device) -> None:
-    """Tell the hand, style (N,), by the palette; the versions take turns."""
+    """Tell the hand, style (N,), by the palette; the versions take turns. Keeps the hands' shares, too."""
+    hands.shares.copy_(torch.bincount(style, minlength=len(hands.shares)).clamp_min(1) / len(style))
     plain, generator = versions[0].palettes, torch.Generator().manual_seed(SEED)
     hands.palette_mean.copy_(plain.mean(dim=0))
     hands.palette_scale.copy_(1 / (plain.std(dim=0) + 0.01))
@@ -116,30 +118,36 @@ def learn_looks(
     style: Tensor,
     steps: int,
     device: torch.device,
-    half: torch.autocast,
+    fast: bool,
     on_step: Callable[[], object],
 ) -> None:
-    """Tell the hand, style (N,), by the whole picture, mirrored or not; the versions that have pictures take turns. half: the
-    autocast of the convolutions."""
+    """Tell the hand, style (N,), by the whole picture; each of a batch in one of the versions that have pictures, so that their
+    BatchNorm sees what it will see. fast: products in bfloat16 are; where not, AdamW takes the place of Muon, which computes in it."""
     generator = torch.Generator().manual_seed(SEED)
     _, *inner = (part.weight for part in hands.look if isinstance(part, Convolution))
     taken = {id(weight) for weight in inner}
     others = [p for part in (hands.look, hands.of_look) for p in part.parameters() if id(p) not in taken]
-    optimizers: tuple[torch.optim.Optimizer, ...] = (
-        torch.optim.Muon(inner, lr=MUON_RATE, weight_decay=MUON_DECAY),
-        torch.optim.AdamW(others, lr=LOOK_RATE, weight_decay=DECAY),
-    )
-    shown = [(version.halves, version.whose) for version in versions if version.halves is not None]
+    optimizers: list[torch.optim.Optimizer]
+    if fast:
+        optimizers = [
+            torch.optim.Muon(inner, lr=MUON_RATE, weight_decay=MUON_DECAY),
+            torch.optim.AdamW(others, lr=LOOK_RATE, weight_decay=DECAY),
+        ]
+    else:
+        optimizers = [torch.optim.AdamW([*inner, *others], lr=LOOK_RATE, weight_decay=DECAY)]
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    shown = [(version.small, version.whose) for version in versions if version.small is not None]
     for step in range(steps):
         done = step / steps
-        for optimizer, rate in zip(optimizers, (MUON_RATE, LOOK_RATE), strict=True):
-            optimizer.param_groups[0]["lr"] = rate * min(1.0, done / 0.1 + 0.01) * (1 - done)
-        pictures, whose = shown[step % len(shown)]
-        index = torch.randint(0, len(pictures), (LOOK_BATCH,), generator=generator)
-        looked = _varied(pictures[index].float(), generator).to(device)
-        with half:
-            scores = hands.looks(looked)
-        loss = F.cross_entropy(scores, style[whose[index]].to(device))
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * min(1.0, done / 0.1 + 0.01) * (1 - done)
+        forms = torch.randint(0, len(shown), (LOOK_BATCH,), generator=generator).tolist()
+        picked = [(form, int(len(shown[form][1]) * torch.rand((), generator=generator))) for form in forms]
+        pictures = torch.stack([shown[form][0][i] for form, i in picked]).float()
+        wanted = style[torch.stack([shown[form][1][i] for form, i in picked])]
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+            scores = hands.looks(_varied(pictures, generator).to(device))
+        loss = F.cross_entropy(scores, wanted.to(device))
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -154,4 +162,6 @@ def _varied(pictures: Tensor, generator: torch.Generator) -> Tensor:
     mirrored = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
     down, across = torch.randint(-SHIFT, SHIFT + 1, (2,), generator=generator).tolist()
     tint = TINT * (2 * torch.rand(count, 3, 1, 1, generator=generator) - 1)
-    return torch.where(mirrored, pictures.flip(-1), pictures).roll((down, across), (2, 3)) + tint
+    height, width = pictures.shape[2:]
+    framed = F.pad(torch.where(mirrored, pictures.flip(-1), pictures), (SHIFT,) * 4)  # by paper
+    return framed[..., SHIFT + down :, SHIFT + across :][..., :height, :width] + tint

@@ -1,7 +1,7 @@
 """What the judge sees of a picture: its ink, brought to one size and place, as edges by direction and as colour.
 
 Ink is 1 - colour, so that white is 0. The box that holds all but a sliver of it is scaled to a square, because hands draw one thing at
-different sizes, and what a thing is does not depend on that. A hand's style shows in the palette of the whole picture. Edges by
+different sizes, and what a thing is does not depend on that. A hand is told by the whole picture and its palette. Edges by
 direction (histograms of oriented gradients: Dalal and Triggs, CVPR 2005) are much the same whether a hand fills shapes or outlines
 them.
 

@@ -1,4 +1,4 @@
-"""The judge: a small network that says which thing a picture shows and which hand drew it, and how alike pictures are.
+"""The judge: small networks that say which thing a picture shows and which hand drew it, and how alike pictures are.
 
 It is trained on the spot from training pictures alone (judge_training.py). A picture's features are two vectors, joined: the network's,
 averaged over a few shifts and scales, and its edge histograms in the directions that tell contents apart best (linear discriminant
@@ -27,7 +27,7 @@ from megaflux.common.errors import UserError, one_line
 from megaflux.evaluate import ink
 from megaflux.evaluate.hands import Hands
 
-FORMAT = "2"
+FORMAT = "2"  # 1 told styles by the palette alone
 WIDTH, FEATURES = 64, 256
 NAME = "judge.safetensors"
 VIEWS = (
@@ -85,8 +85,8 @@ class JudgeNetwork(nn.Module):
         self.project = nn.Sequential(
             nn.Dropout(0.2), nn.Linear(4 * width * 17, features, bias=False), nn.BatchNorm1d(features)
         )
-        self.hands = Hands(styles) if styles else None
         self.words = nn.Linear(features, max(1, words))
+        self.hands = Hands(styles) if styles else None
 
     def forward(self, maps: Tensor) -> Tensor:
         """maps: (N, 11, 32, 32) of ink.maps. Returns unit vectors (N, D)."""
@@ -177,6 +177,15 @@ class Judge:
         save_file(cpu, unfinished, {"megaflux_judge": FORMAT, "content": json.dumps(content)})
         unfinished.replace(file)
 
+    @staticmethod
+    def is_current(file: Path) -> bool:
+        """Whether there is a judge of this version."""
+        try:
+            with safe_open(file, "pt") as opened:
+                return (opened.metadata() or {}).get("megaflux_judge") == FORMAT
+        except (OSError, SafetensorError):
+            return False
+
     @classmethod
     def load(cls, file: Path, device: torch.device | str = "cpu") -> Judge:
         """Read what `save` wrote. UserError for any other file."""
@@ -184,9 +193,7 @@ class Judge:
             with safe_open(file, "pt", device=str(device)) as opened:
                 header = opened.metadata() or {}
                 if header.get("megaflux_judge") != FORMAT:
-                    raise UserError(
-                        f"{file}: not a judge of this version; delete it or leave --judge out, and one is trained"
-                    )
+                    raise UserError(f"{file}: not a judge of this version; leave --judge out, and one is trained")
                 content = json.loads(header["content"])
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             network = JudgeNetwork(**content["sizes"])

@@ -30,7 +30,7 @@ from megaflux.evaluate.judge import Judge, JudgeNetwork, hubs, joined, prototype
 from megaflux.evaluate.samples import Grid
 
 GRID_STEPS, OTHER_STEPS = 1300, 100
-LOOK_STEPS = 3  # of the look of hands, as a multiple
+PALETTE_STEPS, LOOK_STEPS = 2, 3  # of the readers of hands, for each of contents
 PLAIN = 1024  # pictures of which the edges' main directions are taken, where there is no grid
 PAIRS = 64
 RATE, DECAY, TEMPERATURE = 3e-3, 0.05, 0.07
@@ -101,7 +101,7 @@ def word_shares(captions: Sequence[str], rare: int = RARE) -> Tensor | None:
 
 def updates(steps: int, styles: bool) -> int:
     """How often `train` calls on_step."""
-    return steps * (1 + LOOK_STEPS * styles)
+    return steps * (1 + LOOK_STEPS) if styles else steps
 
 
 def train(
@@ -114,17 +114,17 @@ def train(
     """A judge of the lesson. steps: of contents. facts: kept with it. on_step: called `updates` times."""
     device = torch.device(device)
     # Products in bfloat16 are several times as fast where the CPU has units for them, and no slower elsewhere.
-    half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or _fast_half())
+    fast = device.type == "cuda" or _fast_half()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(SEED)  # of the first weights and of dropout
         words = 0 if lesson.words is None else lesson.words.shape[1]
         network = JudgeNetwork(len(lesson.styles), words).to(device).train()
         maps = torch.cat([ink.maps(part) for part in lesson.centred.split(256)])
-        _learn(network, lesson, maps, steps, device, half, on_step)
+        _learn(network, lesson, maps, steps, device, fast, on_step)
         if lesson.style is not None and network.hands is not None:
-            learn_palettes(network.hands, lesson.versions, lesson.style, 2 * steps, device)
+            learn_palettes(network.hands, lesson.versions, lesson.style, PALETTE_STEPS * steps, device)
             looks = LOOK_STEPS * steps
-            learn_looks(network.hands, lesson.versions, lesson.style, looks, device, half, on_step)
+            learn_looks(network.hands, lesson.versions, lesson.style, looks, device, fast, on_step)
     network.eval()
     edge = [ink.descriptor(part) for part in (lesson.centred if lesson.styles else lesson.centred[:PLAIN]).split(256)]
     descriptors = torch.cat(edge)
@@ -185,7 +185,7 @@ def _learn(
     maps: Tensor,
     steps: int,
     device: torch.device,
-    half: torch.autocast,
+    fast: bool,
     on_step: Callable[[], object],
 ) -> None:
     draw, generator = random.Random(SEED), torch.Generator().manual_seed(SEED)
@@ -208,7 +208,7 @@ def _learn(
         index = [pair[0] for pair in two] + [pair[1] for pair in two]
         for group in optimizer.param_groups:
             group["lr"] = RATE * _warmed(step / steps)
-        with half:
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
             features = network(augment.varied(maps[index], generator).to(device)).float()
         logits = features[:pairs] @ features[pairs:].T / TEMPERATURE
         own = torch.arange(pairs, device=device)

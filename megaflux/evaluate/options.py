@@ -102,7 +102,12 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="a larger grid to train the judge on; DATA holds some of its contents, with the same cells held out",
     )
-    add("--judge-steps", type=count, metavar="N", help="updates of the judge (default: 1300 on a grid, else 100)")
+    add(
+        "--judge-steps",
+        type=count,
+        metavar="N",
+        help="updates of the judge (default: 1300 on a grid, where its readers of styles get two and three times as many, else 100)",
+    )
     add("--clip", type=path_option, metavar="DIR", help="folder of a CLIP, for CLIP-I and CLIP-T")
     add("--dino", type=path_option, metavar="DIR", help="folder of a DINO or DINOv2, for DINO-I")
     add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")

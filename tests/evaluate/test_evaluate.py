@@ -163,6 +163,21 @@ def test_other_settings_in_one_folder_are_refused(tmp_path, grid_data, judge_fil
         evaluate(tmp_path, grid_data, judge_file, copied, "--seed", "5")
 
 
+def test_an_earlier_versions_judge_is_trained_anew_in_out_and_refused_where_it_is_given(
+    tmp_path, grid_data, judge_file, monkeypatch, capsys
+):
+    judge, out = Judge.load(judge_file), tmp_path / "out"
+    with monkeypatch.context() as earlier:
+        earlier.setattr("megaflux.evaluate.judge.FORMAT", "1")
+        judge.save(out / "judge.safetensors")
+    with pytest.raises(UserError, match="not a judge of this version; leave --judge out"):
+        evaluate(tmp_path / "given", grid_data, out / "judge.safetensors", copied)
+    assert not Judge.is_current(out / "judge.safetensors")
+    _, report = evaluate(out, grid_data, None, copied, "--judge-steps", "2")
+    assert "of another version of megaflux; training another judge" in capsys.readouterr().out
+    assert Judge.is_current(out / "judge.safetensors") and report["judge"]["steps"] == 2
+
+
 def test_a_judge_of_other_data_is_refused(tmp_path, grid_data, judge_file, monkeypatch):
     monkeypatch.setattr("megaflux.evaluate.samples.fingerprint", lambda path: "another")
     with pytest.raises(UserError, match="the judge of other data"):

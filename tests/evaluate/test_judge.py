@@ -8,22 +8,33 @@ import pytest
 import torch
 
 from megaflux.common.errors import UserError
-from megaflux.evaluate import augment, hands, ink, judge_training
+from megaflux.data.tensors import from_image
+from megaflux.evaluate import augment, hands, hands_training, ink, judge_training
 from megaflux.evaluate.judge import Judge
 from megaflux.evaluate.samples import load
 from tests.evaluate.conftest import STEPS
 
 
-def test_it_tells_contents_and_styles_of_cells_that_it_never_saw(judge_file):
-    facts = Judge.load(judge_file).facts
-    assert facts["cells"] >= 5
-    assert facts["content"] >= 0.8 and facts["style"] >= 0.8
+def test_it_tells_contents_and_styles_of_cells_that_it_never_saw(judge_file, grid_data):
+    judge = Judge.load(judge_file)
+    assert judge.facts["cells"] >= 5
+    assert judge.facts["content"] >= 0.8 and judge.facts["style"] >= 0.8
+    grid = load(str(grid_data), 64, None).grid
+    whole = torch.cat(list(ink.inks([from_image(picture) for picture in grid.held_out.values()])))
+    wanted = torch.tensor([judge.styles.index(cell.style) for cell in grid.held_out])
+    with torch.no_grad():  # each reader by itself
+        look = judge.network.hands.looks(hands.halved(whole)).argmax(dim=1)
+        palette = judge.network.hands.palettes(ink.palette(whole)).argmax(dim=1)
+    for read in (look, palette):
+        assert (read == wanted).float().mean() >= 0.8
 
 
 def test_the_same_lesson_gives_the_same_judge(grid_data, judge_file):
     held_out = load(str(grid_data), 64, None)
     lesson = judge_training.of_grid(held_out.grid)
-    again = judge_training.train(lesson, {}, STEPS)
+    done = []
+    again = judge_training.train(lesson, {}, STEPS, on_step=lambda: done.append(1))
+    assert len(done) == judge_training.updates(STEPS, styles=True)
     before = Judge.load(judge_file)
     pictures = [sample.target for sample in held_out.samples]
     for a, b in zip(again.features(pictures), before.features(pictures), strict=True):
@@ -60,10 +71,10 @@ def test_styles_are_told_through_the_vae_and_from_disturbed_latents(grid_data):
     assert len(lesson.versions) == len(plain.versions) + 3
     *_, trip, one, other = lesson.versions
     torch.testing.assert_close(trip.palettes, plain.versions[0].palettes[trip.whose])
-    torch.testing.assert_close(trip.halves, plain.versions[0].halves[trip.whose])
+    torch.testing.assert_close(trip.small, plain.versions[0].small[trip.whose])
     assert torch.equal(trip.whose, one.whose)
     for a, b in ((one, trip), (one, other)):
-        assert not torch.equal(a.palettes, b.palettes) and not torch.equal(a.halves, b.halves)
+        assert not torch.equal(a.palettes, b.palettes) and not torch.equal(a.small, b.small)
 
 
 def test_a_blank_picture_has_features():
@@ -83,6 +94,19 @@ def test_another_file_is_one_line(tmp_path):
     (tmp_path / "x").write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match="cannot be read as a judge"):
         Judge.load(tmp_path / "x")
+
+
+def test_looks_are_learned_mirrored_moved_and_tinted_a_little():
+    picture = torch.zeros(1, 3, 64, 64)
+    picture[..., 0, 0] = 1.0  # at the edge: what leaves the picture does not come in on the other side
+    side = hands_training.SHIFT
+    for seed in range(20):
+        (varied,) = hands_training._varied(picture, torch.Generator().manual_seed(seed))
+        paper = varied[:, 32, 32]
+        assert paper.abs().max() <= hands_training.TINT
+        ink_there = (varied - paper[:, None, None]).abs().amax(dim=0) > 0.5
+        rows, columns = ink_there.nonzero().unbind(1)
+        assert len(rows) <= 1 and (rows <= side).all() and ((columns <= side) | (columns >= 63 - side)).all()
 
 
 @torch.no_grad()
