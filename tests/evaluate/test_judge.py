@@ -96,6 +96,26 @@ def test_another_file_is_one_line(tmp_path):
         Judge.load(tmp_path / "x")
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_looks_are_learned_from_each_version_and_its_own_rows(fast):
+    torch.manual_seed(0)
+    style = torch.tensor([0, 1, 2] * 8)
+    coloured = torch.zeros(24, 3, 64, 64)
+    coloured[torch.arange(24), style] = 0.6  # each hand has its ink
+    blank, palettes = torch.zeros(24, 3, 64, 64), torch.zeros(24, 1)
+    order = torch.randperm(24)[:20]
+    versions = [
+        hands_training.Version(palettes, blank.half(), torch.arange(24)),
+        hands_training.Version(palettes, None, torch.arange(24)),
+        hands_training.Version(palettes[:20], coloured[order].half(), order),
+    ]
+    known, done = hands.Hands(3).train(), []
+    hands_training.learn_looks(known, versions, style, 40, torch.device("cpu"), fast, lambda: done.append(1))
+    with torch.no_grad():
+        read = known.eval().looks(coloured).argmax(dim=1)
+    assert torch.equal(read, style) and len(done) == 40
+
+
 def test_looks_are_learned_mirrored_moved_and_tinted_a_little():
     picture = torch.zeros(1, 3, 64, 64)
     picture[..., 0, 0] = 1.0  # at the edge: what leaves the picture does not come in on the other side
